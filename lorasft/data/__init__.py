@@ -1,0 +1,1 @@
+"""Rows of data -> token ids and labels -> micro-batches."""

@@ -1,0 +1,214 @@
+"""Every effect on the disk that must be whole or not at all: stage, fsync, verify, rename, lock.
+
+A folder is committed in this order: write and fsync its files in a stage beside the target, write a manifest
+with their hashes, fsync the stage, rename it, fsync the parent. Whatever is killed when, a folder under its
+final name is complete and verifies. `about_to` is called before each effect, so that a test can kill the
+process at the n-th one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from lorasft.errors import CapacityError, ModelError, RecipeError
+
+MANIFEST = "manifest.json"
+STAGE = ".stage-"
+TRASH = ".trash-"
+
+
+def about_to(effect: str, path: Path) -> None:
+    """Called before each effect on the disk. Does nothing here; the crash tests put a kill in its place."""
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Create `path` with `content` and fsync it. The file must not exist: nothing is written in place."""
+    about_to("create", path)
+    with _disk(path), open(path, "xb") as file:
+        about_to("write", path)
+        file.write(content)
+        file.flush()
+        about_to("fsync", path)
+        os.fsync(file.fileno())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put `content` under `path`, whole or not at all."""
+    stage = path.with_name(f"{STAGE}{path.name}-{secrets.token_hex(4)}")
+    write_file(stage, content)
+    rename(stage, path)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line of text to a log. A kill may leave the last line short; readers drop it."""
+    about_to("append", path)
+    with _disk(path), open(path, "ab") as file:
+        file.write(line.encode() + b"\n")
+
+
+def truncate(path: Path, size: int) -> None:
+    """Cut a log back to `size` bytes."""
+    about_to("truncate", path)
+    os.truncate(path, size)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents; an existing one is fine."""
+    about_to("make folder", path)
+    with _disk(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename and fsync the folder that holds the name."""
+    about_to("rename", target)
+    with _disk(target):
+        os.replace(source, target)
+        _sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """A new folder that appears under `target` complete, with a manifest of hashes, or not at all.
+
+    Yields the stage to write into. Raises RecipeError when `target` exists.
+    """
+    refuse_existing(target)
+    make_folder(target.parent)
+    stage = target.with_name(f"{STAGE}{target.name}-{secrets.token_hex(4)}")
+    make_folder(stage)
+    try:
+        yield stage
+        commit_folder(stage, target)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+
+
+def commit_folder(stage: Path, target: Path) -> None:
+    """fsync every file of `stage`, write its manifest, and rename it to `target`."""
+    entries = {}
+    for path in sorted(p for p in stage.rglob("*") if p.is_file()):
+        about_to("fsync", path)
+        _sync_file(path)
+        entries[path.relative_to(stage).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    write_file(stage / MANIFEST, json.dumps(entries, indent=1).encode())
+    for folder in (p for p in stage.rglob("*") if p.is_dir()):
+        _sync_folder(folder)
+    _sync_folder(stage)
+    refuse_existing(target)
+    rename(stage, target)
+
+
+def refuse_existing(target: Path) -> None:
+    """Nothing is overwritten: `rename` onto an empty folder would succeed silently."""
+    if target.exists() or target.is_symlink():
+        raise RecipeError(f"{target} exists", hint="name a folder that does not exist yet")
+
+
+def verify_folder(folder: Path) -> None:
+    """Compare a committed folder with its manifest. Raises ModelError naming the first file that differs."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError) as fault:
+        raise ModelError(f"no readable {MANIFEST}: {fault}", where=str(folder)) from None
+    for name, entry in entries.items():
+        path = folder / name
+        if not path.is_file():
+            raise ModelError(f"{name} is missing", where=str(folder))
+        if path.stat().st_size != entry["bytes"]:
+            raise ModelError(f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}", where=str(folder))
+        if sha256(path) != entry["sha256"]:
+            raise ModelError(f"{name} does not match its hash", where=str(folder))
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder: out of sight by one rename first, so that a kill leaves no half of it. Never follows a link."""
+    trash = folder.with_name(f"{TRASH}{folder.name}-{secrets.token_hex(4)}")
+    rename(folder, trash)
+    about_to("remove", trash)
+    shutil.rmtree(trash)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half done in `folder`: stages and trash, by their names."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if path.name.startswith((STAGE, TRASH)) and not path.is_symlink():
+            about_to("remove", path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One writer per run folder. The system releases the lock when its holder dies, also by SIGKILL."""
+    path = folder / "run.lock"
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip()
+            raise RecipeError(
+                f"another process is writing this run folder (process {holder})",
+                where=str(folder),
+                hint="wait for it, or give another run.output=FOLDER",
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def need_space(folder: Path, size: int) -> None:
+    """Raise CapacityError unless `folder`'s file system has `size` bytes and 2 % free."""
+    present = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(present).free
+    if free < size * 1.02:
+        raise CapacityError(
+            f"needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free", where=str(folder), hint="free some space"
+        )
+
+
+@contextlib.contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write into an error that names the place."""
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except PermissionError as fault:
+        raise RecipeError(f"cannot write: {fault.strerror}", where=str(path)) from fault
+    except OSError as fault:
+        raise CapacityError(f"cannot write: {fault.strerror}", where=str(path)) from fault
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(path: Path) -> None:
+    about_to("fsync folder", path)
+    _sync_file(path)

@@ -1,0 +1,1 @@
+"""Adapters back into full weights."""

@@ -1,0 +1,1 @@
+"""The base in 4 bit, with adapters."""

@@ -1,0 +1,1 @@
+"""The recipe: its schema, the strict YAML reader, overrides, the dump."""
