@@ -1,21 +1,104 @@
-"""The verbs and their options. A command is imported only when it runs, so that `--help` answers at once."""
+"""lorasft fine-tunes a language model: 4-bit base, LoRA adapters, masked-label SFT, and a merge into full weights."""
+
+# The verbs and their options. A command is imported only when it runs, so that `--help` answers at once.
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from lorasft import __version__
 from lorasft.errors import LorasftError
 
+EXIT_CODES = """exit codes: 0 done; 1 a bug; 2 usage or recipe; 3 data; 4 model, adapter or checkpoint files; 5 device;
+6 memory or disk; 7 the training diverged; 8 refused for safety; 130/143 stopped by a signal, saved"""
 
-def parser() -> argparse.ArgumentParser:
+
+def make_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(prog="lorasft", description=__doc__)
+    top = argparse.ArgumentParser(prog="lorasft", description=__doc__, epilog=EXIT_CODES)
+    top.add_argument("--version", action="version", version=f"lorasft {__version__}")
+    verbs = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    train = verbs.add_parser("train", help="train an adapter as a recipe says")
+    _add_recipe(train)
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of run.output")
+
+    preview = verbs.add_parser("preview", help="show what will be learned, token by token")
+    _add_recipe(preview)
+    preview.add_argument("--rows", type=int, default=3, metavar="N", help="examples to show (default: 3)")
+    preview.add_argument("--json", action="store_true", help="every example and a summary as JSON lines")
+    preview.add_argument("--html", metavar="FILE", help="write a page instead")
+
+    evaluate = verbs.add_parser("evaluate", help="log-probabilities of answers: base and adapter side by side")
+    _add_saved(evaluate)
+    evaluate.add_argument("--data", required=True, metavar="FILE", help="rows of any shape that a recipe takes")
+    evaluate.add_argument("--per-example", metavar="OUT", help="write one JSON object for each answer to OUT")
+    evaluate.add_argument("--json", action="store_true", help="the totals as JSON")
+
+    chat = verbs.add_parser("chat", help="talk to a run, an adapter or a model")
+    _add_saved(chat)
+    chat.add_argument("--prompt", metavar="TEXT", help="answer this and stop")
+    chat.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="default: 512")
+    chat.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): always the likeliest")
+
+    merge = verbs.add_parser("merge", help="fold an adapter into full weights")
+    _add_saved(merge)
+    merge.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet")
+    merge.add_argument("--onto", choices=["original"], default="original", help="the base's own weights")
+    merge.add_argument("--no-check", action="store_true", help="do not compare the answers afterwards")
+    merge.add_argument("--json", action="store_true", help="what was done as JSON")
+
+    recipes = verbs.add_parser("recipes", help="list, show or copy the shipped recipes")
+    recipes.add_argument("action", nargs="?", default="list", choices=["list", "show", "copy", "schema"])
+    recipes.add_argument("name", nargs="?", help="of a shipped recipe")
+    recipes.add_argument("to", nargs="?", help="file to copy to (default: ./NAME.yaml)")
+    recipes.add_argument("--json", action="store_true", help="the list as JSON")
     return top
 
 
+def _add_recipe(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example train.epochs=3")
+
+
+def _add_saved(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("saved", metavar="RUN|ADAPTER|MODEL", help="a run folder, an adapter folder, or a model")
+    verb.add_argument(
+        "--base", metavar="MODEL", help="the adapter's base, if it lies elsewhere than where it was trained"
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns its exit code; an error that the user can mend is printed, never a traceback."""
+    options = _parse(argv)
+    command = importlib.import_module(f"lorasft.commands.{options.pop('command')}")
+    try:
+        command.run(**options)
+    except LorasftError as fault:
+        print(fault, file=sys.stderr)
+        return fault.exit_code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of stdout went away: nothing is lost
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _parse(argv: Sequence[str] | None) -> dict[str, Any]:
+    """The options of the command; overrides may also stand behind options, where argparse does not look for them."""
+    parser = make_parser()
+    given, rest = parser.parse_known_args(argv)
+    options = vars(given)
+    for word in rest:
+        if "overrides" not in options or word.startswith("-"):
+            parser.error(f"unrecognized arguments: {word}")
+        options["overrides"].append(word)
+    if "json" in options:
+        options["as_json"] = options.pop("json")
+    return options

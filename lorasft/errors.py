@@ -65,6 +65,14 @@ class UnsafeError(LorasftError):
     exit_code = 8
 
 
+class Stopped(LorasftError):
+    """Stopped by a signal, with a checkpoint saved. Exits with 130 for SIGINT, 143 for SIGTERM and SIGHUP."""
+
+    def __init__(self, signal: int, what: str) -> None:
+        super().__init__(what, hint="go on with --resume")
+        self.exit_code = 130 if signal == 2 else 143
+
+
 class Several(LorasftError):
     """Up to 20 faults of one kind, found in one go."""
 

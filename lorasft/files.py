@@ -17,6 +17,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from lorasft.errors import CapacityError, ModelError, RecipeError
 
@@ -29,15 +30,22 @@ def about_to(effect: str, path: Path) -> None:
     """Called before each effect on the disk. Does nothing here; the crash tests put a kill in its place."""
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Create `path` with `content` and fsync it. The file must not exist: nothing is written in place."""
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Create `path`, yield it to be written, and fsync it. It must not exist: nothing is written in place."""
     about_to("create", path)
     with _disk(path), open(path, "xb") as file:
-        about_to("write", path)
-        file.write(content)
+        yield file
         file.flush()
         about_to("fsync", path)
         os.fsync(file.fileno())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Create `path` with `content` and fsync it."""
+    with new_file(path) as file:
+        about_to("write", path)
+        file.write(content)
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -71,7 +79,7 @@ def rename(source: Path, target: Path) -> None:
     """Rename and fsync the folder that holds the name."""
     about_to("rename", target)
     with _disk(target):
-        os.replace(source, target)
+        Path(source).replace(target)
         _sync_folder(target.parent)
 
 
@@ -175,6 +183,16 @@ def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint(model: Path) -> str:
+    """What tells model folders apart: SHA-256 over name, size and first megabyte of config and weights, in hex."""
+    digest = hashlib.sha256()
+    for path in [model / "config.json", *sorted(model.glob("*.safetensors"))]:
+        digest.update(f"{path.name}\n{path.stat().st_size}\n".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(1 << 20))
     return digest.hexdigest()
 
 

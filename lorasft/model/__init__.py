@@ -1,1 +1,15 @@
 """The base in 4 bit, with adapters."""
+
+import logging
+import sys
+
+# On a CPU with AVX512-BF16, importing bitsandbytes 0.50 asks the hub for a kernel and warns when it gets none. The
+# kernel is for inference only, and nothing here dials out unasked: the package that would fetch it is hidden meanwhile.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+_hidden = "kernels" not in sys.modules
+if _hidden:
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+import bitsandbytes  # noqa: E402, F401
+
+if _hidden:
+    del sys.modules["kernels"]

@@ -1,0 +1,7 @@
+"""`python -m lorasft`."""
+
+import sys
+
+from lorasft.cli import main
+
+sys.exit(main())

@@ -1,0 +1,50 @@
+"""`lorasft chat`: talk to a run, an adapter or a model; the turns are kept."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+
+def run(saved: str, base: str | None, prompt: str | None, max_new_tokens: int, temperature: float) -> None:
+    """Answer `prompt`, or what is typed line by line. Answers stream to stdout."""
+    from accelerate import PartialState
+
+    from lorasft.data.chat import Encoder
+    from lorasft.data.report import Report
+    from lorasft.model.generate import generate
+    from lorasft.model.saved import find_saved, load_saved
+    from lorasft.recipe import DataSettings, DataSource
+
+    found = find_saved(saved, base=base)
+    loaded = load_saved(found, PartialState().device)
+    data = DataSettings(train=(DataSource(path="-"),))
+    encoder = Encoder(loaded.tokenizer, found.chat, data=data, report=Report())
+    messages: list[dict[str, Any]] = []
+    for question in [prompt] if prompt is not None else _questions():
+        messages.append({"role": "user", "content": question})
+        ids = generate(
+            loaded.network.causal,
+            loaded.tokenizer,
+            encoder.prompt_ids(messages),
+            max_new_tokens=max_new_tokens,
+            stops=encoder.stop_ids,
+            temperature=temperature,
+            on_text=lambda text: print(text, end="", flush=True),
+        )
+        print(flush=True)
+        messages.append({"role": "assistant", "content": loaded.tokenizer.decode(ids, skip_special_tokens=True)})
+
+
+def _questions() -> Iterator[str]:
+    """Lines from the terminal or a pipe until it ends; empty ones are passed over."""
+    terminal = sys.stdin.isatty()
+    while True:
+        if terminal:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")

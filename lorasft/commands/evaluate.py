@@ -1,0 +1,45 @@
+"""`lorasft evaluate`: what a model gives the answers in a file, base and adapter side by side."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+
+def run(saved: str, base: str | None, data: str, per_example: str | None, as_json: bool) -> None:
+    """Score the answers in `data`; totals on stdout, one JSON object for each answer to `per_example`."""
+    from accelerate import PartialState
+
+    from lorasft.files import refuse_existing, write_file
+    from lorasft.model.answers import read_answers, score_answers, summarize
+    from lorasft.model.saved import find_saved, load_saved
+    from lorasft.recipe import DataSettings, DataSource
+
+    if per_example:
+        refuse_existing(Path(per_example))
+    found = find_saved(saved, base=base)
+    settings = found.recipe.data if found.recipe else DataSettings(train=(DataSource(path=data),))
+    loaded = load_saved(found, PartialState().device)
+    answers = read_answers(data, settings, found.chat, tokenizer=loaded.tokenizer)
+    scores = {}
+    if loaded.peft is not None:
+        with loaded.peft.disable_adapter():
+            scores["base"] = score_answers(loaded.network, answers)
+    scores["adapter" if loaded.peft is not None else "model"] = score_answers(loaded.network, answers)
+    if per_example:
+        lines = [
+            {"source": {"file": answer.place.file, "line": answer.place.line}, "tokens": answer.length}
+            | {name: rows[index].as_dict() for name, rows in scores.items()}
+            for index, answer in enumerate(answers)
+        ]
+        write_file(Path(per_example), "".join(json.dumps(line) + "\n" for line in lines).encode())
+        print(f"wrote {per_example}", file=sys.stderr)
+    totals = {name: summarize(rows) for name, rows in scores.items()}
+    if as_json:
+        print(json.dumps({name: total.as_dict() for name, total in totals.items()}))
+        return
+    print(f"{len(answers)} answers in {data}")
+    print(f"{'':8}  {'nats a token':>12}  {'perplexity':>10}  {'tokens':>8}")
+    for name, total in totals.items():
+        print(f"{name:8}  {total.loss:12.4f}  {total.perplexity:10.2f}  {total.tokens:8,}")

@@ -1,0 +1,67 @@
+"""`lorasft recipes`: the shipped recipes, listed, shown, copied; and the JSON schema of recipe files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from lorasft import files
+from lorasft.errors import RecipeError
+from lorasft.recipe import portable_text, recipe_schema, shipped_recipes
+from lorasft.recipe_faults import nearest, printable
+from lorasft.strict_yaml import read_yaml
+
+
+def run(action: str, name: str | None, to: str | None, as_json: bool) -> None:
+    """`action`: list | show | copy | schema. Raises RecipeError for an unknown name and for a target that exists."""
+    if action == "list":
+        _print_list(as_json)
+    elif action == "show":
+        path = _shipped(name)
+        print(json.dumps(read_yaml(path).value, indent=2) if as_json else path.read_text(encoding="utf-8").rstrip())
+    elif action == "copy":
+        _copy(_shipped(name), Path(to or "."))
+    elif action == "schema":
+        print(json.dumps(recipe_schema(), indent=2))
+    else:
+        raise RecipeError(f"no action {printable(action)}", hint="list, show, copy or schema")
+
+
+def _print_list(as_json: bool) -> None:
+    rows = [_about(path) for path in shipped_recipes().values()]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    widths = [max(len(row[key]) for row in rows) for key in ("name", "base")]
+    for row in rows:
+        print(f"{row['name']:{widths[0]}}  {row['base']:{widths[1]}}  {row['about']}")
+
+
+def _about(path: Path) -> dict[str, Any]:
+    first_line = path.read_text(encoding="utf-8").partition("\n")[0]
+    base = read_yaml(path).value["model"]["base"]
+    return {"name": path.stem, "base": base, "about": first_line.lstrip("# "), "path": str(path)}
+
+
+def _copy(source: Path, target: Path) -> None:
+    if target.is_dir():
+        target = target / source.name
+    if target.exists() or target.is_symlink():
+        raise RecipeError(f"{target} exists", hint="name a file that does not exist yet")
+    if not target.parent.is_dir():
+        raise RecipeError(f"there is no folder {target.parent}", hint=f"mkdir -p {target.parent}")
+    files.write_file(target, portable_text(source).encode())
+    print(f"wrote {target}", file=sys.stderr)
+
+
+def _shipped(name: str | None) -> Path:
+    recipes = shipped_recipes()
+    if name is None:
+        raise RecipeError("no recipe named", hint=f"one of {', '.join(recipes)}")
+    if name not in recipes:
+        close = nearest(name, recipes)
+        hint = f"did you mean {close}?" if close else f"one of {', '.join(recipes)}"
+        raise RecipeError(f"no shipped recipe {printable(name)}", hint=hint)
+    return recipes[name]

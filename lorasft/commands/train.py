@@ -1,0 +1,59 @@
+"""`lorasft train`: run a recipe, then show answers before and after."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+from lorasft.data.chat import Encoder
+from lorasft.data.report import Report
+from lorasft.recipe import load_recipe
+from lorasft.recipe_faults import printable
+
+
+def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
+    """Train `recipe`; progress on stderr, the run folder on stdout."""
+    settings = load_recipe(recipe, overrides)
+    from lorasft.train.loop import train
+    from lorasft.train.run import finish, open_run
+
+    started = time.monotonic()
+    with open_run(settings, resume=resume) as opened:
+        plan = opened.run.plan
+        for note in opened.notes:
+            _say(note)
+        report = opened.prepared.report
+        _say(
+            f"{report.train_examples:,} examples, {report.held_out_examples:,} held out, {report.tokens:,} tokens, "
+            f"{report.supervised_tokens:,} of them learned; {plan.steps} steps of {plan.batch_size} examples"
+        )
+        state = train(opened.run, opened.state)
+        adapter = finish(opened, state)
+        _show_answers(opened)
+    seconds = time.monotonic() - started
+    _say(f"done in {seconds:.0f} s; adapter in {adapter}")
+    _say(f"next: lorasft chat {settings.run.output}    lorasft merge {settings.run.output} --out merged")
+    print(settings.run.output)
+
+
+def _show_answers(opened: object, most: int = 3) -> None:
+    """Up to three held-out prompts, answered by the base and by the adapter."""
+    from lorasft.model.generate import generate
+    from lorasft.train.run import Opened
+
+    assert isinstance(opened, Opened)
+    run, tokenizer = opened.run, opened.tokenizer
+    encoder = Encoder(tokenizer, run.recipe.chat, data=run.recipe.data, report=Report())
+    for example in opened.prepared.samples[:most]:
+        prompt = encoder.prompt_ids(example.messages[:-1], example.tools)
+        _say(f"\nprompt: {printable(str(example.messages[-2]['content']))[:200]}")
+        for name, context in (("before", run.learner.model.disable_adapter()), ("after", nullcontext())):
+            with context:
+                ids = generate(run.network.causal, tokenizer, prompt, max_new_tokens=48, stops=encoder.stop_ids)
+            _say(f"{name:>6}: {printable(tokenizer.decode(ids, skip_special_tokens=True))}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,198 @@
+"""Which examples make a step, and how a step is cut into flat micro-batches of segments.
+
+    Plan.examples(step)      a pure function of (seed, epoch, step): no state, nothing to restore
+    cut(sequences, ...)      sequences -> micro-batches: flat rows of ids, nothing padded
+    MicroBatch               what the model sees; the one shift from labels to (source, target) pairs is made here
+
+How a step is cut is layout: it depends on the machine and changes no result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorasft.data.chat import Tokens
+
+Integers = NDArray[np.int64]
+
+
+class Sequences(Protocol):
+    """What packing needs of a store: the tokenized sequences of an example."""
+
+    def __len__(self) -> int: ...
+
+    def sequences(self, example: int) -> tuple[Tokens, ...]: ...
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of queries in a flat row, and the keys that they may see.
+
+    `keys` is an index into the row: the segment's ancestors, then its own tokens; causal from the bottom right.
+    A slice means that the keys stand in one piece and nothing has to be gathered.
+    """
+
+    start: int
+    end: int
+    keys: slice | Integers
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward and backward pass: a flat row of tokens and the pairs that are learned.
+
+    A source may serve several targets. `weights` is 1 for each pair under `loss: token`, 1/|y| of its example
+    under `loss: example`; the step divides the weighted sum once.
+    """
+
+    ids: Integers  # (tokens,)
+    positions: Integers  # (tokens,) restart at 0 in every segment that has no ancestor
+    segments: tuple[Segment, ...]
+    sources: Integers  # (pairs,) index into the row
+    targets: Integers  # (pairs,) token ids
+    weights: NDArray[np.float32]  # (pairs,)
+    examples: Integers  # (pairs,) which example of the store a pair belongs to
+
+
+@dataclass(frozen=True)
+class Step:
+    """The work of one optimizer step, cut for this machine."""
+
+    number: int  # from 1
+    epoch: float  # epochs done after this step
+    examples: Integers
+    micro_batches: tuple[MicroBatch, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens computed."""
+        return sum(len(batch.ids) for batch in self.micro_batches)
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Tokens learned."""
+        return sum(len(batch.targets) for batch in self.micro_batches)
+
+    @property
+    def divisor(self) -> float:
+        """What the weighted sum of losses is divided by: the sum of all weights, tokens or examples."""
+        return float(sum(batch.weights.sum(dtype=np.float64) for batch in self.micro_batches))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole run as a pure function of the step."""
+
+    examples: int  # rows in the training set
+    batch_size: int  # examples per optimizer step; the last step of an epoch takes what is left
+    steps: int  # optimizer steps of the run
+    seed: int
+    loss: Literal["token", "example"]
+    micro_batch_tokens: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.examples / self.batch_size)
+
+    def step_examples(self, step: int) -> Integers:
+        """The rows of step `step` (from 1). Within an epoch every row comes exactly once."""
+        epoch, position = divmod(step - 1, self.steps_per_epoch)
+        start = position * self.batch_size
+        return shuffle(self.examples, seed=self.seed, epoch=epoch)[start : start + self.batch_size]
+
+    def step(self, number: int, store: Sequences) -> Step:
+        """The rows of a step, cut into micro-batches."""
+        examples = self.step_examples(number)
+        batches = cut(store, examples, capacity=self.micro_batch_tokens, loss=self.loss)
+        return Step(number, number / self.steps_per_epoch, examples, tuple(batches))
+
+
+def count_steps(examples: int, *, batch_size: int, epochs: float, steps: int | None) -> int:
+    """Optimizer steps of a run: `steps` when given, else enough for `epochs` passes over the rows."""
+    return steps if steps is not None else max(1, math.ceil(epochs * math.ceil(examples / batch_size)))
+
+
+def shuffle(count: int, *, seed: int, epoch: int) -> Integers:
+    """A permutation of 0..count-1 that depends on nothing but its arguments.
+
+    Sorts the indices by splitmix64 of (seed, epoch, index) (Steele, Lea, Flood 2014), so that the order is the
+    same on every machine and with every version of numpy.
+    """
+    salt = _mix(np.array([seed], dtype=np.uint64) * np.uint64(0x10001) + np.uint64(epoch))[0]
+    keys = _mix(np.arange(count, dtype=np.uint64) + salt)
+    return np.argsort(keys, kind="stable").astype(np.int64)
+
+
+def cut(
+    store: Sequences, examples: Iterable[int], *, capacity: int, loss: Literal["token", "example"] = "token"
+) -> Iterator[MicroBatch]:
+    """Cut examples into micro-batches of at most `capacity` tokens, best fit in order of falling length.
+
+    A sequence longer than `capacity` gets a micro-batch of its own. The last target of a sequence is never an
+    input, and what stands behind it is not computed: no learned token looks at it.
+    """
+    pieces = [piece for example in examples for piece in _pieces(store.sequences(int(example)), int(example), loss)]
+    pieces.sort(key=lambda piece: -len(piece.ids))
+    bins: list[list[_Piece]] = []
+    free: list[int] = []
+    for piece in pieces:
+        fits = [index for index, room in enumerate(free) if room >= len(piece.ids)]
+        if fits:
+            best = min(fits, key=lambda index: free[index])
+            bins[best].append(piece)
+            free[best] -= len(piece.ids)
+        else:
+            bins.append([piece])
+            free.append(capacity - len(piece.ids))
+    return (_join(pieces) for pieces in bins)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One sequence as inputs and pairs, positions counted from its own start."""
+
+    ids: Integers
+    sources: Integers
+    targets: Integers
+    weight: float
+    example: int
+
+
+def _pieces(sequences: tuple[Tokens, ...], example: int, loss: str) -> Iterator[_Piece]:
+    supervised = [np.flatnonzero(tokens.labels != -100) for tokens in sequences]
+    weight = 1.0 if loss == "token" else 1.0 / sum(len(places) for places in supervised)
+    for tokens, places in zip(sequences, supervised, strict=True):
+        if len(places) == 0:
+            continue
+        ids = tokens.ids.astype(np.int64)
+        # The shift, made here and nowhere else: the token at p is predicted from position p - 1.
+        yield _Piece(ids[: places[-1]], places - 1, ids[places], weight, example)
+
+
+def _join(pieces: list[_Piece]) -> MicroBatch:
+    starts = np.cumsum([0, *(len(piece.ids) for piece in pieces)])
+    spans = list(zip(pieces, starts[:-1].tolist(), starts[1:].tolist(), strict=True))
+    return MicroBatch(
+        ids=np.concatenate([piece.ids for piece in pieces]),
+        positions=np.concatenate([np.arange(len(piece.ids)) for piece in pieces]),
+        segments=tuple(Segment(start, end, slice(start, end)) for _, start, end in spans),
+        sources=np.concatenate([piece.sources + start for piece, start, _ in spans]),
+        targets=np.concatenate([piece.targets for piece in pieces]),
+        weights=np.concatenate([np.full(len(piece.targets), piece.weight, dtype=np.float32) for piece in pieces]),
+        examples=np.concatenate([np.full(len(piece.targets), piece.example, dtype=np.int64) for piece in pieces]),
+    )
+
+
+def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """splitmix64, element by element; overflow is part of it."""
+    with np.errstate(over="ignore"):
+        state = state + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return state ^ (state >> np.uint64(31))

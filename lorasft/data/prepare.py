@@ -1,0 +1,171 @@
+"""Recipe -> stores: read, hold out, encode, write; and reuse of what was made from the same ingredients."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lorasft.data.chat import Encoder, Tokens
+from lorasft.data.examples import Example, held_out_below, read_examples
+from lorasft.data.report import BadRows, Report
+from lorasft.data.rows import Place, load_hub, source_files
+from lorasft.data.store import StoreWriter, TokenStore, map_store
+from lorasft.errors import DataError, ModelError
+from lorasft.files import remove_folder, sha256, staged_folder, verify_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from lorasft.recipe import ChatSettings, DataSettings, DataSource
+
+SCHEMA = 1  # raised whenever the same ingredients give other tokens
+SAMPLES = 8  # held-out examples kept as messages, to show answers before and after
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data of a run, tokenized: `held_out` is None when nothing is."""
+
+    train: TokenStore
+    held_out: TokenStore | None
+    report: Report
+    samples: tuple[Example, ...]
+    key: str
+
+
+def prepare(data: DataSettings, chat: ChatSettings, *, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Prepared:
+    """The tokenized data of a recipe, from `folder/<key>` when it was made before and still verifies.
+
+    Sets the recipe's template on `tokenizer`. Raises DataError (or Several) for rows, files and counts that
+    the recipe does not allow, ModelError for a template that cannot be used.
+    """
+    report = Report()
+    encoder = Encoder(tokenizer, chat, data=data, report=report)
+    key = store_key(data, chat, encoder=encoder)
+    target = folder / key[:16]
+    if target.exists():
+        try:
+            return open_prepared(target)
+        except ModelError:  # torn or damaged: made again
+            remove_folder(target)
+    with staged_folder(target) as stage:
+        samples = [asdict(sample) for sample in _write(stage, data, encoder)]
+        record = {"key": key, "samples": samples, "report": vars(report) | {"lengths": list(report.lengths)}}
+        (stage / "prepared.json").write_text(json.dumps(record), encoding="utf-8")
+    return open_prepared(target)
+
+
+def open_prepared(folder: Path) -> Prepared:
+    """Open what `prepare` committed to `folder`. Raises ModelError when a file is missing or differs."""
+    verify_folder(folder)
+    record = json.loads((folder / "prepared.json").read_bytes())
+    report = Report(**record["report"] | {"lengths": array("q", record["report"]["lengths"])})
+    held_out = map_store(folder / "held_out")
+    samples = tuple(_read_sample(sample) for sample in record["samples"])
+    return Prepared(map_store(folder / "train"), held_out if len(held_out) else None, report, samples, record["key"])
+
+
+def store_key(data: DataSettings, chat: ChatSettings, *, encoder: Encoder) -> str:
+    """SHA-256 over everything that the tokens are made from. Raises DataError when a source is missing."""
+    tokenizer = encoder.turns.tokenizer
+    eval_sources = data.eval if isinstance(data.eval, tuple) else ()
+    ingredients = {
+        "schema": SCHEMA,
+        "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "jinja2", "transformers")},
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "template": tokenizer.chat_template,
+        "special": [tokenizer.bos_token, tokenizer.eos_token],
+        "probe": encoder.turns.probe_text,  # holds today's date where the template writes it
+        "chat": chat.model_dump(mode="json"),
+        "data": data.model_dump(mode="json"),
+        "files": [_source_hashes(source) for source in (*data.train, *eval_sources)],
+    }
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+
+
+def _source_hashes(source: DataSource) -> list[list[str]]:
+    files = source_files(source.path)
+    return [[str(file), sha256(file)] for file in files] or [[source.path, str(load_hub(source)._fingerprint)]]
+
+
+def encode_sources(data: DataSettings, *, encoder: Encoder) -> Iterator[tuple[Example, tuple[Tokens, ...], bool]]:
+    """All examples of the recipe that can be trained on, with their sequences, and whether they are held out.
+
+    The encoder's report counts. Raises DataError, or Several, before the first example for rows that cannot be
+    read, after the last for those that cannot be encoded or when too many were dropped.
+    """
+    report = encoder.report
+    below = _survey(data, report)
+    bad = BadRows(data.on_bad_row, report)
+    sides = ((data.train, False), (data.eval if isinstance(data.eval, tuple) else (), True))
+    for sources, apart in sides:
+        for example, sequences in encoder.encode_all(read_examples(sources, data, bad=bad), bad=bad):
+            held_out = apart or example.digest() < below
+            report.held_out_examples += held_out
+            report.train_examples += not held_out
+            yield example, sequences, held_out
+    bad.raise_all()
+    _refuse_losses(data, report)
+
+
+def _survey(data: DataSettings, report: Report) -> int:
+    """Read all rows once, so that every fault is found before the long work; the digest to hold out below."""
+    bad = BadRows(data.on_bad_row, Report())
+    train = _digests(data.train, data, bad)
+    apart = _digests(data.eval, data, bad) if isinstance(data.eval, tuple) else train[:0]
+    bad.raise_all()
+    if not len(train):
+        where = ", ".join(source.path for source in data.train)
+        raise DataError(f"no rows to train on ({bad.report.bad_rows} bad ones)", where=where)
+    report.duplicate_rows = len(train) - len(np.unique(train))
+    twice = np.intersect1d(train, apart).size
+    if twice:
+        hint = "take them out of one of the two: the held-out loss would measure memory"
+        raise DataError(f"{twice} rows of data.eval stand in data.train as well", hint=hint)
+    return held_out_below(train, data.eval) if isinstance(data.eval, float) else 0
+
+
+def _digests(sources: Sequence[DataSource], data: DataSettings, bad: BadRows) -> npt.NDArray[np.uint64]:
+    found = (example.digest() for example in read_examples(sources, data, bad=bad))
+    return np.fromiter(found, dtype=np.uint64)
+
+
+def _write(stage: Path, data: DataSettings, encoder: Encoder) -> list[Example]:
+    """Encode all examples into the stage's stores; the first few held-out conversations."""
+    train, held_out = StoreWriter(stage / "train"), StoreWriter(stage / "held_out")
+    samples: list[Example] = []
+    for example, sequences, is_held_out in encode_sources(data, encoder=encoder):
+        (held_out if is_held_out else train).add(example.place, sequences)
+        if is_held_out and example.messages and len(samples) < SAMPLES:
+            samples.append(example)
+    train.close()
+    held_out.close()
+    return samples
+
+
+def _refuse_losses(data: DataSettings, report: Report) -> None:
+    """Raise DataError when more of the rows were dropped than the recipe allows, or nothing is left."""
+    dropped = report.dropped_examples()
+    lengths = ", ".join(f"{name}: {length}" for name, length in report.length_quantiles().items())
+    hint = f"lengths in tokens {lengths}; data.max_length is {data.max_length}, data.max_dropped {data.max_dropped}"
+    if dropped > data.max_dropped * report.rows:
+        what = (
+            f"{dropped} of {report.rows} rows dropped ({report.bad_rows} bad, {report.over_long_examples} over-long, "
+        )
+        raise DataError(f"{what}{report.examples_without_target} with nothing to learn)", hint=hint)
+    if not report.train_examples:
+        raise DataError(f"nothing to train on: {report.rows} rows read, {dropped} dropped", hint=hint)
+
+
+def _read_sample(sample: dict[str, Any]) -> Example:
+    tools = tuple(sample["tools"]) if sample["tools"] else None
+    return Example(tuple(sample["messages"]), tools, sample["text"], Place(**sample["place"]))

@@ -1,0 +1,72 @@
+"""What became of the rows: counts that a command prints, and the faults of bad rows, collected."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lorasft.errors import DataError, LorasftError, Several
+
+
+@dataclass
+class Report:
+    """Counts of one preparation, in rows, examples, sequences, tokens or characters as named."""
+
+    rows: int = 0
+    bad_rows: int = 0
+    duplicate_rows: int = 0
+    over_long_examples: int = 0
+    truncated_examples: int = 0
+    examples_without_target: int = 0
+    split_conversations: int = 0
+    train_examples: int = 0
+    held_out_examples: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    straddling_tokens: int = 0
+    trimmed_characters: int = 0
+    dropped_characters: int = 0
+    formats: dict[str, str] = field(default_factory=dict)
+    lengths: array[int] = field(default_factory=lambda: array("q"), repr=False)  # the longest sequence of each example
+
+    def as_dict(self) -> dict[str, Any]:
+        """The counts, for a program to read; of the lengths only the quantiles."""
+        counts = {name: value for name, value in vars(self).items() if name != "lengths"}
+        return counts | {"length_quantiles": self.length_quantiles()}
+
+    def length_quantiles(self) -> dict[str, int]:
+        """Tokens of the longest sequence of an example: median, 90 %, 99 % and most."""
+        if not self.lengths:
+            return {}
+        ordered = sorted(self.lengths)
+        shares = {"50%": 0.5, "90%": 0.9, "99%": 0.99, "100%": 1.0}
+        return {name: ordered[min(int(share * len(ordered)), len(ordered) - 1)] for name, share in shares.items()}
+
+    def dropped_examples(self) -> int:
+        return self.bad_rows + self.over_long_examples + self.examples_without_target
+
+
+@dataclass
+class BadRows:
+    """What `data.on_bad_row` says: collect the faults and raise them together, or count and go on."""
+
+    policy: Literal["error", "drop"]
+    report: Report
+    faults: list[LorasftError] = field(default_factory=list)
+
+    def add(self, fault: DataError) -> None:
+        """Take one bad row. Raises Several at the 20th when the policy is `error`."""
+        self.report.bad_rows += 1
+        if self.policy == "error":
+            self.faults.append(fault)
+            if len(self.faults) == Several.most:
+                self.raise_all()
+
+    def raise_all(self) -> None:
+        """Raise what was collected: the fault itself when it is alone, Several otherwise."""
+        if len(self.faults) == 1:
+            raise self.faults[0]
+        if self.faults:
+            raise Several(self.faults)

@@ -1,0 +1,271 @@
+"""Files and hub ids -> rows, one at a time, each with the place that it came from.
+
+JSON is read here and not through Arrow, which would give every row the union of all keys, filled with nulls;
+CSV is read with the csv module, because a type inferred from text ("NA", "007") is no longer the text.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorasft.data.report import BadRows
+from lorasft.errors import DataError
+
+if TYPE_CHECKING:
+    from lorasft.recipe import DataSource
+
+Row = dict[str, Any]
+LARGEST_ROW = 8 << 20  # bytes
+LARGEST_ARRAY = 256 << 20  # bytes: a JSON array is held in memory whole
+READ_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row stands: file and line, counted from 1 (Parquet and hub ids: the row's number)."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+def source_files(path: str) -> tuple[Path, ...]:
+    """The files that a source's path names, sorted; none when it is a hub id. Raises DataError."""
+    here = Path(path)
+    if here.is_dir():
+        found = sorted(file for file in here.iterdir() if file.suffix in READ_SUFFIXES)
+        return _some(found, f"no {', '.join(READ_SUFFIXES)} file in this folder", path)
+    if here.exists():
+        return (here,)
+    if glob.has_magic(path):
+        found = sorted(Path(here.anchor).glob(str(here.relative_to(here.anchor))))
+        return _some(found, "no file matches", path)
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and here.suffix not in READ_SUFFIXES:
+        return ()
+    raise DataError("there is no such file", where=path, hint=f"the folder it would be in: {here.absolute().parent}")
+
+
+def read_file(path: Path, bad: BadRows) -> Iterator[tuple[Place, Row]]:
+    """The rows of one file. Bad rows go to `bad`; raises DataError when the file as a whole cannot be read."""
+    readers = {".json": _read_json, ".jsonl": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise DataError(f"unknown kind of file: {path.suffix or path.name}", where=str(path), hint=f"{READ_SUFFIXES}")
+    try:
+        yield from readers[path.suffix](path, bad)
+    except OSError as fault:
+        raise DataError(f"cannot read: {fault.strerror or fault}", where=str(path)) from None
+
+
+def read_hub(source: DataSource) -> Iterator[tuple[Place, Row]]:
+    """The rows of a data set on the hub. Raises DataError when it cannot be had."""
+    dataset = load_hub(source)
+    for index, row in enumerate(dataset, start=1):
+        yield Place(f"{source.path}/{source.split}", index), drop_nulls(row)
+
+
+def load_hub(source: DataSource) -> Any:
+    """The `datasets.Dataset` of a hub id; `datasets` is imported only here."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(source.path, source.config, split=source.split)
+    except Exception as fault:  # whatever the network, the hub and the loader may raise
+        raise DataError(
+            f"cannot load this data set: {type(fault).__name__}: {fault}",
+            where=source.path,
+            hint="data.train takes a file, a folder, a glob or the id of a data set on the hub",
+        ) from None
+
+
+def drop_nulls(value: Any) -> Any:
+    """Arrow gives each struct the keys of all rows, null where a row had none: those go."""
+    if isinstance(value, dict):
+        return {key: drop_nulls(item) for key, item in value.items() if item is not None}
+    return [drop_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def parse_strict(text: str) -> Any:
+    """JSON without what Python's parser forgives. Raises ValueError for doubled keys, NaN and lone surrogates."""
+    value = _DECODER.decode(text)
+    refuse_surrogates(text, value)
+    return value
+
+
+def refuse_surrogates(text: str, value: Any) -> None:
+    """Raise ValueError when an escape in `text` left half a character in `value`."""
+    escape = LONE_SURROGATE.search(text)
+    if escape:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise json.JSONDecodeError("half a character (lone surrogate)", text, escape.start()) from None
+
+
+def _read_json(path: Path, bad: BadRows) -> Iterator[tuple[Place, Row]]:
+    with open(path, "rb") as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        file.seek(0)
+        if start.startswith(b"["):
+            yield from _read_array(path, bad)
+        else:
+            yield from _read_lines(path, file, bad)
+
+
+def _read_lines(path: Path, file: io.BufferedReader, bad: BadRows) -> Iterator[tuple[Place, Row]]:
+    # Read as bytes: text mode, or splitlines, would break rows at U+2028, U+0085 and \v.
+    number = 0
+    while line := file.readline(LARGEST_ROW + 1):
+        number += 1
+        if len(line) > LARGEST_ROW:
+            size = len(line) + _skip_line(file, line)
+            bad.add(DataError(f"a row of {size:,} bytes, over {LARGEST_ROW:,}", where=f"{path}:{number}"))
+            continue
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if not line.strip():
+            continue
+        try:
+            yield Place(str(path), number), _parse_line(line, f"{path}:{number}")
+        except DataError as fault:
+            bad.add(fault)
+
+
+def _skip_line(file: io.BufferedReader, line: bytes) -> int:
+    size = 0
+    while line and not line.endswith(b"\n"):
+        line = file.readline(1 << 20)
+        size += len(line)
+    return size
+
+
+def _parse_line(line: bytes, where: str) -> Row:
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as fault:
+        what = f"not UTF-8 at byte {fault.start + 1} (0x{line[fault.start]:02X})"
+        raise DataError(what, where=where, hint="convert it, for example with iconv -f latin1 -t utf8") from None
+    try:
+        row = parse_strict(text)
+    except json.JSONDecodeError as fault:
+        cut = not line.endswith(b"\n") and fault.pos >= len(text.rstrip()) - 1
+        if cut or fault.msg.startswith("Unterminated"):
+            raise DataError(f"the row is cut off ({fault.msg})", where=where, hint="fetch the file again") from None
+        what = f"not JSON: {fault.msg}, {_around(text, fault.pos)}"
+        raise DataError(what, where=f"{where}:{fault.pos + 1}") from None
+    except (ValueError, RecursionError) as fault:
+        raise DataError(f"not JSON: {fault}", where=where) from None
+    return _object(row, where)
+
+
+def _read_array(path: Path, bad: BadRows) -> Iterator[tuple[Place, Row]]:
+    if path.stat().st_size > LARGEST_ARRAY:
+        raise DataError("a JSON array of over 256 MiB", where=str(path), hint="write one object per line (.jsonl)")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as fault:
+        raise DataError(f"not UTF-8 at byte {fault.start + 1}", where=str(path)) from None
+    at, line = text.index("[") + 1, 1
+    counted = 0
+    while True:
+        at = _skip_blanks(text, at)
+        line, counted = line + text.count("\n", counted, at), at
+        if text[at : at + 1] == "]":
+            return
+        where = f"{path}:{line}"
+        try:
+            row, end = _DECODER.raw_decode(text, at)
+            refuse_surrogates(text[at:end], row)
+        except (ValueError, RecursionError) as fault:  # where one element ends wrong, the next cannot be found
+            raise DataError(f"not JSON: {fault}, {_around(text, getattr(fault, 'pos', at))}", where=where) from None
+        try:
+            yield Place(str(path), line), _object(row, where)
+        except DataError as fault:
+            bad.add(fault)
+        at = _skip_blanks(text, end)
+        if text[at : at + 1] not in (",", "]"):
+            raise DataError("the array is cut off, or a comma is missing", where=f"{path}:{line}")
+        at += text[at] == ","
+
+
+def _skip_blanks(text: str, at: int) -> int:
+    while text[at : at + 1] in (" ", "\n", "\r", "\t"):
+        at += 1
+    return at
+
+
+def _read_csv(path: Path, bad: BadRows) -> Iterator[tuple[Place, Row]]:
+    csv.field_size_limit(LARGEST_ROW)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        line = 1
+        try:
+            names = next(reader, [])
+            if len(set(names)) < len(names):
+                raise DataError(f"a column twice: {', '.join(names)}", where=f"{path}:1")
+            line = reader.line_num + 1
+            for fields in reader:
+                place, line = Place(str(path), line), reader.line_num + 1
+                if len(fields) == len(names):
+                    yield place, dict(zip(names, fields, strict=True))
+                elif fields:
+                    what = f"{len(fields)} fields, the header has {len(names)}"
+                    bad.add(DataError(what, where=str(place)))
+        except (csv.Error, UnicodeDecodeError) as fault:
+            raise DataError(f"not CSV in UTF-8: {fault}", where=f"{path}:{line}") from None
+
+
+def _read_parquet(path: Path, bad: BadRows) -> Iterator[tuple[Place, Row]]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        for batch in ParquetFile(path).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield Place(str(path), number), drop_nulls(row)
+    except pyarrow.ArrowException as fault:
+        raise DataError(f"not Parquet: {fault}", where=f"{path}:{number + 1}") from None
+
+
+def _object(row: Any, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise DataError(f"a row must be an object, this is {type(row).__name__}", where=where)
+    return row
+
+
+def _some(files: list[Path], what: str, path: str) -> tuple[Path, ...]:
+    if not files:
+        raise DataError(what, where=path)
+    return tuple(files)
+
+
+def _around(text: str, at: int) -> str:
+    return f"near {text[max(0, at - 40) : at + 40]!r}"
+
+
+def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_doubles, parse_constant=_no_constant)

@@ -1,0 +1,147 @@
+"""All Tokens of a run on disk: flat ids, offsets, supervised runs; memory-mapped, committed whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from lorasft.data.chat import UNSUPERVISED, Tokens, supervised_runs
+from lorasft.data.rows import Place
+from lorasft.errors import ModelError
+from lorasft.files import staged_folder, verify_folder
+
+Ints = npt.NDArray[np.int64]
+ARRAYS = {  # file name -> type on disk
+    "ids": "<i4",  # (tokens,)
+    "sequence_offsets": "<i8",  # (sequences + 1,) into ids
+    "example_offsets": "<i8",  # (examples + 1,) into sequences
+    "runs": "<i4",  # (runs, 2) start and end of supervised runs, within their sequence
+    "run_offsets": "<i8",  # (sequences + 1,) into runs
+    "places": "<i8",  # (examples, 2) index into files, line
+}
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """The sequences of all examples, in the order they were written; len() counts EXAMPLES."""
+
+    ids: npt.NDArray[np.int32]
+    sequence_offsets: Ints
+    example_offsets: Ints
+    runs: npt.NDArray[np.int32]
+    run_offsets: Ints
+    places: Ints
+    files: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.example_offsets) - 1
+
+    def sequences(self, example: int) -> tuple[Tokens, ...]:
+        """The sequences of one example (one, or one per turn)."""
+        first, last = self.example_offsets[example : example + 2]
+        return tuple(self._sequence(int(index)) for index in range(first, last))
+
+    def lengths(self) -> Ints:
+        """Tokens of each sequence: (sequences,); `example_offsets` says whose they are."""
+        return np.diff(self.sequence_offsets)
+
+    def supervised(self) -> Ints:
+        """Supervised tokens of each sequence: (sequences,)."""
+        ends = np.concatenate([[0], np.cumsum(self.runs[:, 1].astype(np.int64) - self.runs[:, 0])])
+        return np.diff(ends[self.run_offsets])
+
+    def place(self, example: int) -> Place:
+        """The file and line that an example came from."""
+        file, line = self.places[example]
+        return Place(self.files[file], int(line))
+
+    def _sequence(self, index: int) -> Tokens:
+        start, end = self.sequence_offsets[index : index + 2]
+        ids = np.array(self.ids[start:end], dtype=np.int32)
+        labels = np.full(len(ids), UNSUPERVISED, dtype=np.int32)
+        for first, last in self.runs[self.run_offsets[index] : self.run_offsets[index + 1]]:
+            labels[first:last] = ids[first:last]
+        return Tokens(ids, labels)
+
+
+class StoreWriter:
+    """Appends examples to the flat files of a store, in a folder that somebody else commits."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self.folder = folder
+        self.examples = 0
+        self._files: dict[str, int] = {}
+        self._out: dict[str, BinaryIO] = {name: open(folder / name, "xb") for name in ARRAYS}  # noqa: SIM115
+        self._ends = {"sequence_offsets": 0, "example_offsets": 0, "run_offsets": 0}
+        for name in self._ends:
+            self._append(name, 0)
+
+    def add(self, place: Place, sequences: Iterable[Tokens]) -> None:
+        """Append one example. Raises ValueError when a sequence labels its first position."""
+        count = 0
+        for tokens in sequences:
+            runs = supervised_runs(tokens)
+            if len(runs) and runs[0, 0] == 0:
+                raise ValueError("a sequence's first position has no source to be learned from")
+            self._append("ids", tokens.ids)
+            self._append("runs", runs)
+            self._advance("sequence_offsets", len(tokens))
+            self._advance("run_offsets", len(runs))
+            count += 1
+        self._advance("example_offsets", count)
+        self._append("places", [self._files.setdefault(place.file, len(self._files)), place.line])
+        self.examples += 1
+
+    def close(self) -> None:
+        """Write the names of the files and close: the folder can be opened."""
+        for file in self._out.values():
+            file.close()
+        (self.folder / "files.json").write_text(json.dumps(list(self._files)), encoding="utf-8")
+
+    def _advance(self, name: str, by: int) -> None:
+        self._ends[name] += by
+        self._append(name, self._ends[name])
+
+    def _append(self, name: str, values: npt.ArrayLike) -> None:
+        self._out[name].write(np.ascontiguousarray(values, dtype=ARRAYS[name]).tobytes())
+
+
+def write_store(folder: Path, encoded: Iterable[tuple[Place, tuple[Tokens, ...]]]) -> TokenStore:
+    """Write examples to `folder`, whole or not at all, and open it. Raises RecipeError when it exists."""
+    with staged_folder(folder) as stage:
+        writer = StoreWriter(stage / "tokens")
+        for place, sequences in encoded:
+            writer.add(place, sequences)
+        writer.close()
+    return open_store(folder)
+
+
+def open_store(folder: Path) -> TokenStore:
+    """Open what write_store committed, verified. Raises ModelError when a file is missing or differs."""
+    verify_folder(folder)
+    return map_store(folder / "tokens")
+
+
+def map_store(folder: Path) -> TokenStore:
+    """Map the flat files that a StoreWriter closed; nothing is read yet but the names of the files."""
+    try:
+        files = tuple(json.loads((folder / "files.json").read_bytes()))
+        arrays: dict[str, Any] = {name: _map(folder / name, kind) for name, kind in ARRAYS.items()}
+    except (OSError, ValueError) as fault:
+        raise ModelError(f"not a token store: {fault}", where=str(folder)) from None
+    arrays["runs"] = arrays["runs"].reshape(-1, 2)
+    arrays["places"] = arrays["places"].reshape(-1, 2)
+    return TokenStore(**arrays, files=files)
+
+
+def _map(path: Path, kind: str) -> npt.NDArray[Any]:
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
+        return np.zeros(0, dtype=kind)
+    return np.asarray(np.memmap(path, dtype=kind, mode="r"))  # a plain view slices five times faster

@@ -1,0 +1,96 @@
+"""The tokenizer, loaded and checked against its own file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorasft.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PROBES = (  # texts on which rebuilt pre-tokenizers and normalizers are known to differ
+    "Hello world",
+    "  two spaces first",
+    "tabs\tand\n\nlines\r\n \n end ",
+    "def f(x):\n    return x**2  # 12345.678",
+    "It's 1984, we'll see; don't WE'LL",
+    "naïve café Ångström ﬁ",
+    "Ünï\u0301cödé e\u0301",
+    "日本語と中文 한국어",
+    "👩‍👩‍👧 🙂 \u200d",
+    "١٢٣ ½ ²",
+    "<s> [INST] </s>",
+    "\u00a0nbsp\u2028line\u0000nul",
+)
+
+
+def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a folder (which may hold nothing else) or of a hub id; runs no code that came with it.
+
+    Raises ModelError when there is none, or only a slow one: labels need offsets, which only fast ones give.
+    """
+    from transformers import AutoTokenizer
+
+    local = Path(base).is_dir()
+    if not local and (base.count("/") != 1 or base.startswith((".", "/", "~"))):
+        raise ModelError("there is no such folder", where=base, hint="model.base is a folder or a hub id")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            base, revision=revision, use_fast=True, trust_remote_code=False, local_files_only=local
+        )
+    except Exception as fault:  # transformers, its parsers and the hub raise a dozen kinds here
+        raise ModelError(_plain_reason(fault, base), where=base) from None
+    if not getattr(tokenizer, "is_fast", False):
+        hint = "convert it: the folder needs a tokenizer.json"
+        raise ModelError("this base has only a slow tokenizer, and labels need a fast one", where=base, hint=hint)
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def compare_with_file(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """Say how the loaded tokenizer differs from its own tokenizer.json, on a dozen texts; None when it does not.
+
+    transformers 5 rebuilds the pre-tokenizer or normalizer of some classes (GPT2Tokenizer, LlamaTokenizer).
+    """
+    from tokenizers import Tokenizer
+
+    file = Path(tokenizer.name_or_path) / "tokenizer.json"
+    if not file.is_file():
+        return None
+    own = Tokenizer.from_file(str(file))
+    own.no_truncation()
+    loaded = tokenizer.backend_tokenizer
+    differ = [text for text in PROBES if _ids(own, text) != _ids(loaded, text)]
+    if not differ:
+        return None
+    return (
+        f"transformers' {type(tokenizer).__name__} differs from {file} on {len(differ)} of {len(PROBES)} texts, "
+        f"for example {differ[0]!r}; training and serving through transformers agree with each other"
+    )
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the tokenizer's own encoding of a text begins with its BOS token."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
+    """The special tokens' texts, longest first: what a row must not contain unnoticed."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(sorted(special | set(tokenizer.all_special_tokens), key=lambda text: (-len(text), text)))
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _plain_reason(fault: Exception, base: str) -> str:
+    if "custom code" in str(fault) or "trust_remote_code" in str(fault):
+        return "this tokenizer needs code of its own, which lorasft does not run"
+    if Path(base).is_dir() and not (Path(base) / "tokenizer.json").is_file():
+        return "no tokenizer.json in this folder"
+    return f"cannot load the tokenizer: {str(fault).splitlines()[0] if str(fault) else type(fault).__name__}"

@@ -1,0 +1,221 @@
+"""Conversation -> text with its answers marked: where the prompt ends, and which characters are learned.
+
+The prompt of an answer is what a server would render (`add_generation_prompt=True`). What the template puts between
+that prompt and the answer, such as an empty think block, is context; the answer is the text of the row and what ends
+the turn. Nothing is known of any template: its habits are read off a rendering of a probe, and each conversation
+is checked against them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lorasft.data.examples import Example, Message
+from lorasft.data.report import Report
+from lorasft.data.templates import render
+from lorasft.data.tokenizer import control_tokens
+from lorasft.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PLAIN_KEYS = {"role", "content", "name", "train"}
+QUESTION, ANSWER = "Which word comes first?", "lorasftProbeAnswer"  # nothing a template would trim or rewrite
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Characters of a draft: the prompt ends at `prompt`; `start` to `end` is learned."""
+
+    prompt: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The text of one sequence, and its answers; `add_eos`: the template ends the last one with no token of its own."""
+
+    text: str
+    answers: tuple[Answer, ...]
+    add_eos: bool = False
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What a template does with the last answer: text before it, text that ends it, and what only a prompt has."""
+
+    lead: str = ""
+    end: str = ""
+    prompt_only: str = ""  # in the generation prompt, and not in a rendered answer
+    stable: bool = False  # an answer followed by another turn is rendered as the last one is
+
+
+class TurnFinder:
+    """Drafts conversations with one tokenizer's template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, report: Report) -> None:
+        """Raises ModelError when the template is broken."""
+        self.tokenizer = tokenizer
+        self.report = report
+        self.special = control_tokens(tokenizer)
+        self.ends = tuple({str(token) for token in tokenizer.added_tokens_decoder.values()} | set(self.special))
+        self.probe_text, self.habits = self._probe()
+
+    def draft(self, example: Example, targets: Sequence[int]) -> tuple[Draft, ...]:
+        """One draft that holds all answers (`targets`: message indices), or one per answer where that is not exact."""
+        if len(targets) > 1:
+            draft = self._draft_together(example, targets) if self.habits.stable else None
+            if draft:
+                return (draft,)
+            self.report.split_conversations += 1
+        return tuple(self.draft_turn(example, target) for target in targets)
+
+    def draft_turn(self, example: Example, target: int) -> Draft:
+        """The conversation up to one answer, exactly as it stands when that answer is the last."""
+        message = example.messages[target]
+        prompt = self.prompt(example, target)
+        text = self._render(example, target + 1)
+        base = prompt.removesuffix(self.habits.prompt_only)
+        if text.startswith(prompt):
+            region = text[len(prompt) :]
+        elif text.startswith(base):
+            region = text[len(base) :]
+        else:  # the answer changes what stands before it: take the answer, keep the server's prompt
+            at = text.rfind(message["content"].strip()) if message["content"].strip() else -1
+            if at < 0:
+                raise DataError(f"the chat template does not show the answer of message {target + 1}")
+            region = text[at:]
+        _refuse_lost_calls(message, region, target)
+        start, end, add_eos = self._locate(region, message)
+        self._count_losses(message, start, end)
+        tail = "" if add_eos else region[end:]
+        text = prompt + region[:end] + tail
+        return Draft(text, (Answer(len(prompt), len(prompt) + start, len(prompt) + end),), add_eos)
+
+    def prompt(self, example: Example, target: int) -> str:
+        """What a server would render before the message `target`."""
+        return render(self.tokenizer, example.messages[:target], example.tools, generation_prompt=True)
+
+    def render_whole(self, example: Example) -> str:
+        """The whole conversation, nothing to be answered."""
+        return self._render(example, len(example.messages))
+
+    def _draft_together(self, example: Example, targets: Sequence[int]) -> Draft | None:
+        last = self.draft_turn(example, targets[-1])
+        answers = []
+        for target in targets[:-1]:
+            prompt = self.prompt(example, target)
+            if not last.text.startswith(prompt):
+                return None
+            answer = self._locate_inside(last.text, len(prompt), example, target)
+            if answer is None:
+                return None
+            answers.append(answer)
+        return Draft(last.text, (*answers, *last.answers), last.add_eos)
+
+    def _locate_inside(self, text: str, prompt: int, example: Example, target: int) -> Answer | None:
+        """An earlier answer within the whole conversation, if it stands there as it would as the last."""
+        message = example.messages[target]
+        if not message.get("tool_calls") and text.startswith(self.habits.lead + message["content"], prompt):
+            start = prompt + len(self.habits.lead)
+            end = start + len(message["content"])
+            if self.habits.end and text.startswith(self.habits.end, end):
+                return Answer(prompt, start, end + len(self.habits.end))
+        alone = self.draft_turn(example, target)
+        end = alone.answers[0].end
+        return alone.answers[0] if not alone.add_eos and text.startswith(alone.text[:end]) else None
+
+    def _locate(self, region: str, message: Message) -> tuple[int, int, bool]:
+        """Start and end of what is learned in the text after the prompt, and whether an EOS has to be added."""
+        found = None if message.get("tool_calls") else self._locate_content(region, message["content"])
+        if found:
+            return found[0], found[1] + len(self.habits.end), not self.habits.end
+        end = self._end_of_turn(region)
+        add_eos = end is None
+        end = len(region.rstrip()) if end is None else end
+        if message.keys() <= PLAIN_KEYS:  # whatever stands before the row's own text is the template's
+            start = region.rfind(message["content"].strip(), 0, end)
+            if start >= 0:
+                return start, end, add_eos
+        # Rewritten content, reasoning, tool calls: all of it comes from the row, but for the template's usual lead.
+        return len(self.habits.lead) if region.startswith(self.habits.lead) else 0, end, add_eos
+
+    def _locate_content(self, region: str, content: str) -> tuple[int, int] | None:
+        for lead in dict.fromkeys((self.habits.lead, "")):
+            if region.startswith(lead):
+                for text in dict.fromkeys((content, content.rstrip(), content.lstrip(), content.strip())):
+                    end = len(lead) + len(text)
+                    if text and region.startswith(text, len(lead)) and self._ends_turn(region, end):
+                        return len(lead), end
+        return None
+
+    def _ends_turn(self, region: str, at: int) -> bool:
+        return region.startswith(self.habits.end, at) if self.habits.end else not region[at:].strip()
+
+    def _end_of_turn(self, region: str) -> int | None:
+        """Where the run of special tokens at the region's end ends the turn: at the usual one, else after the last."""
+        text, after_last, usual = region.rstrip(), None, self.habits.end.strip()
+        ends = self.special + ((usual,) if usual else ())
+        while text.endswith(ends):
+            after_last = after_last or len(text)
+            token = next(token for token in ends if text.endswith(token))
+            if usual and text.endswith(usual):
+                return len(text)
+            text = text[: -len(token)].rstrip()
+        return after_last
+
+    def _count_losses(self, message: Message, start: int, end: int) -> None:
+        shown = end - start - len(self.habits.end)
+        content, reasoning = message["content"], str(message.get("reasoning_content") or "")
+        kept = len(content.strip()) + len(reasoning.strip())
+        if not message.get("tool_calls"):
+            self.report.dropped_characters += max(0, kept - shown)
+            if shown < len(content) and shown >= kept:
+                self.report.trimmed_characters += len(content) - shown
+
+    def _render(self, example: Example, upto: int) -> str:
+        return render(self.tokenizer, example.messages[:upto], example.tools)
+
+    def _probe(self) -> tuple[str, Habits]:
+        asked = [{"role": "user", "content": QUESTION}]
+        answered = [*asked, {"role": "assistant", "content": ANSWER}]
+        try:
+            prompt, text = self._render_probe(asked, True), self._render_probe(answered, False)
+        except DataError as fault:
+            hint = "chat.template_options sets its variables; chat.template=plain does without it"
+            raise ModelError(fault.what, where="a probe", hint=hint) from None
+        at = text.rfind(ANSWER)
+        if at < 0:
+            raise ModelError("the chat template does not show an assistant's answer", hint="chat.template=plain")
+        end = self._first_end(text[at + len(ANSWER) :])
+        shared = next(size for size in range(len(prompt), -1, -1) if text[:at].startswith(prompt[:size]))
+        lead = text[shared:at]
+        stable = bool(end) and self._is_stable(answered, prompt + lead + ANSWER + end)
+        return text, Habits(lead, end, prompt[shared:], stable)
+
+    def _first_end(self, tail: str) -> str:
+        """What follows an answer, up to and with the first token that can end a turn."""
+        found = [(tail.find(token), -len(token), token) for token in self.ends if token in tail]
+        if not found:
+            return ""
+        position, _, token = min(found)
+        return tail[:position] + token
+
+    def _is_stable(self, answered: list[Message], beginning: str) -> bool:
+        try:
+            return self._render_probe([*answered, *answered], False).startswith(beginning)
+        except DataError:
+            return False
+
+    def _render_probe(self, messages: list[Message], generation_prompt: bool) -> str:
+        return render(self.tokenizer, messages, generation_prompt=generation_prompt)
+
+
+def _refuse_lost_calls(message: Message, region: str, target: int) -> None:
+    names = [call["function"]["name"] for call in message.get("tool_calls", ())]
+    if any(name not in region for name in names):
+        what = f"the chat template leaves out the tool calls of message {target + 1}"
+        raise DataError(what, hint="chat.template=FILE with a template that renders tool calls")

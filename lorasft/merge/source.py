@@ -1,0 +1,74 @@
+"""What is merged: an adapter and the folder of its base, found without loading either."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorasft.errors import ModelError, UnsafeError
+from lorasft.files import fingerprint
+
+_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter, its base on this machine, and the run that made it, if one did."""
+
+    adapter: Path
+    base: Path
+    run: Path | None
+    base_name: str
+
+
+def find_source(name: str, *, base: str | None = None) -> Source:
+    """The adapter of a run or an adapter folder, with the base that it was trained on or the one given as `base`.
+
+    Raises ModelError when there is no adapter or the base is not the one of training, UnsafeError when a
+    stranger's adapter names a base by something else than a folder or a hub id.
+    """
+    folder = Path(name)
+    if (folder / "recipe.yaml").is_file():
+        if not (folder / "adapter").is_dir():
+            raise ModelError(
+                "this run has no adapter yet", where=name, hint="finish it with lorasft train ... --resume"
+            )
+        folder = folder / "adapter"
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise ModelError("this is neither a run nor an adapter", where=name)
+    config = json.loads(path.read_text(encoding="utf-8"))
+    origin = str(config["base_model_name_or_path"])
+    if base is None and (":" in origin or origin.startswith(("//", "\\\\"))):
+        raise UnsafeError(f"the adapter names {origin} as its base", where=str(path), hint="--base MODEL")
+    given = base or origin
+    found = Path(given) if Path(given).is_dir() else _fetch(given, None if base else config.get("revision"))
+    run = next((parent for parent in folder.parents[:2] if (parent / "provenance.json").is_file()), None)
+    if run:
+        _refuse_other_base(found, json.loads((run / "provenance.json").read_bytes()))
+    return Source(folder, found, run, given)
+
+
+def _refuse_other_base(base: Path, provenance: dict[str, Any]) -> None:
+    trained = provenance["base"]["fingerprint"]
+    if trained and trained != fingerprint(base):
+        raise ModelError(
+            "this base is not the one that the adapter was trained on",
+            where=str(base),
+            hint=f"--base FOLDER with the files of {provenance['base']['name']}",
+        )
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    """The snapshot of a hub model on this machine, downloaded if need be."""
+    from huggingface_hub import snapshot_download
+
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ModelError("there is no such base folder", where=name, hint="--base MODEL")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
+    except Exception as fault:  # the hub raises a dozen kinds
+        reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+        raise ModelError(f"cannot get the base: {reason}", where=name, hint="--base FOLDER") from None

@@ -1,0 +1,153 @@
+"""LoRA attached, saved and read in PEFT's own format; what is trainable."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorasft.errors import ModelError, RecipeError, UnsafeError
+from lorasft.files import write_file
+from lorasft.model.linear import use_lean_linears
+from lorasft.recipe import AdapterSettings, ModelSettings
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+
+def attach_adapter(base: Any, settings: AdapterSettings, *, seed: int) -> Any:
+    """A new LoRA adapter on `base`, fp32 and trainable, everything else frozen. Returns the PEFT model.
+
+    Raises RecipeError when a target names no module.
+    """
+    if settings.targets != "all-linear":
+        check_targets(base, settings.targets)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # PEFT scales by any number
+        lora_dropout=settings.dropout,
+        target_modules=settings.targets if settings.targets == "all-linear" else list(settings.targets),
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
+        modules_to_save=list(settings.modules_to_save) or None,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),  # GPT-2, unless quantized
+    )
+    torch.manual_seed(seed)  # A starts random
+    return _wrap(base, config)
+
+
+def load_adapter(base: Any, folder: Path, *, trainable: bool = False) -> Any:
+    """The adapter in `folder` on `base`. Raises ModelError unless its tensors are those that its config implies."""
+    config = read_adapter_config(folder)
+    model = _wrap(base, LoraConfig(**config))
+    give_weights(model, read_adapter_weights(folder), where=str(folder))
+    model.requires_grad_(False)
+    if trainable:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name or "modules_to_save" in name)
+    return model
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The fields of adapter_config.json that LoraConfig knows, without those that name code or files."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ModelError(f"no {CONFIG}: this is no adapter", where=str(folder))
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as fault:
+        raise ModelError(f"not JSON: {fault}", where=str(path)) from None
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"peft_type {config.get('peft_type')} is not LORA", where=str(path))
+    named = [key for key in ("auto_mapping", "megatron_config", "loftq_config", "eva_config") if config.get(key)]
+    if named or (isinstance(config.get("target_modules"), str) and config["target_modules"] != "all-linear"):
+        raise UnsafeError(f"the adapter's config names code or patterns: {named or 'target_modules'}", where=str(path))
+    known = LoraConfig.__dataclass_fields__
+    return {key: value for key, value in config.items() if key in known and key not in ("peft_type", "runtime_config")}
+
+
+def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
+    """The adapter's tensors by their names on disk; safetensors only."""
+    if not (folder / WEIGHTS).is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise UnsafeError("the adapter is a pickle", where=str(folder), hint=f"convert it to {WEIGHTS}")
+        raise ModelError(f"no {WEIGHTS}", where=str(folder))
+    try:
+        return load_file(folder / WEIGHTS)
+    except Exception as fault:  # safetensors raises its own error type, and OSError
+        raise ModelError(f"cannot read the adapter: {fault}", where=str(folder / WEIGHTS)) from None
+
+
+def give_weights(model: Any, weights: dict[str, Tensor], *, where: str) -> None:
+    """Put adapter tensors into `model`, exactly. Raises ModelError naming what is missing, surplus or misshapen."""
+    own = adapter_weights(model)
+    missing, surplus = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    if missing or surplus:
+        raise ModelError(
+            f"the adapter does not fit this base: missing {missing[:5]}, not known {surplus[:5]}",
+            where=where,
+            hint="use the base that it was trained on",
+        )
+    odd = [name for name, tensor in weights.items() if tensor.shape != own[name].shape]
+    if odd:
+        raise ModelError(f"{odd[0]} is {list(weights[odd[0]].shape)}, not {list(own[odd[0]].shape)}", where=where)
+    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ModelError(f"{broken[0]} is not finite", where=where)
+    set_peft_model_state_dict(model, weights)
+
+
+def adapter_weights(model: Any) -> dict[str, Tensor]:
+    """What is saved: the adapter's tensors under PEFT's names, fp32."""
+    state: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return state
+
+
+def write_adapter(model: Any, folder: Path, *, base: ModelSettings) -> None:
+    """Write a plain PEFT adapter into the existing `folder`: loads in PEFT, vLLM and TRL without lorasft."""
+    config = model.peft_config["default"].to_dict()
+    config |= {"base_model_name_or_path": base.base, "revision": base.revision, "inference_mode": True}
+    text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # target_modules is a set
+    write_file(folder / CONFIG, text.encode())
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_weights(model).items()}
+    write_file(folder / WEIGHTS, save(weights, metadata={"format": "pt"}))
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def check_targets(base: nn.Module, targets: tuple[str, ...]) -> None:
+    """Raise RecipeError for a target that is the name of no module, with the nearest that is."""
+    names = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules() if name}
+    paths = {name for name, _ in base.named_modules()}
+    for target in targets:
+        if target not in names and target not in paths and not any(path.endswith("." + target) for path in paths):
+            near = difflib.get_close_matches(target, sorted(names), n=1)
+            raise RecipeError(
+                f"adapter.targets: no module is called {target}",
+                where="adapter.targets",
+                hint=f"did you mean {near[0]}?" if near else "use all-linear",
+            )
+
+
+def _wrap(base: Any, config: LoraConfig) -> Any:
+    with warnings.catch_warnings():
+        # peft 0.21 asks transformers by a name that it gave up (peft/peft_model.py).
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        model = get_peft_model(base, config)
+    for parameter in trainable(model).values():
+        parameter.data = parameter.data.float()
+    use_lean_linears(model)
+    return model

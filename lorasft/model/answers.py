@@ -1,0 +1,104 @@
+"""The answers in a file and their log-probabilities: log Pr(y|x), log Pr(x) and log Pr([x, y])."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorasft.data.chat import Encoder, supervised_runs
+from lorasft.data.examples import read_examples
+from lorasft.data.report import BadRows, Report
+from lorasft.data.rows import Place
+from lorasft.errors import DataError
+from lorasft.model.loss import Network
+from lorasft.model.scoring import log_probabilities
+from lorasft.recipe import ChatSettings, DataSettings, DataSource
+
+_CAPACITY = 2048  # tokens scored at once
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer: ids[:start] is x, ids[start:] is y. An example has as many as it has learned turns."""
+
+    ids: NDArray[np.int32]
+    start: int
+    place: Place
+
+    @property
+    def length(self) -> int:
+        """|y| in tokens."""
+        return len(self.ids) - self.start
+
+
+@dataclass(frozen=True)
+class Score:
+    """Log-probabilities of one answer, natural, summed over tokens. The first token of all has no source."""
+
+    answer: float  # log Pr(y|x), read off the pass over [x, y]
+    prompt: float  # log Pr(x), from a pass of its own
+    whole: float  # log Pr([x, y])
+    tokens: int  # |y|
+
+    def as_dict(self) -> dict[str, float]:
+        """Under the names of the objective."""
+        return {"log_prob_y_given_x": self.answer, "log_prob_x": self.prompt, "log_prob_xy": self.whole}
+
+
+@dataclass(frozen=True)
+class Total:
+    """The mean over all tokens of all answers."""
+
+    loss: float  # nats a token
+    perplexity: float
+    tokens: int
+    answers: int
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def read_answers(path: str, data: DataSettings, chat: ChatSettings, *, tokenizer: Any) -> list[Answer]:
+    """The answers in the rows of `path`, tokenized as training would. Raises DataError when there are none."""
+    report = Report()
+    bad = BadRows(data.on_bad_row, report)
+    encoder = Encoder(tokenizer, chat, data=data, report=report)
+    examples = read_examples((DataSource(path=path),), replace_format(data), bad=bad)
+    answers = [
+        Answer(tokens.ids[:end], max(1, int(start)), example.place)
+        for example, sequences in encoder.encode_all(examples, bad=bad)
+        for tokens in sequences
+        for start, end in supervised_runs(tokens)
+    ]
+    bad.raise_all()
+    if not answers:
+        raise DataError("no answers to score", where=path)
+    return answers
+
+
+def replace_format(data: DataSettings) -> DataSettings:
+    """The settings of a run for another file: its columns may be others, so its format is looked up anew."""
+    return data.model_copy(update={"format": "auto", "columns": data.columns if data.format != "auto" else None})
+
+
+def score_answers(network: Network, answers: Sequence[Answer]) -> list[Score]:
+    """Score every answer. x and [x, y] go through separate passes, so that the identity
+    log Pr(y|x) = log Pr([x,y]) - log Pr(x) is a real test."""
+    wholes = log_probabilities(network, [answer.ids for answer in answers], capacity=_CAPACITY)
+    prompts = log_probabilities(network, [answer.ids[: answer.start] for answer in answers], capacity=_CAPACITY)
+    return [
+        Score(float(whole[answer.start - 1 :].sum()), float(prompt.sum()), float(whole.sum()), answer.length)
+        for answer, whole, prompt in zip(answers, wholes, prompts, strict=True)
+    ]
+
+
+def summarize(scores: Sequence[Score]) -> Total:
+    """The mean negative log-likelihood per token of the answers, and its perplexity."""
+    tokens = sum(score.tokens for score in scores)
+    loss = -sum(score.answer for score in scores) / tokens
+    return Total(loss, math.exp(loss), tokens, len(scores))

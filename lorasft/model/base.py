@@ -1,0 +1,194 @@
+"""The quantized loader: a frozen base in NF4 or in its own 16 or 32 bits."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+from lorasft.errors import DeviceError, ModelError, UnsafeError
+from lorasft.model.attention import default_attention
+from lorasft.recipe import ModelSettings
+
+# Above this share of the linear weights left in 16 bits, a "4-bit" model is one in name only (fused experts).
+_MOST_UNQUANTIZED = 0.15
+
+
+@dataclass(frozen=True)
+class ByteTable:
+    """Bytes of a loaded model by kind."""
+
+    four_bit: int
+    sixteen_bit: int
+    full: int
+    adapter: int
+
+    def __str__(self) -> str:
+        kinds = [
+            ("4-bit", self.four_bit),
+            ("16-bit", self.sixteen_bit),
+            ("32-bit", self.full),
+            ("adapter", self.adapter),
+        ]
+        return ", ".join(f"{kind} {size / 1e6:,.1f} MB" for kind, size in kinds if size)
+
+
+def load_base(settings: ModelSettings, device: torch.device) -> Any:
+    """The base on `device`, frozen, in evaluation mode, under transformers' own attention.
+
+    Raises ModelError for files that are no causal language model, UnsafeError where remote code would be needed,
+    DeviceError where the device lacks the dtype.
+    """
+    config = read_config(settings.base, settings.revision)
+    dtype = compute_dtype(settings.dtype, device)
+    quantize = settings.quantization == "nf4" and not hasattr(config, "quantization_config")
+    scheme = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    with _quiet_progress(), _loading_faults(settings.base):
+        model = AutoModelForCausalLM.from_pretrained(
+            settings.base,
+            revision=settings.revision,
+            dtype=dtype,
+            quantization_config=scheme if quantize else None,
+            device_map={"": device},
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation=default_attention(config.get_text_config()),
+        )
+    for layer in model.modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            # Else an evaluation repacks the weight in place on AVX512-BF16 CPUs, after which gradients are lost and
+            # dequantization is garbage (bitsandbytes 0.50, related: bitsandbytes issue 2078).
+            layer.support_avx512bf16_for_cpu = False
+    model.requires_grad_(False)
+    if settings.quantization == "nf4":
+        _check_quantized(model)
+    return model
+
+
+def read_config(base: str, revision: str | None = None) -> Any:
+    """The config of a causal language model. Raises ModelError or UnsafeError before any weight is read."""
+    folder = Path(base)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            origin = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+            raise ModelError("this is an adapter, not a base", where=base, hint=f"its base is model.base: {origin}")
+        raise ModelError("no config.json: this is no model folder", where=base, hint="name a model folder or a hub id")
+    with _loading_faults(base):
+        config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
+    if config.is_encoder_decoder or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"{config.model_type} is no causal language model", where=base, hint="lorasft trains decoder-only models"
+        )
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        quantized = quantized if isinstance(quantized, dict) else quantized.to_dict()
+        if not (quantized.get("load_in_4bit") or quantized.get("_load_in_4bit")):
+            raise ModelError(
+                f"the base is already quantized with {quantized.get('quant_method', 'an unknown method')}",
+                where=base,
+                hint="name its 16-bit original as model.base",
+            )
+    return config
+
+
+def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """The dtype of activations: bf16 where the device multiplies it natively, else fp32.
+
+    The capability is tested, not `is_bf16_supported()`, which also answers yes where bf16 is emulated.
+    """
+    if wanted == "float16":
+        raise DeviceError(
+            "training in float16 needs loss scaling, which lorasft does not do",
+            where="model.dtype",
+            hint="use auto, bfloat16 or float32",
+        )
+    if wanted != "auto":
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[wanted]
+    return torch.bfloat16 if _has_native_bfloat16(device) else torch.float32
+
+
+def count_bytes(model: nn.Module) -> ByteTable:
+    """Where the bytes of a loaded model are, by kind; quantization constants count as 4-bit."""
+    sizes = {"four_bit": 0, "sixteen_bit": 0, "full": 0, "adapter": 0}
+    for parameter in model.parameters():
+        size = parameter.numel() * parameter.element_size()
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            sizes["four_bit"] += size + sum(t.numel() * t.element_size() for t in _constants(state))
+        elif parameter.requires_grad:
+            sizes["adapter"] += size
+        else:
+            sizes["sixteen_bit" if parameter.element_size() == 2 else "full"] += size
+    return ByteTable(**sizes)
+
+
+def _constants(state: Any) -> list[torch.Tensor]:
+    nested = _constants(state.state2) if getattr(state, "state2", None) is not None else []
+    return [tensor for tensor in (state.absmax, state.code, state.offset) if tensor is not None] + nested
+
+
+def _check_quantized(model: Any) -> None:
+    """Refuse a "4-bit" model whose weights are mostly not: transformers leaves fused experts in 16 bits, silently."""
+    embeddings = {id(model.get_input_embeddings().weight), id(getattr(model.get_output_embeddings(), "weight", None))}
+    packed = loose = 0
+    largest: list[tuple[int, str]] = []
+    for name, parameter in model.named_parameters():
+        if getattr(parameter, "quant_state", None) is not None:
+            packed += 2 * parameter.numel()  # two 4-bit weights in a byte
+        elif id(parameter) not in embeddings:
+            loose += parameter.numel()
+            largest.append((parameter.numel(), name))
+    if loose > _MOST_UNQUANTIZED * (packed + loose):
+        names = ", ".join(name for _, name in sorted(largest, reverse=True)[:3])
+        raise ModelError(
+            f"{loose / (packed + loose):.0%} of the weights are not 4-bit: {names}",
+            hint="use model.quantization=none, or a model whose experts are separate linears",
+        )
+
+
+def _has_native_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        abilities = torch.cpu.get_capabilities()
+        return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16") or abilities.get("bf16"))
+    return False
+
+
+@contextlib.contextmanager
+def _quiet_progress() -> Iterator[None]:
+    """transformers draws its own bars on stderr even where there is no terminal."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _loading_faults(base: str) -> Iterator[None]:
+    """Say in plain words what transformers could not load."""
+    try:
+        yield
+    except (OSError, ValueError) as fault:
+        reason = str(fault).strip().splitlines()[0]
+        if "trust_remote_code" in str(fault):
+            raise UnsafeError(
+                "this model needs code from its own folder", where=base, hint="lorasft runs no code from files"
+            ) from None
+        raise ModelError(
+            f"cannot load the model: {reason}", where=base, hint="name a model folder or a hub id that can be reached"
+        ) from fault

@@ -1,0 +1,67 @@
+"""Answers, streamed, under transformers' own attention; what training runs under is restored after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, TextStreamer
+
+from lorasft.model.attention import attention, default_attention
+
+
+def generate(
+    causal: Any,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    stops: Sequence[int],
+    temperature: float = 0.0,
+    on_text: Callable[[str], None] | None = None,
+) -> list[int]:
+    """Continue `prompt` until a token of `stops` or of the model's own, or `max_new_tokens`; greedy at temperature 0.
+
+    Returns the new ids without the stop. `on_text` gets the text as it grows, whole characters only.
+    """
+    training = causal.training
+    causal.eval()
+    own = causal.generation_config.eos_token_id
+    stops = sorted({*stops, *(own if isinstance(own, list) else [own] if own is not None else [])})
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature if temperature > 0 else 1.0,
+        top_k=0 if temperature > 0 else 50,
+        top_p=1.0,
+        eos_token_id=stops or None,
+        pad_token_id=stops[0] if stops else 0,
+        use_cache=True,
+    )
+    ids = torch.tensor([list(prompt)], device=causal.get_input_embeddings().weight.device)
+    try:
+        with torch.no_grad(), attention(causal, default_attention(causal.config.get_text_config())):
+            output = causal.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=config,
+                streamer=_Streamer(tokenizer, on_text) if on_text else None,
+            )
+    finally:
+        causal.train(training)
+    new: list[int] = output[0, len(prompt) :].tolist()
+    while new and new[-1] in stops:
+        new.pop()
+    return new
+
+
+class _Streamer(TextStreamer):  # type: ignore[misc]
+    """transformers' streamer, which holds back half characters, with the text handed on instead of printed."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.on_text(text)

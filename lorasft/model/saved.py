@@ -1,0 +1,80 @@
+"""What a path on the command line names: a run, an adapter or a model; and that, loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorasft.data.tokenizer import load_tokenizer
+from lorasft.errors import ModelError, UnsafeError
+from lorasft.model.adapter import CONFIG, load_adapter, read_adapter_config
+from lorasft.model.base import load_base
+from lorasft.model.loss import Network
+from lorasft.model.selfcheck import verify
+from lorasft.recipe import ChatSettings, ModelSettings, Recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A model with or without an adapter, where it lies, and how it was trained."""
+
+    model: ModelSettings
+    adapter: Path | None
+    recipe: Recipe | None  # of the run that the adapter came from
+
+    @property
+    def chat(self) -> ChatSettings:
+        """How prompts are made: the template was saved with the adapter, so only the system message is left."""
+        return ChatSettings(system=self.recipe.chat.system if self.recipe else None)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to answer and to be scored. `peft` is None without an adapter."""
+
+    peft: Any | None
+    network: Network
+    tokenizer: Any
+
+
+def find_saved(name: str, *, base: str | None = None) -> Saved:
+    """Resolve a run folder, an adapter folder, a model folder or a hub id. `base` replaces the adapter's base.
+
+    Raises ModelError for a run that is not finished, UnsafeError for an adapter whose base is no plain name.
+    """
+    folder = Path(name)
+    if (folder / "recipe.yaml").is_file():
+        if not (folder / "adapter" / CONFIG).is_file():
+            raise ModelError(
+                "this run has no adapter yet", where=name, hint="finish it with lorasft train ... --resume"
+            )
+        folder = folder / "adapter"
+    if not (folder / CONFIG).is_file():
+        if folder.exists() and not (folder / "config.json").is_file():
+            raise ModelError("this is no run, no adapter and no model", where=name)
+        return Saved(ModelSettings(base=name, quantization="none"), None, None)
+    recipe = next(
+        (load_recipe(str(path)) for path in (folder.parent / "recipe.yaml", folder.parents[1] / "recipe.yaml")
+         if path.is_file()), None)  # fmt: skip
+    if recipe:
+        settings = recipe.model
+    else:
+        origin = str(read_adapter_config(folder).get("base_model_name_or_path"))
+        if not base and (":" in origin or origin.startswith(("//", "\\\\"))):
+            raise UnsafeError(f"the adapter names {origin} as its base", where=name, hint="--base MODEL")
+        settings = ModelSettings(base=origin)
+    return Saved(settings.model_copy(update={"base": base}) if base else settings, folder, recipe)
+
+
+def load_saved(saved: Saved, device: torch.device) -> Loaded:
+    """Load base, adapter and tokenizer, in evaluation mode, and probe how losses are computed."""
+    with_tokenizer = saved.adapter is not None and (saved.adapter / "tokenizer.json").is_file()
+    tokenizer = load_tokenizer(str(saved.adapter)) if with_tokenizer else load_tokenizer(saved.model.base)
+    model = load_base(saved.model, device)
+    peft = load_adapter(model, saved.adapter) if saved.adapter else None
+    causal = peft.get_base_model() if peft is not None else model
+    causal.eval()
+    return Loaded(peft, verify(causal), tokenizer)

@@ -1,0 +1,124 @@
+"""Checkpoints of a run: written whole or not at all, verified, restored.
+
+checkpoints/step-000200/   adapter_model.safetensors, adapter_config.json   the adapter, in PEFT's format
+                           optimizer.safetensors                            its moments, by parameter
+                           state.json                                       step, layout, where metrics end
+                           manifest.json                                    hashes of the above
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from lorasft.errors import DivergedError, LorasftError, ModelError
+from lorasft.files import remove_folder, staged_folder, verify_folder, write_file
+from lorasft.model.adapter import adapter_weights, give_weights, read_adapter_weights, write_adapter
+from lorasft.recipe import ModelSettings
+from lorasft.train.optimizer import optimizer_state, restore_optimizer
+
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What was chosen for the machine. It changes no result but the last bits, so a resumed run keeps it."""
+
+    dtype: str
+    micro_batch_tokens: int
+    activation_checkpointing: bool
+    segments: bool
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands after a step. Order, learning rate and dropout follow from the step, so this is all."""
+
+    step: int
+    data: str  # the key of the tokens that are trained on
+    metrics_bytes: int  # length of metrics.jsonl: what a resumed run cuts it back to
+    layout: Layout
+    best_step: int | None = None
+    best_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What training changes: the adapter on its base, and the optimizer of the parameters that train."""
+
+    model: Any  # the PEFT model
+    parameters: dict[str, nn.Parameter]
+    optimizer: Any
+
+
+def save_checkpoint(folder: Path, state: State, learner: Learner, *, base: ModelSettings) -> Path:
+    """Commit `folder`/step-N. Raises DivergedError rather than save a tensor that is not finite."""
+    tensors, numbers = optimizer_state(learner.optimizer, learner.parameters)
+    _refuse_non_finite({**adapter_weights(learner.model), **tensors})
+    target = folder / f"step-{state.step:06d}"
+    with staged_folder(target) as stage:
+        write_adapter(learner.model, stage, base=base)
+        write_file(stage / "optimizer.safetensors", save(tensors))
+        write_file(stage / "state.json", json.dumps({**asdict(state), "optimizer": numbers}, indent=1).encode())
+    return target
+
+
+def restore_checkpoint(path: Path, learner: Learner) -> None:
+    """Put adapter and optimizer back as they were when `path` was saved, bit for bit."""
+    give_weights(learner.model, read_adapter_weights(path), where=str(path))
+    numbers = json.loads((path / "state.json").read_bytes())["optimizer"]
+    restore_optimizer(learner.optimizer, learner.parameters, load_file(path / "optimizer.safetensors"), numbers)
+
+
+def read_state(path: Path) -> State:
+    """The state of a verified checkpoint."""
+    fields = json.loads((path / "state.json").read_bytes())
+    del fields["optimizer"]
+    return State(**{**fields, "layout": Layout(**fields["layout"])})
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, list[str]]:
+    """The newest checkpoint that verifies, and why each newer one was skipped.
+
+    Raises ModelError when none does: a resumed run never starts from nothing.
+    """
+    skipped: list[str] = []
+    for path in sorted(list_checkpoints(folder), reverse=True):
+        try:
+            verify_folder(path)
+            return path, skipped
+        except LorasftError as fault:
+            skipped.append(f"{path.name}: {fault.what}")
+    reasons = "; ".join(skipped) or "there is none"
+    raise ModelError(
+        f"no checkpoint to resume from ({reasons})", where=str(folder), hint="start anew with another run.output=FOLDER"
+    )
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints under their final names, oldest first; links and other files are not ours."""
+    if not folder.is_dir():
+        return []
+    paths = [
+        path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+    ]
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def retain(folder: Path, *, keep: int, best_step: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints and the best, oldest first."""
+    for path in list_checkpoints(folder)[:-keep]:
+        if path.name != f"step-{best_step or -1:06d}":
+            remove_folder(path)
+
+
+def _refuse_non_finite(tensors: dict[str, Tensor]) -> None:
+    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise DivergedError(f"{broken[0]} is not finite: the checkpoint is not saved", hint="lower the learning rate")

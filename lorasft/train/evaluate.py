@@ -1,0 +1,36 @@
+"""Held-out loss during a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lorasft.data.packing import Sequences, cut
+from lorasft.model.loss import Network, pair_losses
+
+_GROUP = 64  # examples cut together: enough to fill micro-batches well, few enough to bound what is held
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The mean loss of held-out rows per supervised token, in nats."""
+
+    loss: float
+    tokens: int
+
+
+def evaluate(network: Network, rows: Sequences, *, capacity: int) -> HeldOut:
+    """The held-out loss over all `rows`; the model is put back into the mode that it was in."""
+    training = network.causal.training
+    network.causal.eval()
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for start in range(0, len(rows), _GROUP):
+            group = range(start, min(start + _GROUP, len(rows)))
+            for batch in cut(rows, group, capacity=capacity):
+                losses = pair_losses(network, batch)
+                total += float(losses.double().sum())
+                tokens += len(batch.targets)
+    network.causal.train(training)
+    return HeldOut(total / tokens, tokens)

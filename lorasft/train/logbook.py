@@ -1,0 +1,99 @@
+"""What a run says: progress with time left, metrics.jsonl, trackers."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lorasft.errors import DeviceError
+from lorasft.files import append_line
+
+
+class Logbook:
+    """Writes a run's metrics and shows its progress on stderr: a line that moves, or plain lines without a terminal."""
+
+    def __init__(
+        self, folder: Path, *, steps: int, log_every: int, first_step: int, trackers: Any | None = None
+    ) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.steps = steps
+        self.log_every = log_every
+        self.first_step = first_step
+        self.trackers = trackers
+        self.started = time.monotonic()
+        self.terminal = sys.stderr.isatty()
+
+    def note(self, text: str) -> None:
+        """One line for the reader."""
+        print(("\r\x1b[K" if self.terminal else "") + text, file=sys.stderr, flush=True)
+
+    def step(self, values: dict[str, Any]) -> None:
+        """The metrics of one optimizer step."""
+        self._record(values)
+        number = values["step"]
+        if number % self.log_every and number != self.steps:
+            return
+        line = (
+            f"step {number}/{self.steps}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
+            f"{values['tokens_per_second']:,.0f} tokens/s  {self._time_left(number)} left"
+        )
+        if self.terminal:
+            print(f"\r\x1b[K{line}", end="" if number < self.steps else "\n", file=sys.stderr, flush=True)
+        else:
+            self.note(line)
+
+    def evaluation(self, *, step: int, loss: float, tokens: int) -> None:
+        """A held-out loss."""
+        self._record({"step": step, "eval_loss": loss, "eval_tokens": tokens})
+        self.note(f"step {step}/{self.steps}  held-out loss {loss:.4f} over {tokens:,} tokens")
+
+    def size(self) -> int:
+        """Bytes of metrics.jsonl so far."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def close(self) -> None:
+        """Let the trackers finish."""
+        if self.trackers is not None:
+            self._guard(lambda: self.trackers.end_training())
+
+    def _record(self, values: dict[str, Any]) -> None:
+        append_line(self.path, json.dumps(values))
+        if self.trackers is not None:
+            self._guard(lambda: self.trackers.log(values, step=values["step"]))
+
+    def _guard(self, call: Any) -> None:
+        """A tracker may not hurt the run: the first fault ends its use. metrics.jsonl is the record."""
+        try:
+            call()
+        except Exception as fault:
+            self.trackers = None
+            self.note(f"trackers are off: {type(fault).__name__}: {fault}")
+
+    def _time_left(self, number: int) -> str:
+        done = number - self.first_step + 1
+        seconds = int((time.monotonic() - self.started) / done * (self.steps - number))
+        hours, minutes = seconds // 3600, seconds % 3600 // 60
+        return f"{hours} h {minutes:02d} min" if hours else f"{minutes}:{seconds % 60:02d} min"
+
+
+def start_trackers(names: tuple[str, ...], folder: Path, config: dict[str, Any]) -> Any | None:
+    """Trackers through accelerate, or None when none is asked for. Raises DeviceError when one is not installed."""
+    if not names:
+        return None
+    from accelerate import Accelerator
+
+    try:
+        accelerator = Accelerator(log_with=list(names), project_dir=folder)
+        accelerator.init_trackers("lorasft", config={key: str(value) for key, value in config.items()})
+    except (ValueError, ImportError) as fault:
+        raise DeviceError(
+            f"cannot start {', '.join(names)}: {fault}", where="run.trackers", hint=f"pip install {' '.join(names)}"
+        ) from None
+    if len(accelerator.trackers) < len(names):
+        raise DeviceError(
+            f"not installed: one of {', '.join(names)}", where="run.trackers", hint=f"pip install {' '.join(names)}"
+        )
+    return accelerator

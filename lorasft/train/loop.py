@@ -1,0 +1,158 @@
+"""The loop: one step on one screen, and when to log, evaluate, save and stop."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from lorasft.data.packing import Plan, Step
+from lorasft.data.store import TokenStore
+from lorasft.errors import DivergedError, Stopped
+from lorasft.model.loss import Network, pair_losses
+from lorasft.recipe import Recipe
+from lorasft.train.checkpoint import Learner, State, list_checkpoints, retain, save_checkpoint
+from lorasft.train.evaluate import HeldOut, evaluate
+from lorasft.train.logbook import Logbook
+from lorasft.train.schedule import learning_rate
+from lorasft.train.stop import stop_signals
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a run works with. What changes while it runs is the learner and the state that `train` hands on."""
+
+    folder: Path
+    recipe: Recipe
+    plan: Plan
+    rows: TokenStore
+    held_out: TokenStore | None
+    network: Network
+    learner: Learner
+    logbook: Logbook
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+def take_step(run: Run, step: Step) -> dict[str, Any]:
+    """One optimizer step: its losses summed over all micro-batches and divided once. Returns its metrics.
+
+    Raises DivergedError before the update when loss or gradient is not finite, naming the rows.
+    """
+    started = time.monotonic()
+    torch.manual_seed(run.plan.seed * 1_000_003 + step.number)  # dropout depends on the step alone
+    parameters, optimizer = run.learner.parameters, run.learner.optimizer
+    loss = 0.0
+    for batch in step.micro_batches:
+        weights = torch.as_tensor(batch.weights, device=run.network.device)
+        part = (pair_losses(run.network, batch) * weights).sum() / step.divisor
+        part.backward()  # type: ignore[no-untyped-call]
+        loss += float(part.detach())
+    refuse_unreached(run)
+    norm = get_total_norm(parameter.grad for parameter in parameters.values() if parameter.grad is not None)
+    refuse_non_finite(run, step, loss=loss, norm=float(norm))
+    if run.recipe.train.max_grad_norm is not None:
+        clip_grads_with_norm_(parameters.values(), run.recipe.train.max_grad_norm, norm)
+    rate = learning_rate(
+        step.number, steps=run.plan.steps, peak=run.recipe.optimizer.learning_rate, schedule=run.recipe.schedule
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    seconds = time.monotonic() - started
+    return {
+        "step": step.number,
+        "epoch": step.epoch,
+        "loss": loss,
+        "learning_rate": rate,
+        "grad_norm": float(norm),  # before clipping
+        "tokens": step.tokens,
+        "supervised_tokens": step.supervised_tokens,
+        "tokens_per_second": step.tokens / seconds,
+        "memory_bytes": peak_memory(run.network.device),
+        "seconds": seconds,
+    }
+
+
+def train(run: Run, state: State) -> State:
+    """Run from `state` to the end of the plan. Returns the last state; raises Stopped after a signal, saved."""
+    settings = run.recipe.run
+    if state.step == 0:
+        state = evaluate_and_note(run, state)
+    saved_at = time.monotonic()
+    run.network.causal.train()
+    with stop_signals() as stop:
+        for number in range(state.step + 1, run.plan.steps + 1):
+            run.logbook.step(take_step(run, run.plan.step(number, run.rows)))
+            state = replace(state, step=number)
+            last = number == run.plan.steps
+            if last or (settings.eval_every and number % settings.eval_every == 0):
+                state = evaluate_and_note(run, state)
+            overdue = settings.save_minutes is not None and time.monotonic() - saved_at > 60 * settings.save_minutes
+            planned = settings.save_every and number % settings.save_every == 0
+            best = settings.keep_best and state.best_step == number
+            if last or planned or overdue or best or stop.signal:
+                state = save(run, state)
+                saved_at = time.monotonic()
+            if stop.signal and not last:
+                raise Stopped(stop.signal, f"stopped after step {number} of {run.plan.steps}, saved")
+    return state
+
+
+def evaluate_and_note(run: Run, state: State) -> State:
+    """The held-out loss, noted; the state with it when it is the best so far."""
+    if run.held_out is None:
+        return state
+    result: HeldOut = evaluate(run.network, run.held_out, capacity=run.plan.micro_batch_tokens)
+    run.logbook.evaluation(step=state.step, loss=result.loss, tokens=result.tokens)
+    if state.best_loss is not None and state.best_loss <= result.loss:
+        return state
+    return replace(state, best_step=state.step, best_loss=result.loss)
+
+
+def save(run: Run, state: State) -> State:
+    """Commit a checkpoint, then let go of the ones that are no longer kept."""
+    state = replace(state, metrics_bytes=run.logbook.size())
+    save_checkpoint(run.checkpoints, state, run.learner, base=run.recipe.model)
+    retain(run.checkpoints, keep=run.recipe.run.keep, best_step=state.best_step if run.recipe.run.keep_best else None)
+    return state
+
+
+def refuse_unreached(run: Run) -> None:
+    """Raise DivergedError when a parameter that should train gets no gradient at all."""
+    unreached = [name for name, parameter in run.learner.parameters.items() if parameter.grad is None]
+    if unreached:
+        raise DivergedError(
+            f"no gradient reaches {unreached[0]} and {len(unreached) - 1} more",
+            hint="leave these modules out of adapter.targets",
+        )
+
+
+def refuse_non_finite(run: Run, step: Step, *, loss: float, norm: float) -> None:
+    """Raise DivergedError, naming the rows of the step and the last good checkpoint."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    places = [str(run.rows.place(int(example))) for example in step.examples]
+    saved = list_checkpoints(run.checkpoints)
+    shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
+    raise DivergedError(
+        f"step {step.number} is not finite (loss {loss}, gradient norm {norm}); nothing was updated",
+        where=shown,
+        hint=f"look at these rows or lower optimizer.learning_rate; last good: {saved[-1] if saved else 'none yet'}",
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak so far: of the allocator on CUDA, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,169 @@
+"""Loss and gradients against plain transformers + PEFT, one sequence at a time, in fp32."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from tiny_models import CONFIGS, VOCABULARY, make_base, randomize_adapter
+
+from lorasft.data import packing
+from lorasft.data.chat import Tokens
+from lorasft.data.packing import MicroBatch, Plan, Segment, cut
+from lorasft.model.adapter import attach_adapter
+from lorasft.model.loss import Network, pair_losses
+from lorasft.model.selfcheck import verify
+from lorasft.recipe import AdapterSettings
+
+LENGTHS = [[5], [23], [9, 14], [2], [31], [17]]  # of each example's sequences
+SETTINGS = AdapterSettings(rank=4, alpha=8.0)
+
+
+class Rows:
+    """Random examples; one of them has two sequences. About half of the tokens are supervised."""
+
+    def __init__(self) -> None:
+        random = np.random.default_rng(3)
+        self.rows = [tuple(self._tokens(random, length) for length in lengths) for lengths in LENGTHS]
+
+    @staticmethod
+    def _tokens(random: np.random.Generator, length: int) -> Tokens:
+        ids = random.integers(3, VOCABULARY, length).astype(np.int32)
+        labels = np.where(random.random(length) < 0.5, ids, -100).astype(np.int32)
+        labels[0], labels[-1] = -100, ids[-1]
+        return Tokens(ids=ids, labels=labels)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def sequences(self, example: int) -> tuple[Tokens, ...]:
+        return self.rows[example]
+
+
+@pytest.fixture(scope="module")
+def rows() -> Rows:
+    return Rows()
+
+
+def ours(name: str) -> tuple[Any, Network]:
+    model = attach_adapter(make_base(name), SETTINGS, seed=0)
+    randomize_adapter(model)
+    return model, verify(model.get_base_model())
+
+
+def oracle(name: str) -> Any:
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear", fan_in_fan_out=name == "gpt2"
+    )
+    model = get_peft_model(make_base(name), config)
+    randomize_adapter(model)
+    return model
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def plain_step(model: Any, rows: Rows, loss: str) -> tuple[float, dict[str, torch.Tensor]]:
+    """What a step must give, from the definition: sequences alone, full logits, one division."""
+    total = torch.tensor(0.0)
+    tokens = 0
+    for sequences in rows.rows:
+        nll, count = torch.tensor(0.0), 0
+        for sequence in sequences:
+            ids = torch.as_tensor(sequence.ids.astype(np.int64))[None]
+            labels = torch.as_tensor(sequence.labels.astype(np.int64))
+            logits = model(input_ids=ids, use_cache=False).logits[0]
+            nll = nll + F.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")
+            count += int((labels[1:] != -100).sum())
+        total = total + (nll if loss == "token" else nll / count)
+        tokens += count
+    value = total / (tokens if loss == "token" else len(rows))
+    model.zero_grad()
+    value.backward()
+    return float(value), gradients(model)
+
+
+def packed_step(model: Any, network: Network, rows: Rows, loss: str, capacity: int) -> tuple[float, dict[str, Any]]:
+    plan = Plan(len(rows), len(rows), 1, seed=0, loss=loss, micro_batch_tokens=capacity)  # type: ignore[arg-type]
+    step = plan.step(1, rows)
+    model.zero_grad()
+    value = 0.0
+    for batch in step.micro_batches:
+        part = (pair_losses(network, batch) * torch.as_tensor(batch.weights)).sum() / step.divisor
+        part.backward()
+        value += float(part)
+    return value, gradients(model)
+
+
+def differences(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """Relative L2 over all gradients, and the worst of a single tensor."""
+    assert got.keys() == want.keys() and want
+    apart = {name: float((got[name].double() - want[name].double()).norm()) for name in want}
+    size = {name: float(want[name].double().norm()) for name in want}
+    whole = sum(a * a for a in apart.values()) ** 0.5 / sum(s * s for s in size.values()) ** 0.5
+    return whole, max(apart[name] / size[name] for name in want)
+
+
+@pytest.mark.parametrize("loss", ["token", "example"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_step_equals_plain_transformers_for_every_cut(name: str, loss: str, rows: Rows) -> None:
+    want_loss, want = plain_step(oracle(name), rows, loss)
+    model, network = ours(name)
+    assert network.segments and network.head is not None, network.notices
+    for capacity in (1, 40, 1000):
+        got_loss, got = packed_step(model, network, rows, loss, capacity)
+        whole, worst = differences(got, want)
+        assert abs(got_loss - want_loss) < 1e-6 * want_loss
+        assert whole < 1e-6 and worst < 5e-6, (capacity, whole, worst)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_general_ways_give_the_same(name: str, rows: Rows) -> None:
+    """Without segments sequences go alone; without a known head the model's own logits are used."""
+    want_loss, want = plain_step(oracle(name), rows, "token")
+    model = attach_adapter(make_base(name), SETTINGS, seed=0)
+    randomize_adapter(model)
+    network = replace(verify(model.get_base_model(), segments=False), head=None)
+    got_loss, got = packed_step(model, network, rows, "token", 1)
+    whole, worst = differences(got, want)
+    assert abs(got_loss - want_loss) < 1e-6 * want_loss and whole < 1e-6 and worst < 5e-6
+
+
+def test_recomputed_activations_give_the_same_gradients(rows: Rows) -> None:
+    _, want = plain_step(oracle("llama"), rows, "token")
+    model, network = ours("llama")
+    network.causal.activation_checkpointing_enable({"use_reentrant": False})
+    network.causal.train()
+    whole, worst = differences(packed_step(model, network, rows, "token", 40)[1], want)
+    assert whole < 1e-6 and worst < 5e-6
+
+
+def leak(batch: MicroBatch) -> MicroBatch:
+    """Every token sees the whole row before it."""
+    return replace(batch, segments=(Segment(0, len(batch.ids), slice(0, len(batch.ids))),))
+
+
+def run_on(batch: MicroBatch) -> MicroBatch:
+    """Positions do not restart."""
+    return replace(batch, positions=np.arange(len(batch.ids)))
+
+
+def shift_again(batch: MicroBatch) -> MicroBatch:
+    """Labels shifted once more: each source predicts the token after its target."""
+    return replace(batch, targets=np.roll(batch.targets, -1))
+
+
+@pytest.mark.parametrize(("mutant", "name"), [(leak, "llama"), (run_on, "gpt2"), (shift_again, "llama")])
+def test_the_oracle_catches_mutants(mutant: Any, name: str, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary positions are relative, so a missing restart shows only where positions are absolute (GPT-2)."""
+    _, want = plain_step(oracle(name), rows, "token")
+    model, network = ours(name)
+    monkeypatch.setattr(packing, "cut", lambda *args, **kwargs: map(mutant, cut(*args, **kwargs)))
+    whole, _ = differences(packed_step(model, network, rows, "token", 1000)[1], want)
+    assert whole > 1e-2

@@ -1,0 +1,529 @@
+"""The recipe: what it accepts, what it refuses and in which words, and that its dump is itself."""
+
+from __future__ import annotations
+
+import json
+import string
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lorasft.commands import recipes as recipes_command
+from lorasft.errors import LorasftError, RecipeError, Several, UnsafeError
+from lorasft.recipe import (
+    DataSource,
+    Recipe,
+    dump_recipe,
+    load_recipe,
+    mathematics,
+    recipe_schema,
+    shipped_recipes,
+)
+from lorasft.recipe_faults import PEERS
+from lorasft.strict_yaml import dump_yaml, parse_yaml, read_scalar
+
+SMALLEST = "model: {base: some/model}\ndata: {train: x.jsonl}\n"
+
+
+@pytest.fixture(autouse=True)
+def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def load(text: str, *overrides: str) -> Recipe:
+    Path("r.yaml").write_text(text, encoding="utf-8")
+    return load_recipe("r.yaml", overrides)
+
+
+def refused(text: str, *overrides: str) -> LorasftError:
+    with pytest.raises(LorasftError) as caught:
+        load(text, *overrides)
+    return caught.value
+
+
+# --- scalars -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2e-4", 2e-4),
+        ("1e3", 1e3),
+        (".5", 0.5),
+        ("5.", 5.0),
+        ("-1.5E+2", -150.0),
+        ("0123", 123),
+        ("+7", 7),
+        ("0o17", 15),
+        ("0xff", 255),
+        ("-.inf", float("-inf")),
+        ("true", True),
+        ("False", False),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("no", "no"),
+        ("on", "on"),
+        ("y", "y"),
+        ("tRue", "tRue"),
+        ("1:30", "1:30"),
+        ("1_000", "1_000"),
+        ("2024-01-31", "2024-01-31"),
+        ("0b11", "0b11"),
+        ("e5", "e5"),
+        (".", "."),
+        ("=", "="),
+        ("１２", "１２"),  # fullwidth digits are text
+    ],
+)
+def test_scalars_follow_yaml_1_2(text: str, value: Any) -> None:
+    read = read_scalar(text)
+    assert read == value and type(read) is type(value)
+    assert parse_yaml(f"- {text}\n", "x").value == [value]
+    assert parse_yaml(f'- "{text}"\n', "x").value == [text]
+
+
+scalars = st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats(allow_nan=False) | st.text()
+awkward = st.sampled_from(["1e3", "0o17", "no", "1:30", "~", "", " a", "a: b", "#", "- x", "\x85", "\ufeff", "'", "<<"])
+
+
+@given(st.recursive(scalars | awkward, lambda inner: st.lists(inner) | st.dictionaries(st.text() | awkward, inner)))
+def test_dumped_yaml_reads_back(value: Any) -> None:
+    document = parse_yaml(dump_yaml([value]), "x")
+    assert document.value == [value] and not document.faults
+    assert repr(document.value) == repr([value])  # also the types: 1 is not 1.0
+
+
+@given(st.text(alphabet=string.printable) | st.binary().map(lambda raw: raw.decode("latin-1")))
+def test_any_text_gives_values_or_our_error(text: str) -> None:
+    try:
+        parse_yaml(text, "x")
+    except LorasftError as fault:
+        assert "x" in str(fault)
+
+
+# --- recipes that load ---------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_those_of_the_plan() -> None:
+    recipe = load(SMALLEST)
+    assert (recipe.model.quantization, recipe.model.dtype) == ("nf4", "auto")
+    assert (recipe.adapter.rank, recipe.adapter.alpha, recipe.adapter.targets) == (16, 32.0, "all-linear")
+    assert recipe.data.train == (DataSource(path="x.jsonl"),) and recipe.data.eval == 0.02
+    assert (recipe.train.epochs, recipe.train.batch_size, recipe.train.loss) == (2, 32, "token")
+    assert (recipe.optimizer.learning_rate, recipe.optimizer.betas) == (2e-4, (0.9, 0.999))
+    assert recipe.run.output == "runs/r"
+
+
+def test_one_source_may_be_text_mapping_or_list() -> None:
+    for written in ("x.jsonl", "{path: x.jsonl}", "[x.jsonl]", "[{path: x.jsonl}]"):
+        recipe = load(f"model: {{base: m}}\ndata: {{train: {written}, eval: {written}}}\n")
+        assert recipe.data.train == recipe.data.eval == (DataSource(path="x.jsonl"),)
+
+
+def test_warmup_is_steps_or_share_by_how_it_is_written() -> None:
+    for written, value in (("1", 1), ("0", 0), ("0.0", 0.0), ("0.5", 0.5), ("1e-1", 0.1)):
+        warmup = load(SMALLEST, f"schedule.warmup={written}").schedule.warmup
+        assert warmup == value and type(warmup) is type(value)
+
+
+def test_overrides_win_and_reach_into_mappings() -> None:
+    text = SMALLEST + "train: {batch_size: fast}\nchat: {template_options: {a: 1}}\nadapter:\n"
+    recipe = load(text, "train.batch_size=4", "chat.template_options.b=no", "run.eval_every=null", "chat.system=a=b")
+    assert recipe.train.batch_size == 4  # also over a wrong value
+    assert recipe.chat.template_options == {"a": 1, "b": "no"}
+    assert recipe.run.eval_every is None and recipe.chat.system == "a=b"
+    assert load("model: {base: m}\n", "data.train=x.jsonl").data.train == (DataSource(path="x.jsonl"),)
+
+
+def test_no_held_out_data_means_no_evaluation() -> None:
+    recipe = load(SMALLEST, "data.eval=null")
+    assert recipe.run.eval_every is None
+    assert load(dump_recipe(recipe)) == recipe
+
+
+def test_paths_are_looked_up_beside_the_recipe_then_here(tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    (folder / "base").mkdir(parents=True)
+    for path in (folder / "both.jsonl", tmp_path / "both.jsonl", tmp_path / "here.jsonl", folder / "t.jinja"):
+        path.write_text("")
+    text = (
+        "model: {base: base}\nadapter: {start: no/such}\nchat: {template: t.jinja}\n"
+        "data: {train: [both.jsonl, {path: here.jsonl}, org/name], eval: both.jsonl}\nrun: {output: base}\n"
+    )
+    (folder / "r.yaml").write_text(text)
+    recipe = load_recipe("elsewhere/r.yaml")
+    assert recipe.model.base == str(folder / "base")
+    paths = [source.path for source in recipe.data.train]
+    assert paths == [str(folder / "both.jsonl"), str(tmp_path / "here.jsonl"), "org/name"]
+    assert recipe.chat.template == str(folder / "t.jinja")
+    assert (recipe.adapter.start, recipe.run.output) == ("no/such", "base")
+    overridden = load_recipe("elsewhere/r.yaml", ["data.eval=both.jsonl", "model.base=base", "chat.template=t.jinja"])
+    assert isinstance(overridden.data.eval, tuple) and overridden.data.eval[0].path == str(tmp_path / "both.jsonl")
+    assert (overridden.model.base, overridden.chat.template) == ("base", "t.jinja")
+
+
+def test_a_built_in_template_is_no_folder_of_that_name(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    assert load(SMALLEST, "chat.template=plain").chat.template == "plain"
+
+
+text_values = st.text(min_size=1, max_size=8).filter(lambda text: "\x00" not in text) | awkward.filter(bool)
+fractions = st.floats(0.001, 0.5)
+sections: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "model": {"revision": st.none() | text_values, "quantization": st.sampled_from(["nf4", "none"])},
+    "adapter": {"rank": st.integers(1, 1024), "alpha": st.floats(1e-3, 1e6), "targets": st.lists(text_values)},
+    "data": {
+        "eval": st.none() | fractions | text_values,
+        "columns": st.none() | st.dictionaries(text_values, text_values),
+        "max_dropped": st.floats(0, 1),
+    },
+    "chat": {
+        "system": st.none() | st.text(),
+        "template_options": st.dictionaries(text_values, scalars.filter(lambda value: value not in (1e400, -1e400))),
+    },
+    "train": {"epochs": st.floats(1e-3, 100) | st.integers(1, 9), "steps": st.none() | st.integers(1, 10**9)},
+    "optimizer": {"learning_rate": st.floats(1e-300, 0.01), "betas": st.tuples(fractions, fractions).map(list)},
+    "schedule": {"warmup": st.integers(0, 10**6) | st.floats(0, 0.999)},
+    "run": {"output": text_values, "trackers": st.lists(st.sampled_from(["wandb", "mlflow"]))},
+    "machine": {"micro_batch_tokens": st.just("auto") | st.integers(1, 10**6), "share_prefixes": st.booleans()},
+}
+sources = st.one_of(text_values, st.fixed_dictionaries({"path": text_values}, optional={"share": fractions}))
+raw_recipes = st.fixed_dictionaries(
+    {name: st.fixed_dictionaries({}, optional=keys) for name, keys in sections.items()}
+    | {
+        "model": st.fixed_dictionaries({"base": text_values}, optional=sections["model"]),
+        "data": st.fixed_dictionaries({"train": sources | st.lists(sources, min_size=1)}, optional=sections["data"]),
+    }
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(raw_recipes)
+def test_the_dump_of_a_recipe_loads_as_the_recipe(raw: dict[str, Any]) -> None:
+    recipe = load(json.dumps(raw))  # JSON is YAML
+    dumped = dump_recipe(recipe)
+    again = load(dumped)
+    assert again == recipe and dump_recipe(again) == dumped
+    assert json.loads(json.dumps(mathematics(recipe))) == mathematics(again)
+    for section, keys in raw.items():  # what was written is what is held
+        for key in set(keys) - {"train", "eval", "base"}:
+            held = getattr(getattr(recipe, section), key)
+            assert (list(held) if isinstance(held, tuple) else held) == keys[key]
+
+
+def test_mathematics_ignores_run_and_machine() -> None:
+    here = load(SMALLEST, "run.output=a", "machine.micro_batch_tokens=512")
+    assert mathematics(here) == mathematics(load(SMALLEST))
+    assert mathematics(here) != mathematics(load(SMALLEST, "train.seed=1"))
+
+
+# --- recipes that are refused --------------------------------------------------------------------------------------
+
+BAD = {  # what follows the smallest recipe (lines 1 and 2) -> exit code, line, what must be said
+    "train: {batch_size: fast}": (2, 3, ["train.batch_size", "whole number at least 1", "'fast'"]),
+    "train:\n  epochs: '2'": (2, 4, ["greater than 0", "'2'", "without quotes"]),
+    "train: {epochs: true}": (2, 3, ["train.epochs", "got true"]),
+    "train: {seed: 1.0}": (2, 3, ["whole number", "4294967295", "got 1.0"]),
+    "train: {steps: 0}": (2, 3, ["at least 1 or null", "got 0"]),
+    "train: {epochs: .inf}": (2, 3, ["train.epochs", "got inf"]),
+    "optimizer: {learning_rate: 2}": (2, 3, ["learning_rate: 2 is far outside 1e-6 ... 1e-2", "did you mean 2e-4?"]),
+    "optimizer: {learning_rate: -1}": (2, 3, ["greater than 0", "got -1"]),
+    "optimizer: {learning_rate: 1e999}": (2, 3, ["got inf"]),
+    "optimizer:\n  name: adamw\n\n  learnig_rate: 1e-4": (
+        2,
+        6,
+        ["unknown key optimizer.learnig_rate", "learning_rate?"],
+    ),
+    "optimizer: {betas: [0.9, 1.0]}": (2, 3, ["optimizer.betas.1", "less than 1"]),
+    "optimizer: {betas: [0.9]}": (2, 3, ["optimizer.betas", "list of 2", "a list of 1"]),
+    "optimizr: {name: adamw}": (2, 3, ["unknown key optimizr", "did you mean optimizer?"]),
+    "zzz: 1": (2, 3, ["unknown key zzz", "model, adapter, data"]),
+    "adapter: {rank: 0, alpha: -1, dropout: 1.5}": (2, 3, ["rank", "from 1 to 1024|at most 1024", "alpha", "dropout"]),
+    "adapter: {targets: q_proj}": (2, 3, ["all-linear or a list of text", "'q_proj'"]),
+    "adapter: qlora": (2, 3, ["adapter: expected a mapping", "'qlora'", "nf4"]),
+    "adapter: {dora: on}": (2, 3, ["true or false", "'on'", "the only truth values"]),
+    "schedule: {warmup: 1.5}": (2, 3, ["schedule.warmup", "got 1.5"]),
+    "schedule: {name: cosin}": (2, 3, ["one of cosine, linear, constant", "'cosin'"]),
+    "run: {trackers: [tensorbord]}": (2, 3, ["run.trackers.0", "one of tensorboard"]),
+    "run: {output: ''}": (2, 3, ["run.output", "''"]),
+    "run:\n  keep: 1\n  keep: 2": (2, 5, ["'keep' stands twice", "r.yaml:4 and r.yaml:5"]),
+    "chat: {thinking: no}": (2, 3, ["chat.thinking", "follow_template"]),
+    "chat: {template_options: {a: [1]}}": (2, 3, ["chat.template_options.a", "a list of 1"]),
+    "1: 2": (2, 3, ["a key that is not text"]),
+    "? [a]\n: 2": (2, 3, ["a key that is not text"]),
+    "<<: {train: {seed: 1}}": (2, 3, ["unknown key <<"]),
+    "run:\n\tkeep: 1": (2, "4:1", ["a tab", "spaces"]),
+    "run: {keep: 1": (2, "4:1", ["this is not YAML"]),
+    "a: b: c": (2, "3:5", ["this is not YAML"]),
+    "---\nrun: {keep: 1}": (2, 3, ["a second document"]),
+    'chat: {system: "\\ud800"}': (2, 3, ["surrogate"]),
+    "chat: {system: !!str x}": (8, 3, ["tags", "remove"]),
+    "run: !!python/object/apply:os.system [touch hacked]": (8, 3, ["tags", "remove"]),
+    "chat: &a {system: x}\nb: *a": (8, 4, ["aliases"]),
+    "chat: " + "[" * 40: (8, 3, ["deeper than 32"]),
+    "? " * 40 + "a": (8, 3, ["deeper than 32"]),
+    "hf_token: canary": (2, 3, ["hf_token", "do not belong in recipes", "hf auth login"]),
+    "model_:\n  WANDB_API_KEY: canary": (2, 3, ["unknown key model_"]),
+    "run: {wandb_api_key: canary}": (2, 3, ["run.wandb_api_key", "do not belong"]),
+    "run: [{password: canary}]": (2, 3, ["run: expected a mapping", "a list of 1"]),
+    "trust_remote_code: false": (8, 3, ["trust_remote_code", "remove"]),
+    "machine: {attention: evil/kernel}": (8, 3, ["machine.attention", "machine.attention: auto"]),
+    "machine: {attention: flash}": (2, 3, ["one of auto, segments, sdpa, eager"]),
+    "attn_implementation: evil/kernel": (8, 3, ["attn_implementation"]),
+    "attn_implementation: sdpa": (2, 3, ["machine.attention"]),
+    "lora_r: 8": (2, 3, ["unknown key lora_r", "adapter.rank"]),
+    "learning_rate: 1e-4": (2, 3, ["unknown key learning_rate", "optimizer.learning_rate"]),
+    "train: {gradient_accumulation_steps: 4}": (2, 3, ["train.batch_size"]),
+    "bf16: on": (2, 3, ["unknown key bf16", "model.dtype"]),
+    "'\\e[31m': 1": (2, 3, ["unknown key \\e[31m"]),
+    '"\\e[31m": 1': (2, 3, ["unknown key \\x1b[31m"]),
+}
+
+
+@pytest.mark.parametrize(("text", "code", "line", "said"), [(text, *expected) for text, expected in BAD.items()])
+def test_bad_recipes_say_what_where_and_how_to_mend(text: str, code: int, line: int | str, said: list[str]) -> None:
+    fault = refused(SMALLEST + text + "\n")
+    message = str(fault)
+    assert fault.exit_code == code, message
+    assert f"r.yaml:{line}\n" in message + "\n", message
+    for words in said:
+        assert any(option in message for option in words.split("|")), message
+    for jargon in ("pydantic", "Input should", "canary", "Traceback", "\x1b"):
+        assert jargon not in message
+    assert all(len(each) <= 140 for each in message.splitlines()), message
+    assert not Path("hacked").exists()
+
+
+BAD_DATA = {  # a whole recipe of its own, where the data or the base is the matter
+    "data: {train: x}": (2, 1, ["model.base is missing"]),
+    "model: {base: m}": (2, 1, ["no data to train on", "data.train=FILE"]),
+    "model: {base: m}\ndata:": (2, 2, ["no data to train on"]),
+    "model: {base: m}\ndata:\n  train: []": (2, 3, ["no data to train on"]),
+    "model: {base: m}\ndata:\n  train:\n    - a\n    - {share: 2}": (
+        2,
+        5,
+        ["train.1.path is missing", "train.1.share"],
+    ),
+    "model: {base: m}\ndata:\n  train:\n    path: a\n    pth: b": (2, 5, ["unknown key data.train.pth", "path?"]),
+    "model: {base: m}\ndata: {train: a, eval: 0}": (2, 2, ["data.eval", "at most 0.5", "or null", "got 0"]),
+    "model: {base: m}\ndata: {train: a, eval: []}": (2, 2, ["data.eval", "a list of 0"]),
+    "model: {base: m}\ndata:\n  train: a\n  eval:\n    - {path: b, share: 0}": (2, 5, ["data.eval.0.share", "got 0"]),
+    "model: {base: m}\ndata: {train: a, eval: null}\nrun:\n  eval_every: 5": (
+        2,
+        4,
+        ["run.eval_every", "data.eval=0.02"],
+    ),
+    "model: {base: m}\ndata: {train: a, eval: null}\nrun: {keep_best: true}": (2, 3, ["keep_best needs data.eval"]),
+    "model: {base: m}\ndata: {train: a}\nrun: {keep_best: true, eval_every: null}": (2, 3, ["needs run.eval_every"]),
+    "- a": (2, 1, ["mapping of sections"]),
+    "!!python/name:os.system x": (8, 1, ["tags"]),
+}
+
+
+@pytest.mark.parametrize(("text", "code", "line", "said"), [(text, *expected) for text, expected in BAD_DATA.items()])
+def test_bad_data_sections(text: str, code: int, line: int, said: list[str]) -> None:
+    fault = refused(text + "\n")
+    assert fault.exit_code == code and f"r.yaml:{line}\n" in str(fault) + "\n", str(fault)
+    assert all(words in str(fault) for words in said), str(fault)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.btch_size=3", ["unknown key train.btch_size", "command line: train.btch_size=3", "batch_size?"]),
+        ("train.batch_size", ["not of the form section.key=value", "command line: train.batch_size"]),
+        ("model={base: x}", ["not of the form section.key=value"]),
+        (".base=x", ["not of the form section.key=value"]),
+        ("train.batch_size=4x", ["command line: train.batch_size=4x", "whole number"]),
+        ("chat.system=a: b: c", ["this is not YAML", "command line: chat.system=a: b: c\n", "quotes"]),
+        ("chat.system=!x y", ["tags", "command line: chat.system"]),
+        ("lora_r=8", ["adapter.rank"]),
+        ("model.hf_token=canary", ["model.hf_token", "command line: model.hf_token=..."]),
+        ("model.x={hf_token: canary}", ["unknown key model.x"]),
+        ("adapter.rank.x=3", ["adapter.rank: expected a whole number", "a mapping"]),
+        ("train.seed=\x1b[31m", ["train.seed"]),
+        ("--epochs=3", ["unknown key --epochs", "train.epochs|did you mean|known here"]),
+    ],
+)
+def test_bad_overrides_name_the_command_line(override: str, said: list[str]) -> None:
+    fault = refused(SMALLEST + "train: {loss: token}\n", override)
+    for words in said:
+        assert any(option in str(fault) for option in words.split("|")), str(fault)
+    assert "canary" not in str(fault) and "\x1b" not in str(fault)
+
+
+names = (
+    st.sampled_from([*Recipe.model_fields, "base", "train", "eval", "path", "targets", "betas", "lora_r"]) | st.text()
+)
+values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3))
+overrides = st.lists(st.text() | st.builds("{}.{}={}".format, names, names, st.text()), max_size=2)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(names, values), overrides)
+def test_whatever_is_written_loads_or_is_refused_in_our_words(raw: dict[str, Any], given_overrides: list[str]) -> None:
+    try:
+        load(dump_yaml(raw), *given_overrides)
+    except LorasftError as fault:
+        assert fault.exit_code in (2, 8) and "error: " in str(fault)
+        assert all(line.isprintable() for line in str(fault).splitlines())
+
+
+def test_a_fault_inside_a_list_is_one_fault_and_stands_where_it_was_written() -> None:
+    text = "model: {base: m}\ndata:\n  train:\n    - {path: a}\n  eval:\n    - {path: b, share: 0}\n"
+    fault = refused(text)
+    assert not isinstance(fault, Several) and fault.what.startswith("data.eval.0.share")
+    fault = refused(text, "data.eval=null", "data.train=[{path: 3}]")
+    assert not isinstance(fault, Several) and fault.where == "command line: data.train=[{path: 3}]"
+
+
+def test_all_faults_come_at_once_and_the_unsafe_decides() -> None:
+    fault = refused(SMALLEST + "train: {seed: x}\nlora_r: 2\nrun: {keep: 0, keep: 1}\ntrust_remote_code: true\n", "a")
+    assert isinstance(fault, Several) and len(fault.faults) == 6
+    assert fault.exit_code == 8 and isinstance(fault.faults[0], UnsafeError)
+    assert all(f"r.yaml:{line}" in str(fault) for line in (3, 4, 5, 6)) and "command line: a" in str(fault)
+    many = refused(SMALLEST + "".join(f"k{number}: 1\n" for number in range(50)))
+    assert str(many).count("error:") == 20 and "and 30 more" in str(many)
+
+
+@pytest.mark.parametrize("name", sorted({name for theirs in PEERS.values() for name in theirs.split()}))
+def test_names_of_peers_lead_to_a_key_that_exists(name: str) -> None:
+    hint = str(refused(SMALLEST + f"{name}: 1\n"))
+    key = hint.partition("here it is ")[2].split()[0].rstrip(":")
+    section, _, field = key.partition(".")
+    assert key == "nothing" or field in type(getattr(load(SMALLEST), section)).model_fields, hint
+
+
+def test_files_that_are_no_recipe(tmp_path: Path) -> None:
+    (tmp_path / "binary.yaml").write_bytes(b"\x89PNG\r\n\x1a\n\x00")
+    (tmp_path / "nul.yaml").write_bytes(b"a: \x00\n")
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    (tmp_path / "big.yaml").write_bytes(b"#" * (1 << 20) + b"\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "bom.yaml").write_bytes(b"\xef\xbb\xbf" + SMALLEST.encode())
+    cases = {
+        "binary.yaml": (2, "not text (byte 0x89 at 0)"),
+        "nul.yaml": (2, "not text"),
+        "empty.yaml": (2, "the recipe is empty"),
+        "big.yaml": (8, "too large"),
+        "folder": (2, "a folder, not a recipe"),
+        "binry.yaml": (2, "did you mean binary.yaml?"),
+        "llama3.1-8b": (2, "did you mean llama-3.1-8b?"),
+        "qqqqq": (2, "lorasft recipes list"),
+        "\x1b\x00": (2, "no recipe"),
+    }
+    for name, (code, said) in cases.items():
+        with pytest.raises(LorasftError) as caught:
+            load_recipe(name)
+        assert caught.value.exit_code == code and said in str(caught.value), str(caught.value)
+    assert load_recipe("bom.yaml").model.base == "some/model"
+
+
+def test_values_cannot_be_changed() -> None:
+    recipe = load(SMALLEST)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.train.seed = 3  # type: ignore[misc]
+
+
+# --- the schema for editors ----------------------------------------------------------------------------------------
+
+
+def test_every_key_is_described_for_editors() -> None:
+    schema = recipe_schema()
+    for definition in schema["$defs"].values():
+        for name, key in definition["properties"].items():
+            assert key.get("description"), name
+    source = schema["$defs"]["DataSettings"]["properties"]["train"]["anyOf"]
+    assert {"type": "string"} in source[0]["anyOf"] and source[1]["type"] == "array"
+    json.dumps(schema)
+
+
+# --- shipped recipes and their command -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_are_short_and_load(name: str) -> None:
+    path = shipped_recipes()[name]
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 25 and text.startswith("# ")
+    recipe = load_recipe(name, ["data.train=x.jsonl"])
+    assert recipe.run.output == f"runs/{name}" and recipe.data.train[0].path == "x.jsonl"
+    assert yaml.safe_load(text)["model"]["base"]  # an ordinary YAML file, too
+
+
+def test_shipped_names_are_unique() -> None:
+    files = list((Path(__file__).parents[1] / "recipes").glob("*/*.yaml"))
+    assert len(files) == len({path.stem for path in files}) >= 11
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_copied_recipe_means_the_same(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipes_command.run("copy", name, None, as_json=False)
+    assert "wrote" in capsys.readouterr().err
+    has_data = "train" in yaml.safe_load(shipped_recipes()[name].read_text(encoding="utf-8")).get("data", {})
+    overrides = [] if has_data else ["data.train=x"]
+    assert load_recipe(f"{name}.yaml", overrides) == load_recipe(name, overrides)
+    with pytest.raises(RecipeError, match="exists"):
+        recipes_command.run("copy", name, str(tmp_path), as_json=False)
+
+
+def test_copying_makes_paths_beside_the_recipe_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "shipped"
+    folder.mkdir()
+    (folder / "x.jsonl").write_text("")
+    (folder / "own.yaml").write_text("# A recipe.\n# More.\n" + SMALLEST + "optimizer: {learning_rate: 2e-4}\n")
+    monkeypatch.setattr(recipes_command, "shipped_recipes", lambda: {"own": folder / "own.yaml"})
+    recipes_command.run("copy", "own", "copy.yaml", as_json=False)
+    text = (tmp_path / "copy.yaml").read_text()
+    assert text.startswith("# A recipe.\n# More.\nmodel:")
+    copied = load_recipe("copy.yaml")
+    assert copied.data.train[0].path == str(folder / "x.jsonl") and copied.optimizer.learning_rate == 2e-4
+
+
+def test_list_show_and_schema_print_what_programs_can_read(capsys: pytest.CaptureFixture[str]) -> None:
+    recipes_command.run("list", None, None, as_json=True)
+    rows = json.loads(capsys.readouterr().out)
+    assert {"name": "gpt2", "base": "openai-community/gpt2"}.items() <= next(
+        r for r in rows if r["name"] == "gpt2"
+    ).items()
+    recipes_command.run("list", None, None, as_json=False)
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
+    recipes_command.run("show", "gpt2", None, as_json=False)
+    assert capsys.readouterr().out == shipped_recipes()["gpt2"].read_text()
+    recipes_command.run("show", "gpt2", None, as_json=True)
+    assert json.loads(capsys.readouterr().out)["data"]["max_length"] == 1024
+    recipes_command.run("schema", None, None, as_json=False)
+    assert json.loads(capsys.readouterr().out) == recipe_schema()
+
+
+@pytest.mark.parametrize(
+    ("action", "name", "to", "said"),
+    [
+        ("show", "gtp2", None, "did you mean gpt2?"),
+        ("show", None, None, "no recipe named"),
+        ("copy", "gpt2", "no/such/folder.yaml", "mkdir -p no/such"),
+        ("lst", None, None, "list, show, copy or schema"),
+    ],
+)
+def test_the_command_refuses_in_plain_words(action: str, name: str | None, to: str | None, said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipes_command.run(action, name, to, as_json=False)
+    assert said in str(caught.value)
+
+
+def test_recipes_need_nothing_heavy() -> None:
+    code = (
+        "import sys; from lorasft.commands import recipes; recipes.run('list', None, None, False);"
+        "print({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "set()" and "gpt2" in done.stdout

@@ -1,0 +1,77 @@
+"""Tiny random models of real architectures, with weights large enough that a mistake shows.
+
+At the usual initialization a leak between sequences moves the loss by 5e-6, and B = 0 hides A; so here every
+matrix has a standard deviation of 0.2 and B is random.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GPT2Config, LlamaConfig, Qwen3Config
+
+VOCABULARY = 97
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+CONFIGS: dict[str, Any] = {
+    "llama": lambda: LlamaConfig(**SHAPE),
+    "qwen3": lambda: Qwen3Config(**SHAPE),
+    "gemma3": lambda: Gemma3TextConfig(**SHAPE, sliding_window=6, layer_types=["sliding_attention", "full_attention"]),
+    "gemma2": lambda: Gemma2Config(
+        **SHAPE,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=3.0,
+        query_pre_attn_scalar=8,
+    ),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        initializer_range=0.2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+}
+
+
+def make_base(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A random causal language model of the architecture `name`, always the same, under eager attention."""
+    torch.manual_seed(2)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="eager", dtype=dtype)
+    with torch.no_grad():  # zeros and ones hide mistakes: biases and norms get values too
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def randomize_adapter(model: Any, seed: int = 11) -> None:
+    """Give A and B random values of a size that matters: B at 0, its start, would hide A."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if "lora_" in name:
+                size = 0.2 if "lora_A" in name else 0.1
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
