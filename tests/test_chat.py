@@ -199,14 +199,13 @@ def test_tool_calls_are_learned_and_results_are_not(name: str) -> None:
 @needs_shared
 def test_a_template_that_loses_tool_calls_is_refused() -> None:
     call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
-    example = Example(
-        ({"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}),
-        None,
-        None,
-        PLACE,
-    )
-    with pytest.raises(DataError, match="leaves out the tool calls"):
-        make_encoder(shared_tokenizer("smollm2")).encode(example)
+    for content in ("", "I ask the weather tool."):  # where the name stands says nothing
+        message = {"role": "assistant", "content": content, "tool_calls": [call]}
+        example = Example(({"role": "user", "content": "?"}, message), None, None, PLACE)
+        with pytest.raises(DataError, match="leaves out the tool calls of message 2"):
+            make_encoder(shared_tokenizer("smollm2")).encode(example)
+    encoder = make_encoder(shared_tokenizer("smollm2"))
+    assert encoder.encode(conversation("?", "!", tools=[call])) and encoder.report.tools_left_out == 1
 
 
 SUPERVISE = [  # supervise, flags of the three answers, answers learned
@@ -264,10 +263,9 @@ def check_prompts(tokenizer: Any, example: Example, sequences: tuple[Tokens, ...
 
 
 def test_a_token_across_the_border_gives_the_servers_prompt_all_the_same(tiny: Any) -> None:
-    glued = [tiny.encode(text, add_special_tokens=False) for text in ("\n", "\n\n")]
-    assert [len(ids) for ids in glued] == [1, 1]  # the prompt's newline and the answer's would be one token
+    assert len(tiny.encode("\n\n", add_special_tokens=False)) == 1  # of the prompt's newline and the answer's first
     encoder = make_encoder(tiny)
-    example = conversation("a", "b", "c", "\nd", "e", "f")
+    example = conversation("a", "b", "c", "\n\nd", "e", "f")
     sequences = encoder.encode(example)
     assert len(sequences) == 3
     assert encoder.report.straddling_tokens == 1
@@ -281,7 +279,7 @@ def test_sentencepiece_answers_joined_to_their_prompt_keep_their_text() -> None:
     example = conversation("a", "{{ x }}")
     (tokens,) = encoder.encode(example)
     check_against_server(tokenizer, example, (tokens,))
-    assert tokenizer.decode(tokens.ids) == tokenizer.apply_chat_template(list(example.messages), tokenize=False)
+    assert tokenizer.decode(tokens.ids).endswith("[INST] a [/INST]{{ x }}</s>")
 
 
 def test_control_tokens_in_the_data(tiny: Any) -> None:
@@ -341,8 +339,9 @@ def test_chatml_where_the_tokenizer_knows_it() -> None:
 
 def test_template_options_are_saved_as_defaults(tmp_path: Path, tiny: Any) -> None:
     file = tmp_path / "options.jinja"
-    file.write_text("\n{% macro tone() %}{{ mood }}{% endmacro %}{{ tone() }}{% if loud %}!{% endif %}{% if gone is none %}0"
-                    "{% endif %}{% for m in messages %}{{ m.content }}</s>{% endfor %}")  # fmt: skip
+    file.write_text("\n{% macro tone() %}{{ mood }}{% endmacro %}{{ tone() }}{% if loud %}!{% endif %}"
+                    "{% if gone is none %}0{% endif %}"
+                    "{% for m in messages %}{{ m.content }}</s>{% endfor %}")  # fmt: skip
     tokenizer = load_tokenizer(tiny.name_or_path)
     options = {"mood": 'glad "é\n👋', "loud": True, "gone": None}
     make_encoder(tokenizer, chat={"template": str(file), "template_options": options})
@@ -358,7 +357,7 @@ def test_a_template_without_end_gets_eos(tmp_path: Path, tiny: Any) -> None:
     file.write_text("{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}"
                     "{% if add_generation_prompt %}assistant:{% endif %}")  # fmt: skip
     encoder = make_encoder(load_tokenizer(tiny.name_or_path), chat={"template": str(file)})
-    sequences = encoder.encode(conversation("q", " A ", "r", "B\n"))
+    sequences = encoder.encode(conversation("q", " A ", "r", "B"))
     assert [tiny.decode(tokens.ids) for tokens in sequences] == [
         "user: q\nassistant: A</s>", "user: q\nassistant: A\nuser: r\nassistant: B</s>"]  # fmt: skip
     assert [text.strip() for tokens in sequences for text in learned_text(tiny, tokens)] == ["A</s>", "B</s>"]
@@ -366,8 +365,8 @@ def test_a_template_without_end_gets_eos(tmp_path: Path, tiny: Any) -> None:
 
 def test_a_template_whose_prompt_opens_what_answers_lack(tmp_path: Path, tiny: Any) -> None:
     file = tmp_path / "thinking.jinja"  # as deepseek-r1: the prompt opens a thought, the rendered answer has none
-    file.write_text("{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|end|>\n{% endfor %}"
-                    "{% if add_generation_prompt %}<|start|>assistant\n<think>\n{% endif %}")  # fmt: skip
+    file.write_text("{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|end|>\n"
+                    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n<think>\n{% endif %}")  # fmt: skip
     tokenizer = load_tokenizer(tiny.name_or_path)
     encoder = make_encoder(tokenizer, chat={"template": str(file)})
     example = conversation("q", "<think>long thought</think>A", "r", "B")
@@ -392,7 +391,7 @@ def test_over_long_conversations(tiny: Any) -> None:
     with pytest.raises(DataError, match=f"{used + 1:,} tokens, over data.max_length"):
         make_encoder(tiny, max_length=used - 1, overlong="error").encode(example)
 
-    limit = len(answer) + 3
+    limit = len(answer) + 5
     (cut,) = make_encoder(tiny, max_length=limit, overlong="truncate").encode(example)
     assert len(cut) == limit and cut.ids[0] == tiny.bos_token_id  # context goes from the left, BOS and answer stay
     assert cut.ids[1:].tolist() == whole.ids[used - limit + 1 : used].tolist()

@@ -86,7 +86,7 @@ def plain_step(model: Any, rows: Rows, loss: str) -> tuple[float, dict[str, torc
     value = total / (tokens if loss == "token" else len(rows))
     model.zero_grad()
     value.backward()
-    return float(value), gradients(model)
+    return float(value.detach()), gradients(model)
 
 
 def packed_step(model: Any, network: Network, rows: Rows, loss: str, capacity: int) -> tuple[float, dict[str, Any]]:
@@ -97,7 +97,7 @@ def packed_step(model: Any, network: Network, rows: Rows, loss: str, capacity: i
     for batch in step.micro_batches:
         part = (pair_losses(network, batch) * torch.as_tensor(batch.weights)).sum() / step.divisor
         part.backward()
-        value += float(part)
+        value += float(part.detach())
     return value, gradients(model)
 
 

@@ -15,12 +15,12 @@ VOCABULARY = 97
 
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
+    "head_dim": 16,
     "max_position_embeddings": 128,
     "initializer_range": 0.2,
     "bos_token_id": 1,
@@ -38,11 +38,11 @@ CONFIGS: dict[str, Any] = {
         layer_types=["sliding_attention", "full_attention"],
         attn_logit_softcapping=5.0,
         final_logit_softcapping=3.0,
-        query_pre_attn_scalar=8,
+        query_pre_attn_scalar=16,
     ),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCABULARY,
-        n_embd=32,
+        n_embd=64,
         n_layer=2,
         n_head=4,
         n_positions=128,
@@ -56,10 +56,12 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-def make_base(name: str, dtype: torch.dtype = torch.float32) -> Any:
+def make_base(name: str, dtype: torch.dtype = torch.float32, vocabulary: int = VOCABULARY) -> Any:
     """A random causal language model of the architecture `name`, always the same, under eager attention."""
     torch.manual_seed(2)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="eager", dtype=dtype)
+    config = CONFIGS[name]()
+    config.vocab_size = vocabulary
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
     with torch.no_grad():  # zeros and ones hide mistakes: biases and norms get values too
         for parameter in model.parameters():
             if parameter.dim() == 1:

@@ -97,6 +97,7 @@ def summary(report: Report) -> Iterator[str]:
         "tokens across the border of prompt and answer": report.straddling_tokens,
         "blanks that the template trims": report.trimmed_characters,
         "characters of answers that the template drops": report.dropped_characters,
+        "answers whose tools the template does not show": report.tools_left_out,
     }
     yield from (f"{count:,} {name}" for name, count in counts.items() if count)
 

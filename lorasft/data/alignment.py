@@ -12,8 +12,9 @@ from lorasft.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PLACEHOLDERS = 0xF0000  # a private plane of Unicode: one character stands for one control token's text
-PLACEHOLDER = re.compile("([\U000f0000-\U000ffffd])")
+# A control token's text that is meant as text: a code point that Unicode keeps for no character, then its index.
+MARK, FIRST = "\U000ffffe", 0xF0000
+PLACEHOLDER = re.compile(f"({MARK}.)")
 SHORT = 200  # characters: most prompts end alike, behind a special token
 
 
@@ -57,14 +58,14 @@ class Aligner:
         self.restarts = {index for index, token in added if not token.normalized and not token.single_word}
         # SentencePiece puts a space before a text; behind a newline it does not.
         self.anchor = "" if list(self.backend.encode("x", add_special_tokens=False).tokens) == ["x"] else "\n"
-        self._control_pattern = re.compile("|".join(map(re.escape, control)) or r"(?!)")
+        self._control_pattern = re.compile("|".join(map(re.escape, (*control, MARK))))
         self._short: dict[str, list[int]] = {}
 
     def encode(self, texts: Sequence[str]) -> list[Encoding]:
         """Texts -> encodings, all at once in parallel."""
         encodings: list[Encoding] = self.backend.encode_batch(list(texts), add_special_tokens=False)
         for index, text in enumerate(texts):
-            if PLACEHOLDER.search(text) and self.control:
+            if MARK in text:
                 encodings[index] = self._encode_placeholders(text)
         return encodings
 
@@ -111,33 +112,33 @@ class Aligner:
         return token
 
     def find_control(self, text: str) -> str | None:
-        """The first control token whose text stands in `text`."""
+        """The first control token whose text stands in `text` (or U+FFFFE, which is needed here)."""
         found = self._control_pattern.search(text)
         return found.group() if found else None
 
     def hide_control(self, text: str) -> str:
         """Put a placeholder for each control token's text: encoded as plain text later, not as the token."""
-        if PLACEHOLDER.search(text):
-            raise DataError("this row has characters of Unicode's private plane 15 beside control tokens")
-        return self._control_pattern.sub(lambda found: chr(PLACEHOLDERS + self.control.index(found.group())), text)
+        if MARK in text:
+            raise DataError("the text holds U+FFFFE, which is no character")
+        return self._control_pattern.sub(lambda found: MARK + chr(FIRST + self.control.index(found.group())), text)
 
     def _encode_short(self, text: str) -> list[int]:
-        if len(text) > SHORT or PLACEHOLDER.search(text):
+        if len(text) > SHORT or MARK in text:
             return self._encode_placeholders(text).ids
         if text not in self._short:
             self._short[text] = list(self.backend.encode(text, add_special_tokens=False).ids)
         return self._short[text]
 
     def _encode_placeholders(self, text: str) -> Pieces:
-        first, *rest = PLACEHOLDER.split(text) if self.control else [text]
+        first, *rest = PLACEHOLDER.split(text)
         encoding = self.backend.encode(first, add_special_tokens=False)
         pieces, at = Pieces(list(encoding.ids), list(encoding.offsets)), len(first)
         for part in rest:
             if PLACEHOLDER.fullmatch(part):
                 plain = Pieces()
-                self._add_plain(plain, self.control[ord(part) - PLACEHOLDERS])
+                self._add_plain(plain, self.control[ord(part[1]) - FIRST])
                 pieces.ids += plain.ids
-                pieces.spans += [(at, at + 1)] * len(plain.ids)
+                pieces.spans += [(at, at + len(part))] * len(plain.ids)
             elif part:
                 self._add(pieces, part, at)
             at += len(part)

@@ -230,8 +230,10 @@ def _join_parts(content: Any) -> str:
     texts = []
     for part in _list(content, "content"):
         kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-        if kind != "text" or not isinstance(part.get("text"), str):
+        if kind != "text":
             raise DataError(f"a content part of type {kind}", hint="only text can be trained on")
+        if not isinstance(part.get("text"), str):
+            raise DataError("a content part of type text has its words under `text`")
         texts.append(part["text"])
     return "".join(texts)
 

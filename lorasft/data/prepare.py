@@ -141,14 +141,12 @@ def _digests(sources: Sequence[DataSource], data: DataSettings, bad: BadRows) ->
 
 def _write(stage: Path, data: DataSettings, encoder: Encoder) -> list[Example]:
     """Encode all examples into the stage's stores; the first few held-out conversations."""
-    train, held_out = StoreWriter(stage / "train"), StoreWriter(stage / "held_out")
     samples: list[Example] = []
-    for example, sequences, is_held_out in encode_sources(data, encoder=encoder):
-        (held_out if is_held_out else train).add(example.place, sequences)
-        if is_held_out and example.messages and len(samples) < SAMPLES:
-            samples.append(example)
-    train.close()
-    held_out.close()
+    with StoreWriter(stage / "train") as train, StoreWriter(stage / "held_out") as held_out:
+        for example, sequences, is_held_out in encode_sources(data, encoder=encoder):
+            (held_out if is_held_out else train).add(example.place, sequences)
+            if is_held_out and example.messages and len(samples) < SAMPLES:
+                samples.append(example)
     return samples
 
 

@@ -28,6 +28,7 @@ class Report:
     straddling_tokens: int = 0
     trimmed_characters: int = 0
     dropped_characters: int = 0
+    tools_left_out: int = 0
     formats: dict[str, str] = field(default_factory=dict)
     lengths: array[int] = field(default_factory=lambda: array("q"), repr=False)  # the longest sequence of each example
 

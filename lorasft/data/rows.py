@@ -152,14 +152,14 @@ def _skip_line(file: io.BufferedReader, line: bytes) -> int:
 
 def _parse_line(line: bytes, where: str) -> Row:
     try:
-        text = line.decode()
+        text = line.decode().rstrip("\r\n")
     except UnicodeDecodeError as fault:
         what = f"not UTF-8 at byte {fault.start + 1} (0x{line[fault.start]:02X})"
         raise DataError(what, where=where, hint="convert it, for example with iconv -f latin1 -t utf8") from None
     try:
         row = parse_strict(text)
     except json.JSONDecodeError as fault:
-        cut = not line.endswith(b"\n") and fault.pos >= len(text.rstrip()) - 1
+        cut = not line.endswith(b"\n") and fault.pos >= len(text) - 1
         if cut or fault.msg.startswith("Unterminated"):
             raise DataError(f"the row is cut off ({fault.msg})", where=where, hint="fetch the file again") from None
         what = f"not JSON: {fault.msg}, {_around(text, fault.pos)}"

@@ -71,17 +71,28 @@ class TokenStore:
 
 
 class StoreWriter:
-    """Appends examples to the flat files of a store, in a folder that somebody else commits."""
+    """Appends examples to the flat files of a store, in a new folder that somebody else commits.
+
+    To be used in a `with` statement, at whose end the files are closed and can be mapped.
+    """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True)
         self.folder = folder
-        self.examples = 0
         self._files: dict[str, int] = {}
-        self._out: dict[str, BinaryIO] = {name: open(folder / name, "xb") for name in ARRAYS}  # noqa: SIM115
+        self._out: dict[str, BinaryIO] = {}
         self._ends = {"sequence_offsets": 0, "example_offsets": 0, "run_offsets": 0}
+
+    def __enter__(self) -> StoreWriter:
+        self.folder.mkdir(parents=True)
+        self._out = {name: open(self.folder / name, "xb") for name in ARRAYS}  # noqa: SIM115
         for name in self._ends:
             self._append(name, 0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._out.values():
+            file.close()
+        (self.folder / "files.json").write_text(json.dumps(list(self._files)), encoding="utf-8")
 
     def add(self, place: Place, sequences: Iterable[Tokens]) -> None:
         """Append one example. Raises ValueError when a sequence labels its first position."""
@@ -97,13 +108,6 @@ class StoreWriter:
             count += 1
         self._advance("example_offsets", count)
         self._append("places", [self._files.setdefault(place.file, len(self._files)), place.line])
-        self.examples += 1
-
-    def close(self) -> None:
-        """Write the names of the files and close: the folder can be opened."""
-        for file in self._out.values():
-            file.close()
-        (self.folder / "files.json").write_text(json.dumps(list(self._files)), encoding="utf-8")
 
     def _advance(self, name: str, by: int) -> None:
         self._ends[name] += by
@@ -115,11 +119,9 @@ class StoreWriter:
 
 def write_store(folder: Path, encoded: Iterable[tuple[Place, tuple[Tokens, ...]]]) -> TokenStore:
     """Write examples to `folder`, whole or not at all, and open it. Raises RecipeError when it exists."""
-    with staged_folder(folder) as stage:
-        writer = StoreWriter(stage / "tokens")
+    with staged_folder(folder) as stage, StoreWriter(stage / "tokens") as writer:
         for place, sequences in encoded:
             writer.add(place, sequences)
-        writer.close()
     return open_store(folder)
 
 
@@ -130,7 +132,7 @@ def open_store(folder: Path) -> TokenStore:
 
 
 def map_store(folder: Path) -> TokenStore:
-    """Map the flat files that a StoreWriter closed; nothing is read yet but the names of the files."""
+    """Map the flat files that a StoreWriter wrote; nothing is read yet but the names of the files."""
     try:
         files = tuple(json.loads((folder / "files.json").read_bytes()))
         arrays: dict[str, Any] = {name: _map(folder / name, kind) for name, kind in ARRAYS.items()}

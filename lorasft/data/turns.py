@@ -9,8 +9,8 @@ is checked against them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from lorasft.data.examples import Example, Message
 from lorasft.data.report import Report
@@ -76,8 +76,8 @@ class TurnFinder:
     def draft_turn(self, example: Example, target: int) -> Draft:
         """The conversation up to one answer, exactly as it stands when that answer is the last."""
         message = example.messages[target]
-        prompt = self.prompt(example, target)
         text = self._render(example, target + 1)
+        prompt = self.prompt(example, target)
         base = prompt.removesuffix(self.habits.prompt_only)
         if text.startswith(prompt):
             region = text[len(prompt) :]
@@ -88,7 +88,10 @@ class TurnFinder:
             if at < 0:
                 raise DataError(f"the chat template does not show the answer of message {target + 1}")
             region = text[at:]
-        _refuse_lost_calls(message, region, target)
+        if message.get("tool_calls"):
+            self._refuse_lost_calls(example, target, text, region)
+        if example.tools and not any(_name(tool) in prompt for tool in example.tools):
+            self.report.tools_left_out += 1
         start, end, add_eos = self._locate(region, message)
         self._count_losses(message, start, end)
         tail = "" if add_eos else region[end:]
@@ -176,6 +179,19 @@ class TurnFinder:
             if shown < len(content) and shown >= kept:
                 self.report.trimmed_characters += len(content) - shown
 
+    def _refuse_lost_calls(self, example: Example, target: int, text: str, region: str) -> None:
+        """Raise DataError when the template renders a message's tool calls not at all, or only some of them."""
+        message = example.messages[target]
+        names = [_name(call) for call in message["tool_calls"]]
+        silent = {key: value for key, value in message.items() if key != "tool_calls"}
+        try:
+            lost = self._render(replace(example, messages=(*example.messages[:target], silent)), target + 1) == text
+        except DataError:  # it looks for the calls, then
+            lost = False
+        if lost or not all(name in region for name in names):
+            what = f"the chat template leaves out the tool calls of message {target + 1}"
+            raise DataError(what, hint="chat.template=FILE with a template that renders them")
+
     def _render(self, example: Example, upto: int) -> str:
         return render(self.tokenizer, example.messages[:upto], example.tools)
 
@@ -214,8 +230,6 @@ class TurnFinder:
         return render(self.tokenizer, messages, generation_prompt=generation_prompt)
 
 
-def _refuse_lost_calls(message: Message, region: str, target: int) -> None:
-    names = [call["function"]["name"] for call in message.get("tool_calls", ())]
-    if any(name not in region for name in names):
-        what = f"the chat template leaves out the tool calls of message {target + 1}"
-        raise DataError(what, hint="chat.template=FILE with a template that renders tool calls")
+def _name(tool: dict[str, Any]) -> str:
+    """The name of a tool or of a tool call."""
+    return str(tool.get("function", tool).get("name", ""))

@@ -84,16 +84,12 @@ def start_trackers(names: tuple[str, ...], folder: Path, config: dict[str, Any])
     if not names:
         return None
     from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
 
-    try:
-        accelerator = Accelerator(log_with=list(names), project_dir=folder)
-        accelerator.init_trackers("lorasft", config={key: str(value) for key, value in config.items()})
-    except (ValueError, ImportError) as fault:
-        raise DeviceError(
-            f"cannot start {', '.join(names)}: {fault}", where="run.trackers", hint=f"pip install {' '.join(names)}"
-        ) from None
-    if len(accelerator.trackers) < len(names):
-        raise DeviceError(
-            f"not installed: one of {', '.join(names)}", where="run.trackers", hint=f"pip install {' '.join(names)}"
-        )
+    installed = {str(getattr(name, "value", name)) for name in get_available_trackers()}
+    missing = " ".join(name for name in names if name not in installed)
+    if missing:
+        raise DeviceError(f"not installed: {missing}", where="run.trackers", hint=f"pip install {missing}")
+    accelerator = Accelerator(log_with=list(names), project_dir=folder)
+    accelerator.init_trackers("lorasft", config={key: str(value) for key, value in config.items()})
     return accelerator

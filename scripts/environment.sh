@@ -1,0 +1,29 @@
+# Sourced by the other scripts: makes .venv once, installs what constraints.txt pins, and puts it on PATH.
+# Usage: prepare_environment EXTRA, where EXTRA is '' or '[dev]'.
+
+prepare_environment() {
+    local extra=$1 python stamp wanted
+    python=$(find_python)
+    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    stamp=.venv/installed$extra
+    wanted=$(cat pyproject.toml constraints.txt | cksum)
+    if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
+        echo "installing into .venv (once; torch is large)" >&2
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$extra"
+        echo "$wanted" > "$stamp"
+    fi
+    PATH="$PWD/.venv/bin:$PATH"
+}
+
+find_python() {
+    local name
+    for name in python3 python3.13 python3.12 python3.11 python3.10; do
+        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            command -v "$name"
+            return
+        fi
+    done
+    echo "error: no Python 3.10 or newer" >&2
+    echo "hint: install one, for example with your system's package manager" >&2
+    return 5
+}

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# The gate: format, lint, types, tests. Installs what it needs into .venv.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/environment.sh
+prepare_environment '[dev]'
+export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+
+echo "== format" && ruff format --check .
+echo "== lint" && ruff check .
+echo "== types" && mypy
+echo "== tests" && python -m pytest "$@"

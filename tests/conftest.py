@@ -1,0 +1,79 @@
+"""A tiny base with a byte-level tokenizer, a file of rows, and recipes over them, on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in a test may reach the hub
+
+ROWS = 26
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny matrices gain nothing from threads, and lose much when another process wants the cores."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama in bf16 safetensors, with weights of a size that shows mistakes."""
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+def save_base(folder: Path, name: str = "llama", *, dtype: str = "bfloat16") -> Path:
+    """Write the tiny random model `name` and its tokenizer to `folder`, as a hub snapshot would be."""
+    import torch
+    from tiny_models import make_base
+    from tiny_tokenizer import save_tokenizer
+
+    make_base(name, dtype=getattr(torch, dtype), vocabulary=384).save_pretrained(folder)
+    return save_tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Questions of unequal length; 26 rows make a ragged last step with batches of 8."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    lines = [
+        {
+            "messages": [
+                {"role": "user", "content": f"what is {n} + {n}?" + " please" * (n % 5)},
+                {"role": "assistant", "content": f"{n} + {n} = {2 * n}" + "!" * (n % 7)},
+            ]
+        }
+        for n in range(ROWS)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def recipe(base: Path, rows: Path, tmp_path: Path) -> Callable[..., str]:
+    """Writes a recipe over `base` and `rows`, with sections replaced as given, and returns its path."""
+
+    def write(**sections: dict[str, object]) -> str:
+        settings: dict[str, object] = {
+            "model": {"base": str(base), "dtype": "float32"},
+            "adapter": {"rank": 4, "alpha": 8, "dropout": 0.1},
+            "data": {"train": str(rows), "eval": 0.2, "max_length": 120},
+            "train": {"epochs": 3, "batch_size": 8},
+            "optimizer": {"learning_rate": 5e-3},
+            "schedule": {"warmup": 2},
+            "run": {"output": str(tmp_path / "run"), "eval_every": 4, "save_every": 3},
+            "machine": {"micro_batch_tokens": 150},
+        }
+        for name, values in sections.items():
+            settings[name] = {**settings.get(name, {}), **values}  # type: ignore[dict-item]
+        path = tmp_path / "recipe.yaml"
+        path.write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
+        return str(path)
+
+    return write

@@ -1,0 +1,516 @@
+"""Rows of every shape and every fault, the held-out split, the store, its cache, and the preview."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_tokenizer import TEMPLATE, save_tokenizer
+
+from lorasft import cli
+from lorasft.data.chat import UNSUPERVISED, Encoder, Tokens
+from lorasft.data.examples import Example, held_out_below, read_examples
+from lorasft.data.prepare import open_prepared, prepare, store_key
+from lorasft.data.report import BadRows, Report
+from lorasft.data.rows import LARGEST_ROW, Place
+from lorasft.data.store import open_store, write_store
+from lorasft.data.tokenizer import load_tokenizer
+from lorasft.errors import DataError, LorasftError, ModelError, Several
+from lorasft.recipe import ChatSettings, DataSettings
+
+SHARED = Path(__file__).parents[2] / "shared/data"
+CHAT_ROW = '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}'
+
+
+def read(path: Path | str, **settings: Any) -> list[Example]:
+    data = DataSettings(train=(str(path),), **settings)
+    bad = BadRows(data.on_bad_row, Report())
+    examples = list(read_examples(data.train, data, bad=bad))
+    bad.raise_all()
+    return examples
+
+
+def read_bytes(folder: Path, content: bytes, name: str = "rows.jsonl", **settings: Any) -> list[Example]:
+    (folder / name).write_bytes(content)
+    return read(folder / name, **settings)
+
+
+def turns(example: Example) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in example.messages]
+
+
+QA = [("user", "Q"), ("assistant", "A")]
+SHAPES = [
+    (CHAT_ROW, QA),
+    ('{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}', QA),
+    ('{"conversations": [{"from": "user", "value": "Q"}, {"from": "assistant", "value": "A"}], "id": 3}', QA),
+    ('{"instruction": "Q", "output": "A"}', QA),
+    ('{"instruction": "Q", "input": "", "output": "A"}', QA),
+    ('{"instruction": "Q", "input": "I", "output": "A"}', [("user", "Q\n\nI"), ("assistant", "A")]),
+    ('{"instruction": "Q", "output": "A", "system": "S"}', [("system", "S"), *QA]),
+    ('{"prompt": "Q", "completion": "A"}', QA),
+    ('{"prompt": [{"role": "user", "content": "Q"}], "completion": [{"role": "assistant", "content": "A"}]}', QA),
+    (
+        CHAT_ROW.replace('"A"', '[{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]'),
+        [QA[0], ("assistant", "AB")],
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "expected"), SHAPES)
+def test_row_shapes(tmp_path: Path, row: str, expected: list[tuple[str, str]]) -> None:
+    (example,) = read_bytes(tmp_path, row.encode() + b"\n")
+    assert turns(example) == expected
+    assert example.place == Place(str(tmp_path / "rows.jsonl"), 1) and example.text is None
+
+
+def test_text_rows_and_columns(tmp_path: Path) -> None:
+    (text,) = read_bytes(tmp_path, b'{"text": "once"}')
+    assert (text.text, text.messages) == ("once", ())
+    renamed = b'{"question": "Q", "answer": "A", "text": "noise"}'
+    (example,) = read_bytes(
+        tmp_path, renamed, columns={"prompt": "question", "completion": "answer"}, format="prompt-completion"
+    )
+    assert turns(example) == QA
+    with pytest.raises(DataError, match="'answr', not in the data"):
+        read_bytes(tmp_path, renamed, columns={"prompt": "question", "completion": "answr"})
+
+
+def test_tools(tmp_path: Path) -> None:
+    call = {"name": "f", "arguments": {"x": 1}}
+    tools = [{"name": "f", "parameters": {"x": None}}]
+    row = {
+        "conversations": [
+            {"from": "human", "value": "Q"},
+            {"from": "function_call", "value": json.dumps(call)},
+            {"from": "observation", "value": "7"},
+            {"from": "gpt", "value": "A"},
+        ],
+        "tools": json.dumps(tools),
+    }
+    (example,) = read_bytes(tmp_path, json.dumps(row).encode())
+    assert [message["role"] for message in example.messages] == ["user", "assistant", "tool", "assistant"]
+    assert example.messages[1]["tool_calls"] == [{"type": "function", "function": call}]
+    assert example.tools == ({"type": "function", "function": tools[0]},)  # the null is the row's own: kept
+
+    openai = json.loads(CHAT_ROW)
+    openai["messages"][1] |= {
+        "content": None,
+        "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": '{"x": 1}'}}],
+    }
+    (example,) = read_bytes(tmp_path, json.dumps(openai | {"tools": []}).encode())
+    assert example.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+    assert example.messages[1]["content"] == "" and example.tools is None
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not here")
+def test_sharegpt_tool_calls_equal_an_independent_conversion() -> None:
+    folder = SHARED / "datasets"
+    ours = read(folder / "glaive_toolcall_en_300.sharegpt.json")
+    theirs = read(folder / "glaive_toolcall_en_300.messages.jsonl")
+    assert len(ours) == len(theirs) == 300
+    for mine, other in zip(ours, theirs, strict=True):
+        assert turns(mine) == turns(other)
+        calls = [
+            [call["function"] for m in example.messages for call in m.get("tool_calls", ())]
+            for example in (mine, other)
+        ]
+        assert calls[0] == calls[1]
+        assert [tool["function"] for tool in mine.tools or ()] == [tool["function"] for tool in other.tools or ()]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not here")
+@pytest.mark.parametrize(
+    ("name", "count", "settings"),
+    [
+        ("gsm8k_train.jsonl", 7473, {"columns": {"prompt": "question", "completion": "answer"}}),
+        ("alpaca_gpt4_en_1k.jsonl", 999, {}),
+        ("roleplay_gpt4_1k.jsonl", 1000, {"columns": {"output": "response"}}),
+        ("sharegpt_identity_500.jsonl", 500, {}),
+        ("sharegpt_long_1.jsonl", 1, {}),
+        ("oasst_multilingual_a.messages.jsonl", 207, {}),
+        ("reasoning_tools_a.messages.jsonl", 25, {}),
+        ("c4_300.text.jsonl", 300, {}),
+    ],
+)
+def test_real_data_sets_are_read_whole(name: str, count: int, settings: dict[str, Any]) -> None:
+    examples = read(SHARED / "datasets" / name, **settings)
+    lines = (SHARED / "datasets" / name).read_bytes().split(b"\n")
+    assert len(examples) == count == len([line for line in lines if line.strip()])
+    assert [example.place.line for example in examples] == [n for n, line in enumerate(lines, 1) if line.strip()]
+
+
+FAULTS = [  # content, what is said, where in rows.jsonl
+    (
+        b'{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": oops}\n',
+        "not JSON: Expecting value",
+        ":2:31",
+    ),
+    (b'{"prompt": "a", "completion": "b"}\n{"prompt": "a", "compl', "cut off", ":2"),
+    (b'{"prompt": "a", "completion": "b", "prompt": "c"}\n', "'prompt' twice", ":1"),
+    (b'{"prompt": "a", "completion": NaN}\n', "NaN is not JSON", ":1"),
+    (b'{"prompt": "a", "completion": -Infinity}\n', "-Infinity is not JSON", ":1"),
+    (b'{"prompt": "a", "completion": "\\ud83d"}\n', "half a character", ":1:32"),
+    (b'{"prompt": "a", "completion": "caf\xe9"}\n', r"not UTF-8 at byte 35 \(0xE9\)", ":1"),
+    (b'{"prompt": "a\tb", "completion": "c"}\n', "Invalid control character", ":1:14"),
+    (CHAT_ROW.replace('"A"', '[{"type": "text", "value": "A"}]').encode(), "has its words under `text`", ":1"),
+    (b'\n\n["a"]\n', "must be an object", ":3"),
+    (b'{"prompt": "a", "completion": "b"}\n[1, 2]\n', "must be an object, this is list", ":2"),
+    (b'{"foo": 1, "bar": 2}\n', "no known format: columns seen: foo, bar", ":1"),
+    (b'{"prompt": "a", "completion": "b", "text": "c"}\n', "fit prompt-completion and text", ":1"),
+    (b'{"prompt": "a", "completion": "b"}\n{"text": "c"}\n', "no 'prompt' and no 'completion' in this row", ":2"),
+    (b'{"messages": []}\n', "without messages", ":1"),
+    (b'{"messages": [{"role": "user", "content": "a"}]}\n', r"no assistant turn \(roles: user\)", ":1"),
+    (b'{"messages": [{"role": "human", "content": "a"}]}\n', "unknown role 'human'", ":1"),
+    (b'{"messages": [{"role": "bot", "content": "a"}]}\n', "unknown role 'bot'", ":1"),
+    (CHAT_ROW.replace('"A"', "null").encode(), "role assistant without content", ":1"),
+    (CHAT_ROW.replace('"A"', '" \\n"').encode(), "an assistant turn without text", ":1"),
+    (CHAT_ROW.replace('"A"', '[{"type": "image_url", "image_url": "x"}]').encode(), "part of type image_url", ":1"),
+    (CHAT_ROW.replace('"A"', "7").encode(), "'content' must be a list, this is int", ":1"),
+    (CHAT_ROW.replace('"A"', '"A", "train": "yes"').encode(), "`train` of a message", ":1"),
+    (
+        CHAT_ROW.replace('"A"', '"A", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]').encode(),
+        "not JSON",
+        ":1",
+    ),
+    (CHAT_ROW[:-1].encode() + b', "tools": {"a": 1}}', "'tools' must be a list, this is dict", ":1"),
+    (CHAT_ROW[:-1].encode() + b', "tools": "[oops"}', "tools: not JSON", ":1"),
+    (b'{"conversations": [{"from": "martian", "value": "a"}]}', "unknown role 'martian'", ":1"),
+    (b'{"conversations": [{"role": "user", "content": "a"}]}', "has `from` and `value`", ":1"),
+    (b'{"prompt": "a", "completion": "' + b"x" * LARGEST_ROW + b'"}\n', "a row of 8,388,64. bytes", ":1"),
+]
+
+
+@pytest.mark.parametrize(("content", "what", "where"), FAULTS, ids=[what for _, what, _ in FAULTS])
+def test_bad_rows_say_what_and_where(tmp_path: Path, content: bytes, what: str, where: str) -> None:
+    with pytest.raises(DataError, match=what) as fault:
+        read_bytes(tmp_path, content)
+    assert fault.value.where == str(tmp_path / "rows.jsonl") + where
+    assert fault.value.exit_code == 3
+
+
+def test_bad_rows_are_dropped_and_counted_or_reported_together(tmp_path: Path) -> None:
+    rows = b"\n".join([CHAT_ROW.encode(), b"{", CHAT_ROW.encode(), b'{"messages": 3}', CHAT_ROW.encode()])
+    (tmp_path / "rows.jsonl").write_bytes(rows)
+    data = DataSettings(train=(str(tmp_path / "rows.jsonl"),), on_bad_row="drop")
+    bad = BadRows("drop", Report())
+    assert [example.place.line for example in read_examples(data.train, data, bad=bad)] == [1, 3, 5]
+    assert bad.report.bad_rows == 2
+    with pytest.raises(Several) as several:
+        read(tmp_path / "rows.jsonl")
+    assert [fault.where for fault in several.value.faults] == [f"{tmp_path}/rows.jsonl:{n}" for n in ("2:2", "4")]
+    with pytest.raises(Several) as many:
+        read_bytes(tmp_path, CHAT_ROW.encode() + b"\n" + b"{\n" * 99)
+    assert len(many.value.faults) == 20  # and the rest of the file is not read
+
+
+def test_what_text_files_get_wrong(tmp_path: Path) -> None:
+    odd = "a\u2028b\u2029c\u0085d\x0be\x0cf\x00g\u200d👩‍👩‍👧"
+    rows = [json.dumps({"prompt": odd, "completion": str(n)}, ensure_ascii=False) for n in range(3)]
+    content = b"\xef\xbb\xbf" + "\r\n".join(rows[:2]).encode() + b"\n\n  \n" + rows[2].encode()
+    examples = read_bytes(tmp_path, content)
+    assert [example.messages[0]["content"] for example in examples] == [odd] * 3
+    assert [example.place.line for example in examples] == [1, 2, 5]
+    paired = read_bytes(tmp_path, b'{"prompt": "\\ud83d\\ude00", "completion": "b"}')
+    assert paired[0].messages[0]["content"] == "😀"
+
+
+def test_arrays_of_rows(tmp_path: Path) -> None:
+    rows = [json.loads(CHAT_ROW) for _ in range(3)]
+    examples = read_bytes(tmp_path, json.dumps(rows, indent=1).encode(), "rows.json")
+    starts = [n for n, line in enumerate(json.dumps(rows, indent=1).split("\n"), 1) if line == " {"]
+    assert [turns(example) for example in examples] == [QA] * 3
+    assert [example.place.line for example in examples] == starts
+    assert len(read_bytes(tmp_path, json.dumps(rows).encode(), "array.jsonl")) == 3
+    assert read_bytes(tmp_path, b" [ ] ", "empty.json") == []
+    with pytest.raises(DataError, match="cut off") as fault:
+        read_bytes(tmp_path, json.dumps(rows, indent=1).encode()[:-2], "cut.json")
+    assert fault.value.where is not None and fault.value.where.startswith(f"{tmp_path}/cut.json:")
+
+
+def test_csv_keeps_text_as_text(tmp_path: Path) -> None:
+    content = '\ufeffprompt,completion\n007,NA\n"two\nlines, ""quoted""",1.50\n,x\n'.encode()
+    examples = read_bytes(tmp_path, content, "rows.csv")
+    assert [turns(example) for example in examples] == [
+        [("user", "007"), ("assistant", "NA")],
+        [("user", 'two\nlines, "quoted"'), ("assistant", "1.50")],
+        [("user", ""), ("assistant", "x")],
+    ]
+    assert [example.place.line for example in examples] == [2, 3, 5]
+    with pytest.raises(DataError, match="3 fields, the header has 2") as fault:
+        read_bytes(tmp_path, b"prompt,completion\na,b\na,b,c\n", "rows.csv")
+    assert fault.value.where == f"{tmp_path}/rows.csv:3"
+    with pytest.raises(DataError, match="not CSV in UTF-8"):
+        read_bytes(tmp_path, b"prompt,completion\na,\xe9\n", "rows.csv")
+
+
+def test_parquet_gives_no_row_the_keys_of_another(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    def row(name: str, argument: str) -> dict[str, Any]:
+        tool = {"type": "function", "function": {"name": name, "parameters": {argument: {"type": "string"}}}}
+        call = {"function": {"name": name, "arguments": {argument: "x"}}}
+        messages = [
+            {"role": "user", "content": "Q", "tool_calls": None},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ]
+        return {"messages": messages, "tools": [tool]}
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row("f", "a"), row("g", "b")]), tmp_path / "rows.parquet")
+    first, second = read(tmp_path / "rows.parquet")
+    assert first.tools is not None and list(first.tools[0]["function"]["parameters"]) == ["a"]
+    assert second.messages[1]["tool_calls"] == [{"function": {"name": "g", "arguments": {"b": "x"}}}]
+    assert "tool_calls" not in first.messages[0] and second.place.line == 2
+    with pytest.raises(DataError, match="not Parquet"):
+        read_bytes(tmp_path, b"PAR1 nothing", "torn.parquet")
+
+
+def test_sources(tmp_path: Path) -> None:
+    for name, answer in (("b.jsonl", "2"), ("a.json", "1"), ("c.csv", "3")):
+        row = {"prompt": "Q", "completion": answer}
+        content = json.dumps(row) if name[-1] != "v" else f"prompt,completion\nQ,{answer}\n"
+        (tmp_path / name).write_text(content)
+    (tmp_path / "notes.md").write_text("no rows")
+    assert [example.messages[1]["content"] for example in read(tmp_path)] == ["1", "2", "3"]
+    assert [example.messages[1]["content"] for example in read(tmp_path / "*.js*")] == ["1", "2"]
+    for path, what in (
+        ("missing.jsonl", "no such file"),
+        ("*.txt", "no file matches"),
+        ("notes.md", "unknown kind of file"),
+    ):
+        with pytest.raises(DataError, match=what):
+            read(tmp_path / path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="in this folder"):
+        read(tmp_path / "empty")
+
+
+def numbered(count: int, *, start: int = 0) -> bytes:
+    rows = ({"prompt": f"What is {n} + 1?", "completion": str(n + 1)} for n in range(start, start + count))
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def test_a_share_of_a_source_is_the_same_rows_every_time(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(numbered(400))
+    source = {"path": str(tmp_path / "rows.jsonl"), "share": 0.25}
+    data = DataSettings(train=(source,))
+    picks = [[e.place.line for e in read_examples(data.train, data, bad=BadRows("error", Report()))] for _ in range(2)]
+    assert picks[0] == picks[1] and 60 < len(picks[0]) < 140
+
+
+def test_held_out_rows_are_chosen_by_content() -> None:
+    random = np.random.default_rng(0)
+    digests = random.integers(0, 2**64, size=500, dtype=np.uint64)
+    repeated = np.concatenate([digests, digests[:100]])
+    below = held_out_below(repeated, 0.1)
+    assert len(np.unique(repeated[repeated < below])) == 50
+    assert held_out_below(random.permutation(repeated), 0.1) == below
+    assert (digests < held_out_below(digests, 0.0001)).sum() == 1  # never none
+    assert (digests[:2] < held_out_below(digests[:2], 0.5)).sum() == 1
+    with pytest.raises(DataError, match="none can be held out"):
+        held_out_below(digests[:1], 0.5)
+
+
+def as_tokens(*pairs: tuple[int, bool]) -> Tokens:
+    ids = np.array([token for token, _ in pairs], dtype=np.int32)
+    return Tokens(ids, np.where([learned for _, learned in pairs], ids, UNSUPERVISED).astype(np.int32))
+
+
+def test_the_store_gives_back_what_was_written(tmp_path: Path) -> None:
+    random = np.random.default_rng(1)
+    examples = []
+    for line in range(30):
+        sequences = []
+        for _ in range(int(random.integers(1, 4))):
+            learned = random.random(int(random.integers(1, 20))) < 0.5
+            learned[0] = False
+            sequences.append(as_tokens(*((int(random.integers(2**31 - 1)), bool(flag)) for flag in learned)))
+        examples.append((Place(f"file{line % 3}", line), tuple(sequences)))
+    store = write_store(tmp_path / "store", examples)
+    assert len(store) == 30
+    flat = [tokens for _, sequences in examples for tokens in sequences]
+    assert store.lengths().tolist() == list(map(len, flat))
+    assert store.supervised().tolist() == [int((tokens.labels != UNSUPERVISED).sum()) for tokens in flat]
+    assert np.diff(store.example_offsets).tolist() == [len(sequences) for _, sequences in examples]
+    for index, (place, sequences) in enumerate(examples):
+        assert store.place(index) == place
+        for mine, written in zip(store.sequences(index), sequences, strict=True):
+            assert mine.ids.dtype == mine.labels.dtype == np.int32
+            assert (mine.ids == written.ids).all() and (mine.labels == written.labels).all()
+    with pytest.raises(ValueError, match="first position"):
+        write_store(tmp_path / "bad", [(Place("f", 1), (as_tokens((5, True)),))])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]  # nothing half done stays
+
+
+def test_a_damaged_store_is_not_opened(tmp_path: Path) -> None:
+    write_store(tmp_path / "store", [(Place("f", 1), (as_tokens((5, False), (6, True)),))])
+    ids = tmp_path / "store/tokens/ids"
+    ids.write_bytes(ids.read_bytes()[::-1])
+    with pytest.raises(ModelError, match="does not match its hash"):
+        open_store(tmp_path / "store")
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def tokenizer(tokenizer_folder: Path) -> Iterator[Any]:
+    yield load_tokenizer(str(tokenizer_folder))
+
+
+def test_prepare_splits_counts_and_reuses(tmp_path: Path, tokenizer: Any) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(numbered(50) + numbered(5))
+    data = DataSettings(train=(str(rows),), eval=0.1)
+    first = prepare(data, ChatSettings(), tokenizer=tokenizer, folder=tmp_path / "cache")
+    report, held_out = first.report, first.held_out
+    assert held_out is not None
+    assert (report.rows, report.duplicate_rows, report.train_examples + report.held_out_examples) == (55, 5, 55)
+    assert (len(first.train), len(held_out)) == (report.train_examples, report.held_out_examples)
+    decoded = [
+        {tokenizer.decode(store.sequences(n)[0].ids) for n in range(len(store))} for store in (first.train, held_out)
+    ]
+    assert len(decoded[0]) == 45 and len(decoded[1]) == 5 and not decoded[0] & decoded[1]
+    assert first.samples and turns(first.samples[0])[0][1].startswith("What is")
+    for index in range(len(held_out)):
+        line = rows.read_text().split("\n")[held_out.place(index).line - 1]
+        assert json.loads(line)["prompt"] in tokenizer.decode(held_out.sequences(index)[0].ids)
+
+    (folder,) = (tmp_path / "cache").iterdir()
+    before = (folder / "manifest.json").stat().st_ino
+    again = prepare(data, ChatSettings(), tokenizer=tokenizer, folder=tmp_path / "cache")
+    assert (again.key, again.report, again.samples) == (first.key, report, first.samples)
+    assert (folder / "manifest.json").stat().st_ino == before  # opened, not made again
+    written = first.train.ids.copy()
+    ids = folder / "train/ids"
+    ids.write_bytes(ids.read_bytes()[:-4])
+    with pytest.raises(ModelError):
+        open_prepared(folder)
+    mended = prepare(data, ChatSettings(), tokenizer=tokenizer, folder=tmp_path / "cache")
+    assert (mended.train.ids == written).all()
+
+
+def test_every_ingredient_changes_the_key(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(numbered(3))
+    template = tmp_path / "own.jinja"
+    template.write_text(TEMPLATE)
+    data, chat = DataSettings(train=(str(rows),)), ChatSettings(template=str(template))
+
+    def key(data: DataSettings = data, chat: ChatSettings = chat, folder: Path = tokenizer_folder) -> str:
+        encoder = Encoder(load_tokenizer(str(folder)), chat, data=data, report=Report())
+        return store_key(data, chat, encoder=encoder)
+
+    first = key()
+    assert key() == first
+    other = [
+        key(data.model_copy(update={"max_length": 77})),
+        key(data.model_copy(update={"overlong": "truncate"})),
+        key(chat=chat.model_copy(update={"system": "S"})),
+        key(chat=chat.model_copy(update={"supervise": "last"})),
+        key(chat=chat.model_copy(update={"template_options": {"a": 1}})),
+        key(folder=save_tokenizer(tmp_path / "other", bos=False)),
+    ]
+    template.write_text(TEMPLATE + " ")
+    other.append(key())
+    template.write_text(TEMPLATE)
+    rows.write_bytes(numbered(3, start=1))
+    other.append(key())
+    rows.write_bytes(numbered(3))
+    monkeypatch.setattr("lorasft.data.prepare.SCHEMA", 0)
+    other.append(key())
+    monkeypatch.undo()
+    assert key() == first
+    assert len({first, *other}) == 1 + len(other)
+
+
+def test_counts_that_a_recipe_does_not_allow(tmp_path: Path, tokenizer: Any) -> None:
+    rows, copy = tmp_path / "rows.jsonl", tmp_path / "copy.jsonl"
+    rows.write_bytes(numbered(20))
+    copy.write_bytes(numbered(4, start=18))
+
+    def made(**settings: Any) -> Any:
+        data = DataSettings(train=(str(rows),), **settings)
+        return prepare(data, ChatSettings(), tokenizer=tokenizer, folder=tmp_path / "cache")
+
+    with pytest.raises(DataError, match=r"20 of 20 rows dropped \(0 bad, 20 over-long") as fault:
+        made(max_length=8)
+    assert "50%: " in str(fault.value.hint) and "data.max_dropped 0.05" in str(fault.value.hint)
+    with pytest.raises(DataError, match="nothing to train on"):
+        made(max_length=8, max_dropped=1.0)
+    with pytest.raises(DataError, match=r"2 rows of data\.eval stand in data\.train"):
+        made(eval=(str(copy),))
+    assert made(eval=None).held_out is None
+    rows.write_bytes(b"\n \n")
+    with pytest.raises(DataError, match="no rows to train on"):
+        made()
+    assert not list((tmp_path / "cache").glob(".stage-*"))
+    rows.write_bytes(numbered(20) + b'{"prompt": "a <|end|>", "completion": "b"}\n')
+    with pytest.raises(LorasftError, match="control token"):
+        made()
+    dropped = made(on_bad_row="drop", eval=None)
+    assert (dropped.report.bad_rows, len(dropped.train)) == (1, 20)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tokenizer_folder: Path) -> Path:
+    (tmp_path / "rows.jsonl").write_bytes(numbered(9) + b'{"prompt": "\\u001b[31mred\\u0007", "completion": "<b>&"}\n')
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"model: {{base: {tokenizer_folder}}}\ndata: {{train: [{tmp_path}/rows.jsonl], eval: null}}\n")
+    return file
+
+
+def test_preview_prints_every_sequence_as_json(recipe: Path, capsys: Any, monkeypatch: Any, tokenizer: Any) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a local base must not reach for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    assert cli.main(["preview", str(recipe), "--json"]) == 0
+    *lines, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [line["source"] for line in lines] == [
+        {"file": f"{recipe.parent}/rows.jsonl", "line": n} for n in range(1, 11)
+    ]
+    learned = [token for token in lines[0]["labels"] if token != UNSUPERVISED]
+    assert tokenizer.decode(learned) == "1<|end|>" and len(lines[0]["ids"]) == len(lines[0]["labels"])
+    assert last["summary"]["rows"] == 10 and last["summary"]["formats"]
+
+
+def test_preview_marks_what_is_learned_and_sends_no_control_characters(recipe: Path, capsys: Any) -> None:
+    assert cli.main(["preview", str(recipe), "--rows", "10"]) == 0
+    out = capsys.readouterr().out
+    assert "What is 3 + 1?<|end|>\n<|start|>assistant\n⟦4<|end|>⟧" in out
+    assert "\\x1b[31mred\\x07" in out and "\x1b" not in out and "\x07" not in out
+    assert "10 rows read (prompt-completion), in 10 sequences" in out
+
+
+def test_preview_writes_a_page(recipe: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert cli.main(["preview", str(recipe), "--html", str(page), "--rows", "10"]) == 0
+    text = page.read_text()
+    assert "<mark>4&lt;|end|&gt;</mark>" in text and "<mark>&lt;b&gt;&amp;&lt;|end|&gt;</mark>" in text
+    assert "<script" not in text and "src=" not in text and "href=" not in text
+    assert cli.main(["preview", str(recipe), "--html", str(page)]) == 2  # nothing is overwritten
+
+
+def test_preview_ends_with_the_code_of_its_fault(recipe: Path, tmp_path: Path, capsys: Any) -> None:
+    assert cli.main(["preview", str(recipe), "data.max_length=8"]) == 3
+    assert cli.main(["preview", str(recipe), f"model.base={tmp_path}"]) == 4
+    assert cli.main(["preview", str(recipe), f"data.train={tmp_path}/absent.jsonl"]) == 3
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and "hint: " in error
+
+
+def test_values_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Place("f", 1).line = 2  # type: ignore[misc]

@@ -1,0 +1,257 @@
+"""Runs: exact resumption, a frozen base, signals, refusals, and an adapter that loads everywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lorasft.cli import main
+from lorasft.data.packing import Step
+from lorasft.files import sha256, verify_folder
+from lorasft.recipe import ModelSettings, ScheduleSettings, load_recipe
+from lorasft.train import loop
+from lorasft.train.schedule import learning_rate
+
+Write = Callable[..., str]
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """What must be the same in every run of a recipe: all but the clock and the memory."""
+    changing = ("seconds", "tokens_per_second", "memory_bytes")
+    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [{key: value for key, value in line.items() if key not in changing} for line in lines]
+
+
+def run_folder(recipe: str) -> Path:
+    return Path(load_recipe(recipe).run.output)
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
+    """Do `act` in the middle of step `number`."""
+    plain = loop.take_step
+
+    def take_step(run: loop.Run, step: Step) -> dict[str, Any]:
+        if step.number == number:
+            act()
+        return plain(run, step)
+
+    monkeypatch.setattr(loop, "take_step", take_step)
+
+
+def die() -> None:
+    raise KeyboardInterrupt
+
+
+def test_resumed_equals_uninterrupted_at_every_step(
+    recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, with dropout, evaluations in between, ragged steps and a death between two saves."""
+    whole = recipe(run={"output": str(tmp_path / "whole")})
+    assert main(["train", whole]) == 0
+    want = metrics(tmp_path / "whole")
+    assert sum("loss" in line for line in want) == 9 and sum("eval_loss" in line for line in want) == 4
+
+    parts = recipe(run={"output": str(tmp_path / "parts")})
+    for number in (2, 5, 8):
+        with monkeypatch.context() as patch:
+            stop_at(patch, number, die)
+            resume = ["--resume"] if number > 2 else []
+            folder = ["run.output=" + str(tmp_path / ("early" if number == 2 else "parts"))]
+            if number == 5:  # the first start of this folder
+                resume = []
+            assert main(["train", parts, *resume, *folder]) == 130
+    assert main(["train", parts, "--resume"]) == 0
+    assert metrics(tmp_path / "parts") == want
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert sha256(tmp_path / "parts/adapter" / name) == sha256(tmp_path / "whole/adapter" / name)
+
+
+def test_a_second_run_has_the_same_bits(recipe: Write, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        assert main(["train", recipe(run={"output": str(tmp_path / name)}, train={"steps": 3})]) == 0
+    one, two = (sha256(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("one", "two"))
+    assert one == two
+
+
+def test_a_signal_stops_after_the_step_saved(recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = recipe()
+    stop_at(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(["train", path]) == 143
+    checkpoint = run_folder(path) / "checkpoints/step-000004"
+    verify_folder(checkpoint)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert main(["train", path, "--resume"]) == 0
+
+
+def test_the_frozen_base_is_unchanged(recipe: Write, base: Path) -> None:
+    """After training in NF4, every frozen tensor has the bits of a fresh load."""
+    from lorasft.data.prepare import Prepared
+    from lorasft.model.base import load_base
+    from lorasft.train import run as runs
+
+    settings = load_recipe(recipe(model={"dtype": "auto"}, train={"steps": 3}))
+    with runs.open_run(settings, resume=False) as opened:
+        assert isinstance(opened.prepared, Prepared)
+        loop.train(opened.run, opened.state)
+        after = {
+            name.removeprefix("base_model.model.").replace(".base_layer", ""): parameter
+            for name, parameter in opened.run.learner.model.named_parameters()
+            if not parameter.requires_grad
+        }
+        trained = set(opened.run.learner.parameters)
+    assert all("lora_" in name for name in trained) and trained
+    fresh = dict(load_base(settings.model, torch.device("cpu")).named_parameters())
+    assert fresh.keys() == after.keys()
+    assert all(torch.equal(fresh[name].data, after[name].data) for name in fresh)
+
+
+def test_evaluating_and_generating_do_not_change_gradients(base: Path) -> None:
+    """bitsandbytes repacks 4-bit weights in place when a model in evaluation mode runs on some CPUs."""
+    from test_oracles import Rows, packed_step
+    from tiny_models import randomize_adapter
+
+    from lorasft.model.adapter import attach_adapter
+    from lorasft.model.base import load_base
+    from lorasft.model.generate import generate
+    from lorasft.model.selfcheck import verify
+    from lorasft.recipe import AdapterSettings
+    from lorasft.train.evaluate import evaluate
+
+    peft = attach_adapter(load_base(ModelSettings(base=str(base)), torch.device("cpu")), AdapterSettings(rank=4), seed=0)
+    randomize_adapter(peft)
+    network = verify(peft.get_base_model())
+    rows = Rows()
+    before = packed_step(peft.train(), network, rows, "token", 100)
+    evaluate(network, rows, capacity=100)
+    generate(network.causal, None, [1, 5, 9], max_new_tokens=4, stops=[2])
+    after = packed_step(peft.train(), network, rows, "token", 100)
+    assert before[0] == after[0]
+    assert all(torch.equal(before[1][name], after[1][name]) for name in before[1])
+
+
+def test_the_adapter_loads_in_peft_and_gives_the_same_logits(recipe: Write, base: Path, tmp_path: Path) -> None:
+    path = recipe(model={"quantization": "none"}, adapter={"dropout": 0})
+    assert main(["train", path]) == 0
+    adapter = run_folder(path) / "adapter"
+    fresh = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(fresh, adapter, torch_device="cpu").eval()
+
+    from lorasft.model.saved import find_saved, load_saved
+
+    ours = load_saved(find_saved(str(run_folder(path))), torch.device("cpu"))
+    ids = torch.arange(5, 60).unsqueeze(0)
+    from lorasft.model.attention import attention
+
+    with torch.no_grad(), attention(ours.network.causal, "eager"):
+        difference = (theirs(ids).logits - ours.network.causal(ids).logits).abs().max()
+    assert difference < 1e-4
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(adapter / "adapter_model.safetensors").values())
+    assert any(tensor.abs().max() > 0 for name, tensor in load_file(adapter / "adapter_model.safetensors").items()
+               if "lora_B" in name)  # fmt: skip
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(
+    recipe: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe()
+    plain = loop.pair_losses
+    calls = []
+
+    def broken(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        return plain(*args) * (float("nan") if len(calls) > 8 else 1.0)
+
+    monkeypatch.setattr(loop, "pair_losses", broken)
+    assert main(["train", path]) == 7
+    said = capsys.readouterr().err
+    assert "not finite" in said and "rows.jsonl:" in said and "step-0000" in said
+    for checkpoint in (run_folder(path) / "checkpoints").iterdir():
+        assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "adapter_model.safetensors").values())
+
+
+def test_adamw8bit_resumes_bit_for_bit(recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"optimizer": {"name": "adamw8bit"}, "adapter": {"rank": 64}}  # large enough to be kept in 8 bit
+    assert main(["train", recipe(**settings, run={"output": str(tmp_path / "whole")})]) == 0
+    parts = recipe(**settings, run={"output": str(tmp_path / "parts")})
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5, die)
+        assert main(["train", parts]) == 130
+    state = load_file(tmp_path / "parts/checkpoints/step-000003/optimizer.safetensors")
+    assert any(tensor.dtype == torch.uint8 for tensor in state.values())
+    assert main(["train", parts, "--resume"]) == 0
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+
+
+def test_keep_best_gives_the_best_adapter(recipe: Write) -> None:
+    path = recipe(run={"keep_best": True, "keep": 1, "eval_every": 1}, optimizer={"learning_rate": 0.01})
+    assert main(["train", path]) == 0
+    held_out = {line["step"]: line["eval_loss"] for line in metrics(run_folder(path)) if "eval_loss" in line}
+    del held_out[0]
+    best = min(held_out, key=lambda step: held_out[step])
+    folders = sorted(folder.name for folder in (run_folder(path) / "checkpoints").iterdir())
+    assert folders == sorted({f"step-{best:06d}", "step-000009"})
+    saved = sha256(run_folder(path) / "checkpoints" / f"step-{best:06d}/adapter_model.safetensors")
+    assert sha256(run_folder(path) / "adapter/adapter_model.safetensors") == saved
+
+
+@pytest.mark.parametrize(
+    ("sections", "arguments", "code", "words"),
+    [
+        ({"train": {"batch_size": 64}}, [], 2, ["fewer than one batch", "train.batch_size=21"]),
+        ({"schedule": {"warmup": 9}}, [], 2, ["warm-up of 9 steps", "run of 9 steps"]),
+        ({"data": {"max_length": 4096}}, [], 2, ["128 positions", "data.max_length=128"]),
+        ({"adapter": {"targets": ["q_prj"]}}, [], 2, ["q_prj", "did you mean q_proj?"]),
+        ({"machine": {"share_prefixes": True}}, [], 2, ["machine.share_prefixes"]),
+        ({"model": {"dtype": "float16"}}, [], 5, ["loss scaling", "float32"]),
+        ({"model": {"base": "no/such/folder"}}, [], 4, ["no/such/folder"]),
+        ({"data": {"train": "missing.jsonl"}}, [], 3, ["missing.jsonl"]),
+        ({}, ["--resume"], 2, ["no run to resume"]),
+        ({"run": {"trackers": ["mlflow"]}}, [], 5, ["mlflow", "pip install"]),
+    ],
+)
+def test_what_cannot_work_is_refused(
+    sections: dict[str, Any], arguments: list[str], code: int, words: list[str], recipe: Write,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert main(["train", recipe(**sections), *arguments]) == code
+    said = capsys.readouterr().err
+    assert said.count("error:") == 1 and "Traceback" not in said and len(said.splitlines()) <= 20
+    assert all(word in said for word in words), said
+
+
+def test_a_folder_in_use_is_refused_saying_both_ways_out(
+    recipe: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe(train={"steps": 3})
+    assert main(["train", path]) == 0
+    assert main(["train", path]) == 2
+    said = capsys.readouterr().err
+    assert "--resume" in said and "run.output=" in said
+    assert main(["train", path, "--resume", "train.seed=5"]) == 2
+    assert "train.seed: 0 -> 5" in capsys.readouterr().err
+    assert main(["train", path, "--resume", "machine.micro_batch_tokens=64"]) == 0  # layout may change
+
+
+def test_a_start_that_failed_leaves_a_folder_that_can_be_used(recipe: Write) -> None:
+    path = recipe()
+    assert main(["train", path, "train.batch_size=64"]) == 2
+    assert main(["train", path, "train.steps=3"]) == 0
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_the_learning_rate_is_a_closed_form(name: Any) -> None:
+    schedule = ScheduleSettings(name=name, warmup=0.1, min_ratio=0.2)
+    rates = [learning_rate(step, steps=100, peak=1e-3, schedule=schedule) for step in range(1, 101)]
+    assert rates[:10] == pytest.approx([1e-4 * step for step in range(1, 11)])
+    assert rates[-1] == pytest.approx(1e-3 if name == "constant" else 2e-4)
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
