@@ -34,7 +34,8 @@ def save_base(folder: Path, name: str = "llama", *, dtype: str = "bfloat16") -> 
     from tiny_models import make_base
     from tiny_tokenizer import save_tokenizer
 
-    make_base(name, dtype=getattr(torch, dtype), vocabulary=384).save_pretrained(folder)
+    model = make_base(name, dtype=getattr(torch, dtype), vocabulary=384, hidden=64)  # bitsandbytes: blocks of 64
+    model.save_pretrained(folder)
     return save_tokenizer(folder)
 
 

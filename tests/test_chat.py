@@ -12,11 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import save_tokenizer
 
-from lorasft.data.chat import UNSUPERVISED, Encoder, Tokens, supervised_runs
+from lorasft.data.chat import Encoder
 from lorasft.data.examples import Example, normalize_message
 from lorasft.data.report import Report
 from lorasft.data.rows import Place
 from lorasft.data.tokenizer import adds_bos, compare_with_file, load_tokenizer
+from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs
 from lorasft.errors import DataError, ModelError
 from lorasft.recipe import ChatSettings, DataSettings
 
@@ -151,6 +152,16 @@ def test_prompts_are_what_a_server_feeds(name: str, template: str | None) -> Non
         check_against_server(tokenizer, example, encoder.encode(example))
 
 
+def test_trimmed_characters_are_counted_once(tmp_path: Path, tiny: Any) -> None:
+    file = tmp_path / "trimming.jinja"
+    file.write_text("{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content | trim }}<|end|>\n{% endfor %}"
+                    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")  # fmt: skip
+    encoder = make_encoder(load_tokenizer(tiny.name_or_path), chat={"template": str(file)})
+    (tokens,) = encoder.encode(conversation("q", "  A\n", "r", "B", "s", "\tC"))
+    assert learned_text(tiny, tokens) == ["A<|end|>", "B<|end|>", "C<|end|>"]
+    assert (encoder.report.trimmed_characters, encoder.report.dropped_characters) == (4, 0)
+
+
 @needs_shared
 def test_how_many_sequences_a_conversation_needs() -> None:
     """One where earlier answers stand as they were given, one per answer where the template rewrites them."""
@@ -193,6 +204,7 @@ def test_tool_calls_are_learned_and_results_are_not(name: str) -> None:
     texts = [text for tokens in make_encoder(tokenizer).encode(example) for text in learned_text(tokenizer, tokens)]
     assert len(texts) == 2
     assert '{"city": "Rome"}' in texts[0] and '\\"' not in texts[0]  # an object, not a string quoted twice
+    assert texts[0].startswith("<tool_call>" if "qwen" in name else "{")  # without the template's empty thought
     assert texts[1].startswith("Sunny.") and "31" not in texts[0] + texts[1]
 
 
@@ -374,6 +386,29 @@ def test_a_template_whose_prompt_opens_what_answers_lack(tmp_path: Path, tiny: A
     assert [learned_text(tiny, tokens) for tokens in sequences] == [["A<|end|>"], ["B<|end|>"]]
     check_prompts(tokenizer, example, sequences)
     assert encoder.report.dropped_characters == len("<think>long thought</think>")
+
+
+def test_a_template_that_changes_what_stands_before(tmp_path: Path, tiny: Any) -> None:
+    file = tmp_path / "counting.jinja"  # the same length each time, but not the same text
+    file.write_text("{{ messages | length }}{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n"
+                    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")  # fmt: skip
+    tokenizer = load_tokenizer(tiny.name_or_path)
+    encoder = make_encoder(tokenizer, chat={"template": str(file)})
+    example = conversation("q", "A", "r", "B")
+    sequences = encoder.encode(example)
+    assert [learned_text(tiny, tokens) for tokens in sequences] == [["A<|end|>"], ["B<|end|>"]]
+    check_prompts(tokenizer, example, sequences)
+
+
+def test_a_token_of_the_template_and_the_answer_is_not_learned(tmp_path: Path, tiny: Any) -> None:
+    assert len(tiny.encode("the", add_special_tokens=False)) == 1
+    file = tmp_path / "gluing.jinja"
+    file.write_text("{% for m in messages %}<|start|>{{ 'th' if m.role == 'assistant' else '' }}{{ m.content }}<|end|>"
+                    "{% endfor %}{% if add_generation_prompt %}<|start|>{% endif %}")  # fmt: skip
+    encoder = make_encoder(load_tokenizer(tiny.name_or_path), chat={"template": str(file)})
+    (tokens,) = encoder.encode(conversation("q", "e cat"))
+    assert learned_text(tiny, tokens) == [" cat<|end|>"]
+    assert encoder.report.straddling_tokens == 1
 
 
 def test_over_long_conversations(tiny: Any) -> None:

@@ -14,13 +14,14 @@ import pytest
 from tiny_tokenizer import TEMPLATE, save_tokenizer
 
 from lorasft import cli
-from lorasft.data.chat import UNSUPERVISED, Encoder, Tokens
+from lorasft.data.chat import Encoder
 from lorasft.data.examples import Example, held_out_below, read_examples
 from lorasft.data.prepare import open_prepared, prepare, store_key
 from lorasft.data.report import BadRows, Report
 from lorasft.data.rows import LARGEST_ROW, Place
 from lorasft.data.store import open_store, write_store
 from lorasft.data.tokenizer import load_tokenizer
+from lorasft.data.tokens import UNSUPERVISED, Tokens
 from lorasft.errors import DataError, LorasftError, ModelError, Several
 from lorasft.recipe import ChatSettings, DataSettings
 
@@ -422,7 +423,7 @@ def test_every_ingredient_changes_the_key(
         key(chat=chat.model_copy(update={"template_options": {"a": 1}})),
         key(folder=save_tokenizer(tmp_path / "other", bos=False)),
     ]
-    template.write_text(TEMPLATE + " ")
+    template.write_text(TEMPLATE + "{% if tools %}{{ tools }}{% endif %}")
     other.append(key())
     template.write_text(TEMPLATE)
     rows.write_bytes(numbered(3, start=1))

@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import CONFIGS, VOCABULARY, make_base, randomize_adapter
 
 from lorasft.data import packing
-from lorasft.data.chat import Tokens
 from lorasft.data.packing import MicroBatch, Plan, Segment, cut
+from lorasft.data.tokens import Tokens
 from lorasft.model.adapter import attach_adapter
 from lorasft.model.loss import Network, pair_losses
 from lorasft.model.selfcheck import verify

@@ -13,36 +13,35 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, G
 
 VOCABULARY = 97
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 
+def shape(hidden: int = 32) -> dict[str, Any]:
+    """What the configs of Llama's relatives share."""
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": hidden // 4,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+
+
+WINDOWS: dict[str, Any] = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+SOFT_CAPS: dict[str, Any] = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
 CONFIGS: dict[str, Any] = {
-    "llama": lambda: LlamaConfig(**SHAPE),
-    "qwen3": lambda: Qwen3Config(**SHAPE),
-    "gemma3": lambda: Gemma3TextConfig(**SHAPE, sliding_window=6, layer_types=["sliding_attention", "full_attention"]),
-    "gemma2": lambda: Gemma2Config(
-        **SHAPE,
-        sliding_window=6,
-        layer_types=["sliding_attention", "full_attention"],
-        attn_logit_softcapping=5.0,
-        final_logit_softcapping=3.0,
-        query_pre_attn_scalar=16,
-    ),
-    "gpt2": lambda: GPT2Config(
+    "llama": lambda hidden: LlamaConfig(**shape(hidden)),
+    "qwen3": lambda hidden: Qwen3Config(**shape(hidden)),
+    "gemma3": lambda hidden: Gemma3TextConfig(**shape(hidden), **WINDOWS),
+    "gemma2": lambda hidden: Gemma2Config(**shape(hidden), **WINDOWS, **SOFT_CAPS, query_pre_attn_scalar=hidden // 4),
+    "gpt2": lambda hidden: GPT2Config(
         vocab_size=VOCABULARY,
-        n_embd=64,
+        n_embd=hidden,
         n_layer=2,
         n_head=4,
         n_positions=128,
@@ -56,10 +55,10 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-def make_base(name: str, dtype: torch.dtype = torch.float32, vocabulary: int = VOCABULARY) -> Any:
+def make_base(name: str, dtype: torch.dtype = torch.float32, vocabulary: int = VOCABULARY, *, hidden: int = 32) -> Any:
     """A random causal language model of the architecture `name`, always the same, under eager attention."""
     torch.manual_seed(2)
-    config = CONFIGS[name]()
+    config = CONFIGS[name](hidden)
     config.vocab_size = vocabulary
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
     with torch.no_grad():  # zeros and ones hide mistakes: biases and norms get values too

@@ -16,9 +16,9 @@ from lorasft.recipe import load_recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from lorasft.data.chat import Tokens
     from lorasft.data.examples import Example
     from lorasft.data.report import Report
+    from lorasft.data.tokens import Tokens
 
 Shown = list[tuple["Example", tuple["Tokens", ...], bool]]
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
@@ -65,7 +65,7 @@ def run(recipe: str, overrides: Sequence[str], rows: int, as_json: bool, html: s
 
 def painted(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[str, bool]]:
     """The text of a sequence in pieces, and whether each is learned; control characters are shown, not sent."""
-    from lorasft.data.chat import supervised_runs
+    from lorasft.data.tokens import supervised_runs
 
     # A run decoded alone would lose the blank that it begins with, so each piece is what the text grows by.
     before = ""
@@ -97,7 +97,7 @@ def summary(report: Report) -> Iterator[str]:
         "tokens across the border of prompt and answer": report.straddling_tokens,
         "blanks that the template trims": report.trimmed_characters,
         "characters of answers that the template drops": report.dropped_characters,
-        "answers whose tools the template does not show": report.tools_left_out,
+        "examples whose tools the template does not show": report.tools_left_out,
     }
     yield from (f"{count:,} {name}" for name, count in counts.items() if count)
 

@@ -8,37 +8,29 @@ here           what is supervised, what becomes of over-long examples
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lorasft.errors import DataError
+from lorasft.data.alignment import Aligner, Encoding
+from lorasft.data.examples import Example, Message
+from lorasft.data.report import BadRows, Report
+from lorasft.data.rows import Place
+from lorasft.data.templates import set_template
+from lorasft.data.tokenizer import adds_bos, control_tokens
+from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs
+from lorasft.data.turns import Answer, Draft, TurnFinder
+from lorasft.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from lorasft.data.alignment import Encoding
-    from lorasft.data.examples import Example, Message
-    from lorasft.data.report import BadRows, Report
-    from lorasft.data.turns import Answer, Draft
     from lorasft.recipe import ChatSettings, DataSettings
 
-UNSUPERVISED = -100
 BLOCK = 512  # examples that are tokenized at once, in parallel
-
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """One sequence: `ids` int32 (tokens,), `labels` int32 (tokens,), the id where it is learned, else -100."""
-
-    ids: npt.NDArray[np.int32]
-    labels: npt.NDArray[np.int32]
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
 
 class Encoder:
@@ -48,11 +40,6 @@ class Encoder:
         self, tokenizer: PreTrainedTokenizerFast, chat: ChatSettings, *, data: DataSettings, report: Report
     ) -> None:
         """Sets the recipe's template on `tokenizer`. Raises ModelError when they do not go together."""
-        from lorasft.data.alignment import Aligner
-        from lorasft.data.templates import set_template
-        from lorasft.data.tokenizer import adds_bos, control_tokens
-        from lorasft.data.turns import TurnFinder
-
         set_template(tokenizer, chat)
         self.chat = chat
         self.data = data
@@ -63,6 +50,9 @@ class Encoder:
         self.eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         ender = tokenizer.backend_tokenizer.encode(self.turns.habits.end.strip(), add_special_tokens=False).ids[-1:]
         self.stop_ids = tuple(dict.fromkeys([*ender, *self.eos]))  # what ends an answer, under this template
+        if not self.stop_ids:
+            hint = "chat.template=FILE with one that ends answers, or an eos_token in the tokenizer's config"
+            raise ModelError("neither the chat template nor the tokenizer has a token that ends an answer", hint=hint)
         self.reads_thinking = "</think>" in str(tokenizer.chat_template)
 
     def encode(self, example: Example) -> tuple[Tokens, ...]:
@@ -94,9 +84,6 @@ class Encoder:
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
         """What a server would feed the model for these messages, to be answered."""
-        from lorasft.data.examples import Example
-        from lorasft.data.rows import Place
-
         asked = Example(self._with_system(tuple(messages)), tuple(tools) if tools else None, None, Place("prompt", 1))
         text = self.turns.prompt(self._settle_control_tokens(asked), len(asked.messages))
         return list(self.aligner.encode([text])[0].ids)
@@ -109,8 +96,6 @@ class Encoder:
             return ()
 
     def _draft(self, example: Example) -> tuple[Draft, ...]:
-        from lorasft.data.turns import Draft
-
         example = self._settle_control_tokens(replace(example, messages=self._with_system(example.messages)))
         if example.text is not None:
             return (Draft(example.text, ()),)
@@ -172,8 +157,6 @@ class Encoder:
         return tuple(learned)
 
     def _label_drafts(self, drafts: Sequence[Draft], encodings: Sequence[Encoding]) -> list[Tokens]:
-        from lorasft.data.turns import Draft
-
         found = [self._label(draft, encoding) for draft, encoding in zip(drafts, encodings, strict=True)]
         if found == [None] and len(drafts[0].answers) > 1:
             # A token holds the end of a prompt and the start of its answer: no one sequence has every prompt right.
@@ -244,12 +227,6 @@ class Encoder:
             return [_cut_context(tokens, limit, self.bos) for tokens in sequences]
         self.report.over_long_examples += 1
         return []
-
-
-def supervised_runs(tokens: Tokens) -> npt.NDArray[np.int32]:
-    """Start and end of each run of labels that are learned: (runs, 2)."""
-    learned = np.concatenate([[False], tokens.labels != UNSUPERVISED, [False]])
-    return np.flatnonzero(learned[1:] != learned[:-1]).astype(np.int32).reshape(-1, 2)
 
 
 def _learn_all(ids: npt.ArrayLike) -> Tokens:

@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lorasft.data.chat import Tokens
+from lorasft.data.tokens import Tokens
 
 Integers = NDArray[np.int64]
 

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lorasft.data.chat import Encoder, Tokens
+from lorasft.data.chat import Encoder
 from lorasft.data.examples import Example, held_out_below, read_examples
 from lorasft.data.report import BadRows, Report
 from lorasft.data.rows import Place, load_hub, source_files
 from lorasft.data.store import StoreWriter, TokenStore, map_store
+from lorasft.data.tokens import Tokens
 from lorasft.errors import DataError, ModelError
 from lorasft.files import remove_folder, sha256, staged_folder, verify_folder
 

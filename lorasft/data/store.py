@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from lorasft.data.chat import UNSUPERVISED, Tokens, supervised_runs
 from lorasft.data.rows import Place
+from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs
 from lorasft.errors import ModelError
 from lorasft.files import staged_folder, verify_folder
 

@@ -47,10 +47,9 @@ class Draft:
 class Habits:
     """What a template does with the last answer: text before it, text that ends it, and what only a prompt has."""
 
-    lead: str = ""
-    end: str = ""
-    prompt_only: str = ""  # in the generation prompt, and not in a rendered answer
-    stable: bool = False  # an answer followed by another turn is rendered as the last one is
+    lead: str
+    end: str
+    prompt_only: str  # in the generation prompt, and not in a rendered answer
 
 
 class TurnFinder:
@@ -61,42 +60,46 @@ class TurnFinder:
         self.tokenizer = tokenizer
         self.report = report
         self.special = control_tokens(tokenizer)
-        self.ends = tuple({str(token) for token in tokenizer.added_tokens_decoder.values()} | set(self.special))
+        added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+        self.ends = tuple(token for token in added.union(self.special) if token.strip())  # Gemma adds runs of newlines
         self.probe_text, self.habits = self._probe()
 
     def draft(self, example: Example, targets: Sequence[int]) -> tuple[Draft, ...]:
         """One draft that holds all answers (`targets`: message indices), or one per answer where that is not exact."""
-        if len(targets) > 1:
-            draft = self._draft_together(example, targets) if self.habits.stable else None
-            if draft:
-                return (draft,)
-            self.report.split_conversations += 1
-        return tuple(self.draft_turn(example, target) for target in targets)
+        together = self._draft_together(example, targets) if len(targets) > 1 else None
+        drafts = (together,) if together else tuple(self.draft_turn(example, target) for target in targets)
+        self.report.split_conversations += len(drafts) > 1
+        answers = (answer for draft in drafts for answer in draft.answers)
+        for target, answer in zip(targets, answers, strict=True):
+            self._count_losses(example.messages[target], answer)
+        if example.tools and not any(_name(tool) in draft.text for tool in example.tools for draft in drafts):
+            self.report.tools_left_out += 1
+        return drafts
 
     def draft_turn(self, example: Example, target: int) -> Draft:
         """The conversation up to one answer, exactly as it stands when that answer is the last."""
         message = example.messages[target]
         text = self._render(example, target + 1)
         prompt = self.prompt(example, target)
-        base = prompt.removesuffix(self.habits.prompt_only)
-        if text.startswith(prompt):
-            region = text[len(prompt) :]
-        elif text.startswith(base):
-            region = text[len(base) :]
-        else:  # the answer changes what stands before it: take the answer, keep the server's prompt
-            at = text.rfind(message["content"].strip()) if message["content"].strip() else -1
-            if at < 0:
-                raise DataError(f"the chat template does not show the answer of message {target + 1}")
-            region = text[at:]
+        region = self._behind_prompt(text, prompt, message)
+        if region is None:
+            raise DataError(f"the chat template does not show the answer of message {target + 1}")
         if message.get("tool_calls"):
             self._refuse_lost_calls(example, target, text, region)
-        if example.tools and not any(_name(tool) in prompt for tool in example.tools):
-            self.report.tools_left_out += 1
         start, end, add_eos = self._locate(region, message)
-        self._count_losses(message, start, end)
-        tail = "" if add_eos else region[end:]
-        text = prompt + region[:end] + tail
-        return Draft(text, (Answer(len(prompt), len(prompt) + start, len(prompt) + end),), add_eos)
+        answer = Answer(len(prompt), len(prompt) + start, len(prompt) + end)
+        return Draft(prompt + (region[:end] if add_eos else region), (answer,), add_eos)
+
+    def _behind_prompt(self, text: str, prompt: str, message: Message) -> str | None:
+        base = prompt.removesuffix(self.habits.prompt_only)
+        if text.startswith(prompt):
+            return text[len(prompt) :]
+        if text.startswith(base):
+            return text[len(base) :]
+        # The answer changes what stands before it: take the answer, and keep the server's prompt.
+        content = message["content"].strip()
+        at = text.rfind(content) if content else -1
+        return text[at:] if at >= 0 else None
 
     def prompt(self, example: Example, target: int) -> str:
         """What a server would render before the message `target`."""
@@ -170,14 +173,15 @@ class TurnFinder:
             text = text[: -len(token)].rstrip()
         return after_last
 
-    def _count_losses(self, message: Message, start: int, end: int) -> None:
-        shown = end - start - len(self.habits.end)
+    def _count_losses(self, message: Message, answer: Answer) -> None:
+        if message.get("tool_calls"):  # rewritten altogether; _refuse_lost_calls looks after them
+            return
+        shown = answer.end - answer.start - len(self.habits.end)
         content, reasoning = message["content"], str(message.get("reasoning_content") or "")
         kept = len(content.strip()) + len(reasoning.strip())
-        if not message.get("tool_calls"):
-            self.report.dropped_characters += max(0, kept - shown)
-            if shown < len(content) and shown >= kept:
-                self.report.trimmed_characters += len(content) - shown
+        self.report.dropped_characters += max(0, kept - shown)
+        if kept <= shown < len(content):
+            self.report.trimmed_characters += len(content) - shown
 
     def _refuse_lost_calls(self, example: Example, target: int, text: str, region: str) -> None:
         """Raise DataError when the template renders a message's tool calls not at all, or only some of them."""
@@ -208,9 +212,7 @@ class TurnFinder:
             raise ModelError("the chat template does not show an assistant's answer", hint="chat.template=plain")
         end = self._first_end(text[at + len(ANSWER) :])
         shared = next(size for size in range(len(prompt), -1, -1) if text[:at].startswith(prompt[:size]))
-        lead = text[shared:at]
-        stable = bool(end) and self._is_stable(answered, prompt + lead + ANSWER + end)
-        return text, Habits(lead, end, prompt[shared:], stable)
+        return text, Habits(text[shared:at], end, prompt[shared:])
 
     def _first_end(self, tail: str) -> str:
         """What follows an answer, up to and with the first token that can end a turn."""
@@ -219,12 +221,6 @@ class TurnFinder:
             return ""
         position, _, token = min(found)
         return tail[:position] + token
-
-    def _is_stable(self, answered: list[Message], beginning: str) -> bool:
-        try:
-            return self._render_probe([*answered, *answered], False).startswith(beginning)
-        except DataError:
-            return False
 
     def _render_probe(self, messages: list[Message], generation_prompt: bool) -> str:
         return render(self.tokenizer, messages, generation_prompt=generation_prompt)

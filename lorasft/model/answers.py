@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorasft.data.chat import Encoder, supervised_runs
+from lorasft.data.chat import Encoder
 from lorasft.data.examples import read_examples
 from lorasft.data.report import BadRows, Report
 from lorasft.data.rows import Place
+from lorasft.data.tokens import supervised_runs
 from lorasft.errors import DataError
 from lorasft.model.loss import Network
 from lorasft.model.scoring import log_probabilities

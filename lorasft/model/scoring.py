@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lorasft.data.chat import UNSUPERVISED, Tokens
 from lorasft.data.packing import cut
+from lorasft.data.tokens import UNSUPERVISED, Tokens
 from lorasft.model.loss import Network, pair_losses
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lorasft.data.chat import Tokens
 from lorasft.data.packing import MicroBatch, cut
+from lorasft.data.tokens import Tokens
 from lorasft.model.attention import SEGMENTS, attention
 from lorasft.model.loss import Network, pair_losses, read_head
 from lorasft.model.scoring import Given, everything

@@ -1,0 +1,27 @@
+"""What the model is fed and what it learns of it, one sequence at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+UNSUPERVISED = -100
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """One sequence: `ids` int32 (tokens,), `labels` int32 (tokens,), the id where it is learned, else -100."""
+
+    ids: npt.NDArray[np.int32]
+    labels: npt.NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def supervised_runs(tokens: Tokens) -> npt.NDArray[np.int32]:
+    """Start and end of each run of labels that are learned: (runs, 2)."""
+    learned = np.concatenate([[False], tokens.labels != UNSUPERVISED, [False]])
+    return np.flatnonzero(learned[1:] != learned[:-1]).astype(np.int32).reshape(-1, 2)

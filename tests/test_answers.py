@@ -1,0 +1,145 @@
+"""Scoring and answering: the identity log Pr(y|x) = log Pr([x,y]) - log Pr(x), and what stops an answer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lorasft.cli import main
+
+Write = Callable[..., str]
+
+
+@pytest.fixture
+def run(recipe: Write, tmp_path: Path) -> Path:
+    assert main(["train", recipe(model={"quantization": "none"}, train={"epochs": 6})]) == 0
+    return tmp_path / "run"
+
+
+def test_the_identity_holds_and_equals_plain_transformers(
+    run: Path, rows: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """x and [x, y] are scored in separate passes; the oracle is transformers + PEFT, a row at a time."""
+    capsys.readouterr()
+    out = tmp_path / "scores.jsonl"
+    assert main(["evaluate", str(run), "--data", str(rows), "--per-example", str(out), "--json"]) == 0
+    totals = json.loads(capsys.readouterr().out)
+    scores = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    conversations = [json.loads(line)["messages"] for line in rows.read_text(encoding="utf-8").splitlines()]
+    assert [score["source"]["line"] for score in scores] == list(range(1, len(conversations) + 1))
+
+    tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(plain, run / "adapter", torch_device="cpu").eval()
+    loss = tokens = 0.0
+    for score, messages in zip(scores, conversations, strict=True):
+        for name in ("base", "adapter"):
+            one = score[name]
+            assert one["log_prob_y_given_x"] == pytest.approx(one["log_prob_xy"] - one["log_prob_x"], abs=1e-4)
+        prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+        whole = prompt + tokenizer.encode(messages[1]["content"] + "<|end|>", add_special_tokens=False)
+        assert score["tokens"] == len(whole) - len(prompt)
+        with torch.no_grad():
+            log_probs = adapted(torch.tensor([whole])).logits[0].double().log_softmax(-1)
+        each = [float(log_probs[place - 1, whole[place]]) for place in range(1, len(whole))]
+        assert score["adapter"]["log_prob_xy"] == pytest.approx(sum(each), abs=2e-3)
+        assert score["adapter"]["log_prob_y_given_x"] == pytest.approx(sum(each[len(prompt) - 1 :]), abs=2e-3)
+        loss -= sum(each[len(prompt) - 1 :])
+        tokens += score["tokens"]
+    assert totals["adapter"]["loss"] == pytest.approx(loss / tokens, rel=1e-4)
+    assert totals["adapter"]["perplexity"] == pytest.approx(math.exp(loss / tokens), rel=1e-4)
+    assert totals["adapter"]["tokens"] == tokens and totals["adapter"]["loss"] < totals["base"]["loss"]
+
+
+def test_the_held_out_loss_of_a_run_is_the_one_of_evaluate(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same rows, the same number, by the two ways through the code."""
+    from lorasft.data.prepare import open_prepared
+
+    (folder,) = (run / "tokens").iterdir()
+    held_out = open_prepared(folder).held_out
+    assert held_out is not None
+    places = [held_out.place(example) for example in range(len(held_out))]
+    lines = Path(places[0].file).read_text(encoding="utf-8").splitlines()
+    data = tmp_path / "held_out.jsonl"
+    data.write_text("".join(lines[place.line - 1] + "\n" for place in places), encoding="utf-8")
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--data", str(data), "--json"]) == 0
+    totals = json.loads(capsys.readouterr().out)
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    noted = [line["eval_loss"] for line in metrics if "eval_loss" in line]
+    assert totals["base"]["loss"] == pytest.approx(noted[0], rel=1e-4)
+    assert totals["adapter"]["loss"] == pytest.approx(noted[-1], rel=1e-4)
+
+
+def test_chat_answers_as_plain_transformers_does(run: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    question = "what is 3 + 3?"
+    capsys.readouterr()
+    assert main(["chat", str(run), "--prompt", question, "--max-new-tokens", "12"]) == 0
+    said = capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(plain, run / "adapter", torch_device="cpu").eval()
+    messages = [{"role": "user", "content": question}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    for _ in range(12):
+        with torch.no_grad():
+            best = int(adapted(ids).logits[0, -1].argmax())
+        if best in tokenizer.convert_tokens_to_ids(["<|end|>", "</s>"]):
+            break
+        ids = torch.cat([ids, torch.tensor([[best]])], dim=1)
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert said == tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True) + "\n"
+
+
+def test_chat_keeps_the_turns(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import io
+
+    from lorasft.data.chat import Encoder
+
+    prompts: list[list[str]] = []
+    plain = Encoder.prompt_ids
+
+    def watch(self: Encoder, messages: list[dict[str, str]], tools: None = None) -> list[int]:
+        prompts.append([message["role"] for message in messages])
+        return plain(self, messages, tools)
+
+    monkeypatch.setattr(Encoder, "prompt_ids", watch)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))
+    assert main(["chat", str(run), "--max-new-tokens", "4"]) == 0
+    assert prompts == [["user"], ["user", "assistant", "user"]]
+
+
+def test_the_end_of_a_turn_is_among_the_stops(run: Path) -> None:
+    from lorasft.data.chat import Encoder
+    from lorasft.data.report import Report
+    from lorasft.recipe import ChatSettings, DataSettings
+
+    tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
+    encoder = Encoder(tokenizer, ChatSettings(), data=DataSettings(train="x"), report=Report())  # type: ignore[arg-type]
+    assert set(tokenizer.convert_tokens_to_ids(["<|end|>", "</s>"])) <= set(encoder.stop_ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [("nowhere/to/be/found", 4, "nowhere"), (".", 4, "no run, no adapter and no model")],
+)
+def test_what_is_nothing_is_named(
+    name: str,
+    code: int,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["chat", name, "--prompt", "x"]) == code
+    assert words in capsys.readouterr().err
