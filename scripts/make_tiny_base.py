@@ -28,7 +28,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 SEED = 0
 BOS, EOS = "<s>", "</s>"
 TOWNS, TRAIN_TOWNS = 100, 60
-VOCABULARY = 768
+VOCABULARY = 1024
 STEPS, WARMUP, DOCUMENTS_PER_STEP, LEARNING_RATE = 1200, 50, 32, 3e-3
 
 
@@ -236,7 +236,7 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """1.7M parameters. Every linear has in_features that are a multiple of 64, the block of NF4."""
+    """1.8M parameters. Every linear has in_features that are a multiple of 64, the block of NF4."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,

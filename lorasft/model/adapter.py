@@ -48,9 +48,10 @@ def attach_adapter(base: Any, settings: AdapterSettings, *, seed: int) -> Any:
 
 def load_adapter(base: Any, folder: Path, *, trainable: bool = False) -> Any:
     """The adapter in `folder` on `base`. Raises ModelError unless its tensors are those that its config implies."""
-    config = read_adapter_config(folder)
+    config, weights = read_adapter_config(folder), read_adapter_weights(folder)
+    del config["base_model_name_or_path"]  # `base` is what it is put on
     model = _wrap(base, LoraConfig(**config))
-    give_weights(model, read_adapter_weights(folder), where=str(folder))
+    give_weights(model, weights, where=str(folder))
     model.requires_grad_(False)
     if trainable:
         for name, parameter in model.named_parameters():
@@ -73,7 +74,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if named or (isinstance(config.get("target_modules"), str) and config["target_modules"] != "all-linear"):
         raise UnsafeError(f"the adapter's config names code or patterns: {named or 'target_modules'}", where=str(path))
     known = LoraConfig.__dataclass_fields__
-    return {key: value for key, value in config.items() if key in known and key not in ("peft_type", "runtime_config")}
+    kept = {key: value for key, value in config.items() if key in known and key not in ("peft_type", "runtime_config")}
+    return {"base_model_name_or_path": None, **kept}
 
 
 def read_adapter_weights(folder: Path) -> dict[str, Tensor]:

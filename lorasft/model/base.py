@@ -12,6 +12,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -183,7 +184,7 @@ def _loading_faults(base: str) -> Iterator[None]:
     """Say in plain words what transformers could not load."""
     try:
         yield
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, SafetensorError) as fault:
         reason = str(fault).strip().splitlines()[0]
         if "trust_remote_code" in str(fault):
             raise UnsafeError(

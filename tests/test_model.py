@@ -1,0 +1,276 @@
+"""The loader, the adapter and the self-check: what is quantized, what is refused, what falls back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import numpy as np
+import pytest
+import torch
+from conftest import save_base
+from safetensors.torch import load_file, save_file
+from test_oracles import Rows, differences, gradients, packed_step
+from tiny_models import make_base, randomize_adapter, shape
+from transformers import AutoModelForCausalLM, MambaConfig, Qwen3MoeConfig, Qwen3NextConfig
+
+from lorasft.data.packing import Segment, cut, shuffle
+from lorasft.errors import LorasftError, ModelError, UnsafeError
+from lorasft.model.adapter import attach_adapter, load_adapter, trainable, write_adapter
+from lorasft.model.base import count_bytes, load_base, read_config
+from lorasft.model.loss import pair_losses
+from lorasft.model.selfcheck import verify
+from lorasft.recipe import AdapterSettings, ModelSettings
+
+CPU = torch.device("cpu")
+
+
+def test_a_base_in_nf4_is_bitsandbytes_own(base: Path) -> None:
+    """Every linear but the head is NF4 with double quantization, bitsandbytes' bits; all is frozen."""
+    model = load_base(ModelSettings(base=str(base)), CPU)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    assert len(linears) == 14 and not any("lm_head" in name for name in linears)
+    for name, module in linears.items():
+        weight = plain.get_submodule(name).weight.data.to(torch.bfloat16)
+        packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        assert torch.equal(packed, module.weight.data)
+        ours = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        assert torch.equal(ours, bnb.functional.dequantize_4bit(packed, state))
+        assert module.support_avx512bf16_for_cpu is False
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    table = count_bytes(model)
+    weights = sum(module.in_features * module.out_features for module in linears.values())
+    tables = len(linears) * (16 + 256 + 1) * 4  # of codes, a constant that counts when matrices are tiny
+    assert 4.12 < 8 * (table.four_bit - tables) / weights < 4.20  # bits a weight
+    kept = [p for p in model.parameters() if p.element_size() == 2]
+    assert table.sixteen_bit == sum(2 * p.numel() for p in kept)
+
+
+def test_fused_experts_left_in_16_bit_are_refused(tmp_path: Path) -> None:
+    config = Qwen3MoeConfig(**shape(64), num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="are not 4-bit") as caught:
+        load_base(ModelSettings(base=str(tmp_path)), CPU)
+    assert "experts" in caught.value.what
+
+
+HYBRIDS: dict[str, Callable[[], Any]] = {
+    "mamba": lambda: MambaConfig(vocab_size=97, hidden_size=32, state_size=4, num_hidden_layers=2),
+    "qwen3-next": lambda: Qwen3NextConfig(
+        **shape(),
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=0,
+        mlp_only_layers=[0, 1],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_models_that_cannot_do_segments_go_one_sequence_at_a_time(name: str) -> None:
+    """State-space layers carry one sequence into the next: the self-check sees it, and the loss stays right."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(HYBRIDS[name](), dtype=torch.float32).eval()
+    network = verify(model)
+    assert not network.segments and "one at a time" in network.notices[0]
+    rows = Rows()
+    total = 0.0
+    for batch in cut(rows, range(len(rows)), capacity=1):
+        assert len(batch.segments) == 1
+        with torch.no_grad():
+            total += float(pair_losses(network, batch).sum())
+            wanted = model(input_ids=torch.as_tensor(batch.ids)[None], use_cache=False).logits[0].double()
+        wanted = wanted.log_softmax(-1)[torch.as_tensor(batch.sources), torch.as_tensor(batch.targets)]
+        total += float(wanted.sum())
+    assert abs(total) < 1e-3
+
+
+def test_the_self_check_sees_a_leak_and_an_unknown_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorasft.model import attention
+
+    plain = attention.attend
+
+    def leaky(*args: Any, segments: tuple[Segment, ...], **kwargs: Any) -> Any:
+        whole = (Segment(0, segments[-1].end, slice(0, segments[-1].end)),)
+        return plain(*args, segments=whole, **kwargs)
+
+    attention.AttentionInterface.register(attention.SEGMENTS, leaky)
+    try:
+        network = verify(make_base("llama"))
+    finally:
+        attention.AttentionInterface.register(attention.SEGMENTS, plain)
+    assert not network.segments
+
+    model = make_base("gemma2").requires_grad_(False)
+    monkeypatch.setattr("lorasft.model.selfcheck.read_head", lambda model: None)
+    assert verify(model).head is None
+    monkeypatch.undo()
+    from dataclasses import replace
+
+    from lorasft.model.loss import read_head
+
+    head = read_head(model)
+    assert head is not None
+    monkeypatch.setattr("lorasft.model.selfcheck.read_head", lambda model: replace(head, softcap=None))
+    network = verify(model)
+    assert network.head is None and "own logits" in network.notices[0]
+
+
+def test_segments_with_an_ancestor_equal_the_whole_sequences() -> None:
+    """Two answers to one prompt, the prompt computed once: what the shared-prefix plan will feed."""
+    from dataclasses import replace
+
+    model = make_base("llama")
+    network = verify(model)
+    random = np.random.default_rng(5)
+    prompt, one, two = (random.integers(3, 97, size) for size in (9, 5, 7))
+    ids = np.concatenate([prompt, one, two])
+    segments = (
+        Segment(0, 9, slice(0, 9)),
+        Segment(9, 14, slice(0, 14)),
+        Segment(14, 21, np.concatenate([np.arange(9), np.arange(14, 21)])),
+    )
+    row = next(iter(cut(Rows(), [1], capacity=100)))
+    row = replace(
+        row,
+        ids=ids,
+        positions=np.concatenate([np.arange(14), np.arange(9, 16)]),
+        segments=segments,
+        sources=np.array([8, 9, 8, 14]),  # the end of the prompt is a source twice
+        targets=np.array([one[0], one[1], two[0], two[1]]),
+    )
+    with torch.no_grad():
+        got = pair_losses(network, row)
+        model.set_attn_implementation("eager")
+        wanted = []
+        for answer in (one, two):
+            whole = torch.as_tensor(np.concatenate([prompt, answer]))[None]
+            log_probs = model(input_ids=whole, use_cache=False).logits[0].log_softmax(-1)
+            wanted += [-log_probs[8, answer[0]], -log_probs[9, answer[1]]]
+    assert torch.allclose(got, torch.stack(wanted), atol=1e-5)
+
+
+def test_nf4_gradients_equal_those_of_the_dequantized_base(base: Path) -> None:
+    """Through NF4, in fp32: the gradients of a plain model that holds the dequantized weights."""
+    settings = ModelSettings(base=str(base), dtype="float32")
+    four_bit = load_base(settings, CPU)
+    plain = load_base(settings.model_copy(update={"quantization": "none"}), CPU)
+    for name, module in four_bit.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            plain.get_submodule(name).weight.data.copy_(weight.float())
+    results = []
+    for model in (four_bit, plain):
+        peft = attach_adapter(model, AdapterSettings(rank=4), seed=0)
+        randomize_adapter(peft)
+        results.append(packed_step(peft, verify(peft.get_base_model()), Rows(), "token", 100))
+    whole, worst = differences(results[0][1], results[1][1])
+    assert abs(results[0][0] - results[1][0]) < 1e-5 and whole < 1e-5 and worst < 5e-5
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_lean_linear_equals_pefts_own(rslora: bool) -> None:
+    """Logits and gradients of our forward against PEFT's, from the same parameters."""
+    settings = AdapterSettings(rank=4, alpha=12.0, rslora=rslora)
+    ours = attach_adapter(make_base("llama"), settings, seed=0)
+    theirs = attach_adapter(make_base("llama"), settings, seed=0)
+    for module in theirs.modules():
+        vars(module).pop("forward", None)  # back to the class's
+    results = []
+    for model in (ours, theirs):
+        randomize_adapter(model)
+        logits = model(torch.arange(40)[None]).logits
+        logits.square().mean().backward()
+        results.append((logits.detach(), gradients(model)))
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-5, rtol=1e-5)
+    assert differences(results[0][1], results[1][1])[0] < 1e-6
+
+
+def test_an_adapter_survives_the_disk_bit_for_bit(tmp_path: Path) -> None:
+    model = attach_adapter(make_base("llama"), AdapterSettings(rank=4), seed=0)
+    randomize_adapter(model)
+    write_adapter(model, tmp_path, base=ModelSettings(base="x"))
+    again = load_adapter(make_base("llama"), tmp_path, trainable=True)
+    assert all(torch.equal(p, trainable(again)[name]) for name, p in trainable(model).items())
+    assert all(p.dtype == torch.float32 for p in trainable(again).values())
+
+
+def _edit(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **values}), encoding="utf-8")
+
+
+def _lose_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("harm", "kind", "words"),
+    [
+        (_lose_a_tensor, ModelError, "missing"),
+        (lambda folder: _edit(folder / "adapter_config.json", r=8), ModelError, "not"),
+        (lambda folder: _edit(folder / "adapter_config.json", peft_type="IA3"), ModelError, "IA3"),
+        (lambda folder: _edit(folder / "adapter_config.json", auto_mapping={"a": 1}), UnsafeError, "auto_mapping"),
+        (lambda folder: _edit(folder / "adapter_config.json", target_modules="(a+)+$"), UnsafeError, "patterns"),
+        (lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"), UnsafeError,
+         "pickle"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x" * 99), ModelError, "cannot read"),
+    ],
+)  # fmt: skip
+def test_an_adapter_that_does_not_fit_is_refused(
+    harm: Callable[[Path], None], kind: type[LorasftError], words: str, tmp_path: Path
+) -> None:
+    model = attach_adapter(make_base("llama"), AdapterSettings(rank=4), seed=0)
+    write_adapter(model, tmp_path, base=ModelSettings(base="x"))
+    harm(tmp_path)
+    with pytest.raises(kind, match=words):
+        load_adapter(make_base("llama"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "words"),
+    [
+        ({"model_type": "t5", "is_encoder_decoder": True}, ModelError, "no causal language model"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ModelError, "gptq"),
+        ({"model_type": "strange", "auto_map": {"AutoConfig": "a.B"}}, UnsafeError, "code"),
+        ({"model_type": "clip"}, ModelError, "no causal language model"),
+    ],
+)
+def test_a_base_that_cannot_be_trained_is_refused_before_its_weights(
+    config: dict[str, Any], kind: type[LorasftError], words: str, base: Path, tmp_path: Path
+) -> None:
+    _edit(Path(shutil.copy(base / "config.json", tmp_path)), **config)
+    with pytest.raises(kind, match=words):
+        read_config(str(tmp_path))
+
+
+def test_an_adapter_given_as_base_is_told_apart(tmp_path: Path) -> None:
+    model = attach_adapter(make_base("llama"), AdapterSettings(rank=4), seed=0)
+    write_adapter(model, tmp_path, base=ModelSettings(base="org/the-base"))
+    with pytest.raises(ModelError, match="adapter, not a base") as caught:
+        read_config(str(tmp_path))
+    assert "org/the-base" in str(caught.value.hint)
+
+
+def test_broken_weights_are_named_without_a_traceback(tmp_path: Path) -> None:
+    folder = save_base(tmp_path)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64])
+    with pytest.raises(ModelError, match="cannot load the model"):
+        load_base(ModelSettings(base=str(folder)), CPU)
+
+
+def test_the_order_is_a_permutation_that_depends_on_seed_and_epoch_alone() -> None:
+    orders = [shuffle(101, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(order.tolist()) == list(range(101)) for order in orders)
+    assert len({tuple(order.tolist()) for order in orders}) == 4
+    assert shuffle(5, seed=0, epoch=0).tolist() == shuffle(5, seed=0, epoch=0).tolist()
