@@ -113,7 +113,7 @@ def _print_text(shown: Shown, tokenizer: PreTrainedTokenizerFast, report: Report
     opening, closing = (GREEN, PLAIN) if colour else ("⟦", "⟧")
     for example, sequences, held_out in shown:
         for number, tokens in enumerate(sequences, start=1):
-            print(_title(example, number, len(sequences), held_out))
+            print(f"--- {_title(example, number, len(sequences), held_out)}")
             pieces = painted(tokens, tokenizer)
             print("".join(f"{opening}{text}{closing}" if learned else text for text, learned in pieces), end="\n\n")
     print("\n".join(summary(report)))
@@ -135,7 +135,7 @@ def _page(shown: Shown, tokenizer: PreTrainedTokenizerFast, report: Report) -> s
 
 def _title(example: Example, number: int, count: int, held_out: bool) -> str:
     part = f", sequence {number} of {count}" if count > 1 else ""
-    return _harmless(f"--- {example.place}{part}{' (held out)' if held_out else ''}")
+    return _harmless(f"{example.place}{part}{' (held out)' if held_out else ''}")
 
 
 def _harmless(text: str) -> str:
