@@ -1,0 +1,40 @@
+"""What the README tells a reader to type."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from lorasft.cli import make_parser
+from lorasft.recipe import Recipe, load_recipe
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+def test_the_recipe_on_one_page_states_the_defaults(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.S)
+    path = tmp_path / "support.yaml"
+    path.write_text(text, encoding="utf-8")
+    shown = load_recipe(str(path)).model_dump()
+    plain = tmp_path / "plain" / "support.yaml"
+    plain.parent.mkdir()
+    plain.write_text("model: {base: Qwen/Qwen3-8B}\ndata: {train: support.jsonl}", encoding="utf-8")
+    assert shown == load_recipe(str(plain)).model_dump()
+    keys = {f"{section}.{key}" for section, keys in shown.items() for key in keys}
+    assert keys == {f"{s}.{k}" for s, f in Recipe.model_fields.items() for k in f.annotation.model_fields}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("line", re.findall(r"^lorasft (.+?)(?: +#.*)?$", README, re.M))
+def test_the_command_lines_parse(line: str) -> None:
+    make_parser().parse_args(line.split())
