@@ -103,6 +103,13 @@ def read_config(base: str, revision: str | None = None) -> Any:
     return config
 
 
+def make_skeleton(config: Any) -> nn.Module:
+    """The model of `config` without weights, to look names up in."""
+    with torch.device("meta"):
+        skeleton: nn.Module = AutoModelForCausalLM.from_config(config)
+    return skeleton
+
+
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """The dtype of activations: bf16 where the device multiplies it natively, else fp32.
 

@@ -10,19 +10,18 @@ from typing import Any
 
 from lorasft.errors import DeviceError
 from lorasft.files import append_line
+from lorasft.recipe import Recipe, mathematics
 
 
 class Logbook:
     """Writes a run's metrics and shows its progress on stderr: a line that moves, or plain lines without a terminal."""
 
-    def __init__(
-        self, folder: Path, *, steps: int, log_every: int, first_step: int, trackers: Any | None = None
-    ) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, *, steps: int, first_step: int) -> None:
         self.path = folder / "metrics.jsonl"
         self.steps = steps
-        self.log_every = log_every
+        self.log_every = recipe.run.log_every
         self.first_step = first_step
-        self.trackers = trackers
+        self.trackers = _start_trackers(recipe, folder)
         self.started = time.monotonic()
         self.terminal = sys.stderr.isatty()
 
@@ -79,17 +78,22 @@ class Logbook:
         return f"{hours} h {minutes:02d} min" if hours else f"{minutes}:{seconds % 60:02d} min"
 
 
-def start_trackers(names: tuple[str, ...], folder: Path, config: dict[str, Any]) -> Any | None:
-    """Trackers through accelerate, or None when none is asked for. Raises DeviceError when one is not installed."""
-    if not names:
-        return None
-    from accelerate import Accelerator
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raise DeviceError when one of the trackers is not installed."""
     from accelerate.tracking import get_available_trackers
 
     installed = {str(getattr(name, "value", name)) for name in get_available_trackers()}
     missing = " ".join(name for name in names if name not in installed)
     if missing:
         raise DeviceError(f"not installed: {missing}", where="run.trackers", hint=f"pip install {missing}")
-    accelerator = Accelerator(log_with=list(names), project_dir=folder)
-    accelerator.init_trackers("lorasft", config={key: str(value) for key, value in config.items()})
+
+
+def _start_trackers(recipe: Recipe, folder: Path) -> Any | None:
+    """The recipe's trackers through accelerate, or None when it asks for none."""
+    if not recipe.run.trackers:
+        return None
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(log_with=list(recipe.run.trackers), project_dir=folder)
+    accelerator.init_trackers("lorasft", config={key: str(value) for key, value in mathematics(recipe).items()})
     return accelerator

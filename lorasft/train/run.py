@@ -10,43 +10,34 @@ adapter/           the result: a plain PEFT adapter with tokenizer and template
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 
-from lorasft import __version__
 from lorasft.data.packing import Plan, count_steps
 from lorasft.data.prepare import Prepared, prepare
 from lorasft.data.tokenizer import compare_with_file, load_tokenizer
 from lorasft.errors import ModelError, RecipeError
-from lorasft.files import fingerprint, locked, make_folder, replace_file, staged_folder, sweep, truncate
-from lorasft.model.adapter import attach_adapter, load_adapter, trainable, write_adapter
-from lorasft.model.base import compute_dtype, count_bytes, load_base, read_config
+from lorasft.files import locked, make_folder, staged_folder, sweep, truncate
+from lorasft.model.adapter import attach_adapter, check_targets, load_adapter, trainable, write_adapter
+from lorasft.model.base import compute_dtype, count_bytes, load_base, make_skeleton, read_config
+from lorasft.model.loss import Network
 from lorasft.model.selfcheck import verify
-from lorasft.recipe import Recipe, dump_recipe, load_recipe, mathematics
-from lorasft.train.checkpoint import (
-    Layout,
-    Learner,
-    State,
-    newest_checkpoint,
-    read_state,
-    restore_checkpoint,
-)
-from lorasft.train.logbook import Logbook, start_trackers
+from lorasft.recipe import Recipe
+from lorasft.train.checkpoint import Layout, Learner, State, newest_checkpoint, read_state, restore_checkpoint
+from lorasft.train.folder import claim, refuse_changes, write_start
+from lorasft.train.logbook import Logbook, check_trackers
 from lorasft.train.loop import Run
 from lorasft.train.optimizer import make_optimizer
 from lorasft.train.schedule import warmup_steps
 
 _AUTO_TOKENS = {"cpu": 2048, "cuda": 4096}  # tokens of a micro-batch: measured on CPU; the planner will know better
-_OURS = {"tokens", "run.lock"}  # what a start that failed may leave behind
 
 
 @dataclass(frozen=True)
@@ -69,7 +60,6 @@ def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Opened]:
     """
     folder = Path(recipe.run.output)
     claim(folder, resume=resume)
-    refuse_unbuilt(recipe)
     make_folder(folder)
     with locked(folder):
         sweep(folder)
@@ -82,36 +72,17 @@ def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Opened]:
 def _open(recipe: Recipe, folder: Path, *, resume: bool) -> Opened:
     device = PartialState().device
     config = read_config(recipe.model.base, recipe.model.revision)
-    refuse_long(recipe, config)
+    refuse_settings(recipe, config)
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
-    notice = compare_with_file(tokenizer)
     prepared = prepare(recipe.data, recipe.chat, tokenizer=tokenizer, folder=folder / "tokens")
+    refuse_ids(prepared, config)
     checkpoint, skipped = newest_checkpoint(folder / "checkpoints") if resume else (None, [])
     saved = read_state(checkpoint) if checkpoint else None
     if saved:
         refuse_changes(recipe, folder, saved, data=prepared.key)
     plan = make_plan(recipe, examples=len(prepared.train), device=device, saved=saved)
-    refuse_ids(prepared, config)
 
-    dtype = compute_dtype(saved.layout.dtype if saved else recipe.model.dtype, device)
-    settings = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
-    base = load_base(settings, device)
-    if recipe.adapter.start:
-        model = load_adapter(base, Path(recipe.adapter.start), trainable=True)
-    else:
-        model = attach_adapter(base, recipe.adapter, seed=recipe.train.seed)
-    wants_segments = recipe.machine.attention in ("auto", "segments")
-    network = verify(model.get_base_model(), segments=saved.layout.segments if saved else wants_segments)
-    if recipe.machine.attention in ("eager", "sdpa"):
-        network.causal.set_attn_implementation(recipe.machine.attention)
-    layout = Layout(
-        dtype=settings.dtype,
-        micro_batch_tokens=plan.micro_batch_tokens if network.segments else 1,  # 1: sequences go alone
-        activation_checkpointing=checkpoints_activations(recipe, device, saved=saved),
-        segments=network.segments,
-    )
-    if layout.activation_checkpointing:
-        network.causal.activation_checkpointing_enable({"use_reentrant": False})
+    model, network, layout = load_model(recipe, device, saved=saved, micro_batch_tokens=plan.micro_batch_tokens)
     parameters = trainable(model)
     learner = Learner(model, parameters, make_optimizer(recipe.optimizer, parameters))
     state = State(step=0, data=prepared.key, metrics_bytes=0, layout=layout)
@@ -121,13 +92,6 @@ def _open(recipe: Recipe, folder: Path, *, resume: bool) -> Opened:
         truncate(folder / "metrics.jsonl", saved.metrics_bytes)
     else:
         write_start(folder, recipe, prepared, layout=layout, config=config)
-    logbook = Logbook(
-        folder,
-        steps=plan.steps,
-        log_every=recipe.run.log_every,
-        first_step=state.step + 1,
-        trackers=start_trackers(recipe.run.trackers, folder, mathematics(recipe)),
-    )
     run = Run(
         folder=folder,
         recipe=recipe,
@@ -136,8 +100,9 @@ def _open(recipe: Recipe, folder: Path, *, resume: bool) -> Opened:
         held_out=prepared.held_out if prepared.held_out is not None and len(prepared.held_out) else None,
         network=network,
         learner=learner,
-        logbook=logbook,
+        logbook=Logbook(folder, recipe, steps=plan.steps, first_step=state.step + 1),
     )
+    notice = compare_with_file(tokenizer)
     notes = (
         *([notice] if notice else []),
         *(f"skipped {reason}" for reason in skipped),
@@ -145,6 +110,32 @@ def _open(recipe: Recipe, folder: Path, *, resume: bool) -> Opened:
         f"model on {device} in {layout.dtype}: {count_bytes(model)}",
     )
     return Opened(run, state, tokenizer, prepared, notes)
+
+
+def load_model(
+    recipe: Recipe, device: torch.device, *, saved: State | None, micro_batch_tokens: int
+) -> tuple[Any, Network, Layout]:
+    """The PEFT model, what was verified about it, and the layout: the one of the checkpoint where there is one."""
+    dtype = compute_dtype(saved.layout.dtype if saved else recipe.model.dtype, device)
+    settings = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    base = load_base(settings, device)
+    if recipe.adapter.start:
+        model = load_adapter(base, Path(recipe.adapter.start), trainable=True)
+    else:
+        model = attach_adapter(base, recipe.adapter, seed=recipe.train.seed)
+    own = recipe.machine.attention if recipe.machine.attention in ("eager", "sdpa") else None
+    network = verify(model.get_base_model(), segments=saved.layout.segments if saved else own is None)
+    if own:
+        network.causal.set_attn_implementation(own)
+    layout = Layout(
+        dtype=settings.dtype,
+        micro_batch_tokens=micro_batch_tokens if network.segments else 1,  # 1: sequences go alone
+        activation_checkpointing=checkpoints_activations(recipe, device, saved=saved),
+        segments=network.segments,
+    )
+    if layout.activation_checkpointing:
+        network.causal.activation_checkpointing_enable({"use_reentrant": False})
+    return model, network, layout
 
 
 def finish(opened: Opened, state: State) -> Path:
@@ -161,63 +152,21 @@ def finish(opened: Opened, state: State) -> Path:
     return target
 
 
-def claim(folder: Path, *, resume: bool) -> None:
-    """Raise RecipeError when the run folder is taken, or when there is nothing to resume."""
-    is_run = (folder / "recipe.yaml").is_file()
-    if resume and not is_run:
-        raise RecipeError("there is no run to resume", where=str(folder), hint="leave out --resume to start one")
-    if not resume and is_run:
-        raise RecipeError(
-            "this run folder exists",
-            where=str(folder),
-            hint=f"--resume to go on with it, or run.output={folder}-2 to start another",
-        )
-    strangers = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    strangers = [name for name in strangers if name not in _OURS and not name.startswith(".")]
-    if not is_run and strangers:
-        raise RecipeError(
-            f"the folder holds {len(strangers)} files that are no run's, {strangers[0]} among them",
-            where=str(folder),
-            hint="run.output=NEW_FOLDER",
-        )
+def refuse_settings(recipe: Recipe, config: Any) -> None:
+    """Raise RecipeError or DeviceError for what this version, this model or this machine cannot do.
 
-
-def refuse_unbuilt(recipe: Recipe) -> None:
-    """Raise RecipeError for a setting that this version understands and cannot do yet, rather than ignore it."""
+    A setting is never ignored: what is not built yet is refused.
+    """
     if recipe.machine.share_prefixes is True:
-        raise RecipeError(
-            "this version computes shared prefixes for each example", where="machine.share_prefixes", hint="use auto"
-        )
-
-
-def refuse_changes(recipe: Recipe, folder: Path, saved: State, *, data: str) -> None:
-    """Raise RecipeError when what decides the result differs from what the run was started with."""
-    before, now = (_flatten(mathematics(one)) for one in (load_recipe(str(folder / "recipe.yaml")), recipe))
-    changed = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in sorted(before.keys() | now.keys())
-               if before.get(key) != now.get(key)]  # fmt: skip
-    if changed:
-        raise RecipeError(
-            "the recipe differs from the one that this run was started with",
-            where="; ".join(changed[:10]),
-            hint="restore these values, or start another run with run.output=FOLDER",
-        )
-    if saved.data != data:
-        raise RecipeError(
-            f"the data or the tokenizer changed since step {saved.step}",
-            where=str(folder),
-            hint="restore the files, or start another run with run.output=FOLDER",
-        )
-
-
-def refuse_long(recipe: Recipe, config: Any) -> None:
-    """Raise RecipeError when sequences may be longer than the model's positions."""
+        what = "this version computes shared prefixes for each example"
+        raise RecipeError(what, where="machine.share_prefixes", hint="use auto")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions and recipe.data.max_length > positions:
-        raise RecipeError(
-            f"data.max_length is {recipe.data.max_length}, the model has {positions} positions",
-            where="data.max_length",
-            hint=f"data.max_length={positions}",
-        )
+        what = f"data.max_length is {recipe.data.max_length}, the model has {positions} positions"
+        raise RecipeError(what, where="data.max_length", hint=f"data.max_length={positions}")
+    if recipe.adapter.targets != "all-linear":
+        check_targets(make_skeleton(config), recipe.adapter.targets)
+    check_trackers(recipe.run.trackers)
 
 
 def refuse_ids(prepared: Prepared, config: Any) -> None:
@@ -262,31 +211,3 @@ def checkpoints_activations(recipe: Recipe, device: torch.device, *, saved: Stat
     if wanted == "auto":
         return saved.layout.activation_checkpointing if saved else device.type == "cuda"
     return wanted
-
-
-def write_start(folder: Path, recipe: Recipe, prepared: Prepared, *, layout: Layout, config: Any) -> None:
-    """Record what the run stands on; recipe.yaml comes last and makes the folder a run."""
-    base = Path(recipe.model.base)
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors", "numpy")
-    provenance = {
-        "lorasft": __version__,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "layout": asdict(layout),
-        "threads": torch.get_num_threads(),
-        "base": {
-            "name": recipe.model.base,
-            "commit": getattr(config, "_commit_hash", None),
-            "fingerprint": fingerprint(base) if base.is_dir() else None,  # one from the hub has its commit
-        },
-        "data": prepared.key,
-        "report": prepared.report.as_dict(),
-    }
-    replace_file(folder / "provenance.json", json.dumps(provenance, indent=1).encode())
-    replace_file(folder / "recipe.yaml", dump_recipe(recipe).encode())
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
