@@ -21,7 +21,9 @@ def run(saved: str, base: str | None, data: str, per_example: str | None, as_jso
     found = find_saved(saved, base=base)
     settings = found.recipe.data if found.recipe else DataSettings(train=(DataSource(path=data),))
     loaded = load_saved(found, PartialState().device)
-    answers = read_answers(data, settings, found.chat, tokenizer=loaded.tokenizer)
+    answers, report = read_answers(data, settings, found.chat, tokenizer=loaded.tokenizer)
+    if report.dropped_examples():
+        print(f"{report.dropped_examples()} of {report.rows} rows dropped: over-long or unusable", file=sys.stderr)
     scores = {}
     if loaded.peft is not None:
         with loaded.peft.disable_adapter():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, Protocol
 
 import numpy as np
@@ -118,6 +119,7 @@ def count_steps(examples: int, *, batch_size: int, epochs: float, steps: int | N
     return steps if steps is not None else max(1, math.ceil(epochs * math.ceil(examples / batch_size)))
 
 
+@lru_cache(maxsize=2)
 def shuffle(count: int, *, seed: int, epoch: int) -> Integers:
     """A permutation of 0..count-1 that depends on nothing but its arguments.
 
@@ -126,7 +128,9 @@ def shuffle(count: int, *, seed: int, epoch: int) -> Integers:
     """
     salt = _mix(np.array([seed], dtype=np.uint64) * np.uint64(0x10001) + np.uint64(epoch))[0]
     keys = _mix(np.arange(count, dtype=np.uint64) + salt)
-    return np.argsort(keys, kind="stable").astype(np.int64)
+    order = np.argsort(keys, kind="stable").astype(np.int64)
+    order.flags.writeable = False  # remembered for the other steps of the epoch
+    return order
 
 
 def cut(

@@ -64,8 +64,11 @@ class Total:
         return asdict(self)
 
 
-def read_answers(path: str, data: DataSettings, chat: ChatSettings, *, tokenizer: Any) -> list[Answer]:
-    """The answers in the rows of `path`, tokenized as training would. Raises DataError when there are none."""
+def read_answers(path: str, data: DataSettings, chat: ChatSettings, *, tokenizer: Any) -> tuple[list[Answer], Report]:
+    """The answers in the rows of `path`, tokenized as training would, and what became of the rows.
+
+    Raises DataError when there are no answers.
+    """
     report = Report()
     bad = BadRows(data.on_bad_row, report)
     encoder = Encoder(tokenizer, chat, data=data, report=report)
@@ -79,7 +82,7 @@ def read_answers(path: str, data: DataSettings, chat: ChatSettings, *, tokenizer
     bad.raise_all()
     if not answers:
         raise DataError("no answers to score", where=path)
-    return answers
+    return answers, report
 
 
 def replace_format(data: DataSettings) -> DataSettings:
