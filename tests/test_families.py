@@ -134,7 +134,7 @@ ARCHITECTURES: dict[str, Any] = {
 }
 # Weights that no adapter reaches, though they are no embedding and no norm; the comment of the recipe says so.
 UNREACHED = {
-    "gemma-3-12b": r"vision_tower|multi_modal_projector|\.[qkv]_proj\.",  # q, k and v share the tower's names
+    "gemma-3-12b": r"vision_tower|multi_modal_projector",  # text teaches them nothing
     "gpt-oss-20b": r"\.mlp\.(experts|router)\.",  # fused experts are no linears
     "qwen3-30b-a3b": r"\.mlp\.(experts|gate)\.",
 }

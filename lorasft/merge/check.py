@@ -78,7 +78,7 @@ def _probes(source: Source, tokenizer: Any) -> list[NDArray[np.int32]]:
 def _log_probabilities(causal: Any, sequences: list[NDArray[np.int32]]) -> list[Tensor]:
     """(tokens, vocabulary) log-probabilities of each sequence, fp32 on the CPU, from the model's own logits."""
     device = causal.get_input_embeddings().weight.device
-    with torch.no_grad(), attention(causal, default_attention(causal.config.get_text_config())):
+    with torch.no_grad(), attention(causal, default_attention(causal.config)):
         rows = (torch.as_tensor(ids.astype(np.int64), device=device).unsqueeze(0) for ids in sequences)
         return [causal(input_ids=row, use_cache=False).logits[0].float().log_softmax(-1).cpu() for row in rows]
 

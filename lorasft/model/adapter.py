@@ -31,7 +31,7 @@ def attach_adapter(base: Any, settings: AdapterSettings, *, seed: int) -> Any:
         r=settings.rank,
         lora_alpha=settings.alpha,  # PEFT scales by any number
         lora_dropout=settings.dropout,
-        target_modules=settings.targets if settings.targets == "all-linear" else list(settings.targets),
+        target_modules=all_linears(base) if settings.targets == "all-linear" else list(settings.targets),
         use_rslora=settings.rslora,
         use_dora=settings.dora,
         modules_to_save=list(settings.modules_to_save) or None,
@@ -52,6 +52,22 @@ def load_adapter(base: Any, folder: Path, *, trainable: bool = False) -> Any:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name or "modules_to_save" in name)
     return model
+
+
+def all_linears(base: Any) -> list[str]:
+    """What `all-linear` means: every linear of the language model but its head, and nothing else.
+
+    Short names where they say exactly that, else full paths: PEFT's own `all-linear` also takes vision towers, and
+    its short names stand for fused experts too where a model has them.
+    """
+    head = base.get_output_embeddings()
+    decoder = {id(module) for module in base.get_decoder().modules()}
+    linears = {path: module for path, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    paths = sorted(path for path, module in linears.items() if id(module) in decoder and module is not head)
+    names = sorted({path.rpartition(".")[2] for path in paths})
+    same = {path for path, _ in base.named_modules() if path.rpartition(".")[2] in names}
+    fused = any(parameter.dim() > 2 for parameter in base.parameters())
+    return names if same == set(paths) and not fused else paths
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface
 
 from lorasft.data.packing import Segment
 
@@ -96,8 +96,11 @@ def _attend_openly(
 
 
 def default_attention(config: Any) -> str:
-    """The attention of transformers for generation and for sequences that go alone: `sdpa` cannot do soft caps."""
-    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    """The attention of transformers for generation and for sequences that go alone, named so that no config chooses.
+
+    Models with soft caps or sinks (Gemma 2, gpt-oss) have no `sdpa`.
+    """
+    return "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa else "eager"
 
 
 @contextlib.contextmanager

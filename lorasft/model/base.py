@@ -64,7 +64,7 @@ def load_base(settings: ModelSettings, device: torch.device) -> Any:
             device_map={"": device},
             trust_remote_code=False,
             use_safetensors=True,
-            attn_implementation=default_attention(config.get_text_config()),
+            attn_implementation=default_attention(config),
         )
     for layer in model.modules():
         if isinstance(layer, bnb.nn.Linear4bit):

@@ -41,7 +41,7 @@ def generate(
     )
     ids = torch.tensor([list(prompt)], device=causal.get_input_embeddings().weight.device)
     try:
-        with torch.no_grad(), attention(causal, default_attention(causal.config.get_text_config())):
+        with torch.no_grad(), attention(causal, default_attention(causal.config)):
             output = causal.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 
@@ -27,7 +28,8 @@ def use_lean_linears(model: nn.Module) -> int:
 
 def _is_plain(layer: Any) -> bool:
     return (
-        len(layer.lora_A) == 1
+        not isinstance(layer, ParamWrapper)
+        and len(layer.lora_A) == 1
         and not layer.lora_variant
         and not any(layer.lora_bias.values())
         and not isinstance(layer.get_base_layer(), nn.Embedding)
