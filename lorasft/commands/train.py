@@ -6,11 +6,15 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 from lorasft.data.chat import Encoder
 from lorasft.data.report import Report
 from lorasft.recipe import load_recipe
 from lorasft.recipe_faults import printable
+
+if TYPE_CHECKING:
+    from lorasft.train.run import Opened
 
 
 def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
@@ -38,12 +42,10 @@ def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
     print(settings.run.output)
 
 
-def _show_answers(opened: object, most: int = 3) -> None:
+def _show_answers(opened: Opened, most: int = 3) -> None:
     """Up to three held-out prompts, answered by the base and by the adapter."""
     from lorasft.model.generate import generate
-    from lorasft.train.run import Opened
 
-    assert isinstance(opened, Opened)
     run, tokenizer = opened.run, opened.tokenizer
     encoder = Encoder(tokenizer, run.recipe.chat, data=run.recipe.data, report=Report())
     for example in opened.prepared.samples[:most]:

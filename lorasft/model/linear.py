@@ -1,7 +1,7 @@
 """The NF4 + LoRA linear: base(x) + scaling * B A x, without an fp32 copy of x.
 
 PEFT casts every input to the adapter's fp32. Here the small A and B are cast to the dtype of x instead; they
-stay fp32 masters, and their gradients arrive in fp32 through the cast.
+stay fp32 masters, and their gradients arrive in fp32 through the cast. So do modules that are trained in full.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 def use_lean_linears(model: nn.Module) -> int:
@@ -20,6 +22,9 @@ def use_lean_linears(model: nn.Module) -> int:
 
     Layers with a variant (DoRA), a bias in B or several adapters keep PEFT's own forward.
     """
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            wrapper.forward = MethodType(_forward_saved, wrapper)
     plain = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and _is_plain(layer)]
     for layer in plain:
         layer.forward = MethodType(_forward, layer)
@@ -34,6 +39,17 @@ def _is_plain(layer: Any) -> bool:
         and not any(layer.lora_bias.values())
         and not isinstance(layer.get_base_layer(), nn.Embedding)
     )
+
+
+def _forward_saved(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+    """A module trained in full, computed in the dtype of the one that it stands for."""
+    original = wrapper.original_module
+    if wrapper.disable_adapters:
+        return original(*args, **kwargs)
+    ((_, copy),) = wrapper.modules_to_save.items()
+    dtypes = {name: parameter.dtype for name, parameter in original.named_parameters()}
+    cast = {name: parameter.to(dtypes[name]) for name, parameter in copy.named_parameters()}
+    return functional_call(copy, cast, args, kwargs)
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,9 @@ from typing import Any
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from lorasft.data.packing import Plan, Step
+from lorasft.data.packing import MicroBatch, Plan, Step
 from lorasft.data.store import TokenStore
-from lorasft.errors import DivergedError, Stopped
+from lorasft.errors import CapacityError, DivergedError, Stopped
 from lorasft.model.loss import Network, pair_losses
 from lorasft.recipe import Recipe
 from lorasft.train.checkpoint import Learner, State, list_checkpoints, retain, save_checkpoint
@@ -53,8 +55,9 @@ def take_step(run: Run, step: Step) -> dict[str, Any]:
     loss = 0.0
     for batch in step.micro_batches:
         weights = torch.as_tensor(batch.weights, device=run.network.device)
-        part = (pair_losses(run.network, batch) * weights).sum() / step.divisor
-        part.backward()  # type: ignore[no-untyped-call]
+        with enough_memory(run, batch):
+            part = (pair_losses(run.network, batch) * weights).sum() / step.divisor
+            part.backward()  # type: ignore[no-untyped-call]
         loss += float(part.detach())
     refuse_unreached(run)
     norm = get_total_norm(parameter.grad for parameter in parameters.values() if parameter.grad is not None)
@@ -125,6 +128,21 @@ def save(run: Run, state: State) -> State:
     save_checkpoint(run.checkpoints, state, run.learner, base=run.recipe.model)
     retain(run.checkpoints, keep=run.recipe.run.keep, best_step=state.best_step if run.recipe.run.keep_best else None)
     return state
+
+
+@contextmanager
+def enough_memory(run: Run, batch: MicroBatch) -> Iterator[None]:
+    """Turn the device's out-of-memory error into one that names the rows and what would help."""
+    try:
+        yield
+    except torch.OutOfMemoryError as fault:
+        rows = sorted({str(run.rows.place(example)) for example in batch.examples.tolist()})
+        raise CapacityError(
+            f"out of memory with {len(batch.ids)} tokens in a micro-batch of {len(batch.segments)} sequences",
+            where=", ".join(rows[:5]),
+            hint=f"machine.micro_batch_tokens={max(1, len(batch.ids) // 2)}, machine.activation_checkpointing=true "
+            "or a smaller data.max_length; go on with --resume",
+        ) from fault
 
 
 def refuse_unreached(run: Run) -> None:
