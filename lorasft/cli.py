@@ -30,21 +30,26 @@ def make_parser() -> argparse.ArgumentParser:
 
     preview = verbs.add_parser("preview", help="show what will be learned, token by token")
     _add_recipe(preview)
-    preview.add_argument("--rows", type=int, default=3, metavar="N", help="examples to show (default: 3)")
+    preview.add_argument("--rows", type=_positive, default=3, metavar="N", help="examples to show (default: 3)")
     preview.add_argument("--json", action="store_true", help="every example and a summary as JSON lines")
     preview.add_argument("--html", metavar="FILE", help="write a page instead")
 
     evaluate = verbs.add_parser("evaluate", help="log-probabilities of answers: base and adapter side by side")
     _add_saved(evaluate)
     evaluate.add_argument("--data", required=True, metavar="FILE", help="rows of any shape that a recipe takes")
+    evaluate.add_argument(
+        "--columns", metavar="MAPPING", help="'{prompt: question, completion: answer}', as in a recipe"
+    )
     evaluate.add_argument("--per-example", metavar="OUT", help="write one JSON object for each answer to OUT")
     evaluate.add_argument("--json", action="store_true", help="the totals as JSON")
 
     chat = verbs.add_parser("chat", help="talk to a run, an adapter or a model")
     _add_saved(chat)
     chat.add_argument("--prompt", metavar="TEXT", help="answer this and stop")
-    chat.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="default: 512")
-    chat.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): always the likeliest")
+    chat.add_argument("--max-new-tokens", type=_positive, default=512, metavar="N", help="default: 512")
+    chat.add_argument(
+        "--temperature", type=_not_negative, default=0.0, metavar="T", help="0 (default): always the likeliest"
+    )
 
     merge = verbs.add_parser("merge", help="fold an adapter into full weights")
     _add_saved(merge)
@@ -61,9 +66,27 @@ def make_parser() -> argparse.ArgumentParser:
     return top
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+    return int(text)
+
+
+def _not_negative(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number from 0 up")
+    return number
+
+
 def _add_recipe(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
-    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example train.epochs=3")
+    verb.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="for example train.epochs=3"
+    )
 
 
 def _add_saved(verb: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ process at the n-th one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -24,6 +25,7 @@ from lorasft.errors import CapacityError, ModelError, RecipeError
 MANIFEST = "manifest.json"
 STAGE = ".stage-"
 TRASH = ".trash-"
+_WRONG_PLACE = {errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def about_to(effect: str, path: Path) -> None:
@@ -119,7 +121,7 @@ def commit_folder(stage: Path, target: Path) -> None:
 def refuse_existing(target: Path) -> None:
     """Nothing is overwritten: `rename` onto an empty folder would succeed silently."""
     if target.exists() or target.is_symlink():
-        raise RecipeError(f"{target} exists", hint="name a folder that does not exist yet")
+        raise RecipeError(f"{target} exists", hint="name one that does not exist yet")
 
 
 def verify_folder(folder: Path) -> None:
@@ -211,11 +213,9 @@ def _disk(path: Path) -> Iterator[None]:
     """Turn the system's refusal to write into an error that names the place."""
     try:
         yield
-    except FileExistsError:
-        raise
-    except PermissionError as fault:
-        raise RecipeError(f"cannot write: {fault.strerror}", where=str(path)) from fault
     except OSError as fault:
+        if fault.errno in _WRONG_PLACE:
+            raise RecipeError(f"cannot write: {fault.strerror}", where=str(path), hint="name another place") from fault
         raise CapacityError(f"cannot write: {fault.strerror}", where=str(path)) from fault
 
 

@@ -49,7 +49,7 @@ class AdapterSettings(_Section):
     rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank)")
     dora: bool = Field(default=False, description="weight-decomposed LoRA")
     modules_to_save: tuple[str, ...] = Field(default=(), description="modules trained and saved in full")
-    start: str | None = Field(default=None, description="folder or hub id of an adapter to begin from")
+    start: str | None = Field(default=None, description="folder of an adapter or of a run to begin from")
 
 
 class DataSource(_Section):

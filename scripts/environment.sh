@@ -1,18 +1,19 @@
-# Sourced by the other scripts: makes .venv once, installs what constraints.txt pins, and puts it on PATH.
-# Usage: prepare_environment EXTRA, where EXTRA is '' or '[dev]'.
+# Sourced by the other scripts: makes ROOT/.venv once, installs what constraints.txt pins, and puts it on PATH.
+# Usage: prepare_environment ROOT EXTRA, where EXTRA is '' or '[dev]'.
 
 prepare_environment() {
-    local extra=$1 python stamp wanted
+    local root=$1 extra=$2 python stamp wanted
     python=$(find_python)
-    [ -x .venv/bin/python ] || "$python" -m venv .venv
-    stamp=.venv/installed$extra
-    wanted=$(cat pyproject.toml constraints.txt | cksum)
+    [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv"
+    stamp=$root/.venv/installed$extra
+    wanted=$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)
     if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
-        echo "installing into .venv (once; torch is large)" >&2
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$extra"
+        echo "installing into $root/.venv (once; torch is large)" >&2
+        "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+            -c "$root/constraints.txt" -e "$root$extra"
         echo "$wanted" > "$stamp"
     fi
-    PATH="$PWD/.venv/bin:$PATH"
+    PATH="$root/.venv/bin:$PATH"
 }
 
 find_python() {

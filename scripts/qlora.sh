@@ -2,9 +2,9 @@
 # QLoRA from nothing but Python: scripts/qlora.sh [RECIPE [section.key=value ...]]
 # Without a recipe: trains the embedded model `tiny`, shows answers before and after, and merges it.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-. scripts/environment.sh
-prepare_environment ''
+root=$(cd "$(dirname "$0")/.." && pwd)
+. "$root/scripts/environment.sh"
+prepare_environment "$root" ''
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*" >&2; }
 
@@ -53,8 +53,8 @@ cat >&2 <<EOF
 EOF
 say "what to type next"
 cat >&2 <<EOF
-  . .venv/bin/activate
+  . $root/.venv/bin/activate
   lorasft chat $run-merged
   lorasft recipes                                   the recipes for larger models
-  scripts/qlora.sh qwen3-4b data.train=my.jsonl     your own data
+  $0 qwen3-4b data.train=my.jsonl     your own data
 EOF

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
-prepare_environment '[dev]'
+prepare_environment "$PWD" '[dev]'
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 echo "== format" && ruff format --check .

@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lorasft"
 FLOORS = [
-    {"errors", "files", "recipe", "recipe_faults", "strict_yaml", ""},
+    {"errors", "files", "recipe", "recipe_faults", "strict_yaml", "adapter_files", "terminal", ""},
     {"data"},
     {"model"},
     {"train", "merge", "export"},
@@ -29,7 +29,7 @@ ROOMS = {
     "accelerate": {"train", "merge", "commands"},
     "transformers": {"data", "model", "train", "merge"},
     "yaml": {"strict_yaml"},
-    "pydantic": {"recipe", "recipe_faults"},
+    "pydantic": {"recipe", "recipe_faults", "adapter_files"},
 }
 FORBIDDEN = {"pickle", "shelve", "marshal", "subprocess", "joblib"}
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+from lorasft.errors import RecipeError
+from lorasft.terminal import say
 
-def run(saved: str, base: str | None, data: str, per_example: str | None, as_json: bool) -> None:
+
+def run(saved: str, base: str | None, data: str, columns: str | None, per_example: str | None, as_json: bool) -> None:
     """Score the answers in `data`; totals on stdout, one JSON object for each answer to `per_example`."""
     from accelerate import PartialState
 
@@ -15,15 +17,26 @@ def run(saved: str, base: str | None, data: str, per_example: str | None, as_jso
     from lorasft.model.answers import read_answers, score_answers, summarize
     from lorasft.model.saved import find_saved, load_saved
     from lorasft.recipe import DataSettings, DataSource
+    from lorasft.strict_yaml import parse_yaml
 
     if per_example:
         refuse_existing(Path(per_example))
+        if not Path(per_example).parent.is_dir():
+            raise RecipeError("there is no such folder", where=str(Path(per_example).parent), hint="name another file")
     found = find_saved(saved, base=base)
     settings = found.recipe.data if found.recipe else DataSettings(train=(DataSource(path=data),))
+    if columns is not None:
+        mapping = parse_yaml(columns, "--columns")
+        settings = settings.model_copy(update={"format": "auto", "columns": mapping.value})
+        if mapping.faults or not isinstance(mapping.value, dict):
+            raise RecipeError("not a mapping", where=f"--columns {columns}", hint="--columns '{prompt: question}'")
     loaded = load_saved(found, PartialState().device)
+    positions = getattr(loaded.network.causal.config.get_text_config(), "max_position_embeddings", None)
+    if positions:  # what the model can read is scored, however long the rows of training were
+        settings = settings.model_copy(update={"max_length": positions})
     answers, report = read_answers(data, settings, found.chat, tokenizer=loaded.tokenizer)
     if report.dropped_examples():
-        print(f"{report.dropped_examples()} of {report.rows} rows dropped: over-long or unusable", file=sys.stderr)
+        say(f"{report.dropped_examples()} of {report.rows} rows dropped: over-long or unusable")
     scores = {}
     if loaded.peft is not None:
         with loaded.peft.disable_adapter():
@@ -36,7 +49,7 @@ def run(saved: str, base: str | None, data: str, per_example: str | None, as_jso
             for index, answer in enumerate(answers)
         ]
         write_file(Path(per_example), "".join(json.dumps(line) + "\n" for line in lines).encode())
-        print(f"wrote {per_example}", file=sys.stderr)
+        say(f"wrote {per_example}")
     totals = {name: summarize(rows) for name, rows in scores.items()}
     if as_json:
         print(json.dumps({name: total.as_dict() for name, total in totals.items()}))

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lorasft.merge.stream import Merged, merge
+from lorasft.terminal import say
 
 
 def run(saved: str, base: str | None, out: str, onto: str, no_check: bool, as_json: bool) -> None:
@@ -18,14 +19,14 @@ def run(saved: str, base: str | None, out: str, onto: str, no_check: bool, as_js
     source = find_source(saved, base=base)
     started = time.monotonic()
     merged = merge(source.base, source.adapter, Path(out), on_progress=_show_progress if sys.stderr.isatty() else None)
-    _say(_describe(merged, seconds=time.monotonic() - started))
+    say(_describe(merged, seconds=time.monotonic() - started))
     check = None
     if not no_check:
         from lorasft.merge.check import check_merge
 
-        _say("checking that the merged model answers like the base with its adapter (--no-check leaves this out)")
+        say("checking that the merged model answers like the base with its adapter (--no-check leaves this out)")
         check = check_merge(source, Path(out))
-        _say(str(check))
+        say(str(check))
     if as_json:
         print(json.dumps({**asdict(merged), "folder": out, "check": asdict(check) if check else None}))
     else:
@@ -44,8 +45,4 @@ def _describe(merged: Merged, *, seconds: float) -> str:
 
 def _show_progress(done: int, total: int) -> None:
     end = "\n" if done == total else ""
-    print(f"\r\x1b[K{done / 1e9:.2f} of {total / 1e9:.2f} GB", end=end, file=sys.stderr, flush=True)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    say(f"\r\x1b[K{done / 1e9:.2f} of {total / 1e9:.2f} GB", end=end)

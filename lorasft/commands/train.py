@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,6 +11,7 @@ from lorasft.data.chat import Encoder
 from lorasft.data.report import Report
 from lorasft.recipe import load_recipe
 from lorasft.recipe_faults import printable
+from lorasft.terminal import say
 
 if TYPE_CHECKING:
     from lorasft.train.run import Opened
@@ -27,9 +27,9 @@ def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
     with open_run(settings, resume=resume) as opened:
         plan = opened.run.plan
         for note in opened.notes:
-            _say(note)
+            say(note)
         report = opened.prepared.report
-        _say(
+        say(
             f"{report.train_examples:,} examples, {report.held_out_examples:,} held out, {report.tokens:,} tokens, "
             f"{report.supervised_tokens:,} of them learned; {plan.steps} steps of {plan.batch_size} examples"
         )
@@ -37,8 +37,8 @@ def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
         adapter = finish(opened, state)
         _show_answers(opened)
     seconds = time.monotonic() - started
-    _say(f"done in {seconds:.0f} s; adapter in {adapter}")
-    _say(f"next: lorasft chat {settings.run.output}    lorasft merge {settings.run.output} --out merged")
+    say(f"done in {seconds:.0f} s; adapter in {adapter}")
+    say(f"next: lorasft chat {settings.run.output}    lorasft merge {settings.run.output} --out merged")
     print(settings.run.output)
 
 
@@ -50,12 +50,8 @@ def _show_answers(opened: Opened, most: int = 3) -> None:
     encoder = Encoder(tokenizer, run.recipe.chat, data=run.recipe.data, report=Report())
     for example in opened.prepared.samples[:most]:
         prompt = encoder.prompt_ids(example.messages[:-1], example.tools)
-        _say(f"\nprompt: {printable(str(example.messages[-2]['content']))[:200]}")
+        say(f"\nprompt: {printable(str(example.messages[-2]['content']))[:200]}")
         for name, context in (("before", run.learner.model.disable_adapter()), ("after", nullcontext())):
             with context:
                 ids = generate(run.network.causal, tokenizer, prompt, max_new_tokens=48, stops=encoder.stop_ids)
-            _say(f"{name:>6}: {printable(tokenizer.decode(ids, skip_special_tokens=True))}")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+            say(f"{name:>6}: {printable(tokenizer.decode(ids, skip_special_tokens=True))}")

@@ -136,8 +136,12 @@ def normalize_message(message: Any) -> Message:
         raise DataError(f"a message must be an object, this is {type(message).__name__}")
     clean = {key: value for key, value in message.items() if value is not None}
     role = clean.get("role")
-    if role not in ROLES:
-        hint = "format: sharegpt has other names" if role in SHAREGPT_ROLES else f"known: {', '.join(ROLES)}"
+    if not isinstance(role, str) or role not in ROLES:
+        hint = (
+            "format: sharegpt has other names"
+            if isinstance(role, str) and role in SHAREGPT_ROLES
+            else f"known: {', '.join(ROLES)}"
+        )
         raise DataError(f"unknown role {role!r}", hint=hint)
     if not isinstance(clean.get("train", True), bool):
         raise DataError(f"`train` of a message is true or false, not {clean['train']!r}")

@@ -1,9 +1,9 @@
-"""Does the merge answer like the base with its adapter? Measured against the function that was trained."""
+"""Does the merge answer like the base with its adapter on it?"""
 
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from lorasft.model.attention import attention, default_attention
 from lorasft.model.saved import find_saved, load_saved
 
 _TOKENS, _LONGEST = 1024, 256  # tokens compared, and of one sequence
+_ROUNDING = 1e-2  # nats: more than bf16 ever does to an answer
 _TEXT = "The quick brown fox jumps over the lazy dog. What is the answer to the question? It is 42, because"
 
 
 @dataclass(frozen=True)
 class Check:
-    """KL divergences from the trained model (base as trained, with the adapter), in nats a token."""
+    """KL divergences from the base with the adapter on it, unmerged and in the base's own bits; nats a token."""
 
     merged: float  # of the merged weights: what the merge changed
     learned: float  # of the base without the adapter: the size of what was learned
@@ -34,17 +35,19 @@ class Check:
     def __str__(self) -> str:
         return (
             f"check: {self.same_choice:.1%} of the likeliest tokens are the same over {self.tokens:,} tokens; "
-            f"KL to the trained model {self.merged:.2e}, of {self.learned:.2e} that were learned"
+            f"KL to the base with its adapter {self.merged:.1e}, where the adapter moves it by {self.learned:.1e}"
         )
 
 
 def check_merge(source: Source, merged: Path) -> Check:
-    """Compare the model in `merged` with the one that was trained, on held-out rows where the run has some.
+    """Compare the model in `merged` with base and adapter, on held-out rows where the run has some.
 
-    Raises ModelError when the merge is no closer to the trained model than the base without its adapter is.
+    The base is loaded in its own bits, not in 4: this asks whether the merge is right, not what quantization did.
+    Raises ModelError when the merge is further away than rounding explains and than the base without its adapter is.
     """
     device = PartialState().device
-    trained = load_saved(find_saved(str(source.adapter), base=source.base_name), device)
+    found = find_saved(str(source.adapter), base=source.base_name)
+    trained = load_saved(replace(found, model=found.model.model_copy(update={"quantization": "none"})), device)
     sequences = _probes(source, trained.tokenizer)
     wanted = _log_probabilities(trained.network.causal, sequences)
     assert trained.peft is not None
@@ -55,8 +58,10 @@ def check_merge(source: Source, merged: Path) -> Check:
     got = _log_probabilities(load_saved(find_saved(str(merged)), device).network.causal, sequences)
     same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(wanted, got, strict=True)]).float().mean()
     check = Check(_divergence(wanted, got), _divergence(wanted, without), float(same), sum(map(len, wanted)))
-    if check.merged >= check.learned:
-        raise ModelError(f"the merged model does not answer like the trained one ({check})", where=str(merged))
+    if check.merged > max(check.learned, _ROUNDING):
+        raise ModelError(
+            f"the merged model does not answer like the base with its adapter ({check})", where=str(merged)
+        )
     return check
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from lorasft.errors import ModelError, UnsafeError
+from lorasft.adapter_files import CONFIG, WEIGHTS, read_adapter_config, refuse_pickle
+from lorasft.errors import ModelError
 
 _PREFIX = "base_model.model."
 
@@ -66,26 +66,21 @@ def read_updates(adapter: Path, *, conv1d: bool) -> list[Update]:
 
 
 def _read_plain_config(adapter: Path) -> dict[str, Any]:
-    path = adapter / "adapter_config.json"
-    if not path.is_file():
-        raise ModelError("no adapter_config.json: this is no adapter", where=str(adapter))
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    config = read_adapter_config(adapter)
     unsupported = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters",
                    "trainable_token_indices", "lora_bias", "layer_replication")  # fmt: skip
     given = [key for key in unsupported if config.get(key)]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-        given.append(f"peft_type {config.get('peft_type')}, bias {config.get('bias')}")
+    if config.get("bias", "none") != "none":
+        given.append(f"bias {config.get('bias')}")
     if given:
-        raise ModelError(f"cannot merge an adapter with {', '.join(given)}", where=str(path), hint="plain LoRA merges")
+        what = f"cannot merge an adapter with {', '.join(given)}"
+        raise ModelError(what, where=str(adapter / CONFIG), hint="plain LoRA merges")
     return config
 
 
 def _read_tensors(adapter: Path) -> dict[str, Tensor]:
-    path = adapter / "adapter_model.safetensors"
-    if not path.is_file():
-        if (adapter / "adapter_model.bin").is_file():
-            raise UnsafeError("the adapter is a pickle", where=str(adapter), hint="convert it to safetensors")
-        raise ModelError("no adapter_model.safetensors", where=str(adapter))
+    refuse_pickle(adapter)
+    path = adapter / WEIGHTS
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping

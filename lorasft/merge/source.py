@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorasft.adapter_files import CONFIG, read_adapter_config
 from lorasft.errors import ModelError, UnsafeError
 from lorasft.files import fingerprint
 
@@ -30,22 +31,21 @@ def find_source(name: str, *, base: str | None = None) -> Source:
     stranger's adapter names a base by something else than a folder or a hub id.
     """
     folder = Path(name)
-    if (folder / "recipe.yaml").is_file():
+    if (folder / "recipe.yaml").is_file() and not (folder / CONFIG).is_file():
         if not (folder / "adapter").is_dir():
             raise ModelError(
                 "this run has no adapter yet", where=name, hint="finish it with lorasft train ... --resume"
             )
         folder = folder / "adapter"
-    path = folder / "adapter_config.json"
-    if not path.is_file():
-        raise ModelError("this is neither a run nor an adapter", where=name)
-    config = json.loads(path.read_text(encoding="utf-8"))
-    origin = str(config["base_model_name_or_path"])
+    config = read_adapter_config(folder)
+    origin = config["base_model_name_or_path"]
     if base is None and (":" in origin or origin.startswith(("//", "\\\\"))):
-        raise UnsafeError(f"the adapter names {origin} as its base", where=str(path), hint="--base MODEL")
+        raise UnsafeError(f"the adapter names {origin} as its base", where=str(folder / CONFIG), hint="--base MODEL")
     given = base or origin
     found = Path(given) if Path(given).is_dir() else _fetch(given, None if base else config.get("revision"))
-    run = next((parent for parent in folder.parents[:2] if (parent / "provenance.json").is_file()), None)
+    if not (found / "config.json").is_file():
+        raise ModelError("no config.json: this is no model folder", where=str(found), hint="--base MODEL")
+    run = next((parent for parent in folder.resolve().parents[:2] if (parent / "provenance.json").is_file()), None)
     if run:
         _refuse_other_base(found, json.loads((run / "provenance.json").read_bytes()))
     return Source(folder, found, run, given)

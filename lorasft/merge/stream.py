@@ -104,16 +104,20 @@ def merge(base: Path, adapter: Path, out: Path, *, on_progress: Progress | None 
 def find_shards(base: Path) -> list[Path]:
     """The safetensors files that a loader reads: those of the index, else the single one. Others are left aside."""
     index = base / _INDEX
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
+    names = _read_index(index) if index.is_file() else ["model.safetensors"]
     for name in names:
         if Path(name).name != name:
             raise ModelError(f"the index names a file outside its folder: {name}", where=str(index))
         if not (base / name).is_file():
             raise ModelError(f"{name} is missing", where=str(base), hint="the base must be there as safetensors")
     return [base / name for name in names]
+
+
+def _read_index(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError("this index names no shards", where=str(index), hint="download it again") from None
 
 
 def read_shard(path: Path) -> Shard:

@@ -15,13 +15,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorasft.errors import ModelError, RecipeError, UnsafeError
+from lorasft.adapter_files import CONFIG, WEIGHTS, read_adapter_config, refuse_pickle
+from lorasft.errors import ModelError, RecipeError
 from lorasft.files import write_file
 from lorasft.model.linear import use_lean_linears
 from lorasft.recipe import AdapterSettings, ModelSettings
-
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 
 
 def attach_adapter(base: Any, settings: AdapterSettings, *, seed: int) -> Any:
@@ -43,9 +41,14 @@ def attach_adapter(base: Any, settings: AdapterSettings, *, seed: int) -> Any:
 
 def load_adapter(base: Any, folder: Path, *, trainable: bool = False) -> Any:
     """The adapter in `folder` on `base`. Raises ModelError unless its tensors are those that its config implies."""
-    config, weights = read_adapter_config(folder), read_adapter_weights(folder)
-    del config["base_model_name_or_path"]  # `base` is what it is put on
-    model = _wrap(base, LoraConfig(**config))
+    fields, weights = read_adapter_config(folder), read_adapter_weights(folder)
+    # `base` is what it is put on, and the weights are there: nothing has to be looked up or initialized.
+    own = {"peft_type", "runtime_config", "base_model_name_or_path", "init_lora_weights"}
+    known = LoraConfig.__dataclass_fields__.keys() - own
+    try:
+        model = _wrap(base, LoraConfig(**{key: value for key, value in fields.items() if key in known}))
+    except (TypeError, ValueError) as fault:
+        raise ModelError(f"PEFT cannot make this adapter: {fault}", where=str(folder / CONFIG)) from None
     give_weights(model, weights, where=str(folder))
     model.requires_grad_(False)
     if trainable:
@@ -70,31 +73,9 @@ def all_linears(base: Any) -> list[str]:
     return names if same == set(paths) and not fused else paths
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The fields of adapter_config.json that LoraConfig knows, without those that name code or files."""
-    path = folder / CONFIG
-    if not path.is_file():
-        raise ModelError(f"no {CONFIG}: this is no adapter", where=str(folder))
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as fault:
-        raise ModelError(f"not JSON: {fault}", where=str(path)) from None
-    if config.get("peft_type") != "LORA":
-        raise ModelError(f"peft_type {config.get('peft_type')} is not LORA", where=str(path))
-    named = [key for key in ("auto_mapping", "megatron_config", "loftq_config", "eva_config") if config.get(key)]
-    if named or (isinstance(config.get("target_modules"), str) and config["target_modules"] != "all-linear"):
-        raise UnsafeError(f"the adapter's config names code or patterns: {named or 'target_modules'}", where=str(path))
-    known = LoraConfig.__dataclass_fields__
-    kept = {key: value for key, value in config.items() if key in known and key not in ("peft_type", "runtime_config")}
-    return {"base_model_name_or_path": None, **kept}
-
-
 def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
     """The adapter's tensors by their names on disk; safetensors only."""
-    if not (folder / WEIGHTS).is_file():
-        if (folder / "adapter_model.bin").is_file():
-            raise UnsafeError("the adapter is a pickle", where=str(folder), hint=f"convert it to {WEIGHTS}")
-        raise ModelError(f"no {WEIGHTS}", where=str(folder))
+    refuse_pickle(folder)
     try:
         return load_file(folder / WEIGHTS)
     except Exception as fault:  # safetensors raises its own error type, and OSError
@@ -141,18 +122,31 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def check_targets(base: nn.Module, targets: tuple[str, ...]) -> None:
-    """Raise RecipeError for a target that is the name of no module, with the nearest that is."""
-    names = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules() if name}
-    paths = {name for name, _ in base.named_modules()}
-    for target in targets:
-        if target not in names and target not in paths and not any(path.endswith("." + target) for path in paths):
-            near = difflib.get_close_matches(target, sorted(names), n=1)
-            raise RecipeError(
-                f"adapter.targets: no module is called {target}",
-                where="adapter.targets",
-                hint=f"did you mean {near[0]}?" if near else "use all-linear",
-            )
+def check_targets(base: Any, settings: AdapterSettings) -> None:
+    """Raise RecipeError for a target that is no linear, a module to save that does not exist, or a tied head.
+
+    `base` may be a skeleton without weights. A tied head or embedding that is trained would leave its twin behind.
+    """
+    modules = dict(base.named_modules())
+    targets = () if settings.targets == "all-linear" else settings.targets
+    if not targets and settings.targets != "all-linear":
+        raise RecipeError("no targets: nothing would train", where="adapter.targets", hint="use all-linear")
+    embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
+    tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
+    for key, names in (("adapter.targets", targets), ("adapter.modules_to_save", settings.modules_to_save)):
+        for name in names:
+            found = [module for path, module in modules.items() if path == name or path.endswith(f".{name}")]
+            linear = all(isinstance(module, (nn.Linear, Conv1D)) for module in found)
+            if not found or (key == "adapter.targets" and not linear):
+                known = sorted({path.rpartition(".")[2] for path, module in modules.items()
+                                if key != "adapter.targets" or isinstance(module, (nn.Linear, Conv1D))})  # fmt: skip
+                near = difflib.get_close_matches(name, known, n=1)
+                what = f"{name} is no linear of this model" if found else f"no module is called {name}"
+                hint = f"did you mean {near[0]}?" if near else f"names: {', '.join(known[:12])}"
+                raise RecipeError(f"{key}: {what}", where=key, hint=hint)
+            if tied and any(module in embeddings for module in found):
+                what = f"{name} is tied to its twin, which would not be trained along"
+                raise RecipeError(f"{key}: {what}", where=key, hint="leave it out, or use a base that is not tied")
 
 
 def _wrap(base: Any, config: LoraConfig) -> Any:

@@ -15,7 +15,7 @@ from lorasft.data.examples import read_examples
 from lorasft.data.report import BadRows, Report
 from lorasft.data.rows import Place
 from lorasft.data.tokens import supervised_runs
-from lorasft.errors import DataError
+from lorasft.errors import DataError, LorasftError
 from lorasft.model.loss import Network
 from lorasft.model.scoring import log_probabilities
 from lorasft.recipe import ChatSettings, DataSettings, DataSource
@@ -72,7 +72,7 @@ def read_answers(path: str, data: DataSettings, chat: ChatSettings, *, tokenizer
     report = Report()
     bad = BadRows(data.on_bad_row, report)
     encoder = Encoder(tokenizer, chat, data=data, report=report)
-    examples = read_examples((DataSource(path=path),), replace_format(data), bad=bad)
+    examples = read_examples((DataSource(path=path),), settle_format(path, data), bad=bad)
     answers = [
         Answer(tokens.ids[:end], max(1, int(start)), example.place)
         for example, sequences in encoder.encode_all(examples, bad=bad)
@@ -85,9 +85,15 @@ def read_answers(path: str, data: DataSettings, chat: ChatSettings, *, tokenizer
     return answers, report
 
 
-def replace_format(data: DataSettings) -> DataSettings:
-    """The settings of a run for another file: its columns may be others, so its format is looked up anew."""
-    return data.model_copy(update={"format": "auto", "columns": data.columns if data.format != "auto" else None})
+def settle_format(path: str, data: DataSettings) -> DataSettings:
+    """The format and columns of `data` if the file at `path` begins with such a row, else those of its own keys."""
+    try:
+        next(iter(read_examples((DataSource(path=path),), data, bad=BadRows("error", Report()))))
+    except LorasftError:
+        return data.model_copy(update={"format": "auto", "columns": None})
+    except StopIteration:
+        pass
+    return data
 
 
 def score_answers(network: Network, answers: Sequence[Answer]) -> list[Score]:

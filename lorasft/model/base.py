@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from lorasft.errors import DeviceError, ModelError, UnsafeError
+from lorasft.errors import CapacityError, DeviceError, ModelError, UnsafeError
 from lorasft.model.attention import default_attention
 from lorasft.recipe import ModelSettings
 
@@ -191,7 +191,9 @@ def _loading_faults(base: str) -> Iterator[None]:
     """Say in plain words what transformers could not load."""
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as fault:
+    except (OSError, ValueError, SafetensorError, RuntimeError) as fault:
+        if isinstance(fault, torch.OutOfMemoryError):
+            raise CapacityError("out of memory while loading", where=base, hint="a smaller base") from fault
         reason = str(fault).strip().splitlines()[0]
         if "trust_remote_code" in str(fault):
             raise UnsafeError(

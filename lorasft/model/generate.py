@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, TextStreamer
 
+from lorasft.errors import DataError
 from lorasft.model.attention import attention, default_attention
 
 
@@ -25,6 +26,12 @@ def generate(
 
     Returns the new ids without the stop. `on_text` gets the text as it grows, whole characters only.
     """
+    positions = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
+    if positions and len(prompt) >= positions:
+        raise DataError(
+            f"the prompt has {len(prompt)} tokens, the model {positions} positions", hint="a shorter prompt"
+        )
+    max_new_tokens = min(max_new_tokens, positions - len(prompt)) if positions else max_new_tokens
     training = causal.training
     causal.eval()
     own = causal.generation_config.eos_token_id

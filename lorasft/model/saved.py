@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from lorasft.adapter_files import CONFIG, read_adapter_config
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import ModelError, UnsafeError
-from lorasft.model.adapter import CONFIG, load_adapter, read_adapter_config
+from lorasft.model.adapter import load_adapter
 from lorasft.model.base import load_base
 from lorasft.model.loss import Network
 from lorasft.model.selfcheck import verify
@@ -46,7 +47,7 @@ def find_saved(name: str, *, base: str | None = None) -> Saved:
     Raises ModelError for a run that is not finished, UnsafeError for an adapter whose base is no plain name.
     """
     folder = Path(name)
-    if (folder / "recipe.yaml").is_file():
+    if (folder / "recipe.yaml").is_file() and not (folder / CONFIG).is_file():
         if not (folder / "adapter" / CONFIG).is_file():
             raise ModelError(
                 "this run has no adapter yet", where=name, hint="finish it with lorasft train ... --resume"
@@ -56,17 +57,14 @@ def find_saved(name: str, *, base: str | None = None) -> Saved:
         if folder.exists() and not (folder / "config.json").is_file():
             raise ModelError("this is no run, no adapter and no model", where=name)
         return Saved(ModelSettings(base=name, quantization="none"), None, None)
-    recipe = next(
-        (load_recipe(str(path)) for path in (folder.parent / "recipe.yaml", folder.parents[1] / "recipe.yaml")
-         if path.is_file()), None)  # fmt: skip
-    if recipe:
-        settings = recipe.model
-    else:
-        origin = str(read_adapter_config(folder).get("base_model_name_or_path"))
-        if not base and (":" in origin or origin.startswith(("//", "\\\\"))):
-            raise UnsafeError(f"the adapter names {origin} as its base", where=name, hint="--base MODEL")
-        settings = ModelSettings(base=origin)
-    return Saved(settings.model_copy(update={"base": base}) if base else settings, folder, recipe)
+    config = read_adapter_config(folder)
+    places = [parent / "recipe.yaml" for parent in (folder, *folder.resolve().parents[:2])]
+    recipe = next((load_recipe(str(path)) for path in places if path.is_file()), None)
+    origin = config["base_model_name_or_path"]
+    if recipe is None and base is None and (":" in origin or origin.startswith(("//", "\\\\"))):
+        raise UnsafeError(f"the adapter names {origin} as its base", where=name, hint="--base MODEL")
+    settings = recipe.model if recipe else ModelSettings(base=origin, revision=config.get("revision"))
+    return Saved(settings.model_copy(update={"base": base, "revision": None}) if base else settings, folder, recipe)
 
 
 def load_saved(saved: Saved, device: torch.device) -> Loaded:

@@ -114,7 +114,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def retain(folder: Path, *, keep: int, best_step: int | None) -> None:
     """Delete all but the newest `keep` checkpoints and the best, oldest first."""
     for path in list_checkpoints(folder)[:-keep]:
-        if path.name != f"step-{best_step or -1:06d}":
+        if best_step is None or path.name != f"step-{best_step:06d}":
             remove_folder(path)
 
 

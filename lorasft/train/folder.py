@@ -15,9 +15,9 @@ from lorasft.data.prepare import Prepared
 from lorasft.errors import RecipeError
 from lorasft.files import fingerprint, replace_file
 from lorasft.recipe import Recipe, dump_recipe, load_recipe, mathematics
-from lorasft.train.checkpoint import Layout, State
+from lorasft.train.checkpoint import Layout, State, list_checkpoints
 
-_LEFT_BEHIND = {"tokens", "run.lock"}  # by a start that failed
+_LEFT_BEHIND = {"tokens", "run.lock", "checkpoints", "provenance.json"}  # by a start that failed
 
 
 def claim(folder: Path, *, resume: bool) -> None:
@@ -30,6 +30,10 @@ def claim(folder: Path, *, resume: bool) -> None:
             "this run folder exists",
             where=str(folder),
             hint=f"--resume to go on with it, or run.output={folder}-2 to start another",
+        )
+    if not is_run and any(path.name != "step-000000" for path in list_checkpoints(folder / "checkpoints")):
+        raise RecipeError(
+            "the folder holds checkpoints and no recipe.yaml", where=str(folder), hint="run.output=FOLDER"
         )
     strangers = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     strangers = [name for name in strangers if name not in _LEFT_BEHIND and not name.startswith(".")]

@@ -11,6 +11,7 @@ from typing import Any
 from lorasft.errors import DeviceError
 from lorasft.files import append_line
 from lorasft.recipe import Recipe, mathematics
+from lorasft.terminal import say
 
 
 class Logbook:
@@ -27,7 +28,7 @@ class Logbook:
 
     def note(self, text: str) -> None:
         """One line for the reader."""
-        print(("\r\x1b[K" if self.terminal else "") + text, file=sys.stderr, flush=True)
+        say(("\r\x1b[K" if self.terminal else "") + text)
 
     def step(self, values: dict[str, Any]) -> None:
         """The metrics of one optimizer step."""
@@ -40,7 +41,7 @@ class Logbook:
             f"{values['tokens_per_second']:,.0f} tokens/s  {self._time_left(number)} left"
         )
         if self.terminal:
-            print(f"\r\x1b[K{line}", end="" if number < self.steps else "\n", file=sys.stderr, flush=True)
+            say(f"\r\x1b[K{line}", end="" if number < self.steps else "\n")
         else:
             self.note(line)
 

@@ -89,11 +89,13 @@ def take_step(run: Run, step: Step) -> dict[str, Any]:
 def train(run: Run, state: State) -> State:
     """Run from `state` to the end of the plan. Returns the last state; raises Stopped after a signal, saved."""
     settings = run.recipe.run
-    if state.step == 0:
-        state = evaluate_and_note(run, state)
     saved_at = time.monotonic()
     run.network.causal.train()
     with stop_signals() as stop:
+        if state.step == 0:
+            state = evaluate_and_note(run, state)
+            if stop.signal:
+                raise Stopped(stop.signal, "stopped before the first step")
         for number in range(state.step + 1, run.plan.steps + 1):
             run.logbook.step(take_step(run, run.plan.step(number, run.rows)))
             state = replace(state, step=number)

@@ -10,7 +10,6 @@ adapter/           the result: a plain PEFT adapter with tokenizer and template
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,16 +23,16 @@ from lorasft.data.packing import Plan, count_steps
 from lorasft.data.prepare import Prepared, prepare
 from lorasft.data.tokenizer import compare_with_file, load_tokenizer
 from lorasft.errors import ModelError, RecipeError
-from lorasft.files import locked, make_folder, staged_folder, sweep, truncate
+from lorasft.files import locked, make_folder, remove_folder, staged_folder, sweep, truncate, write_file
 from lorasft.model.adapter import attach_adapter, check_targets, load_adapter, trainable, write_adapter
 from lorasft.model.base import compute_dtype, count_bytes, load_base, make_skeleton, read_config
 from lorasft.model.loss import Network
 from lorasft.model.selfcheck import verify
-from lorasft.recipe import Recipe
+from lorasft.recipe import Recipe, dump_recipe
 from lorasft.train.checkpoint import Layout, Learner, State, newest_checkpoint, read_state, restore_checkpoint
 from lorasft.train.folder import claim, refuse_changes, write_start
 from lorasft.train.logbook import Logbook, check_trackers
-from lorasft.train.loop import Run
+from lorasft.train.loop import Run, save
 from lorasft.train.optimizer import make_optimizer
 from lorasft.train.schedule import warmup_steps
 
@@ -64,8 +63,10 @@ def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Opened]:
     with locked(folder):
         sweep(folder)
         sweep(folder / "checkpoints")
-        if not resume and (folder / "tokens").exists():
-            shutil.rmtree(folder / "tokens")  # left by a start that failed
+        if not resume:  # what a start that failed has left
+            for name in ("tokens", "checkpoints"):
+                if (folder / name).is_dir():
+                    remove_folder(folder / name)
         yield _open(recipe, folder, resume=resume)
 
 
@@ -90,8 +91,6 @@ def _open(recipe: Recipe, folder: Path, *, resume: bool) -> Opened:
         restore_checkpoint(checkpoint, learner)
         state = replace(saved, layout=layout)
         truncate(folder / "metrics.jsonl", saved.metrics_bytes)
-    else:
-        write_start(folder, recipe, prepared, layout=layout, config=config)
     run = Run(
         folder=folder,
         recipe=recipe,
@@ -102,11 +101,15 @@ def _open(recipe: Recipe, folder: Path, *, resume: bool) -> Opened:
         learner=learner,
         logbook=Logbook(folder, recipe, steps=plan.steps, first_step=state.step + 1),
     )
+    if not saved:  # from here on there is something to resume, so this is what makes the folder a run
+        save(run, state)
+        write_start(folder, recipe, prepared, layout=layout, config=config)
     notice = compare_with_file(tokenizer)
     notes = (
         *([notice] if notice else []),
         *(f"skipped {reason}" for reason in skipped),
         *network.notices,
+        *([] if run.held_out or recipe.data.eval is None else ["no rows are held out: data.eval=FILE names some"]),
         f"model on {device} in {layout.dtype}: {count_bytes(model)}",
     )
     return Opened(run, state, tokenizer, prepared, notes)
@@ -120,7 +123,8 @@ def load_model(
     settings = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     base = load_base(settings, device)
     if recipe.adapter.start:
-        model = load_adapter(base, Path(recipe.adapter.start), trainable=True)
+        start = Path(recipe.adapter.start)
+        model = load_adapter(base, start / "adapter" if (start / "recipe.yaml").is_file() else start, trainable=True)
     else:
         model = attach_adapter(base, recipe.adapter, seed=recipe.train.seed)
     own = recipe.machine.attention if recipe.machine.attention in ("eager", "sdpa") else None
@@ -141,13 +145,15 @@ def load_model(
 def finish(opened: Opened, state: State) -> Path:
     """Write the result, the last adapter or the best one, to `adapter/`. Returns its folder."""
     run = opened.run
-    if run.recipe.run.keep_best and state.best_step and state.best_step != state.step:
+    if run.recipe.run.keep_best and state.best_step not in (None, state.step):
         restore_checkpoint(run.checkpoints / f"step-{state.best_step:06d}", run.learner)
     target = run.folder / "adapter"
     if not target.exists():
         with staged_folder(target) as stage:
             write_adapter(run.learner.model, stage, base=run.recipe.model)
             opened.tokenizer.save_pretrained(stage)
+            # Whoever copies the adapter elsewhere takes along how its base was quantized and its prompts were made.
+            write_file(stage / "recipe.yaml", dump_recipe(run.recipe).encode())
     run.logbook.close()
     return target
 
@@ -164,8 +170,12 @@ def refuse_settings(recipe: Recipe, config: Any) -> None:
     if positions and recipe.data.max_length > positions:
         what = f"data.max_length is {recipe.data.max_length}, the model has {positions} positions"
         raise RecipeError(what, where="data.max_length", hint=f"data.max_length={positions}")
-    if recipe.adapter.targets != "all-linear":
-        check_targets(make_skeleton(config), recipe.adapter.targets)
+    if recipe.adapter.targets != "all-linear" or recipe.adapter.modules_to_save:
+        check_targets(make_skeleton(config), recipe.adapter)
+    decided = sorted(recipe.adapter.model_fields_set - {"start"})
+    if recipe.adapter.start and decided:
+        what = f"adapter.{decided[0]} has no effect with adapter.start, whose own config decides"
+        raise RecipeError(what, where=f"adapter.{decided[0]}", hint="leave one of the two out")
     check_trackers(recipe.run.trackers)
 
 
