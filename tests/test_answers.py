@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,6 +127,43 @@ def test_the_end_of_a_turn_is_among_the_stops(run: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
     encoder = Encoder(tokenizer, ChatSettings(), data=DataSettings(train="x"), report=Report())  # type: ignore[arg-type]
     assert set(tokenizer.convert_tokens_to_ids(["<|end|>", "</s>"])) <= set(encoder.stop_ids)
+
+
+def test_an_adapter_that_was_moved_knows_its_base(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rows: Path
+) -> None:
+    """Under a relative name, away from its run: the same numbers, so its base is quantized as in training."""
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--data", str(rows), "--json"]) == 0
+    wanted = json.loads(capsys.readouterr().out)
+    shutil.copytree(run / "adapter", tmp_path / "far/moved")
+    monkeypatch.chdir(tmp_path / "far")
+    assert main(["evaluate", "moved", "--data", str(rows), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == wanted
+    assert main(["merge", "moved", "--out", "merged"]) == 0
+
+
+def test_other_columns_are_mapped_or_found(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "other.jsonl"
+    data.write_text('{"question": "what is 1 + 1?", "reply": "2"}\n', encoding="utf-8")
+    assert main(["evaluate", str(run), "--data", str(data)]) == 3
+    assert "known format" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--data", str(data), "--columns", "{prompt: question, completion: reply}"]) == 0
+    assert main(["evaluate", str(run), "--data", str(data), "--columns", "prompt"]) == 2
+    out = str(tmp_path / "none/out.jsonl")
+    assert main(["evaluate", str(run), "--data", str(data), "--per-example", out]) == 2
+
+
+@pytest.mark.parametrize("options", [["--max-new-tokens", "0"], ["--temperature", "-1"], ["--temperature", "nan"]])
+def test_numbers_that_make_no_sense_are_usage(options: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["chat", "x", *options])
+    assert caught.value.code == 2
+
+
+def test_a_prompt_longer_than_the_model_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", str(run), "--prompt", "word " * 200]) == 3
+    assert "128 positions" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

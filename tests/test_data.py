@@ -170,6 +170,7 @@ FAULTS = [  # content, what is said, where in rows.jsonl
     (b'{"messages": [{"role": "user", "content": "a"}]}\n', r"no assistant turn \(roles: user\)", ":1"),
     (b'{"messages": [{"role": "human", "content": "a"}]}\n', "unknown role 'human'", ":1"),
     (b'{"messages": [{"role": "bot", "content": "a"}]}\n', "unknown role 'bot'", ":1"),
+    (b'{"messages": [{"role": ["user"], "content": "a"}]}\n', "unknown role", ":1"),
     (CHAT_ROW.replace('"A"', "null").encode(), "role assistant without content", ":1"),
     (CHAT_ROW.replace('"A"', '" \\n"').encode(), "an assistant turn without text", ":1"),
     (CHAT_ROW.replace('"A"', '[{"type": "image_url", "image_url": "x"}]').encode(), "part of type image_url", ":1"),

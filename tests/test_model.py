@@ -16,11 +16,12 @@ from conftest import save_base
 from safetensors.torch import load_file, save_file
 from test_oracles import Rows, differences, gradients, packed_step
 from tiny_models import make_base, randomize_adapter, shape
-from transformers import AutoModelForCausalLM, MambaConfig, Qwen3MoeConfig, Qwen3NextConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Qwen3MoeConfig, Qwen3NextConfig
 
 from lorasft.data.packing import Segment, cut, shuffle
-from lorasft.errors import LorasftError, ModelError, UnsafeError
-from lorasft.model.adapter import attach_adapter, load_adapter, trainable, write_adapter
+from lorasft.errors import LorasftError, ModelError, RecipeError, UnsafeError
+from lorasft.merge.fold import read_updates
+from lorasft.model.adapter import attach_adapter, check_targets, load_adapter, trainable, write_adapter
 from lorasft.model.base import count_bytes, load_base, read_config
 from lorasft.model.loss import pair_losses
 from lorasft.model.selfcheck import verify
@@ -220,6 +221,13 @@ def _lose_a_tensor(folder: Path) -> None:
         (_lose_a_tensor, ModelError, "missing"),
         (lambda folder: _edit(folder / "adapter_config.json", r=8), ModelError, "not"),
         (lambda folder: _edit(folder / "adapter_config.json", peft_type="IA3"), ModelError, "IA3"),
+        (lambda folder: _edit(folder / "adapter_config.json", lora_alpha=None), ModelError, "lora_alpha"),
+        (lambda folder: _edit(folder / "adapter_config.json", r=0), ModelError, "r: "),
+        (lambda folder: _edit(folder / "adapter_config.json", target_modules=5), ModelError, "target_modules"),
+        (lambda folder: _edit(folder / "adapter_config.json", base_model_name_or_path=None), ModelError, "base_model"),
+        (lambda folder: (folder / "adapter_config.json").write_bytes(b"{oops"), ModelError, "cannot read"),
+        (lambda folder: (folder / "adapter_config.json").write_bytes(b"\xff\xfe"), ModelError, "cannot read"),
+        (lambda folder: (folder / "adapter_config.json").write_bytes(b"[]"), ModelError, "not a mapping"),
         (lambda folder: _edit(folder / "adapter_config.json", auto_mapping={"a": 1}), UnsafeError, "auto_mapping"),
         (lambda folder: _edit(folder / "adapter_config.json", target_modules="(a+)+$"), UnsafeError, "patterns"),
         (lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"), UnsafeError,
@@ -235,6 +243,23 @@ def test_an_adapter_that_does_not_fit_is_refused(
     harm(tmp_path)
     with pytest.raises(kind, match=words):
         load_adapter(make_base("llama"), tmp_path)
+    with pytest.raises(LorasftError):
+        read_updates(tmp_path, conv1d=False)
+
+
+def test_an_adapter_initialized_in_a_special_way_loads_as_it_was_saved(tmp_path: Path) -> None:
+    model = attach_adapter(make_base("llama"), AdapterSettings(rank=4), seed=0)
+    write_adapter(model, tmp_path, base=ModelSettings(base="x"))
+    _edit(tmp_path / "adapter_config.json", init_lora_weights="pissa")
+    again = load_adapter(make_base("llama"), tmp_path, trainable=True)
+    assert all(torch.equal(p, trainable(again)[name]) for name, p in trainable(model).items())
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_a_tied_head_is_not_trained_alone(name: str) -> None:
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**shape(), tie_word_embeddings=True))
+    with pytest.raises(RecipeError, match="tied to its twin"):
+        check_targets(base, AdapterSettings(modules_to_save=(name,)))
 
 
 @pytest.mark.parametrize(

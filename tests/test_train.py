@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -225,6 +226,47 @@ def test_adamw8bit_resumes_bit_for_bit(recipe: Write, tmp_path: Path, monkeypatc
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
 
 
+def test_a_stop_in_the_first_evaluation_can_be_resumed(recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first step there is already a checkpoint, so a run folder is never a dead end."""
+    path = recipe()
+    plain = loop.evaluate
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", interrupted)
+        assert main(["train", path]) == 143
+    assert main(["train", path, "--resume"]) == 0
+    assert [line["step"] for line in metrics(run_folder(path)) if "eval_loss" in line] == [0, 4, 8, 9]
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    path = recipe(train={"steps": 3})
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", Gone())
+        assert main(["train", path]) == 0
+    assert (run_folder(path) / "adapter/adapter_model.safetensors").is_file()
+
+
+def test_an_adapter_starts_from_another(recipe: Write, tmp_path: Path) -> None:
+    """It begins where the other ended: the first loss continues, and the config of the other holds."""
+    assert main(["train", recipe(adapter={"dropout": 0})]) == 0
+    first = metrics(tmp_path / "run")
+    path = Path(recipe(run={"output": str(tmp_path / "second")}, optimizer={"learning_rate": 1e-6}))
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["adapter"] = {"start": str(tmp_path / "run")}
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    assert main(["train", str(path)]) == 0
+    second = metrics(tmp_path / "second")
+    assert second[0]["eval_loss"] == pytest.approx(first[-1]["eval_loss"], rel=1e-5)
+
+
 def test_keep_best_gives_the_best_adapter(recipe: Write) -> None:
     path = recipe(run={"keep_best": True, "keep": 1, "eval_every": 1}, optimizer={"learning_rate": 0.01})
     assert main(["train", path]) == 0
@@ -244,6 +286,11 @@ def test_keep_best_gives_the_best_adapter(recipe: Write) -> None:
         ({"schedule": {"warmup": 9}}, [], 2, ["warm-up of 9 steps", "run of 9 steps"]),
         ({"data": {"max_length": 4096}}, [], 2, ["128 positions", "data.max_length=128"]),
         ({"adapter": {"targets": ["q_prj"]}}, [], 2, ["q_prj", "did you mean q_proj?"]),
+        ({"adapter": {"targets": ["norm"]}}, [], 2, ["norm is no linear"]),
+        ({"adapter": {"targets": []}}, [], 2, ["no targets", "all-linear"]),
+        ({"adapter": {"modules_to_save": ["lm_haed"]}}, [], 2, ["lm_haed", "did you mean lm_head?"]),
+        ({"adapter": {"start": "runs/x"}}, [], 2, ["no effect with adapter.start"]),
+        ({"run": {"output": "/dev/null"}}, [], 2, ["/dev/null"]),
         ({"machine": {"share_prefixes": True}}, [], 2, ["machine.share_prefixes"]),
         ({"model": {"dtype": "float16"}}, [], 5, ["loss scaling", "float32"]),
         ({"model": {"base": "no/such/folder"}}, [], 4, ["no/such/folder"]),
