@@ -85,6 +85,8 @@ def summary(report: Report) -> Iterator[str]:
     yield f"{report.train_examples:,} examples to train on, {report.held_out_examples:,} held out"
     share = report.supervised_tokens / max(report.tokens, 1)
     yield f"{report.tokens:,} tokens, {report.supervised_tokens:,} learned ({share:.0%})"
+    held = report.answers - report.parity_breaks
+    yield f"parity: {held:,} of {report.answers:,} answers stand behind the very ids that a server feeds"
     lengths = ", ".join(f"{name}: {length:,}" for name, length in report.length_quantiles().items())
     yield f"tokens of the longest sequence of an example: {lengths}"
     counts = {
@@ -92,6 +94,9 @@ def summary(report: Report) -> Iterator[str]:
         "duplicates": report.duplicate_rows,
         "over-long, dropped": report.over_long_examples,
         "over-long, truncated": report.truncated_examples,
+        "over-long texts, learned in windows": report.windowed_texts,
+        "learned tokens lost to the over-long policy": report.over_long_lost_tokens,
+        "answers cut before the token that ends them": report.answers_cut,
         "with nothing to learn, dropped": report.examples_without_target,
         "conversations in one sequence per answer": report.split_conversations,
         "tokens across the border of prompt and answer": report.straddling_tokens,

@@ -62,7 +62,7 @@ class Encoder:
         """
         try:
             drafts = self._draft(example)
-            return self._finish(example, drafts, self.aligner.encode([draft.text for draft in drafts]))
+            return self._finish(example, drafts, self.aligner.encode(_texts_of(drafts)))
         except DataError as fault:
             raise DataError(fault.what, where=str(example.place), hint=fault.hint) from None
 
@@ -71,9 +71,10 @@ class Encoder:
         stream = iter(examples)
         while block := list(islice(stream, BLOCK)):
             drafted = [(example, drafts) for example in block if (drafts := self._draft_or_note(example, bad))]
-            encodings = iter(self.aligner.encode([draft.text for _, drafts in drafted for draft in drafts]))
-            for example, drafts in drafted:
-                own = list(islice(encodings, len(drafts)))
+            texts = [_texts_of(drafts) for _, drafts in drafted]
+            encodings = iter(self.aligner.encode([text for own in texts for text in own]))
+            for (example, drafts), own_texts in zip(drafted, texts, strict=True):
+                own = list(islice(encodings, len(own_texts)))
                 try:
                     sequences = self._finish(example, drafts, own)
                 except DataError as fault:
@@ -153,41 +154,42 @@ class Encoder:
             self.report.examples_without_target += 1
         self.report.sequences += len(learned)
         self.report.tokens += sum(map(len, learned))
-        self.report.supervised_tokens += sum(int((tokens.labels != UNSUPERVISED).sum()) for tokens in learned)
+        self.report.supervised_tokens += sum(map(_count_learned, learned))
         return tuple(learned)
 
     def _label_drafts(self, drafts: Sequence[Draft], encodings: Sequence[Encoding]) -> list[Tokens]:
-        found = [self._label(draft, encoding) for draft, encoding in zip(drafts, encodings, strict=True)]
-        if found == [None] and len(drafts[0].answers) > 1:
-            # A token holds the end of a prompt and the start of its answer: no one sequence has every prompt right.
-            self.report.split_conversations += 1
-            whole = drafts[0]
-            drafts = [Draft(whole.text[: answer.end], (answer,)) for answer in whole.answers[:-1]]
-            drafts.append(replace(whole, answers=whole.answers[-1:]))
-            encodings = self.aligner.encode([draft.text for draft in drafts])
-            found = [self._label(draft, encoding) for draft, encoding in zip(drafts, encodings, strict=True)]
-        return [self._label_joined(draft) if one is None else one for draft, one in zip(drafts, found, strict=True)]
-
-    def _label(self, draft: Draft, encoding: Encoding) -> Tokens | None:
-        """Ids and labels of a draft, or None when a prompt's ids are not those that a server would feed."""
-        counts = [self.aligner.prompt_tokens(draft.text, answer.prompt, encoding) for answer in draft.answers]
-        if None in counts:
-            return None
-        return self._learn(draft, encoding, [count for count in counts if count is not None])
+        """Ids and labels of drafts; `encodings` are of each draft's text and then of its prompts, in turn."""
+        stream = iter(encodings)
+        labelled: list[Tokens] = []
+        for draft in drafts:
+            whole, prompts = next(stream), [next(stream).ids for _ in draft.answers]
+            fits = all(whole.ids[: len(prompt)] == prompt for prompt in prompts)
+            if not fits and len(draft.answers) > 1:
+                # A token holds the end of a prompt and the start of its answer: no one sequence has every prompt right.
+                self.report.split_conversations += 1
+                alone = [Draft(draft.text[: answer.end], (answer,)) for answer in draft.answers[:-1]]
+                alone.append(replace(draft, answers=draft.answers[-1:]))
+                return self._label_drafts(alone, self.aligner.encode(_texts_of(alone)))
+            tokens = self._learn(draft, whole, prompts) if fits else self._label_joined(draft)
+            self.report.answers += len(prompts)
+            self.report.parity_breaks += parity_breaks(tokens, prompts)
+            labelled.append(tokens)
+        return labelled
 
     def _label_joined(self, draft: Draft) -> Tokens:
         """The server's prompt, then the one answer encoded alone."""
         self.report.straddling_tokens += 1
         cut = draft.answers[0].prompt
         encoding, count = self.aligner.join(draft.text[:cut], draft.text[cut:])
-        return self._learn(draft, encoding, [count])
+        return self._learn(draft, encoding, [encoding.ids[:count]])
 
-    def _learn(self, draft: Draft, encoding: Encoding, counts: Sequence[int]) -> Tokens:
+    def _learn(self, draft: Draft, encoding: Encoding, prompts: Sequence[list[int]]) -> Tokens:
         ids = np.array(encoding.ids + (self.eos if draft.add_eos else []), dtype=np.int32)
         labels = np.full(len(ids), UNSUPERVISED, dtype=np.int32)
-        for answer, count in zip(draft.answers, counts, strict=True):
+        for answer, prompt in zip(draft.answers, prompts, strict=True):
             first, end = self._answer_tokens(draft.text, answer, encoding)
-            labels[max(first, count) : end] = ids[max(first, count) : end]
+            start = max(first, len(prompt))
+            labels[start:end] = ids[start:end]
         if draft.add_eos:
             labels[-1] = ids[-1]
         labels[0] = UNSUPERVISED  # nothing comes before it that it could be learned from
@@ -208,31 +210,72 @@ class Encoder:
 
     def _fit(self, sequences: list[Tokens], example: Example) -> list[Tokens]:
         """The sequences of one example within `max_length`, by the over-long policy; none when it is dropped."""
-        limit, policy = self.data.max_length, self.data.overlong
+        limit, report = self.data.max_length, self.report
         longest = max(map(len, sequences))
-        self.report.lengths.append(longest)
+        report.lengths.append(longest)
         if longest > limit:  # what the template writes behind the last answer may go first
             sequences = [_without_tail(tokens) for tokens in sequences]
         if max(map(len, sequences)) <= limit:
             return sequences
-        if policy == "error":
+        if self.data.overlong == "error":
             hint = "raise data.max_length, or state data.overlong"
             raise DataError(f"{longest:,} tokens, over data.max_length ({limit:,})", hint=hint)
-        if policy == "split" and example.text is not None:
+        fitted = self._shorten(sequences, is_text=example.text is not None)
+        lost = sum(map(_count_learned, sequences)) - sum(map(_count_learned, fitted))
+        report.over_long_lost_tokens += max(lost, 0)  # windows of text learn again what each begins with
+        return fitted
+
+    def _shorten(self, sequences: list[Tokens], *, is_text: bool) -> list[Tokens]:
+        limit, policy, report = self.data.max_length, self.data.overlong, self.report
+        if policy == "split" and is_text:
+            report.windowed_texts += 1
             return [window for tokens in sequences for window in _windows(tokens, limit, self.bos)]
         if policy == "truncate":
-            self.report.truncated_examples += 1
-            if example.text is not None:
+            report.truncated_examples += 1
+            if is_text:
                 return [_slice(tokens, 0, limit) for tokens in sequences]
-            return [_cut_context(tokens, limit, self.bos) for tokens in sequences]
-        self.report.over_long_examples += 1
+            cut = [_cut_context(tokens, limit, self.bos) for tokens in sequences]
+            report.answers_cut += sum(_loses_end(old, new) for old, new in zip(sequences, cut, strict=True))
+            return cut
+        report.over_long_examples += 1
         return []
+
+
+def parity_breaks(tokens: Tokens, prompts: Sequence[list[int]]) -> int:
+    """How many of a sequence's prompts (the ids that a server feeds, in turn) are not what its labels stand behind.
+
+    Looks at nothing but the finished ids and labels, whatever made them.
+    """
+    learned = tokens.labels != UNSUPERVISED
+    breaks, before = 0, 0
+    for prompt in prompts:
+        count = len(prompt)
+        same = tokens.ids[:count].tolist() == prompt
+        # The last token of a prompt is context, whoever answered before; of the first prompt, all are.
+        context = learned[count - 1 : count] if before else learned[:count]
+        breaks += not same or count <= before or bool(context.any())
+        before = count
+    return breaks
+
+
+def _texts_of(drafts: Sequence[Draft]) -> list[str]:
+    """The texts to encode for drafts: each one's own, then its prompts."""
+    return [text for draft in drafts for text in (draft.text, *(draft.text[: a.prompt] for a in draft.answers))]
 
 
 def _learn_all(ids: npt.ArrayLike) -> Tokens:
     """Every token but the first."""
     array = np.array(ids, dtype=np.int32)
     return _slice(Tokens(array, array), 0, len(array))
+
+
+def _count_learned(tokens: Tokens) -> int:
+    return int(np.count_nonzero(tokens.labels != UNSUPERVISED))
+
+
+def _loses_end(before: Tokens, after: Tokens) -> bool:
+    """Whether the last answer lost the token that ends it, and so teaches no stop."""
+    return bool(after.labels[-1] != before.labels[supervised_runs(before)[-1, 1] - 1])
 
 
 def _slice(tokens: Tokens, start: int, end: int) -> Tokens:

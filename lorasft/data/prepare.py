@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from lorasft.recipe import ChatSettings, DataSettings, DataSource
 
-SCHEMA = 1  # raised whenever the same ingredients give other tokens
+SCHEMA = 2  # raised whenever the same ingredients give other tokens
 SAMPLES = 8  # held-out examples kept as messages, to show answers before and after
 
 
@@ -161,6 +161,9 @@ def _refuse_losses(data: DataSettings, report: Report) -> None:
             f"{dropped} of {report.rows} rows dropped ({report.bad_rows} bad, {report.over_long_examples} over-long, "
         )
         raise DataError(f"{what}{report.examples_without_target} with nothing to learn)", hint=hint)
+    if report.parity_breaks:
+        what = f"{report.parity_breaks} of {report.answers} answers do not stand behind what a server would feed"
+        raise DataError(what, hint="a fault of lorasft: please report the template and one row")
     if not report.train_examples:
         raise DataError(f"nothing to train on: {report.rows} rows read, {dropped} dropped", hint=hint)
 

@@ -18,8 +18,13 @@ class Report:
     duplicate_rows: int = 0
     over_long_examples: int = 0
     truncated_examples: int = 0
+    windowed_texts: int = 0
+    over_long_lost_tokens: int = 0  # supervised ones, of what was dropped or truncated
+    answers_cut: int = 0  # truncated before the token that ends them
     examples_without_target: int = 0
     split_conversations: int = 0
+    answers: int = 0  # learned, before the over-long policy
+    parity_breaks: int = 0  # of them, those that do not stand behind the ids that a server feeds
     train_examples: int = 0
     held_out_examples: int = 0
     sequences: int = 0
