@@ -100,6 +100,9 @@ def summary(report: Report) -> Iterator[str]:
         "with nothing to learn, dropped": report.examples_without_target,
         "conversations in one sequence per answer": report.split_conversations,
         "tokens across the border of prompt and answer": report.straddling_tokens,
+        "system texts put into the first user turn, which the template saved with the adapter does as well": (
+            report.merged_systems
+        ),
         "blanks that the template trims": report.trimmed_characters,
         "characters of answers that the template drops": report.dropped_characters,
         "examples whose tools the template does not show": report.tools_left_out,

@@ -19,7 +19,7 @@ from lorasft.data.alignment import Aligner, Encoding
 from lorasft.data.examples import Example, Message
 from lorasft.data.report import BadRows, Report
 from lorasft.data.rows import Place
-from lorasft.data.templates import set_template
+from lorasft.data.templates import merges_system, set_template
 from lorasft.data.tokenizer import adds_bos, control_tokens
 from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs
 from lorasft.data.turns import Answer, Draft, TurnFinder
@@ -53,6 +53,7 @@ class Encoder:
         if not self.stop_ids:
             hint = "chat.template=FILE with one that ends answers, or an eos_token in the tokenizer's config"
             raise ModelError("neither the chat template nor the tokenizer has a token that ends an answer", hint=hint)
+        self.merges_system = merges_system(tokenizer)
         self.reads_thinking = "</think>" in str(tokenizer.chat_template)
 
     def encode(self, example: Example) -> tuple[Tokens, ...]:
@@ -101,6 +102,7 @@ class Encoder:
         if example.text is not None:
             return (Draft(example.text, ()),)
         self._refuse_half_thoughts(example)
+        self.report.merged_systems += self.merges_system and example.messages[0]["role"] == "system"
         if self.chat.supervise == "everything":
             return (Draft(self.turns.render_whole(example), ()),)
         targets = self._targets(example.messages)

@@ -31,6 +31,7 @@ class Report:
     tokens: int = 0
     supervised_tokens: int = 0
     straddling_tokens: int = 0
+    merged_systems: int = 0  # conversations whose system text stands in the first user turn
     trimmed_characters: int = 0
     dropped_characters: int = 0
     tools_left_out: int = 0
