@@ -104,7 +104,9 @@ class ChatSettings(_Section):
     supervise: Literal["all", "last", "flagged", "everything"] = Field(
         default="all", description="which messages are learned"
     )
-    thinking: Literal["follow_template"] = Field(default="follow_template", description="how reasoning is rendered")
+    thinking: Literal["follow_template", "mask", "drop", "error"] = Field(
+        default="follow_template", description="reasoning: learned as rendered, context, taken out, never to be lost"
+    )
     control_tokens: Literal["error", "as_text"] = Field(
         default="error", description="control tokens written in the data"
     )

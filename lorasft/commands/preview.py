@@ -105,6 +105,9 @@ def summary(report: Report) -> Iterator[str]:
         ),
         "blanks that the template trims": report.trimmed_characters,
         "characters of answers that the template drops": report.dropped_characters,
+        "characters of reasoning among what is dropped": report.dropped_reasoning,
+        "characters of reasoning that are context (chat.thinking=mask)": report.masked_reasoning,
+        "conversations whose {% generation %} markers differ in the template's own text": report.marker_differences,
         "examples whose tools the template does not show": report.tools_left_out,
     }
     yield from (f"{count:,} {name}" for name, count in counts.items() if count)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from lorasft.data.alignment import Aligner, Encoding
 from lorasft.data.examples import Example, Message
+from lorasft.data.reasoning import reasoning_of, without_reasoning
 from lorasft.data.report import BadRows, Report
 from lorasft.data.rows import Place
 from lorasft.data.templates import merges_system, set_template
@@ -44,7 +45,7 @@ class Encoder:
         self.chat = chat
         self.data = data
         self.report = report
-        self.turns = TurnFinder(tokenizer, report)
+        self.turns = TurnFinder(tokenizer, report, thinking=chat.thinking)
         self.aligner = Aligner(tokenizer, control_tokens(tokenizer))
         self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self.eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -102,6 +103,8 @@ class Encoder:
         if example.text is not None:
             return (Draft(example.text, ()),)
         self._refuse_half_thoughts(example)
+        if self.chat.thinking == "drop":
+            example = self._drop_reasoning(example)
         self.report.merged_systems += self.merges_system and example.messages[0]["role"] == "system"
         if self.chat.supervise == "everything":
             return (Draft(self.turns.render_whole(example), ()),)
@@ -109,6 +112,14 @@ class Encoder:
         if not targets:
             self.report.examples_without_target += 1
         return self.turns.draft(example, targets)
+
+    def _drop_reasoning(self, example: Example) -> Example:
+        bare = tuple(without_reasoning(m) if m["role"] == "assistant" else m for m in example.messages)
+        for before, after in zip(example.messages, bare, strict=True):
+            if before["content"].strip() and not after["content"].strip() and "tool_calls" not in after:
+                raise DataError("an answer that is nothing but reasoning", hint="chat.thinking=follow_template")
+            self.report.dropped_reasoning += len(reasoning_of(before)) if after is not before else 0
+        return replace(example, messages=bare)
 
     def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         if self.chat.system is None or not messages or any(message["role"] == "system" for message in messages):

@@ -34,7 +34,10 @@ class Report:
     merged_systems: int = 0  # conversations whose system text stands in the first user turn
     trimmed_characters: int = 0
     dropped_characters: int = 0
+    dropped_reasoning: int = 0  # characters: by the template, or by chat.thinking
+    masked_reasoning: int = 0  # characters of the template's text: context by chat.thinking
     tools_left_out: int = 0
+    marker_differences: int = 0  # conversations whose {% generation %} markers differ, in the template's own text only
     formats: dict[str, str] = field(default_factory=dict)
     lengths: array[int] = field(default_factory=lambda: array("q"), repr=False)  # the longest sequence of each example
 

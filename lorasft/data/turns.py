@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorasft.data.examples import Example, Message
+from lorasft.data.markers import differs, has_markers, marked_spans
+from lorasft.data.reasoning import FIELDS, reasoning_of, without_reasoning
 from lorasft.data.report import Report
 from lorasft.data.templates import render
 from lorasft.data.tokenizer import control_tokens
@@ -21,17 +23,22 @@ from lorasft.errors import DataError, ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+Thinking = Literal["follow_template", "mask", "drop", "error"]
 PLAIN_KEYS = {"role", "content", "name", "train"}
 QUESTION, ANSWER = "Which word comes first?", "lorasftProbeAnswer"  # nothing a template would trim or rewrite
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Characters of a draft: the prompt ends at `prompt`; `start` to `end` is learned."""
+    """Characters of a draft: the prompt ends at `prompt`; `start` to `end` is learned.
+
+    `masked`: characters of reasoning before `start`, which are context.
+    """
 
     prompt: int
     start: int
     end: int
+    masked: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,23 +62,29 @@ class Habits:
 class TurnFinder:
     """Drafts conversations with one tokenizer's template."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, report: Report) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, report: Report, *, thinking: Thinking) -> None:
         """Raises ModelError when the template is broken."""
         self.tokenizer = tokenizer
+        self.thinking = thinking
         self.report = report
         self.special = control_tokens(tokenizer)
         added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
         self.ends = tuple(token for token in added.union(self.special) if token.strip())  # Gemma adds runs of newlines
         self.probe_text, self.habits = self._probe()
+        before, behind = self.probe_text[self.probe_text.find(QUESTION) + len(QUESTION) :].split(ANSWER)
+        self.around_answer = f"{before}\0{behind}\0{behind}{before}"  # what the template writes about an answer
+        self.has_markers = has_markers(str(tokenizer.chat_template))
 
     def draft(self, example: Example, targets: Sequence[int]) -> tuple[Draft, ...]:
         """One draft that holds all answers (`targets`: message indices), or one per answer where that is not exact."""
         together = self._draft_together(example, targets) if len(targets) > 1 else None
         drafts = (together,) if together else tuple(self.draft_turn(example, target) for target in targets)
         self.report.split_conversations += len(drafts) > 1
-        answers = (answer for draft in drafts for answer in draft.answers)
-        for target, answer in zip(targets, answers, strict=True):
-            self._count_losses(example.messages[target], answer)
+        answers = ((draft, answer) for draft in drafts for answer in draft.answers)
+        for target, (draft, answer) in zip(targets, answers, strict=True):
+            self._count_losses(example.messages[target], target, draft.text, answer)
+        if self.has_markers and targets:
+            self._compare_markers(example, targets, drafts)
         if example.tools and not any(_name(tool) in draft.text for tool in example.tools for draft in drafts):
             self.report.tools_left_out += 1
         return drafts
@@ -87,8 +100,22 @@ class TurnFinder:
         if message.get("tool_calls"):
             self._refuse_lost_calls(example, target, text, region)
         start, end, add_eos = self._locate(region, message)
-        answer = Answer(len(prompt), len(prompt) + start, len(prompt) + end)
+        masked = self._reasoning_before(region[start:end], example, target) if self._masks(message) else 0
+        answer = Answer(len(prompt), len(prompt) + start + masked, len(prompt) + end, masked)
         return Draft(prompt + (region[:end] if add_eos else region), (answer,), add_eos)
+
+    def _masks(self, message: Message) -> bool:
+        return self.thinking == "mask" and bool(reasoning_of(message))
+
+    def _reasoning_before(self, said: str, example: Example, target: int) -> int:
+        """How many characters of an answer are its reasoning: it ends as it would had there been none."""
+        bare = without_reasoning(example.messages[target])
+        alone = self.draft_turn(replace(example, messages=(*example.messages[:target], bare)), target)
+        rest = alone.text[alone.answers[0].start : alone.answers[0].end]
+        if not said.endswith(rest):
+            hint = "chat.thinking=follow_template or drop"
+            raise DataError(f"the reasoning of message {target + 1} cannot be told from its answer", hint=hint)
+        return len(said) - len(rest)
 
     def _behind_prompt(self, text: str, prompt: str, message: Message) -> str | None:
         base = prompt.removesuffix(self.habits.prompt_only)
@@ -125,7 +152,8 @@ class TurnFinder:
     def _locate_inside(self, text: str, prompt: int, example: Example, target: int) -> Answer | None:
         """An earlier answer within the whole conversation, if it stands there as it would as the last."""
         message = example.messages[target]
-        if not message.get("tool_calls") and text.startswith(self.habits.lead + message["content"], prompt):
+        simple = not message.get("tool_calls") and not self._masks(message)
+        if simple and text.startswith(self.habits.lead + message["content"], prompt):
             start = prompt + len(self.habits.lead)
             end = start + len(message["content"])
             if self.habits.end and text.startswith(self.habits.end, end):
@@ -173,15 +201,36 @@ class TurnFinder:
             text = text[: -len(token)].rstrip()
         return after_last
 
-    def _count_losses(self, message: Message, answer: Answer) -> None:
+    def _count_losses(self, message: Message, target: int, text: str, answer: Answer) -> None:
+        reasoning = reasoning_of(message)
+        if reasoning and reasoning not in text[answer.start - answer.masked : answer.end]:
+            if self.thinking == "error":
+                what = f"the template drops the reasoning of message {target + 1}"
+                raise DataError(what, hint="chat.thinking=follow_template or drop")
+            self.report.dropped_reasoning += len(reasoning)
+        self.report.masked_reasoning += answer.masked
         if message.get("tool_calls"):  # rewritten altogether; _refuse_lost_calls looks after them
             return
-        shown = answer.end - answer.start - len(self.habits.end)
-        content, reasoning = message["content"], str(message.get("reasoning_content") or "")
-        kept = len(content.strip()) + len(reasoning.strip())
+        shown = answer.end - answer.start + answer.masked - len(self.habits.end)
+        content, field = message["content"], reasoning if any(message.get(name) for name in FIELDS) else ""
+        kept = len(content.strip()) + len(field)
         self.report.dropped_characters += max(0, kept - shown)
         if kept <= shown < len(content):
             self.report.trimmed_characters += len(content) - shown
+
+    def _compare_markers(self, example: Example, targets: Sequence[int], drafts: Sequence[Draft]) -> None:
+        """Count the conversations whose markers differ from what is learned; raises DataError for wrong ones."""
+        answers = [
+            at for at, message in enumerate(example.messages[: targets[-1] + 1]) if message["role"] == "assistant"
+        ]
+        last = drafts[-1]
+        whole = len(drafts) == 1 and list(targets) == answers
+        marked = marked_spans(self.tokenizer, example.messages[: targets[-1] + 1], example.tools)
+        ours = last.answers if whole else last.answers[-1:]
+        since = 0 if whole else ours[0].prompt
+        spans = [(answer.start, answer.end) for answer in ours]
+        different = differs(last.text, spans, marked, around=self.around_answer, since=since)
+        self.report.marker_differences += different
 
     def _refuse_lost_calls(self, example: Example, target: int, text: str, region: str) -> None:
         """Raise DataError when the template renders a message's tool calls not at all, or only some of them."""
