@@ -485,7 +485,10 @@ def test_preview_prints_every_sequence_as_json(recipe: Path, capsys: Any, monkey
     ]
     learned = [token for token in lines[0]["labels"] if token != UNSUPERVISED]
     assert tokenizer.decode(learned) == "1<|end|>" and len(lines[0]["ids"]) == len(lines[0]["labels"])
+    assert [span["text"] for span in lines[0]["spans"] if span["learned"]] == ["1", "<|end|>"]
+    assert "".join(span["text"] for span in lines[0]["spans"]) == tokenizer.decode(lines[0]["ids"])
     assert last["summary"]["rows"] == 10 and last["summary"]["formats"]
+    assert last["summary"]["parity_breaks"] == 0 and last["summary"]["answers"] == 10
 
 
 def test_preview_marks_what_is_learned_and_sends_no_control_characters(recipe: Path, capsys: Any) -> None:
@@ -494,15 +497,6 @@ def test_preview_marks_what_is_learned_and_sends_no_control_characters(recipe: P
     assert "What is 3 + 1?<|end|>\n<|start|>assistant\n⟦4<|end|>⟧" in out
     assert "\\x1b[31mred\\x07" in out and "\x1b" not in out and "\x07" not in out
     assert "10 rows read (prompt-completion), in 10 sequences" in out
-
-
-def test_preview_writes_a_page(recipe: Path, tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    assert cli.main(["preview", str(recipe), "--html", str(page), "--rows", "10"]) == 0
-    text = page.read_text()
-    assert "<mark>4&lt;|end|&gt;</mark>" in text and "<mark>&lt;b&gt;&amp;&lt;|end|&gt;</mark>" in text
-    assert "<script" not in text and "src=" not in text and "href=" not in text
-    assert cli.main(["preview", str(recipe), "--html", str(page)]) == 2  # nothing is overwritten
 
 
 def test_preview_ends_with_the_code_of_its_fault(recipe: Path, tmp_path: Path, capsys: Any) -> None:

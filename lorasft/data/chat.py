@@ -54,6 +54,8 @@ class Encoder:
         if not self.stop_ids:
             hint = "chat.template=FILE with one that ends answers, or an eos_token in the tokenizer's config"
             raise ModelError("neither the chat template nor the tokenizer has a token that ends an answer", hint=hint)
+        self.special = np.array(sorted(tokenizer.added_tokens_decoder), dtype=np.int64)
+        self._seen = np.zeros(max(len(tokenizer), *(self.special + 1), 1), dtype=bool)
         self.merges_system = merges_system(tokenizer)
         self.reads_thinking = "</think>" in str(tokenizer.chat_template)
 
@@ -84,6 +86,10 @@ class Encoder:
                     continue
                 if sequences:
                     yield example, sequences
+
+    def learned_special(self) -> tuple[int, ...]:
+        """The ids of the added tokens that were learned so far."""
+        return tuple(self.special[self._seen[self.special]].tolist())
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
         """What a server would feed the model for these messages, to be answered."""
@@ -165,6 +171,8 @@ class Encoder:
         learned = [tokens for tokens in fitting if (tokens.labels != UNSUPERVISED).any()]
         if fitting and not learned:
             self.report.examples_without_target += 1
+        for tokens in learned:
+            self._seen[tokens.labels[tokens.labels != UNSUPERVISED]] = True
         self.report.sequences += len(learned)
         self.report.tokens += sum(map(len, learned))
         self.report.supervised_tokens += sum(map(_count_learned, learned))

@@ -34,13 +34,18 @@ SAMPLES = 8  # held-out examples kept as messages, to show answers before and af
 
 @dataclass(frozen=True)
 class Prepared:
-    """The data of a run, tokenized: `held_out` is None when nothing is."""
+    """The data of a run, tokenized: `held_out` is None when nothing is.
+
+    `stop_ids` end an answer under this template, the usual one first; `learned_special`: added tokens that are learned.
+    """
 
     train: TokenStore
     held_out: TokenStore | None
     report: Report
     samples: tuple[Example, ...]
     key: str
+    stop_ids: tuple[int, ...]
+    learned_special: tuple[int, ...]
 
 
 def prepare(data: DataSettings, chat: ChatSettings, *, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Prepared:
@@ -60,7 +65,13 @@ def prepare(data: DataSettings, chat: ChatSettings, *, tokenizer: PreTrainedToke
             remove_folder(target)
     with staged_folder(target) as stage:
         samples = [asdict(sample) for sample in _write(stage, data, encoder)]
-        record = {"key": key, "samples": samples, "report": vars(report) | {"lengths": list(report.lengths)}}
+        record = {
+            "key": key,
+            "samples": samples,
+            "report": vars(report) | {"lengths": list(report.lengths)},
+            "stop_ids": encoder.stop_ids,
+            "learned_special": encoder.learned_special(),
+        }
         (stage / "prepared.json").write_text(json.dumps(record), encoding="utf-8")
     return open_prepared(target)
 
@@ -72,7 +83,15 @@ def open_prepared(folder: Path) -> Prepared:
     report = Report(**record["report"] | {"lengths": array("q", record["report"]["lengths"])})
     held_out = map_store(folder / "held_out")
     samples = tuple(_read_sample(sample) for sample in record["samples"])
-    return Prepared(map_store(folder / "train"), held_out if len(held_out) else None, report, samples, record["key"])
+    return Prepared(
+        train=map_store(folder / "train"),
+        held_out=held_out if len(held_out) else None,
+        report=report,
+        samples=samples,
+        key=record["key"],
+        stop_ids=tuple(record["stop_ids"]),
+        learned_special=tuple(record["learned_special"]),
+    )
 
 
 def store_key(data: DataSettings, chat: ChatSettings, *, encoder: Encoder) -> str:

@@ -209,6 +209,7 @@ class TurnFinder:
                 raise DataError(what, hint="chat.thinking=follow_template or drop")
             self.report.dropped_reasoning += len(reasoning)
         self.report.masked_reasoning += answer.masked
+        self.report.led_answers += bool(text[answer.prompt : answer.start - answer.masked].strip())
         if message.get("tool_calls"):  # rewritten altogether; _refuse_lost_calls looks after them
             return
         shown = answer.end - answer.start + answer.masked - len(self.habits.end)

@@ -10,6 +10,7 @@ adapter/           the result: a plain PEFT adapter with tokenizer and template
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import json
 import shutil
@@ -26,6 +27,7 @@ from lorasft import __version__
 from lorasft.data.packing import Plan, count_steps
 from lorasft.data.prepare import Prepared, prepare
 from lorasft.data.tokenizer import compare_with_file, load_tokenizer
+from lorasft.data.untrained import refuse_untrained
 from lorasft.errors import ModelError, RecipeError
 from lorasft.files import fingerprint, locked, make_folder, replace_file, staged_folder, sweep, truncate
 from lorasft.model.adapter import attach_adapter, load_adapter, trainable, write_adapter
@@ -84,7 +86,7 @@ def _open(recipe: Recipe, folder: Path, *, resume: bool) -> Opened:
     config = read_config(recipe.model.base, recipe.model.revision)
     refuse_long(recipe, config)
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
-    notice = compare_with_file(tokenizer)
+    notices = [notice] if (notice := compare_with_file(tokenizer)) else []
     prepared = prepare(recipe.data, recipe.chat, tokenizer=tokenizer, folder=folder / "tokens")
     checkpoint, skipped = newest_checkpoint(folder / "checkpoints") if resume else (None, [])
     saved = read_state(checkpoint) if checkpoint else None
@@ -92,6 +94,8 @@ def _open(recipe: Recipe, folder: Path, *, resume: bool) -> Opened:
         refuse_changes(recipe, folder, saved, data=prepared.key)
     plan = make_plan(recipe, examples=len(prepared.train), device=device, saved=saved)
     refuse_ids(prepared, config)
+    if not recipe.adapter.modules_to_save:
+        refuse_untrained(recipe.model.base, tokenizer, learned=prepared.learned_special)
 
     dtype = compute_dtype(saved.layout.dtype if saved else recipe.model.dtype, device)
     settings = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
@@ -138,8 +142,13 @@ def _open(recipe: Recipe, folder: Path, *, resume: bool) -> Opened:
         learner=learner,
         logbook=logbook,
     )
+    unstopped = missing_stop(prepared, network.causal)
+    if unstopped is not None:
+        token = tokenizer.convert_ids_to_tokens(unstopped)
+        notice = f"generation of this base does not stop at {token}: the adapter's generation_config.json will"
+        notices.append(notice)
     notes = (
-        *([notice] if notice else []),
+        *notices,
         *(f"skipped {reason}" for reason in skipped),
         *network.notices,
         f"model on {device} in {layout.dtype}: {count_bytes(model)}",
@@ -157,6 +166,7 @@ def finish(opened: Opened, state: State) -> Path:
         with staged_folder(target) as stage:
             write_adapter(run.learner.model, stage, base=run.recipe.model)
             opened.tokenizer.save_pretrained(stage)
+            write_generation_config(stage, opened.prepared, run.network.causal)
     run.logbook.close()
     return target
 
@@ -229,6 +239,23 @@ def refuse_ids(prepared: Prepared, config: Any) -> None:
                 f"the tokenizer gives id {int(store.ids.max())}, the model has {rows} embedding rows",
                 hint="use the tokenizer that belongs to the model",
             )
+
+
+def missing_stop(prepared: Prepared, causal: Any) -> int | None:
+    """The token that ends the answers of the data, when generation with this base would run on past it."""
+    own = causal.generation_config.eos_token_id
+    stop = prepared.stop_ids[0]
+    return None if prepared.report.answers == 0 or stop in (own if isinstance(own, list) else [own]) else stop
+
+
+def write_generation_config(folder: Path, prepared: Prepared, causal: Any) -> None:
+    """The base's generation config, which stops where the answers of the data end."""
+    config = copy.deepcopy(causal.generation_config)
+    stop = missing_stop(prepared, causal)
+    if stop is not None:
+        own = config.eos_token_id
+        config.eos_token_id = [stop, *(own if isinstance(own, list) else [] if own is None else [own])]
+    config.save_pretrained(folder)
 
 
 def make_plan(recipe: Recipe, *, examples: int, device: torch.device, saved: State | None) -> Plan:
