@@ -147,3 +147,15 @@ def test_the_markers_of_trls_training_templates(name: str) -> None:
     (tokens,) = encoder.encode(conversation("q", "A" * 9, "r", "  B"))
     assert len(learned_text(encoder.turns.tokenizer, tokens)) == 2
     assert encoder.report.marker_differences == (name != "llama-3.1")  # those two mark the newline behind the turn
+
+
+def test_a_prompt_that_closes_the_thought_leaves_reasoning_no_place(tmp_path: Path) -> None:
+    closed = "{% if add_generation_prompt %}<|start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+    template = THINKING.replace("{% if add_generation_prompt %}<|start|>assistant\n{% endif %}", closed).replace(
+        "{% if thought and loop.last %}", "{% if loop.last and m.role == 'assistant' %}"
+    )
+    encoder = make_encoder(tiny(tmp_path, template))
+    (tokens,) = encoder.encode(FIELD)
+    assert learned_text(encoder.turns.tokenizer, tokens) == ["A<|end|>"]
+    assert encoder.report.dropped_reasoning == 2
+    check_prompts(encoder.turns.tokenizer, FIELD, (tokens,))

@@ -94,6 +94,10 @@ class TurnFinder:
         message = example.messages[target]
         text = self._render(example, target + 1)
         prompt = self.prompt(example, target)
+        if reasoning_of(message) and not text.startswith(prompt.removesuffix(self.habits.prompt_only)):
+            # A prompt that closes the thought, such as enable_thinking=false, leaves reasoning no place.
+            bare = without_reasoning(message)
+            return self.draft_turn(replace(example, messages=(*example.messages[:target], bare)), target)
         region = self._behind_prompt(text, prompt, message)
         if region is None:
             raise DataError(f"the chat template does not show the answer of message {target + 1}")
@@ -208,9 +212,10 @@ class TurnFinder:
                 what = f"the template drops the reasoning of message {target + 1}"
                 raise DataError(what, hint="chat.thinking=follow_template or drop")
             self.report.dropped_reasoning += len(reasoning)
+            self.report.dropped_characters += len(reasoning) if message.get("tool_calls") else 0
         self.report.masked_reasoning += answer.masked
         self.report.led_answers += bool(text[answer.prompt : answer.start - answer.masked].strip())
-        if message.get("tool_calls"):  # rewritten altogether; _refuse_lost_calls looks after them
+        if message.get("tool_calls"):  # their content is rewritten altogether; _refuse_lost_calls looks after them
             return
         shown = answer.end - answer.start + answer.masked - len(self.habits.end)
         content, field = message["content"], reasoning if any(message.get(name) for name in FIELDS) else ""
