@@ -8,6 +8,7 @@ is checked against them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -70,6 +71,7 @@ class TurnFinder:
         self.special = control_tokens(tokenizer)
         added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
         self.ends = tuple(token for token in added.union(self.special) if token.strip())  # Gemma adds runs of newlines
+        self._only_ends = re.compile("|".join([r"\s", *map(re.escape, self.ends)]).join(("(?:", ")*")))
         self.probe_text, self.habits = self._probe()
         before, behind = self.probe_text[self.probe_text.find(QUESTION) + len(QUESTION) :].split(ANSWER)
         self.around_answer = f"{before}\0{behind}\0{behind}{before}"  # what the template writes about an answer
@@ -94,10 +96,12 @@ class TurnFinder:
         message = example.messages[target]
         text = self._render(example, target + 1)
         prompt = self.prompt(example, target)
-        if reasoning_of(message) and not text.startswith(prompt.removesuffix(self.habits.prompt_only)):
-            # A prompt that closes the thought, such as enable_thinking=false, leaves reasoning no place.
-            bare = without_reasoning(message)
-            return self.draft_turn(replace(example, messages=(*example.messages[:target], bare)), target)
+        base = prompt.removesuffix(self.habits.prompt_only)
+        if reasoning_of(message) and not text.startswith(base):
+            bare = replace(example, messages=(*example.messages[:target], without_reasoning(message)))
+            if self._render(bare, target + 1).startswith(base):
+                # A prompt that closes the thought, such as enable_thinking=false, leaves reasoning no place.
+                return self.draft_turn(bare, target)
         region = self._behind_prompt(text, prompt, message)
         if region is None:
             raise DataError(f"the chat template does not show the answer of message {target + 1}")
@@ -128,8 +132,7 @@ class TurnFinder:
         if text.startswith(base):
             return text[len(base) :]
         # The answer changes what stands before it: take the answer, and keep the server's prompt.
-        content = message["content"].strip()
-        at = text.rfind(content) if content else -1
+        at = self._find_said(text, message["content"], len(text))
         return text[at:] if at >= 0 else None
 
     def prompt(self, example: Example, target: int) -> str:
@@ -175,7 +178,7 @@ class TurnFinder:
         add_eos = end is None
         end = len(region.rstrip()) if end is None else end
         if message.keys() <= PLAIN_KEYS:  # whatever stands before the row's own text is the template's
-            start = region.rfind(message["content"].strip(), 0, end)
+            start = self._find_said(region, message["content"], end)
             if start >= 0:
                 return start, end, add_eos
         # Rewritten content, reasoning, tool calls: all of it comes from the row, but for the template's usual lead.
@@ -189,6 +192,17 @@ class TurnFinder:
                     if text and region.startswith(text, len(lead)) and self._ends_turn(region, end):
                         return len(lead), end
         return None
+
+    def _find_said(self, text: str, content: str, end: int) -> int:
+        """Where `content` (or without the blanks round it) last stands before `end`, best with nothing but ends behind;
+        a word of the template, such as `n` in <|end|>, is not taken for it."""
+        for said in dict.fromkeys((content, content.strip())):
+            at = text.rfind(said, 0, end) if said.strip() else -1
+            while at >= 0:
+                if self._only_ends.fullmatch(text, at + len(said), end):
+                    return at
+                at = text.rfind(said, 0, at + len(said) - 1)
+        return text.rfind(content.strip(), 0, end) if content.strip() else -1
 
     def _ends_turn(self, region: str, at: int) -> bool:
         return region.startswith(self.habits.end, at) if self.habits.end else not region[at:].strip()
