@@ -30,7 +30,9 @@ QUIRKS = {
     ) + PROMPT,
     "prompt opens a thought": TURNS.replace("m.content", "m.content.split('</think>')[-1]")
     + PROMPT.replace("assistant\n", "assistant\n<think>\n"),
-    "last turn ends otherwise": TURNS.replace("<|end|>", "{{ '</s>' if loop.last and m.role[0] == 'a' else '<|end|>' }}") + PROMPT,
+    "last turn ends otherwise": TURNS.replace(
+        "<|end|>", "{{ '</s>' if loop.last and m.role[0] == 'a' else '<|end|>' }}")
+    + PROMPT,
     "more behind the last turn": TURNS + PROMPT.replace("{% endif %}", "{% else %}</s>{% endif %}"),
     "no end": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     + PROMPT.replace("<|start|>assistant\n", "assistant:"),

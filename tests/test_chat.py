@@ -210,6 +210,10 @@ def test_a_template_that_loses_tool_calls_is_refused() -> None:
         example = Example(({"role": "user", "content": "?"}, message), None, None, PLACE)
         with pytest.raises(DataError, match="leaves out the tool calls of message 2"):
             make_encoder(shared_tokenizer("smollm2")).encode(example)
+    twice = {"role": "assistant", "content": "", "tool_calls": [call, call | {"function": {"name": "weather"}}]}
+    with pytest.raises(DataError, match="leaves out the tool calls of message 2"):  # gpt-oss shows only the first
+        example = Example(({"role": "user", "content": "?"}, twice), None, None, PLACE)
+        make_encoder(shared_tokenizer("gpt-oss")).encode(example)
     encoder = make_encoder(shared_tokenizer("smollm2"))
     assert encoder.encode(conversation("?", "!", tools=[call])) and encoder.report.tools_left_out == 1
 

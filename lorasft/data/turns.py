@@ -255,15 +255,23 @@ class TurnFinder:
     def _refuse_lost_calls(self, example: Example, target: int, text: str, region: str) -> None:
         """Raise DataError when the template renders a message's tool calls not at all, or only some of them."""
         message = example.messages[target]
-        names = [_name(call) for call in message["tool_calls"]]
-        silent = {key: value for key, value in message.items() if key != "tool_calls"}
-        try:
-            lost = self._render(replace(example, messages=(*example.messages[:target], silent)), target + 1) == text
-        except DataError:  # it looks for the calls, then
-            lost = False
-        if lost or not all(name in region for name in names):
+        calls = message["tool_calls"]
+        fewer = [[], *([*calls[:at], *calls[at + 1 :]] for at in range(len(calls) if len(calls) > 1 else 0))]
+        if not all(_name(call) in region for call in calls) or any(
+            self._same_without(example, target, text, kept) for kept in fewer
+        ):
             what = f"the chat template leaves out the tool calls of message {target + 1}"
             raise DataError(what, hint="chat.template=FILE with a template that renders them")
+
+    def _same_without(self, example: Example, target: int, text: str, calls: list[dict[str, Any]]) -> bool:
+        """Whether the template renders the same text when the message has no more than `calls`."""
+        message = {**example.messages[target], "tool_calls": calls}
+        if not calls:
+            del message["tool_calls"]
+        try:
+            return self._render(replace(example, messages=(*example.messages[:target], message)), target + 1) == text
+        except DataError:  # it looks for the calls, then
+            return False
 
     def _render(self, example: Example, upto: int) -> str:
         return render(self.tokenizer, example.messages[:upto], example.tools)
