@@ -16,6 +16,7 @@ from lorasft.data.chat import Encoder
 from lorasft.data.examples import Example, normalize_message
 from lorasft.data.report import Report
 from lorasft.data.rows import Place
+from lorasft.data.templates import render
 from lorasft.data.tokenizer import adds_bos, compare_with_file, load_tokenizer
 from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs
 from lorasft.errors import DataError, ModelError
@@ -536,3 +537,16 @@ def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}}')
     with pytest.raises(ModelError, match="code of its own"):
         load_tokenizer(str(folder))
+
+
+@needs_shared
+@pytest.mark.parametrize(("name", "template"), PAIRS)
+def test_rendering_is_what_apply_chat_template_gives(name: str, template: str | None) -> None:
+    tokenizer = shared_tokenizer(name)
+    file = str(SHARED / "templates" / f"{template}.jinja") if template else None
+    make_encoder(tokenizer, chat={"template": file})
+    answer = {"role": "assistant", "content": "A", "reasoning_content": "hm"}
+    for messages in (({"role": "user", "content": "q"}, answer), conversation("q", "A", "r", system="S").messages):
+        for prompt in (False, True):
+            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+            assert render(tokenizer, messages, generation_prompt=prompt) == text

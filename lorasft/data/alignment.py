@@ -79,6 +79,7 @@ class Aligner:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, control: Sequence[str]) -> None:
         self.backend: Any = tokenizer.backend_tokenizer
+        self._plain: Any = None
         self.control = control
         # SentencePiece puts a space before a text; behind a newline it does not.
         self.anchor = "" if list(self.backend.encode("x", add_special_tokens=False).tokens) == ["x"] else "\n"
@@ -177,12 +178,11 @@ class Aligner:
         pieces.add(Pieces(whole.ids[len(anchor.ids) :], whole.spans[len(anchor.ids) :]), at - len(self.anchor))
 
     def _add_plain(self, pieces: Pieces, text: str) -> None:
-        self.backend.encode_special_tokens = True
-        try:
-            anchor = self.backend.encode(self.anchor, add_special_tokens=False)
-            pieces.ids += self.backend.encode(self.anchor + text, add_special_tokens=False).ids[len(anchor.ids) :]
-        finally:
-            self.backend.encode_special_tokens = False
+        if self._plain is None:  # another tokenizer: one that others encode with at the same time must not change
+            self._plain = type(self.backend).from_str(self.backend.to_str())
+            self._plain.encode_special_tokens = True
+        anchor = self._plain.encode(self.anchor, add_special_tokens=False)
+        pieces.ids += self._plain.encode(self.anchor + text, add_special_tokens=False).ids[len(anchor.ids) :]
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str] | None:

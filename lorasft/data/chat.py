@@ -8,6 +8,7 @@ here           what is supervised, what becomes of over-long examples
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from lorasft.data.examples import Example, Message
 from lorasft.data.reasoning import reasoning_of, without_reasoning
 from lorasft.data.report import BadRows, Report
 from lorasft.data.rows import Place
-from lorasft.data.templates import merges_system, set_template
+from lorasft.data.templates import merges_system, set_template, time_limit
 from lorasft.data.tokenizer import adds_bos, control_tokens
 from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs
 from lorasft.data.turns import Answer, Draft, TurnFinder
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from lorasft.recipe import ChatSettings, DataSettings
 
+Drafted = tuple[Example, tuple[Draft, ...]]
 BLOCK = 512  # examples that are tokenized at once, in parallel
 
 
@@ -73,19 +75,31 @@ class Encoder:
     def encode_all(self, examples: Iterable[Example], *, bad: BadRows) -> Iterator[tuple[Example, tuple[Tokens, ...]]]:
         """As `encode`, many at once; dropped examples are left out and bad ones go to `bad`."""
         stream = iter(examples)
-        while block := list(islice(stream, BLOCK)):
-            drafted = [(example, drafts) for example in block if (drafts := self._draft_or_note(example, bad))]
-            texts = [_texts_of(drafts) for _, drafts in drafted]
-            encodings = iter(self.aligner.encode([text for own in texts for text in own]))
-            for (example, drafts), own_texts in zip(drafted, texts, strict=True):
-                own = list(islice(encodings, len(own_texts)))
-                try:
-                    sequences = self._finish(example, drafts, own)
-                except DataError as fault:
-                    bad.add(DataError(fault.what, where=str(example.place), hint=fault.hint))
-                    continue
-                if sequences:
-                    yield example, sequences
+        with ThreadPoolExecutor(1) as other:  # tokenizes a block while the next one is rendered
+            waiting: tuple[list[Drafted], Future[list[Encoding]]] | None = None
+            while block := list(islice(stream, BLOCK)):
+                drafted = [(example, drafts) for example in block if (drafts := self._draft_or_note(example, bad))]
+                texts = [text for _, drafts in drafted for text in _texts_of(drafts)]
+                encoding = other.submit(self.aligner.encode, texts)
+                if waiting:
+                    yield from self._finish_block(waiting[0], waiting[1].result(), bad)
+                waiting = drafted, encoding
+            if waiting:
+                yield from self._finish_block(waiting[0], waiting[1].result(), bad)
+
+    def _finish_block(
+        self, drafted: list[Drafted], encodings: list[Encoding], bad: BadRows
+    ) -> Iterator[tuple[Example, tuple[Tokens, ...]]]:
+        stream = iter(encodings)
+        for example, drafts in drafted:
+            own = list(islice(stream, sum(1 + len(draft.answers) for draft in drafts)))
+            try:
+                sequences = self._finish(example, drafts, own)
+            except DataError as fault:
+                bad.add(DataError(fault.what, where=str(example.place), hint=fault.hint))
+                continue
+            if sequences:
+                yield example, sequences
 
     def learned_special(self) -> tuple[int, ...]:
         """The ids of the added tokens that were learned so far."""
@@ -117,7 +131,8 @@ class Encoder:
         targets = self._targets(example.messages)
         if not targets:
             self.report.examples_without_target += 1
-        return self.turns.draft(example, targets)
+        with time_limit():
+            return self.turns.draft(example, targets)
 
     def _drop_reasoning(self, example: Example) -> Example:
         bare = tuple(without_reasoning(m) if m["role"] == "assistant" else m for m in example.messages)

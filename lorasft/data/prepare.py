@@ -129,7 +129,7 @@ def encode_sources(data: DataSettings, *, encoder: Encoder) -> Iterator[tuple[Ex
     sides = ((data.train, False), (data.eval if isinstance(data.eval, tuple) else (), True))
     for sources, apart in sides:
         for example, sequences in encoder.encode_all(read_examples(sources, data, bad=bad), bad=bad):
-            held_out = apart or example.digest() < below
+            held_out = apart or (below > 0 and example.digest() < below)
             report.held_out_examples += held_out
             report.train_examples += not held_out
             yield example, sequences, held_out

@@ -17,7 +17,7 @@ from lorasft.data.examples import Example, Message
 from lorasft.data.markers import differs, has_markers, marked_spans
 from lorasft.data.reasoning import FIELDS, reasoning_of, without_reasoning
 from lorasft.data.report import Report
-from lorasft.data.templates import render
+from lorasft.data.templates import render, time_limit
 from lorasft.data.tokenizer import control_tokens
 from lorasft.errors import DataError, ModelError
 
@@ -280,7 +280,8 @@ class TurnFinder:
         asked = [{"role": "user", "content": QUESTION}]
         answered = [*asked, {"role": "assistant", "content": ANSWER}]
         try:
-            prompt, text = self._render_probe(asked, True), self._render_probe(answered, False)
+            with time_limit():
+                prompt, text = self._render_probe(asked, True), self._render_probe(answered, False)
         except DataError as fault:
             hint = "chat.template_options sets its variables; chat.template=plain does without it"
             raise ModelError(fault.what, where="a probe", hint=hint) from None
