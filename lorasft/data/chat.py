@@ -183,14 +183,16 @@ class Encoder:
         else:
             sequences = self._label_drafts(drafts, encodings)
         fitting = self._fit(sequences, example) if sequences else []
-        learned = [tokens for tokens in fitting if (tokens.labels != UNSUPERVISED).any()]
-        if fitting and not learned:
-            self.report.examples_without_target += 1
-        for tokens in learned:
-            self._seen[tokens.labels[tokens.labels != UNSUPERVISED]] = True
+        learned = []
+        for tokens in fitting:
+            targets = tokens.labels[tokens.labels != UNSUPERVISED]
+            if len(targets):
+                learned.append(tokens)
+                self._seen[targets] = True
+                self.report.tokens += len(tokens)
+                self.report.supervised_tokens += len(targets)
+        self.report.examples_without_target += bool(fitting and not learned)
         self.report.sequences += len(learned)
-        self.report.tokens += sum(map(len, learned))
-        self.report.supervised_tokens += sum(map(_count_learned, learned))
         return tuple(learned)
 
     def _label_drafts(self, drafts: Sequence[Draft], encodings: Sequence[Encoding]) -> list[Tokens]:
