@@ -324,7 +324,9 @@ def as_tokens(*pairs: tuple[int, bool]) -> Tokens:
     return Tokens(ids, np.where([learned for _, learned in pairs], ids, UNSUPERVISED).astype(np.int32))
 
 
-def test_the_store_gives_back_what_was_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept_back", [0, 7, 1 << 14])
+def test_the_store_gives_back_what_was_written(tmp_path: Path, kept_back: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorasft.data.store.FLUSH", kept_back)
     random = np.random.default_rng(1)
     examples = []
     for line in range(30):
