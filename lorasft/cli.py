@@ -30,9 +30,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     preview = verbs.add_parser("preview", help="show what will be learned, token by token")
     _add_recipe(preview)
-    preview.add_argument("--rows", type=_positive, default=3, metavar="N", help="examples to show (default: 3)")
+    preview.add_argument("--rows", type=_positive, metavar="N", help="examples to show (default: 3; with --html 1000)")
     preview.add_argument("--json", action="store_true", help="every example and a summary as JSON lines")
-    preview.add_argument("--html", metavar="FILE", help="write a page instead")
+    preview.add_argument("--html", metavar="FILE", help="write a page to search instead")
 
     evaluate = verbs.add_parser("evaluate", help="log-probabilities of answers: base and adapter side by side")
     _add_saved(evaluate)

@@ -6,6 +6,7 @@ nowhere else.
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import json
 from collections.abc import Sequence
@@ -96,14 +97,26 @@ class ChatSettings(_Section):
     template_options: dict[str, Scalar] = Field(
         default={}, description="variables of the template, as a server would set"
     )
+    template_date: str | None = Field(
+        default="2024-07-26", description="what a template that asks for today's date gets; null: the day's own"
+    )
     system: str | None = Field(default=None, description="system message for conversations without one")
     supervise: Literal["all", "last", "flagged", "everything"] = Field(
         default="all", description="which messages are learned"
     )
-    thinking: Literal["follow_template"] = Field(default="follow_template", description="how reasoning is rendered")
+    thinking: Literal["follow_template", "mask", "drop", "error"] = Field(
+        default="follow_template", description="reasoning: learned as rendered, context, taken out, never to be lost"
+    )
     control_tokens: Literal["error", "as_text"] = Field(
         default="error", description="control tokens written in the data"
     )
+
+    @field_validator("template_date")
+    @classmethod
+    def _is_a_date(cls, value: str | None) -> str | None:
+        if value is not None:
+            datetime.date.fromisoformat(value)
+        return value
 
 
 class TrainSettings(_Section):

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_tokenizer import save_tokenizer
+from tiny_tokenizer import TEMPLATE, save_tokenizer
 
 from lorasft.data.chat import Encoder
 from lorasft.data.examples import Example, normalize_message
 from lorasft.data.report import Report
 from lorasft.data.rows import Place
+from lorasft.data.templates import render
 from lorasft.data.tokenizer import adds_bos, compare_with_file, load_tokenizer
 from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs
 from lorasft.errors import DataError, ModelError
@@ -142,14 +143,8 @@ def test_prompts_are_what_a_server_feeds(name: str, template: str | None) -> Non
     for texts in CHATS.values():
         example = conversation(*texts)
         check_against_server(tokenizer, example, encoder.encode(example))
-    try:
-        tokenizer.apply_chat_template(list(conversation("a", "b", system="c").messages), tokenize=False)
-    except Exception:  # this family takes no system message
-        with pytest.raises(DataError, match="refuses this conversation"):
-            encoder.encode(conversation("a", "b", system="c"))
-    else:
-        example = conversation("Hi", "Hello!", "Who?", "Me.", system="Be brief.")
-        check_against_server(tokenizer, example, encoder.encode(example))
+    example = conversation("Hi", "Hello!", "Who?", "Me.", system="Be brief.")
+    check_against_server(tokenizer, example, encoder.encode(example))
 
 
 def test_trimmed_characters_are_counted_once(tmp_path: Path, tiny: Any) -> None:
@@ -216,6 +211,10 @@ def test_a_template_that_loses_tool_calls_is_refused() -> None:
         example = Example(({"role": "user", "content": "?"}, message), None, None, PLACE)
         with pytest.raises(DataError, match="leaves out the tool calls of message 2"):
             make_encoder(shared_tokenizer("smollm2")).encode(example)
+    twice = {"role": "assistant", "content": "", "tool_calls": [call, call | {"function": {"name": "weather"}}]}
+    with pytest.raises(DataError, match="leaves out the tool calls of message 2"):  # gpt-oss shows only the first
+        example = Example(({"role": "user", "content": "?"}, twice), None, None, PLACE)
+        make_encoder(shared_tokenizer("gpt-oss")).encode(example)
     encoder = make_encoder(shared_tokenizer("smollm2"))
     assert encoder.encode(conversation("?", "!", tools=[call])) and encoder.report.tools_left_out == 1
 
@@ -308,18 +307,78 @@ def test_control_tokens_in_the_data(tiny: Any) -> None:
 
 def test_template_refusals_name_roles_and_the_templates_words(tmp_path: Path, tiny: Any) -> None:
     file = tmp_path / "strict.jinja"
-    file.write_text("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('No system!') }}{% endif %}"
+    file.write_text("{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+                    "{{ raise_exception('Roles must alternate!') }}{% endif %}"
                     "{{ m.content }}</s>{% endfor %}")  # fmt: skip
     tokenizer = load_tokenizer(tiny.name_or_path)
-    encoder = make_encoder(tokenizer, chat={"template": str(file), "system": "Be brief."})
-    with pytest.raises(DataError, match=r"\(system, user, assistant\): No system!") as fault:
-        encoder.encode(conversation("a", "b"))
-    assert "first user message" in str(fault.value.hint)
+    encoder = make_encoder(tokenizer, chat={"template": str(file)})
+    again = Example((conversation("a").messages[0], *conversation("b", "c").messages), None, None, PLACE)
+    with pytest.raises(DataError, match=r"\(user, user, assistant\): Roles must alternate!") as fault:
+        encoder.encode(again)
+    assert fault.value.where == "rows.jsonl:1"
     file.write_text("{% for m in messages %}{{ m.content }")
     with pytest.raises(ModelError, match="does not parse"):
         make_encoder(tokenizer, chat={"template": str(file)})
     with pytest.raises(ModelError, match="cannot read the chat template"):
         make_encoder(tokenizer, chat={"template": str(tmp_path / "none.jinja")})
+
+
+def test_a_template_that_refuses_systems_gets_them_in_the_first_question(tmp_path: Path, tiny: Any) -> None:
+    file = tmp_path / "systemless.jinja"
+    file.write_text("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('No system!') }}{% endif %}"
+                    "<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+                    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")  # fmt: skip
+    tokenizer = load_tokenizer(tiny.name_or_path)
+    encoder = make_encoder(tokenizer, chat={"template": str(file)})
+    example = conversation("q", "A", "r", "B", system="S")
+    (tokens,) = encoder.encode(example)
+    assert "<|start|>user\nS\n\nq<|end|>" in tiny.decode(tokens.ids) and "system" not in tiny.decode(tokens.ids)
+    assert encoder.encode(conversation("q", "A")) and encoder.report.merged_systems == 1
+    check_against_server(tokenizer, example, (tokens,))
+    tokenizer.save_pretrained(tmp_path / "saved")  # a server that loads it feeds the same
+    served = load_tokenizer(str(tmp_path / "saved"))
+    assert server_ids(served, example, 2) == server_ids(tokenizer, example, 2)
+    once = served.chat_template
+    assert make_encoder(served).encode(example)[0].ids.tolist() == tokens.ids.tolist() and served.chat_template == once
+
+
+def test_a_template_reads_the_recipes_date_and_serves_it(tmp_path: Path, tiny: Any) -> None:
+    file = tmp_path / "dated.jinja"
+    file.write_text("{% if not today is defined %}{% set today = strftime_now(\"%d %b %Y\") %}{% endif %}"
+                    "<|start|>{{ today }}, {{ strftime_now('%Y') }}\n{% for m in messages %}"
+                    "<|start|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
+                    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")  # fmt: skip
+    heads = []
+    for date in ("2024-07-26", "2025-01-02"):
+        tokenizer = load_tokenizer(tiny.name_or_path)
+        encoder = make_encoder(tokenizer, chat={"template": str(file), "template_date": date})
+        heads.append(tiny.decode(encoder.encode(conversation("q", "A"))[0].ids).split("\n")[0])
+        tokenizer.save_pretrained(tmp_path / date)
+        served = load_tokenizer(str(tmp_path / date)).apply_chat_template([{"role": "user"}], tokenize=False)
+        assert served.split("\n")[0] == heads[-1]
+    assert heads == ["<|start|>26 Jul 2024, 2024", "<|start|>02 Jan 2025, 2025"]
+    clock = make_encoder(load_tokenizer(tiny.name_or_path), chat={"template": str(file), "template_date": None})
+    assert "strftime_now" in clock.turns.tokenizer.chat_template
+    with pytest.raises(ValueError, match="template_date"):
+        ChatSettings(template_date="yesterday")
+
+
+def test_templates_without_end_or_measure_are_stopped(
+    tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "endless.jinja"
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    file.write_text(loop + TEMPLATE)
+    monkeypatch.setattr("lorasft.data.templates.SECONDS", 0.3)
+    with pytest.raises(ModelError, match="took over"):
+        make_encoder(load_tokenizer(tiny.name_or_path), chat={"template": str(file)})
+    monkeypatch.undo()
+    file.write_text(TEMPLATE + "{{ 'x' * 99000000 }}")
+    with pytest.raises(ModelError, match="characters of one conversation"):
+        make_encoder(load_tokenizer(tiny.name_or_path), chat={"template": str(file)})
+    file.write_text(TEMPLATE + " " * (1 << 20))
+    with pytest.raises(ModelError, match="a chat template of over"):
+        make_encoder(load_tokenizer(tiny.name_or_path), chat={"template": str(file)})
 
 
 def test_built_in_templates(tmp_path: Path) -> None:
@@ -478,3 +537,16 @@ def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}}')
     with pytest.raises(ModelError, match="code of its own"):
         load_tokenizer(str(folder))
+
+
+@needs_shared
+@pytest.mark.parametrize(("name", "template"), PAIRS)
+def test_rendering_is_what_apply_chat_template_gives(name: str, template: str | None) -> None:
+    tokenizer = shared_tokenizer(name)
+    file = str(SHARED / "templates" / f"{template}.jinja") if template else None
+    make_encoder(tokenizer, chat={"template": file})
+    answer = {"role": "assistant", "content": "A", "reasoning_content": "hm"}
+    for messages in (({"role": "user", "content": "q"}, answer), conversation("q", "A", "r", system="S").messages):
+        for prompt in (False, True):
+            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+            assert render(tokenizer, messages, generation_prompt=prompt) == text

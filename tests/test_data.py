@@ -325,7 +325,9 @@ def as_tokens(*pairs: tuple[int, bool]) -> Tokens:
     return Tokens(ids, np.where([learned for _, learned in pairs], ids, UNSUPERVISED).astype(np.int32))
 
 
-def test_the_store_gives_back_what_was_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept_back", [0, 7, 1 << 14])
+def test_the_store_gives_back_what_was_written(tmp_path: Path, kept_back: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorasft.data.store.FLUSH", kept_back)
     random = np.random.default_rng(1)
     examples = []
     for line in range(30):
@@ -421,6 +423,7 @@ def test_every_ingredient_changes_the_key(
         key(data.model_copy(update={"overlong": "truncate"})),
         key(chat=chat.model_copy(update={"system": "S"})),
         key(chat=chat.model_copy(update={"supervise": "last"})),
+        key(chat=chat.model_copy(update={"template_date": "2025-01-01"})),
         key(chat=chat.model_copy(update={"template_options": {"a": 1}})),
         key(folder=save_tokenizer(tmp_path / "other", bos=False)),
     ]
@@ -485,7 +488,10 @@ def test_preview_prints_every_sequence_as_json(recipe: Path, capsys: Any, monkey
     ]
     learned = [token for token in lines[0]["labels"] if token != UNSUPERVISED]
     assert tokenizer.decode(learned) == "1<|end|>" and len(lines[0]["ids"]) == len(lines[0]["labels"])
+    assert [span["text"] for span in lines[0]["spans"] if span["learned"]] == ["1", "<|end|>"]
+    assert "".join(span["text"] for span in lines[0]["spans"]) == tokenizer.decode(lines[0]["ids"])
     assert last["summary"]["rows"] == 10 and last["summary"]["formats"]
+    assert last["summary"]["parity_breaks"] == 0 and last["summary"]["answers"] == 10
 
 
 def test_preview_marks_what_is_learned_and_sends_no_control_characters(recipe: Path, capsys: Any) -> None:
@@ -494,15 +500,6 @@ def test_preview_marks_what_is_learned_and_sends_no_control_characters(recipe: P
     assert "What is 3 + 1?<|end|>\n<|start|>assistant\n⟦4<|end|>⟧" in out
     assert "\\x1b[31mred\\x07" in out and "\x1b" not in out and "\x07" not in out
     assert "10 rows read (prompt-completion), in 10 sequences" in out
-
-
-def test_preview_writes_a_page(recipe: Path, tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    assert cli.main(["preview", str(recipe), "--html", str(page), "--rows", "10"]) == 0
-    text = page.read_text()
-    assert "<mark>4&lt;|end|&gt;</mark>" in text and "<mark>&lt;b&gt;&amp;&lt;|end|&gt;</mark>" in text
-    assert "<script" not in text and "src=" not in text and "href=" not in text
-    assert cli.main(["preview", str(recipe), "--html", str(page)]) == 2  # nothing is overwritten
 
 
 def test_preview_ends_with_the_code_of_its_fault(recipe: Path, tmp_path: Path, capsys: Any) -> None:

@@ -96,6 +96,19 @@ def test_shards_and_sidecars_are_the_bases(tmp_path: Path) -> None:
         assert all(torch.equal(tensors[key], written[key]) == ("proj" not in key) for key in tensors)
 
 
+def test_a_stop_that_training_added_is_kept(base: Path, tmp_path: Path) -> None:
+    """Else the merged model runs past the end of its turn; without one the base's file stays as it is."""
+    adapter = save_adapter(base, tmp_path / "adapter")
+    own = json.loads((base / "generation_config.json").read_text(encoding="utf-8"))
+    (adapter / "generation_config.json").write_text(json.dumps(own), encoding="utf-8")
+    merge(base, adapter, tmp_path / "same")
+    assert sha256(tmp_path / "same/generation_config.json") == sha256(base / "generation_config.json")
+    stops = [7, own["eos_token_id"]]
+    (adapter / "generation_config.json").write_text(json.dumps({**own, "eos_token_id": stops}), encoding="utf-8")
+    merge(base, adapter, tmp_path / "more")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "more").generation_config.eos_token_id == stops
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_one_rounding_of_the_float64_sum(transposed: bool) -> None:
     """Within 0.5 ulp of float64 for 99.9 % of the elements, whatever the block of rows."""

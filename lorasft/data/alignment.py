@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 # A control token's text that is meant as text: a code point that Unicode keeps for no character, then its index.
 MARK, FIRST = "\U000ffffe", 0xF0000
 PLACEHOLDER = re.compile(f"({MARK}.)")
-SHORT = 200  # characters: most prompts end alike, behind a special token
+RESTART_PROBES = (("a", "b c"), ("a ", " b"), ("\n", "\n\nb"), ("été 1.", "system\n"))
 
 
 class Encoding(Protocol):
@@ -47,46 +49,78 @@ class Pieces:
         self.spans += [(start + offset, end + offset) for start, end in other.spans]
 
 
+class Chain:
+    """Encodings of the stretches of a text, as one."""
+
+    def __init__(self, stretches: Sequence[str], encodings: Mapping[str, tuple[list[int], Encoding]]) -> None:
+        self.ids: list[int] = []
+        self.parts: list[Encoding] = []
+        self.chars, self.tokens = [0], [0]  # where each part begins
+        for stretch in stretches:
+            ids, encoding = encodings[stretch]
+            self.ids += ids
+            self.parts.append(encoding)
+            self.chars.append(self.chars[-1] + len(stretch))
+            self.tokens.append(len(self.ids))
+
+    def char_to_token(self, char_pos: int) -> int | None:
+        part = bisect_right(self.chars, char_pos) - 1
+        token = self.parts[part].char_to_token(char_pos - self.chars[part])
+        return None if token is None else token + self.tokens[part]
+
+    def token_to_chars(self, token_index: int) -> tuple[int, int] | None:
+        part = bisect_right(self.tokens, token_index) - 1
+        span = self.parts[part].token_to_chars(token_index - self.tokens[part])
+        return None if span is None else (span[0] + self.chars[part], span[1] + self.chars[part])
+
+
 class Aligner:
     """Encodes rendered text with one tokenizer; special tokens are never added."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, control: Sequence[str]) -> None:
         self.backend: Any = tokenizer.backend_tokenizer
+        self._plain: Any = None
         self.control = control
-        added = tokenizer.added_tokens_decoder.items()
-        # Behind such a token encoding begins afresh, so what stands before it cannot change what follows.
-        self.restarts = {index for index, token in added if not token.normalized and not token.single_word}
         # SentencePiece puts a space before a text; behind a newline it does not.
         self.anchor = "" if list(self.backend.encode("x", add_special_tokens=False).tokens) == ["x"] else "\n"
         self._control_pattern = re.compile("|".join(map(re.escape, (*control, MARK))))
-        self._short: dict[str, list[int]] = {}
+        self._starts = _any_of(self._restarts(tokenizer))
 
     def encode(self, texts: Sequence[str]) -> list[Encoding]:
-        """Texts -> encodings, all at once in parallel."""
-        encodings: list[Encoding] = self.backend.encode_batch(list(texts), add_special_tokens=False)
-        for index, text in enumerate(texts):
-            if MARK in text:
-                encodings[index] = self._encode_placeholders(text)
-        return encodings
+        """Texts -> encodings, all at once in parallel; a stretch that several texts share is encoded once."""
+        split = [self._split(text) for text in texts]
+        distinct = list(dict.fromkeys(stretch for stretches in split for stretch in stretches))
+        found = self.backend.encode_batch(distinct, add_special_tokens=False)
+        encodings = {stretch: (encoding.ids, encoding) for stretch, encoding in zip(distinct, found, strict=True)}
+        return [
+            self._encode_placeholders(text) if MARK in text else Chain(stretches, encodings)
+            for text, stretches in zip(texts, split, strict=True)
+        ]
 
-    def prompt_tokens(self, text: str, prompt: int, encoding: Encoding) -> int | None:
-        """How many tokens the first `prompt` characters make; None when alone they make others than these.
+    def _split(self, text: str) -> list[str]:
+        """A text cut before each token that restarts encoding: the ids of the whole are those of the stretches."""
+        if self._starts is None:
+            return [text]
+        cuts = [found.start() for found in self._starts.finditer(text)]
+        edges = [0, *(cut for cut in cuts if cut), len(text)]
+        return [text[start:end] for start, end in itertools.pairwise(edges)]
 
-        Only the part behind the last special token is encoded again.
+    def _restarts(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+        """The added tokens behind which encoding begins afresh, so that what stands before cannot change it.
+
+        Tried, not believed: a normalizer or a pre-tokenizer may look across.
         """
-        at, ids = prompt, encoding.ids
-        token = None
-        while token is None and at > 0:  # blanks that a normalizer dropped belong to no token
-            at -= 1
-            token = encoding.char_to_token(at)
-        if token is None:
-            return 0
-        while token > 0 and ids[token] not in self.restarts:
-            token -= 1
-        span = encoding.token_to_chars(token) if token else None
-        tail = self._encode_short(text[span[0] if span else 0 : prompt])
-        end = token + len(tail)
-        return end if ids[token:end] == tail else None
+        tokens = [
+            str(token)
+            for token in tokenizer.added_tokens_decoder.values()
+            if not (token.normalized or token.single_word or token.lstrip) and str(token).strip()
+        ]
+        probes = [(before, token + after) for token in tokens for before, after in RESTART_PROBES]
+        texts = [text for before, after in probes for text in (before, after, before + after)]
+        ids = [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
+        holds = [ids[at] + ids[at + 1] == ids[at + 2] for at in range(0, len(ids), 3)]
+        size = len(RESTART_PROBES)
+        return [token for index, token in enumerate(tokens) if all(holds[index * size : (index + 1) * size])]
 
     def join(self, prompt: str, answer: str) -> tuple[Pieces, int]:
         """The prompt as a server feeds it, then the answer encoded alone; and how many tokens the prompt has."""
@@ -122,13 +156,6 @@ class Aligner:
             raise DataError("the text holds U+FFFFE, which is no character")
         return self._control_pattern.sub(lambda found: MARK + chr(FIRST + self.control.index(found.group())), text)
 
-    def _encode_short(self, text: str) -> list[int]:
-        if len(text) > SHORT or MARK in text:
-            return self._encode_placeholders(text).ids
-        if text not in self._short:
-            self._short[text] = list(self.backend.encode(text, add_special_tokens=False).ids)
-        return self._short[text]
-
     def _encode_placeholders(self, text: str) -> Pieces:
         first, *rest = PLACEHOLDER.split(text)
         encoding = self.backend.encode(first, add_special_tokens=False)
@@ -151,9 +178,14 @@ class Aligner:
         pieces.add(Pieces(whole.ids[len(anchor.ids) :], whole.spans[len(anchor.ids) :]), at - len(self.anchor))
 
     def _add_plain(self, pieces: Pieces, text: str) -> None:
-        self.backend.encode_special_tokens = True
-        try:
-            anchor = self.backend.encode(self.anchor, add_special_tokens=False)
-            pieces.ids += self.backend.encode(self.anchor + text, add_special_tokens=False).ids[len(anchor.ids) :]
-        finally:
-            self.backend.encode_special_tokens = False
+        if self._plain is None:  # another tokenizer: one that others encode with at the same time must not change
+            self._plain = type(self.backend).from_str(self.backend.to_str())
+            self._plain.encode_special_tokens = True
+        anchor = self._plain.encode(self.anchor, add_special_tokens=False)
+        pieces.ids += self._plain.encode(self.anchor + text, add_special_tokens=False).ids[len(anchor.ids) :]
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str] | None:
+    """A pattern that finds the longest of `tokens` first, as tokenizers do; None without any."""
+    longest_first = sorted(tokens, key=lambda text: (-len(text), text))
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None

@@ -8,6 +8,7 @@ here           what is supervised, what becomes of over-long examples
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,10 @@ import numpy.typing as npt
 
 from lorasft.data.alignment import Aligner, Encoding
 from lorasft.data.examples import Example, Message
+from lorasft.data.reasoning import reasoning_of, without_reasoning
 from lorasft.data.report import BadRows, Report
 from lorasft.data.rows import Place
-from lorasft.data.templates import set_template
+from lorasft.data.templates import merges_system, set_template, time_limit
 from lorasft.data.tokenizer import adds_bos, control_tokens
 from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs
 from lorasft.data.turns import Answer, Draft, TurnFinder
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
     from lorasft.recipe import ChatSettings, DataSettings
 
+Drafted = tuple[Example, tuple[Draft, ...]]
 BLOCK = 512  # examples that are tokenized at once, in parallel
 
 
@@ -44,7 +47,7 @@ class Encoder:
         self.chat = chat
         self.data = data
         self.report = report
-        self.turns = TurnFinder(tokenizer, report)
+        self.turns = TurnFinder(tokenizer, report, thinking=chat.thinking)
         self.aligner = Aligner(tokenizer, control_tokens(tokenizer))
         self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self.eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -53,6 +56,9 @@ class Encoder:
         if not self.stop_ids:
             hint = "chat.template=FILE with one that ends answers, or an eos_token in the tokenizer's config"
             raise ModelError("neither the chat template nor the tokenizer has a token that ends an answer", hint=hint)
+        self.special = np.array(sorted(tokenizer.added_tokens_decoder), dtype=np.int64)
+        self._seen = np.zeros(max(len(tokenizer), *(self.special + 1), 1), dtype=bool)
+        self.merges_system = merges_system(tokenizer)
         self.reads_thinking = "</think>" in str(tokenizer.chat_template)
 
     def encode(self, example: Example) -> tuple[Tokens, ...]:
@@ -62,25 +68,42 @@ class Encoder:
         """
         try:
             drafts = self._draft(example)
-            return self._finish(example, drafts, self.aligner.encode([draft.text for draft in drafts]))
+            return self._finish(example, drafts, self.aligner.encode(_texts_of(drafts)))
         except DataError as fault:
             raise DataError(fault.what, where=str(example.place), hint=fault.hint) from None
 
     def encode_all(self, examples: Iterable[Example], *, bad: BadRows) -> Iterator[tuple[Example, tuple[Tokens, ...]]]:
         """As `encode`, many at once; dropped examples are left out and bad ones go to `bad`."""
         stream = iter(examples)
-        while block := list(islice(stream, BLOCK)):
-            drafted = [(example, drafts) for example in block if (drafts := self._draft_or_note(example, bad))]
-            encodings = iter(self.aligner.encode([draft.text for _, drafts in drafted for draft in drafts]))
-            for example, drafts in drafted:
-                own = list(islice(encodings, len(drafts)))
-                try:
-                    sequences = self._finish(example, drafts, own)
-                except DataError as fault:
-                    bad.add(DataError(fault.what, where=str(example.place), hint=fault.hint))
-                    continue
-                if sequences:
-                    yield example, sequences
+        with ThreadPoolExecutor(1) as other:  # tokenizes a block while the next one is rendered
+            waiting: tuple[list[Drafted], Future[list[Encoding]]] | None = None
+            while block := list(islice(stream, BLOCK)):
+                drafted = [(example, drafts) for example in block if (drafts := self._draft_or_note(example, bad))]
+                texts = [text for _, drafts in drafted for text in _texts_of(drafts)]
+                encoding = other.submit(self.aligner.encode, texts)
+                if waiting:
+                    yield from self._finish_block(waiting[0], waiting[1].result(), bad)
+                waiting = drafted, encoding
+            if waiting:
+                yield from self._finish_block(waiting[0], waiting[1].result(), bad)
+
+    def _finish_block(
+        self, drafted: list[Drafted], encodings: list[Encoding], bad: BadRows
+    ) -> Iterator[tuple[Example, tuple[Tokens, ...]]]:
+        stream = iter(encodings)
+        for example, drafts in drafted:
+            own = list(islice(stream, sum(1 + len(draft.answers) for draft in drafts)))
+            try:
+                sequences = self._finish(example, drafts, own)
+            except DataError as fault:
+                bad.add(DataError(fault.what, where=str(example.place), hint=fault.hint))
+                continue
+            if sequences:
+                yield example, sequences
+
+    def learned_special(self) -> tuple[int, ...]:
+        """The ids of the added tokens that were learned so far."""
+        return tuple(self.special[self._seen[self.special]].tolist())
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
         """What a server would feed the model for these messages, to be answered."""
@@ -100,12 +123,24 @@ class Encoder:
         if example.text is not None:
             return (Draft(example.text, ()),)
         self._refuse_half_thoughts(example)
+        if self.chat.thinking == "drop":
+            example = self._drop_reasoning(example)
+        self.report.merged_systems += self.merges_system and example.messages[0]["role"] == "system"
         if self.chat.supervise == "everything":
             return (Draft(self.turns.render_whole(example), ()),)
         targets = self._targets(example.messages)
         if not targets:
             self.report.examples_without_target += 1
-        return self.turns.draft(example, targets)
+        with time_limit():
+            return self.turns.draft(example, targets)
+
+    def _drop_reasoning(self, example: Example) -> Example:
+        bare = tuple(without_reasoning(m) if m["role"] == "assistant" else m for m in example.messages)
+        for before, after in zip(example.messages, bare, strict=True):
+            if before["content"].strip() and not after["content"].strip() and "tool_calls" not in after:
+                raise DataError("an answer that is nothing but reasoning", hint="chat.thinking=follow_template")
+            self.report.dropped_reasoning += len(reasoning_of(before)) if after is not before else 0
+        return replace(example, messages=bare)
 
     def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         if self.chat.system is None or not messages or any(message["role"] == "system" for message in messages):
@@ -148,46 +183,51 @@ class Encoder:
         else:
             sequences = self._label_drafts(drafts, encodings)
         fitting = self._fit(sequences, example) if sequences else []
-        learned = [tokens for tokens in fitting if (tokens.labels != UNSUPERVISED).any()]
-        if fitting and not learned:
-            self.report.examples_without_target += 1
+        learned = []
+        for tokens in fitting:
+            targets = tokens.labels[tokens.labels != UNSUPERVISED]
+            if len(targets):
+                learned.append(tokens)
+                self._seen[targets] = True
+                self.report.tokens += len(tokens)
+                self.report.supervised_tokens += len(targets)
+        self.report.examples_without_target += bool(fitting and not learned)
         self.report.sequences += len(learned)
-        self.report.tokens += sum(map(len, learned))
-        self.report.supervised_tokens += sum(int((tokens.labels != UNSUPERVISED).sum()) for tokens in learned)
         return tuple(learned)
 
     def _label_drafts(self, drafts: Sequence[Draft], encodings: Sequence[Encoding]) -> list[Tokens]:
-        found = [self._label(draft, encoding) for draft, encoding in zip(drafts, encodings, strict=True)]
-        if found == [None] and len(drafts[0].answers) > 1:
-            # A token holds the end of a prompt and the start of its answer: no one sequence has every prompt right.
-            self.report.split_conversations += 1
-            whole = drafts[0]
-            drafts = [Draft(whole.text[: answer.end], (answer,)) for answer in whole.answers[:-1]]
-            drafts.append(replace(whole, answers=whole.answers[-1:]))
-            encodings = self.aligner.encode([draft.text for draft in drafts])
-            found = [self._label(draft, encoding) for draft, encoding in zip(drafts, encodings, strict=True)]
-        return [self._label_joined(draft) if one is None else one for draft, one in zip(drafts, found, strict=True)]
-
-    def _label(self, draft: Draft, encoding: Encoding) -> Tokens | None:
-        """Ids and labels of a draft, or None when a prompt's ids are not those that a server would feed."""
-        counts = [self.aligner.prompt_tokens(draft.text, answer.prompt, encoding) for answer in draft.answers]
-        if None in counts:
-            return None
-        return self._learn(draft, encoding, [count for count in counts if count is not None])
+        """Ids and labels of drafts; `encodings` are of each draft's text and then of its prompts, in turn."""
+        stream = iter(encodings)
+        labelled: list[Tokens] = []
+        for draft in drafts:
+            whole, prompts = next(stream), [next(stream).ids for _ in draft.answers]
+            fits = all(whole.ids[: len(prompt)] == prompt for prompt in prompts)
+            if not fits and len(draft.answers) > 1:
+                # A token holds the end of a prompt and the start of its answer: no one sequence has every prompt right.
+                self.report.split_conversations += 1
+                alone = [Draft(draft.text[: answer.end], (answer,)) for answer in draft.answers[:-1]]
+                alone.append(replace(draft, answers=draft.answers[-1:]))
+                return self._label_drafts(alone, self.aligner.encode(_texts_of(alone)))
+            tokens = self._learn(draft, whole, prompts) if fits else self._label_joined(draft)
+            self.report.answers += len(prompts)
+            self.report.parity_breaks += parity_breaks(tokens, prompts)
+            labelled.append(tokens)
+        return labelled
 
     def _label_joined(self, draft: Draft) -> Tokens:
         """The server's prompt, then the one answer encoded alone."""
         self.report.straddling_tokens += 1
         cut = draft.answers[0].prompt
         encoding, count = self.aligner.join(draft.text[:cut], draft.text[cut:])
-        return self._learn(draft, encoding, [count])
+        return self._learn(draft, encoding, [encoding.ids[:count]])
 
-    def _learn(self, draft: Draft, encoding: Encoding, counts: Sequence[int]) -> Tokens:
+    def _learn(self, draft: Draft, encoding: Encoding, prompts: Sequence[list[int]]) -> Tokens:
         ids = np.array(encoding.ids + (self.eos if draft.add_eos else []), dtype=np.int32)
         labels = np.full(len(ids), UNSUPERVISED, dtype=np.int32)
-        for answer, count in zip(draft.answers, counts, strict=True):
+        for answer, prompt in zip(draft.answers, prompts, strict=True):
             first, end = self._answer_tokens(draft.text, answer, encoding)
-            labels[max(first, count) : end] = ids[max(first, count) : end]
+            start = max(first, len(prompt))
+            labels[start:end] = ids[start:end]
         if draft.add_eos:
             labels[-1] = ids[-1]
         labels[0] = UNSUPERVISED  # nothing comes before it that it could be learned from
@@ -208,31 +248,72 @@ class Encoder:
 
     def _fit(self, sequences: list[Tokens], example: Example) -> list[Tokens]:
         """The sequences of one example within `max_length`, by the over-long policy; none when it is dropped."""
-        limit, policy = self.data.max_length, self.data.overlong
+        limit, report = self.data.max_length, self.report
         longest = max(map(len, sequences))
-        self.report.lengths.append(longest)
+        report.lengths.append(longest)
         if longest > limit:  # what the template writes behind the last answer may go first
             sequences = [_without_tail(tokens) for tokens in sequences]
         if max(map(len, sequences)) <= limit:
             return sequences
-        if policy == "error":
+        if self.data.overlong == "error":
             hint = "raise data.max_length, or state data.overlong"
             raise DataError(f"{longest:,} tokens, over data.max_length ({limit:,})", hint=hint)
-        if policy == "split" and example.text is not None:
+        fitted = self._shorten(sequences, is_text=example.text is not None)
+        lost = sum(map(_count_learned, sequences)) - sum(map(_count_learned, fitted))
+        report.over_long_lost_tokens += max(lost, 0)  # windows of text learn again what each begins with
+        return fitted
+
+    def _shorten(self, sequences: list[Tokens], *, is_text: bool) -> list[Tokens]:
+        limit, policy, report = self.data.max_length, self.data.overlong, self.report
+        if policy == "split" and is_text:
+            report.windowed_texts += 1
             return [window for tokens in sequences for window in _windows(tokens, limit, self.bos)]
         if policy == "truncate":
-            self.report.truncated_examples += 1
-            if example.text is not None:
+            report.truncated_examples += 1
+            if is_text:
                 return [_slice(tokens, 0, limit) for tokens in sequences]
-            return [_cut_context(tokens, limit, self.bos) for tokens in sequences]
-        self.report.over_long_examples += 1
+            cut = [_cut_context(tokens, limit, self.bos) for tokens in sequences]
+            report.answers_cut += sum(_loses_end(old, new) for old, new in zip(sequences, cut, strict=True))
+            return cut
+        report.over_long_examples += 1
         return []
+
+
+def parity_breaks(tokens: Tokens, prompts: Sequence[list[int]]) -> int:
+    """How many of a sequence's prompts (the ids that a server feeds, in turn) are not what its labels stand behind.
+
+    Looks at nothing but the finished ids and labels, whatever made them.
+    """
+    learned = tokens.labels != UNSUPERVISED
+    breaks, before = 0, 0
+    for prompt in prompts:
+        count = len(prompt)
+        same = tokens.ids[:count].tolist() == prompt
+        # The last token of a prompt is context, whoever answered before; of the first prompt, all are.
+        context = learned[count - 1 : count] if before else learned[:count]
+        breaks += not same or count <= before or bool(context.any())
+        before = count
+    return breaks
+
+
+def _texts_of(drafts: Sequence[Draft]) -> list[str]:
+    """The texts to encode for drafts: each one's own, then its prompts."""
+    return [text for draft in drafts for text in (draft.text, *(draft.text[: a.prompt] for a in draft.answers))]
 
 
 def _learn_all(ids: npt.ArrayLike) -> Tokens:
     """Every token but the first."""
     array = np.array(ids, dtype=np.int32)
     return _slice(Tokens(array, array), 0, len(array))
+
+
+def _count_learned(tokens: Tokens) -> int:
+    return int(np.count_nonzero(tokens.labels != UNSUPERVISED))
+
+
+def _loses_end(before: Tokens, after: Tokens) -> bool:
+    """Whether the last answer lost the token that ends it, and so teaches no stop."""
+    return bool(after.labels[-1] != before.labels[supervised_runs(before)[-1, 1] - 1])
 
 
 def _slice(tokens: Tokens, start: int, end: int) -> Tokens:

@@ -28,19 +28,24 @@ if TYPE_CHECKING:
 
     from lorasft.recipe import ChatSettings, DataSettings, DataSource
 
-SCHEMA = 1  # raised whenever the same ingredients give other tokens
+SCHEMA = 2  # raised whenever the same ingredients give other tokens
 SAMPLES = 8  # held-out examples kept as messages, to show answers before and after
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The data of a run, tokenized: `held_out` is None when nothing is."""
+    """The data of a run, tokenized: `held_out` is None when nothing is.
+
+    `stop_ids` end an answer under this template, the usual one first; `learned_special`: added tokens that are learned.
+    """
 
     train: TokenStore
     held_out: TokenStore | None
     report: Report
     samples: tuple[Example, ...]
     key: str
+    stop_ids: tuple[int, ...]
+    learned_special: tuple[int, ...]
 
 
 def prepare(data: DataSettings, chat: ChatSettings, *, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Prepared:
@@ -60,7 +65,13 @@ def prepare(data: DataSettings, chat: ChatSettings, *, tokenizer: PreTrainedToke
             remove_folder(target)
     with staged_folder(target) as stage:
         samples = [asdict(sample) for sample in _write(stage, data, encoder)]
-        record = {"key": key, "samples": samples, "report": vars(report) | {"lengths": list(report.lengths)}}
+        record = {
+            "key": key,
+            "samples": samples,
+            "report": vars(report) | {"lengths": list(report.lengths)},
+            "stop_ids": encoder.stop_ids,
+            "learned_special": encoder.learned_special(),
+        }
         (stage / "prepared.json").write_text(json.dumps(record), encoding="utf-8")
     return open_prepared(target)
 
@@ -72,7 +83,15 @@ def open_prepared(folder: Path) -> Prepared:
     report = Report(**record["report"] | {"lengths": array("q", record["report"]["lengths"])})
     held_out = map_store(folder / "held_out")
     samples = tuple(_read_sample(sample) for sample in record["samples"])
-    return Prepared(map_store(folder / "train"), held_out if len(held_out) else None, report, samples, record["key"])
+    return Prepared(
+        train=map_store(folder / "train"),
+        held_out=held_out if len(held_out) else None,
+        report=report,
+        samples=samples,
+        key=record["key"],
+        stop_ids=tuple(record["stop_ids"]),
+        learned_special=tuple(record["learned_special"]),
+    )
 
 
 def store_key(data: DataSettings, chat: ChatSettings, *, encoder: Encoder) -> str:
@@ -110,7 +129,7 @@ def encode_sources(data: DataSettings, *, encoder: Encoder) -> Iterator[tuple[Ex
     sides = ((data.train, False), (data.eval if isinstance(data.eval, tuple) else (), True))
     for sources, apart in sides:
         for example, sequences in encoder.encode_all(read_examples(sources, data, bad=bad), bad=bad):
-            held_out = apart or example.digest() < below
+            held_out = apart or (below > 0 and example.digest() < below)
             report.held_out_examples += held_out
             report.train_examples += not held_out
             yield example, sequences, held_out
@@ -161,6 +180,9 @@ def _refuse_losses(data: DataSettings, report: Report) -> None:
             f"{dropped} of {report.rows} rows dropped ({report.bad_rows} bad, {report.over_long_examples} over-long, "
         )
         raise DataError(f"{what}{report.examples_without_target} with nothing to learn)", hint=hint)
+    if report.parity_breaks:
+        what = f"{report.parity_breaks} of {report.answers} answers do not stand behind what a server would feed"
+        raise DataError(what, hint="a fault of lorasft: please report the template and one row")
     if not report.train_examples:
         raise DataError(f"nothing to train on: {report.rows} rows read, {dropped} dropped", hint=hint)
 

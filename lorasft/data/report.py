@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,24 +19,35 @@ class Report:
     duplicate_rows: int = 0
     over_long_examples: int = 0
     truncated_examples: int = 0
+    windowed_texts: int = 0
+    over_long_lost_tokens: int = 0  # supervised ones, of what was dropped or truncated
+    answers_cut: int = 0  # truncated before the token that ends them
     examples_without_target: int = 0
     split_conversations: int = 0
+    answers: int = 0  # learned, before the over-long policy
+    parity_breaks: int = 0  # of them, those that do not stand behind the ids that a server feeds
     train_examples: int = 0
     held_out_examples: int = 0
     sequences: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
+    led_answers: int = 0  # behind text that the template puts between prompt and answer, such as an empty thought
     straddling_tokens: int = 0
+    merged_systems: int = 0  # conversations whose system text stands in the first user turn
     trimmed_characters: int = 0
     dropped_characters: int = 0
+    dropped_reasoning: int = 0  # characters: by the template, or by chat.thinking
+    masked_reasoning: int = 0  # characters of the template's text: context by chat.thinking
     tools_left_out: int = 0
+    marker_differences: int = 0  # conversations whose {% generation %} markers differ, in the template's own text only
     formats: dict[str, str] = field(default_factory=dict)
     lengths: array[int] = field(default_factory=lambda: array("q"), repr=False)  # the longest sequence of each example
 
     def as_dict(self) -> dict[str, Any]:
-        """The counts, for a program to read; of the lengths only the quantiles."""
+        """The counts, for a program to read; of the lengths only quantiles and a histogram."""
         counts = {name: value for name, value in vars(self).items() if name != "lengths"}
-        return counts | {"length_quantiles": self.length_quantiles()}
+        histogram = {str(most): count for most, count in self.length_histogram()}
+        return counts | {"length_quantiles": self.length_quantiles(), "length_histogram": histogram}
 
     def length_quantiles(self) -> dict[str, int]:
         """Tokens of the longest sequence of an example: median, 90 %, 99 % and most."""
@@ -44,6 +56,12 @@ class Report:
         ordered = sorted(self.lengths)
         shares = {"50%": 0.5, "90%": 0.9, "99%": 0.99, "100%": 1.0}
         return {name: ordered[min(int(share * len(ordered)), len(ordered) - 1)] for name, share in shares.items()}
+
+    def length_histogram(self) -> list[tuple[int, int]]:
+        """(most tokens, examples) for each doubling of the length, from the shortest that occurs to the longest."""
+        bins = Counter(1 << max(length - 1, 0).bit_length() for length in self.lengths)
+        edges = (1 << power for power in range(min(bins).bit_length() - 1, max(bins).bit_length())) if bins else ()
+        return [(edge, bins[edge]) for edge in edges]
 
     def dropped_examples(self) -> int:
         return self.bad_rows + self.over_long_examples + self.examples_without_target

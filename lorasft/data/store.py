@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ ARRAYS = {  # file name -> type on disk
     "run_offsets": "<i8",  # (sequences + 1,) into runs
     "places": "<i8",  # (examples, 2) index into files, line
 }
+FLUSH = 1 << 14  # numbers kept back before they are written
 
 
 @dataclass(frozen=True)
@@ -80,16 +82,17 @@ class StoreWriter:
         self.folder = folder
         self._files: dict[str, int] = {}
         self._out: dict[str, BinaryIO] = {}
-        self._ends = {"sequence_offsets": 0, "example_offsets": 0, "run_offsets": 0}
+        self._small = {name: array("q", [0]) for name in ("sequence_offsets", "example_offsets", "run_offsets")}
+        self._small["places"] = array("q")
+        self._ends = dict.fromkeys(self._small, 0)
 
     def __enter__(self) -> StoreWriter:
         self.folder.mkdir(parents=True)
         self._out = {name: open(self.folder / name, "xb") for name in ARRAYS}  # noqa: SIM115
-        for name in self._ends:
-            self._append(name, 0)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._flush(0)
         for file in self._out.values():
             file.close()
         (self.folder / "files.json").write_text(json.dumps(list(self._files)), encoding="utf-8")
@@ -101,20 +104,25 @@ class StoreWriter:
             runs = supervised_runs(tokens)
             if len(runs) and runs[0, 0] == 0:
                 raise ValueError("a sequence's first position has no source to be learned from")
-            self._append("ids", tokens.ids)
-            self._append("runs", runs)
+            self._out["ids"].write(tokens.ids.astype("<i4", copy=False).tobytes())
+            self._out["runs"].write(runs.astype("<i4", copy=False).tobytes())
             self._advance("sequence_offsets", len(tokens))
             self._advance("run_offsets", len(runs))
             count += 1
         self._advance("example_offsets", count)
-        self._append("places", [self._files.setdefault(place.file, len(self._files)), place.line])
+        self._small["places"].extend((self._files.setdefault(place.file, len(self._files)), place.line))
+        self._flush(FLUSH)
 
     def _advance(self, name: str, by: int) -> None:
         self._ends[name] += by
-        self._append(name, self._ends[name])
+        self._small[name].append(self._ends[name])
 
-    def _append(self, name: str, values: npt.ArrayLike) -> None:
-        self._out[name].write(np.ascontiguousarray(values, dtype=ARRAYS[name]).tobytes())
+    def _flush(self, most: int) -> None:
+        """Write the numbers that were kept back, where they are more than `most`."""
+        for name, values in self._small.items():
+            if len(values) > most:
+                self._out[name].write(np.asarray(values, dtype=ARRAYS[name]).tobytes())
+                del values[:]
 
 
 def write_store(folder: Path, encoded: Iterable[tuple[Place, tuple[Tokens, ...]]]) -> TokenStore:

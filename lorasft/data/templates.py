@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 import json
-from collections.abc import Sequence
+import re
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasft.data.reasoning import FIELDS
 from lorasft.data.tokenizer import adds_bos
 from lorasft.errors import DataError, ModelError
 
@@ -38,6 +44,15 @@ NONE = (
     "{{ raise_exception('template none takes one prompt and one answer, no system text and no further turns') }}"
     "{% endif %}{{ message.content }}{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
+# Put before a template that refuses system messages: their text goes into the first user turn, here and when served.
+MERGE_SYSTEM = (
+    "{% if messages and messages[0].role == 'system' and messages[1:] and messages[1].role == 'user' %}"
+    "{% set messages = [{'role': 'user', 'content': messages[0].content + '\\n\\n' + messages[1].content}]"
+    " + messages[2:] %}{% endif %}"
+)
+CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
+LARGEST_TEMPLATE, LARGEST_TEXT = 1 << 20, 64 << 20  # characters
+SECONDS = 60  # for one conversation, which takes a thousandth of one
 BUILT_IN = {"plain": PLAIN, "chatml": CHATML, "none": NONE}
 
 
@@ -49,10 +64,19 @@ def set_template(tokenizer: PreTrainedTokenizerFast, chat: ChatSettings) -> None
     """
     chosen = chat.template or (None if tokenizer.chat_template else "plain")
     template = _load_template(tokenizer, chosen) if chosen else tokenizer.chat_template
-    if isinstance(template, dict):  # some tokenizers carry several, and pick one when tools are given
-        tokenizer.chat_template = {name: _with_options(text, chat) for name, text in template.items()}
-    else:
-        tokenizer.chat_template = _with_options(template, chat)
+    several = template if isinstance(template, dict) else {"": template}  # some carry one more, for tools
+    if max(map(len, several.values())) > LARGEST_TEMPLATE:
+        raise ModelError(f"a chat template of over {LARGEST_TEMPLATE:,} characters", hint="chat.template=FILE")
+    made = {name: _with_options(_freeze_clock(text, chat.template_date), chat) for name, text in several.items()}
+    tokenizer.chat_template = made if isinstance(template, dict) else made[""]
+    if chosen != "none" and _refuses_system(tokenizer):
+        made = {name: _before(MERGE_SYSTEM, text) for name, text in made.items()}
+        tokenizer.chat_template = made if isinstance(template, dict) else made[""]
+
+
+def merges_system(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the template had to be taught to take system messages: their text stands in the first user turn."""
+    return MERGE_SYSTEM in str(tokenizer.chat_template)
 
 
 def render(
@@ -67,14 +91,22 @@ def render(
     Raises DataError with the roles and the template's own words when it refuses, ModelError when it is broken.
     """
     import jinja2
+    from transformers.utils.chat_template_utils import _compile_jinja_template
 
+    given = list(tools) if tools else None
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages),
-            tools=list(tools) if tools else None,
-            tokenize=False,
+        # What apply_chat_template does with messages of plain JSON types, at half its price; a test compares the two.
+        compiled = _compile_jinja_template(tokenizer.get_chat_template(None, given))
+        text = compiled.render(
+            messages=[_with_reasoning(message) for message in messages],
+            tools=given,
+            documents=None,
             add_generation_prompt=generation_prompt,
+            **tokenizer.special_tokens_map,
         )
+    except TimeoutError:
+        what = f"the chat template took over {SECONDS} s"
+        raise ModelError(what, hint="chat.template=plain, or another template") from None
     except jinja2.TemplateSyntaxError as fault:
         raise ModelError(f"the chat template does not parse: {fault.message}", where=f"line {fault.lineno}") from None
     except Exception as fault:  # a template is a program: it raises what its operators raise
@@ -83,7 +115,56 @@ def render(
         if "system" in str(fault).lower():
             hint = "put the system text into the first user message, or " + hint
         raise DataError(f"the chat template refuses this conversation ({roles}): {fault}", hint=hint) from None
+    if len(text) > LARGEST_TEXT:
+        raise ModelError(f"the chat template made over {LARGEST_TEXT:,} characters of one conversation")
     return str(text)
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its reasoning under both names that templates read, as transformers gives it to them."""
+    reasoning = next((message[name] for name in FIELDS if message.get(name) is not None), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+@contextmanager
+def time_limit() -> Iterator[None]:
+    """Raise TimeoutError in the block after SECONDS; only a main thread on a Unix can be interrupted so."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, _stop)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _stop(*_: object) -> None:
+    raise TimeoutError
+
+
+def _freeze_clock(template: str, date: str | None) -> str:
+    """The template with its calls of `strftime_now` replaced by what they give on `date` (null: left to the clock)."""
+    if date is None:
+        return template
+    day = datetime.date.fromisoformat(date)
+    return CLOCK.sub(lambda call: json.dumps(day.strftime(call["format"])), template)
+
+
+def _refuses_system(tokenizer: PreTrainedTokenizerFast) -> bool:
+    question = {"role": "user", "content": "q"}
+    try:
+        with time_limit():
+            render(tokenizer, [question])
+    except DataError:  # it refuses more than that; its words come when a conversation is rendered
+        return False
+    try:
+        render(tokenizer, [{"role": "system", "content": "s"}, question])
+    except DataError:
+        return True
+    return False
 
 
 def _load_template(tokenizer: PreTrainedTokenizerFast, name: str) -> str:
@@ -111,7 +192,12 @@ def _with_options(template: str, chat: ChatSettings) -> str:
         f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
         for name, value in sorted(chat.template_options.items())
     )
-    if not head or template.startswith(head):
+    return _before(head, template)
+
+
+def _before(head: str, template: str) -> str:
+    """`head` put before a template, once: a saved one has it."""
+    if not head or head in template:
         return template
     # Jinja drops a newline after a block: one that the template begins with has to stay.
     return head + ("\n" if template.startswith("\n") else "") + template

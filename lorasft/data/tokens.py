@@ -23,5 +23,7 @@ class Tokens:
 
 def supervised_runs(tokens: Tokens) -> npt.NDArray[np.int32]:
     """Start and end of each run of labels that are learned: (runs, 2)."""
-    learned = np.concatenate([[False], tokens.labels != UNSUPERVISED, [False]])
-    return np.flatnonzero(learned[1:] != learned[:-1]).astype(np.int32).reshape(-1, 2)
+    learned = np.zeros(len(tokens) + 2, dtype=bool)
+    np.not_equal(tokens.labels, UNSUPERVISED, out=learned[1:-1])
+    runs: npt.NDArray[np.int32] = np.flatnonzero(learned[1:] != learned[:-1]).astype(np.int32)
+    return runs.reshape(-1, 2)

@@ -8,30 +8,38 @@ is checked against them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorasft.data.examples import Example, Message
+from lorasft.data.markers import differs, has_markers, marked_spans
+from lorasft.data.reasoning import FIELDS, reasoning_of, without_reasoning
 from lorasft.data.report import Report
-from lorasft.data.templates import render
+from lorasft.data.templates import render, time_limit
 from lorasft.data.tokenizer import control_tokens
 from lorasft.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+Thinking = Literal["follow_template", "mask", "drop", "error"]
 PLAIN_KEYS = {"role", "content", "name", "train"}
 QUESTION, ANSWER = "Which word comes first?", "lorasftProbeAnswer"  # nothing a template would trim or rewrite
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Characters of a draft: the prompt ends at `prompt`; `start` to `end` is learned."""
+    """Characters of a draft: the prompt ends at `prompt`; `start` to `end` is learned.
+
+    `masked`: characters of reasoning before `start`, which are context.
+    """
 
     prompt: int
     start: int
     end: int
+    masked: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,23 +63,30 @@ class Habits:
 class TurnFinder:
     """Drafts conversations with one tokenizer's template."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, report: Report) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, report: Report, *, thinking: Thinking) -> None:
         """Raises ModelError when the template is broken."""
         self.tokenizer = tokenizer
+        self.thinking = thinking
         self.report = report
         self.special = control_tokens(tokenizer)
         added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
         self.ends = tuple(token for token in added.union(self.special) if token.strip())  # Gemma adds runs of newlines
+        self._only_ends = re.compile("|".join([r"\s", *map(re.escape, self.ends)]).join(("(?:", ")*")))
         self.probe_text, self.habits = self._probe()
+        before, behind = self.probe_text[self.probe_text.find(QUESTION) + len(QUESTION) :].split(ANSWER)
+        self.around_answer = f"{before}\0{behind}\0{behind}{before}"  # what the template writes about an answer
+        self.has_markers = has_markers(str(tokenizer.chat_template))
 
     def draft(self, example: Example, targets: Sequence[int]) -> tuple[Draft, ...]:
         """One draft that holds all answers (`targets`: message indices), or one per answer where that is not exact."""
         together = self._draft_together(example, targets) if len(targets) > 1 else None
         drafts = (together,) if together else tuple(self.draft_turn(example, target) for target in targets)
         self.report.split_conversations += len(drafts) > 1
-        answers = (answer for draft in drafts for answer in draft.answers)
-        for target, answer in zip(targets, answers, strict=True):
-            self._count_losses(example.messages[target], answer)
+        answers = ((draft, answer) for draft in drafts for answer in draft.answers)
+        for target, (draft, answer) in zip(targets, answers, strict=True):
+            self._count_losses(example.messages[target], target, draft.text, answer)
+        if self.has_markers and targets:
+            self._compare_markers(example, targets, drafts)
         if example.tools and not any(_name(tool) in draft.text for tool in example.tools for draft in drafts):
             self.report.tools_left_out += 1
         return drafts
@@ -81,14 +96,34 @@ class TurnFinder:
         message = example.messages[target]
         text = self._render(example, target + 1)
         prompt = self.prompt(example, target)
+        base = prompt.removesuffix(self.habits.prompt_only)
+        if reasoning_of(message) and not text.startswith(base):
+            bare = replace(example, messages=(*example.messages[:target], without_reasoning(message)))
+            if self._render(bare, target + 1).startswith(base):
+                # A prompt that closes the thought, such as enable_thinking=false, leaves reasoning no place.
+                return self.draft_turn(bare, target)
         region = self._behind_prompt(text, prompt, message)
         if region is None:
             raise DataError(f"the chat template does not show the answer of message {target + 1}")
         if message.get("tool_calls"):
             self._refuse_lost_calls(example, target, text, region)
         start, end, add_eos = self._locate(region, message)
-        answer = Answer(len(prompt), len(prompt) + start, len(prompt) + end)
+        masked = self._reasoning_before(region[start:end], example, target) if self._masks(message) else 0
+        answer = Answer(len(prompt), len(prompt) + start + masked, len(prompt) + end, masked)
         return Draft(prompt + (region[:end] if add_eos else region), (answer,), add_eos)
+
+    def _masks(self, message: Message) -> bool:
+        return self.thinking == "mask" and bool(reasoning_of(message))
+
+    def _reasoning_before(self, said: str, example: Example, target: int) -> int:
+        """How many characters of an answer are its reasoning: it ends as it would had there been none."""
+        bare = without_reasoning(example.messages[target])
+        alone = self.draft_turn(replace(example, messages=(*example.messages[:target], bare)), target)
+        rest = alone.text[alone.answers[0].start : alone.answers[0].end]
+        if not said.endswith(rest):
+            hint = "chat.thinking=follow_template or drop"
+            raise DataError(f"the reasoning of message {target + 1} cannot be told from its answer", hint=hint)
+        return len(said) - len(rest)
 
     def _behind_prompt(self, text: str, prompt: str, message: Message) -> str | None:
         base = prompt.removesuffix(self.habits.prompt_only)
@@ -97,8 +132,7 @@ class TurnFinder:
         if text.startswith(base):
             return text[len(base) :]
         # The answer changes what stands before it: take the answer, and keep the server's prompt.
-        content = message["content"].strip()
-        at = text.rfind(content) if content else -1
+        at = self._find_said(text, message["content"], len(text))
         return text[at:] if at >= 0 else None
 
     def prompt(self, example: Example, target: int) -> str:
@@ -125,7 +159,8 @@ class TurnFinder:
     def _locate_inside(self, text: str, prompt: int, example: Example, target: int) -> Answer | None:
         """An earlier answer within the whole conversation, if it stands there as it would as the last."""
         message = example.messages[target]
-        if not message.get("tool_calls") and text.startswith(self.habits.lead + message["content"], prompt):
+        simple = not message.get("tool_calls") and not self._masks(message)
+        if simple and text.startswith(self.habits.lead + message["content"], prompt):
             start = prompt + len(self.habits.lead)
             end = start + len(message["content"])
             if self.habits.end and text.startswith(self.habits.end, end):
@@ -143,7 +178,7 @@ class TurnFinder:
         add_eos = end is None
         end = len(region.rstrip()) if end is None else end
         if message.keys() <= PLAIN_KEYS:  # whatever stands before the row's own text is the template's
-            start = region.rfind(message["content"].strip(), 0, end)
+            start = self._find_said(region, message["content"], end)
             if start >= 0:
                 return start, end, add_eos
         # Rewritten content, reasoning, tool calls: all of it comes from the row, but for the template's usual lead.
@@ -157,6 +192,17 @@ class TurnFinder:
                     if text and region.startswith(text, len(lead)) and self._ends_turn(region, end):
                         return len(lead), end
         return None
+
+    def _find_said(self, text: str, content: str, end: int) -> int:
+        """Where `content` (or without the blanks round it) last stands before `end`, best with nothing but ends behind;
+        a word of the template, such as `n` in <|end|>, is not taken for it."""
+        for said in dict.fromkeys((content, content.strip())):
+            at = text.rfind(said, 0, end) if said.strip() else -1
+            while at >= 0:
+                if self._only_ends.fullmatch(text, at + len(said), end):
+                    return at
+                at = text.rfind(said, 0, at + len(said) - 1)
+        return text.rfind(content.strip(), 0, end) if content.strip() else -1
 
     def _ends_turn(self, region: str, at: int) -> bool:
         return region.startswith(self.habits.end, at) if self.habits.end else not region[at:].strip()
@@ -173,28 +219,59 @@ class TurnFinder:
             text = text[: -len(token)].rstrip()
         return after_last
 
-    def _count_losses(self, message: Message, answer: Answer) -> None:
-        if message.get("tool_calls"):  # rewritten altogether; _refuse_lost_calls looks after them
+    def _count_losses(self, message: Message, target: int, text: str, answer: Answer) -> None:
+        reasoning = reasoning_of(message)
+        if reasoning and reasoning not in text[answer.start - answer.masked : answer.end]:
+            if self.thinking == "error":
+                what = f"the template drops the reasoning of message {target + 1}"
+                raise DataError(what, hint="chat.thinking=follow_template or drop")
+            self.report.dropped_reasoning += len(reasoning)
+            self.report.dropped_characters += len(reasoning) if message.get("tool_calls") else 0
+        self.report.masked_reasoning += answer.masked
+        self.report.led_answers += bool(text[answer.prompt : answer.start - answer.masked].strip())
+        if message.get("tool_calls"):  # their content is rewritten altogether; _refuse_lost_calls looks after them
             return
-        shown = answer.end - answer.start - len(self.habits.end)
-        content, reasoning = message["content"], str(message.get("reasoning_content") or "")
-        kept = len(content.strip()) + len(reasoning.strip())
+        shown = answer.end - answer.start + answer.masked - len(self.habits.end)
+        content, field = message["content"], reasoning if any(message.get(name) for name in FIELDS) else ""
+        kept = len(content.strip()) + len(field)
         self.report.dropped_characters += max(0, kept - shown)
         if kept <= shown < len(content):
             self.report.trimmed_characters += len(content) - shown
 
+    def _compare_markers(self, example: Example, targets: Sequence[int], drafts: Sequence[Draft]) -> None:
+        """Count the conversations whose markers differ from what is learned; raises DataError for wrong ones."""
+        answers = [
+            at for at, message in enumerate(example.messages[: targets[-1] + 1]) if message["role"] == "assistant"
+        ]
+        last = drafts[-1]
+        whole = len(drafts) == 1 and list(targets) == answers
+        marked = marked_spans(self.tokenizer, example.messages[: targets[-1] + 1], example.tools)
+        ours = last.answers if whole else last.answers[-1:]
+        since = 0 if whole else ours[0].prompt
+        spans = [(answer.start, answer.end) for answer in ours]
+        different = differs(last.text, spans, marked, around=self.around_answer, since=since)
+        self.report.marker_differences += different
+
     def _refuse_lost_calls(self, example: Example, target: int, text: str, region: str) -> None:
         """Raise DataError when the template renders a message's tool calls not at all, or only some of them."""
         message = example.messages[target]
-        names = [_name(call) for call in message["tool_calls"]]
-        silent = {key: value for key, value in message.items() if key != "tool_calls"}
-        try:
-            lost = self._render(replace(example, messages=(*example.messages[:target], silent)), target + 1) == text
-        except DataError:  # it looks for the calls, then
-            lost = False
-        if lost or not all(name in region for name in names):
+        calls = message["tool_calls"]
+        fewer = [[], *([*calls[:at], *calls[at + 1 :]] for at in range(len(calls) if len(calls) > 1 else 0))]
+        if not all(_name(call) in region for call in calls) or any(
+            self._same_without(example, target, text, kept) for kept in fewer
+        ):
             what = f"the chat template leaves out the tool calls of message {target + 1}"
             raise DataError(what, hint="chat.template=FILE with a template that renders them")
+
+    def _same_without(self, example: Example, target: int, text: str, calls: list[dict[str, Any]]) -> bool:
+        """Whether the template renders the same text when the message has no more than `calls`."""
+        message = {**example.messages[target], "tool_calls": calls}
+        if not calls:
+            del message["tool_calls"]
+        try:
+            return self._render(replace(example, messages=(*example.messages[:target], message)), target + 1) == text
+        except DataError:  # it looks for the calls, then
+            return False
 
     def _render(self, example: Example, upto: int) -> str:
         return render(self.tokenizer, example.messages[:upto], example.tools)
@@ -203,7 +280,8 @@ class TurnFinder:
         asked = [{"role": "user", "content": QUESTION}]
         answered = [*asked, {"role": "assistant", "content": ANSWER}]
         try:
-            prompt, text = self._render_probe(asked, True), self._render_probe(answered, False)
+            with time_limit():
+                prompt, text = self._render_probe(asked, True), self._render_probe(answered, False)
         except DataError as fault:
             hint = "chat.template_options sets its variables; chat.template=plain does without it"
             raise ModelError(fault.what, where="a probe", hint=hint) from None

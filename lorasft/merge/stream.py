@@ -23,6 +23,7 @@ _BLOCK = 4 << 20  # bytes held of a tensor at a time
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _CONV1D_MODELS = {"gpt2", "openai-gpt"}  # their checkpoints store linears (in, out)
 _SIDECARS = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+_GENERATION = "generation_config.json"
 _INDEX = "model.safetensors.index.json"
 
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
@@ -212,12 +213,21 @@ def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:
 
 def _copy_sidecars(base: Path, adapter: Path, stage: Path) -> None:
     """Config, tokenizer and generation config byte for byte as the base has them; the template of training."""
-    template = adapter / "chat_template.jinja"
+    changed = {"chat_template.jinja"} if (adapter / "chat_template.jinja").is_file() else set()
+    if _stops(adapter) - _stops(base):  # training found that generation would run past the end of a turn
+        changed.add(_GENERATION)
     for path in sorted(_sidecars(base)):
-        if path.name != template.name or not template.is_file():
+        if path.name not in changed:
             shutil.copyfile(path, stage / path.name)
-    if template.is_file():
-        shutil.copyfile(template, stage / template.name)
+    for name in sorted(changed):
+        shutil.copyfile(adapter / name, stage / name)
+
+
+def _stops(folder: Path) -> set[int]:
+    """The tokens that end generation, by the folder's generation config."""
+    path = folder / _GENERATION
+    stops = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
+    return set(stops if isinstance(stops, list) else [] if stops is None else [stops])
 
 
 def _sidecars(base: Path) -> Iterator[Path]:

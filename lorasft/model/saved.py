@@ -28,8 +28,9 @@ class Saved:
 
     @property
     def chat(self) -> ChatSettings:
-        """How prompts are made: the template was saved with the adapter, so only the system message is left."""
-        return ChatSettings(system=self.recipe.chat.system if self.recipe else None)
+        """How prompts are made: the template was saved with the adapter; the system message and the date are left."""
+        chat = self.recipe.chat if self.recipe else None
+        return ChatSettings(system=chat.system if chat else None, template_date=chat.template_date if chat else None)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ adapter/           the result: a plain PEFT adapter with tokenizer and template
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from accelerate import PartialState
 from lorasft.data.packing import Plan, count_steps
 from lorasft.data.prepare import Prepared, prepare
 from lorasft.data.tokenizer import compare_with_file, load_tokenizer
+from lorasft.data.untrained import refuse_untrained
 from lorasft.errors import ModelError, RecipeError
 from lorasft.files import locked, make_folder, remove_folder, staged_folder, sweep, truncate, write_file
 from lorasft.model.adapter import attach_adapter, check_targets, load_adapter, trainable, write_adapter
@@ -82,6 +84,8 @@ def _open(recipe: Recipe, folder: Path, *, resume: bool) -> Opened:
     if saved:
         refuse_changes(recipe, folder, saved, data=prepared.key)
     plan = make_plan(recipe, examples=len(prepared.train), device=device, saved=saved)
+    if not recipe.adapter.modules_to_save:
+        refuse_untrained(recipe.model.base, tokenizer, learned=prepared.learned_special)
 
     model, network, layout = load_model(recipe, device, saved=saved, micro_batch_tokens=plan.micro_batch_tokens)
     parameters = trainable(model)
@@ -104,9 +108,13 @@ def _open(recipe: Recipe, folder: Path, *, resume: bool) -> Opened:
     if not saved:  # from here on there is something to resume, so this is what makes the folder a run
         save(run, state)
         write_start(folder, recipe, prepared, layout=layout, config=config)
-    notice = compare_with_file(tokenizer)
+    notices = [notice] if (notice := compare_with_file(tokenizer)) else []
+    unstopped = missing_stop(prepared, network.causal)
+    if unstopped is not None:
+        token = tokenizer.convert_ids_to_tokens(unstopped)
+        notices.append(f"generation of this base does not stop at {token}: the adapter's generation_config.json will")
     notes = (
-        *([notice] if notice else []),
+        *notices,
         *(f"skipped {reason}" for reason in skipped),
         *network.notices,
         *([] if run.held_out or recipe.data.eval is None else ["no rows are held out: data.eval=FILE names some"]),
@@ -152,6 +160,7 @@ def finish(opened: Opened, state: State) -> Path:
         with staged_folder(target) as stage:
             write_adapter(run.learner.model, stage, base=run.recipe.model)
             opened.tokenizer.save_pretrained(stage)
+            write_generation_config(stage, opened.prepared, run.network.causal)
             # Whoever copies the adapter elsewhere takes along how its base was quantized and its prompts were made.
             write_file(stage / "recipe.yaml", dump_recipe(run.recipe).encode())
     run.logbook.close()
@@ -188,6 +197,23 @@ def refuse_ids(prepared: Prepared, config: Any) -> None:
                 f"the tokenizer gives id {int(store.ids.max())}, the model has {rows} embedding rows",
                 hint="use the tokenizer that belongs to the model",
             )
+
+
+def missing_stop(prepared: Prepared, causal: Any) -> int | None:
+    """The token that ends the answers of the data, when generation with this base would run on past it."""
+    own = causal.generation_config.eos_token_id
+    stop = prepared.stop_ids[0]
+    return None if prepared.report.answers == 0 or stop in (own if isinstance(own, list) else [own]) else stop
+
+
+def write_generation_config(folder: Path, prepared: Prepared, causal: Any) -> None:
+    """The base's generation config, which stops where the answers of the data end."""
+    config = copy.deepcopy(causal.generation_config)
+    stop = missing_stop(prepared, causal)
+    if stop is not None:
+        own = config.eos_token_id
+        config.eos_token_id = [stop, *(own if isinstance(own, list) else [] if own is None else [own])]
+    config.save_pretrained(folder)
 
 
 def make_plan(recipe: Recipe, *, examples: int, device: torch.device, saved: State | None) -> Plan:

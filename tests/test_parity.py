@@ -1,0 +1,90 @@
+"""Parity with a server, counted from the finished ids and labels: it holds, and mutants break it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_chat import conversation, make_encoder
+from tiny_tokenizer import save_tokenizer
+
+from lorasft.data.chat import Encoder, parity_breaks
+from lorasft.data.prepare import encode_sources
+from lorasft.data.tokenizer import load_tokenizer
+from lorasft.data.tokens import UNSUPERVISED, Tokens
+from lorasft.errors import DataError
+from lorasft.recipe import DataSettings
+
+THREE = conversation("a", "A", "b", "B", "c", "C")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Any:
+    return load_tokenizer(str(save_tokenizer(tmp_path)))
+
+
+def one_earlier(tokens: Tokens) -> Tokens:
+    """Labels begin one token too early."""
+    learned = tokens.labels != UNSUPERVISED
+    learned |= np.append(learned[1:], False)
+    return Tokens(tokens.ids, np.where(learned, tokens.ids, UNSUPERVISED).astype(np.int32))
+
+
+def other_context(tokens: Tokens) -> Tokens:
+    """One id of the context is another."""
+    ids = tokens.ids.copy()
+    ids[2] += 1
+    return Tokens(ids, np.where(tokens.labels == UNSUPERVISED, UNSUPERVISED, ids).astype(np.int32))
+
+
+def bos_twice(tokens: Tokens) -> Tokens:
+    return Tokens(np.append(tokens.ids[:1], tokens.ids), np.append(UNSUPERVISED, tokens.labels).astype(np.int32))
+
+
+@pytest.mark.parametrize("mutant", [one_earlier, other_context, bos_twice])
+def test_mutants_break_parity(tiny: Any, mutant: Callable[[Tokens], Tokens], monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = make_encoder(tiny)
+    assert sound.encode(THREE) and (sound.report.answers, sound.report.parity_breaks) == (3, 0)
+    learn = Encoder._learn
+    monkeypatch.setattr(Encoder, "_learn", lambda *args: mutant(learn(*args)))
+    broken = make_encoder(tiny)
+    broken.encode(THREE)
+    assert broken.report.parity_breaks == 3
+
+
+def test_broken_parity_stops_the_run(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    encoder = make_encoder(tiny)
+    data = DataSettings(train=(str(rows),), eval=None)
+    learn = Encoder._learn
+    monkeypatch.setattr(Encoder, "_learn", lambda *args: one_earlier(learn(*args)))
+    with pytest.raises(DataError, match="1 of 1 answers do not stand behind") as fault:
+        list(encode_sources(data, encoder=encoder))
+    assert fault.value.exit_code == 3
+
+
+def test_an_earlier_prompt_inside_a_sequence_is_checked() -> None:
+    ids = np.arange(10, dtype=np.int32)
+    labels = np.full(10, UNSUPERVISED, dtype=np.int32)
+    labels[[3, 7, 8]] = ids[[3, 7, 8]]
+    prompts = [[0, 1, 2], [0, 1, 2, 3, 4, 5, 6]]
+    assert parity_breaks(Tokens(ids, labels), prompts) == 0
+    assert parity_breaks(Tokens(ids, labels), [[0, 1, 9], prompts[1]]) == 1
+    assert parity_breaks(Tokens(ids, labels), [prompts[0], prompts[1] + [7]]) == 1
+    assert parity_breaks(Tokens(ids, labels), [prompts[0], prompts[0]]) == 1
+
+
+@pytest.mark.parametrize(("policy", "counts"), [("drop", (1, 0, 0)), ("truncate", (0, 1, 1))])
+def test_what_over_long_rows_lose_is_counted(tiny: Any, policy: str, counts: tuple[int, int, int]) -> None:
+    example = conversation("hi", "the cat sat on the mat " * 9)
+    whole = make_encoder(tiny)
+    whole.encode(example)
+    encoder = make_encoder(tiny, max_length=10, overlong=policy)
+    left = sum(int((tokens.labels != UNSUPERVISED).sum()) for tokens in encoder.encode(example))
+    report = encoder.report
+    assert (report.over_long_examples, report.truncated_examples, report.answers_cut) == counts
+    assert report.over_long_lost_tokens == whole.report.supervised_tokens - left

@@ -1,0 +1,161 @@
+"""Reasoning learned, masked, dropped or refused; and `{% generation %}` markers against what is learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_chat import PLACE, check_prompts, conversation, learned_text, make_encoder, needs_shared, shared_tokenizer
+from tiny_tokenizer import save_tokenizer
+
+from lorasft.data.examples import Example
+from lorasft.data.tokenizer import load_tokenizer
+from lorasft.errors import DataError
+
+THINKING = (  # as Qwen3: earlier thoughts are cut, a field or an inline thought of the last turn is shown
+    "{% for m in messages %}<|start|>{{ m.role }}\n"
+    "{% set thought = m.reasoning_content or (m.content.split('</think>')[0].split('<think>')[-1] "
+    "if '</think>' in m.content else '') %}"
+    "{% if thought and loop.last %}<think>\n{{ thought | trim }}\n</think>\n\n{% endif %}"
+    "{{ m.content.split('</think>')[-1] | trim }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+MARKED = (
+    "{{ bos_token }}{% for m in messages %}<|start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>{% endgeneration %}\n"
+    "{% else %}{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+TWICE = conversation("q", "<think>first</think>A", "r", "<think>second</think>\n\nB")
+FIELD = Example(
+    ({"role": "user", "content": "q"}, {"role": "assistant", "content": "A", "reasoning_content": "hm"}),
+    None,
+    None,
+    PLACE,
+)
+
+
+def tiny(tmp_path: Path, template: str) -> Any:
+    return load_tokenizer(str(save_tokenizer(tmp_path / "tokenizer", template=template)))
+
+
+@pytest.mark.parametrize(
+    ("thinking", "learned", "dropped"),
+    [
+        ("follow_template", ["<think>\nfirst\n</think>\n\nA<|end|>", "<think>\nsecond\n</think>\n\nB<|end|>"], 0),
+        ("mask", ["A<|end|>", "B<|end|>"], 0),
+        ("drop", ["A<|end|>", "B<|end|>"], len("firstsecond")),
+        ("error", ["<think>\nfirst\n</think>\n\nA<|end|>", "<think>\nsecond\n</think>\n\nB<|end|>"], 0),
+    ],
+)
+def test_what_becomes_of_reasoning(tmp_path: Path, thinking: str, learned: list[str], dropped: int) -> None:
+    tokenizer = tiny(tmp_path, THINKING)
+    encoder = make_encoder(tokenizer, chat={"thinking": thinking})
+    sequences = encoder.encode(TWICE)
+    assert [text for tokens in sequences for text in learned_text(tokenizer, tokens)] == learned
+    shown = tokenizer.decode(sequences[-1].ids)
+    assert ("second" in shown) == (thinking != "drop") and "first" not in shown  # as a server shows earlier turns
+    report = encoder.report
+    assert (report.dropped_reasoning, report.parity_breaks, report.answers) == (dropped, 0, 2)
+    assert (report.masked_reasoning > 0) == (thinking == "mask")
+    (told,) = encoder.encode(FIELD)
+    assert learned_text(tokenizer, told) == [
+        "<think>\nhm\n</think>\n\nA<|end|>" if "<think>" in learned[0] else "A<|end|>"
+    ]
+    if thinking in ("follow_template", "error"):
+        check_prompts(tokenizer, TWICE, sequences)
+
+
+def test_reasoning_that_the_template_drops_is_counted_or_refused(tmp_path: Path) -> None:
+    tokenizer = tiny(tmp_path, MARKED)  # reads no reasoning_content
+    encoder = make_encoder(tokenizer)
+    encoder.encode(FIELD)
+    assert (encoder.report.dropped_reasoning, encoder.report.dropped_characters) == (2, 2)
+    with pytest.raises(DataError, match="drops the reasoning of message 2"):
+        make_encoder(tokenizer, chat={"thinking": "error"}).encode(FIELD)
+    only = conversation("q", "<think>hm</think>")
+    with pytest.raises(DataError, match="nothing but reasoning"):
+        make_encoder(tokenizer, chat={"thinking": "drop"}).encode(only)
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["gpt-oss", "qwen3"])
+def test_masked_reasoning_of_real_templates(name: str) -> None:
+    tokenizer = shared_tokenizer(name)
+    (learned,) = make_encoder(tokenizer).encode(FIELD)
+    (masked,) = make_encoder(tokenizer, chat={"thinking": "mask"}).encode(FIELD)
+    assert learned.ids.tolist() == masked.ids.tolist()
+    assert "hm" in learned_text(tokenizer, learned)[0] and "hm" not in learned_text(tokenizer, masked)[0]
+    assert "A" in learned_text(tokenizer, masked)[0] and "hm" in tokenizer.decode(masked.ids)
+
+
+CHAT = conversation("q", "A", "r", "B")
+
+
+def test_markers_that_agree(tmp_path: Path) -> None:
+    for template in (MARKED, MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")):
+        encoder = make_encoder(tiny(tmp_path, template))
+        (tokens,) = encoder.encode(CHAT)
+        assert learned_text(encoder.turns.tokenizer, tokens) == ["A<|end|>", "B<|end|>"]
+        assert encoder.report.marker_differences == 0
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes"),
+    [
+        ("{% endgeneration %}\n", "\n{% endgeneration %}"),  # the newline behind the turn
+        ("<|end|>{% endgeneration %}", "{% endgeneration %}<|end|>"),  # not the end of the turn
+        ("<|start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}",  # the header
+         "{% if m.role == 'assistant' %}{% generation %}<|start|>{{ m.role }}\n"),
+    ],
+)  # fmt: skip
+def test_markers_that_differ_in_the_templates_own_text_are_counted(tmp_path: Path, was: str, becomes: str) -> None:
+    template = MARKED.replace(was, becomes)
+    if "<|start|>{{ m.role }}\n{% if" not in template:
+        template = template.replace("{% else %}", "{% else %}<|start|>{{ m.role }}\n")
+    assert template != MARKED
+    encoder = make_encoder(tiny(tmp_path, template))
+    assert encoder.encode(CHAT) and encoder.report.marker_differences == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "what"),
+    [
+        (MARKED.replace("{{ m.content }}<|end|>\n{% endif %}",
+                        "{% generation %}{{ m.content }}{% endgeneration %}<|end|>\n{% endif %}"),
+         "mark what is no answer: 'q'"),
+        (MARKED.replace("'assistant' %}{% gen", "'assistant' and loop.last %}{% gen"), "leave out an answer: 'A"),
+        (MARKED.replace("{% generation %}{{ m.content }}<|end|>", "{{ m.content }}{% generation %}<|end|>"),
+         "leave out"),
+    ],
+)  # fmt: skip
+def test_markers_that_are_wrong_are_refused(tmp_path: Path, template: str, what: str) -> None:
+    with pytest.raises(DataError, match=what) as fault:
+        make_encoder(tiny(tmp_path, template)).encode(CHAT)
+    assert fault.value.where == "rows.jsonl:1"
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["gemma-2-standin", "llama-3.1", "qwen2.5"])
+def test_the_markers_of_trls_training_templates(name: str) -> None:
+    from test_chat import SHARED
+
+    short = name.split("-")[0].replace("llama", "llama3").replace("qwen2.5", "qwen2_5")
+    file = SHARED / f"templates/trl-{short}_training.jinja"
+    encoder = make_encoder(shared_tokenizer(name), chat={"template": str(file)})
+    (tokens,) = encoder.encode(conversation("q", "A" * 9, "r", "  B"))
+    assert len(learned_text(encoder.turns.tokenizer, tokens)) == 2
+    assert encoder.report.marker_differences == (name != "llama-3.1")  # those two mark the newline behind the turn
+
+
+def test_a_prompt_that_closes_the_thought_leaves_reasoning_no_place(tmp_path: Path) -> None:
+    closed = "{% if add_generation_prompt %}<|start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+    template = THINKING.replace("{% if add_generation_prompt %}<|start|>assistant\n{% endif %}", closed).replace(
+        "{% if thought and loop.last %}", "{% if loop.last and m.role == 'assistant' %}"
+    )
+    encoder = make_encoder(tiny(tmp_path, template))
+    (tokens,) = encoder.encode(FIELD)
+    assert learned_text(encoder.turns.tokenizer, tokens) == ["A<|end|>"]
+    assert encoder.report.dropped_reasoning == 2
+    check_prompts(encoder.turns.tokenizer, FIELD, (tokens,))
