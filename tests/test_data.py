@@ -23,7 +23,7 @@ from lorasft.data.store import open_store, write_store
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.data.tokens import UNSUPERVISED, Tokens
 from lorasft.errors import DataError, LorasftError, ModelError, Several
-from lorasft.recipe import ChatSettings, DataSettings
+from lorasft.recipe import ChatSettings, DataSettings, DataSource
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 CHAT_ROW = '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}'
@@ -513,3 +513,22 @@ def test_preview_ends_with_the_code_of_its_fault(recipe: Path, tmp_path: Path, c
 def test_values_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Place("f", 1).line = 2  # type: ignore[misc]
+
+
+def test_data_sets_of_the_hub_go_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is out of reach here; its library reads a folder the same way. Nulls of Arrow are dropped."""
+    import datasets
+
+    from lorasft.data.rows import read_hub
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "org" / "set"
+    folder.mkdir(parents=True)
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "extra": {"x": 1}},
+        {"messages": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}], "extra": {"y": 2}},
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    read = list(read_hub(DataSource(path=str(folder))))
+    assert [row for _, row in read] == rows
+    assert [place.line for place, _ in read] == [1, 2]
