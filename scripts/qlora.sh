@@ -47,7 +47,7 @@ say "merging"
 lorasft merge "$run" --out "$run-merged" > /dev/null
 say "what lies where"
 cat >&2 <<EOF
-  $run/adapter      the adapter: loads in PEFT, vLLM and TRL
+  $run/adapter      the adapter, in PEFT's own format
   $run/metrics.jsonl
   $run-merged       full weights: loads with AutoModelForCausalLM.from_pretrained
 EOF
