@@ -19,7 +19,7 @@ from lorasft.data.examples import Example, held_out_below, read_examples
 from lorasft.data.prepare import open_prepared, prepare, store_key
 from lorasft.data.report import BadRows, Report
 from lorasft.data.rows import LARGEST_ROW, Place
-from lorasft.data.store import open_store, write_store
+from lorasft.data.store import StoreWriter, map_store
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.data.tokens import UNSUPERVISED, Tokens
 from lorasft.errors import DataError, LorasftError, ModelError, Several
@@ -337,28 +337,19 @@ def test_the_store_gives_back_what_was_written(tmp_path: Path, kept_back: int, m
             learned[0] = False
             sequences.append(as_tokens(*((int(random.integers(2**31 - 1)), bool(flag)) for flag in learned)))
         examples.append((Place(f"file{line % 3}", line), tuple(sequences)))
-    store = write_store(tmp_path / "store", examples)
+    with StoreWriter(tmp_path / "store") as writer:
+        for place, sequences in examples:
+            writer.add(place, sequences)
+    store = map_store(tmp_path / "store")
     assert len(store) == 30
-    flat = [tokens for _, sequences in examples for tokens in sequences]
-    assert store.lengths().tolist() == list(map(len, flat))
-    assert store.supervised().tolist() == [int((tokens.labels != UNSUPERVISED).sum()) for tokens in flat]
     assert np.diff(store.example_offsets).tolist() == [len(sequences) for _, sequences in examples]
     for index, (place, sequences) in enumerate(examples):
         assert store.place(index) == place
         for mine, written in zip(store.sequences(index), sequences, strict=True):
             assert mine.ids.dtype == mine.labels.dtype == np.int32
             assert (mine.ids == written.ids).all() and (mine.labels == written.labels).all()
-    with pytest.raises(ValueError, match="first position"):
-        write_store(tmp_path / "bad", [(Place("f", 1), (as_tokens((5, True)),))])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]  # nothing half done stays
-
-
-def test_a_damaged_store_is_not_opened(tmp_path: Path) -> None:
-    write_store(tmp_path / "store", [(Place("f", 1), (as_tokens((5, False), (6, True)),))])
-    ids = tmp_path / "store/tokens/ids"
-    ids.write_bytes(ids.read_bytes()[::-1])
-    with pytest.raises(ModelError, match="does not match its hash"):
-        open_store(tmp_path / "store")
+    with StoreWriter(tmp_path / "bad") as writer, pytest.raises(ValueError, match="first position"):
+        writer.add(Place("f", 1), (as_tokens((5, True)),))
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,8 @@ def test_merged_logits_equal_the_adapters(name: str, tmp_path: Path) -> None:
     ids = torch.arange(5, 70).unsqueeze(0)
     with torch.no_grad():
         wanted = adapted(ids).logits
-        assert (merged(ids).logits - wanted).abs().max() < 1e-4 * wanted.abs().max()
+        apart = (merged(ids).logits - wanted).abs().max()
+        assert apart < 1e-4
         with adapted.disable_adapter():
             assert (adapted(ids).logits - wanted).abs().max() > 0.1
 

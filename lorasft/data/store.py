@@ -15,7 +15,6 @@ import numpy.typing as npt
 from lorasft.data.rows import Place
 from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs
 from lorasft.errors import ModelError
-from lorasft.files import staged_folder, verify_folder
 
 Ints = npt.NDArray[np.int64]
 ARRAYS = {  # file name -> type on disk
@@ -48,15 +47,6 @@ class TokenStore:
         """The sequences of one example (one, or one per turn)."""
         first, last = self.example_offsets[example : example + 2]
         return tuple(self._sequence(int(index)) for index in range(first, last))
-
-    def lengths(self) -> Ints:
-        """Tokens of each sequence: (sequences,); `example_offsets` says whose they are."""
-        return np.diff(self.sequence_offsets)
-
-    def supervised(self) -> Ints:
-        """Supervised tokens of each sequence: (sequences,)."""
-        ends = np.concatenate([[0], np.cumsum(self.runs[:, 1].astype(np.int64) - self.runs[:, 0])])
-        return np.diff(ends[self.run_offsets])
 
     def place(self, example: int) -> Place:
         """The file and line that an example came from."""
@@ -123,20 +113,6 @@ class StoreWriter:
             if len(values) > most:
                 self._out[name].write(np.asarray(values, dtype=ARRAYS[name]).tobytes())
                 del values[:]
-
-
-def write_store(folder: Path, encoded: Iterable[tuple[Place, tuple[Tokens, ...]]]) -> TokenStore:
-    """Write examples to `folder`, whole or not at all, and open it. Raises RecipeError when it exists."""
-    with staged_folder(folder) as stage, StoreWriter(stage / "tokens") as writer:
-        for place, sequences in encoded:
-            writer.add(place, sequences)
-    return open_store(folder)
-
-
-def open_store(folder: Path) -> TokenStore:
-    """Open what write_store committed, verified. Raises ModelError when a file is missing or differs."""
-    verify_folder(folder)
-    return map_store(folder / "tokens")
 
 
 def map_store(folder: Path) -> TokenStore:

@@ -100,7 +100,7 @@ def _open(recipe: Recipe, folder: Path, *, resume: bool) -> Opened:
         recipe=recipe,
         plan=replace(plan, micro_batch_tokens=layout.micro_batch_tokens),
         rows=prepared.train,
-        held_out=prepared.held_out if prepared.held_out is not None and len(prepared.held_out) else None,
+        held_out=prepared.held_out,
         network=network,
         learner=learner,
         logbook=Logbook(folder, recipe, steps=plan.steps, first_step=state.step + 1),
