@@ -38,6 +38,7 @@ def test_the_facts_of_the_whole_set(recipe: Path, capsys: Any) -> None:
     assert "25 rows read (prompt-completion), in 24 sequences" in out
     assert "4 steps an epoch" not in out and "3 steps an epoch, about" in out
     assert "parity: 25 of 25 answers" in out and "1 over-long, dropped" in out
+    assert re.search(r"dropped: .*rows.jsonl:25: \d+ tokens, over data.max_length \(80\)", out)
     assert re.search(r"\d learned tokens lost to the over-long policy", out)
     bars = re.findall(r"up to +(\d+) tokens: +(\d+)", out)
     assert [(int(most), int(count)) for most, count in bars] == [(32, 24), (64, 0), (128, 1)]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Part = tuple[str, bool, bool]  # text, whether it is learned, whether it is a special token
 Row = dict[str, Any]  # title, parts
+DROPPED_SHOWN = 10
 DIM, GREEN, MAGENTA, PLAIN = "\x1b[2m", "\x1b[32m", "\x1b[35m", "\x1b[0m"
 
 
@@ -118,6 +119,10 @@ def summary(report: Report, *, batch_size: int) -> Iterator[str]:
         "examples whose tools the template does not show": report.tools_left_out,
     }
     yield from (f"{count:,} {name}" for name, count in counts.items() if count)
+    yield from (f"dropped: {_harmless(row)}" for row in report.dropped[:DROPPED_SHOWN])
+    if report.dropped_examples() > DROPPED_SHOWN:
+        named = len(report.dropped)
+        yield f"dropped: {report.dropped_examples() - DROPPED_SHOWN:,} more (--json names the first {named:,})"
     histogram = report.length_histogram()
     most = max((count for _, count in histogram), default=1)
     for edge, count in histogram:

@@ -130,7 +130,7 @@ class Encoder:
             return (Draft(self.turns.render_whole(example), ()),)
         targets = self._targets(example.messages)
         if not targets:
-            self.report.examples_without_target += 1
+            self._drop_without_target(example)
         with time_limit():
             return self.turns.draft(example, targets)
 
@@ -191,9 +191,14 @@ class Encoder:
                 self._seen[targets] = True
                 self.report.tokens += len(tokens)
                 self.report.supervised_tokens += len(targets)
-        self.report.examples_without_target += bool(fitting and not learned)
+        if fitting and not learned:
+            self._drop_without_target(example)
         self.report.sequences += len(learned)
         return tuple(learned)
+
+    def _drop_without_target(self, example: Example) -> None:
+        self.report.examples_without_target += 1
+        self.report.note_dropped(example.place, "nothing to learn")
 
     def _label_drafts(self, drafts: Sequence[Draft], encodings: Sequence[Encoding]) -> list[Tokens]:
         """Ids and labels of drafts; `encodings` are of each draft's text and then of its prompts, in turn."""
@@ -258,13 +263,14 @@ class Encoder:
         if self.data.overlong == "error":
             hint = "raise data.max_length, or state data.overlong"
             raise DataError(f"{longest:,} tokens, over data.max_length ({limit:,})", hint=hint)
-        fitted = self._shorten(sequences, is_text=example.text is not None)
+        fitted = self._shorten(sequences, example)
         lost = sum(map(_count_learned, sequences)) - sum(map(_count_learned, fitted))
         report.over_long_lost_tokens += max(lost, 0)  # windows of text learn again what each begins with
         return fitted
 
-    def _shorten(self, sequences: list[Tokens], *, is_text: bool) -> list[Tokens]:
+    def _shorten(self, sequences: list[Tokens], example: Example) -> list[Tokens]:
         limit, policy, report = self.data.max_length, self.data.overlong, self.report
+        is_text = example.text is not None
         if policy == "split" and is_text:
             report.windowed_texts += 1
             return [window for tokens in sequences for window in _windows(tokens, limit, self.bos)]
@@ -276,6 +282,7 @@ class Encoder:
             report.answers_cut += sum(_loses_end(old, new) for old, new in zip(sequences, cut, strict=True))
             return cut
         report.over_long_examples += 1
+        report.note_dropped(example.place, f"{max(map(len, sequences)):,} tokens, over data.max_length ({limit:,})")
         return []
 
 

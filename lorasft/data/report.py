@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from lorasft.errors import DataError, LorasftError, Several
 
+NAMED = 1000  # dropped rows that are named; the rest is only counted
+
 
 @dataclass
 class Report:
@@ -41,6 +43,7 @@ class Report:
     tools_left_out: int = 0
     marker_differences: int = 0  # conversations whose {% generation %} markers differ, in the template's own text only
     formats: dict[str, str] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)  # of the first rows that are not trained on: "file:line: why"
     lengths: array[int] = field(default_factory=lambda: array("q"), repr=False)  # the longest sequence of each example
 
     def as_dict(self) -> dict[str, Any]:
@@ -63,6 +66,11 @@ class Report:
         edges = (1 << power for power in range(min(bins).bit_length() - 1, max(bins).bit_length())) if bins else ()
         return [(edge, bins[edge]) for edge in edges]
 
+    def note_dropped(self, place: object, why: str) -> None:
+        """Name a row that is not trained on; who calls this counts it."""
+        if len(self.dropped) < NAMED:
+            self.dropped.append(f"{place}: {why}")
+
     def dropped_examples(self) -> int:
         return self.bad_rows + self.over_long_examples + self.examples_without_target
 
@@ -78,6 +86,7 @@ class BadRows:
     def add(self, fault: DataError) -> None:
         """Take one bad row. Raises Several at the 20th when the policy is `error`."""
         self.report.bad_rows += 1
+        self.report.note_dropped(fault.where, fault.what)
         if self.policy == "error":
             self.faults.append(fault)
             if len(self.faults) == Several.most:
