@@ -28,6 +28,7 @@ NEEDED = {  # format -> the columns that make it
     "prompt-completion": ("prompt", "completion"),
     "text": ("text",),
 }
+CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     "human": "user",
@@ -53,7 +54,7 @@ class Example:
 
     def digest(self) -> int:
         """64 bits of a hash of the content: equal rows have equal digests, wherever they stand."""
-        content = json.dumps([self.messages, self.tools, self.text], sort_keys=True, ensure_ascii=False)
+        content = CANONICAL.encode([self.messages, self.tools, self.text])
         return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big")
 
 

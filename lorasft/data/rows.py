@@ -125,7 +125,7 @@ def _read_json(path: Path, bad: BadRows) -> Iterator[tuple[Place, Row]]:
 
 def _read_lines(path: Path, file: io.BufferedReader, bad: BadRows) -> Iterator[tuple[Place, Row]]:
     # Read as bytes: text mode, or splitlines, would break rows at U+2028, U+0085 and \v.
-    number = 0
+    name, number = str(path), 0
     while line := file.readline(LARGEST_ROW + 1):
         number += 1
         if len(line) > LARGEST_ROW:
@@ -137,7 +137,8 @@ def _read_lines(path: Path, file: io.BufferedReader, bad: BadRows) -> Iterator[t
         if not line.strip():
             continue
         try:
-            yield Place(str(path), number), _parse_line(line, f"{path}:{number}")
+            place = Place(name, number)
+            yield place, _parse_line(line, place)
         except DataError as fault:
             bad.add(fault)
 
@@ -150,23 +151,24 @@ def _skip_line(file: io.BufferedReader, line: bytes) -> int:
     return size
 
 
-def _parse_line(line: bytes, where: str) -> Row:
+def _parse_line(line: bytes, place: Place) -> Row:
     try:
         text = line.decode().rstrip("\r\n")
     except UnicodeDecodeError as fault:
         what = f"not UTF-8 at byte {fault.start + 1} (0x{line[fault.start]:02X})"
-        raise DataError(what, where=where, hint="convert it, for example with iconv -f latin1 -t utf8") from None
+        raise DataError(what, where=str(place), hint="convert it, for example with iconv -f latin1 -t utf8") from None
     try:
         row = parse_strict(text)
     except json.JSONDecodeError as fault:
         cut = not line.endswith(b"\n") and fault.pos >= len(text) - 1
         if cut or fault.msg.startswith("Unterminated"):
-            raise DataError(f"the row is cut off ({fault.msg})", where=where, hint="fetch the file again") from None
+            what = f"the row is cut off ({fault.msg})"
+            raise DataError(what, where=str(place), hint="fetch the file again") from None
         what = f"not JSON: {fault.msg}, {_around(text, fault.pos)}"
-        raise DataError(what, where=f"{where}:{fault.pos + 1}") from None
+        raise DataError(what, where=f"{place}:{fault.pos + 1}") from None
     except (ValueError, RecursionError) as fault:
-        raise DataError(f"not JSON: {fault}", where=where) from None
-    return _object(row, where)
+        raise DataError(f"not JSON: {fault}", where=str(place)) from None
+    return _object(row, place)
 
 
 def _read_array(path: Path, bad: BadRows) -> Iterator[tuple[Place, Row]]:
@@ -183,14 +185,15 @@ def _read_array(path: Path, bad: BadRows) -> Iterator[tuple[Place, Row]]:
         line, counted = line + text.count("\n", counted, at), at
         if text[at : at + 1] == "]":
             return
-        where = f"{path}:{line}"
+        place = Place(str(path), line)
         try:
             row, end = _DECODER.raw_decode(text, at)
             refuse_surrogates(text[at:end], row)
         except (ValueError, RecursionError) as fault:  # where one element ends wrong, the next cannot be found
-            raise DataError(f"not JSON: {fault}, {_around(text, getattr(fault, 'pos', at))}", where=where) from None
+            what = f"not JSON: {fault}, {_around(text, getattr(fault, 'pos', at))}"
+            raise DataError(what, where=str(place)) from None
         try:
-            yield Place(str(path), line), _object(row, where)
+            yield place, _object(row, place)
         except DataError as fault:
             bad.add(fault)
         at = _skip_blanks(text, end)
@@ -240,9 +243,9 @@ def _read_parquet(path: Path, bad: BadRows) -> Iterator[tuple[Place, Row]]:
         raise DataError(f"not Parquet: {fault}", where=f"{path}:{number + 1}") from None
 
 
-def _object(row: Any, where: str) -> Row:
+def _object(row: Any, place: Place) -> Row:
     if not isinstance(row, dict):
-        raise DataError(f"a row must be an object, this is {type(row).__name__}", where=where)
+        raise DataError(f"a row must be an object, this is {type(row).__name__}", where=str(place))
     return row
 
 
