@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorasft.errors import DataError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # A control token's text that is meant as text: a code point that Unicode keeps for no character, then its index.
 MARK, FIRST = "\U000ffffe", 0xF0000
 PLACEHOLDER = re.compile(f"({MARK}.)")
-RESTART_PROBES = (("a", "b c"), ("a ", " b"), ("\n", "\n\nb"), ("été 1.", "system\n"))
+RESTART_PROBES = (("", "x"), ("a", "b c"), ("a ", " b"), ("\n", "\n\nb"), ("été 1.", "system\n"))
 
 
 class Encoding(Protocol):
@@ -53,15 +53,11 @@ class Chain:
     """Encodings of the stretches of a text, as one."""
 
     def __init__(self, stretches: Sequence[str], encodings: Mapping[str, tuple[list[int], Encoding]]) -> None:
-        self.ids: list[int] = []
-        self.parts: list[Encoding] = []
-        self.chars, self.tokens = [0], [0]  # where each part begins
-        for stretch in stretches:
-            ids, encoding = encodings[stretch]
-            self.ids += ids
-            self.parts.append(encoding)
-            self.chars.append(self.chars[-1] + len(stretch))
-            self.tokens.append(len(self.ids))
+        found = [encodings[stretch] for stretch in stretches]
+        self.ids = [token for ids, _ in found for token in ids]
+        self.parts = [encoding for _, encoding in found]
+        self.chars = [0, *accumulate(map(len, stretches))]  # where each part begins
+        self.tokens = [0, *accumulate(len(ids) for ids, _ in found)]
 
     def char_to_token(self, char_pos: int) -> int | None:
         part = bisect_right(self.chars, char_pos) - 1
@@ -77,14 +73,15 @@ class Chain:
 class Aligner:
     """Encodes rendered text with one tokenizer; special tokens are never added."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, control: Sequence[str]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, control: Sequence[str], *, probe: str) -> None:
+        """`probe`: a prompt as the template renders it, whose tokens show where texts can be cut."""
         self.backend: Any = tokenizer.backend_tokenizer
         self._plain: Any = None
         self.control = control
         # SentencePiece puts a space before a text; behind a newline it does not.
         self.anchor = "" if list(self.backend.encode("x", add_special_tokens=False).tokens) == ["x"] else "\n"
-        self._control_pattern = re.compile("|".join(map(re.escape, (*control, MARK))))
-        self._starts = _any_of(self._restarts(tokenizer))
+        self._control_pattern = re.compile("|".join(map(re.escape, control)) or "(?!)")
+        self.restart = self._find_restart(tokenizer, probe)
 
     def encode(self, texts: Sequence[str]) -> list[Encoding]:
         """Texts -> encodings, all at once in parallel; a stretch that several texts share is encoded once."""
@@ -99,28 +96,28 @@ class Aligner:
 
     def _split(self, text: str) -> list[str]:
         """A text cut before each token that restarts encoding: the ids of the whole are those of the stretches."""
-        if self._starts is None:
+        if self.restart is None:
             return [text]
-        cuts = [found.start() for found in self._starts.finditer(text)]
-        edges = [0, *(cut for cut in cuts if cut), len(text)]
-        return [text[start:end] for start, end in itertools.pairwise(edges)]
+        first, *others = text.split(self.restart)
+        return [first, *(self.restart + other for other in others)]
 
-    def _restarts(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-        """The added tokens behind which encoding begins afresh, so that what stands before cannot change it.
+    def _find_restart(self, tokenizer: PreTrainedTokenizerFast, probe: str) -> str | None:
+        """The last added token of `probe` at which encoding begins afresh: what stands before cannot change it.
 
         Tried, not believed: a normalizer or a pre-tokenizer may look across.
         """
-        tokens = [
-            str(token)
-            for token in tokenizer.added_tokens_decoder.values()
-            if not (token.normalized or token.single_word or token.lstrip) and str(token).strip()
-        ]
-        probes = [(before, token + after) for token in tokens for before, after in RESTART_PROBES]
-        texts = [text for before, after in probes for text in (before, after, before + after)]
+        added = {str(token): token for token in tokenizer.added_tokens_decoder.values() if str(token).strip()}
+        for text in sorted((text for text in added if text in probe), key=probe.rfind, reverse=True):
+            flags = added[text]
+            free = not (flags.normalized or flags.single_word or flags.lstrip)
+            if free and not any(_overlap(other, text) for other in added) and self._restarts(text):
+                return text
+        return None
+
+    def _restarts(self, token: str) -> bool:
+        texts = [text for one, two in RESTART_PROBES for text in (one, token + two, one + token + two)]
         ids = [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
-        holds = [ids[at] + ids[at + 1] == ids[at + 2] for at in range(0, len(ids), 3)]
-        size = len(RESTART_PROBES)
-        return [token for index, token in enumerate(tokens) if all(holds[index * size : (index + 1) * size])]
+        return all(ids[at] + ids[at + 1] == ids[at + 2] for at in range(0, len(ids), 3))
 
     def join(self, prompt: str, answer: str) -> tuple[Pieces, int]:
         """The prompt as a server feeds it, then the answer encoded alone; and how many tokens the prompt has."""
@@ -148,7 +145,7 @@ class Aligner:
     def find_control(self, text: str) -> str | None:
         """The first control token whose text stands in `text` (or U+FFFFE, which is needed here)."""
         found = self._control_pattern.search(text)
-        return found.group() if found else None
+        return found.group() if found else MARK if MARK in text else None
 
     def hide_control(self, text: str) -> str:
         """Put a placeholder for each control token's text: encoded as plain text later, not as the token."""
@@ -185,7 +182,6 @@ class Aligner:
         pieces.ids += self._plain.encode(self.anchor + text, add_special_tokens=False).ids[len(anchor.ids) :]
 
 
-def _any_of(tokens: Iterable[str]) -> re.Pattern[str] | None:
-    """A pattern that finds the longest of `tokens` first, as tokenizers do; None without any."""
-    longest_first = sorted(tokens, key=lambda text: (-len(text), text))
-    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+def _overlap(other: str, token: str) -> bool:
+    """Whether `other` can take the beginning of `token` away from it, or swallow it, where both stand in a text."""
+    return (other != token and token in other) or any(other.endswith(token[:size]) for size in range(1, len(token)))

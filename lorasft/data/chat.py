@@ -22,7 +22,7 @@ from lorasft.data.reasoning import reasoning_of, without_reasoning
 from lorasft.data.report import BadRows, Report
 from lorasft.data.rows import Place
 from lorasft.data.templates import merges_system, set_template, time_limit
-from lorasft.data.tokenizer import adds_bos, control_tokens
+from lorasft.data.tokenizer import adds_bos
 from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs
 from lorasft.data.turns import Answer, Draft, TurnFinder
 from lorasft.errors import DataError, ModelError
@@ -48,7 +48,7 @@ class Encoder:
         self.data = data
         self.report = report
         self.turns = TurnFinder(tokenizer, report, thinking=chat.thinking)
-        self.aligner = Aligner(tokenizer, control_tokens(tokenizer))
+        self.aligner = Aligner(tokenizer, self.turns.special, probe=self.turns.probe_prompt)
         self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self.eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         ender = tokenizer.backend_tokenizer.encode(self.turns.habits.end.strip(), add_special_tokens=False).ids[-1:]
@@ -67,7 +67,8 @@ class Encoder:
         Raises DataError with the example's place.
         """
         try:
-            drafts = self._draft(example)
+            with time_limit():
+                drafts = self._draft(example)
             return self._finish(example, drafts, self.aligner.encode(_texts_of(drafts)))
         except DataError as fault:
             raise DataError(fault.what, where=str(example.place), hint=fault.hint) from None
@@ -78,7 +79,7 @@ class Encoder:
         with ThreadPoolExecutor(1) as other:  # tokenizes a block while the next one is rendered
             waiting: tuple[list[Drafted], Future[list[Encoding]]] | None = None
             while block := list(islice(stream, BLOCK)):
-                drafted = [(example, drafts) for example in block if (drafts := self._draft_or_note(example, bad))]
+                drafted = self._draft_block(block, bad)
                 texts = [text for _, drafts in drafted for text in _texts_of(drafts)]
                 encoding = other.submit(self.aligner.encode, texts)
                 if waiting:
@@ -107,19 +108,24 @@ class Encoder:
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
         """What a server would feed the model for these messages, to be answered."""
-        asked = Example(self._with_system(tuple(messages)), tuple(tools) if tools else None, None, Place("prompt", 1))
+        asked = self._with_system(Example(tuple(messages), tuple(tools) if tools else None, None, Place("prompt", 1)))
         text = self.turns.prompt(self._settle_control_tokens(asked), len(asked.messages))
         return list(self.aligner.encode([text])[0].ids)
 
-    def _draft_or_note(self, example: Example, bad: BadRows) -> tuple[Draft, ...]:
-        try:
-            return self._draft(example)
-        except DataError as fault:
-            bad.add(DataError(fault.what, where=str(example.place), hint=fault.hint))
-            return ()
+    def _draft_block(self, block: list[Example], bad: BadRows) -> list[Drafted]:
+        drafted = []
+        with time_limit() as start_again:
+            for example in block:
+                start_again()
+                try:
+                    if drafts := self._draft(example):
+                        drafted.append((example, drafts))
+                except DataError as fault:
+                    bad.add(DataError(fault.what, where=str(example.place), hint=fault.hint))
+        return drafted
 
     def _draft(self, example: Example) -> tuple[Draft, ...]:
-        example = self._settle_control_tokens(replace(example, messages=self._with_system(example.messages)))
+        example = self._settle_control_tokens(self._with_system(example))
         if example.text is not None:
             return (Draft(example.text, ()),)
         self._refuse_half_thoughts(example)
@@ -131,8 +137,7 @@ class Encoder:
         targets = self._targets(example.messages)
         if not targets:
             self._drop_without_target(example)
-        with time_limit():
-            return self.turns.draft(example, targets)
+        return self.turns.draft(example, targets)
 
     def _drop_reasoning(self, example: Example) -> Example:
         bare = tuple(without_reasoning(m) if m["role"] == "assistant" else m for m in example.messages)
@@ -142,10 +147,11 @@ class Encoder:
             self.report.dropped_reasoning += len(reasoning_of(before)) if after is not before else 0
         return replace(example, messages=bare)
 
-    def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-        if self.chat.system is None or not messages or any(message["role"] == "system" for message in messages):
-            return messages
-        return ({"role": "system", "content": self.chat.system}, *messages)
+    def _with_system(self, example: Example) -> Example:
+        messages, system = example.messages, self.chat.system
+        if system is None or not messages or any(message["role"] == "system" for message in messages):
+            return example
+        return replace(example, messages=({"role": "system", "content": system}, *messages))
 
     def _targets(self, messages: tuple[Message, ...]) -> list[int]:
         """The indices of the messages that are learned."""

@@ -7,8 +7,9 @@ import json
 import re
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from lorasft.data.tokenizer import adds_bos
 from lorasft.errors import DataError, ModelError
 
 if TYPE_CHECKING:
+    import jinja2
     from transformers import PreTrainedTokenizerFast
 
     from lorasft.recipe import ChatSettings
@@ -91,13 +93,11 @@ def render(
     Raises DataError with the roles and the template's own words when it refuses, ModelError when it is broken.
     """
     import jinja2
-    from transformers.utils.chat_template_utils import _compile_jinja_template
 
     given = list(tools) if tools else None
     try:
         # What apply_chat_template does with messages of plain JSON types, at half its price; a test compares the two.
-        compiled = _compile_jinja_template(tokenizer.get_chat_template(None, given))
-        text = compiled.render(
+        text = _compile(tokenizer.get_chat_template(None, given)).render(
             messages=[_with_reasoning(message) for message in messages],
             tools=given,
             documents=None,
@@ -120,6 +120,15 @@ def render(
     return str(text)
 
 
+@lru_cache(maxsize=8)
+def _compile(template: str) -> jinja2.Template:
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    compiled: jinja2.Template = _compile_jinja_template(template)
+    compiled.globals = dict(compiled.globals)  # copied at each rendering: as the ChainMap it was, half of the time
+    return compiled
+
+
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     """The message with its reasoning under both names that templates read, as transformers gives it to them."""
     reasoning = next((message[name] for name in FIELDS if message.get(name) is not None), None)
@@ -127,15 +136,19 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def time_limit() -> Iterator[None]:
-    """Raise TimeoutError in the block after SECONDS; only a main thread on a Unix can be interrupted so."""
+def time_limit() -> Iterator[Callable[[], object]]:
+    """Raise TimeoutError in the block after SECONDS; what it gives sets the clock back.
+
+    Only a main thread on a Unix can be interrupted so.
+    """
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: None
         return
     before = signal.signal(signal.SIGALRM, _stop)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    start = partial(signal.setitimer, signal.ITIMER_REAL, SECONDS)
+    start()
     try:
-        yield
+        yield start
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -72,7 +72,7 @@ class TurnFinder:
         added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
         self.ends = tuple(token for token in added.union(self.special) if token.strip())  # Gemma adds runs of newlines
         self._only_ends = re.compile("|".join([r"\s", *map(re.escape, self.ends)]).join(("(?:", ")*")))
-        self.probe_text, self.habits = self._probe()
+        self.probe_prompt, self.probe_text, self.habits = self._probe()
         before, behind = self.probe_text[self.probe_text.find(QUESTION) + len(QUESTION) :].split(ANSWER)
         self.around_answer = f"{before}\0{behind}\0{behind}{before}"  # what the template writes about an answer
         self.has_markers = has_markers(str(tokenizer.chat_template))
@@ -97,7 +97,7 @@ class TurnFinder:
         text = self._render(example, target + 1)
         prompt = self.prompt(example, target)
         base = prompt.removesuffix(self.habits.prompt_only)
-        if reasoning_of(message) and not text.startswith(base):
+        if not text.startswith(base) and reasoning_of(message):
             bare = replace(example, messages=(*example.messages[:target], without_reasoning(message)))
             if self._render(bare, target + 1).startswith(base):
                 # A prompt that closes the thought, such as enable_thinking=false, leaves reasoning no place.
@@ -276,7 +276,7 @@ class TurnFinder:
     def _render(self, example: Example, upto: int) -> str:
         return render(self.tokenizer, example.messages[:upto], example.tools)
 
-    def _probe(self) -> tuple[str, Habits]:
+    def _probe(self) -> tuple[str, str, Habits]:
         asked = [{"role": "user", "content": QUESTION}]
         answered = [*asked, {"role": "assistant", "content": ANSWER}]
         try:
@@ -290,7 +290,7 @@ class TurnFinder:
             raise ModelError("the chat template does not show an assistant's answer", hint="chat.template=plain")
         end = self._first_end(text[at + len(ANSWER) :])
         shared = next(size for size in range(len(prompt), -1, -1) if text[:at].startswith(prompt[:size]))
-        return text, Habits(text[shared:at], end, prompt[shared:])
+        return prompt, text, Habits(text[shared:at], end, prompt[shared:])
 
     def _first_end(self, tail: str) -> str:
         """What follows an answer, up to and with the first token that can end a turn."""
