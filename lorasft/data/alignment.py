@@ -6,7 +6,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorasft.errors import DataError
@@ -54,7 +54,7 @@ class Chain:
 
     def __init__(self, stretches: Sequence[str], encodings: Mapping[str, tuple[list[int], Encoding]]) -> None:
         found = [encodings[stretch] for stretch in stretches]
-        self.ids = [token for ids, _ in found for token in ids]
+        self.ids = list(chain.from_iterable(ids for ids, _ in found))
         self.parts = [encoding for _, encoding in found]
         self.chars = [0, *accumulate(map(len, stretches))]  # where each part begins
         self.tokens = [0, *accumulate(len(ids) for ids, _ in found)]
