@@ -28,7 +28,7 @@ def evaluate(network: Network, rows: Sequences, *, capacity: int) -> HeldOut:
     with torch.no_grad():
         for start in range(0, len(rows), _GROUP):
             group = range(start, min(start + _GROUP, len(rows)))
-            for batch in cut(rows, group, capacity=capacity):
+            for batch in cut(rows, group, capacity=capacity, share=network.share, horizon=network.horizon):
                 losses = pair_losses(network, batch)
                 total += float(losses.double().sum())
                 tokens += len(batch.targets)

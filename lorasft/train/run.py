@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import nn
 
 from lorasft.data.packing import Plan, count_steps
+from lorasft.data.prefixes import Sharing
 from lorasft.data.prepare import Prepared, prepare
 from lorasft.data.tokenizer import compare_with_file, load_tokenizer
 from lorasft.data.untrained import refuse_untrained
@@ -98,7 +100,12 @@ def _open(recipe: Recipe, folder: Path, *, resume: bool) -> Opened:
     run = Run(
         folder=folder,
         recipe=recipe,
-        plan=replace(plan, micro_batch_tokens=layout.micro_batch_tokens),
+        plan=replace(
+            plan,
+            micro_batch_tokens=layout.micro_batch_tokens,
+            share_prefixes=network.share,
+            horizon=network.horizon,
+        ),
         rows=prepared.train,
         held_out=prepared.held_out,
         network=network,
@@ -139,15 +146,41 @@ def load_model(
     network = verify(model.get_base_model(), segments=saved.layout.segments if saved else own is None)
     if own:
         network.causal.set_attn_implementation(own)
+    network = choose_sharing(network, recipe.machine.share_prefixes, saved=saved)
     layout = Layout(
         dtype=settings.dtype,
         micro_batch_tokens=micro_batch_tokens if network.segments else 1,  # 1: sequences go alone
         activation_checkpointing=checkpoints_activations(recipe, device, saved=saved),
         segments=network.segments,
+        share_prefixes=network.share,
     )
     if layout.activation_checkpointing:
         network.causal.activation_checkpointing_enable({"use_reentrant": False})
     return model, network, layout
+
+
+def choose_sharing(network: Network, wanted: Sharing, *, saved: State | None) -> Network:
+    """`network` as it shares prefixes: as recipe or checkpoint say, where that was verified and nothing drops out.
+
+    With dropout, examples that share tokens would share what is dropped.
+    """
+    if wanted == "auto" and saved:
+        wanted = saved.layout.share_prefixes
+    if wanted is False or network.share is False:
+        return replace(network, share=False)
+    if not drops_out(network.causal):
+        return replace(network, share=wanted)
+    notice = "shared prefixes are computed for each example: dropout is active"
+    return replace(network, share=False, notices=(*network.notices, notice))
+
+
+def drops_out(model: nn.Module) -> bool:
+    """Whether anything in `model` drops out while it trains: modules, or attention by a number that it is given."""
+    return any(
+        "drop" in name and isinstance(value, float) and value > 0
+        for module in model.modules()
+        for name, value in ({"dropout": module.p} if isinstance(module, nn.Dropout) else vars(module)).items()
+    )
 
 
 def finish(opened: Opened, state: State) -> Path:
@@ -172,9 +205,6 @@ def refuse_settings(recipe: Recipe, config: Any) -> None:
 
     A setting is never ignored: what is not built yet is refused.
     """
-    if recipe.machine.share_prefixes is True:
-        what = "this version computes shared prefixes for each example"
-        raise RecipeError(what, where="machine.share_prefixes", hint="use auto")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions and recipe.data.max_length > positions:
         what = f"data.max_length is {recipe.data.max_length}, the model has {positions} positions"
