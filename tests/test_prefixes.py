@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_architectures import make_model, siblings
 from test_families import ARCHITECTURES
@@ -50,6 +50,7 @@ def path_of(batch: MicroBatch, source: int) -> np.ndarray[Any, Any]:
     return np.concatenate([*(np.arange(one.start, one.end) for one in before), np.arange(own.start, source + 1)])
 
 
+@settings(deadline=None)
 @given(sequences, st.integers(1, 60), st.sampled_from(["auto", True, False]))
 def test_every_sequence_is_its_path(rows: list[list[int]], capacity: int, share: Sharing) -> None:
     learned = []
@@ -65,6 +66,7 @@ def test_every_sequence_is_its_path(rows: list[list[int]], capacity: int, share:
     assert sorted(learned) == [(example, place) for example, row in enumerate(rows) for place in range(1, len(row))]
 
 
+@settings(deadline=None)
 @given(sequences)
 def test_with_room_each_beginning_is_computed_once(rows: list[list[int]]) -> None:
     beginnings = {tuple(row[:end]) for row in rows for end in range(1, len(row))}
@@ -72,6 +74,7 @@ def test_with_room_each_beginning_is_computed_once(rows: list[list[int]]) -> Non
     assert sum(len(batch.ids) for batch in batches) == len(beginnings)
 
 
+@settings(deadline=None)
 @given(sequences, st.integers(1, 60))
 def test_sharing_never_computes_more(rows: list[list[int]], capacity: int) -> None:
     def count(share: Sharing) -> int:

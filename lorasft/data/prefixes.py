@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 Sharing = Literal["auto"] | bool  # auto: where it saves work after its own cost; true: whatever it saves
 
 # A segment costs its calls, and a branch the copies of its ancestors' keys: about as much as computing this many
-# tokens (scripts/bench_prefix.py --break-even).
-_SEGMENT_COST = 16
+# tokens. Measured on two cores with 56 million parameters, where 16 tokens saved by two branches are no gain and 32
+# saved are (scripts/bench_prefix.py --stem 16 --batch 2); larger models pay less.
+_SEGMENT_COST = 8
 
 
 @dataclass(frozen=True)
