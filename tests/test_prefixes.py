@@ -19,13 +19,14 @@ from test_families import ARCHITECTURES
 from test_oracles import Rows, differences, oracle, ours, packed_step, plain_step
 from tiny_models import CONFIGS, make_base
 from torch import Tensor
+from transformers import AttentionInterface
 
 from lorasft.cli import main
 from lorasft.data import packing
 from lorasft.data.packing import MicroBatch, Plan, cut, merge_pairs
 from lorasft.data.prefixes import Sharing
 from lorasft.data.tokens import Tokens
-from lorasft.model.attention import Paths, attend, default_attention
+from lorasft.model.attention import SEGMENTS, Paths, attend, default_attention
 from lorasft.model.loss import Network, pair_losses
 from lorasft.model.scoring import Given, everything, log_probabilities
 from lorasft.model.selfcheck import verify
@@ -193,6 +194,29 @@ def test_the_oracle_catches_mutants(mutant: Any, monkeypatch: pytest.MonkeyPatch
     assert differences(packed_step(model, network, rows, "token", 1000, share=True)[1], want)[0] > 1e-2
 
 
+def test_recomputed_activations_share_as_well() -> None:
+    rows = Relatives()
+    _, want = plain_step(oracle("llama"), rows, "token")
+    model, network = ours("llama")
+    network.causal.activation_checkpointing_enable({"use_reentrant": False})
+    network.causal.train()
+    whole, worst = differences(packed_step(model, network, rows, "token", 40, share=True)[1], want)
+    assert whole < 1e-6 and worst < 5e-6
+
+
+def test_the_self_check_sees_a_branch_that_looks_at_its_sibling() -> None:
+    def nosy(*args: Any, segments: Paths, **kwargs: Any) -> Any:
+        ancestors = [tuple(range(number)) if before else () for number, before in enumerate(segments.ancestors)]
+        return attend(*args, segments=replace(segments, ancestors=ancestors), **kwargs)
+
+    AttentionInterface.register(SEGMENTS, nosy)
+    try:
+        network = verify(make_base("llama"))
+    finally:
+        AttentionInterface.register(SEGMENTS, attend)
+    assert network.segments and network.share is False and "another branch" in network.notices[0]
+
+
 def test_scores_stay_with_their_examples() -> None:
     network = verify(make_base("llama"))
     rows = [tokens.ids for tokens in siblings()]
@@ -215,7 +239,7 @@ def test_positions_by_the_longest_of_a_row_keep_short_and_long_apart() -> None:
     model.set_attn_implementation(default_attention(model.config))
     plain = Network(model, head=None, segments=False)
     alone = {int(batch.examples[0]): pair_losses(plain, batch) for batch in cut(rows, range(4), capacity=1)}
-    model.set_attn_implementation("lorasft_segments")
+    model.set_attn_implementation(SEGMENTS)
     for batch in batches:
         losses = pair_losses(network, batch)
         for example in set(batch.examples.tolist()):

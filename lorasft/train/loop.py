@@ -140,7 +140,7 @@ def enough_memory(run: Run, batch: MicroBatch) -> Iterator[None]:
     except torch.OutOfMemoryError as fault:
         rows = sorted({str(run.rows.place(example)) for example in batch.examples.tolist()})
         raise CapacityError(
-            f"out of memory with {len(batch.ids)} tokens in a micro-batch of {len(batch.segments)} sequences",
+            f"out of memory with {len(batch.ids)} tokens in a micro-batch of {len(batch.segments)} segments",
             where=", ".join(rows[:5]),
             hint=f"machine.micro_batch_tokens={max(1, len(batch.ids) // 2)}, machine.activation_checkpointing=true "
             "or a smaller data.max_length; go on with --resume",
