@@ -226,12 +226,12 @@ def _join(pieces: list[_Piece], trees: list[Tree]) -> MicroBatch:
         grown, paths = grow(tree, lengths)
         for run in grown:
             ancestors = tuple(before + number for number in run.ancestors)
-            segments.append(Segment(end, end := end + run.end - run.start, ancestors))
+            segments.append(Segment(end, end + run.end - run.start, ancestors))
+            end = segments[-1].end
         runs += grown
         for member, path in zip(tree.members, paths, strict=True):
-            places = np.concatenate(
-                [np.arange(segments[before + number].start, segments[before + number].end) for number in path]
-            )
+            own = [segments[before + number] for number in path]
+            places = np.concatenate([np.arange(segment.start, segment.end) for segment in own])
             members.append(pieces[member])
             sources.append(places[pieces[member].sources])
     weights = [np.full(len(piece.targets), piece.weight, dtype=np.float32) for piece in members]
