@@ -63,13 +63,9 @@ class Meter:
     supervised: list[int] = field(default_factory=list)
     total: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    rest: int = 0
+    rest: int = 0  # after the imports
     peak: int = 0
     last: float = 0.0
-
-    def settle(self) -> None:
-        """After the imports: memory is counted from what the process holds now."""
-        self.rest = settle()
 
     def start(self) -> None:
         self.last = time.perf_counter()
@@ -103,7 +99,7 @@ def train_ours(job: Job, meter: Meter) -> None:
     from lorasft.train.loop import take_step
     from lorasft.train.run import open_run
 
-    meter.settle()
+    meter.rest = settle()
     with open_run(make_recipe(job), resume=False) as opened:
         run = opened.run
         run.network.causal.train()
@@ -120,7 +116,7 @@ def train_trainer(job: Job, meter: Meter) -> None:
     from peft import get_peft_model
     from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    meter.settle()
+    meter.rest = settle()
     tokenizer = AutoTokenizer.from_pretrained(f"{job.folder}/base")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     trainer = Trainer(
@@ -136,7 +132,7 @@ def train_trl(job: Job, meter: Meter, **best: Any) -> None:
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found,unused-ignore]
 
-    meter.settle()
+    meter.rest = settle()
     trainer = SFTTrainer(
         model=load_peer_base(job),
         args=SFTConfig(**peer_arguments(job) | best),
