@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -340,6 +342,43 @@ def test_a_run_survives_running_out_of_memory_with_the_same_losses(
     assert ("from here on all 2 layers recomputed" in said) == (fills.tokens == 40)
 
 
+TIGHT = """
+import resource, sys, torch
+from pathlib import Path
+from lorasft.recipe import load_recipe
+from lorasft.train.loop import train
+from lorasft.train.run import open_run
+torch.set_num_threads(1)
+with open_run(load_recipe(sys.argv[1]), resume=False) as opened:
+    if spare := int(sys.argv[2]):
+        limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + spare
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    train(opened.run, opened.state)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space as Linux does")
+def test_a_run_survives_a_real_lack_of_memory(recipe: Write, tmp_path: Path) -> None:
+    """64 rows at once keep 50 MB of activations; the process may take 20 MB more than it has with its model."""
+    talk = [("user", "x" * 40), ("assistant", "y z " * 10)]
+    row = json.dumps({"messages": [{"role": role, "content": text} for role, text in talk]})
+    (tmp_path / "long.jsonl").write_text(f"{row}\n" * 64)
+    for name, spare in (("roomy", 0), ("tight", 20_000_000)):
+        path = recipe(
+            adapter={"dropout": 0.0},
+            data={"train": str(tmp_path / "long.jsonl"), "eval": None},
+            train={"batch_size": 64, "steps": 2},
+            schedule={"warmup": 0},
+            run={"output": str(tmp_path / name), "eval_every": None},
+            machine={"micro_batch_tokens": 16384, "activation_checkpointing": False},
+        )
+        command = [sys.executable, "-c", TIGHT, path, str(spare)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert ("from here on micro-batches of" in done.stderr) == (name == "tight")
+    assert losses_of(tmp_path / "tight") == pytest.approx(losses_of(tmp_path / "roomy"), rel=1e-6)
+
+
 def test_out_of_memory_at_the_end_names_the_rows_and_what_would_help(
     recipe: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -350,6 +389,22 @@ def test_out_of_memory_at_the_end_names_the_rows_and_what_would_help(
     said = capsys.readouterr().err
     assert "rows.jsonl:" in said and "tokens)" in said and "data.max_length" in said and "Traceback" not in said
     assert main(["train", path, "--resume"]) == 0
+
+
+def test_out_of_memory_in_the_update_is_said_plainly(
+    recipe: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of the parameters may have moved by then: the step is not done again, the checkpoint is what counts."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError(ALLOCATOR)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", full)
+        assert main(["train", recipe()]) == 6
+    said = capsys.readouterr().err
+    assert "out of memory" in said and "--resume" in said and "from here on" not in said
+    assert main(["train", recipe(), "--resume"]) == 0
 
 
 def test_other_runtime_errors_are_not_taken_for_memory(recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,10 @@ def decoder_layers(causal: Any) -> list[nn.Module]:
     """The layers of `causal` that can recompute their activations, first to last; none where the model cannot."""
     if not causal.supports_gradient_checkpointing:
         return []
-    layers = {name: module for name, module in causal.named_modules() if isinstance(module, GradientCheckpointingLayer)}
+    decoder = causal.get_decoder()  # beside it a model may have layers that see images
+    layers = {
+        name: module for name, module in decoder.named_modules() if isinstance(module, GradientCheckpointingLayer)
+    }
     return [module for name, module in layers.items() if not any(name.startswith(f"{outer}.") for outer in layers)]
 
 

@@ -55,6 +55,18 @@ def naming_rows(rows: TokenStore, batch: MicroBatch) -> Iterator[None]:
         raise error from fault
 
 
+@contextmanager
+def plain_memory_errors() -> Iterator[None]:
+    """Turn an out-of-memory error that nothing is tried against, as in an update, into a CapacityError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as fault:
+        if not out_of_memory(fault):
+            raise
+        reason = str(fault).strip().splitlines()[0] if str(fault) else "no memory is left"
+        raise CapacityError(f"out of memory: {reason}", hint="free memory and go on with --resume") from fault
+
+
 def within_memory(run: Run, work: Callable[[Run], Result]) -> tuple[Result, Run]:
     """What `work` gives, and the run with the layout under which it fitted.
 

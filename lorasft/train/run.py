@@ -38,7 +38,6 @@ from lorasft.model.memory import (
     heaviest_batch,
     measure,
     optimizer_bytes,
-    out_of_memory,
 )
 from lorasft.model.recompute import decoder_layers, recompute
 from lorasft.model.selfcheck import verify
@@ -48,6 +47,7 @@ from lorasft.train.folder import claim, refuse_changes, write_start
 from lorasft.train.logbook import Logbook, check_trackers
 from lorasft.train.loop import Run, save
 from lorasft.train.optimizer import make_optimizer
+from lorasft.train.redo import plain_memory_errors
 from lorasft.train.schedule import warmup_steps
 
 _AUTO_TOKENS = {"cpu": 2048, "cuda": 4096}  # tokens of a micro-batch: measured on CPU; the planner will know better
@@ -74,7 +74,7 @@ def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Opened]:
     folder = Path(recipe.run.output)
     claim(folder, resume=resume)
     make_folder(folder)
-    with locked(folder):
+    with locked(folder), plain_memory_errors():
         sweep(folder)
         sweep(folder / "checkpoints")
         if not resume:  # what a start that failed has left
@@ -279,10 +279,8 @@ def choose_recomputed(
     batch = heaviest_batch(network, longest=longest, capacity=micro_batch_tokens)
     try:
         footprint = measure(network, batch)
-    except (RuntimeError, MemoryError) as fault:
-        if not out_of_memory(fault):
-            raise
-        return layers
+    except (LookupError, TypeError, ValueError, RuntimeError, MemoryError):
+        return layers  # no room to measure in, or layers that are called in a way not known here: what needs least
     # The gradients and the optimizer take their share later, and keep it.
     upcoming = gradient_bytes(network.causal) + optimizer_bytes(network.causal, recipe.optimizer.name)
     return fewest_recomputed(footprint, free_memory(network.device) - upcoming)
