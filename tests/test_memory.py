@@ -283,18 +283,22 @@ def stop_after(steps: int) -> Any:
 
 
 class Fills:
-    """`pair_losses` on a device that holds `tokens` tokens, or twice as many where all layers are recomputed."""
+    """`pair_losses` on a device that holds `tokens` tokens, or twice as many where all layers are recomputed.
+
+    The first micro-batch passes, so that the first failure finds gradients that must be thrown away.
+    """
 
     def __init__(self, tokens: int, *, backward: bool = False, message: str | None = None) -> None:
         self.tokens, self.backward = tokens, backward
         self.fault = RuntimeError(message) if message else torch.OutOfMemoryError("injected")
-        self.raised = 0
+        self.raised = self.calls = 0
 
     def __call__(self, network: Network, batch: Any) -> torch.Tensor:
         losses = pair_losses(network, batch)
         layers = decoder_layers(network.causal)
         room = self.tokens * (2 if recomputed_layers(network.causal) == len(layers) else 1)
-        if len(batch.ids) <= room:
+        self.calls += 1
+        if self.calls == 1 or len(batch.ids) <= room:
             return losses
         self.raised += 1
         if not (self.backward and losses.requires_grad):
