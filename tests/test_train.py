@@ -182,27 +182,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
         assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "adapter_model.safetensors").values())
 
 
-def test_out_of_memory_names_the_rows_and_what_would_help(
-    recipe: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    plain = loop.pair_losses
-    calls = []
-
-    def full(*args: Any) -> torch.Tensor:
-        calls.append(1)
-        if len(calls) > 8:
-            raise torch.OutOfMemoryError("injected")
-        return plain(*args)
-
-    path = recipe()
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "pair_losses", full)
-        assert main(["train", path]) == 6
-    said = capsys.readouterr().err
-    assert "rows.jsonl:" in said and "machine.micro_batch_tokens=" in said and "Traceback" not in said
-    assert main(["train", path, "--resume"]) == 0
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("adapter", [{"dora": True}, {"modules_to_save": ["lm_head"]}, {"rslora": True}])
 def test_other_adapters_train_and_load(adapter: dict[str, Any], dtype: str, recipe: Write) -> None:

@@ -32,7 +32,7 @@ class Layout:
 
     dtype: str
     micro_batch_tokens: int
-    activation_checkpointing: bool
+    recomputed_layers: int  # the first ones of the model recompute their activations going backwards
     segments: bool
 
 

@@ -5,23 +5,24 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from lorasft.data.packing import MicroBatch, Plan, Step
+from lorasft.data.packing import Plan, Step
 from lorasft.data.store import TokenStore
-from lorasft.errors import CapacityError, DivergedError, Stopped
+from lorasft.errors import DivergedError, Stopped
 from lorasft.model.loss import Network, pair_losses
+from lorasft.model.recompute import recomputed_layers
 from lorasft.recipe import Recipe
 from lorasft.train.checkpoint import Learner, State, list_checkpoints, retain, save_checkpoint
 from lorasft.train.evaluate import HeldOut, evaluate
 from lorasft.train.logbook import Logbook
+from lorasft.train.redo import naming_rows, within_memory
 from lorasft.train.schedule import learning_rate
 from lorasft.train.stop import stop_signals
 
@@ -47,7 +48,8 @@ class Run:
 def take_step(run: Run, step: Step) -> dict[str, Any]:
     """One optimizer step: its losses summed over all micro-batches and divided once. Returns its metrics.
 
-    Raises DivergedError before the update when loss or gradient is not finite, naming the rows.
+    Raises DivergedError before the update when loss or gradient is not finite, naming the rows, and MicroBatchTooLarge
+    when memory runs out before it.
     """
     started = time.monotonic()
     torch.manual_seed(run.plan.seed * 1_000_003 + step.number)  # dropout depends on the step alone
@@ -55,7 +57,7 @@ def take_step(run: Run, step: Step) -> dict[str, Any]:
     loss = 0.0
     for batch in step.micro_batches:
         weights = torch.as_tensor(batch.weights, device=run.network.device)
-        with enough_memory(run, batch):
+        with naming_rows(run.rows, batch):
             part = (pair_losses(run.network, batch) * weights).sum() / step.divisor
             part.backward()  # type: ignore[no-untyped-call]
         loss += float(part.detach())
@@ -86,6 +88,11 @@ def take_step(run: Run, step: Step) -> dict[str, Any]:
     }
 
 
+def take_numbered_step(run: Run, *, number: int) -> dict[str, Any]:
+    """Step `number` of the plan, cut as the run's layout says."""
+    return take_step(run, run.plan.step(number, run.rows))
+
+
 def train(run: Run, state: State) -> State:
     """Run from `state` to the end of the plan. Returns the last state; raises Stopped after a signal, saved."""
     settings = run.recipe.run
@@ -93,15 +100,16 @@ def train(run: Run, state: State) -> State:
     run.network.causal.train()
     with stop_signals() as stop:
         if state.step == 0:
-            state = evaluate_and_note(run, state)
+            state, run = within_memory(run, partial(evaluate_and_note, state=state))
             if stop.signal:
                 raise Stopped(stop.signal, "stopped before the first step")
         for number in range(state.step + 1, run.plan.steps + 1):
-            run.logbook.step(take_step(run, run.plan.step(number, run.rows)))
+            values, run = within_memory(run, partial(take_numbered_step, number=number))
+            run.logbook.step(values)
             state = replace(state, step=number)
             last = number == run.plan.steps
             if last or (settings.eval_every and number % settings.eval_every == 0):
-                state = evaluate_and_note(run, state)
+                state, run = within_memory(run, partial(evaluate_and_note, state=state))
             overdue = settings.save_minutes is not None and time.monotonic() - saved_at > 60 * settings.save_minutes
             planned = settings.save_every and number % settings.save_every == 0
             best = settings.keep_best and state.best_step == number
@@ -113,7 +121,7 @@ def train(run: Run, state: State) -> State:
     return state
 
 
-def evaluate_and_note(run: Run, state: State) -> State:
+def evaluate_and_note(run: Run, *, state: State) -> State:
     """The held-out loss, noted; the state with it when it is the best so far."""
     if run.held_out is None:
         return state
@@ -126,25 +134,15 @@ def evaluate_and_note(run: Run, state: State) -> State:
 
 def save(run: Run, state: State) -> State:
     """Commit a checkpoint, then let go of the ones that are no longer kept."""
-    state = replace(state, metrics_bytes=run.logbook.size())
+    layout = replace(
+        state.layout,
+        micro_batch_tokens=run.plan.micro_batch_tokens,
+        recomputed_layers=recomputed_layers(run.network.causal),
+    )
+    state = replace(state, metrics_bytes=run.logbook.size(), layout=layout)
     save_checkpoint(run.checkpoints, state, run.learner, base=run.recipe.model)
     retain(run.checkpoints, keep=run.recipe.run.keep, best_step=state.best_step if run.recipe.run.keep_best else None)
     return state
-
-
-@contextmanager
-def enough_memory(run: Run, batch: MicroBatch) -> Iterator[None]:
-    """Turn the device's out-of-memory error into one that names the rows and what would help."""
-    try:
-        yield
-    except torch.OutOfMemoryError as fault:
-        rows = sorted({str(run.rows.place(example)) for example in batch.examples.tolist()})
-        raise CapacityError(
-            f"out of memory with {len(batch.ids)} tokens in a micro-batch of {len(batch.segments)} sequences",
-            where=", ".join(rows[:5]),
-            hint=f"machine.micro_batch_tokens={max(1, len(batch.ids) // 2)}, machine.activation_checkpointing=true "
-            "or a smaller data.max_length; go on with --resume",
-        ) from fault
 
 
 def refuse_unreached(run: Run) -> None:

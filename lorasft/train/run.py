@@ -17,11 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 
 from lorasft.data.packing import Plan, count_steps
 from lorasft.data.prepare import Prepared, prepare
+from lorasft.data.store import TokenStore
 from lorasft.data.tokenizer import compare_with_file, load_tokenizer
 from lorasft.data.untrained import refuse_untrained
 from lorasft.errors import ModelError, RecipeError
@@ -29,6 +31,15 @@ from lorasft.files import locked, make_folder, remove_folder, staged_folder, swe
 from lorasft.model.adapter import attach_adapter, check_targets, load_adapter, trainable, write_adapter
 from lorasft.model.base import compute_dtype, count_bytes, load_base, make_skeleton, read_config
 from lorasft.model.loss import Network
+from lorasft.model.memory import (
+    fewest_recomputed,
+    free_memory,
+    gradient_bytes,
+    heaviest_batch,
+    measure,
+    optimizer_bytes,
+)
+from lorasft.model.recompute import decoder_layers, recompute
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import Recipe, dump_recipe
 from lorasft.train.checkpoint import Layout, Learner, State, newest_checkpoint, read_state, restore_checkpoint
@@ -36,6 +47,7 @@ from lorasft.train.folder import claim, refuse_changes, write_start
 from lorasft.train.logbook import Logbook, check_trackers
 from lorasft.train.loop import Run, save
 from lorasft.train.optimizer import make_optimizer
+from lorasft.train.redo import plain_memory_errors
 from lorasft.train.schedule import warmup_steps
 
 _AUTO_TOKENS = {"cpu": 2048, "cuda": 4096}  # tokens of a micro-batch: measured on CPU; the planner will know better
@@ -62,7 +74,7 @@ def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Opened]:
     folder = Path(recipe.run.output)
     claim(folder, resume=resume)
     make_folder(folder)
-    with locked(folder):
+    with locked(folder), plain_memory_errors():
         sweep(folder)
         sweep(folder / "checkpoints")
         if not resume:  # what a start that failed has left
@@ -87,7 +99,10 @@ def _open(recipe: Recipe, folder: Path, *, resume: bool) -> Opened:
     if not recipe.adapter.modules_to_save:
         refuse_untrained(recipe.model.base, tokenizer, learned=prepared.learned_special)
 
-    model, network, layout = load_model(recipe, device, saved=saved, micro_batch_tokens=plan.micro_batch_tokens)
+    longest = longest_sequence(prepared.train)
+    model, network, layout = load_model(
+        recipe, device, saved=saved, micro_batch_tokens=plan.micro_batch_tokens, longest=longest
+    )
     parameters = trainable(model)
     learner = Learner(model, parameters, make_optimizer(recipe.optimizer, parameters))
     state = State(step=0, data=prepared.key, metrics_bytes=0, layout=layout)
@@ -119,14 +134,18 @@ def _open(recipe: Recipe, folder: Path, *, resume: bool) -> Opened:
         *network.notices,
         *([] if run.held_out or recipe.data.eval is None else ["no rows are held out: data.eval=FILE names some"]),
         f"model on {device} in {layout.dtype}: {count_bytes(model)}",
+        f"activations: {layout.recomputed_layers} of {len(decoder_layers(network.causal))} layers recomputed",
     )
     return Opened(run, state, tokenizer, prepared, notes)
 
 
 def load_model(
-    recipe: Recipe, device: torch.device, *, saved: State | None, micro_batch_tokens: int
+    recipe: Recipe, device: torch.device, *, saved: State | None, micro_batch_tokens: int, longest: int
 ) -> tuple[Any, Network, Layout]:
-    """The PEFT model, what was verified about it, and the layout: the one of the checkpoint where there is one."""
+    """The PEFT model, what was verified about it, and the layout: the one of the checkpoint where there is one.
+
+    `longest` is the length of the longest sequence in tokens.
+    """
     dtype = compute_dtype(saved.layout.dtype if saved else recipe.model.dtype, device)
     settings = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     base = load_base(settings, device)
@@ -142,11 +161,12 @@ def load_model(
     layout = Layout(
         dtype=settings.dtype,
         micro_batch_tokens=micro_batch_tokens if network.segments else 1,  # 1: sequences go alone
-        activation_checkpointing=checkpoints_activations(recipe, device, saved=saved),
+        recomputed_layers=choose_recomputed(
+            recipe, network, saved=saved, micro_batch_tokens=micro_batch_tokens, longest=longest
+        ),
         segments=network.segments,
     )
-    if layout.activation_checkpointing:
-        network.causal.activation_checkpointing_enable({"use_reentrant": False})
+    recompute(network.causal, layout.recomputed_layers)
     return model, network, layout
 
 
@@ -241,9 +261,31 @@ def make_plan(recipe: Recipe, *, examples: int, device: torch.device, saved: Sta
     )
 
 
-def checkpoints_activations(recipe: Recipe, device: torch.device, *, saved: State | None) -> bool:
-    """Whether layers recompute their activations: as the recipe or the checkpoint says, else on GPUs."""
-    wanted = recipe.machine.activation_checkpointing
-    if wanted == "auto":
-        return saved.layout.activation_checkpointing if saved else device.type == "cuda"
-    return wanted
+def choose_recomputed(
+    recipe: Recipe, network: Network, *, saved: State | None, micro_batch_tokens: int, longest: int
+) -> int:
+    """How many layers recompute their activations: as the recipe or the checkpoint says, else as few as fit.
+
+    Raises RecipeError when the model cannot recompute and the recipe wants it.
+    """
+    wanted, layers = recipe.machine.activation_checkpointing, len(decoder_layers(network.causal))
+    if wanted is True and not layers:
+        what = "this model cannot recompute its activations"
+        raise RecipeError(what, where="machine.activation_checkpointing", hint="use auto or false")
+    if isinstance(wanted, bool) or not layers:
+        return layers if wanted is True else 0
+    if saved:
+        return saved.layout.recomputed_layers
+    batch = heaviest_batch(network, longest=longest, capacity=micro_batch_tokens)
+    try:
+        footprint = measure(network, batch)
+    except (LookupError, TypeError, ValueError, RuntimeError, MemoryError):
+        return layers  # no room to measure in, or layers that are called in a way not known here: what needs least
+    # The gradients and the optimizer take their share later, and keep it.
+    upcoming = gradient_bytes(network.causal) + optimizer_bytes(network.causal, recipe.optimizer.name)
+    return fewest_recomputed(footprint, free_memory(network.device) - upcoming)
+
+
+def longest_sequence(rows: TokenStore) -> int:
+    """Tokens of the longest sequence."""
+    return int(np.diff(rows.sequence_offsets).max())
