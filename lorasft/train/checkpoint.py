@@ -34,6 +34,7 @@ class Layout:
     micro_batch_tokens: int
     activation_checkpointing: bool
     segments: bool
+    processes: int = 1
 
 
 @dataclass(frozen=True)
