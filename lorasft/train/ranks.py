@@ -189,17 +189,17 @@ class Ranks:
         self.end_after(speaker, code=codes[speaker])
 
     def end_after(self, speaker: int, *, code: int) -> None:
-        """Exit with `code` and without a word, once the process that speaks has ended.
+        """Exit with `code` and without a word, once the process that speaks has ended."""
+        self.leave()
+        if self.watch is not None and speaker != self.index:
+            self.watch.ended(_GRACE, [speaker])
+        raise SystemExit(code) from None
 
-        In this order because a launcher ends all processes as soon as one has; that signal is ignored here, so that
-        all end with the same code.
-        """
+    def leave(self) -> None:
+        """From here on this process ends by itself: a launcher ends all of them as soon as one has ended."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if self.watch is not None:
             self.watch.leaving = True
-            if speaker != self.index:
-                self.watch.ended(_GRACE, [speaker])
-        raise SystemExit(code) from None
 
     @contextlib.contextmanager
     def _collective(self) -> Iterator[None]:
@@ -240,8 +240,7 @@ def join() -> Iterator[Ranks]:
             raise
         ranks.end_after(0, code=fault.exit_code)
     finally:
-        if ranks.watch is not None:
-            ranks.watch.leaving = True
+        ranks.leave()
 
 
 def _connect() -> Ranks:
