@@ -56,6 +56,10 @@ class Watch:
         found = poll.poll(None if seconds is None else int(1000 * seconds)) if self._ranks else []
         return sorted(self._ranks[descriptor] for descriptor, _ in found)
 
+    def speaker(self, lost: Sequence[int]) -> int:
+        """The first of the processes that are left: it says what happened."""
+        return min(set(range(len(self.pids))) - set(lost))
+
     def lost(self, ranks: Sequence[int]) -> DeviceError:
         """What to say about processes that have ended."""
         names = " and ".join(f"rank {rank} (process {self.pids[rank]})" for rank in ranks) or "another process"
@@ -68,7 +72,8 @@ class Watch:
         ranks = self.ended(None)
         time.sleep(_GRACE)
         if not self.leaving:
-            say(str(self.lost(ranks)))
+            if self.pids[self.speaker(ranks)] == os.getpid():
+                say(str(self.lost(ranks)))
             os._exit(DeviceError.exit_code)  # safe at any time: what is on the disk is whole or not there
 
 
@@ -210,10 +215,9 @@ class Ranks:
             if self.watch is None:
                 raise
             lost = self.watch.ended(5.0)
-            fault = self.watch.lost(lost)
-            left = [index for index in range(self.count) if index not in lost]
-            codes = [fault.exit_code if index == left[0] else 0 for index in range(self.count)]
-            self._end_on(codes, fault if self.index == left[0] else caught)
+            speaker = self.watch.speaker(lost)
+            codes = [DeviceError.exit_code if index == speaker else 0 for index in range(self.count)]
+            self._end_on(codes, self.watch.lost(lost) if self.index == speaker else caught)
 
 
 ALONE = Ranks()
