@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from safetensors.torch import load_file, save_file
 from test_oracles import Rows, differences, gradients, oracle, ours, plain_step
 from test_train import metrics, run_folder
@@ -181,7 +181,9 @@ def test_all_processes_end_with_the_same_parameters(recipe: Write, tmp_path: Pat
 
     def act(rank: int) -> None:
         with join() as ranks, open_run(settings, resume=False, ranks=ranks) as opened:
+            opened.run.logbook.trackers = Accelerator()
             loop.train(opened.run, opened.state)
+            opened.run.logbook.close()  # must not part the processes
             parameters = {name: tensor.detach() for name, tensor in opened.run.learner.parameters.items()}
             save_file(parameters, tmp_path / f"{rank}.safetensors")
 
