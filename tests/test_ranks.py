@@ -29,14 +29,15 @@ from test_train import metrics, run_folder
 
 from lorasft.cli import main
 from lorasft.data.packing import Plan, cut, share
+from lorasft.errors import ModelError
 from lorasft.files import verify_folder
 from lorasft.recipe import load_recipe
 from lorasft.train import loop
 from lorasft.train import ranks as ranks_module
+from lorasft.train import run as runs
 from lorasft.train.checkpoint import Learner
 from lorasft.train.evaluate import evaluate
 from lorasft.train.ranks import ALONE, Ranks, join
-from lorasft.train.run import open_run
 from lorasft.train.stop import StopRequest
 
 Write = Callable[..., str]
@@ -126,8 +127,7 @@ def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> N
                 work = lambda run=run, step=step: loop.add_gradients(run, step)  # noqa: E731
                 value = ranks.sum_step(work, parameters, stop=StopRequest(agreed=0))
                 save_file(gradients(model) | {"loss": torch.tensor(value)}, tmp_path / f"{number}-{rank}.safetensors")
-            held_out = [evaluate(network, some(size), capacity=20, ranks=ranks).loss for size in range(1, 7)]
-            (tmp_path / f"held_out-{rank}.json").write_text(json.dumps(held_out), encoding="utf-8")
+            (tmp_path / f"held_out-{rank}.json").write_text(json.dumps(held_out(network, ranks)), encoding="utf-8")
 
     launch = Launch(tmp_path, act)
     assert launch.codes() == [0, 0], launch.said()
@@ -138,10 +138,15 @@ def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> N
         assert float(first.pop("loss")) == pytest.approx(want_loss, rel=1e-6)
         assert differences(first, want)[0] < 1e-6
     network = ours("llama")[1]
-    alone = [evaluate(network, some(size), capacity=20, ranks=ALONE).loss for size in range(1, 7)]
     for rank in (0, 1):
-        held_out = json.loads((tmp_path / f"held_out-{rank}.json").read_text(encoding="utf-8"))
-        assert held_out == pytest.approx(alone, rel=1e-6)
+        scores = json.loads((tmp_path / f"held_out-{rank}.json").read_text(encoding="utf-8"))
+        assert scores == pytest.approx(held_out(network, ALONE), rel=1e-6)
+
+
+def held_out(network: Any, ranks: Ranks) -> list[float]:
+    """Losses and tokens of held-out sets of every size."""
+    results = [evaluate(network, some(size), capacity=20, ranks=ranks) for size in range(1, 7)]
+    return [number for result in results for number in (result.loss, result.tokens)]
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
@@ -180,7 +185,7 @@ def test_all_processes_end_with_the_same_parameters(recipe: Write, tmp_path: Pat
     settings = load_recipe(recipe())
 
     def act(rank: int) -> None:
-        with join() as ranks, open_run(settings, resume=False, ranks=ranks) as opened:
+        with join() as ranks, runs.open_run(settings, resume=False, ranks=ranks) as opened:
             opened.run.logbook.trackers = Accelerator()
             loop.train(opened.run, opened.state)
             opened.run.logbook.close()  # must not part the processes
@@ -244,12 +249,17 @@ def out_of_memory(*args: Any) -> torch.Tensor:
     raise torch.OutOfMemoryError
 
 
+def no_model(*args: Any) -> Any:
+    raise ModelError("cannot load")
+
+
 @pytest.mark.parametrize(
     ("arguments", "broken", "code", "words"),
     [
         (["train.batch=3"], None, 2, "did you mean batch_size"),
         (["train.batch_size=64"], None, 2, "fewer than one batch"),
         (["data.train=missing.jsonl"], None, 3, "missing.jsonl"),
+        ([], "model", 4, "cannot load"),
         ([], "nan", 7, "is not finite"),
         ([], "memory", 6, "out of memory"),
     ],
@@ -257,13 +267,15 @@ def out_of_memory(*args: Any) -> torch.Tensor:
 def test_a_fault_ends_all_with_its_code_and_is_said_once(
     arguments: list[str], broken: str | None, code: int, words: str, recipe: Write, tmp_path: Path
 ) -> None:
-    """The last two happen in the second process alone."""
+    """The last three happen in the second process alone."""
     path = recipe()
     plain = loop.pair_losses
 
     def act(rank: int) -> int:
         if rank == 1 and broken == "nan":
             loop.pair_losses = lambda *args: plain(*args) * float("nan")  # type: ignore[assignment]
+        if rank == 1 and broken == "model":
+            runs.load_base = no_model  # type: ignore[assignment]
         if rank == 1 and broken == "memory":
             loop.pair_losses = out_of_memory
         return main(["train", path, *arguments])

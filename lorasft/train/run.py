@@ -76,9 +76,7 @@ def open_run(recipe: Recipe, *, resume: bool, ranks: Ranks = ALONE) -> Iterator[
     folder = Path(recipe.run.output)
     with ExitStack() as held:
         settled = ranks.lead(lambda: _settle(recipe, folder, resume=resume, held=held))
-        with ranks.agreed():
-            opened = _load(recipe, folder, settled, ranks=ranks)
-        yield opened
+        yield _load(recipe, folder, settled, ranks=ranks)
 
 
 def _settle(recipe: Recipe, folder: Path, *, resume: bool, held: ExitStack) -> Settled:
@@ -110,7 +108,8 @@ def _settle(recipe: Recipe, folder: Path, *, resume: bool, held: ExitStack) -> S
 def _load(recipe: Recipe, folder: Path, settled: Settled, *, ranks: Ranks) -> Opened:
     device = PartialState().device
     prepared, tokenizer, plan, saved = settled.prepared, settled.tokenizer, settled.plan, settled.saved
-    model, network, layout = load_model(recipe, device, saved=saved, micro_batch_tokens=plan.micro_batch_tokens)
+    with ranks.agreed():
+        model, network, layout = load_model(recipe, device, saved=saved, micro_batch_tokens=plan.micro_batch_tokens)
     # All processes must cut a step in the same way.
     layout = replace(layout, micro_batch_tokens=min(ranks.gather(layout.micro_batch_tokens)), processes=ranks.count)
     parameters = trainable(model)
@@ -118,7 +117,8 @@ def _load(recipe: Recipe, folder: Path, settled: Settled, *, ranks: Ranks) -> Op
     learner = Learner(model, parameters, make_optimizer(recipe.optimizer, parameters))
     state = State(step=0, data=prepared.key, metrics_bytes=0, layout=layout)
     if settled.checkpoint and saved:
-        restore_checkpoint(settled.checkpoint, learner)
+        with ranks.agreed():
+            restore_checkpoint(settled.checkpoint, learner)
         state = replace(saved, layout=layout)
     if saved and ranks.is_main:
         truncate(folder / "metrics.jsonl", saved.metrics_bytes)
@@ -133,9 +133,10 @@ def _load(recipe: Recipe, folder: Path, settled: Settled, *, ranks: Ranks) -> Op
         logbook=Logbook(folder, recipe, steps=plan.steps, first_step=state.step + 1),
         ranks=ranks,
     )
-    if ranks.is_main and not saved:  # from here on there is something to resume, so this is what makes the folder a run
-        save(run, state)
-        write_start(folder, recipe, prepared, layout=layout, config=settled.config)
+    with ranks.agreed():
+        if ranks.is_main and not saved:  # from here on there is something to resume: this makes the folder a run
+            save(run, state)
+            write_start(folder, recipe, prepared, layout=layout, config=settled.config)
     notices = [notice] if (notice := compare_with_file(tokenizer)) else []
     unstopped = missing_stop(prepared, network.causal)
     if unstopped is not None:
