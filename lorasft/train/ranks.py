@@ -129,6 +129,8 @@ class Ranks:
         try:
             yield
         except BaseException as caught:
+            if self.watch is not None and self.watch.leaving:
+                raise  # another process is gone, and that has been said
             fault = caught
         self._end_on(self.gather(_exit_code(fault)), fault)
 
@@ -214,6 +216,7 @@ class Ranks:
         except RuntimeError as caught:
             if self.watch is None:
                 raise
+            self.leave()
             lost = self.watch.ended(5.0)
             speaker = self.watch.speaker(lost)
             codes = [DeviceError.exit_code if index == speaker else 0 for index in range(self.count)]
@@ -254,7 +257,11 @@ def _connect() -> Ranks:
     cuda = torch.cuda.is_available()
     # Gradients go from card to card, small objects over gloo. The long limit is for the others while the first
     # prepares the data; who is gone is found out by the watch.
-    state = PartialState(cpu=not cuda, backend="cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=timedelta(days=1))
+    backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
+    try:
+        state = PartialState(cpu=not cuda, backend=backend, timeout=timedelta(days=1))
+    except RuntimeError as fault:
+        raise DeviceError(f"the processes cannot meet: {str(fault).strip().splitlines()[0]}") from fault
     if not cuda and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's own choice, whatever the machine
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // state.num_processes))
     alone = Ranks(state.process_index, state.num_processes)
