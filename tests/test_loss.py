@@ -105,5 +105,6 @@ def test_a_head_with_an_adapter_or_in_4_bit_goes_through_the_model() -> None:
 
 def _in_nf4(head: Any) -> Any:
     four_bit = bnb.nn.Linear4bit(head.in_features, head.out_features, bias=False, quant_type="nf4")
+    four_bit.support_avx512bf16_for_cpu = False
     four_bit.weight.data = head.weight.data
     return four_bit.to("cpu").requires_grad_(False)
