@@ -165,7 +165,7 @@ class RunSettings(_Section):
 class MachineSettings(_Section):
     micro_batch_tokens: Literal["auto"] | PositiveInt = Field(default="auto", description="tokens per micro-batch")
     activation_checkpointing: Literal["auto"] | bool = Field(
-        default="auto", description="recompute layers going backwards"
+        default="auto", description="recompute layers going backwards; auto: as few as the memory needs"
     )
     share_prefixes: Literal["auto"] | bool = Field(default="auto", description="compute common beginnings once")
     attention: Literal["auto", "segments", "sdpa", "eager"] = Field(default="auto", description="attention backend")

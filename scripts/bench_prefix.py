@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace, base: str) -> None:
     tokens: dict[bool, list[int]] = {True: [], False: []}
     for number in range(1, arguments.steps + 2):
         for share in seconds:
-            plan = Plan(len(rows), arguments.batch, arguments.steps, 0, "token", arguments.tokens, share)
+            plan = Plan(len(rows), arguments.batch, arguments.steps, 0, "token", arguments.tokens, share_prefixes=share)
             started = time.perf_counter()
             step = plan.step(number, rows)
             for batch in step.micro_batches:

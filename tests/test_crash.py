@@ -48,7 +48,7 @@ def learner(base: Path) -> Learner:
 
 
 def save_and_retain(folder: Path, learner: Learner, base: Path, step: int) -> None:
-    layout = Layout(dtype="bfloat16", micro_batch_tokens=64, activation_checkpointing=False, segments=True)
+    layout = Layout(dtype="bfloat16", micro_batch_tokens=64, recomputed_layers=0, segments=True)
     state = State(step=step, data="key", metrics_bytes=0, layout=layout)
     save_checkpoint(folder, state, learner, base=ModelSettings(base=str(base)))
     retain(folder, keep=KEEP, best_step=None)

@@ -298,7 +298,7 @@ def test_a_run_shares_and_learns_the_same(recipe: Write, tmp_path: Path) -> None
 
 def test_the_decision_is_the_recipes_then_the_checkpoints_unless_something_drops_out() -> None:
     network = verify(make_base("gpt2"))
-    layout = Layout("float32", 64, activation_checkpointing=False, segments=True, share_prefixes=True)
+    layout = Layout("float32", 64, recomputed_layers=0, segments=True, share_prefixes=True)
     saved = State(step=1, data="", metrics_bytes=0, layout=layout)
     assert choose_sharing(network, "auto", saved=None).share == "auto"
     assert choose_sharing(network, "auto", saved=saved).share is True

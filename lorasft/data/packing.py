@@ -10,7 +10,7 @@ How a step is cut is layout: it depends on the machine and changes no result.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, Protocol
@@ -94,6 +94,7 @@ class Plan:
     seed: int
     loss: Literal["token", "example"]
     micro_batch_tokens: int
+    processes: int = 1  # that share the micro-batches of a step
     share_prefixes: Sharing = False
     horizon: int | None = None  # see `cut`
 
@@ -115,6 +116,7 @@ class Plan:
             examples,
             capacity=self.micro_batch_tokens,
             loss=self.loss,
+            processes=self.processes,
             share=self.share_prefixes,
             horizon=self.horizon,
         )
@@ -146,12 +148,14 @@ def cut(
     *,
     capacity: int,
     loss: Literal["token", "example"] = "token",
+    processes: int = 1,
     share: Sharing = False,
     horizon: int | None = None,
 ) -> Iterator[MicroBatch]:
     """Cut examples into micro-batches of at most `capacity` tokens, best fit in order of falling length.
 
-    A sequence longer than `capacity` gets a micro-batch of its own. The last target of a sequence is never an
+    A sequence longer than `capacity` gets a micro-batch of its own; several processes get smaller ones where that
+    gives each of them work. The last target of a sequence is never an
     input, and what stands behind it is not computed: no learned token looks at it. With `share`, what sequences
     begin with in common is computed once, and a tree may be as large as the longest sequence. Sequences up to
     `horizon` tokens and longer ones never meet: some models compute all positions of a row by its longest.
@@ -160,8 +164,12 @@ def cut(
     long = [piece for piece in pieces if horizon is not None and len(piece.ids) > horizon]
     short = [piece for piece in pieces if horizon is None or len(piece.ids) <= horizon]
     for kind in (short, long):
-        trees = plant([piece.ids for piece in kind], capacity=capacity, share=share)
-        yield from (_join(kind, trees) for trees in _fill(trees, capacity=capacity))
+        ids, room = [piece.ids for piece in kind], capacity
+        trees = plant(ids, capacity=room, share=share)
+        if processes > 1:
+            room = even_capacity(sum(tree.tokens for tree in trees), capacity, processes=processes)
+            trees = plant(ids, capacity=room, share=share)
+        yield from (_join(kind, trees) for trees in _fill(trees, capacity=room))
 
 
 def merge_pairs(batch: MicroBatch) -> MicroBatch:
@@ -189,6 +197,34 @@ def _fill(trees: list[Tree], *, capacity: int) -> list[list[Tree]]:
             bins.append([tree])
             free.append(capacity - tree.tokens)
     return bins
+
+
+def even_capacity(tokens: int, capacity: int, *, processes: int) -> int:
+    """The largest micro-batch of which `processes` need equally many for `tokens`, with 3 % of room to fit them in."""
+    rounds = math.ceil(tokens / (capacity * processes))
+    return min(capacity, math.ceil(1.03 * tokens / (max(1, rounds) * processes)))
+
+
+def share(batches: Sequence[MicroBatch], index: int, count: int) -> list[MicroBatch]:
+    """The micro-batches of process `index` of `count`: the dearest first, each to the one with the least to do."""
+    if count == 1:
+        return list(batches)
+    spent = [0.0] * count
+    mine = []
+    for batch in sorted(batches, key=_cost, reverse=True):
+        chosen = spent.index(min(spent))
+        spent[chosen] += _cost(batch)
+        if chosen == index:
+            mine.append(batch)
+    return mine
+
+
+def _cost(batch: MicroBatch) -> float:
+    """Tokens, and for attention one more for 16,384 pairs of query and key (6 times a hidden size of 2,700)."""
+    lengths = [segment.end - segment.start for segment in batch.segments]
+    seen = [own + sum(lengths[n] for n in one.ancestors) for own, one in zip(lengths, batch.segments, strict=True)]
+    pairs = sum(own * keys for own, keys in zip(lengths, seen, strict=True))
+    return len(batch.ids) + pairs / 2 / 16_384
 
 
 @dataclass(frozen=True)

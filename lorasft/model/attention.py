@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface
 
 from lorasft.data.packing import Segment
+from lorasft.model.brief import BriefAttention, is_brief
 from lorasft.model.varlen import Varlen, attend_at_once, measure_paths
 
 SEGMENTS = "lorasft_segments"
@@ -86,11 +87,16 @@ def attend(
             outputs.append(_attend_openly(q, k, v, mask, scale=scale, dropout=dropout, softcap=softcap, sinks=s_aux))
         else:
             grouped = q.shape[1] != k.shape[1]
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
-                )
-            )
+            options: dict[str, Any] = {
+                "attn_mask": mask,
+                "is_causal": mask is None,
+                "scale": scale,
+                "enable_gqa": grouped,
+            }
+            if dropout == 0 and is_brief(q, k):
+                outputs.append(BriefAttention.apply(q, k, v, options))  # type: ignore[no-untyped-call]
+            else:
+                outputs.append(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 

@@ -33,9 +33,10 @@ class Layout:
 
     dtype: str
     micro_batch_tokens: int
-    activation_checkpointing: bool
+    recomputed_layers: int  # the first ones of the model recompute their activations going backwards
     segments: bool
     share_prefixes: Sharing = False
+    processes: int = 1
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from torch import nn
@@ -24,6 +25,7 @@ from torch import nn
 from lorasft.data.packing import Plan, count_steps
 from lorasft.data.prefixes import Sharing
 from lorasft.data.prepare import Prepared, prepare
+from lorasft.data.store import TokenStore
 from lorasft.data.tokenizer import compare_with_file, load_tokenizer
 from lorasft.data.untrained import refuse_untrained
 from lorasft.errors import ModelError, RecipeError
@@ -31,6 +33,15 @@ from lorasft.files import locked, make_folder, remove_folder, staged_folder, swe
 from lorasft.model.adapter import attach_adapter, check_targets, load_adapter, trainable, write_adapter
 from lorasft.model.base import compute_dtype, count_bytes, load_base, make_skeleton, read_config
 from lorasft.model.loss import Network
+from lorasft.model.memory import (
+    fewest_recomputed,
+    free_memory,
+    gradient_bytes,
+    heaviest_batch,
+    measure,
+    optimizer_bytes,
+)
+from lorasft.model.recompute import decoder_layers, recompute
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import Recipe, dump_recipe
 from lorasft.train.checkpoint import Layout, Learner, State, newest_checkpoint, read_state, restore_checkpoint
@@ -38,6 +49,8 @@ from lorasft.train.folder import claim, refuse_changes, write_start
 from lorasft.train.logbook import Logbook, check_trackers
 from lorasft.train.loop import Run, save
 from lorasft.train.optimizer import make_optimizer
+from lorasft.train.ranks import ALONE, Ranks
+from lorasft.train.redo import plain_memory_errors
 from lorasft.train.schedule import warmup_steps
 
 _AUTO_TOKENS = {"cpu": 2048, "cuda": 4096}  # tokens of a micro-batch: measured on CPU; the planner will know better
@@ -54,28 +67,43 @@ class Opened:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Settled:
+    """What is settled before any weight is read: by the first process, which then tells the others."""
+
+    config: Any
+    tokenizer: Any
+    prepared: Prepared
+    plan: Plan
+    checkpoint: Path | None  # to go on from
+    saved: State | None  # its state
+    skipped: list[str]
+
+
 @contextmanager
-def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Opened]:
+def open_run(recipe: Recipe, *, resume: bool, ranks: Ranks = ALONE) -> Iterator[Opened]:
     """Claim the run folder of `recipe`, prepare its data, load its model; start, or go on where it stopped.
 
     All that can be known before the weights are loaded is refused before. Raises RecipeError for a folder that is
     taken, and ModelError when nothing can be resumed.
     """
     folder = Path(recipe.run.output)
+    with ExitStack() as held, plain_memory_errors():
+        settled = ranks.lead(lambda: _settle(recipe, folder, resume=resume, held=held))
+        yield _load(recipe, folder, settled, ranks=ranks)
+
+
+def _settle(recipe: Recipe, folder: Path, *, resume: bool, held: ExitStack) -> Settled:
+    """Claim the folder, which stays locked while `held` is open; prepare the data; find what to go on from."""
     claim(folder, resume=resume)
     make_folder(folder)
-    with locked(folder):
-        sweep(folder)
-        sweep(folder / "checkpoints")
-        if not resume:  # what a start that failed has left
-            for name in ("tokens", "checkpoints"):
-                if (folder / name).is_dir():
-                    remove_folder(folder / name)
-        yield _open(recipe, folder, resume=resume)
-
-
-def _open(recipe: Recipe, folder: Path, *, resume: bool) -> Opened:
-    device = PartialState().device
+    held.enter_context(locked(folder))
+    sweep(folder)
+    sweep(folder / "checkpoints")
+    if not resume:  # what a start that failed has left
+        for name in ("tokens", "checkpoints"):
+            if (folder / name).is_dir():
+                remove_folder(folder / name)
     config = read_config(recipe.model.base, recipe.model.revision)
     refuse_settings(recipe, config)
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
@@ -85,17 +113,31 @@ def _open(recipe: Recipe, folder: Path, *, resume: bool) -> Opened:
     saved = read_state(checkpoint) if checkpoint else None
     if saved:
         refuse_changes(recipe, folder, saved, data=prepared.key)
-    plan = make_plan(recipe, examples=len(prepared.train), device=device, saved=saved)
+    plan = make_plan(recipe, examples=len(prepared.train), device=PartialState().device, saved=saved)
     if not recipe.adapter.modules_to_save:
         refuse_untrained(recipe.model.base, tokenizer, learned=prepared.learned_special)
+    return Settled(config, tokenizer, prepared, plan, checkpoint, saved, skipped)
 
-    model, network, layout = load_model(recipe, device, saved=saved, micro_batch_tokens=plan.micro_batch_tokens)
+
+def _load(recipe: Recipe, folder: Path, settled: Settled, *, ranks: Ranks) -> Opened:
+    device = PartialState().device
+    prepared, tokenizer, plan, saved = settled.prepared, settled.tokenizer, settled.plan, settled.saved
+    with ranks.agreed():
+        longest = longest_sequence(prepared.train)
+        model, network, layout = load_model(
+            recipe, device, saved=saved, micro_batch_tokens=plan.micro_batch_tokens, longest=longest
+        )
+    # All processes must cut a step in the same way.
+    layout = replace(layout, micro_batch_tokens=min(ranks.gather(layout.micro_batch_tokens)), processes=ranks.count)
     parameters = trainable(model)
+    ranks.copy_first(list(parameters.values()))
     learner = Learner(model, parameters, make_optimizer(recipe.optimizer, parameters))
     state = State(step=0, data=prepared.key, metrics_bytes=0, layout=layout)
-    if checkpoint and saved:
-        restore_checkpoint(checkpoint, learner)
+    if settled.checkpoint and saved:
+        with ranks.agreed():
+            restore_checkpoint(settled.checkpoint, learner)
         state = replace(saved, layout=layout)
+    if saved and ranks.is_main:
         truncate(folder / "metrics.jsonl", saved.metrics_bytes)
     run = Run(
         folder=folder,
@@ -103,6 +145,7 @@ def _open(recipe: Recipe, folder: Path, *, resume: bool) -> Opened:
         plan=replace(
             plan,
             micro_batch_tokens=layout.micro_batch_tokens,
+            processes=ranks.count,
             share_prefixes=network.share,
             horizon=network.horizon,
         ),
@@ -111,10 +154,12 @@ def _open(recipe: Recipe, folder: Path, *, resume: bool) -> Opened:
         network=network,
         learner=learner,
         logbook=Logbook(folder, recipe, steps=plan.steps, first_step=state.step + 1),
+        ranks=ranks,
     )
-    if not saved:  # from here on there is something to resume, so this is what makes the folder a run
-        save(run, state)
-        write_start(folder, recipe, prepared, layout=layout, config=config)
+    with ranks.agreed():
+        if ranks.is_main and not saved:  # from here on there is something to resume: this makes the folder a run
+            save(run, state)
+            write_start(folder, recipe, prepared, layout=layout, config=settled.config)
     notices = [notice] if (notice := compare_with_file(tokenizer)) else []
     unstopped = missing_stop(prepared, network.causal)
     if unstopped is not None:
@@ -122,18 +167,22 @@ def _open(recipe: Recipe, folder: Path, *, resume: bool) -> Opened:
         notices.append(f"generation of this base does not stop at {token}: the adapter's generation_config.json will")
     notes = (
         *notices,
-        *(f"skipped {reason}" for reason in skipped),
+        *(f"skipped {reason}" for reason in settled.skipped),
         *network.notices,
         *([] if run.held_out or recipe.data.eval is None else ["no rows are held out: data.eval=FILE names some"]),
         f"model on {device} in {layout.dtype}: {count_bytes(model)}",
+        f"activations: {layout.recomputed_layers} of {len(decoder_layers(network.causal))} layers recomputed",
     )
     return Opened(run, state, tokenizer, prepared, notes)
 
 
 def load_model(
-    recipe: Recipe, device: torch.device, *, saved: State | None, micro_batch_tokens: int
+    recipe: Recipe, device: torch.device, *, saved: State | None, micro_batch_tokens: int, longest: int
 ) -> tuple[Any, Network, Layout]:
-    """The PEFT model, what was verified about it, and the layout: the one of the checkpoint where there is one."""
+    """The PEFT model, what was verified about it, and the layout: the one of the checkpoint where there is one.
+
+    `longest` is the length of the longest sequence in tokens.
+    """
     dtype = compute_dtype(saved.layout.dtype if saved else recipe.model.dtype, device)
     settings = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     base = load_base(settings, device)
@@ -150,12 +199,13 @@ def load_model(
     layout = Layout(
         dtype=settings.dtype,
         micro_batch_tokens=micro_batch_tokens if network.segments else 1,  # 1: sequences go alone
-        activation_checkpointing=checkpoints_activations(recipe, device, saved=saved),
+        recomputed_layers=choose_recomputed(
+            recipe, network, saved=saved, micro_batch_tokens=micro_batch_tokens, longest=longest
+        ),
         segments=network.segments,
         share_prefixes=network.share,
     )
-    if layout.activation_checkpointing:
-        network.causal.activation_checkpointing_enable({"use_reentrant": False})
+    recompute(network.causal, layout.recomputed_layers)
     return model, network, layout
 
 
@@ -271,9 +321,31 @@ def make_plan(recipe: Recipe, *, examples: int, device: torch.device, saved: Sta
     )
 
 
-def checkpoints_activations(recipe: Recipe, device: torch.device, *, saved: State | None) -> bool:
-    """Whether layers recompute their activations: as the recipe or the checkpoint says, else on GPUs."""
-    wanted = recipe.machine.activation_checkpointing
-    if wanted == "auto":
-        return saved.layout.activation_checkpointing if saved else device.type == "cuda"
-    return wanted
+def choose_recomputed(
+    recipe: Recipe, network: Network, *, saved: State | None, micro_batch_tokens: int, longest: int
+) -> int:
+    """How many layers recompute their activations: as the recipe or the checkpoint says, else as few as fit.
+
+    Raises RecipeError when the model cannot recompute and the recipe wants it.
+    """
+    wanted, layers = recipe.machine.activation_checkpointing, len(decoder_layers(network.causal))
+    if wanted is True and not layers:
+        what = "this model cannot recompute its activations"
+        raise RecipeError(what, where="machine.activation_checkpointing", hint="use auto or false")
+    if isinstance(wanted, bool) or not layers:
+        return layers if wanted is True else 0
+    if saved:
+        return saved.layout.recomputed_layers
+    batch = heaviest_batch(network, longest=longest, capacity=micro_batch_tokens)
+    try:
+        footprint = measure(network, batch)
+    except (LookupError, TypeError, ValueError, RuntimeError, MemoryError):
+        return layers  # no room to measure in, or layers that are called in a way not known here: what needs least
+    # The gradients and the optimizer take their share later, and keep it.
+    upcoming = gradient_bytes(network.causal) + optimizer_bytes(network.causal, recipe.optimizer.name)
+    return fewest_recomputed(footprint, free_memory(network.device) - upcoming)
+
+
+def longest_sequence(rows: TokenStore) -> int:
+    """Tokens of the longest sequence."""
+    return int(np.diff(rows.sequence_offsets).max())

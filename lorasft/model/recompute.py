@@ -1,0 +1,41 @@
+"""Which layers recompute their activations going backwards: the first ones of the model.
+
+Going backwards the last layers come first, so what they keep is freed before an early layer computes its own
+again. Were the last layers recomputed instead, each would do so while everything that the first ones keep is
+still held, and the peak would be higher by one layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def decoder_layers(causal: Any) -> list[nn.Module]:
+    """The layers of `causal` that can recompute their activations, first to last; none where the model cannot."""
+    if not causal.supports_gradient_checkpointing:
+        return []
+    decoder = causal.get_decoder()  # beside it a model may have layers that see images
+    layers = {
+        name: module for name, module in decoder.named_modules() if isinstance(module, GradientCheckpointingLayer)
+    }
+    return [module for name, module in layers.items() if not any(name.startswith(f"{outer}.") for outer in layers)]
+
+
+def recomputed_layers(causal: Any) -> int:
+    """How many layers of `causal` recompute their activations."""
+    return sum(bool(layer.gradient_checkpointing) for layer in decoder_layers(causal))
+
+
+def recompute(causal: Any, count: int) -> None:
+    """Let exactly the first `count` decoder layers recompute their activations; 0: none."""
+    if count == 0:
+        causal.activation_checkpointing_disable()
+    else:
+        causal.activation_checkpointing_enable({"use_reentrant": False})
+    # Only reentrant checkpoints need inputs with gradients, for which the first layer would do work without a use.
+    causal.disable_input_require_grads()
+    for index, layer in enumerate(decoder_layers(causal)):
+        layer.gradient_checkpointing = index < count  # type: ignore[assignment]

@@ -1,0 +1,417 @@
+"""Recomputed layers: which, how many, and nothing else changes; bytes predicted and measured; running out of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_base
+from test_oracles import Rows, packed_step
+from tiny_models import make_base, randomize_adapter
+from torch.profiler import ProfilerActivity, profile
+
+from lorasft.cli import main
+from lorasft.model.adapter import attach_adapter
+from lorasft.model.base import load_base
+from lorasft.model.loss import Network, pair_losses
+from lorasft.model.memory import (
+    Footprint,
+    LayerBytes,
+    fewest_recomputed,
+    group_rooms,
+    heaviest_batch,
+    measure,
+    predict,
+)
+from lorasft.model.meter import StorageMeter
+from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
+from lorasft.model.selfcheck import verify
+from lorasft.recipe import AdapterSettings, ModelSettings, OptimizerSettings
+from lorasft.train import evaluate as evaluation
+from lorasft.train import loop
+from lorasft.train import run as runs
+from lorasft.train.checkpoint import read_state
+from lorasft.train.optimizer import make_optimizer
+
+Write = Callable[..., str]
+GIB = 1 << 30
+
+
+def with_adapter(base: Any, **settings: Any) -> tuple[Any, Network]:
+    model = attach_adapter(base, AdapterSettings(**{"rank": 4, "alpha": 8.0, **settings}), seed=0)
+    randomize_adapter(model)
+    network = verify(model.get_base_model())
+    return model.train(), network
+
+
+def deep(name: str, **sizes: Any) -> Any:
+    """The tiny model `name` with four layers, of other sizes where told."""
+    from tiny_models import CONFIGS
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(2)
+    config = CONFIGS[name](sizes.pop("hidden", 32))
+    for key, value in {"num_hidden_layers": 4, **sizes}.items():
+        setattr(config, key, value)
+    if hasattr(config, "layer_types"):
+        config.layer_types = (config.layer_types or ["full_attention"]) * 4
+        config.layer_types = config.layer_types[:4]
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="module")
+def nf4_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("nf4"), "qwen3", dtype="float32")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "nf4"])
+def test_gradients_have_the_same_bits_for_every_number_of_recomputed_layers(name: str, nf4_base: Path) -> None:
+    """With adapter dropout, whose masks a recomputed layer draws again."""
+    settings = ModelSettings(base=str(nf4_base), dtype="float32")
+    base = load_base(settings, torch.device("cpu")) if name == "nf4" else deep(name)
+    model, network = with_adapter(base, dropout=0.1)
+    want: Any = None
+    for count in range(len(decoder_layers(network.causal)) + 1):
+        recompute(network.causal, count)
+        torch.manual_seed(5)
+        got = packed_step(model, network, Rows(), "token", 40)
+        want = want or got
+        assert got[0] == want[0] and got[1].keys() == want[1].keys()
+        assert all(torch.equal(got[1][key], want[1][key]) for key in want[1]), count
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_exactly_the_first_layers_run_twice(name: str) -> None:
+    _, network = with_adapter(deep(name))
+    layers = decoder_layers(network.causal)
+    assert len(layers) == 4
+    ran: Counter[int] = Counter()
+    for index, layer in enumerate(layers):
+        norm = next(module for module in layer.modules() if "Norm" in type(module).__name__)
+        norm.register_forward_hook(lambda *_, index=index: ran.update([index]))
+    batch = heaviest_batch(network, longest=9, capacity=20)
+    for count in (0, 3, 1, 4):  # up and down again
+        recompute(network.causal, count)
+        assert recomputed_layers(network.causal) == count
+        ran.clear()
+        pair_losses(network, batch).sum().backward()
+        assert [ran[index] for index in range(4)] == [2] * count + [1] * (4 - count)
+
+
+def real_peak(work: Callable[[], object]) -> int:
+    """Bytes at the peak of the CPU's allocator while `work` runs."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = work()
+    del kept
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+WIDE = {"hidden": 64, "intermediate_size": 256}
+TALL = {"hidden": 64, "vocab_size": 3000, "num_hidden_layers": 3}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "nf4"])
+def test_the_predicted_peak_is_the_allocators(name: str, optimizer: str, nf4_base: Path) -> None:
+    """Of a whole step: gradients and optimizer states are made in it, the weights are there before."""
+    settings = ModelSettings(base=str(nf4_base))
+    base = {"llama": lambda: deep("llama", **TALL), "gemma2": lambda: deep("gemma2", **WIDE)}.get(
+        name, lambda: load_base(settings, torch.device("cpu"))
+    )()
+    model, network = with_adapter(base, rank=64, dropout=0.05)
+    batch = heaviest_batch(network, longest=70, capacity=400)
+    footprint = measure(network, batch)
+    parameters = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+    loaded = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
+    for count in range(len(footprint.layers) + 1):
+        recompute(network.causal, count)
+        states = make_optimizer(OptimizerSettings(name=optimizer), parameters)  # type: ignore[arg-type]
+
+        def step(states: Any = states) -> None:
+            pair_losses(network, batch).sum().backward()
+            states.step()  # makes the moments
+            pair_losses(network, batch).sum().backward()
+
+        measured = real_peak(step)
+        model.zero_grad()
+        predicted = predict(model, footprint, recomputed=count, optimizer=optimizer)
+        without = predicted.total - sum(vars(predicted.weights).values())
+        assert predicted.gradients == loaded
+        assert abs(without - measured) < 0.1 * measured, (count, without / measured, predicted)
+
+
+def test_measuring_leaves_no_trace() -> None:
+    model, network = with_adapter(make_base("llama"), dropout=0.1)
+    recompute(network.causal, 1)
+    network.causal.eval()
+    before = [sorted(vars(layer)) for layer in decoder_layers(network.causal)]
+    measure(network, heaviest_batch(network, longest=9, capacity=20))
+    assert [sorted(vars(layer)) for layer in decoder_layers(network.causal)] == before
+    assert recomputed_layers(network.causal) == 1 and not network.causal.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_layers_of_one_kind_are_measured_once_and_of_two_kinds_apart() -> None:
+    """Gemma's windowed layers keep masks that its full ones do not."""
+    _, network = with_adapter(deep("gemma3"))
+    layers = measure(network, heaviest_batch(network, longest=40, capacity=80)).layers
+    assert layers[0] == layers[2] and layers[1] == layers[3] and layers[0] != layers[1]
+
+
+def test_the_meter_counts_each_storage_once_until_it_is_freed() -> None:
+    old = torch.ones(100)
+    with StorageMeter() as meter:
+        view = old[:50].t()
+        new = old + 1
+        same = new.view(10, 10)
+        assert (meter.live, meter.peak) == (400, 400)
+        del new
+        assert meter.live == 400
+        del same
+        assert (meter.live, meter.peak) == (0, 400)
+        meter.restart()
+        assert meter.peak == 0 and view.shape == (50,)
+
+
+def test_as_few_layers_as_fit_are_recomputed() -> None:
+    footprint = Footprint(tuple(LayerBytes(input=10, saved=100, work=150) for _ in range(4)), around=5, tail=30)
+    assert [footprint.peak(count) for count in range(5)] == [455, 365, 275, 185, 185]
+    assert [fewest_recomputed(footprint, free) for free in (1000, 500, 410, 300, 100)] == [0, 1, 1, 3, 3]
+    late = replace(footprint, tail=200)  # a large head: the last layer is worth it too
+    assert fewest_recomputed(late, 100) == 4
+
+
+def test_the_heaviest_batch_is_full_and_holds_the_longest() -> None:
+    _, network = with_adapter(make_base("llama"))
+    for longest, capacity in ((9, 20), (50, 20), (10, 20)):
+        batch = heaviest_batch(network, longest=longest, capacity=capacity)
+        assert len(batch.ids) == len(batch.sources) == max(longest, capacity)
+        assert batch.positions.max() + 1 == longest
+    assert len(heaviest_batch(replace(network, segments=False), longest=9, capacity=20).ids) == 9
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_control_groups_limit_the_free_memory(version: int, tmp_path: Path) -> None:
+    first = version == 1
+    mount = tmp_path / "sys/fs/cgroup" / ("memory" if first else "")
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if first else ("memory.max", "memory.current")
+    unlimited = str(2**63) if first else "max"
+    for folder, limit, used in ((mount, unlimited, 0), (mount / "a", "1000", 300), (mount / "a/b", "5000", 100)):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, value in zip(names, (limit, used), strict=True):
+            (folder / name).write_text(f"{value}\n")
+        (folder / "memory.stat").write_text(f"cache 9\n{'total_' if first else ''}inactive_file 50\n")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    line = "4:memory:/a/b" if first else "0::/a/b"
+    (tmp_path / "proc/self/cgroup").write_text(f"3:cpuset:/a\n{line}\n")
+    assert min(group_rooms(tmp_path)) == 750
+    assert list(group_rooms(tmp_path / "nowhere")) == []
+
+
+def layout(folder: Path) -> Any:
+    return json.loads((folder / "provenance.json").read_text())["layout"]
+
+
+def test_auto_recomputes_what_the_free_memory_asks_for(
+    recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+    plain = runs.fewest_recomputed
+
+    def remembered(footprint: Footprint, free: int) -> int:
+        asked.append((footprint, free))
+        return plain(footprint, free)
+
+    monkeypatch.setattr(runs, "fewest_recomputed", remembered)
+
+    def train(name: str, free: int) -> tuple[int, list[float]]:
+        monkeypatch.setattr(runs, "free_memory", lambda device: free)
+        path = recipe(run={"output": str(tmp_path / name)}, train={"steps": 3})
+        assert main(["train", path]) == 0
+        count = json.loads((tmp_path / name / "provenance.json").read_text())["layout"]["recomputed_layers"]
+        assert f"activations: {count} of 2 layers recomputed" in capsys.readouterr().err
+        return count, losses_of(tmp_path / name)
+
+    none, want = train("plenty", GIB)
+    footprint, left = asked[0]
+    enough = int(footprint.peak(1) / 0.9) + 1 + GIB - left  # beside gradients and optimizer
+    assert none == 0 and footprint.peak(1) < footprint.peak(0)
+    assert train("enough", enough) == (1, want)
+    assert train("too little", 0)[1] == want
+
+
+def test_a_resumed_run_keeps_its_layers_unless_the_recipe_states_otherwise(
+    recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe()
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "free_memory", lambda device: 0)
+        patch.setattr(loop, "take_step", stop_after(4))
+        assert main(["train", path]) == 130
+    assert read_state(tmp_path / "run/checkpoints/step-000003").layout.recomputed_layers == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "take_step", stop_after(0))
+        for setting, count in (("auto", 2), ("false", 0), ("true", 2)):
+            capsys.readouterr()
+            assert main(["train", path, f"machine.activation_checkpointing={setting}", "--resume"]) == 130
+            assert f"activations: {count} of 2 layers recomputed" in capsys.readouterr().err
+
+
+def stop_after(steps: int) -> Any:
+    plain, taken = loop.take_step, []
+
+    def take_step(*args: Any) -> Any:
+        if len(taken) == steps:
+            raise KeyboardInterrupt
+        taken.append(1)
+        return plain(*args)
+
+    return take_step
+
+
+class Fills:
+    """`pair_losses` on a device that holds `tokens` tokens, or twice as many where all layers are recomputed.
+
+    The first micro-batch passes, so that the first failure finds gradients that must be thrown away.
+    """
+
+    def __init__(self, tokens: int, *, backward: bool = False, message: str | None = None) -> None:
+        self.tokens, self.backward = tokens, backward
+        self.fault = RuntimeError(message) if message else torch.OutOfMemoryError("injected")
+        self.raised = self.calls = 0
+
+    def __call__(self, network: Network, batch: Any) -> torch.Tensor:
+        losses = pair_losses(network, batch)
+        layers = decoder_layers(network.causal)
+        room = self.tokens * (2 if recomputed_layers(network.causal) == len(layers) else 1)
+        self.calls += 1
+        if self.calls == 1 or len(batch.ids) <= room:
+            return losses
+        self.raised += 1
+        if not (self.backward and losses.requires_grad):
+            raise self.fault
+        losses.register_hook(self._fail)
+        return losses
+
+    def _fail(self, gradient: torch.Tensor) -> None:
+        raise self.fault
+
+
+ALLOCATOR = "[enforce fail at alloc_cpu.cpp:130] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."
+
+
+def losses_of(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line.get("loss", line.get("eval_loss")) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("fills", "where"),
+    [
+        (Fills(80), "step"),
+        (Fills(80, backward=True), "step"),
+        (Fills(80, message=ALLOCATOR), "step"),
+        (Fills(40), "step"),  # below the longest sequence: layers are recomputed too
+        (Fills(80), "evaluation"),
+    ],
+)
+def test_a_run_survives_running_out_of_memory_with_the_same_losses(
+    fills: Fills, where: str, recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    settings: dict[str, Any] = {"adapter": {"dropout": 0.0}, "train": {"steps": 4}}
+    assert main(["train", recipe(**settings, run={"output": str(tmp_path / "roomy")})]) == 0
+    monkeypatch.setattr(loop if where == "step" else evaluation, "pair_losses", fills)
+    path = recipe(**settings, run={"output": str(tmp_path / "tight")})
+    assert main(["train", path]) == 0
+    said = capsys.readouterr().err
+    assert 0 < fills.raised < 5 and "out of memory with" in said and "from here on micro-batches of" in said
+    want, got = losses_of(tmp_path / "roomy"), losses_of(tmp_path / "tight")
+    assert got == pytest.approx(want, rel=1e-6) and len(got) == len(want)
+    kept = read_state(sorted((tmp_path / "tight/checkpoints").iterdir())[-1]).layout
+    assert kept.micro_batch_tokens < 150 and kept.recomputed_layers == (2 if fills.tokens == 40 else 0)
+    assert ("from here on all 2 layers recomputed" in said) == (fills.tokens == 40)
+
+
+TIGHT = """
+import resource, sys, torch
+from pathlib import Path
+from lorasft.recipe import load_recipe
+from lorasft.train.loop import train
+from lorasft.train.run import open_run
+torch.set_num_threads(1)
+with open_run(load_recipe(sys.argv[1]), resume=False) as opened:
+    if spare := int(sys.argv[2]):
+        limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + spare
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    train(opened.run, opened.state)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space as Linux does")
+def test_a_run_survives_a_real_lack_of_memory(recipe: Write, tmp_path: Path) -> None:
+    """64 rows at once keep 50 MB of activations; the process may take 20 MB more than it has with its model."""
+    talk = [("user", "x" * 40), ("assistant", "y z " * 10)]
+    row = json.dumps({"messages": [{"role": role, "content": text} for role, text in talk]})
+    (tmp_path / "long.jsonl").write_text(f"{row}\n" * 64)
+    for name, spare in (("roomy", 0), ("tight", 20_000_000)):
+        path = recipe(
+            adapter={"dropout": 0.0},
+            data={"train": str(tmp_path / "long.jsonl"), "eval": None},
+            train={"batch_size": 64, "steps": 2},
+            schedule={"warmup": 0},
+            run={"output": str(tmp_path / name), "eval_every": None},
+            machine={"micro_batch_tokens": 16384, "activation_checkpointing": False, "share_prefixes": False},
+        )
+        command = [sys.executable, "-c", TIGHT, path, str(spare)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert ("from here on micro-batches of" in done.stderr) == (name == "tight")
+    assert losses_of(tmp_path / "tight") == pytest.approx(losses_of(tmp_path / "roomy"), rel=1e-6)
+
+
+def test_out_of_memory_at_the_end_names_the_rows_and_what_would_help(
+    recipe: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "pair_losses", Fills(10))
+        assert main(["train", path]) == 6
+    said = capsys.readouterr().err
+    assert "rows.jsonl:" in said and "tokens)" in said and "data.max_length" in said and "Traceback" not in said
+    assert main(["train", path, "--resume"]) == 0
+
+
+def test_out_of_memory_in_the_update_is_said_plainly(
+    recipe: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of the parameters may have moved by then: the step is not done again, the checkpoint is what counts."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError(ALLOCATOR)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", full)
+        assert main(["train", recipe()]) == 6
+    said = capsys.readouterr().err
+    assert "out of memory" in said and "--resume" in said and "from here on" not in said
+    assert main(["train", recipe(), "--resume"]) == 0
+
+
+def test_other_runtime_errors_are_not_taken_for_memory(recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "pair_losses", Fills(80, message="shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        main(["train", recipe()])
