@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Qwen3Mo
 
 from lorasft.data.packing import Segment, cut, shuffle
 from lorasft.errors import LorasftError, ModelError, RecipeError, UnsafeError
-from lorasft.merge.fold import read_updates
+from lorasft.merge.changes import read_updates
 from lorasft.model.adapter import attach_adapter, check_targets, load_adapter, trainable, write_adapter
 from lorasft.model.base import count_bytes, load_base, read_config
 from lorasft.model.loss import pair_losses

@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from lorasft.merge.stream import Merged, merge
+from lorasft.merge.folder import Merged, merge
 from lorasft.terminal import say
 
 

@@ -1,0 +1,39 @@
+"""The base's weights as they are stored, a block of rows at a time."""
+
+from __future__ import annotations
+
+import os
+from typing import BinaryIO, Protocol
+
+import torch
+from torch import Tensor
+
+from lorasft.merge.shards import DTYPES, Entry
+
+
+class Rows(Protocol):
+    """A weight seen as a matrix."""
+
+    def read(self, first: int, count: int) -> Tensor:
+        """Rows `first` to `first + count`: (count, width)."""
+
+
+class Stored:
+    """A tensor in a file, seen as a matrix."""
+
+    def __init__(self, file: BinaryIO, entry: Entry, *, start: int) -> None:
+        """`start`: where the tensor's bytes begin in the file."""
+        self.file, self.entry, self.start = file, entry, start
+        self.dtype = DTYPES[entry.dtype]
+
+    def read(self, first: int, count: int) -> Tensor:
+        """Rows `first` to `first + count`: (count, width)."""
+        width = self.entry.width
+        return self.numbers(first * width, count * width).view(count, width)
+
+    def numbers(self, first: int, count: int) -> Tensor:
+        """Numbers of the tensor in the order of its bytes: (count,)."""
+        size = self.dtype.itemsize
+        content = bytearray(count * size)
+        os.preadv(self.file.fileno(), [content], self.start + first * size)
+        return torch.frombuffer(content, dtype=self.dtype)
