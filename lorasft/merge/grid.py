@@ -67,4 +67,4 @@ class Requantized:
             quant_type="nf4",
         )
         numbers: Tensor = dequantize_4bit(self.codes[part], state)
-        return numbers
+        return numbers.view(-1)
