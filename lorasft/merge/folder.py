@@ -4,54 +4,150 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from accelerate import PartialState
+
+from lorasft import __version__
+from lorasft.adapter_files import WEIGHTS
 from lorasft.errors import ModelError
-from lorasft.files import need_space, refuse_existing, staged_folder
-from lorasft.merge.changes import read_changes
-from lorasft.merge.shards import find_shards, read_shard
+from lorasft.files import fingerprint, need_space, refuse_existing, sha256, staged_folder, write_file
+from lorasft.merge.blocks import Rows, Stored
+from lorasft.merge.card import make_card
+from lorasft.merge.changes import Places, read_changes
+from lorasft.merge.check import Choice, Judge
+from lorasft.merge.probes import read_probes
+from lorasft.merge.shards import Shard, find_shards, read_shard
+from lorasft.merge.source import Source
 from lorasft.merge.stream import Progress, write_weights
+from lorasft.model.base import compute_dtype, find_quantized, read_config
+from lorasft.model.saved import Saved, find_saved
 
+Onto = Literal["auto", "original", "dequantized"]
+RECORD = "merge.json"
 _SIDECARS = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 _GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge did."""
+    """What a merge did, and what was measured."""
 
     folder: Path
+    onto: str  # original | dequantized: the weights that the update was added to
+    why: str
     updated: int  # tensors that the adapter changes
     unchanged: int  # of these, how many the rounding left as they were
     copied: int  # tensors copied as they are
     size: int  # bytes of weights
+    quantization: dict[str, float] = field(default_factory=dict)  # tensor -> |error of NF4| / |update|
+    rows: str = ""  # what the answers were compared on
+    table: dict[str, dict[str, float]] = field(default_factory=dict)  # model -> kl, same_choice, nll
 
 
-def merge(base: Path, adapter: Path, out: Path, *, on_progress: Progress | None = None) -> Merged:
-    """Write `base` with `adapter` folded in to the new folder `out`.
+def merge(
+    source: Source,
+    out: Path,
+    *,
+    onto: Onto = "auto",
+    check: bool = True,
+    data: str | None = None,
+    on_progress: Progress | None = None,
+) -> Merged:
+    """Write the base of `source` with its adapter folded in to the new folder `out`.
 
-    Raises ModelError before anything is written when the adapter does not fit, CapacityError when `out` has no
-    room; a failed merge leaves nothing under `out`.
+    `onto`: which weights the update is added to: the base's own, the ones that NF4 made of them, or what the answers
+    to held-out rows (or to `data`) speak for. Raises ModelError before anything is written when the adapter does not
+    fit, CapacityError when `out` has no room; a merge that fails, its check included, leaves nothing under `out`.
     """
     refuse_existing(out)
-    refuse_overlap(out, base, adapter)
-    config = _read_config(base)
-    shards = [read_shard(path) for path in find_shards(base)]
-    changes = read_changes(adapter, shards, config=config)
+    refuse_overlap(out, source.base, source.adapter)
+    _refuse_second_merge(source)
+    config = _read_config(source.base)
+    shards = [read_shard(path) for path in find_shards(source.base)]
+    changes = read_changes(source.adapter, shards, config=config)
     size = sum(shard.size for shard in shards)
     need_space(out, size)
+    found = find_saved(str(source.adapter), base=source.base_name)
+    judge = _make_judge(source, found, data, config=config) if check else None
+    choice = _choose(onto, judge)
+    grid = _see_grid(source, found, shards) if judge or choice.onto == "dequantized" else {}
     with staged_folder(out) as stage:
-        written = write_weights(stage, shards, changes, grid={}, onto_grid=False, on_progress=on_progress)
-        unchanged = sum(not written[name].changed for name in changes)
-        if unchanged == len(changes):
+        onto_grid = choice.onto == "dequantized"
+        written = write_weights(stage, shards, changes, grid=grid, onto_grid=onto_grid, on_progress=on_progress)
+        if not any(written[name].changed for name in changes):
             what = "no weight changed: the adapter is empty, or too small for the base's dtype"
-            raise ModelError(what, where=str(adapter))
-        _copy_sidecars(base, adapter, stage)
-    tensors = sum(len(shard.entries) for shard in shards)
-    return Merged(out, len(changes), unchanged, tensors - len(written), size)
+            raise ModelError(what, where=str(source.adapter))
+        _copy_sidecars(source.base, source.adapter, stage)
+        if judge:
+            judge.verify(stage, choice.onto)
+        tensors = sum(len(shard.entries) for shard in shards)
+        merged = Merged(
+            folder=out,
+            onto=choice.onto,
+            why=choice.why,
+            updated=len(changes),
+            unchanged=sum(not written[name].changed for name in changes),
+            copied=tensors - len(written),
+            size=size,
+            quantization={name: w.quantization / w.update for name, w in written.items() if name in grid and w.update},
+            rows=judge.origin if judge else "",
+            table={name: asdict(distance) for name, distance in judge.table.items()} if judge else {},
+        )
+        record = _make_record(source, merged)
+        write_file(stage / RECORD, json.dumps(record, indent=1).encode())
+        write_file(stage / "README.md", make_card(source, record).encode())
+    return merged
+
+
+def _make_judge(source: Source, found: Saved, data: str | None, *, config: Mapping[str, Any]) -> Judge:
+    vocabulary = config.get("vocab_size") or config["text_config"]["vocab_size"]
+    rows, origin = read_probes(found, run=source.run, data=data, vocabulary=vocabulary)
+    return Judge(found, rows, PartialState().device, origin=origin)
+
+
+def _choose(onto: Onto, judge: Judge | None) -> Choice:
+    if onto != "auto":
+        return Choice(onto, "as asked")
+    return judge.choose() if judge else Choice("original", "nothing was measured")
+
+
+def _see_grid(source: Source, found: Saved, shards: Sequence[Shard]) -> dict[str, Callable[[Stored], Rows]]:
+    """How a 4-bit run saw the tensors that it had in NF4; none for other runs. Raises ModelError for other layouts."""
+    if found.model.quantization != "nf4":
+        return {}
+    from lorasft.merge.grid import Requantized  # bitsandbytes takes 80 MB and a second
+
+    dtype = source.dtype or compute_dtype(found.model.dtype, PartialState().device)
+    config = read_config(str(source.base))
+    places = Places(shards)
+    return {places.find(path).name: partial(Requantized, dtype=dtype) for path in find_quantized(config)}
+
+
+def _make_record(source: Source, merged: Merged) -> dict[str, Any]:
+    """What merge.json keeps; the hashes of the result stand beside it, in manifest.json."""
+    return {
+        "lorasft": __version__,
+        "base": {
+            "name": source.base_name,
+            "commit": source.commit,
+            "fingerprint": fingerprint(source.base),
+            "trained_on": source.trained_on,
+        },
+        "adapter": sha256(source.adapter / WEIGHTS),
+        **{name: value for name, value in asdict(merged).items() if name != "folder"},
+    }
+
+
+def _refuse_second_merge(source: Source) -> None:
+    """Raise ModelError when the base is itself a merge of this very adapter."""
+    path = source.base / RECORD
+    if path.is_file() and json.loads(path.read_bytes()).get("adapter") == sha256(source.adapter / WEIGHTS):
+        raise ModelError("this adapter is merged into this base already", where=str(path), hint="use the base as it is")
 
 
 def refuse_overlap(out: Path, *inputs: Path) -> None:

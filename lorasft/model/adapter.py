@@ -98,7 +98,19 @@ def give_weights(model: Any, weights: dict[str, Tensor], *, where: str) -> None:
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if broken:
         raise ModelError(f"{broken[0]} is not finite", where=where)
-    set_peft_model_state_dict(model, weights)
+    if any(tensor.is_meta for tensor in own.values()):
+        _put_weights(model, weights)
+    else:
+        set_peft_model_state_dict(model, weights)
+
+
+def _put_weights(model: Any, weights: dict[str, Tensor]) -> None:
+    """Give an adapter real weights whose base is streamed from the disk, so that PEFT made it without any."""
+    for name, parameter in list(model.named_parameters()):
+        saved = name.replace(".default", "")
+        if parameter.is_meta and saved in weights:
+            module, _, own = name.rpartition(".")
+            setattr(model.get_submodule(module), own, nn.Parameter(weights[saved].float(), requires_grad=False))
 
 
 def adapter_weights(model: Any) -> dict[str, Tensor]:
