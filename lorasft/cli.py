@@ -60,6 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
         default="auto",
         help="the base's own weights, those that NF4 made of them, or what held-out rows speak for (default)",
     )
+    merge.add_argument("--quantize", choices=["nf4"], help="write a 4-bit checkpoint instead of full weights")
     merge.add_argument("--data", metavar="FILE", help="rows to compare answers on (default: held out in the run)")
     merge.add_argument("--no-check", action="store_true", help="compare no answers; onto auto is then the original")
     merge.add_argument("--force-base", action="store_true", help="take a base that the run was not trained on")

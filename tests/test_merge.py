@@ -307,3 +307,15 @@ def test_what_may_not_be_merged(trained: Path, base: Path, tmp_path: Path, capsy
     assert record["base"]["fingerprint"] != record["base"]["trained_on"]
     assert main(["merge", run, "--out", str(tmp_path / "twice"), "--base", out, *arguments]) == 4
     assert "is merged into this base already" in capsys.readouterr().err
+
+
+def test_a_merge_in_4_bit(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", str(trained), "--out", str(tmp_path / "out"), "--quantize", "nf4", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["onto"] == "original" and 0.01 < said["changed_codes"] < 0.9
+    assert said["table"]["merged, in 4 bit"]["kl"] < said["table"]["without the adapter"]["kl"]
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert sum(isinstance(module, Linear4bit) for module in model.modules()) == 14
+    assert not (tmp_path / "out/16-bit").exists() and AutoTokenizer.from_pretrained(tmp_path / "out")
+    verify_folder(tmp_path / "out")

@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 
 
 def run(
-    saved: str, base: str | None, out: str, onto: Any, data: str | None, no_check: bool, force_base: bool, as_json: bool
+    saved: str,
+    base: str | None,
+    out: str,
+    onto: Any,
+    quantize: str | None,
+    data: str | None,
+    no_check: bool,
+    force_base: bool,
+    as_json: bool,
 ) -> None:
     """Merge `saved` into the new folder `out`; what was done on stdout."""
     from lorasft.merge.folder import merge
@@ -28,7 +36,8 @@ def run(
     progress = Progress() if sys.stderr.isatty() else None
     if not no_check:
         say("asking what was trained, to compare the merge with it (--no-check leaves this out)")
-    merged = merge(source, Path(out), onto=onto, check=not no_check, data=data, on_progress=progress)
+    options = {"onto": onto, "quantize": quantize is not None, "check": not no_check, "data": data}
+    merged = merge(source, Path(out), **options, on_progress=progress)
     if as_json:
         print(json.dumps({**asdict(merged), "folder": out}))
         return
@@ -59,6 +68,8 @@ def _describe(merged: Merged, *, seconds: float) -> list[str]:
     if merged.quantization:
         ratios = sorted(merged.quantization.values())
         lines.append(f"NF4's error is {median(ratios):.2g} times the size of the update (median of tensors)")
+    if merged.changed_codes is not None:
+        lines.append(f"in 4 bit: the merge changed {merged.changed_codes:.2%} of the codes")
     if merged.table:
         lines += [f"on {merged.rows}:", f"{'':30}  {'KL a token':>10}  {'same choice':>11}  {'nats a token':>12}"]
         lines += [

@@ -89,7 +89,7 @@ class Judge:
         kl = self.table["onto original, before rounding"].kl
         return Choice("dequantized", f"the original is {kl:.1e} nats a token away from what was trained")
 
-    def verify(self, merged: Path, onto: Grid) -> Distance:
+    def verify(self, merged: Path, onto: Grid) -> None:
         """Ask the merged weights. Raises ModelError when they differ from base and adapter by more than rounding."""
         if onto == "original" and onto not in self.wanted:
             self._ask_original()
@@ -100,7 +100,10 @@ class Judge:
         if not off <= max(learned, _ROUNDING):
             what = f"the merged model does not answer like its base with the adapter: {off:.1e} nats a token apart"
             raise ModelError(what, where=str(merged), hint=f"the adapter moves the base by {learned:.1e}")
-        return self.table["merged"]
+
+    def note(self, name: str, folder: Path) -> None:
+        """Put the model in `folder` into the table."""
+        self.table[name] = Distance.between(self.trained, ask(_load(find_saved(str(folder)), self.device), self.rows))
 
     def _ask_original(self) -> Answers:
         own = replace(self.found, model=self.found.model.model_copy(update={"quantization": "none"}))

@@ -15,13 +15,13 @@ from accelerate import PartialState
 from lorasft import __version__
 from lorasft.adapter_files import WEIGHTS
 from lorasft.errors import ModelError
-from lorasft.files import fingerprint, need_space, refuse_existing, sha256, staged_folder, write_file
+from lorasft.files import fingerprint, make_folder, need_space, refuse_existing, sha256, staged_folder, write_file
 from lorasft.merge.blocks import Rows, Stored
 from lorasft.merge.card import make_card
 from lorasft.merge.changes import Places, read_changes
 from lorasft.merge.check import Choice, Judge
 from lorasft.merge.probes import read_probes
-from lorasft.merge.shards import Shard, find_shards, read_shard
+from lorasft.merge.shards import INDEX, Shard, find_shards, read_shard
 from lorasft.merge.source import Source
 from lorasft.merge.stream import Progress, write_weights
 from lorasft.model.base import compute_dtype, find_quantized, read_config
@@ -47,6 +47,7 @@ class Merged:
     quantization: dict[str, float] = field(default_factory=dict)  # tensor -> |error of NF4| / |update|
     rows: str = ""  # what the answers were compared on
     table: dict[str, dict[str, float]] = field(default_factory=dict)  # model -> kl, same_choice, nll
+    changed_codes: float | None = None  # with `quantize`: the share of 4-bit codes that the merge changed
 
 
 def merge(
@@ -54,6 +55,7 @@ def merge(
     out: Path,
     *,
     onto: Onto = "auto",
+    quantize: bool = False,
     check: bool = True,
     data: str | None = None,
     on_progress: Progress | None = None,
@@ -61,7 +63,8 @@ def merge(
     """Write the base of `source` with its adapter folded in to the new folder `out`.
 
     `onto`: which weights the update is added to: the base's own, the ones that NF4 made of them, or what the answers
-    to held-out rows (or to `data`) speak for. Raises ModelError before anything is written when the adapter does not
+    to held-out rows (or to `data`) speak for. `quantize`: write a checkpoint in NF4 instead of full weights.
+    Raises ModelError before anything is written when the adapter does not
     fit, CapacityError when `out` has no room; a merge that fails, its check included, leaves nothing under `out`.
     """
     refuse_existing(out)
@@ -74,34 +77,53 @@ def merge(
     need_space(out, size)
     found = find_saved(str(source.adapter), base=source.base_name)
     judge = _make_judge(source, found, data, config=config) if check else None
-    choice = _choose(onto, judge)
-    grid = _see_grid(source, found, shards) if judge or choice.onto == "dequantized" else {}
+    choice = _choose(onto, judge, quantize=quantize)
+    grid = _see_grid(source, found, shards) if judge or quantize or choice.onto == "dequantized" else {}
     with staged_folder(out) as stage:
+        weights = stage / "16-bit" if quantize else stage
+        make_folder(weights)
         onto_grid = choice.onto == "dequantized"
-        written = write_weights(stage, shards, changes, grid=grid, onto_grid=onto_grid, on_progress=on_progress)
+        written = write_weights(weights, shards, changes, grid=grid, onto_grid=onto_grid, on_progress=on_progress)
         if not any(written[name].changed for name in changes):
             what = "no weight changed: the adapter is empty, or too small for the base's dtype"
             raise ModelError(what, where=str(source.adapter))
-        _copy_sidecars(source.base, source.adapter, stage)
+        _copy_sidecars(source.base, source.adapter, weights)
         if judge:
-            judge.verify(stage, choice.onto)
-        tensors = sum(len(shard.entries) for shard in shards)
+            judge.verify(weights, choice.onto)
+        changed_codes = _quantize(weights, stage, shards, grid, judge) if quantize else None
         merged = Merged(
             folder=out,
             onto=choice.onto,
             why=choice.why,
             updated=len(changes),
             unchanged=sum(not written[name].changed for name in changes),
-            copied=tensors - len(written),
-            size=size,
+            copied=sum(len(shard.entries) for shard in shards) - len(written),
+            size=sum(file.stat().st_size for file in stage.glob("*.safetensors")),
             quantization={name: w.quantization / w.update for name, w in written.items() if name in grid and w.update},
             rows=judge.origin if judge else "",
             table={name: asdict(distance) for name, distance in judge.table.items()} if judge else {},
+            changed_codes=changed_codes,
         )
         record = _make_record(source, merged)
         write_file(stage / RECORD, json.dumps(record, indent=1).encode())
         write_file(stage / "README.md", make_card(source, record).encode())
     return merged
+
+
+def _quantize(
+    weights: Path, stage: Path, shards: Sequence[Shard], grid: Mapping[str, object], judge: Judge | None
+) -> float:
+    """Turn the full weights into a 4-bit checkpoint in `stage`, with everything that stands beside them."""
+    from lorasft.merge.requantize import write_quantized
+
+    share = write_quantized(weights, stage, base=shards, tensors=grid)
+    for path in _sidecars(weights):
+        if not (stage / path.name).exists() and path.name != INDEX:
+            shutil.copyfile(path, stage / path.name)
+    shutil.rmtree(weights)
+    if judge:
+        judge.note("merged, in 4 bit", stage)
+    return share
 
 
 def _make_judge(source: Source, found: Saved, data: str | None, *, config: Mapping[str, Any]) -> Judge:
@@ -110,9 +132,11 @@ def _make_judge(source: Source, found: Saved, data: str | None, *, config: Mappi
     return Judge(found, rows, PartialState().device, origin=origin)
 
 
-def _choose(onto: Onto, judge: Judge | None) -> Choice:
+def _choose(onto: Onto, judge: Judge | None, *, quantize: bool) -> Choice:
     if onto != "auto":
         return Choice(onto, "as asked")
+    if quantize:  # measured: of an update to weights that are on the grid already, most snaps back to it
+        return Choice("original", "weights that come from NF4 would fall back onto its steps")
     return judge.choose() if judge else Choice("original", "nothing was measured")
 
 

@@ -33,7 +33,8 @@ def read_probes(found: Saved, *, run: Path | None, data: str | None, vocabulary:
         tokenizer = load_tokenizer(str(found.adapter or found.model.base))
         return [everything(np.array(tokenizer(_TEXT)["input_ids"], dtype=np.int32))], "a text of lorasft's own"
     most = max(1, min(_PAIRS, _BYTES // (4 * vocabulary)))
-    kept, pairs = [], 0
+    kept: list[Tokens] = []
+    pairs = 0
     for row in (Tokens(row.ids[:_LONGEST], row.labels[:_LONGEST]) for row in rows):
         learned = int((row.labels != UNSUPERVISED).sum())
         if learned and (not kept or pairs + learned <= most):

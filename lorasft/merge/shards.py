@@ -13,7 +13,7 @@ import torch
 from lorasft.errors import ModelError
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Shard:
 
 def find_shards(base: Path) -> list[Path]:
     """The safetensors files that a loader reads: those of the index, else the single one. Others are left aside."""
-    index = base / _INDEX
+    index = base / INDEX
     names = _read_index(index) if index.is_file() else ["model.safetensors"]
     for name in names:
         if Path(name).name != name:

@@ -61,7 +61,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
             settings.base,
             revision=settings.revision,
             dtype=dtype,
-            quantization_config=nf4_scheme(dtype) if quantize else None,
+            **({"quantization_config": nf4_scheme(dtype)} if quantize else {}),  # None would hide the config's own
             device_map={"": "disk" if streamed else device},
             offload_folder=scratch if streamed else None,
             trust_remote_code=False,
