@@ -10,19 +10,21 @@ from __future__ import annotations
 import gc
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from lorasft.data.tokens import UNSUPERVISED, Tokens
 from lorasft.errors import ModelError
+from lorasft.merge.probes import read_probes
+from lorasft.merge.source import Choice, Onto, Source
 from lorasft.model.saved import Saved, find_saved, load_model
 
-Grid = Literal["original", "dequantized"]
 _ROUNDING = 1e-2  # nats: more than bf16 ever does to an answer
 
 
@@ -50,14 +52,6 @@ class Distance:
         return cls(kl, same, float(model.nll.sum()) / len(b))
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Which base the update is added to, and why in one line."""
-
-    onto: Grid
-    why: str
-
-
 class Judge:
     """Compares candidates with what was trained, on the given rows."""
 
@@ -73,7 +67,7 @@ class Judge:
         del model
         self.table["trained"] = Distance.between(self.trained, self.trained)
         self.table["without the adapter"] = Distance.between(self.trained, untuned)
-        self.wanted: dict[Grid, Answers] = {"dequantized" if self.four_bit else "original": self.trained}
+        self.wanted: dict[Onto, Answers] = {"dequantized" if self.four_bit else "original": self.trained}
 
     def choose(self) -> Choice:
         """The base whose answers to held-out rows are likelier; between equals the one nearer to what was trained."""
@@ -89,7 +83,7 @@ class Judge:
         kl = self.table["onto original, before rounding"].kl
         return Choice("dequantized", f"the original is {kl:.1e} nats a token away from what was trained")
 
-    def verify(self, merged: Path, onto: Grid) -> None:
+    def verify(self, merged: Path, onto: Onto) -> None:
         """Ask the merged weights. Raises ModelError when they differ from base and adapter by more than rounding."""
         if onto == "original" and onto not in self.wanted:
             self._ask_original()
@@ -110,6 +104,17 @@ class Judge:
         self.wanted["original"] = ask(_load(own, self.device), self.rows)
         self.table["onto original, before rounding"] = Distance.between(self.trained, self.wanted["original"])
         return self.wanted["original"]
+
+
+def make_judge(source: Source, data: str | None, *, config: Mapping[str, Any]) -> Judge:
+    """A judge on the held-out rows of the run or on those in the file `data`. `config`: the base's config.json.
+
+    Raises DataError when there are no rows.
+    """
+    found = find_saved(str(source.adapter), base=source.base_name)
+    vocabulary = config.get("vocab_size") or config["text_config"]["vocab_size"]
+    rows, origin = read_probes(found, run=source.run, data=data, vocabulary=vocabulary)
+    return Judge(found, rows, PartialState().device, origin=origin)
 
 
 def ask(model: Any, rows: Sequence[Tokens]) -> Answers:

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
-
-from accelerate import PartialState
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorasft import __version__
 from lorasft.adapter_files import WEIGHTS
 from lorasft.errors import ModelError
 from lorasft.files import fingerprint, make_folder, need_space, refuse_existing, sha256, staged_folder, write_file
-from lorasft.merge.blocks import Rows, Stored
 from lorasft.merge.card import make_card
-from lorasft.merge.changes import Places, read_changes
-from lorasft.merge.check import Choice, Judge
-from lorasft.merge.probes import read_probes
+from lorasft.merge.changes import read_changes
 from lorasft.merge.shards import INDEX, Shard, find_shards, read_shard
-from lorasft.merge.source import Source
+from lorasft.merge.source import Choice, Onto, Source
 from lorasft.merge.stream import Progress, write_weights
-from lorasft.model.base import compute_dtype, find_quantized, read_config
-from lorasft.model.saved import Saved, find_saved
 
-Onto = Literal["auto", "original", "dequantized"]
+if TYPE_CHECKING:
+    from lorasft.merge.check import Judge
+
 RECORD = "merge.json"
 _SIDECARS = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 _GENERATION = "generation_config.json"
@@ -54,7 +48,7 @@ def merge(
     source: Source,
     out: Path,
     *,
-    onto: Onto = "auto",
+    onto: Onto | Literal["auto"] = "auto",
     quantize: bool = False,
     check: bool = True,
     data: str | None = None,
@@ -75,10 +69,17 @@ def merge(
     changes = read_changes(source.adapter, shards, config=config)
     size = sum(shard.size for shard in shards)
     need_space(out, size)
-    found = find_saved(str(source.adapter), base=source.base_name)
-    judge = _make_judge(source, found, data, config=config) if check else None
+    # Models and quantizers take seconds and hundreds of megabytes to import: only where they are needed.
+    judge, grid = None, {}
+    if check:
+        from lorasft.merge.check import make_judge
+
+        judge = make_judge(source, data, config=config)
     choice = _choose(onto, judge, quantize=quantize)
-    grid = _see_grid(source, found, shards) if judge or quantize or choice.onto == "dequantized" else {}
+    if check or quantize or choice.onto == "dequantized":
+        from lorasft.merge.grid import find_grid
+
+        grid = find_grid(source, shards)
     with staged_folder(out) as stage:
         weights = stage / "16-bit" if quantize else stage
         make_folder(weights)
@@ -126,30 +127,12 @@ def _quantize(
     return share
 
 
-def _make_judge(source: Source, found: Saved, data: str | None, *, config: Mapping[str, Any]) -> Judge:
-    vocabulary = config.get("vocab_size") or config["text_config"]["vocab_size"]
-    rows, origin = read_probes(found, run=source.run, data=data, vocabulary=vocabulary)
-    return Judge(found, rows, PartialState().device, origin=origin)
-
-
-def _choose(onto: Onto, judge: Judge | None, *, quantize: bool) -> Choice:
+def _choose(onto: Onto | Literal["auto"], judge: Judge | None, *, quantize: bool) -> Choice:
     if onto != "auto":
         return Choice(onto, "as asked")
     if quantize:  # measured: of an update to weights that are on the grid already, most snaps back to it
         return Choice("original", "weights that come from NF4 would fall back onto its steps")
     return judge.choose() if judge else Choice("original", "nothing was measured")
-
-
-def _see_grid(source: Source, found: Saved, shards: Sequence[Shard]) -> dict[str, Callable[[Stored], Rows]]:
-    """How a 4-bit run saw the tensors that it had in NF4; none for other runs. Raises ModelError for other layouts."""
-    if found.model.quantization != "nf4":
-        return {}
-    from lorasft.merge.grid import Requantized  # bitsandbytes takes 80 MB and a second
-
-    dtype = source.dtype or compute_dtype(found.model.dtype, PartialState().device)
-    config = read_config(str(source.base))
-    places = Places(shards)
-    return {places.find(path).name: partial(Requantized, dtype=dtype) for path in find_quantized(config)}
 
 
 def _make_record(source: Source, merged: Merged) -> dict[str, Any]:

@@ -7,8 +7,11 @@ bits a number.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
+from accelerate import PartialState
 from bitsandbytes.functional import (
     QuantState,
     dequantize_4bit,
@@ -18,10 +21,26 @@ from bitsandbytes.functional import (
 )
 from torch import Tensor
 
-from lorasft.merge.blocks import Stored
+from lorasft.merge.blocks import Rows, Stored
+from lorasft.merge.changes import Places
+from lorasft.merge.shards import Shard
+from lorasft.merge.source import Source
+from lorasft.model.base import compute_dtype, find_quantized, read_config
+from lorasft.model.saved import find_saved
 
 _GROUP = 64  # numbers that share a scale: what bitsandbytes does, and the loader with it
 _PART = 1 << 18  # numbers quantized at once
+
+
+def find_grid(source: Source, shards: Sequence[Shard]) -> dict[str, Callable[[Stored], Rows]]:
+    """How a 4-bit run saw the tensors that it had in NF4, by their names in the files; none for other runs."""
+    found = find_saved(str(source.adapter), base=source.base_name)
+    if found.model.quantization != "nf4":
+        return {}
+    dtype = source.dtype or compute_dtype(found.model.dtype, PartialState().device)
+    places = Places(shards)
+    paths = find_quantized(read_config(str(source.base)))
+    return {places.find(path).name: partial(Requantized, dtype=dtype) for path in paths}
 
 
 class Requantized:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -13,6 +14,17 @@ from lorasft.errors import ModelError, UnsafeError
 from lorasft.files import fingerprint
 
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+
+
+Onto = Literal["original", "dequantized"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which base the update is added to, and why in one line."""
+
+    onto: Onto
+    why: str
 
 
 @dataclass(frozen=True)
