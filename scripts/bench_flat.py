@@ -84,10 +84,11 @@ def run_case(case: Case) -> Measured:
 def time_step(run: Any, number: int) -> float:
     """Seconds per supervised token of one step, its cutting included."""
     from lorasft.train.loop import take_step
+    from lorasft.train.stop import StopRequest
 
     started = time.perf_counter()
     step = run.plan.step(number, run.rows)
-    take_step(run, step)
+    take_step(run, step, StopRequest())
     return (time.perf_counter() - started) / int(step.supervised_tokens)
 
 

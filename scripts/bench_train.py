@@ -98,6 +98,7 @@ class Meter:
 def train_ours(job: Job, meter: Meter) -> None:
     from lorasft.train.loop import take_step
     from lorasft.train.run import open_run
+    from lorasft.train.stop import StopRequest
 
     meter.rest = settle()
     with open_run(make_recipe(job), resume=False) as opened:
@@ -106,7 +107,7 @@ def train_ours(job: Job, meter: Meter) -> None:
         meter.start()
         for number in range(1, job.steps + 1):
             step = run.plan.step(number, run.rows)
-            meter.losses.append(take_step(run, step)["loss"])
+            meter.losses.append(take_step(run, step, StopRequest())["loss"])
             sequences = [one for example in step.examples for one in run.rows.sequences(int(example))]
             meter.count(sum(int((one.labels != -100).sum()) for one in sequences), sum(map(len, sequences)))
             meter.end_step()

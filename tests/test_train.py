@@ -22,6 +22,7 @@ from lorasft.files import sha256, verify_folder
 from lorasft.recipe import ModelSettings, ScheduleSettings, load_recipe
 from lorasft.train import loop
 from lorasft.train.schedule import learning_rate
+from lorasft.train.stop import StopRequest
 
 Write = Callable[..., str]
 
@@ -41,10 +42,10 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None
     """Do `act` in the middle of step `number`."""
     plain = loop.take_step
 
-    def take_step(run: loop.Run, step: Step) -> dict[str, Any]:
+    def take_step(run: loop.Run, step: Step, stop: StopRequest) -> dict[str, Any]:
         if step.number == number:
             act()
-        return plain(run, step)
+        return plain(run, step, stop)
 
     monkeypatch.setattr(loop, "take_step", take_step)
 
@@ -127,6 +128,7 @@ def test_evaluating_and_generating_do_not_change_gradients(base: Path) -> None:
     from lorasft.model.selfcheck import verify
     from lorasft.recipe import AdapterSettings
     from lorasft.train.evaluate import evaluate
+    from lorasft.train.ranks import ALONE
 
     peft = attach_adapter(
         load_base(ModelSettings(base=str(base)), torch.device("cpu")), AdapterSettings(rank=4), seed=0
@@ -135,7 +137,7 @@ def test_evaluating_and_generating_do_not_change_gradients(base: Path) -> None:
     network = verify(peft.get_base_model())
     rows = Rows()
     before = packed_step(peft.train(), network, rows, "token", 100)
-    evaluate(network, rows, capacity=100)
+    evaluate(network, rows, capacity=100, ranks=ALONE)
     generate(network.causal, None, [1, 5, 9], max_new_tokens=4, stops=[2])
     after = packed_step(peft.train(), network, rows, "token", 100)
     assert before[0] == after[0]

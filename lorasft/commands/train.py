@@ -12,6 +12,7 @@ from lorasft.data.report import Report
 from lorasft.recipe import load_recipe
 from lorasft.recipe_faults import printable
 from lorasft.terminal import say
+from lorasft.train.ranks import join
 
 if TYPE_CHECKING:
     from lorasft.train.run import Opened
@@ -19,27 +20,33 @@ if TYPE_CHECKING:
 
 def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
     """Train `recipe`; progress on stderr, the run folder on stdout."""
-    settings = load_recipe(recipe, overrides)
-    from lorasft.train.loop import train
-    from lorasft.train.run import finish, open_run
+    with join() as ranks:
+        settings = ranks.lead(lambda: load_recipe(recipe, overrides))
+        from lorasft.train.loop import train
+        from lorasft.train.run import finish, open_run
 
-    started = time.monotonic()
-    with open_run(settings, resume=resume) as opened:
-        plan = opened.run.plan
-        for note in opened.notes:
-            say(note)
-        report = opened.prepared.report
-        say(
-            f"{report.train_examples:,} examples, {report.held_out_examples:,} held out, {report.tokens:,} tokens, "
-            f"{report.supervised_tokens:,} of them learned; {plan.steps} steps of {plan.batch_size} examples"
-        )
-        state = train(opened.run, opened.state)
-        adapter = finish(opened, state)
-        _show_answers(opened)
-    seconds = time.monotonic() - started
-    say(f"done in {seconds:.0f} s; adapter in {adapter}")
-    say(f"next: lorasft chat {settings.run.output}    lorasft merge {settings.run.output} --out merged")
-    print(settings.run.output)
+        started = time.monotonic()
+        with open_run(settings, resume=resume, ranks=ranks) as opened:
+            if ranks.is_main:
+                _introduce(opened)
+            state = train(opened.run, opened.state)
+            if ranks.is_main:
+                adapter = finish(opened, state)
+                _show_answers(opened)
+                say(f"done in {time.monotonic() - started:.0f} s; adapter in {adapter}")
+                say(f"next: lorasft chat {settings.run.output}    lorasft merge {settings.run.output} --out merged")
+                print(settings.run.output)
+
+
+def _introduce(opened: Opened) -> None:
+    """What was found and made ready, before the first step."""
+    report, plan = opened.prepared.report, opened.run.plan
+    for note in opened.notes:
+        say(note)
+    say(
+        f"{report.train_examples:,} examples, {report.held_out_examples:,} held out, {report.tokens:,} tokens, "
+        f"{report.supervised_tokens:,} of them learned; {plan.steps} steps of {plan.batch_size} examples"
+    )
 
 
 def _show_answers(opened: Opened, most: int = 3) -> None:

@@ -10,7 +10,7 @@ How a step is cut is layout: it depends on the machine and changes no result.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, Protocol
@@ -96,6 +96,7 @@ class Plan:
     seed: int
     loss: Literal["token", "example"]
     micro_batch_tokens: int
+    processes: int = 1  # that share the micro-batches of a step
 
     @property
     def steps_per_epoch(self) -> int:
@@ -110,7 +111,7 @@ class Plan:
     def step(self, number: int, store: Sequences) -> Step:
         """The rows of a step, cut into micro-batches."""
         examples = self.step_examples(number)
-        batches = cut(store, examples, capacity=self.micro_batch_tokens, loss=self.loss)
+        batches = cut(store, examples, capacity=self.micro_batch_tokens, loss=self.loss, processes=self.processes)
         return Step(number, number / self.steps_per_epoch, examples, tuple(batches))
 
 
@@ -134,15 +135,23 @@ def shuffle(count: int, *, seed: int, epoch: int) -> Integers:
 
 
 def cut(
-    store: Sequences, examples: Iterable[int], *, capacity: int, loss: Literal["token", "example"] = "token"
+    store: Sequences,
+    examples: Iterable[int],
+    *,
+    capacity: int,
+    loss: Literal["token", "example"] = "token",
+    processes: int = 1,
 ) -> Iterator[MicroBatch]:
     """Cut examples into micro-batches of at most `capacity` tokens, best fit in order of falling length.
 
-    A sequence longer than `capacity` gets a micro-batch of its own. The last target of a sequence is never an
+    A sequence longer than `capacity` gets a micro-batch of its own; several processes get smaller ones where that
+    gives each of them work. The last target of a sequence is never an
     input, and what stands behind it is not computed: no learned token looks at it.
     """
     pieces = [piece for example in examples for piece in _pieces(store.sequences(int(example)), int(example), loss)]
     pieces.sort(key=lambda piece: -len(piece.ids))
+    if processes > 1:
+        capacity = even_capacity(sum(len(piece.ids) for piece in pieces), capacity, processes=processes)
     bins: list[list[_Piece]] = []
     free: list[int] = []
     for piece in pieces:
@@ -155,6 +164,33 @@ def cut(
             bins.append([piece])
             free.append(capacity - len(piece.ids))
     return (_join(pieces) for pieces in bins)
+
+
+def even_capacity(tokens: int, capacity: int, *, processes: int) -> int:
+    """The largest micro-batch of which `processes` need equally many for `tokens`, with 3 % of room to fit them in."""
+    rounds = math.ceil(tokens / (capacity * processes))
+    return min(capacity, math.ceil(1.03 * tokens / (max(1, rounds) * processes)))
+
+
+def share(batches: Sequence[MicroBatch], index: int, count: int) -> list[MicroBatch]:
+    """The micro-batches of process `index` of `count`: the dearest first, each to the one with the least to do."""
+    if count == 1:
+        return list(batches)
+    spent = [0.0] * count
+    mine = []
+    for batch in sorted(batches, key=_cost, reverse=True):
+        chosen = spent.index(min(spent))
+        spent[chosen] += _cost(batch)
+        if chosen == index:
+            mine.append(batch)
+    return mine
+
+
+def _cost(batch: MicroBatch) -> float:
+    """Tokens, and for attention one more for 16,384 pairs of query and key (6 times a hidden size of 2,700)."""
+    pairs = sum((s.end - s.start) * len(range(*s.keys.indices(len(batch.ids))) if isinstance(s.keys, slice) else s.keys)
+                for s in batch.segments)  # fmt: skip
+    return len(batch.ids) + pairs / 2 / 16_384
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class Prepared:
     `stop_ids` end an answer under this template, the usual one first; `learned_special`: added tokens that are learned.
     """
 
+    folder: Path
     train: TokenStore
     held_out: TokenStore | None
     report: Report
@@ -46,6 +47,10 @@ class Prepared:
     key: str
     stop_ids: tuple[int, ...]
     learned_special: tuple[int, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Between processes it travels as the folder that was committed, never as a copy of all tokens."""
+        return open_prepared, (self.folder,)
 
 
 def prepare(data: DataSettings, chat: ChatSettings, *, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Prepared:
@@ -84,6 +89,7 @@ def open_prepared(folder: Path) -> Prepared:
     held_out = map_store(folder / "held_out")
     samples = tuple(_read_sample(sample) for sample in record["samples"])
     return Prepared(
+        folder=folder,
         train=map_store(folder / "train"),
         held_out=held_out if len(held_out) else None,
         report=report,

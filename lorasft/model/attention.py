@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface
 
 from lorasft.data.packing import Segment
+from lorasft.model.brief import BriefAttention, is_brief
 
 SEGMENTS = "lorasft_segments"
 
@@ -51,11 +52,16 @@ def attend(
         mask = _causal(q, k, window=sliding_window) if windowed or q.shape[2] != k.shape[2] else None
         if softcap is None and s_aux is None:
             grouped = q.shape[1] != k.shape[1]
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
-                )
-            )
+            options: dict[str, Any] = {
+                "attn_mask": mask,
+                "is_causal": mask is None,
+                "scale": scale,
+                "enable_gqa": grouped,
+            }
+            if dropout == 0 and is_brief(q, k):
+                outputs.append(BriefAttention.apply(q, k, v, options))  # type: ignore[no-untyped-call]
+            else:
+                outputs.append(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options))
         else:
             mask = _causal(q, k, window=sliding_window) if mask is None else mask
             outputs.append(_attend_openly(q, k, v, mask, scale=scale, dropout=dropout, softcap=softcap, sinks=s_aux))

@@ -73,6 +73,13 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
             # Else an evaluation repacks the weight in place on AVX512-BF16 CPUs, after which gradients are lost and
             # dequantization is garbage (bitsandbytes 0.50, related: bitsandbytes issue 2078).
             layer.support_avx512bf16_for_cpu = False
+            if device.type == "cpu" and layer.in_features % layer.weight.quant_state.blocksize:
+                # bitsandbytes 0.50 restarts its constants in every row there: 25 % off, where NF4 costs 9 %.
+                raise ModelError(
+                    f"a linear of {layer.in_features} inputs cannot be 4-bit on a CPU",
+                    where=settings.base,
+                    hint="use model.quantization=none",
+                )
     model.requires_grad_(False)
     if settings.quantization == "nf4":
         _check_quantized(model)

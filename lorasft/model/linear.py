@@ -1,7 +1,9 @@
-"""The NF4 + LoRA linear: base(x) + scaling * B A x, without an fp32 copy of x.
+"""The NF4 + LoRA linear, forward and backward in one function: y = x W^T (+ bias) + s (x A^T) B^T.
 
-PEFT casts every input to the adapter's fp32. Here the small A and B are cast to the dtype of x instead; they
-stay fp32 masters, and their gradients arrive in fp32 through the cast. So do modules that are trained in full.
+PEFT casts every input to the adapter's fp32 and keeps that copy. Here the small A and B are cast to the dtype of x
+instead; they stay fp32 masters, and their gradients arrive in fp32. Kept for the backward pass are x, once, and
+x A^T, which is `rank` wide. W is frozen: it is dequantized where it is needed, forwards and backwards, into memory
+that the next layer uses again. Modules that are trained in full are cast in the same way.
 """
 
 from __future__ import annotations
@@ -9,12 +11,21 @@ from __future__ import annotations
 from types import MethodType
 from typing import Any
 
+import bitsandbytes as bnb
+import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+# glibc returns allocations above 32 MB to the system, and each new one faults its pages in, which takes as long as
+# dequantizing does ten times. Above that, weights on a CPU are dequantized by blocks into a buffer that stays.
+_MALLOC_KEEPS = 32 << 20  # bytes
+_BLOCK_ELEMENTS = 1 << 22
 
 
 def use_lean_linears(model: nn.Module) -> int:
@@ -26,9 +37,90 @@ def use_lean_linears(model: nn.Module) -> int:
         if isinstance(wrapper, ModulesToSaveWrapper):
             wrapper.forward = MethodType(_forward_saved, wrapper)
     plain = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and _is_plain(layer)]
+    weights = FrozenWeights()
     for layer in plain:
+        layer.frozen_weights = weights
         layer.forward = MethodType(_forward, layer)
     return len(plain)
+
+
+class FrozenWeights:
+    """The weights of frozen linears in a compute dtype, in memory that the next reading uses again.
+
+    What is read is used at once, in the order of one stream, so it does not matter which thread reads.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def read(self, base: Any, dtype: torch.dtype) -> Tensor:
+        """The weight of `base`, (out, in) in `dtype`; valid until the next reading."""
+        if isinstance(base, bnb.nn.Linear4bit):
+            return self._dequantize(base.weight.data, base.weight.quant_state).to(dtype)
+        weight: Tensor = base.weight.detach().to(dtype)
+        return weight.t() if isinstance(base, Conv1D) else weight
+
+    def _dequantize(self, packed: Tensor, state: Any) -> Tensor:
+        rows, columns = state.shape
+        on_cpu = packed.device.type == "cpu"
+        if on_cpu and rows * columns * state.dtype.itemsize <= _MALLOC_KEEPS:
+            return bnb.functional.dequantize_4bit(packed, state)  # type: ignore[no-any-return]
+        key, size = (packed.device, state.dtype), rows * columns
+        if key not in self._buffers or len(self._buffers[key]) < size:
+            self._buffers[key] = torch.empty(size, dtype=state.dtype, device=packed.device)
+        out = self._buffers[key][:size].view(rows, columns)
+        if on_cpu:
+            _dequantize_by_blocks(packed, state, out)
+        else:
+            bnb.functional.dequantize_4bit(packed, state, out=out)
+        return out
+
+
+def _dequantize_by_blocks(packed: Tensor, state: Any, out: Tensor) -> None:
+    """bitsandbytes' own values in `out`: on a CPU it has no way to write into given memory."""
+    absmax = state.absmax
+    if state.nested:
+        absmax = bnb.functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    size, columns = state.blocksize, out.shape[1]  # columns are whole blocks of constants: load_base sees to it
+    codes, rows = packed.view(torch.uint8).flatten(), max(1, _BLOCK_ELEMENTS // columns)
+    for start in range(0, len(out), rows):
+        block = out[start : start + rows]
+        first, end = start * columns, start * columns + block.numel()
+        part = bnb.functional.QuantState(
+            absmax[first // size : end // size], block.shape, state.code, size, state.quant_type, out.dtype
+        )
+        block.copy_(bnb.functional.dequantize_4bit(codes[first // 2 : end // 2].unsqueeze(1), part))
+
+
+class LoraLinear(torch.autograd.Function):
+    """x (..., in), A (rank, in), B (out, rank), s, base, weights -> (..., out) in the dtype of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, base: Any, weights: FrozenWeights) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
+        weight = weights.read(base, x.dtype).t()
+        y = flat @ weight if base.bias is None else torch.addmm(base.bias.to(x.dtype), flat, weight)
+        down = flat @ a.to(x.dtype).t()  # (tokens, rank)
+        y.addmm_(down, b.to(x.dtype).t(), alpha=scaling)
+        ctx.save_for_backward(x, down, a, b)
+        ctx.scaling, ctx.base, ctx.weights = scaling, base, weights
+        return y.view(*x.shape[:-1], y.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, down, a, b = ctx.saved_tensors
+        flat, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        d_down = (dy @ b.to(x.dtype)).mul_(ctx.scaling)  # (tokens, rank)
+        dx = da = db = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ ctx.weights.read(ctx.base, x.dtype)
+            dx = dx.addmm_(d_down, a.to(x.dtype)).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            da = (d_down.t() @ flat).to(a.dtype)
+        if ctx.needs_input_grad[2]:
+            db = (dy.t() @ down).to(b.dtype).mul_(ctx.scaling)
+        return dx, da, db, None, None, None
 
 
 def _is_plain(layer: Any) -> bool:
@@ -54,11 +146,23 @@ def _forward_saved(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
     """x: (..., in) -> (..., out) in the dtype of x."""
-    result: Tensor = layer.base_layer(x)
+    base = layer.base_layer
     if layer.disable_adapters:
+        result: Tensor = base(x)
         return result
     (name,) = layer.lora_A
-    down = F.linear(layer.lora_dropout[name](x), layer.lora_A[name].weight.to(x.dtype))
-    update = F.linear(down, layer.lora_B[name].weight.to(x.dtype)) * layer.scaling[name]
-    total: Tensor = result + update
+    a, b, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    dropout = layer.lora_dropout[name]
+    drops = layer.training and not isinstance(dropout, nn.Identity)
+    if torch.is_grad_enabled() and not drops and _is_frozen_linear(base):
+        fused: Tensor = LoraLinear.apply(x, a, b, scaling, base, layer.frozen_weights)  # type: ignore[no-untyped-call]
+        return fused
+    update = F.linear(F.linear(dropout(x), a.to(x.dtype)), (b * scaling).to(x.dtype))
+    total: Tensor = base(x) + update
     return total
+
+
+def _is_frozen_linear(base: Any) -> bool:
+    return type(base) in (nn.Linear, Conv1D, bnb.nn.Linear4bit) and not any(
+        parameter.requires_grad for parameter in base.parameters(recurse=False)
+    )

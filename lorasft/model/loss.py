@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from lorasft.data.packing import MicroBatch
 
-# A chunk's fp32 logits stay near 32 MB: above that every allocation on a CPU is a fresh mmap whose pages fault in.
-_CHUNK_ELEMENTS = 1 << 23
+# Pairs of a chunk: enough to keep the head's product busy, few enough to keep its logits small. On GPUs more, as
+# far as the fp32 logits stay near 128 MB.
+_CHUNK_PAIRS = 192
+_CHUNK_ELEMENTS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -84,24 +86,47 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        rows = max(32, _CHUNK_ELEMENTS // len(head.weight))
+        rows = min(len(targets), _chunk_pairs(hidden.device, len(head.weight)))
+        narrow = hidden.new_empty(rows, len(head.weight))  # one memory for the logits of all chunks
+        wide = narrow if hidden.dtype == torch.float32 else torch.empty_like(narrow, dtype=torch.float32)
         for start in range(0, len(targets), rows):
-            part = slice(start, start + rows)
-            logits = F.linear(hidden[part], head.weight, head.bias).float().mul_(head.scale)
-            capped = logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
-            total = capped.logsumexp(dim=-1, keepdim=True)
+            part = slice(start, min(start + rows, len(targets)))
+            logits = _read_logits(hidden[part], head, narrow=narrow, wide=wide)
+            damping = None if head.softcap is None else 1 - (logits / head.softcap) ** 2
             wanted = targets[part].unsqueeze(1)
-            losses[part] = (total - capped.gather(1, wanted)).squeeze(1)
+            peak, chosen = logits.amax(dim=-1, keepdim=True), logits.gather(1, wanted)
+            total = logits.sub_(peak).exp_().sum(dim=-1, keepdim=True)
+            losses[part] = (total.log() + peak - chosen).squeeze(1)
             if slopes is None:
                 continue
-            slope = capped.sub(total).exp_()  # the softmax, then minus 1 at the target
+            slope = logits.div_(total)  # the softmax, then minus 1 at the target
             slope.scatter_add_(1, wanted, torch.full_like(total, -1.0))
-            if head.softcap is not None:
-                slope *= 1 - (capped / head.softcap) ** 2
-            slopes[part] = slope.mul_(head.scale).to(hidden.dtype) @ head.weight
-        ctx.slopes = slopes
+            if damping is not None:
+                slope.mul_(damping)
+            if head.scale != 1:
+                slope.mul_(head.scale)
+            torch.mm(narrow[: len(slope)].copy_(slope), head.weight, out=slopes[part])
+        ctx.save_for_backward(slopes)
         return losses
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.slopes * upstream[0].unsqueeze(1).to(ctx.slopes.dtype), None, None
+        (slopes,) = ctx.saved_tensors
+        return slopes * upstream[0].unsqueeze(1).to(slopes.dtype), None, None
+
+
+def _chunk_pairs(device: torch.device, vocabulary: int) -> int:
+    return _CHUNK_PAIRS if device.type == "cpu" else max(_CHUNK_PAIRS, _CHUNK_ELEMENTS // vocabulary)
+
+
+def _read_logits(hidden: Tensor, head: Head, *, narrow: Tensor, wide: Tensor) -> Tensor:
+    """The model's logits for `hidden` (pairs, hidden) in the fp32 memory `wide`, by way of `narrow`."""
+    product = torch.mm(hidden, head.weight.t(), out=narrow[: len(hidden)])
+    if head.bias is not None:
+        product.add_(head.bias)
+    logits = wide[: len(hidden)].copy_(product)
+    if head.scale != 1:
+        logits.mul_(head.scale)
+    if head.softcap is not None:
+        logits.div_(head.softcap).tanh_().mul_(head.softcap)
+    return logits

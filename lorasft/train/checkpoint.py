@@ -34,6 +34,7 @@ class Layout:
     micro_batch_tokens: int
     recomputed_layers: int  # the first ones of the model recompute their activations going backwards
     segments: bool
+    processes: int = 1
 
 
 @dataclass(frozen=True)

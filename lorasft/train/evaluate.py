@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from lorasft.data.packing import cut
+from lorasft.data.packing import cut, share
 from lorasft.data.store import TokenStore
 from lorasft.model.loss import Network, pair_losses
+from lorasft.train.ranks import Ranks
 from lorasft.train.redo import naming_rows
 
 _GROUP = 64  # examples cut together: enough to fill micro-batches well, few enough to bound what is held
@@ -22,23 +23,25 @@ class HeldOut:
     tokens: int
 
 
-def evaluate(network: Network, rows: TokenStore, *, capacity: int) -> HeldOut:
-    """The held-out loss over all `rows`; the model is put back into the mode that it was in.
+def evaluate(network: Network, rows: TokenStore, *, capacity: int, ranks: Ranks) -> HeldOut:
+    """The held-out loss over all `rows`, of which each process scores its share.
 
-    Raises MicroBatchTooLarge when memory runs out.
+    The model is put back into the mode that it was in. Raises MicroBatchTooLarge when memory runs out.
     """
     training = network.causal.training
     network.causal.eval()
     total, tokens = 0.0, 0
     try:
-        with torch.no_grad():
+        with ranks.agreed(), torch.no_grad():
             for start in range(0, len(rows), _GROUP):
                 group = range(start, min(start + _GROUP, len(rows)))
-                for batch in cut(rows, group, capacity=capacity):
+                batches = tuple(cut(rows, group, capacity=capacity, processes=ranks.count))
+                for batch in share(batches, ranks.index, ranks.count):
                     with naming_rows(rows, batch):
                         losses = pair_losses(network, batch)
                     total += float(losses.double().sum())
                     tokens += len(batch.targets)
     finally:
         network.causal.train(training)
-    return HeldOut(total / tokens, tokens)
+    totals, counts = zip(*ranks.gather((total, tokens)), strict=True)
+    return HeldOut(sum(totals) / sum(counts), sum(counts))

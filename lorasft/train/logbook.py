@@ -55,9 +55,9 @@ class Logbook:
         return self.path.stat().st_size if self.path.exists() else 0
 
     def close(self) -> None:
-        """Let the trackers finish."""
-        if self.trackers is not None:
-            self._guard(lambda: self.trackers.end_training())
+        """Let the trackers finish: one by one, for accelerate's end_training parts the processes as well."""
+        for tracker in [] if self.trackers is None else self.trackers.trackers:
+            self._guard(tracker.finish)
 
     def _record(self, values: dict[str, Any]) -> None:
         append_line(self.path, json.dumps(values))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from lorasft.data.packing import Plan, Step
+from lorasft.data.packing import Plan, Step, share
 from lorasft.data.store import TokenStore
 from lorasft.errors import DivergedError, Stopped
 from lorasft.model.loss import Network, pair_losses
@@ -22,9 +22,10 @@ from lorasft.recipe import Recipe
 from lorasft.train.checkpoint import Learner, State, list_checkpoints, retain, save_checkpoint
 from lorasft.train.evaluate import HeldOut, evaluate
 from lorasft.train.logbook import Logbook
+from lorasft.train.ranks import Ranks
 from lorasft.train.redo import naming_rows, within_memory
 from lorasft.train.schedule import learning_rate
-from lorasft.train.stop import stop_signals
+from lorasft.train.stop import StopRequest, stop_signals
 
 
 @dataclass(frozen=True)
@@ -39,28 +40,22 @@ class Run:
     network: Network
     learner: Learner
     logbook: Logbook
+    ranks: Ranks
 
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
 
-def take_step(run: Run, step: Step) -> dict[str, Any]:
+def take_step(run: Run, step: Step, stop: StopRequest) -> dict[str, Any]:
     """One optimizer step: its losses summed over all micro-batches and divided once. Returns its metrics.
 
-    Raises DivergedError before the update when loss or gradient is not finite, naming the rows, and MicroBatchTooLarge
-    when memory runs out before it.
+    Of several processes each does its share; `stop` holds what they agreed on afterwards. Raises DivergedError before
+    the update when loss or gradient is not finite, naming the rows, and MicroBatchTooLarge when memory runs out.
     """
     started = time.monotonic()
-    torch.manual_seed(run.plan.seed * 1_000_003 + step.number)  # dropout depends on the step alone
     parameters, optimizer = run.learner.parameters, run.learner.optimizer
-    loss = 0.0
-    for batch in step.micro_batches:
-        weights = torch.as_tensor(batch.weights, device=run.network.device)
-        with naming_rows(run.rows, batch):
-            part = (pair_losses(run.network, batch) * weights).sum() / step.divisor
-            part.backward()  # type: ignore[no-untyped-call]
-        loss += float(part.detach())
+    loss = run.ranks.sum_step(lambda: add_gradients(run, step), list(parameters.values()), stop=stop)
     refuse_unreached(run)
     norm = get_total_norm(parameter.grad for parameter in parameters.values() if parameter.grad is not None)
     refuse_non_finite(run, step, loss=loss, norm=float(norm))
@@ -88,9 +83,22 @@ def take_step(run: Run, step: Step) -> dict[str, Any]:
     }
 
 
-def take_numbered_step(run: Run, *, number: int) -> dict[str, Any]:
+def take_numbered_step(run: Run, *, number: int, stop: StopRequest) -> dict[str, Any]:
     """Step `number` of the plan, cut as the run's layout says."""
-    return take_step(run, run.plan.step(number, run.rows))
+    return take_step(run, run.plan.step(number, run.rows), stop)
+
+
+def add_gradients(run: Run, step: Step) -> float:
+    """Forward and backward over this process's share of the step. Returns its part of the step's loss."""
+    torch.manual_seed(run.plan.seed * 1_000_003 + step.number + (run.ranks.index << 40))  # dropout: step and process
+    loss = 0.0
+    for batch in share(step.micro_batches, run.ranks.index, run.ranks.count):
+        weights = torch.as_tensor(batch.weights, device=run.network.device)
+        with naming_rows(run.rows, batch):
+            part = (pair_losses(run.network, batch) * weights).sum() / step.divisor
+            part.backward()  # type: ignore[no-untyped-call]
+        loss += float(part.detach())
+    return loss
 
 
 def train(run: Run, state: State) -> State:
@@ -98,14 +106,15 @@ def train(run: Run, state: State) -> State:
     settings = run.recipe.run
     saved_at = time.monotonic()
     run.network.causal.train()
-    with stop_signals() as stop:
+    with stop_signals(alone=run.ranks.count == 1) as stop:
         if state.step == 0:
             state, run = within_memory(run, partial(evaluate_and_note, state=state))
             if stop.signal:
                 raise Stopped(stop.signal, "stopped before the first step")
         for number in range(state.step + 1, run.plan.steps + 1):
-            values, run = within_memory(run, partial(take_numbered_step, number=number))
-            run.logbook.step(values)
+            metrics, run = within_memory(run, partial(take_numbered_step, number=number, stop=stop))
+            if run.ranks.is_main:
+                run.logbook.step(metrics)
             state = replace(state, step=number)
             last = number == run.plan.steps
             if last or (settings.eval_every and number % settings.eval_every == 0):
@@ -113,10 +122,11 @@ def train(run: Run, state: State) -> State:
             overdue = settings.save_minutes is not None and time.monotonic() - saved_at > 60 * settings.save_minutes
             planned = settings.save_every and number % settings.save_every == 0
             best = settings.keep_best and state.best_step == number
-            if last or planned or overdue or best or stop.signal:
+            if run.ranks.is_main and (last or planned or overdue or best or stop.signal):
                 state = save(run, state)
                 saved_at = time.monotonic()
             if stop.signal and not last:
+                run.ranks.gather(None)  # a launcher ends the one that saves as soon as another has ended
                 raise Stopped(stop.signal, f"stopped after step {number} of {run.plan.steps}, saved")
     return state
 
@@ -125,8 +135,9 @@ def evaluate_and_note(run: Run, *, state: State) -> State:
     """The held-out loss, noted; the state with it when it is the best so far."""
     if run.held_out is None:
         return state
-    result: HeldOut = evaluate(run.network, run.held_out, capacity=run.plan.micro_batch_tokens)
-    run.logbook.evaluation(step=state.step, loss=result.loss, tokens=result.tokens)
+    result: HeldOut = evaluate(run.network, run.held_out, capacity=run.plan.micro_batch_tokens, ranks=run.ranks)
+    if run.ranks.is_main:
+        run.logbook.evaluation(step=state.step, loss=result.loss, tokens=result.tokens)
     if state.best_loss is not None and state.best_loss <= result.loss:
         return state
     return replace(state, best_step=state.step, best_loss=result.loss)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from lorasft.train.folder import claim, refuse_changes, write_start
 from lorasft.train.logbook import Logbook, check_trackers
 from lorasft.train.loop import Run, save
 from lorasft.train.optimizer import make_optimizer
+from lorasft.train.ranks import ALONE, Ranks
 from lorasft.train.redo import plain_memory_errors
 from lorasft.train.schedule import warmup_steps
 
@@ -64,28 +65,43 @@ class Opened:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Settled:
+    """What is settled before any weight is read: by the first process, which then tells the others."""
+
+    config: Any
+    tokenizer: Any
+    prepared: Prepared
+    plan: Plan
+    checkpoint: Path | None  # to go on from
+    saved: State | None  # its state
+    skipped: list[str]
+
+
 @contextmanager
-def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Opened]:
+def open_run(recipe: Recipe, *, resume: bool, ranks: Ranks = ALONE) -> Iterator[Opened]:
     """Claim the run folder of `recipe`, prepare its data, load its model; start, or go on where it stopped.
 
     All that can be known before the weights are loaded is refused before. Raises RecipeError for a folder that is
     taken, and ModelError when nothing can be resumed.
     """
     folder = Path(recipe.run.output)
+    with ExitStack() as held, plain_memory_errors():
+        settled = ranks.lead(lambda: _settle(recipe, folder, resume=resume, held=held))
+        yield _load(recipe, folder, settled, ranks=ranks)
+
+
+def _settle(recipe: Recipe, folder: Path, *, resume: bool, held: ExitStack) -> Settled:
+    """Claim the folder, which stays locked while `held` is open; prepare the data; find what to go on from."""
     claim(folder, resume=resume)
     make_folder(folder)
-    with locked(folder), plain_memory_errors():
-        sweep(folder)
-        sweep(folder / "checkpoints")
-        if not resume:  # what a start that failed has left
-            for name in ("tokens", "checkpoints"):
-                if (folder / name).is_dir():
-                    remove_folder(folder / name)
-        yield _open(recipe, folder, resume=resume)
-
-
-def _open(recipe: Recipe, folder: Path, *, resume: bool) -> Opened:
-    device = PartialState().device
+    held.enter_context(locked(folder))
+    sweep(folder)
+    sweep(folder / "checkpoints")
+    if not resume:  # what a start that failed has left
+        for name in ("tokens", "checkpoints"):
+            if (folder / name).is_dir():
+                remove_folder(folder / name)
     config = read_config(recipe.model.base, recipe.model.revision)
     refuse_settings(recipe, config)
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
@@ -95,34 +111,47 @@ def _open(recipe: Recipe, folder: Path, *, resume: bool) -> Opened:
     saved = read_state(checkpoint) if checkpoint else None
     if saved:
         refuse_changes(recipe, folder, saved, data=prepared.key)
-    plan = make_plan(recipe, examples=len(prepared.train), device=device, saved=saved)
+    plan = make_plan(recipe, examples=len(prepared.train), device=PartialState().device, saved=saved)
     if not recipe.adapter.modules_to_save:
         refuse_untrained(recipe.model.base, tokenizer, learned=prepared.learned_special)
+    return Settled(config, tokenizer, prepared, plan, checkpoint, saved, skipped)
 
-    longest = longest_sequence(prepared.train)
-    model, network, layout = load_model(
-        recipe, device, saved=saved, micro_batch_tokens=plan.micro_batch_tokens, longest=longest
-    )
+
+def _load(recipe: Recipe, folder: Path, settled: Settled, *, ranks: Ranks) -> Opened:
+    device = PartialState().device
+    prepared, tokenizer, plan, saved = settled.prepared, settled.tokenizer, settled.plan, settled.saved
+    with ranks.agreed():
+        longest = longest_sequence(prepared.train)
+        model, network, layout = load_model(
+            recipe, device, saved=saved, micro_batch_tokens=plan.micro_batch_tokens, longest=longest
+        )
+    # All processes must cut a step in the same way.
+    layout = replace(layout, micro_batch_tokens=min(ranks.gather(layout.micro_batch_tokens)), processes=ranks.count)
     parameters = trainable(model)
+    ranks.copy_first(list(parameters.values()))
     learner = Learner(model, parameters, make_optimizer(recipe.optimizer, parameters))
     state = State(step=0, data=prepared.key, metrics_bytes=0, layout=layout)
-    if checkpoint and saved:
-        restore_checkpoint(checkpoint, learner)
+    if settled.checkpoint and saved:
+        with ranks.agreed():
+            restore_checkpoint(settled.checkpoint, learner)
         state = replace(saved, layout=layout)
+    if saved and ranks.is_main:
         truncate(folder / "metrics.jsonl", saved.metrics_bytes)
     run = Run(
         folder=folder,
         recipe=recipe,
-        plan=replace(plan, micro_batch_tokens=layout.micro_batch_tokens),
+        plan=replace(plan, micro_batch_tokens=layout.micro_batch_tokens, processes=ranks.count),
         rows=prepared.train,
         held_out=prepared.held_out,
         network=network,
         learner=learner,
         logbook=Logbook(folder, recipe, steps=plan.steps, first_step=state.step + 1),
+        ranks=ranks,
     )
-    if not saved:  # from here on there is something to resume, so this is what makes the folder a run
-        save(run, state)
-        write_start(folder, recipe, prepared, layout=layout, config=config)
+    with ranks.agreed():
+        if ranks.is_main and not saved:  # from here on there is something to resume: this makes the folder a run
+            save(run, state)
+            write_start(folder, recipe, prepared, layout=layout, config=settled.config)
     notices = [notice] if (notice := compare_with_file(tokenizer)) else []
     unstopped = missing_stop(prepared, network.causal)
     if unstopped is not None:
@@ -130,7 +159,7 @@ def _open(recipe: Recipe, folder: Path, *, resume: bool) -> Opened:
         notices.append(f"generation of this base does not stop at {token}: the adapter's generation_config.json will")
     notes = (
         *notices,
-        *(f"skipped {reason}" for reason in skipped),
+        *(f"skipped {reason}" for reason in settled.skipped),
         *network.notices,
         *([] if run.held_out or recipe.data.eval is None else ["no rows are held out: data.eval=FILE names some"]),
         f"model on {device} in {layout.dtype}: {count_bytes(model)}",

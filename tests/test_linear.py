@@ -1,0 +1,203 @@
+"""The NF4 + LoRA linear against PEFT's own forward, the definition in float64, and numerical derivatives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from test_oracles import differences, gradients
+from tiny_models import make_base, randomize_adapter
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from lorasft.model import linear
+from lorasft.model.adapter import attach_adapter
+from lorasft.model.linear import FrozenWeights, use_lean_linears
+from lorasft.recipe import AdapterSettings
+
+RANK, IN, OUT = 4, 128, 64
+
+
+def nf4(*, nested: bool) -> Any:
+    layer = bnb.nn.Linear4bit(IN, OUT, bias=False, compress_statistics=nested, quant_type="nf4")
+    layer.weight.data.normal_()
+    return layer.to("cpu")  # quantizes
+
+
+BASES = {
+    "linear": lambda: nn.Linear(IN, OUT, bias=False),
+    "bias": lambda: nn.Linear(IN, OUT),
+    "conv1d": lambda: Conv1D(OUT, IN),
+    "nf4": lambda: nf4(nested=False),
+    "nf4-double": lambda: nf4(nested=True),
+}
+
+
+def make_layer(kind: str, *, lean: bool = True, **settings: Any) -> Any:
+    """A PEFT LoRA layer over a base of `kind`, the same whenever it is asked for."""
+    torch.manual_seed(4)
+    holder = nn.ModuleDict({"layer": BASES[kind]()}).requires_grad_(False)
+    options = {"r": RANK, "lora_alpha": 6, "use_rslora": True, "fan_in_fan_out": kind == "conv1d"}
+    inject_adapter_in_model(LoraConfig(target_modules=["layer"], **{**options, **settings}), holder)
+    randomize_adapter(holder)
+    if lean:
+        assert use_lean_linears(holder) == 1
+    return holder["layer"]
+
+
+def run(layer: Any, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """Output and gradients of a layer."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    y.backward(dy)
+    return {"y": y.detach(), "x": x.grad, **gradients(layer)}  # type: ignore[dict-item]
+
+
+def define(layer: Any, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """The same from the definition, in float64, on the dequantized weight."""
+    base = layer.base_layer
+    weight = FrozenWeights().read(base, torch.float64)
+    a, b = (part["default"].weight.detach().double().requires_grad_() for part in (layer.lora_A, layer.lora_B))
+    x = x.double().requires_grad_()
+    y = x @ weight.t() + layer.scaling["default"] * (x @ a.t() @ b.t())
+    y = y if base.bias is None else y + base.bias
+    y.backward(dy.double())
+    return {"y": y.detach(), "x": x.grad, "lora_A.default.weight": a.grad, "lora_B.default.weight": b.grad}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_output_and_gradients_are_pefts_and_the_definitions(kind: str) -> None:
+    x, dy = torch.randn(3, 7, IN), torch.randn(3, 7, OUT)
+    got = run(make_layer(kind), x, dy)
+    theirs = run(make_layer(kind, lean=False), x, dy)
+    exact = define(make_layer(kind), x, dy)
+    for want in (theirs, exact):
+        whole, worst = differences(got, want)
+        assert whole < 1e-6 and worst < 5e-6
+    assert all(value.abs().max() > 0.1 for value in got.values())  # else nothing was compared
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_derivatives_are_the_numerical_ones(kind: str) -> None:
+    layer = make_layer(kind).double()
+    if "nf4" not in kind:
+        layer.base_layer.double()
+    x = torch.randn(2, 3, IN, dtype=torch.float64, requires_grad=True)
+    names, values = zip(*((n, p) for n, p in layer.named_parameters() if "lora" in n), strict=True)
+
+    def call(x: Tensor, *adapters: Tensor) -> Tensor:
+        y: Tensor = torch.func.functional_call(layer, dict(zip(names, adapters, strict=True)), (x,))
+        return y
+
+    assert torch.autograd.gradcheck(call, (x, *values), fast_mode=True)
+
+
+def test_nothing_is_kept_but_the_input_once_and_what_is_small() -> None:
+    """Three layers that read the same input, as queries, keys and values do."""
+    layers = [make_layer("nf4-double") for _ in range(3)]
+    x = torch.randn(50, IN, dtype=torch.bfloat16, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = [layer(x) for layer in layers]
+    downs, adapters = 3 * 50 * RANK * 2, 3 * RANK * (IN + OUT) * 4
+    assert sum(kept.values()) == x.nbytes + downs + adapters
+    assert all(y.dtype == torch.bfloat16 for y in outputs)
+
+
+def test_in_bf16_gradients_are_as_near_as_pefts() -> None:
+    """A whole model in bf16, ours and PEFT's, against the same numbers in float64."""
+    settings = AdapterSettings(rank=4, alpha=8.0)
+    results = []
+    for kind in ("ours", "theirs", "exact"):
+        model = attach_adapter(make_base("llama", dtype=torch.bfloat16), settings, seed=0)
+        randomize_adapter(model)
+        if kind != "ours":
+            _restore_forwards(model)
+        if kind == "exact":
+            model.double()
+        results.append(_gradients_of_a_loss(model))
+    assert all(gradient.dtype == torch.float32 for gradient in results[0].values())
+    ours, theirs = (differences(result, results[2])[0] for result in results[:2])
+    assert ours < 1.1 * theirs
+    flat = [torch.cat([gradient.double().flatten() for gradient in result.values()]) for result in results]
+    assert torch.cosine_similarity(flat[0], flat[2], dim=0) > 0.999
+
+
+def _restore_forwards(model: Any) -> None:
+    for module in model.modules():
+        vars(module).pop("forward", None)  # back to the class's
+
+
+def _gradients_of_a_loss(model: Any) -> dict[str, Tensor]:
+    logits = model(torch.arange(40)[None]).logits
+    logits.square().mean().backward()
+    return gradients(model)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_large_weights_are_dequantized_by_blocks_to_the_same_bits(
+    nested: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "_MALLOC_KEEPS", 0)
+    monkeypatch.setattr(linear, "_BLOCK_ELEMENTS", 1)
+    weights, layer = FrozenWeights(), bnb.nn.Linear4bit(IN, 150, compress_statistics=nested, quant_type="nf4")
+    layer.to("cpu")
+    want = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    got = weights.read(layer, want.dtype)
+    assert torch.equal(got, want)
+    smaller = weights.read(nf4(nested=nested), want.dtype)
+    assert smaller.data_ptr() == got.data_ptr()  # the same memory
+
+
+def test_what_needs_no_gradient_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An input without gradient: the weight is not read backwards; without autograd, the base computes as ever."""
+    layer, reads = make_layer("nf4"), []
+    x, dy = torch.randn(5, IN), torch.randn(5, OUT)
+    own = FrozenWeights.read
+    monkeypatch.setattr(FrozenWeights, "read", lambda *args: reads.append(1) or own(*args))
+    layer(x).backward(dy)
+    assert len(reads) == 1 and gradients(layer).keys() == {"lora_A.default.weight", "lora_B.default.weight"}
+    with torch.no_grad():
+        without = layer(x)
+    assert len(reads) == 1 and torch.allclose(without, layer(x), atol=1e-5)
+
+
+def test_a_layer_that_is_disabled_dropping_or_partly_trained_takes_the_plain_way() -> None:
+    x, dy = torch.randn(5, IN), torch.randn(5, OUT)
+    layer = make_layer("bias")
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), layer.base_layer(x))
+
+    dropping = make_layer("bias", lora_dropout=0.5).train()
+    assert not torch.equal(dropping(x), dropping(x))
+    assert torch.allclose(dropping.eval()(x), make_layer("bias")(x), atol=1e-5)
+
+    trained = make_layer("bias")
+    trained.base_layer.bias.requires_grad_()
+    run(trained, x, dy)
+    assert torch.allclose(trained.base_layer.bias.grad, dy.sum(0), atol=1e-5)
+
+
+def test_recomputed_activations_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward is entered again inside the backward pass, and reads weights into the same memory."""
+    monkeypatch.setattr(linear, "_MALLOC_KEEPS", 0)
+    holder = nn.Sequential(make_layer("nf4-double"), nn.Linear(OUT, IN).requires_grad_(False), make_layer("nf4"))
+    assert use_lean_linears(holder) == 2  # one memory for both
+    assert holder[0].frozen_weights is holder[2].frozen_weights
+    x, dy = torch.randn(5, IN), torch.randn(5, OUT)
+    plain = run(holder, x, dy)
+    holder.zero_grad()
+    x.requires_grad_()
+    checkpoint(holder, x, use_reentrant=False).backward(dy)
+    again = {"x": x.grad, **gradients(holder)}
+    assert all(torch.equal(again[name], plain[name]) for name in again)

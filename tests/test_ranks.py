@@ -1,0 +1,304 @@
+"""Several processes: the gradients of one, one voice, and nobody who waits for one that is gone.
+
+The processes are forks of this one, which has imported everything; one test goes through torchrun.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator, PartialState
+from safetensors.torch import load_file, save_file
+from test_oracles import Rows, differences, gradients, oracle, ours, plain_step
+from test_train import metrics, run_folder
+
+from lorasft.cli import main
+from lorasft.data.packing import Plan, cut, share
+from lorasft.errors import ModelError
+from lorasft.files import verify_folder
+from lorasft.recipe import load_recipe
+from lorasft.train import loop
+from lorasft.train import ranks as ranks_module
+from lorasft.train import run as runs
+from lorasft.train.checkpoint import Learner
+from lorasft.train.evaluate import evaluate
+from lorasft.train.ranks import ALONE, Ranks, join
+from lorasft.train.stop import StopRequest
+
+Write = Callable[..., str]
+
+
+class Launch:
+    """Two forks of this process, as a launcher would start them, each with its words in a file."""
+
+    def __init__(self, folder: Path, act: Callable[[int], object]) -> None:
+        self.words = [folder / f"words{rank}.txt" for rank in (0, 1)]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12 about forks beside threads
+            self.pids = [os.fork() or self._be(rank, port, act) for rank in (0, 1)]
+
+    def _be(self, rank: int, port: int, act: Callable[[int], object]) -> int:
+        code: Any = 1
+        try:
+            with open(self.words[rank], "w", encoding="utf-8", buffering=1) as words:
+                sys.stdout = sys.stderr = words
+                PartialState._reset_state()  # what this process was before the fork
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "2"}
+                try:
+                    code = act(rank) or 0
+                except SystemExit as end:
+                    code = end.code
+                except BaseException:
+                    traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def codes(self, seconds: float = 60) -> list[int]:
+        """Exit codes, negative for a signal. A process that hangs is killed, which fails the test."""
+        end = time.monotonic() + seconds
+        found: dict[int, int] = {}
+        while len(found) < 2:
+            for pid in set(self.pids) - found.keys():
+                if time.monotonic() > end:
+                    os.kill(pid, signal.SIGKILL)
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    found[pid] = os.waitstatus_to_exitcode(status)
+            time.sleep(0.01)
+        return [found[pid] for pid in self.pids]
+
+    def said(self) -> str:
+        return "".join(path.read_text(encoding="utf-8") for path in self.words)
+
+
+def some(count: int) -> Rows:
+    rows = Rows()
+    rows.rows = rows.rows[:count]
+    return rows
+
+
+def step_run(model: Any, network: Any, rows: Rows, ranks: Ranks, **plan: Any) -> loop.Run:
+    """As much of a run as a step's losses and gradients need."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    whole = Plan(len(rows), len(rows), 1, seed=0, processes=ranks.count, **plan)
+    nothing: Any = None
+    return loop.Run(
+        nothing, nothing, whole, nothing, nothing, network, Learner(model, parameters, nothing), nothing, ranks
+    )
+
+
+CASES = [
+    (loss, count, capacity) for loss in ("token", "example") for count, capacity in ((6, 1000), (6, 20), (1, 1000))
+]
+
+
+def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> None:
+    """Against plain transformers and PEFT in one process; also where a process has nothing to do."""
+
+    def act(rank: int) -> None:
+        with join() as ranks:
+            model, network = ours("llama")
+            for number, (loss, count, capacity) in enumerate(CASES):
+                rows = some(count)
+                run = step_run(model, network, rows, ranks, loss=loss, micro_batch_tokens=capacity)
+                step = run.plan.step(1, rows)
+                assert len(share(step.micro_batches, rank, 2)) > 0 or (count == 1 and rank == 1)
+                model.zero_grad()
+                parameters = list(run.learner.parameters.values())
+                work = lambda run=run, step=step: loop.add_gradients(run, step)  # noqa: E731
+                value = ranks.sum_step(work, parameters, stop=StopRequest(agreed=0))
+                save_file(gradients(model) | {"loss": torch.tensor(value)}, tmp_path / f"{number}-{rank}.safetensors")
+            (tmp_path / f"held_out-{rank}.json").write_text(json.dumps(held_out(network, ranks)), encoding="utf-8")
+
+    launch = Launch(tmp_path, act)
+    assert launch.codes() == [0, 0], launch.said()
+    for number, (loss, count, _) in enumerate(CASES):
+        want_loss, want = plain_step(oracle("llama"), some(count), loss)
+        first, second = (load_file(tmp_path / f"{number}-{rank}.safetensors") for rank in (0, 1))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        assert float(first.pop("loss")) == pytest.approx(want_loss, rel=1e-6)
+        assert differences(first, want)[0] < 1e-6
+    network = ours("llama")[1]
+    for rank in (0, 1):
+        scores = json.loads((tmp_path / f"held_out-{rank}.json").read_text(encoding="utf-8"))
+        assert scores == pytest.approx(held_out(network, ALONE), rel=1e-6)
+
+
+def held_out(network: Any, ranks: Ranks) -> list[float]:
+    """Losses and tokens of held-out sets of every size."""
+    results = [evaluate(network, some(size), capacity=20, ranks=ranks) for size in range(1, 7)]
+    return [number for result in results for number in (result.loss, result.tokens)]
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_shares_are_a_balanced_partition(count: int) -> None:
+    many = some(6)
+    many.rows *= 20
+    batches = tuple(cut(many, range(len(many)), capacity=64, processes=count))
+    shares = [share(batches, index, count) for index in range(count)]
+    assert sorted(id(batch) for mine in shares for batch in mine) == sorted(map(id, batches))
+    tokens = [sum(len(batch.ids) for batch in mine) for mine in shares]
+    assert max(tokens) < 1.15 * sum(tokens) / count
+    assert max(len(batch.ids) for batch in batches) <= 64
+    few = tuple(cut(many, range(6), capacity=4096, processes=count))  # one micro-batch would hold them all
+    assert len(few) >= min(count, 4)
+
+
+def test_a_run_through_torchrun_is_the_run_of_one_process(recipe: Write, tmp_path: Path) -> None:
+    settings = recipe(adapter={"dropout": 0})
+    assert main(["train", settings, f"run.output={tmp_path / 'one'}"]) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    address = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    command = ["-m", "lorasft", "train", settings, f"run.output={tmp_path / 'two'}"]
+    done = subprocess.run([*launcher, *address, *command], capture_output=True, encoding="utf-8", timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [str(tmp_path / "two")]
+    assert len(re.findall(r"^step \d+/9  loss", done.stderr, re.MULTILINE)) == 9
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert len(one) == len(two)
+    for alone, together in zip(one, two, strict=True):
+        assert together == pytest.approx(alone, rel=1e-5)
+    assert (tmp_path / "two/adapter/adapter_model.safetensors").is_file()
+
+
+def test_all_processes_end_with_the_same_parameters(recipe: Write, tmp_path: Path) -> None:
+    """Bit for bit, with dropout that differs between them."""
+    settings = load_recipe(recipe())
+
+    def act(rank: int) -> None:
+        with join() as ranks, runs.open_run(settings, resume=False, ranks=ranks) as opened:
+            opened.run.logbook.trackers = Accelerator()
+            loop.train(opened.run, opened.state)
+            opened.run.logbook.close()  # must not part the processes
+            parameters = {name: tensor.detach() for name, tensor in opened.run.learner.parameters.items()}
+            save_file(parameters, tmp_path / f"{rank}.safetensors")
+
+    launch = Launch(tmp_path, act)
+    assert launch.codes() == [0, 0], launch.said()
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_killed_process_is_named_and_other_numbers_of_them_go_on_with_the_same_rows(
+    recipe: Write, tmp_path: Path
+) -> None:
+    path = recipe(adapter={"dropout": 0}, train={"epochs": 8}, run={"output": str(tmp_path / "whole")})
+    assert main(["train", path]) == 0
+    path = recipe(adapter={"dropout": 0}, train={"epochs": 8}, run={"output": str(tmp_path / "parts")})
+    for victim, lines in ((1, range(2, 12)), (0, range(15, 25))):
+        resume = ["--resume"] if victim == 0 else []
+        launch = Launch(tmp_path, lambda rank, resume=resume: main(["train", path, *resume]))
+        kill_at_random(launch, victim, tmp_path / "parts/metrics.jsonl", random.choice(lines))
+    assert main(["train", path, "--resume"]) == 0
+    for line, want in zip(metrics(tmp_path / "parts"), metrics(tmp_path / "whole"), strict=True):
+        assert line == pytest.approx(want, rel=1e-3)  # a step on other rows is off by far more
+        assert line["step"] == want["step"] and line.get("tokens") == want.get("tokens")
+
+
+def kill_at_random(launch: Launch, victim: int, log: Path, least: int) -> None:
+    """Kill one process some time after the log has `least` lines; the other must say so and end."""
+    while not log.exists() or log.read_bytes().count(b"\n") < least:
+        time.sleep(0.002)
+    time.sleep(0.02 * random.random())
+    os.kill(launch.pids[victim], signal.SIGKILL)
+    killed = time.monotonic()
+    codes = launch.codes(30)
+    assert time.monotonic() - killed < 30
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 5, launch.said()
+    words = launch.words[1 - victim].read_text(encoding="utf-8")
+    assert f"error: rank {victim} (process {launch.pids[victim]}) of 2 was lost" in words and words.count("error:") == 1
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_works_and_one_that_waits_end_when_the_other_is_lost(
+    victim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first works long and asks nobody; the second waits for it, as it does while data are prepared."""
+    monkeypatch.setattr(ranks_module, "_GRACE", 0.1)
+
+    def act(rank: int) -> None:
+        with join() as ranks:
+            (tmp_path / f"joined{rank}").touch()
+            ranks.lead(lambda: time.sleep(60))
+
+    launch = Launch(tmp_path, act)
+    while not all((tmp_path / f"joined{rank}").exists() for rank in (0, 1)):
+        time.sleep(0.01)
+    os.kill(launch.pids[victim], signal.SIGKILL)
+    codes = launch.codes(30)
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 5, launch.said()
+    said = launch.said()
+    assert said.count("error:") == said.count(f"error: rank {victim}") == 1 and "Traceback" not in said
+
+
+def out_of_memory(*args: Any) -> torch.Tensor:
+    raise torch.OutOfMemoryError
+
+
+def no_model(*args: Any) -> Any:
+    raise ModelError("cannot load")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "broken", "code", "words"),
+    [
+        (["train.batch=3"], None, 2, "did you mean batch_size"),
+        (["train.batch_size=64"], None, 2, "fewer than one batch"),
+        (["data.train=missing.jsonl"], None, 3, "missing.jsonl"),
+        ([], "model", 4, "cannot load"),
+        ([], "nan", 7, "is not finite"),
+        ([], "memory", 6, "out of memory"),
+    ],
+)
+def test_a_fault_ends_all_with_its_code_and_is_said_once(
+    arguments: list[str], broken: str | None, code: int, words: str, recipe: Write, tmp_path: Path
+) -> None:
+    """The last three happen in the second process alone."""
+    path = recipe()
+    plain = loop.pair_losses
+
+    def act(rank: int) -> int:
+        if rank == 1 and broken == "nan":
+            loop.pair_losses = lambda *args: plain(*args) * float("nan")  # type: ignore[assignment]
+        if rank == 1 and broken == "model":
+            runs.load_base = no_model  # type: ignore[assignment]
+        if rank == 1 and broken == "memory":
+            loop.pair_losses = out_of_memory
+        return main(["train", path, *arguments])
+
+    launch = Launch(tmp_path, act)
+    assert launch.codes(30) == [code, code], launch.said()
+    said = launch.said()
+    assert said.count("error:") == 1 and words in said and "Traceback" not in said, said
+
+
+def test_a_signal_to_one_stops_all_after_the_same_step(recipe: Write, tmp_path: Path) -> None:
+    path = recipe(train={"epochs": 100})
+    launch = Launch(tmp_path, lambda rank: main(["train", path]))
+    log = run_folder(path) / "metrics.jsonl"
+    while not log.exists() or log.read_bytes().count(b"\n") < 5:
+        time.sleep(0.002)
+    os.kill(launch.pids[1], signal.SIGTERM)
+    assert launch.codes(30) == [143, 143], launch.said()
+    stopped = re.findall(r"stopped after step (\d+) of", launch.said())
+    assert len(stopped) == 1
+    verify_folder(run_folder(path) / f"checkpoints/step-{int(stopped[0]):06d}")
