@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from lorasft.data.tokens import UNSUPERVISED, Tokens
 from lorasft.errors import ModelError
 from lorasft.merge.probes import read_probes
 from lorasft.merge.source import Choice, Onto, Source
+from lorasft.model.memory import free_memory
 from lorasft.model.saved import Saved, find_saved, load_model
 
 _ROUNDING = 1e-2  # nats: more than bf16 ever does to an answer
@@ -140,12 +140,4 @@ def _load(found: Saved, device: torch.device) -> Any:
     size = (
         sum(file.stat().st_size for file in folder.glob("*.safetensors")) if found.model.quantization == "none" else 0
     )
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_memory()
-    return load_model(found, device, streamed=size > 0.8 * free)
-
-
-def _available_memory() -> int:
-    """Bytes that this machine can give without swapping; without end where it does not say."""
-    path = Path("/proc/meminfo")
-    lines = path.read_text(encoding="ascii").splitlines() if path.is_file() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), sys.maxsize)
+    return load_model(found, device, streamed=size > 0.8 * free_memory(device))
