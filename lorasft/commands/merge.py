@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lorasft.merge.stream import Merged, merge
-from lorasft.terminal import say
+from lorasft.terminal import say, show_bytes
 
 
 def run(saved: str, base: str | None, out: str, onto: str, no_check: bool, as_json: bool) -> None:
@@ -18,7 +18,7 @@ def run(saved: str, base: str | None, out: str, onto: str, no_check: bool, as_js
 
     source = find_source(saved, base=base)
     started = time.monotonic()
-    merged = merge(source.base, source.adapter, Path(out), on_progress=_show_progress if sys.stderr.isatty() else None)
+    merged = merge(source.base, source.adapter, Path(out), on_progress=show_bytes if sys.stderr.isatty() else None)
     say(_describe(merged, seconds=time.monotonic() - started))
     check = None
     if not no_check:
@@ -41,8 +41,3 @@ def _describe(merged: Merged, *, seconds: float) -> str:
     if merged.unchanged:
         text += f"; rounding left {merged.unchanged} of the merged tensors as they were"
     return text
-
-
-def _show_progress(done: int, total: int) -> None:
-    end = "\n" if done == total else ""
-    say(f"\r\x1b[K{done / 1e9:.2f} of {total / 1e9:.2f} GB", end=end)
