@@ -14,6 +14,7 @@ from tiny_models import SOFT_CAPS
 from tiny_tokenizer import save_tokenizer
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -30,8 +31,6 @@ from lorasft.export.gguf_file import write_gguf
 from lorasft.files import sha256
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
-DATA = Path(__file__).parents[2] / "shared/data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the public test material is not here")
 VOCABULARY = 331  # one more than the tokenizer has: a token that is only padding
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
