@@ -6,6 +6,9 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from copy import copy
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the public test mater
 SPACE = "\u2581"
 
 
+@cache
 def describe(name: str) -> tuple[Any, dict[str, Any]]:
     folder = DATA / "tokenizers" / name
     tokenizer = load_tokenizer(str(folder))
@@ -36,15 +40,14 @@ def describe(name: str) -> tuple[Any, dict[str, Any]]:
 
 # llama.cpp names the rule of a tokenizer by a hash of what it makes of this text (convert_hf_to_gguf_update.py).
 HASHED = (
-    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 3 33 333 "
-    "3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ ------======= нещо на "
-    "Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not sure I'll make it, "
-    "'D you like some tea? We'Ve a'lL"
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 3 "
+    "33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ "
+    "------======= нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you "
+    "sure? 'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
 )
 HASHES = {
     "llama-3.1": ("llama-bpe", "0ef9807a4087ebef797fc749390439009c3b9eda9ad1a097abbe738f486c01e5"),
     "qwen2.5": ("qwen2", "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea"),
-    "qwen3": ("qwen2", "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea"),
     "gpt2": ("gpt-2", "3ce83efda5659b07b1ad37ca97ca5797ea4285d9b9ab0dc679e4a720c9da7454"),
 }
 
@@ -69,7 +72,7 @@ def merge_by_score(text: str, fields: dict[str, Any]) -> list[int]:
     ids = {token: at for at, token in enumerate(fields["tokens"])}
     symbols = list(text.replace(" ", SPACE))
     while True:
-        pairs = [(ids.get(a + b), at) for at, (a, b) in enumerate(zip(symbols, symbols[1:], strict=False))]
+        pairs = [(ids.get(a + b), at) for at, (a, b) in enumerate(pairwise(symbols))]
         scored = [(-fields["scores"][token], at) for token, at in pairs if token is not None]
         if not scored:
             break
@@ -121,19 +124,19 @@ def test_prompts_have_the_ids_of_training(name: str) -> None:
     assert tokenize(text, fields) == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def save_weights(folder: Path) -> None:
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=331, hidden_size=32, intermediate_size=32, num_hidden_layers=1, **heads)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
 def test_a_tokenizer_is_read_back(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(save_tokenizer(tmp_path / "model"))
-    config = LlamaConfig(
-        vocab_size=331, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    save_weights(tmp_path / "model")
     write_gguf(tmp_path / "model", tmp_path / "m.gguf")
     back = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
-    rendered = [tokenizer.apply_chat_template(CHAT, tokenize=False), *PROBES]
-    for text in rendered:
-        assert (
-            back(text, add_special_tokens=False)["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
-        )
+    for text in (tokenizer.apply_chat_template(CHAT, tokenize=False), *PROBES):
+        assert back.encode(text, add_special_tokens=False) == tokenizer.encode(text, add_special_tokens=False)
     assert (back.chat_template, back.bos_token_id, back.eos_token_id) == (TEMPLATE, 0, 1)
 
 
@@ -142,10 +145,8 @@ def test_a_rule_that_is_not_known_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     spec = json.loads(file.read_bytes())
     split = {"type": "Split", "pattern": {"Regex": r"\d+"}, "behavior": "Isolated", "invert": False}
-    spec["pre_tokenizer"] = {
-        "type": "Sequence",
-        "pretokenizers": [split, {**spec["pre_tokenizer"], "use_regex": False}],
-    }
+    byte_level = {**spec["pre_tokenizer"], "use_regex": False}
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
     file.write_text(json.dumps(spec), encoding="utf-8")
     with pytest.raises(ModelError, match="by a rule that is not known"):
         describe_tokenizer(tmp_path, 400)
@@ -199,18 +200,16 @@ def evaluate(template: str, messages: list[dict[str, str]]) -> str:
 
 
 CONVERSATIONS = (CHAT[1:2], CHAT[:2], CHAT[1:], CHAT, [*CHAT, CHAT[2], CHAT[1]])
+WITH_BOS = ("llama-3.1", "mistral-v0.2", "gemma-2-standin")  # that a server puts in front
 
 
 @needs_data
-@pytest.mark.parametrize(
-    "name",
-    ["llama-3.1", "qwen2.5", "qwen3", "phi-3.5", "smollm2", "tinyllama-zephyr", "mistral-v0.2", "gemma-2-standin"],
-)
+@pytest.mark.parametrize("name", [*WITH_BOS, "qwen2.5", "qwen3", "phi-3.5", "smollm2", "tinyllama-zephyr"])
 def test_ollama_renders_the_prompts_of_training(name: str) -> None:
-    tokenizer = load_tokenizer(str(DATA / "tokenizers" / name))
+    tokenizer = copy(describe(name)[0])
     set_template(tokenizer, ChatSettings())  # as training saves it: system messages merged where they were refused
     joints = find_joints(tokenizer, where=name)
-    bos = str(tokenizer.bos_token) if name in ("llama-3.1", "mistral-v0.2", "gemma-2-standin") else ""
+    bos = str(tokenizer.bos_token) if name in WITH_BOS else ""
     for messages in CONVERSATIONS:
         want = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert bos + evaluate(go_template(joints), messages) == want
@@ -248,10 +247,7 @@ def test_a_template_that_go_cannot_have_is_refused(name: str, tmp_path: Path) ->
 
 def test_the_folder_for_ollama(tmp_path: Path) -> None:
     save_tokenizer(tmp_path / "model")
-    config = LlamaConfig(
-        vocab_size=331, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    save_weights(tmp_path / "model")
     (tmp_path / "model/generation_config.json").write_text('{"eos_token_id": [1, 3]}', encoding="utf-8")
     _, system = write_ollama(tmp_path / "model", tmp_path / "out")
     assert system
