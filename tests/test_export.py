@@ -16,6 +16,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma2Config,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -166,6 +168,22 @@ def test_phi_3_5_has_short_and_long_factors(tmp_path: Path) -> None:
     assert found.fields["phi3.rope.dimension_count"].contents() == 12
     attention = (1 + np.log(128 / 64) / np.log(64)) ** 0.5
     assert found.fields["phi3.rope.scaling.attn_factor"].contents() == pytest.approx(attention)
+
+
+def test_a_model_with_eyes_gives_its_language_model(tmp_path: Path) -> None:
+    text = MODELS["gemma3"]().to_dict()
+    places = {"image_token_index": 320, "boi_token_index": 321, "eoi_token_index": 322}
+    eyes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    eyes |= {"image_size": 28, "patch_size": 14, "vision_use_head": False, "model_type": "siglip_vision_model"}
+    config = Gemma3Config(text_config=text, vision_config=eyes, mm_tokens_per_image=4, **places)
+    torch.manual_seed(3)
+    model = Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    model.save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    write_gguf(tmp_path / "model", tmp_path / "m.gguf")
+    known = {"config": model.config.get_text_config(), "attn_implementation": "eager"}  # no padding token in the file
+    back = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32, **known)
+    assert distance(logits(back.eval()), logits(model)) < ERROR["f16"]
 
 
 REFUSED: dict[str, tuple[Any, str]] = {

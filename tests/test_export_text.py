@@ -21,7 +21,7 @@ from lorasft.data.tokenizer import PROBES, load_tokenizer
 from lorasft.errors import ModelError
 from lorasft.export.gguf_file import write_gguf
 from lorasft.export.ollama import find_joints, go_template, write_ollama
-from lorasft.export.tokenizer import describe_tokenizer
+from lorasft.export.tokenizer import describe_tokenizer, name_splitter
 from lorasft.recipe import ChatSettings
 
 pytest.importorskip("gguf", reason="the extra gguf is not installed")
@@ -59,6 +59,17 @@ def test_the_rule_for_splitting_has_llama_cpps_name(name: str) -> None:
     rule, digest = HASHES[name]
     assert fields["pre"] == rule
     assert hashlib.sha256(str(tokenizer.encode(HASHED)).encode()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("name", ["llama-bpe", "dbrx", "qwen2", "tekken", "gpt-4o"])
+def test_the_rules_are_those_of_transformers_reader(name: str) -> None:
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    split = {"type": "Split", "pattern": {"Regex": GGUF_PRE_TOKENIZER_SPLITS[name]}, "behavior": "Isolated"}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    rule = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    spec = {"normalizer": None, "pre_tokenizer": rule, "model": {"ignore_merges": name != "dbrx"}}
+    assert name_splitter(spec, Path("model")) == name
 
 
 def split_at_specials(text: str, fields: dict[str, Any]) -> Iterator[str]:
