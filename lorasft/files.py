@@ -88,6 +88,27 @@ def rename(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
+def staged_file(target: Path) -> Iterator[Path]:
+    """A name beside `target` to write under; what is there at the end becomes `target`, after an error nothing does.
+
+    Raises RecipeError when `target` exists.
+    """
+    refuse_existing(target)
+    make_folder(target.parent)
+    stage = target.with_name(f"{STAGE}{target.name}-{secrets.token_hex(4)}")
+    try:
+        with _disk(target):
+            about_to("write", stage)
+            yield stage
+            _sync_file(stage)
+        refuse_existing(target)
+        rename(stage, target)
+    except BaseException:
+        stage.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
     """A new folder that appears under `target` complete, with a manifest of hashes, or not at all.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from lorasft.terminal import say
+from lorasft.terminal import ByteProgress, say
 
 if TYPE_CHECKING:
     from lorasft.merge.folder import Merged
@@ -33,7 +33,7 @@ def run(
 
     source = find_source(saved, base=base, force_base=force_base)
     started = time.monotonic()
-    progress = Progress() if sys.stderr.isatty() else None
+    progress = ByteProgress() if sys.stderr.isatty() else None
     if not no_check:
         say("asking what was trained, to compare the merge with it (--no-check leaves this out)")
     options = {"onto": onto, "quantize": quantize is not None, "check": not no_check, "data": data}
@@ -44,18 +44,6 @@ def run(
     for line in _describe(merged, seconds=time.monotonic() - started):
         say(line)
     print(out)
-
-
-class Progress:
-    """A line that moves: bytes written, and the time left at this pace."""
-
-    def __init__(self) -> None:
-        self.started = 0.0
-
-    def __call__(self, done: int, total: int) -> None:
-        self.started = self.started or time.monotonic()
-        left = (time.monotonic() - self.started) * (total - done) / done if done else 0
-        say(f"\r\x1b[K{done / 1e9:.2f} of {total / 1e9:.2f} GB, {left:.0f} s left", end="\n" if done == total else "")
 
 
 def _describe(merged: Merged, *, seconds: float) -> list[str]:
