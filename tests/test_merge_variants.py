@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import quantize_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import make_base, shape
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     GptOssConfig,
@@ -24,8 +26,17 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from lorasft.errors import ModelError, UnsafeError
+from lorasft.merge import stream
 from lorasft.merge.folder import merge
+from lorasft.merge.packed import find_packed
+from lorasft.merge.shards import read_shard
 
+pytestmark = [  # PEFT says what it does, and doubts biases of B and the ranks of experts, all without a reason
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Adapter 'default'. . LoRA tensor"),
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning"),
+]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 MORE: dict[str, Callable[[], Any]] = {
     "tied llama": lambda: LlamaConfig(**shape(), tie_word_embeddings=True),
@@ -71,9 +82,9 @@ def save_adapter(base: Path, folder: Path, *, tokens: int | None = None, **setti
     return folder
 
 
-def load(base: Path, *, tokens: int | None = None, dtype: torch.dtype | None = None) -> Any:
+def load(base: Path, *, tokens: int | None = None, dtype: torch.dtype | None = None, **options: Any) -> Any:
     torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype or "auto")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype or "auto", **options)
     if tokens:
         model.resize_token_embeddings(tokens, mean_resizing=False)
     return model
@@ -123,6 +134,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "larger vocabulary": ("llama", {"target_modules": ["q_proj"], "tokens": 120}),
     "larger vocabulary, tied": ("gemma3", {"target_modules": ["q_proj"], "tokens": 120}),
 }
+BITS = {torch.bfloat16: 8, torch.float32: 24}
 DIFFERENT = {"dora", "dora, transposed"}  # a norm is summed in another order than PEFT's
 ROUNDED_TWICE = {
     "experts one by one",
@@ -135,10 +147,12 @@ ROUNDED_TWICE = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_merge_is_pefts(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_merge_is_pefts(kind: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, settings = KINDS[kind]
     base = save_model(tmp_path / "base", name, dtype)
     adapter = save_adapter(base, tmp_path / "adapter", **settings)
+    if dtype == torch.bfloat16:  # several blocks of rows: in fp32 the last bit of a product depends on its shape
+        monkeypatch.setattr(stream, "_BLOCK", 1000)
     if isinstance(settings["target_modules"], str):
         edit_config(adapter, target_modules=["q_proj"])  # a pattern from a file is not run
     merge(base, adapter, tmp_path / "ours")
@@ -147,18 +161,20 @@ def test_a_merge_is_pefts(kind: str, dtype: torch.dtype, tmp_path: Path) -> None
         edit_config(adapter, target_modules=settings["target_modules"])
     tokens = settings.get("tokens")
     exact = merge_with_peft(base, adapter, tmp_path / "exact", tokens=tokens, dtype=torch.float64)
-    theirs = merge_with_peft(base, adapter, tmp_path / "theirs", tokens=tokens, dtype=dtype)
+    same_bits = kind not in DIFFERENT and (dtype == torch.float32 or kind not in ROUNDED_TWICE)
+    theirs = merge_with_peft(base, adapter, tmp_path / "theirs", tokens=tokens, dtype=dtype) if same_bits else exact
     assert ours.keys() == exact.keys()
     before = load_file(base / "model.safetensors")
+    off = []
     for key, tensor in ours.items():
-        assert tensor.dtype == before[key].dtype
-        if dtype == torch.bfloat16:
-            ulp = 2.0 ** (torch.frexp(exact[key])[1].double() - 8)
-            assert ((tensor.double() - exact[key]).abs() <= 0.5 * ulp).double().mean() >= 0.999, key
-        if kind not in DIFFERENT and (dtype == torch.float32 or kind not in ROUNDED_TWICE):
-            assert torch.equal(tensor, theirs[key].to(dtype)), key
-        else:
-            torch.testing.assert_close(tensor, theirs[key].to(dtype), msg=key)
+        assert tensor.dtype == before[key].dtype == dtype
+        ulp = 2.0 ** (torch.frexp(exact[key])[1].double() - BITS[dtype])
+        off.append(((tensor.double() - exact[key]).abs() / ulp).flatten())
+        assert not same_bits or torch.equal(tensor, theirs[key].to(dtype)), key
+    if dtype == torch.bfloat16:
+        assert (torch.cat(off) <= 0.5).double().mean() >= 0.999
+    elif kind in DIFFERENT:
+        assert all(torch.allclose(tensor.double(), exact[key], atol=1e-6) for key, tensor in ours.items())
     merged, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert not tokens or merged.get_input_embeddings().num_embeddings == tokens == merged.config.vocab_size
@@ -167,3 +183,135 @@ def test_a_merge_is_pefts(kind: str, dtype: torch.dtype, tmp_path: Path) -> None
 def edit_config(adapter: Path, **values: object) -> None:
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **values}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(("kind", "double"), [("nf4", True), ("fp4", False)])
+def test_a_four_bit_checkpoint_becomes_a_16_bit_one(
+    kind: str, double: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "_BLOCK", 500)  # several blocks of rows
+    scheme = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    make_base("llama", dtype=torch.bfloat16, hidden=64).save_pretrained(tmp_path / "full")
+    full = load(tmp_path / "full", quantization_config=scheme)
+    base = tmp_path / "base"
+    full.save_pretrained(base, max_shard_size="30KB")
+    assert len(list(base.glob("*.safetensors"))) > 1
+    adapter = save_adapter(tmp_path / "full", tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
+    merge(base, adapter, tmp_path / "ours")
+    full.dequantize(dtype=torch.bfloat16).save_pretrained(tmp_path / "dequantized")
+    want = merge_with_peft(tmp_path / "dequantized", adapter, tmp_path / "theirs", tokens=None, dtype=torch.bfloat16)
+    ours = {
+        name: tensor for file in (tmp_path / "ours").glob("*.safetensors") for name, tensor in load_file(file).items()
+    }
+    assert ours.keys() == want.keys()
+    assert all(torch.equal(ours[name], want[name]) for name in want)
+    assert "quantization_config" not in json.loads((tmp_path / "ours/config.json").read_text(encoding="utf-8"))
+    index = json.loads((tmp_path / "ours/model.safetensors.index.json").read_text(encoding="utf-8"))
+    assert index["weight_map"].keys() == ours.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in ours.values())
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_groups_that_go_over_rows_are_read_from_any_row(tmp_path: Path) -> None:
+    """Against a look into the table: bitsandbytes 0.50.2 is wrong on a CPU where 64 does not divide the width."""
+    weight = torch.randn(50, 48).to(torch.bfloat16)
+    codes, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=False, blocksize=64)
+    parts = {f"w.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
+    save_file({"w": codes, **parts}, tmp_path / "model.safetensors")
+    nibbles = torch.stack([codes.view(-1) >> 4, codes.view(-1) & 15], dim=1).view(-1).long()
+    scales = state.absmax.repeat_interleave(64)[: weight.numel()]
+    want = (state.code[nibbles] * scales).to(torch.bfloat16).view(50, 48)
+    read = find_packed([read_shard(tmp_path / "model.safetensors")])["w"].open().read
+    for first in range(50):
+        assert torch.equal(read(first, 50 - first), want[first:])
+        assert torch.equal(read(first, 1), want[first : first + 1])
+    assert (want - weight).abs().max() < 0.7
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "mxfp4", "bitsandbytes"])
+def test_a_base_quantized_otherwise_is_refused_with_its_original(method: str, tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", "llama", torch.float32)
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config |= {"quantization_config": {"quant_method": method, "load_in_8bit": True}, "_name_or_path": "meta/llama"}
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ModelError, match=rf"quantized with {method}[^$]*--base meta/llama"):
+        merge(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+Harm = Callable[[dict[str, Tensor], dict[str, Any]], object]
+
+
+def drop(part: str) -> Harm:
+    """Take the first tensor away whose name has `part`."""
+    return lambda tensors, _: tensors.pop(next(name for name in tensors if part in name))
+
+
+def put(name: str, *size: int) -> Harm:
+    """Give the adapter one tensor more."""
+    return lambda tensors, _: tensors.update({f"base_model.model.{name}": torch.ones(size)})
+
+
+def say(**values: object) -> Harm:
+    """Let the config say something else."""
+    return lambda _, config: config.update(values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "harm", "words"),
+    [
+        ("dora", drop("magnitude"), "use_dora"),
+        ("dora", say(use_dora=False), "magnitude_vector: LoRA makes"),
+        ("tokens", say(trainable_token_indices=[3, 96]), "has 3 trained tokens, the config names 2"),
+        ("tokens", say(trainable_token_indices=[3, 96, 97]), "outside the vocabulary of 97"),
+        ("tokens", drop("trainable"), "trainable_token_indices"),
+        ("modules to save", drop("lm_head"), "modules_to_save names lm_head"),
+        ("modules to save", put("model.layers.0.self_attn.q_proj.weight", 32, 32), "nothing .* explains .*q_proj"),
+        ("modules to save", put("model.layers.0.self_attn.q_proj.lora_C.weight", 3), "no part of LoRA"),
+        ("modules to save", put("lm_head.weight", 120, 32), "another height alone"),
+        ("all biases", say(bias="none"), "nothing .* explains .*bias"),
+        ("larger vocabulary, tied", drop("lm_head"), "tied to its twin"),
+        ("larger vocabulary, tied", put("lm_head.weight", 120, 32), "tied to its twin"),
+        ("rank and alpha patterns", say(rank_pattern={}), "has rank 2, the config says 4"),
+        ("experts one by one", drop("experts.lora_A"), "down_proj has lora_B.weight"),
+        ("experts one by one", say(target_parameters=["mlp.experts.down_proj"]), "experts.base_layer has rank 48"),
+        ("experts one by one", say(layer_replication=[[0, 1]]), "layer_replication"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(kind: str, harm: Harm, words: str, tmp_path: Path) -> None:
+    name, settings = KINDS[kind]
+    base = save_model(tmp_path / "base", name, torch.float32)
+    adapter = save_adapter(base, tmp_path / "adapter", **settings)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    harm(tensors, config)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    edit_config(adapter, **config)
+    with pytest.raises(ModelError, match=words):
+        merge(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_update_of_one_of_two_tied_weights_is_refused(target: str, tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", "tied llama", torch.float32)
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj", target])
+    with pytest.raises(ModelError, match="tied to its twin"):
+        merge(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)" * 30, "a*" * 3, "x" * 300])
+def test_a_pattern_that_might_never_end_is_refused(pattern: str, tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", "llama", torch.float32)
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    edit_config(adapter, rank_pattern={pattern: 4})
+    with pytest.raises(UnsafeError, match="rank_pattern"):
+        merge(base, adapter, tmp_path / "out")

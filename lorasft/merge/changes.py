@@ -20,6 +20,7 @@ from lorasft.merge.shards import Entry, Form, Shard
 
 _PREFIX = "base_model.model."
 _CONV1D_MODELS = {"gpt2", "openai-gpt"}  # their checkpoints store linears (in, out)
+_TOKENS = "token_adapter.trainable_tokens_delta"
 _PARTS = re.compile(
     r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector|lora_embedding_A|lora_embedding_B"
     r"|token_adapter\.trainable_tokens_delta)"
@@ -99,6 +100,8 @@ def read_adapter(folder: Path, *, conv1d: bool) -> Adapter:
     for saved in config.get("modules_to_save") or []:
         if not any(parent.endswith(saved) for path in adapter.tensors for parent in _parents(path)):
             raise adapter.fault(f"modules_to_save names {saved}, of which the adapter has no tensor")
+    if config.get("trainable_token_indices") and not any(_TOKENS in parts for parts in adapter.modules.values()):
+        raise adapter.fault("trainable_token_indices names tokens, of which the adapter has no tensor")
     return adapter
 
 
@@ -154,11 +157,11 @@ def _read_module(
             yield f"{module}.bias", Shift(parts["lora_B.bias"], update.scaling)
         case ["lora_embedding_A", "lora_embedding_B"] if not dora:
             yield weight, _make_update(module, parts["lora_embedding_A"], parts["lora_embedding_B"], adapter, True)
-        case ["token_adapter.trainable_tokens_delta"]:
-            yield weight, _read_tokens(module, parts["token_adapter.trainable_tokens_delta"], adapter, places)
+        case [name] if name == _TOKENS:
+            yield weight, _read_tokens(module, parts[_TOKENS], adapter, places)
         case names:
-            kind = "use_dora" if dora else "LoRA"
-            raise adapter.fault(f"{module} has {', '.join(names)}: not what {kind} makes")
+            wanted = "lora_A.weight and lora_B.weight" + (", with use_dora lora_magnitude_vector too" if dora else "")
+            raise adapter.fault(f"{module} has {', '.join(names)}: LoRA makes {wanted}")
 
 
 def _make_update(module: str, down: Tensor, up: Tensor, adapter: Adapter, transposed: bool) -> Update:
@@ -230,7 +233,7 @@ def _read_wrapped(adapter: Adapter, places: Places) -> Iterator[tuple[str, Chang
 
 
 def _untie(adapter: Adapter, places: Places, *, vocabulary: int | None) -> Iterator[tuple[str, Change]]:
-    """The changes, those of a tied embedding and head as one. Raises ModelError where one would change without the other.
+    """The changes, those of a tied embedding and head as one. Raises ModelError where only one of them would change.
 
     PEFT changes both then, or unties them in the merged model: neither is what was trained, or what the base is.
     """

@@ -15,7 +15,7 @@ _ORIGINALS = ("base_model", "base_model_name_or_path", "original_model", "model_
 
 
 def read_config(base: Path) -> dict[str, Any]:
-    """config.json of a base. Raises ModelError when there is none, or it is quantized otherwise than in 4-bit groups."""
+    """config.json of a base. Raises ModelError when there is none, or it is quantized by another than bitsandbytes."""
     path = base / CONFIG
     if not path.is_file():
         raise ModelError("no config.json: this is no model folder", where=str(base))
