@@ -28,9 +28,11 @@ from transformers.pytorch_utils import Conv1D
 
 from lorasft.errors import ModelError, UnsafeError
 from lorasft.merge import stream
-from lorasft.merge.folder import merge
+from lorasft.merge.folder import Merged
+from lorasft.merge.folder import merge as merge_source
 from lorasft.merge.packed import find_packed
 from lorasft.merge.shards import read_shard
+from lorasft.merge.source import Source
 
 pytestmark = [  # PEFT says what it does, and doubts biases of B and the ranks of experts, all without a reason
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
@@ -45,6 +47,11 @@ MORE: dict[str, Callable[[], Any]] = {
     "mixtral": lambda: MixtralConfig(**shape(), num_local_experts=3),
     "gpt_oss": lambda: GptOssConfig(**shape(), num_local_experts=3, num_experts_per_tok=2),
 }
+
+
+def merge(base: Path, adapter: Path, out: Path) -> Merged:
+    """The weights alone, nothing measured."""
+    return merge_source(Source(adapter, base, str(base)), out, check=False)
 
 
 def save_model(folder: Path, name: str, dtype: torch.dtype) -> Path:

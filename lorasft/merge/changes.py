@@ -16,7 +16,7 @@ from lorasft.adapter_files import CONFIG, WEIGHTS, read_adapter_config, refuse_p
 from lorasft.errors import ModelError
 from lorasft.merge.fold import Change, Dora, Replacement, Series, Shift, Stack, Tokens, Update, scale, split_experts
 from lorasft.merge.names import Places
-from lorasft.merge.shards import Entry, Form, Shard
+from lorasft.merge.shards import Entry, Shard
 
 _PREFIX = "base_model.model."
 _CONV1D_MODELS = {"gpt2", "openai-gpt"}  # their checkpoints store linears (in, out)
@@ -37,7 +37,7 @@ def read_changes(adapter: Path, shards: Sequence[Shard], *, config: Mapping[str,
     """
     places = Places(shards, base=shards[0].path.parent)
     given = read_adapter(adapter, conv1d=config["model_type"] in _CONV1D_MODELS)
-    vocabulary = {**config, **config.get("text_config", {})}.get("vocab_size")
+    vocabulary = {**config, **(config.get("text_config") or {})}.get("vocab_size")
     found: dict[str, list[Change]] = {}
     for parameter, change in _untie(given, places, vocabulary=vocabulary):
         for entry, part in _place(parameter, change, places, given=given):
@@ -47,13 +47,6 @@ def read_changes(adapter: Path, shards: Sequence[Shard], *, config: Mapping[str,
     changes = {name: parts[0] if len(parts) == 1 else Series(parts) for name, parts in found.items()}
     _refuse_misfits(changes, places, where=str(adapter))
     return changes
-
-
-def resized_forms(changes: Mapping[str, Change], shards: Sequence[Shard]) -> dict[str, Form]:
-    """What the tensors look like that get another height: the embedding and the head of another vocabulary."""
-    entries = [entry for shard in shards for entry in shard.entries]
-    changed = [entry for entry in entries if entry.name in changes and changes[entry.name].shape != entry.shape]
-    return {entry.name: Form(entry.dtype, changes[entry.name].shape) for entry in changed}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from lorasft.errors import ModelError
 from lorasft.files import new_file
 from lorasft.merge.blocks import Blank, Rows, Stored, Weight
 from lorasft.merge.fold import Change
-from lorasft.merge.packed import Packed
+from lorasft.merge.plan import Plan
 from lorasft.merge.shards import Entry, Shard, read_shard
 from lorasft.merge.writer import Writer
 
@@ -38,46 +38,36 @@ class Written:
 
 def write_weights(
     stage: Path,
-    shards: Sequence[Shard],
-    changes: Mapping[str, Change],
+    plan: Plan,
     *,
-    targets: Sequence[Shard],
-    packed: Mapping[str, Packed],
     grid: Mapping[str, Callable[[Stored], Rows]],
     onto_grid: bool,
     on_progress: Progress | None = None,
 ) -> dict[str, Written]:
-    """Write the shards to the folder `stage` with `changes` made. Returns what became of each tensor in question.
+    """Write the checkpoint of `plan` to the folder `stage`. Returns what became of each tensor in question.
 
-    `targets`: the shards as they are to be, with other shapes and without the parts of the `packed` weights.
     `grid`: how training saw the tensors that it had in NF4; with `onto_grid` they are written so, else as they are
     stored. Raises ModelError when a number leaves its dtype's range.
     """
-    total, done = sum(shard.size for shard in targets), 0
+    done = 0
     written: dict[str, Written] = {}
-    for shard, target in zip(shards, targets, strict=True):
+    for shard, target in zip(plan.shards, plan.targets, strict=True):
         stored = {entry.name: entry for entry in shard.entries}
         with open(shard.path, "rb") as source, new_file(stage / shard.path.name) as file, Writer(file) as writer:
             writer.write(target.header)
             for entry in target.entries:
-                start = len(shard.header) + stored[entry.name].start
-                if entry.name in changes or entry.name in packed or (onto_grid and entry.name in grid):
-                    weight: Weight
-                    if entry.name in packed:
-                        weight = packed[entry.name].open()
-                    elif entry.shape != stored[entry.name].shape:
-                        weight = Blank(entry)
-                    else:
-                        weight = Stored(source, entry, start=start)
-                    seen = grid[entry.name](weight) if isinstance(weight, Stored) and entry.name in grid else None
-                    change = changes.get(entry.name)
-                    written[entry.name] = _write_changed(writer, weight, seen, change, onto_seen=onto_grid)
+                name, start = entry.name, len(shard.header) + stored[entry.name].start
+                if name in plan.changes or name in plan.packed or (onto_grid and name in grid):
+                    plain = Stored(source, entry, start=start) if entry.form == stored[name].form else Blank(entry)
+                    weight = plan.packed[name].open() if name in plan.packed else plain
+                    seen = grid[name](weight) if isinstance(weight, Stored) and name in grid else None
+                    written[name] = _write_changed(writer, weight, seen, plan.changes.get(name), onto_seen=onto_grid)
                 else:
                     writer.copy(source, start, size=entry.size)
                 done += entry.size
                 if on_progress:
-                    on_progress(done, total)
-    _refuse_differences(stage, targets)
+                    on_progress(done, plan.size)
+    _refuse_differences(stage, plan.targets)
     return written
 
 
