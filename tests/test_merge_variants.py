@@ -33,6 +33,7 @@ from lorasft.merge.folder import merge as merge_source
 from lorasft.merge.packed import find_packed
 from lorasft.merge.shards import read_shard
 from lorasft.merge.source import Source
+from lorasft.model.adapter import load_adapter
 
 pytestmark = [  # PEFT says what it does, and doubts biases of B and the ranks of experts, all without a reason
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
@@ -185,6 +186,16 @@ def test_a_merge_is_pefts(kind: str, dtype: torch.dtype, tmp_path: Path, monkeyp
     merged, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert not tokens or merged.get_input_embeddings().num_embeddings == tokens == merged.config.vocab_size
+    if dtype == torch.float32:  # what is merged is what trains and answers
+        paths = [name.removeprefix("base_model.model.").partition(".lora_A")[0]
+                 for name in load_file(adapter / "adapter_model.safetensors") if "lora_A" in name]  # fmt: skip
+        if isinstance(settings["target_modules"], str):
+            edit_config(adapter, target_modules=paths)
+        ids = torch.arange(3, 13).unsqueeze(0)
+        live = load_adapter(load(base), adapter)
+        torch.testing.assert_close(
+            live.eval()(input_ids=ids).logits, merged(input_ids=ids).logits, atol=1e-4, rtol=1e-4
+        )
 
 
 def edit_config(adapter: Path, **values: object) -> None:
