@@ -34,6 +34,8 @@ from lorasft.merge.packed import find_packed
 from lorasft.merge.shards import read_shard
 from lorasft.merge.source import Source
 from lorasft.model.adapter import load_adapter
+from lorasft.model.base import load_base
+from lorasft.recipe import ModelSettings
 
 pytestmark = [  # PEFT says what it does, and doubts biases of B and the ranks of experts, all without a reason
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
@@ -270,6 +272,17 @@ def test_a_base_quantized_otherwise_is_refused_with_its_original(method: str, tm
     with pytest.raises(ModelError, match=rf"quantized with {method}[^$]*--base meta/llama"):
         merge(base, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["modules to save", "all biases", "dora", "experts in one", "larger vocabulary"])
+def test_what_a_streamed_base_cannot_carry_is_refused(kind: str, tmp_path: Path) -> None:
+    """Its weights are on no device: PEFT would leave them out or read them as nothing."""
+    name, settings = KINDS[kind]
+    base = save_model(tmp_path / "base", name, torch.float32)
+    adapter = save_adapter(base, tmp_path / "adapter", **settings)
+    streamed = load_base(ModelSettings(base=str(base), quantization="none"), torch.device("cpu"), streamed=True)
+    with pytest.raises(ModelError, match="does not fit into memory"):
+        load_adapter(streamed, adapter)
 
 
 Harm = Callable[[dict[str, Tensor], dict[str, Any]], object]

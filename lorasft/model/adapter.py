@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ def attach_adapter(base: Any, settings: AdapterSettings, *, seed: int) -> Any:
 def load_adapter(base: Any, folder: Path, *, trainable: bool = False) -> Any:
     """The adapter in `folder` on `base`. Raises ModelError unless its tensors are those that its config implies."""
     fields, weights = read_adapter_config(folder), read_adapter_weights(folder)
+    _refuse_streamed(base, weights, fields, where=str(folder))
     _take_embeddings(base, weights, saved=fields.get("modules_to_save") or (), where=str(folder))
     # `base` is what it is put on, and the weights are there: nothing has to be looked up or initialized.
     own = {"peft_type", "runtime_config", "base_model_name_or_path", "init_lora_weights"}
@@ -73,6 +74,15 @@ def all_linears(base: Any) -> list[str]:
     same = {path for path, _ in base.named_modules() if path.rpartition(".")[2] in names}
     fused = any(parameter.dim() > 2 for parameter in base.parameters())
     return names if same == set(paths) and not fused else paths
+
+
+def _refuse_streamed(base: Any, weights: Mapping[str, Tensor], fields: Mapping[str, Any], *, where: str) -> None:
+    """Raise ModelError when `base` is streamed from its files and the adapter is more than A and B of linears."""
+    other = next((name for name in weights if ".lora_A." not in name and ".lora_B." not in name), None)
+    other = "target_parameters" if fields.get("target_parameters") else other
+    if other and any(parameter.is_meta for parameter in base.parameters()):
+        what = f"the base does not fit into memory, and {other} does not work with one that is streamed"
+        raise ModelError(what, where=where, hint="merge with --no-check")
 
 
 def _take_embeddings(base: Any, weights: dict[str, Tensor], *, saved: Sequence[str], where: str) -> None:
@@ -130,8 +140,7 @@ def give_weights(model: Any, weights: dict[str, Tensor], *, where: str) -> None:
 def _put_weights(model: Any, weights: dict[str, Tensor]) -> None:
     """Give an adapter real weights whose base is streamed from the disk, so that PEFT made it without any."""
     for name, parameter in list(model.named_parameters()):
-        saved = name.replace(".modules_to_save.default", "").replace(".default", "")
-        saved = saved.removesuffix(".weight") if "lora_magnitude_vector" in saved else saved
+        saved = name.replace(".default", "")
         if parameter.is_meta and saved in weights:
             module, _, own = name.rpartition(".")
             setattr(model.get_submodule(module), own, nn.Parameter(weights[saved].float(), requires_grad=False))
