@@ -315,6 +315,7 @@ def say(**values: object) -> Harm:
         ("modules to save", put("model.layers.0.self_attn.q_proj.weight", 32, 32), "nothing .* explains .*q_proj"),
         ("modules to save", put("model.layers.0.self_attn.q_proj.lora_C.weight", 3), "no part of LoRA"),
         ("modules to save", put("lm_head.weight", 120, 32), "another height alone"),
+        ("modules to save", put("lm_head.base_layer.weight", 97, 32), "lm_head.weight more than once"),
         ("all biases", say(bias="none"), "nothing .* explains .*bias"),
         ("larger vocabulary, tied", drop("lm_head"), "tied to its twin"),
         ("larger vocabulary, tied", put("lm_head.weight", 120, 32), "tied to its twin"),

@@ -44,6 +44,9 @@ def read_changes(adapter: Path, shards: Sequence[Shard], *, config: Mapping[str,
             found.setdefault(entry.name, []).append(part)
     if not found:
         raise ModelError("the adapter has no tensors", where=str(adapter))
+    for name, parts in found.items():  # all but a whole embedding that is adapted as well has one change
+        if [part.replaces for part in parts] not in ([True], [False], [True, False]):
+            raise ModelError(f"the adapter changes {name} more than once", where=str(adapter))
     changes = {name: parts[0] if len(parts) == 1 else Series(parts) for name, parts in found.items()}
     _refuse_misfits(changes, places, where=str(adapter))
     return changes
