@@ -130,7 +130,7 @@ def test_one_rounding_of_the_float64_sum(transposed: bool) -> None:
     exact = weight.double() + 2.0 * (up.double() @ down.double())
     if transposed:
         weight, exact = weight.T.contiguous(), exact.T
-    update = Update("m", down, up, 2.0, transposed)
+    update = Update(down, up, 2.0, transposed)
     merged = weight.float()
     for start in range(0, len(weight), 50):
         update.apply(merged[start : start + 50], start)

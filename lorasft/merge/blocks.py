@@ -18,6 +18,24 @@ class Rows(Protocol):
         """Rows `first` to `first + count`: (count, width)."""
 
 
+class Weight(Rows, Protocol):
+    """A tensor of the base that is to be written."""
+
+    entry: Entry  # as it is to be written
+    dtype: torch.dtype
+
+
+class Blank:
+    """Nothing yet: what is there before a tensor of another shape takes the place of the base's."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry, self.dtype = entry, DTYPES[entry.dtype]
+
+    def read(self, first: int, count: int) -> Tensor:  # all rows are alike
+        """Zeros: (count, width)."""
+        return torch.zeros(count, self.entry.width, dtype=self.dtype)
+
+
 class Stored:
     """A tensor in a file, seen as a matrix."""
 

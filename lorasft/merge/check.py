@@ -89,7 +89,7 @@ class Judge:
             self._ask_original()
         answers = ask(_load(find_saved(str(merged)), self.device), self.rows)
         self.table["merged"] = Distance.between(self.trained, answers)
-        off = Distance.between(self.wanted[onto], answers).kl
+        off = Distance.between(self.wanted.get(onto, self.trained), answers).kl
         learned = self.table["without the adapter"].kl
         if not off <= max(learned, _ROUNDING):
             what = f"the merged model does not answer like its base with the adapter: {off:.1e} nats a token apart"

@@ -14,8 +14,9 @@ from lorasft.adapter_files import WEIGHTS
 from lorasft.errors import ModelError
 from lorasft.files import fingerprint, make_folder, need_space, refuse_existing, sha256, staged_folder, write_file
 from lorasft.merge.card import make_card
-from lorasft.merge.changes import read_changes
-from lorasft.merge.shards import INDEX, Shard, find_shards, read_shard
+from lorasft.merge.config import read_config
+from lorasft.merge.plan import Plan, plan_merge
+from lorasft.merge.shards import INDEX, Shard
 from lorasft.merge.source import Choice, Onto, Source
 from lorasft.merge.stream import Progress, write_weights
 
@@ -64,41 +65,40 @@ def merge(
     refuse_existing(out)
     refuse_overlap(out, source.base, source.adapter)
     _refuse_second_merge(source)
-    config = _read_config(source.base)
-    shards = [read_shard(path) for path in find_shards(source.base)]
-    changes = read_changes(source.adapter, shards, config=config)
-    size = sum(shard.size for shard in shards)
-    need_space(out, size)
+    config = read_config(source.base)
+    plan = plan_merge(source.base, source.adapter, config=config)
+    _refuse_other_grid(plan, onto, quantize=quantize)
+    need_space(out, plan.size)
     # Models and quantizers take seconds and hundreds of megabytes to import: only where they are needed.
     judge, grid = None, {}
     if check:
         from lorasft.merge.check import make_judge
 
         judge = make_judge(source, data, config=config)
-    choice = _choose(onto, judge, quantize=quantize)
-    if check or quantize or choice.onto == "dequantized":
+    choice = _choose("dequantized" if plan.packed else onto, judge, quantize=quantize)
+    if not plan.packed and (check or quantize or choice.onto == "dequantized"):
         from lorasft.merge.grid import find_grid
 
-        grid = find_grid(source, shards)
+        grid = find_grid(source, plan.shards)
     with staged_folder(out) as stage:
         weights = stage / "16-bit" if quantize else stage
         make_folder(weights)
         onto_grid = choice.onto == "dequantized"
-        written = write_weights(weights, shards, changes, grid=grid, onto_grid=onto_grid, on_progress=on_progress)
-        if not any(written[name].changed for name in changes):
+        written = write_weights(weights, plan, grid=grid, onto_grid=onto_grid, on_progress=on_progress)
+        if not any(written[name].changed for name in plan.changes):
             what = "no weight changed: the adapter is empty, or too small for the base's dtype"
             raise ModelError(what, where=str(source.adapter))
-        _copy_sidecars(source.base, source.adapter, weights)
+        _copy_sidecars(source.base, source.adapter, weights, rewritten=plan.files)
         if judge:
             judge.verify(weights, choice.onto)
-        changed_codes = _quantize(weights, stage, shards, grid, judge) if quantize else None
+        changed_codes = _quantize(weights, stage, plan.shards, grid, judge) if quantize else None
         merged = Merged(
             folder=out,
             onto=choice.onto,
             why=choice.why,
-            updated=len(changes),
-            unchanged=sum(not written[name].changed for name in changes),
-            copied=sum(len(shard.entries) for shard in shards) - len(written),
+            updated=len(plan.changes),
+            unchanged=sum(not written[name].changed for name in plan.changes),
+            copied=sum(len(shard.entries) for shard in plan.targets) - len(written),
             size=sum(file.stat().st_size for file in stage.glob("*.safetensors")),
             quantization={name: w.quantization / w.update for name, w in written.items() if name in grid and w.update},
             rows=judge.origin if judge else "",
@@ -125,6 +125,13 @@ def _quantize(
     if judge:
         judge.note("merged, in 4 bit", stage)
     return share
+
+
+def _refuse_other_grid(plan: Plan, onto: Onto | Literal["auto"], *, quantize: bool) -> None:
+    """A base that is stored in 4 bit has no original to add to, and an update to it falls back onto its steps."""
+    if plan.packed and (onto == "original" or quantize):
+        what = "--quantize" if quantize else "--onto original"
+        raise ModelError(f"the base is stored in 4 bit: no {what}", hint="--base with the 16-bit original")
 
 
 def _choose(onto: Onto | Literal["auto"], judge: Judge | None, *, quantize: bool) -> Choice:
@@ -165,23 +172,15 @@ def refuse_overlap(out: Path, *inputs: Path) -> None:
             raise ModelError(f"{out} and {given} lie in each other", where=str(out), hint="name another --out")
 
 
-def _read_config(base: Path) -> dict[str, Any]:
-    path = base / "config.json"
-    if not path.is_file():
-        raise ModelError("no config.json: this is no model folder", where=str(base))
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if "quantization_config" in config:
-        raise ModelError("the base is quantized", where=str(path), hint="merge into the 16-bit original with --base")
-    return config
-
-
-def _copy_sidecars(base: Path, adapter: Path, stage: Path) -> None:
-    """Config, tokenizer and generation config byte for byte as the base has them; the template of training."""
+def _copy_sidecars(base: Path, adapter: Path, stage: Path, *, rewritten: Mapping[str, bytes]) -> None:
+    """Config, tokenizer and generation config as the base has them, unless `rewritten`; the template of training."""
     changed = {"chat_template.jinja"} if (adapter / "chat_template.jinja").is_file() else set()
     if _stops(adapter) - _stops(base):  # training found that generation would run past the end of a turn
         changed.add(_GENERATION)
     for path in sorted(_sidecars(base)):
-        if path.name not in changed:
+        if path.name in rewritten:
+            write_file(stage / path.name, rewritten[path.name])
+        elif path.name not in changed:
             shutil.copyfile(path, stage / path.name)
     for name in sorted(changed):
         shutil.copyfile(adapter / name, stage / name)

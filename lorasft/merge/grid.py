@@ -22,7 +22,7 @@ from bitsandbytes.functional import (
 from torch import Tensor
 
 from lorasft.merge.blocks import Rows, Stored
-from lorasft.merge.changes import Places
+from lorasft.merge.names import Places
 from lorasft.merge.shards import Shard
 from lorasft.merge.source import Source
 from lorasft.model.base import compute_dtype, find_quantized, read_config
@@ -38,9 +38,9 @@ def find_grid(source: Source, shards: Sequence[Shard]) -> dict[str, Callable[[St
     if found.model.quantization != "nf4":
         return {}
     dtype = source.dtype or compute_dtype(found.model.dtype, PartialState().device)
-    places = Places(shards)
+    places = Places(shards, base=source.base)
     paths = find_quantized(read_config(str(source.base)))
-    return {places.find(path).name: partial(Requantized, dtype=dtype) for path in paths}
+    return {places.find(f"{path}.weight").name: partial(Requantized, dtype=dtype) for path in paths}
 
 
 class Requantized:

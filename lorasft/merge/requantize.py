@@ -38,10 +38,11 @@ def _changed_share(base: Iterable[Shard], merged: Iterable[Shard], tensors: set[
     for before, after in zip(base, merged, strict=True):
         with ExitStack() as stack:
             files = [stack.enter_context(open(shard.path, "rb")) for shard in (before, after)]
+            places = {entry.name: entry for entry in after.entries}
             for entry in before.entries:
                 if entry.name in tensors:
-                    start = len(before.header) + entry.start
-                    old, new = (_codes(Stored(file, entry, start=start)) for file in files)
+                    starts = len(before.header) + entry.start, len(after.header) + places[entry.name].start
+                    old, new = (_codes(Stored(f, entry, start=start)) for f, start in zip(files, starts, strict=True))
                     for a, b in zip(old, new, strict=True):
                         differing = a ^ b  # two codes in a byte
                         changed += int((differing >> 4 > 0).sum()) + int((differing & 15 > 0).sum())

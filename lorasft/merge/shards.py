@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,14 @@ INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
+class Form:
+    """What a tensor looks like."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Entry:
     """A tensor of a shard: its place counts from the end of the header."""
 
@@ -25,6 +34,10 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     end: int
+
+    @property
+    def form(self) -> Form:
+        return Form(self.dtype, self.shape)
 
     @property
     def size(self) -> int:
@@ -53,6 +66,28 @@ class Shard:
     @property
     def size(self) -> int:
         return len(self.header) + (self.entries[-1].end if self.entries else 0)
+
+
+def reform_shard(shard: Shard, forms: Mapping[str, Form | None]) -> Shard:
+    """The shard with tensors in other forms, and without those whose form is None; its own header if there are none."""
+    if all(entry.name not in forms or forms[entry.name] == entry.form for entry in shard.entries):
+        return shard
+    fields: dict[str, Any] = {}
+    metadata = json.loads(shard.header[8:]).get("__metadata__")
+    if metadata is not None:
+        fields["__metadata__"] = metadata
+    entries: list[Entry] = []
+    for entry in shard.entries:
+        form = forms.get(entry.name, entry.form)
+        if form is not None:
+            start = entries[-1].end if entries else 0
+            size = entry.size if form == entry.form else math.prod(form.shape) * DTYPES[form.dtype].itemsize
+            end = start + size
+            entries.append(Entry(entry.name, form.dtype, form.shape, start, end))
+            fields[entry.name] = {"dtype": form.dtype, "shape": form.shape, "data_offsets": (start, end)}
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return Shard(shard.path, len(text).to_bytes(8, "little") + text, tuple(entries))
 
 
 def find_shards(base: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """Full weights, shard by shard, in the memory of a few rows: a checkpoint's own layout with some tensors changed.
 
 Only names, dtypes and shapes of the files count, never the modules that transformers makes of them. Headers are
-copied as they stand; a tensor that nothing changes is copied by the kernel.
+copied as they stand where no tensor gets another form; a tensor that nothing changes is copied by the kernel.
 """
 
 from __future__ import annotations
@@ -10,31 +10,21 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lorasft.errors import ModelError
 from lorasft.files import new_file
-from lorasft.merge.blocks import Rows, Stored
+from lorasft.merge.blocks import Blank, Rows, Stored, Weight
+from lorasft.merge.fold import Change
+from lorasft.merge.plan import Plan
 from lorasft.merge.shards import Entry, Shard, read_shard
 from lorasft.merge.writer import Writer
 
 _BLOCK = 1 << 19  # numbers of a weight in hand at a time: small enough for a core's cache in fp32
 
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
-
-
-class Change(Protocol):
-    """What an adapter does to one tensor of the base."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the tensor that it fits, as it is stored."""
-
-    def apply(self, rows: Tensor, start: int) -> None:
-        """Change rows `start`, `start + 1`, ... in place: (rows, columns) fp32."""
 
 
 @dataclass(frozen=True)
@@ -48,45 +38,45 @@ class Written:
 
 def write_weights(
     stage: Path,
-    shards: Sequence[Shard],
-    changes: Mapping[str, Change],
+    plan: Plan,
     *,
     grid: Mapping[str, Callable[[Stored], Rows]],
     onto_grid: bool,
     on_progress: Progress | None = None,
 ) -> dict[str, Written]:
-    """Write the shards to the folder `stage` with `changes` made. Returns what became of each tensor in question.
+    """Write the checkpoint of `plan` to the folder `stage`. Returns what became of each tensor in question.
 
     `grid`: how training saw the tensors that it had in NF4; with `onto_grid` they are written so, else as they are
     stored. Raises ModelError when a number leaves its dtype's range.
     """
-    total, done = sum(shard.size for shard in shards), 0
+    done = 0
     written: dict[str, Written] = {}
-    for shard in shards:
-        with open(shard.path, "rb") as source, new_file(stage / shard.path.name) as file, Writer(file) as target:
-            target.write(shard.header)
-            for entry in shard.entries:
-                start = len(shard.header) + entry.start
-                if entry.name in changes or (onto_grid and entry.name in grid):
-                    weight = Stored(source, entry, start=start)
-                    seen = grid[entry.name](weight) if entry.name in grid else None
-                    change = changes.get(entry.name)
-                    written[entry.name] = _write_changed(target, weight, seen, change, onto_seen=onto_grid)
+    for shard, target in zip(plan.shards, plan.targets, strict=True):
+        stored = {entry.name: entry for entry in shard.entries}
+        with open(shard.path, "rb") as source, new_file(stage / shard.path.name) as file, Writer(file) as writer:
+            writer.write(target.header)
+            for entry in target.entries:
+                name, start = entry.name, len(shard.header) + stored[entry.name].start
+                if name in plan.changes or name in plan.packed or (onto_grid and name in grid):
+                    plain = Stored(source, entry, start=start) if entry.form == stored[name].form else Blank(entry)
+                    weight = plan.packed[name].open() if name in plan.packed else plain
+                    seen = grid[name](weight) if isinstance(weight, Stored) and name in grid else None
+                    written[name] = _write_changed(writer, weight, seen, plan.changes.get(name), onto_seen=onto_grid)
                 else:
-                    target.copy(source, start, size=entry.size)
+                    writer.copy(source, start, size=entry.size)
                 done += entry.size
                 if on_progress:
-                    on_progress(done, total)
-    _refuse_differences(stage, shards)
+                    on_progress(done, plan.size)
+    _refuse_differences(stage, plan.targets)
     return written
 
 
 def _write_changed(
-    target: Writer, weight: Stored, seen: Rows | None, change: Change | None, *, onto_seen: bool
+    target: Writer, weight: Weight, seen: Rows | None, change: Change | None, *, onto_seen: bool
 ) -> Written:
     """Write one tensor, a block of rows at a time: its change added in fp32, then rounded once."""
     entry = weight.entry
-    rows = max(1, _BLOCK // entry.width)
+    rows = entry.rows if change is not None and change.whole else max(1, _BLOCK // entry.width)
     changed, update, error = False, 0.0, 0.0
     for start in range(0, entry.rows, rows):
         given = weight.read(start, min(rows, entry.rows - start))
@@ -118,7 +108,7 @@ def _refuse_non_finite(block: Tensor, entry: Entry) -> None:
 
 
 def _refuse_differences(stage: Path, shards: Sequence[Shard]) -> None:
-    """Read every header back: names, dtypes and shapes as the base has them."""
+    """Read every header back: names, dtypes and shapes as they are to be."""
     for shard in shards:
         if read_shard(stage / shard.path.name).entries != shard.entries:
-            raise ModelError("the written shard differs from its base", where=str(stage / shard.path.name))
+            raise ModelError("the written shard is not what it was to be", where=str(stage / shard.path.name))
