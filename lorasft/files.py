@@ -17,8 +17,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -109,11 +108,11 @@ def staged_file(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
+def staged_folder(target: Path, *, hashes: Mapping[str, str] | None = None) -> Iterator[Path]:
     """A new folder that appears under `target` complete, with a manifest of hashes, or not at all.
 
-    Yields the stage to write into; what killed processes have left of theirs is removed. Raises RecipeError when
-    `target` exists.
+    Yields the stage to write into; what killed processes have left of theirs is removed. `hashes`: of files whose
+    writer knows their SHA-256 at the end. Raises RecipeError when `target` exists.
     """
     refuse_existing(target)
     make_folder(target.parent)
@@ -126,24 +125,20 @@ def staged_folder(target: Path) -> Iterator[Path]:
     try:
         with _held(stage):
             yield stage
-            commit_folder(stage, target)
+            commit_folder(stage, target, hashes=hashes or {})
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
 
 
-def commit_folder(stage: Path, target: Path) -> None:
+def commit_folder(stage: Path, target: Path, *, hashes: Mapping[str, str]) -> None:
     """fsync every file of `stage`, write its manifest, and rename it to `target`."""
-    paths = sorted(path for path in stage.rglob("*") if path.is_file())
-    for path in paths:
+    entries = {}
+    for path in sorted(path for path in stage.rglob("*") if path.is_file()):
         about_to("fsync", path)
         _sync_file(path)
-    with ThreadPoolExecutor(2) as threads:
-        hashes = list(threads.map(sha256, paths))
-    entries = {
-        path.relative_to(stage).as_posix(): {"bytes": path.stat().st_size, "sha256": found}
-        for path, found in zip(paths, hashes, strict=True)
-    }
+        name = path.relative_to(stage).as_posix()
+        entries[name] = {"bytes": path.stat().st_size, "sha256": hashes.get(name) or sha256(path)}
     write_file(stage / MANIFEST, json.dumps(entries, indent=1).encode())
     for folder in (p for p in stage.rglob("*") if p.is_dir()):
         _sync_folder(folder)

@@ -51,7 +51,6 @@ class Stored:
 
     def numbers(self, first: int, count: int) -> Tensor:
         """Numbers of the tensor in the order of its bytes: (count,)."""
-        size = self.dtype.itemsize
-        content = bytearray(count * size)
-        os.preadv(self.file.fileno(), [content], self.start + first * size)
-        return torch.frombuffer(content, dtype=self.dtype)
+        numbers = torch.empty(count, dtype=self.dtype)
+        os.preadv(self.file.fileno(), [numbers.view(torch.uint8).numpy().data], self.start + first * self.dtype.itemsize)
+        return numbers

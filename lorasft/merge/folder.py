@@ -80,11 +80,14 @@ def merge(
         from lorasft.merge.grid import find_grid
 
         grid = find_grid(source, plan.shards)
-    with staged_folder(out) as stage:
+    hashes: dict[str, str] = {}
+    with staged_folder(out, hashes=hashes) as stage:
         weights = stage / "16-bit" if quantize else stage
         make_folder(weights)
         onto_grid = choice.onto == "dequantized"
-        written = write_weights(weights, plan, grid=grid, onto_grid=onto_grid, on_progress=on_progress)
+        written, found = write_weights(weights, plan, grid=grid, onto_grid=onto_grid, on_progress=on_progress)
+        if not quantize:
+            hashes.update(found)
         if not any(written[name].changed for name in plan.changes):
             what = "no weight changed: the adapter is empty, or too small for the base's dtype"
             raise ModelError(what, where=str(source.adapter))

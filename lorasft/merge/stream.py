@@ -22,7 +22,7 @@ from lorasft.merge.plan import Plan
 from lorasft.merge.shards import Entry, Shard, read_shard
 from lorasft.merge.writer import Writer
 
-_BLOCK = 1 << 19  # numbers of a weight in hand at a time: small enough for a core's cache in fp32
+_BLOCK = 1 << 18  # numbers of a weight in hand at a time: small enough for a core's cache in fp32
 
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
@@ -43,14 +43,17 @@ def write_weights(
     grid: Mapping[str, Callable[[Stored], Rows]],
     onto_grid: bool,
     on_progress: Progress | None = None,
-) -> dict[str, Written]:
-    """Write the checkpoint of `plan` to the folder `stage`. Returns what became of each tensor in question.
+) -> tuple[dict[str, Written], dict[str, str]]:
+    """Write the checkpoint of `plan` to the folder `stage`. Returns what became of each tensor in question, and the
+    SHA-256 of each file.
 
     `grid`: how training saw the tensors that it had in NF4; with `onto_grid` they are written so, else as they are
     stored. Raises ModelError when a number leaves its dtype's range.
     """
     done = 0
     written: dict[str, Written] = {}
+    hashes: dict[str, str] = {}
+    torch.set_num_threads(1)  # blocks are small, and the other core writes: waiting threads would take it away
     for shard, target in zip(plan.shards, plan.targets, strict=True):
         stored = {entry.name: entry for entry in shard.entries}
         with open(shard.path, "rb") as source, new_file(stage / shard.path.name) as file, Writer(file) as writer:
@@ -67,8 +70,9 @@ def write_weights(
                 done += entry.size
                 if on_progress:
                     on_progress(done, plan.size)
+        hashes[shard.path.name] = writer.sha256.hexdigest()
     _refuse_differences(stage, plan.targets)
-    return written
+    return written, hashes
 
 
 def _write_changed(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,15 +12,20 @@ from typing import BinaryIO
 
 from torch import Tensor, uint8
 
+_COPIED = 4 << 20  # bytes copied at once
 _WAITING = 2  # blocks in memory that are not written yet
 _FLUSH = 64 << 20  # bytes after which the system is told to begin with the disk, which it would do at the end
 
 
 class Writer:
-    """Writes blocks and copies stretches of other files, in the order given. The system's errors are raised here."""
+    """Writes blocks and copies stretches of other files, in the order given. The system's errors are raised here.
+
+    `sha256`, of all that was written, is complete when the writer is left.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
+        self.sha256 = hashlib.sha256()
         self.unflushed = 0
         self.thread, self.disk = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self.waiting: deque[Future[None]] = deque()
@@ -53,16 +60,21 @@ class Writer:
 
     def _write(self, content: bytes | memoryview) -> None:
         self.file.write(content)
+        self.sha256.update(content)
         self._flush(len(content))
 
     def _copy(self, source: BinaryIO, start: int, size: int) -> None:
         self.file.flush()
         target, end = self.file.fileno(), start + size
         while start < end:
+            content = os.pread(source.fileno(), min(_COPIED, end - start), start)
+            self.sha256.update(content)
             try:
-                done = os.copy_file_range(source.fileno(), target, end - start, offset_src=start)
+                done = os.copy_file_range(source.fileno(), target, len(content), offset_src=start)
             except OSError:  # not between these two file systems
-                done = os.write(target, os.pread(source.fileno(), min(1 << 20, end - start), start))
+                done = os.write(target, content)
+            if done < len(content):
+                raise OSError(errno.EIO, "the copy was cut short")
             start += done
             self._flush(done)
 
