@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorasft.data.packing import Segment
 from lorasft.model import attention
+from lorasft.model.attention import Paths
 from lorasft.model.brief import BriefAttention, is_brief
 
 
-def attend(segments: list[Segment], *inputs: Tensor) -> tuple[Tensor, ...]:
+def attend(segments: Paths, *inputs: Tensor) -> tuple[Tensor, ...]:
     """The output and the gradients of queries, keys and values."""
     inputs = tuple(tensor.clone().requires_grad_() for tensor in inputs)
     output, _ = attention.attend(torch.nn.Module(), *inputs, None, segments=segments)
@@ -25,7 +25,7 @@ def test_gradients_are_nearer_to_float64_than_the_kernels(monkeypatch: pytest.Mo
     """Two segments of a row, grouped heads; the second sees an ancestor."""
     torch.manual_seed(0)
     inputs = [torch.randn(1, heads, 50, 16).bfloat16() for heads in (4, 2, 2)]
-    segments = [Segment(0, 20, slice(0, 20)), Segment(20, 50, slice(0, 50))]
+    segments = Paths([20, 30], [(), (0,)])
     used: list[Any] = []
     own = BriefAttention.apply
     monkeypatch.setattr(BriefAttention, "apply", lambda *args: used.append(1) or own(*args))

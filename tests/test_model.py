@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
-import numpy as np
 import pytest
 import torch
 from conftest import save_base
@@ -18,7 +17,7 @@ from test_oracles import Rows, differences, packed_step
 from tiny_models import make_base, randomize_adapter, shape
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Qwen3MoeConfig, Qwen3NextConfig
 
-from lorasft.data.packing import Segment, cut, shuffle
+from lorasft.data.packing import cut, shuffle
 from lorasft.errors import LorasftError, ModelError, RecipeError, UnsafeError
 from lorasft.merge.plan import plan_merge
 from lorasft.model.adapter import attach_adapter, check_targets, load_adapter, trainable, write_adapter
@@ -105,9 +104,8 @@ def test_the_self_check_sees_a_leak_and_an_unknown_head(monkeypatch: pytest.Monk
 
     plain = attention.attend
 
-    def leaky(*args: Any, segments: tuple[Segment, ...], **kwargs: Any) -> Any:
-        whole = (Segment(0, segments[-1].end, slice(0, segments[-1].end)),)
-        return plain(*args, segments=whole, **kwargs)
+    def leaky(*args: Any, segments: attention.Paths, **kwargs: Any) -> Any:
+        return plain(*args, segments=attention.Paths([sum(segments.lengths)], [()]), **kwargs)
 
     attention.AttentionInterface.register(attention.SEGMENTS, leaky)
     try:
@@ -130,40 +128,6 @@ def test_the_self_check_sees_a_leak_and_an_unknown_head(monkeypatch: pytest.Monk
     monkeypatch.setattr("lorasft.model.selfcheck.read_head", lambda model: replace(head, softcap=None))
     network = verify(model)
     assert network.head is None and "own logits" in network.notices[0]
-
-
-def test_segments_with_an_ancestor_equal_the_whole_sequences() -> None:
-    """Two answers to one prompt, the prompt computed once: what the shared-prefix plan will feed."""
-    from dataclasses import replace
-
-    model = make_base("llama")
-    network = verify(model)
-    random = np.random.default_rng(5)
-    prompt, one, two = (random.integers(3, 97, size) for size in (9, 5, 7))
-    ids = np.concatenate([prompt, one, two])
-    segments = (
-        Segment(0, 9, slice(0, 9)),
-        Segment(9, 14, slice(0, 14)),
-        Segment(14, 21, np.concatenate([np.arange(9), np.arange(14, 21)])),
-    )
-    row = next(iter(cut(Rows(), [1], capacity=100)))
-    row = replace(
-        row,
-        ids=ids,
-        positions=np.concatenate([np.arange(14), np.arange(9, 16)]),
-        segments=segments,
-        sources=np.array([8, 9, 8, 14]),  # the end of the prompt is a source twice
-        targets=np.array([one[0], one[1], two[0], two[1]]),
-    )
-    with torch.no_grad():
-        got = pair_losses(network, row)
-        model.set_attn_implementation("eager")
-        wanted = []
-        for answer in (one, two):
-            whole = torch.as_tensor(np.concatenate([prompt, answer]))[None]
-            log_probs = model(input_ids=whole, use_cache=False).logits[0].log_softmax(-1)
-            wanted += [-log_probs[8, answer[0]], -log_probs[9, answer[1]]]
-    assert torch.allclose(got, torch.stack(wanted), atol=1e-5)
 
 
 def test_nf4_gradients_equal_those_of_the_dequantized_base(base: Path) -> None:

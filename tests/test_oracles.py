@@ -89,8 +89,10 @@ def plain_step(model: Any, rows: Rows, loss: str) -> tuple[float, dict[str, torc
     return float(value.detach()), gradients(model)
 
 
-def packed_step(model: Any, network: Network, rows: Rows, loss: str, capacity: int) -> tuple[float, dict[str, Any]]:
-    plan = Plan(len(rows), len(rows), 1, seed=0, loss=loss, micro_batch_tokens=capacity)  # type: ignore[arg-type]
+def packed_step(
+    model: Any, network: Network, rows: Rows, loss: Any, capacity: int, *, share: bool = False
+) -> tuple[float, dict[str, Any]]:
+    plan = Plan(len(rows), len(rows), 1, 0, loss, micro_batch_tokens=capacity, share_prefixes=share)
     step = plan.step(1, rows)
     model.zero_grad()
     value = 0.0
@@ -146,7 +148,7 @@ def test_recomputed_activations_give_the_same_gradients(rows: Rows) -> None:
 
 def leak(batch: MicroBatch) -> MicroBatch:
     """Every token sees the whole row before it."""
-    return replace(batch, segments=(Segment(0, len(batch.ids), slice(0, len(batch.ids))),))
+    return replace(batch, segments=(Segment(0, len(batch.ids)),))
 
 
 def run_on(batch: MicroBatch) -> MicroBatch:

@@ -272,7 +272,6 @@ def test_keep_best_gives_the_best_adapter(recipe: Write) -> None:
         ({"adapter": {"modules_to_save": ["lm_haed"]}}, [], 2, ["lm_haed", "did you mean lm_head?"]),
         ({"adapter": {"start": "runs/x"}}, [], 2, ["no effect with adapter.start"]),
         ({"run": {"output": "/dev/null"}}, [], 2, ["/dev/null"]),
-        ({"machine": {"share_prefixes": True}}, [], 2, ["machine.share_prefixes"]),
         ({"model": {"dtype": "float16"}}, [], 5, ["loss scaling", "float32"]),
         ({"model": {"base": "no/such/folder"}}, [], 4, ["no/such/folder"]),
         ({"data": {"train": "missing.jsonl"}}, [], 3, ["missing.jsonl"]),

@@ -1,7 +1,7 @@
 """Which examples make a step, and how a step is cut into flat micro-batches of segments.
 
     Plan.examples(step)      a pure function of (seed, epoch, step): no state, nothing to restore
-    cut(sequences, ...)      sequences -> micro-batches: flat rows of ids, nothing padded
+    cut(sequences, ...)      sequences -> micro-batches: flat rows of ids, nothing padded, shared prefixes once
     MicroBatch               what the model sees; the one shift from labels to (source, target) pairs is made here
 
 How a step is cut is layout: it depends on the machine and changes no result.
@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lorasft.data.prefixes import Run, Sharing, Tree, grow, plant
 from lorasft.data.tokens import Tokens
 
 Integers = NDArray[np.int64]
@@ -33,15 +34,11 @@ class Sequences(Protocol):
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of queries in a flat row, and the keys that they may see.
-
-    `keys` is an index into the row: the segment's ancestors, then its own tokens; causal from the bottom right.
-    A slice means that the keys stand in one piece and nothing has to be gathered.
-    """
+    """A run of tokens in a flat row, which see the segment's ancestors, then its own tokens up to themselves."""
 
     start: int
     end: int
-    keys: slice | Integers
+    ancestors: tuple[int, ...] = ()  # numbers of segments of the row, the root first
 
 
 @dataclass(frozen=True)
@@ -53,12 +50,13 @@ class MicroBatch:
     """
 
     ids: Integers  # (tokens,)
-    positions: Integers  # (tokens,) restart at 0 in every segment that has no ancestor
+    positions: Integers  # (tokens,) of a segment: from its last ancestor's on, or from 0
     segments: tuple[Segment, ...]
     sources: Integers  # (pairs,) index into the row
     targets: Integers  # (pairs,) token ids
     weights: NDArray[np.float32]  # (pairs,)
-    examples: Integers  # (pairs,) which example of the store a pair belongs to
+    examples: Integers  # (pairs,) which example of the store a pair belongs to; of a merged pair the first
+    learned: int  # supervised tokens: pairs, before equal ones were merged
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,8 @@ class Step:
 
     @property
     def supervised_tokens(self) -> int:
-        """Tokens learned."""
-        return sum(len(batch.targets) for batch in self.micro_batches)
+        """Tokens learned; one in a shared prefix counts for each example that learns it."""
+        return sum(batch.learned for batch in self.micro_batches)
 
     @property
     def divisor(self) -> float:
@@ -97,6 +95,8 @@ class Plan:
     loss: Literal["token", "example"]
     micro_batch_tokens: int
     processes: int = 1  # that share the micro-batches of a step
+    share_prefixes: Sharing = False
+    horizon: int | None = None  # see `cut`
 
     @property
     def steps_per_epoch(self) -> int:
@@ -111,8 +111,16 @@ class Plan:
     def step(self, number: int, store: Sequences) -> Step:
         """The rows of a step, cut into micro-batches."""
         examples = self.step_examples(number)
-        batches = cut(store, examples, capacity=self.micro_batch_tokens, loss=self.loss, processes=self.processes)
-        return Step(number, number / self.steps_per_epoch, examples, tuple(batches))
+        batches = cut(
+            store,
+            examples,
+            capacity=self.micro_batch_tokens,
+            loss=self.loss,
+            processes=self.processes,
+            share=self.share_prefixes,
+            horizon=self.horizon,
+        )
+        return Step(number, number / self.steps_per_epoch, examples, tuple(merge_pairs(batch) for batch in batches))
 
 
 def count_steps(examples: int, *, batch_size: int, epochs: float, steps: int | None) -> int:
@@ -141,29 +149,54 @@ def cut(
     capacity: int,
     loss: Literal["token", "example"] = "token",
     processes: int = 1,
+    share: Sharing = False,
+    horizon: int | None = None,
 ) -> Iterator[MicroBatch]:
     """Cut examples into micro-batches of at most `capacity` tokens, best fit in order of falling length.
 
     A sequence longer than `capacity` gets a micro-batch of its own; several processes get smaller ones where that
     gives each of them work. The last target of a sequence is never an
-    input, and what stands behind it is not computed: no learned token looks at it.
+    input, and what stands behind it is not computed: no learned token looks at it. With `share`, what sequences
+    begin with in common is computed once, and a tree may be as large as the longest sequence. Sequences up to
+    `horizon` tokens and longer ones never meet: some models compute all positions of a row by its longest.
     """
     pieces = [piece for example in examples for piece in _pieces(store.sequences(int(example)), int(example), loss)]
-    pieces.sort(key=lambda piece: -len(piece.ids))
-    if processes > 1:
-        capacity = even_capacity(sum(len(piece.ids) for piece in pieces), capacity, processes=processes)
-    bins: list[list[_Piece]] = []
+    long = [piece for piece in pieces if horizon is not None and len(piece.ids) > horizon]
+    short = [piece for piece in pieces if horizon is None or len(piece.ids) <= horizon]
+    for kind in (short, long):
+        ids, room = [piece.ids for piece in kind], capacity
+        trees = plant(ids, capacity=room, share=share)
+        if processes > 1:
+            room = even_capacity(sum(tree.tokens for tree in trees), capacity, processes=processes)
+            trees = plant(ids, capacity=room, share=share)
+        yield from (_join(kind, trees) for trees in _fill(trees, capacity=room))
+
+
+def merge_pairs(batch: MicroBatch) -> MicroBatch:
+    """`batch` with equal (source, target) pairs, which a shared prefix makes, as one with the sum of their weights."""
+    keys = np.stack([batch.sources, batch.targets])
+    unique, first, place = np.unique(keys, axis=1, return_index=True, return_inverse=True)
+    if unique.shape == keys.shape:
+        return batch
+    weights = np.bincount(place.reshape(-1), batch.weights).astype(np.float32)
+    sources, targets = unique
+    return replace(batch, sources=sources, targets=targets, weights=weights, examples=batch.examples[first])
+
+
+def _fill(trees: list[Tree], *, capacity: int) -> list[list[Tree]]:
+    """Best fit in order of falling size."""
+    bins: list[list[Tree]] = []
     free: list[int] = []
-    for piece in pieces:
-        fits = [index for index, room in enumerate(free) if room >= len(piece.ids)]
+    for tree in sorted(trees, key=lambda tree: -tree.tokens):
+        fits = [index for index, room in enumerate(free) if room >= tree.tokens]
         if fits:
             best = min(fits, key=lambda index: free[index])
-            bins[best].append(piece)
-            free[best] -= len(piece.ids)
+            bins[best].append(tree)
+            free[best] -= tree.tokens
         else:
-            bins.append([piece])
-            free.append(capacity - len(piece.ids))
-    return (_join(pieces) for pieces in bins)
+            bins.append([tree])
+            free.append(capacity - tree.tokens)
+    return bins
 
 
 def even_capacity(tokens: int, capacity: int, *, processes: int) -> int:
@@ -188,8 +221,9 @@ def share(batches: Sequence[MicroBatch], index: int, count: int) -> list[MicroBa
 
 def _cost(batch: MicroBatch) -> float:
     """Tokens, and for attention one more for 16,384 pairs of query and key (6 times a hidden size of 2,700)."""
-    pairs = sum((s.end - s.start) * len(range(*s.keys.indices(len(batch.ids))) if isinstance(s.keys, slice) else s.keys)
-                for s in batch.segments)  # fmt: skip
+    lengths = [segment.end - segment.start for segment in batch.segments]
+    seen = [own + sum(lengths[n] for n in one.ancestors) for own, one in zip(lengths, batch.segments, strict=True)]
+    pairs = sum(own * keys for own, keys in zip(lengths, seen, strict=True))
     return len(batch.ids) + pairs / 2 / 16_384
 
 
@@ -215,17 +249,37 @@ def _pieces(sequences: tuple[Tokens, ...], example: int, loss: str) -> Iterator[
         yield _Piece(ids[: places[-1]], places - 1, ids[places], weight, example)
 
 
-def _join(pieces: list[_Piece]) -> MicroBatch:
-    starts = np.cumsum([0, *(len(piece.ids) for piece in pieces)])
-    spans = list(zip(pieces, starts[:-1].tolist(), starts[1:].tolist(), strict=True))
+def _join(pieces: list[_Piece], trees: list[Tree]) -> MicroBatch:
+    """Lay trees out in a row, run after run, and point the pairs of each member at the tokens it is made of."""
+    lengths = [len(piece.ids) for piece in pieces]
+    runs: list[Run] = []
+    segments: list[Segment] = []
+    members: list[_Piece] = []
+    sources: list[Integers] = []
+    end = 0
+    for tree in trees:
+        before = len(segments)
+        grown, paths = grow(tree, lengths)
+        for run in grown:
+            ancestors = tuple(before + number for number in run.ancestors)
+            segments.append(Segment(end, end + run.end - run.start, ancestors))
+            end = segments[-1].end
+        runs += grown
+        for member, path in zip(tree.members, paths, strict=True):
+            own = [segments[before + number] for number in path]
+            places = np.concatenate([np.arange(segment.start, segment.end) for segment in own])
+            members.append(pieces[member])
+            sources.append(places[pieces[member].sources])
+    weights = [np.full(len(piece.targets), piece.weight, dtype=np.float32) for piece in members]
     return MicroBatch(
-        ids=np.concatenate([piece.ids for piece in pieces]),
-        positions=np.concatenate([np.arange(len(piece.ids)) for piece in pieces]),
-        segments=tuple(Segment(start, end, slice(start, end)) for _, start, end in spans),
-        sources=np.concatenate([piece.sources + start for piece, start, _ in spans]),
-        targets=np.concatenate([piece.targets for piece in pieces]),
-        weights=np.concatenate([np.full(len(piece.targets), piece.weight, dtype=np.float32) for piece in pieces]),
-        examples=np.concatenate([np.full(len(piece.targets), piece.example, dtype=np.int64) for piece in pieces]),
+        ids=np.concatenate([pieces[run.owner].ids[run.start : run.end] for run in runs]),
+        positions=np.concatenate([np.arange(run.start, run.end) for run in runs]),
+        segments=tuple(segments),
+        sources=np.concatenate(sources),
+        targets=np.concatenate([piece.targets for piece in members]),
+        weights=np.concatenate(weights),
+        examples=np.concatenate([np.full(len(piece.targets), piece.example, dtype=np.int64) for piece in members]),
+        learned=sum(len(piece.targets) for piece in members),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +18,37 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, Attent
 
 from lorasft.data.packing import Segment
 from lorasft.model.brief import BriefAttention, is_brief
+from lorasft.model.varlen import Varlen, attend_at_once, measure_paths
 
 SEGMENTS = "lorasft_segments"
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The segments of a row as attention reads them, made once for a micro-batch and all layers."""
+
+    lengths: list[int]  # tokens of each segment
+    ancestors: list[tuple[int, ...]]  # numbers of segments
+    varlen: Varlen | None = None  # where one kernel takes all segments
+
+    def split(self, row: Tensor) -> list[Tensor]:
+        """Each segment's own part of `row` (1, heads, tokens, head size)."""
+        return list(torch.split(row, self.lengths, dim=2))
+
+    def gather(self, row: Tensor) -> list[Tensor]:
+        """What each segment sees of `row`: its ancestors' part and its own. Nothing is copied where none has any."""
+        own = self.split(row)
+        return [
+            torch.cat([*(own[number] for number in before), part], dim=2) if before else part
+            for part, before in zip(own, self.ancestors, strict=True)
+        ]
+
+
+def read_paths(segments: Sequence[Segment], *, varlen: bool, device: torch.device) -> Paths:
+    """The segments of a micro-batch for attention; `varlen` where the device's kernel for it was verified."""
+    lengths = [segment.end - segment.start for segment in segments]
+    ancestors = [segment.ancestors for segment in segments]
+    return Paths(lengths, ancestors, measure_paths(lengths, ancestors, device=device) if varlen else None)
 
 
 def attend(
@@ -33,7 +63,7 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    segments: Sequence[Segment] | None = None,
+    segments: Paths | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of each segment over its keys. Returns ((1, tokens, heads, head size), None).
@@ -43,14 +73,19 @@ def attend(
     if segments is None:
         raise RuntimeError("segment attention was called without segments")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    keys, values = segments.gather(key), segments.gather(value)
+    open_scores = softcap is not None or s_aux is not None
+    bites = sliding_window is not None and max(part.shape[2] for part in keys) > sliding_window
+    if segments.varlen and not (open_scores or bites or dropout):
+        return attend_at_once(query, torch.cat(keys, dim=2), torch.cat(values, dim=2), segments.varlen, scale), None
     outputs = []
-    for segment in segments:
-        q = query[:, :, segment.start : segment.end]
-        keys = segment.keys if isinstance(segment.keys, slice) else torch.as_tensor(segment.keys, device=key.device)
-        k, v = key[:, :, keys], value[:, :, keys]
+    for q, k, v in zip(segments.split(query), keys, values, strict=True):
         windowed = sliding_window is not None and k.shape[2] > sliding_window
         mask = _causal(q, k, window=sliding_window) if windowed or q.shape[2] != k.shape[2] else None
-        if softcap is None and s_aux is None:
+        if open_scores:
+            mask = _causal(q, k, window=sliding_window) if mask is None else mask
+            outputs.append(_attend_openly(q, k, v, mask, scale=scale, dropout=dropout, softcap=softcap, sinks=s_aux))
+        else:
             grouped = q.shape[1] != k.shape[1]
             options: dict[str, Any] = {
                 "attn_mask": mask,
@@ -62,9 +97,6 @@ def attend(
                 outputs.append(BriefAttention.apply(q, k, v, options))  # type: ignore[no-untyped-call]
             else:
                 outputs.append(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options))
-        else:
-            mask = _causal(q, k, window=sliding_window) if mask is None else mask
-            outputs.append(_attend_openly(q, k, v, mask, scale=scale, dropout=dropout, softcap=softcap, sinks=s_aux))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorasft.data.packing import MicroBatch
+from lorasft.data.prefixes import Sharing
+from lorasft.model.attention import read_paths
 
 # Pairs of a chunk: enough to keep the head's product busy, few enough to keep its logits small. On GPUs more, as
 # far as the fp32 logits stay near 128 MB.
@@ -32,9 +34,12 @@ class Head:
 
 
 def read_head(model: Any) -> Head | None:
-    """The head as the config states it, to be checked against the model's own logits; None if adapted or 4-bit."""
+    """The head as the config states it, to be checked against the model's own logits.
+
+    None if it is adapted or 4-bit, or if the model does not say what stands below it (Llama 4).
+    """
     linear = model.get_output_embeddings()
-    if type(linear) is not nn.Linear or linear.weight.requires_grad:
+    if type(linear) is not nn.Linear or linear.weight.requires_grad or model.base_model is model:
         return None
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
@@ -49,6 +54,9 @@ class Network:
     causal: Any  # transformers' model, with adapters injected where there are any
     head: Head | None  # None: through the model's own `logits_to_keep`, the general and larger way
     segments: bool  # False: sequences go alone, under transformers' own attention
+    share: Sharing = False  # whether what sequences begin with in common is computed once
+    varlen: bool = False  # attention of all segments in one kernel
+    horizon: int | None = None  # sequences up to this length never stand in a row with longer ones
     notices: tuple[str, ...] = ()  # what a person should know about a slower way that was taken
 
     @property
@@ -67,8 +75,9 @@ def pair_losses(network: Network, batch: MicroBatch) -> Tensor:
     targets = torch.as_tensor(batch.targets, device=device)
     inputs: dict[str, Any] = {"input_ids": torch.as_tensor(batch.ids, device=device).unsqueeze(0), "use_cache": False}
     if network.segments:
+        paths = read_paths(batch.segments, varlen=network.varlen, device=device)
         positions = torch.as_tensor(batch.positions, device=device).unsqueeze(0)
-        inputs |= {"position_ids": positions, "segments": batch.segments}
+        inputs |= {"position_ids": positions, "segments": paths}
     elif len(batch.segments) > 1:
         raise RuntimeError("several sequences in a row need segment attention")
     if network.head is None:

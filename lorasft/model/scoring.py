@@ -42,7 +42,8 @@ def log_probabilities(
     scored = [index for index, ids in enumerate(sequences) if len(ids) > 1]
     network.causal.eval()
     with torch.no_grad():
-        for batch in cut(store, scored, capacity=capacity if network.segments else 1):
+        room = capacity if network.segments else 1
+        for batch in cut(store, scored, capacity=room, share=network.share, horizon=network.horizon):
             losses = pair_losses(network, batch).double().cpu().numpy()
             for example in set(batch.examples.tolist()):
                 scores[example][:] = -losses[batch.examples == example]

@@ -29,12 +29,13 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
     """
     training = causal.training
     causal.eval()
-    network = Network(causal, head=None, segments=False)
+    network = Network(causal, head=None, segments=False, horizon=_horizon(causal.config.get_text_config()))
     with torch.no_grad():
         if segments:
             network = _try_segments(network)
         if network.segments:
             causal.set_attn_implementation(SEGMENTS)
+            network = _try_sharing(_try_varlen(network))
         network = _try_head(network)
     causal.train(training)
     return network
@@ -62,6 +63,33 @@ def _try_segments(plain: Network) -> Network:
     return packed
 
 
+def _try_varlen(network: Network) -> Network:
+    """One kernel for all segments gives what each segment alone gives. It is CUDA's, and not on every device."""
+    if network.device.type != "cuda":
+        return network
+    row = _tree(1, network)
+    at_once = replace(network, varlen=True)
+    own = pair_losses(network, row)
+    try:
+        drift = float((pair_losses(at_once, row) - own).abs().mean())
+    except (ImportError, TypeError, ValueError, RuntimeError):
+        return network
+    return at_once if drift <= _tolerance(network.causal, own) else network
+
+
+def _try_sharing(network: Network) -> Network:
+    """A stem computed once for two branches equals both alone, and another first branch leaves the second untouched."""
+    row, elsewhere = (_tree(first, network) for first in (1, 2))
+    company = pair_losses(network, row)
+    leak = float((company - pair_losses(network, elsewhere))[row.examples == 1].abs().max())
+    alone = torch.cat([pair_losses(network, _row(branch)) for branch in _branches(1, network)])
+    drift = float((company - alone).abs().mean())
+    if leak > 1e-6 or not drift <= _tolerance(network.causal, alone):
+        reason = f"losses move by {leak:.1e} with another branch and by {drift:.1e} behind a shared stem"
+        return replace(network, notices=(*network.notices, f"shared prefixes are computed for each example: {reason}"))
+    return replace(network, share="auto")
+
+
 def _try_head(network: Network) -> Network:
     """The chunked loss equals the loss from the model's own logits."""
     head = read_head(network.causal)
@@ -83,6 +111,29 @@ def _tolerance(causal: Any, losses: torch.Tensor) -> float:
 
 def _probe(length: int, vocabulary: int, *, seed: int) -> Tokens:
     return everything(np.random.default_rng(seed).integers(0, vocabulary, length).astype(np.int32))
+
+
+def _branches(first: int, network: Network) -> tuple[Tokens, Tokens]:
+    """Two sequences with a common stem; the first goes on with the token `first`, below the second's."""
+    vocabulary = network.causal.config.get_text_config().vocab_size
+    stem, tail, other = (_probe(_LATE, vocabulary, seed=seed).ids for seed in (4, 4 + first, 7))
+    ids = [np.concatenate([stem, [first], tail]), np.concatenate([stem, [3], other[:9]])]
+    return everything(ids[0].astype(np.int32)), everything(ids[1].astype(np.int32))
+
+
+def _tree(first: int, network: Network) -> MicroBatch:
+    (batch,) = cut(Given(_branches(first, network)), range(2), capacity=4 * _LATE, share=True)
+    return batch
+
+
+def _horizon(config: Any) -> int | None:
+    """The length from which on a row's positions are computed otherwise, all of them (transformers' `longrope`)."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = rope.values() if all(isinstance(kind, dict) for kind in rope.values()) else [rope]
+    for kind in kinds:
+        if kind.get("rope_type") in ("longrope", "dynamic"):
+            return int(kind.get("original_max_position_embeddings") or config.max_position_embeddings)
+    return None
 
 
 def _row(*sequences: Tokens) -> MicroBatch:

@@ -17,6 +17,7 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from lorasft.data.prefixes import Sharing
 from lorasft.errors import DivergedError, LorasftError, ModelError
 from lorasft.files import remove_folder, staged_folder, verify_folder, write_file
 from lorasft.model.adapter import adapter_weights, give_weights, read_adapter_weights, write_adapter
@@ -34,6 +35,7 @@ class Layout:
     micro_batch_tokens: int
     recomputed_layers: int  # the first ones of the model recompute their activations going backwards
     segments: bool
+    share_prefixes: Sharing = False
     processes: int = 1
 
 

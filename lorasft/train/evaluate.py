@@ -35,7 +35,16 @@ def evaluate(network: Network, rows: TokenStore, *, capacity: int, ranks: Ranks)
         with ranks.agreed(), torch.no_grad():
             for start in range(0, len(rows), _GROUP):
                 group = range(start, min(start + _GROUP, len(rows)))
-                batches = tuple(cut(rows, group, capacity=capacity, processes=ranks.count))
+                batches = tuple(
+                    cut(
+                        rows,
+                        group,
+                        capacity=capacity,
+                        processes=ranks.count,
+                        share=network.share,
+                        horizon=network.horizon,
+                    )
+                )
                 for batch in share(batches, ranks.index, ranks.count):
                     with naming_rows(rows, batch):
                         losses = pair_losses(network, batch)
