@@ -52,5 +52,6 @@ class Stored:
     def numbers(self, first: int, count: int) -> Tensor:
         """Numbers of the tensor in the order of its bytes: (count,)."""
         numbers = torch.empty(count, dtype=self.dtype)
-        os.preadv(self.file.fileno(), [numbers.view(torch.uint8).numpy().data], self.start + first * self.dtype.itemsize)
+        place = self.start + first * self.dtype.itemsize
+        os.preadv(self.file.fileno(), [numbers.view(torch.uint8).numpy().data], place)
         return numbers
