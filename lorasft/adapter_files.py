@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,12 @@ class _Fields(BaseModel):
     revision: str | None = None
     r: int = Field(ge=1, le=1024)
     lora_alpha: float = Field(gt=0)
-    target_modules: list[str]
+    target_modules: list[str] | None = None
+    target_parameters: list[str] | None = None
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -42,8 +48,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         raise ModelError(f"peft_type {config.get('peft_type')} is not LORA", where=str(path))
     named = [key for key in _CODE if config.get(key)]
-    if isinstance(config.get("target_modules"), str):
-        named.append("target_modules")  # a pattern from a file could be made to run for ever
+    # A pattern from a file could be made to run for ever.
+    named += [key for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), str)]
+    named += [key for key in ("rank_pattern", "alpha_pattern") if any(map(_is_odd, config.get(key) or {}))]
     if named:
         raise UnsafeError(f"the adapter's config names code or patterns: {', '.join(named)}", where=str(path))
     try:
@@ -52,6 +59,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         first = fault.errors(include_url=False)[0]
         raise ModelError(f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}", where=str(path)) from None
     return config
+
+
+def _is_odd(pattern: str) -> bool:
+    """Whether a pattern might take long: PEFT's own are paths, those of people say `.*` or `layers.[0-7].`."""
+    repeated = re.findall(r"[*+?{]", pattern)
+    return len(pattern) > 200 or len(repeated) > 2 or pattern.count("(") > 2 or bool(re.search(r"\)[*+?{]", pattern))
 
 
 def refuse_pickle(folder: Path) -> None:

@@ -54,9 +54,24 @@ def make_parser() -> argparse.ArgumentParser:
     merge = verbs.add_parser("merge", help="fold an adapter into full weights")
     _add_saved(merge)
     merge.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet")
-    merge.add_argument("--onto", choices=["original"], default="original", help="the base's own weights")
-    merge.add_argument("--no-check", action="store_true", help="do not compare the answers afterwards")
+    merge.add_argument(
+        "--onto",
+        choices=["auto", "original", "dequantized"],
+        default="auto",
+        help="the base's own weights, those that NF4 made of them, or what held-out rows speak for (default)",
+    )
+    merge.add_argument("--quantize", choices=["nf4"], help="write a 4-bit checkpoint instead of full weights")
+    merge.add_argument("--data", metavar="FILE", help="rows to compare answers on (default: held out in the run)")
+    merge.add_argument("--no-check", action="store_true", help="compare no answers; onto auto is then the original")
+    merge.add_argument("--force-base", action="store_true", help="take a base that the run was not trained on")
     merge.add_argument("--json", action="store_true", help="what was done as JSON")
+
+    export = verbs.add_parser("export", help="write a merged model as GGUF, or as a folder for Ollama")
+    export.add_argument("model", metavar="DIR", help="a folder that merge wrote, or any model folder")
+    export.add_argument("--to", choices=["gguf", "ollama"], required=True, help="a GGUF file, or that with a Modelfile")
+    export.add_argument("--out", required=True, metavar="FILE", help="a file, or for ollama a folder, not there yet")
+    export.add_argument("--type", choices=["f16", "q8_0"], default="f16", help="of the matrices (default: f16)")
+    export.add_argument("--json", action="store_true", help="what was done as JSON")
 
     recipes = verbs.add_parser("recipes", help="list, show or copy the shipped recipes")
     recipes.add_argument("action", nargs="?", default="list", choices=["list", "show", "copy", "schema"])

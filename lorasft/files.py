@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -86,30 +87,58 @@ def rename(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
-    """A new folder that appears under `target` complete, with a manifest of hashes, or not at all.
+def staged_file(target: Path) -> Iterator[Path]:
+    """A name beside `target` to write under; what is there at the end becomes `target`, after an error nothing does.
 
-    Yields the stage to write into. Raises RecipeError when `target` exists.
+    Raises RecipeError when `target` exists.
     """
     refuse_existing(target)
     make_folder(target.parent)
     stage = target.with_name(f"{STAGE}{target.name}-{secrets.token_hex(4)}")
+    try:
+        with _disk(target):
+            about_to("write", stage)
+            yield stage
+            _sync_file(stage)
+        refuse_existing(target)
+        rename(stage, target)
+    except BaseException:
+        stage.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path, *, hashes: Mapping[str, str] | None = None) -> Iterator[Path]:
+    """A new folder that appears under `target` complete, with a manifest of hashes, or not at all.
+
+    Yields the stage to write into; what killed processes have left of theirs is removed. `hashes`: of files whose
+    writer knows their SHA-256 at the end. Raises RecipeError when `target` exists.
+    """
+    refuse_existing(target)
+    make_folder(target.parent)
+    for left in target.parent.glob(f"{STAGE}{glob.escape(target.name)}-*"):
+        with _held(left) as ours:
+            if ours:
+                shutil.rmtree(left)
+    stage = target.with_name(f"{STAGE}{target.name}-{secrets.token_hex(4)}")
     make_folder(stage)
     try:
-        yield stage
-        commit_folder(stage, target)
+        with _held(stage):
+            yield stage
+            commit_folder(stage, target, hashes=hashes or {})
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
 
 
-def commit_folder(stage: Path, target: Path) -> None:
+def commit_folder(stage: Path, target: Path, *, hashes: Mapping[str, str]) -> None:
     """fsync every file of `stage`, write its manifest, and rename it to `target`."""
     entries = {}
-    for path in sorted(p for p in stage.rglob("*") if p.is_file()):
+    for path in sorted(path for path in stage.rglob("*") if path.is_file()):
         about_to("fsync", path)
         _sync_file(path)
-        entries[path.relative_to(stage).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        name = path.relative_to(stage).as_posix()
+        entries[name] = {"bytes": path.stat().st_size, "sha256": hashes.get(name) or sha256(path)}
     write_file(stage / MANIFEST, json.dumps(entries, indent=1).encode())
     for folder in (p for p in stage.rglob("*") if p.is_dir()):
         _sync_folder(folder)
@@ -217,6 +246,19 @@ def _disk(path: Path) -> Iterator[None]:
         if fault.errno in _WRONG_PLACE:
             raise RecipeError(f"cannot write: {fault.strerror}", where=str(path), hint="name another place") from fault
         raise CapacityError(f"cannot write: {fault.strerror}", where=str(path)) from fault
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Hold a folder as its writer; false when another process does. The system lets go when a process dies."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(descriptor)
 
 
 def _sync_file(path: Path) -> None:

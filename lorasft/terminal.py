@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 
 
 def say(text: str, *, end: str = "\n") -> None:
     """Print `text` on stderr. A reader that has gone away is no reason to stop."""
     with contextlib.suppress(OSError, ValueError):  # a closed pipe, a closed stream
         print(text, end=end, file=sys.stderr, flush=True)
+
+
+class ByteProgress:
+    """One line that is written over, for a terminal: bytes written so far, and the time left at this pace."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        left = (time.monotonic() - self.started) * (total - done) / max(done, 1)
+        text = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {left:.0f} s left"
+        say(f"\r\x1b[K{text}", end="\n" if done == total else "")

@@ -2,7 +2,8 @@
 
 Both train one adapter in one process, step about, on random tokens: examples that begin with the same `--stem` tokens
 and end with about `--answer` learned ones of their own. Prints examples a second and computed tokens of both, medians
-over steps, and their ratio. Without --base the model is a random Llama of 56 million parameters in NF4.
+over steps, and their ratio. With shared prefixes the micro-batches are as wide as `machine: auto` would make them; both
+begin with `--tokens`. Without --base the model is a random Llama of 56 million parameters in NF4.
 With a short stem it shows from where on sharing pays (the cost of a segment in lorasft/data/prefixes.py).
 """
 
@@ -13,6 +14,7 @@ import os
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,7 @@ def run(arguments: argparse.Namespace, base: str) -> None:
     from lorasft.model.loss import pair_losses
     from lorasft.model.selfcheck import verify
     from lorasft.recipe import AdapterSettings, ModelSettings
+    from lorasft.train.layout import widen
 
     model = attach_adapter(load_base(ModelSettings(base=base), PartialState().device), AdapterSettings(), seed=0)
     network = verify(model.get_base_model())
@@ -73,9 +76,11 @@ def run(arguments: argparse.Namespace, base: str) -> None:
     rows = make_rows(arguments, network.causal.config.get_text_config().vocab_size)
     seconds: dict[bool, list[float]] = {True: [], False: []}
     tokens: dict[bool, list[int]] = {True: [], False: []}
+    alone = Plan(len(rows), arguments.batch, arguments.steps, 0, "token", arguments.tokens)
+    together = replace(alone, share_prefixes=True)
+    plans = {True: replace(together, micro_batch_tokens=widen(together, rows)), False: alone}
     for number in range(1, arguments.steps + 2):
-        for share in seconds:
-            plan = Plan(len(rows), arguments.batch, arguments.steps, 0, "token", arguments.tokens, share_prefixes=share)
+        for share, plan in plans.items():
             started = time.perf_counter()
             step = plan.step(number, rows)
             for batch in step.micro_batches:
@@ -88,8 +93,10 @@ def run(arguments: argparse.Namespace, base: str) -> None:
             tokens[share].append(step.tokens)
     for share, name in ((False, "alone"), (True, "shared")):
         rate = arguments.batch / statistics.median(seconds[share][1:])  # the first step pages weights in
-        print(f"{name:7} {rate:8.2f} examples/s   {statistics.median(tokens[share][1:]):8,.0f} tokens/step")
-    ratios = [alone / shared for alone, shared in zip(seconds[False], seconds[True], strict=True)][1:]
+        computed = statistics.median(tokens[share][1:])
+        most = plans[share].micro_batch_tokens
+        print(f"{name:7} {rate:8.2f} examples/s   {computed:8,.0f} tokens/step in micro-batches of up to {most:,}")
+    ratios = [long / short for long, short in zip(seconds[False], seconds[True], strict=True)][1:]
     print(f"ratio   {statistics.median(ratios):8.2f}   ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
@@ -98,9 +105,9 @@ def main() -> None:
     parser.add_argument("--base", help="a model folder")
     parser.add_argument("--stem", type=int, default=800, help="tokens that all examples begin with")
     parser.add_argument("--answer", type=int, default=200, help="tokens of each example's own, about")
-    parser.add_argument("--batch", type=int, default=16, help="examples a step")
+    parser.add_argument("--batch", type=int, default=32, help="examples a step")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=2048, help="micro_batch_tokens")
+    parser.add_argument("--tokens", type=int, default=2048, help="micro_batch_tokens without shared prefixes")
     arguments = parser.parse_args()
     if arguments.base:
         run(arguments, arguments.base)

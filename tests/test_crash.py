@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,9 @@ from lorasft import files
 from lorasft.cli import main
 from lorasft.errors import CapacityError, LorasftError
 from lorasft.files import sha256, staged_folder, sweep, verify_folder
-from lorasft.model.adapter import attach_adapter, trainable
+from lorasft.merge.folder import merge
+from lorasft.merge.source import Source
+from lorasft.model.adapter import attach_adapter, trainable, write_adapter
 from lorasft.model.base import load_base
 from lorasft.recipe import AdapterSettings, ModelSettings, OptimizerSettings
 from lorasft.train.checkpoint import (
@@ -122,6 +126,81 @@ def test_a_run_killed_in_a_save_resumes_with_the_same_bits(
     steps = [json.loads(line)["step"] for line in (tmp_path / "parts/metrics.jsonl").read_text("utf-8").splitlines()
              if "eval_loss" not in line]  # fmt: skip
     assert steps == list(range(1, 10))
+
+
+def merge_into(base: Path, adapter: Path, out: Path) -> None:
+    merge(Source(adapter, base, str(base)), out, check=False)
+
+
+@pytest.fixture(scope="module")
+def adapter(learner: Learner, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    for name, parameter in learner.parameters.items():
+        parameter.data += 0.1 * ("lora_B" in name)
+    write_adapter(learner.model, folder, base=ModelSettings(base=str(base)))
+    return folder
+
+
+def test_a_merge_killed_at_every_file_operation(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Under the final name is a whole merge or nothing; the next one succeeds and clears what was left."""
+    operation, died = 0, True
+    while died:
+        operation += 1
+        out = tmp_path / f"out{operation}"
+        died = killed_at(operation, lambda out=out: merge_into(base, adapter, out))  # type: ignore[misc]
+        if not out.exists():
+            merge_into(base, adapter, out)
+        verify_folder(out)
+        assert not list(tmp_path.glob(".stage-*"))
+    assert operation > 15, "the merge has fewer file operations than it is known to have"
+
+
+def test_a_merge_killed_at_any_moment(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Not only between its file operations: 50 kills, spread over the time that a merge takes."""
+    started = time.monotonic()
+    merge_into(base, adapter, tmp_path / "whole")
+    seconds = time.monotonic() - started
+    wanted = sha256(tmp_path / "whole/model.safetensors")
+    for trial in range(50):
+        out = tmp_path / f"out{trial}"
+        child = os.fork()
+        if child == 0:
+            merge_into(base, adapter, out)
+            os._exit(0)
+        time.sleep(seconds * (trial + 0.5) / 50)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if not out.exists():
+            merge_into(base, adapter, out)
+        verify_folder(out)
+        assert sha256(out / "model.safetensors") == wanted and not list(tmp_path.glob(".stage-*"))
+
+
+def test_a_merge_on_a_full_disk_at_every_file_operation(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operation, full = 0, True
+    while full:
+        operation += 1
+        count, full = 0, False
+
+        def fill(effect: str, path: Path, at: int = operation) -> None:
+            nonlocal count, full
+            count += 1
+            if count == at:
+                full = True
+                raise OSError(28, "No space left on device")
+
+        out = tmp_path / f"out{operation}"
+        with monkeypatch.context() as patch, contextlib.suppress(CapacityError, OSError):
+            patch.setattr(files, "about_to", fill)
+            merge_into(base, adapter, out)
+        assert not list(tmp_path.glob(".stage-*"))
+        if out.exists():
+            verify_folder(out)
+        else:
+            merge_into(base, adapter, out)
+    assert operation > 15
 
 
 @pytest.mark.parametrize("harm", ["cut", "flip", "delete"])

@@ -5,25 +5,35 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from conftest import save_base
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, randomize_adapter
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from lorasft.cli import main
 from lorasft.errors import ModelError
-from lorasft.files import sha256
-from lorasft.merge.fold import Update, fold
-from lorasft.merge.stream import merge, read_shard
+from lorasft.files import sha256, verify_folder
+from lorasft.merge.fold import Update
+from lorasft.merge.folder import Merged
+from lorasft.merge.folder import merge as merge_source
+from lorasft.merge.shards import read_shard
+from lorasft.merge.source import Source, find_source
+from lorasft.model.saved import find_saved, load_model
 
-Write = Callable[..., str]
+
+def merge(base: Path, adapter: Path, out: Path) -> Merged:
+    """The weights alone, nothing measured."""
+    return merge_source(Source(adapter, base, str(base)), out, check=False)
 
 
 def save_adapter(base: Path, folder: Path, *, rslora: bool = False) -> Path:
@@ -120,8 +130,11 @@ def test_one_rounding_of_the_float64_sum(transposed: bool) -> None:
     exact = weight.double() + 2.0 * (up.double() @ down.double())
     if transposed:
         weight, exact = weight.T.contiguous(), exact.T
-    update = Update("m", down, up, 2.0, transposed)
-    merged = torch.cat([fold(weight[start : start + 50], update, start) for start in range(0, len(weight), 50)])
+    update = Update(down, up, 2.0, transposed)
+    merged = weight.float()
+    for start in range(0, len(weight), 50):
+        update.apply(merged[start : start + 50], start)
+    merged = merged.to(torch.bfloat16)
     ulp = 2.0 ** (torch.frexp(exact)[1].double() - 8)
     assert ((merged.double() - exact).abs() <= 0.5 * ulp).double().mean() >= 0.999
     assert (merged != weight).double().mean() > 0.5
@@ -197,18 +210,112 @@ def test_a_broken_base_is_named(content: bytes | None, words: str, base: Path, t
     assert not (tmp_path / "out").exists()
 
 
-def test_merge_of_a_run_is_checked(
-    recipe: Write, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.fixture(scope="module")
+def trained(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in 4 bit that has learned something."""
+    folder = tmp_path_factory.mktemp("trained")
+    settings = {
+        "model": {"base": str(base), "dtype": "float32"},
+        "adapter": {"rank": 4, "alpha": 8},
+        "data": {"train": str(rows), "eval": 0.3, "max_length": 120},
+        "train": {"epochs": 10, "batch_size": 8},
+        "optimizer": {"learning_rate": 5e-3},
+        "run": {"output": str(folder / "run"), "eval_every": 40},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(settings), encoding="utf-8")
+    assert main(["train", str(folder / "recipe.yaml")]) == 0
+    return folder / "run"
+
+
+def test_a_run_in_4_bit_is_merged_onto_what_it_saw(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = recipe(train={"epochs": 10}, adapter={"dropout": 0})
-    assert main(["train", path]) == 0
-    run, out = str(tmp_path / "run"), str(tmp_path / "out")
-    capsys.readouterr()
-    assert main(["merge", run, "--out", out, "--json"]) == 0
+    """Held-out rows do not speak for the original here, and the dequantized base is what was trained against."""
+    assert main(["merge", str(trained), "--out", str(tmp_path / "out"), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["updated"] == 14 and 0 < said["check"]["merged"] < said["check"]["learned"]
+    table = said["table"]
+    assert said["updated"] == 14 and said["onto"] == "dequantized" and said["rows"] == "held-out rows"
+    assert table["trained"]["kl"] == 0 and table["trained"]["same_choice"] == 1
+    assert 0 < table["merged"]["kl"] < table["onto original, before rounding"]["kl"] / 5
+    assert table["onto original, before rounding"]["kl"] < table["without the adapter"]["kl"]
+    assert len(said["quantization"]) == 14 and all(0.01 < ratio < 100 for ratio in said["quantization"].values())
+    record = json.loads((tmp_path / "out/merge.json").read_text(encoding="utf-8"))
+    assert record["adapter"] == sha256(trained / "adapter/adapter_model.safetensors")
+    assert record["base"]["fingerprint"] == record["base"]["trained_on"] and record["table"] == table
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert "dequantized weights" in card and "18 examples, 8 held out" in card and "please" not in card
+    verify_folder(tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32])
+def test_dequantized_is_the_trained_function(trained: Path, base: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """An oracle without our quantizer: transformers' 4-bit model with PEFT's adapter, and PEFT's arithmetic."""
+    merge_source(find_source(str(trained)), tmp_path / "out", onto="dequantized", check=False)
+    scheme = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    live = AutoModelForCausalLM.from_pretrained(base, quantization_config=scheme, dtype=dtype)
+    seen = {
+        name: dequantize_4bit(module.weight.data, module.weight.quant_state)
+        for name, module in live.named_modules()
+        if isinstance(module, Linear4bit)
+    }
+    adapter = load_file(trained / "adapter/adapter_model.safetensors")
+    merged = load_file(tmp_path / "out/model.safetensors")
+    for name, weight in seen.items():
+        prefix = f"base_model.model.{name}.lora_"
+        update = adapter[f"{prefix}B.weight"] @ adapter[f"{prefix}A.weight"] * 2.0
+        assert torch.equal(merged[f"{name}.weight"], (weight + update).to(torch.bfloat16)), name
+    assert len(seen) == 14
+
+
+def test_a_model_that_does_not_fit_is_streamed(trained: Path) -> None:
+    """The same bits, with its adapter on it and without, while no weight of it is in memory."""
+    found = find_saved(str(trained))
+    own = replace(found, model=found.model.model_copy(update={"quantization": "none"}))
+    ids = torch.arange(5, 60).unsqueeze(0)
+    answers = []
+    for streamed in (False, True):
+        model = load_model(own, torch.device("cpu"), streamed=streamed)
+        assert any(parameter.is_meta for parameter in model.parameters()) == streamed
+        with torch.no_grad():
+            answers.append(model(input_ids=ids).logits)
+            with model.disable_adapter():
+                answers.append(model(input_ids=ids).logits)
+    assert torch.equal(answers[0], answers[2]) and torch.equal(answers[1], answers[3])
+    assert not torch.equal(answers[0], answers[1])
+
+
+def test_a_merge_that_answers_otherwise_gets_no_name(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Update, "apply", lambda self, rows, start: rows.add_(0.3))
+    with pytest.raises(ModelError, match="does not answer like"):
+        merge_source(find_source(str(trained)), tmp_path / "out", onto="original")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_may_not_be_merged(trained: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = str(trained), str(tmp_path / "out")
+    assert main(["merge", run, "--out", out, "--onto", "original", "--no-check"]) == 0
     assert main(["merge", run, "--out", out]) == 2
     assert main(["merge", run, "--out", str(base / "inside"), "--base", str(base)]) == 4
     other = save_base(tmp_path / "other", dtype="float32")
     assert main(["merge", run, "--out", str(tmp_path / "wrong"), "--base", str(other)]) == 4
     assert "not the one that the adapter was trained on" in capsys.readouterr().err
+    arguments = ["--no-check", "--force-base"]
+    assert main(["merge", run, "--out", str(tmp_path / "forced"), "--base", str(other), *arguments]) == 0
+    record = json.loads((tmp_path / "forced/merge.json").read_text(encoding="utf-8"))
+    assert record["base"]["fingerprint"] != record["base"]["trained_on"]
+    assert main(["merge", run, "--out", str(tmp_path / "twice"), "--base", out, *arguments]) == 4
+    assert "is merged into this base already" in capsys.readouterr().err
+
+
+def test_a_merge_in_4_bit(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", str(trained), "--out", str(tmp_path / "out"), "--quantize", "nf4", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["onto"] == "original" and 0.01 < said["changed_codes"] < 0.9
+    assert said["table"]["merged, in 4 bit"]["kl"] < said["table"]["without the adapter"]["kl"]
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert sum(isinstance(module, Linear4bit) for module in model.modules()) == 14
+    assert not (tmp_path / "out/16-bit").exists() and AutoTokenizer.from_pretrained(tmp_path / "out")
+    verify_folder(tmp_path / "out")

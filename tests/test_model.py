@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Qwen3Mo
 
 from lorasft.data.packing import cut, shuffle
 from lorasft.errors import LorasftError, ModelError, RecipeError, UnsafeError
-from lorasft.merge.fold import read_updates
+from lorasft.merge.plan import plan_merge
 from lorasft.model.adapter import attach_adapter, check_targets, load_adapter, trainable, write_adapter
 from lorasft.model.base import count_bytes, load_base, read_config
 from lorasft.model.loss import pair_losses
@@ -195,8 +195,9 @@ def test_an_adapter_that_does_not_fit_is_refused(
     harm(tmp_path)
     with pytest.raises(kind, match=words):
         load_adapter(make_base("llama"), tmp_path)
+    make_base("llama").save_pretrained(tmp_path / "base")
     with pytest.raises(LorasftError):
-        read_updates(tmp_path, conv1d=False)
+        plan_merge(tmp_path / "base", tmp_path, config={"model_type": "llama"})
 
 
 def test_an_adapter_initialized_in_a_special_way_loads_as_it_was_saved(tmp_path: Path) -> None:

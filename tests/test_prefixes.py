@@ -32,7 +32,7 @@ from lorasft.model.scoring import Given, everything, log_probabilities
 from lorasft.model.selfcheck import verify
 from lorasft.model.varlen import measure_paths
 from lorasft.train.checkpoint import Layout, State
-from lorasft.train.run import choose_sharing
+from lorasft.train.layout import choose_sharing, widen
 
 Write = Callable[..., str]
 
@@ -311,3 +311,18 @@ def test_the_decision_is_the_recipes_then_the_checkpoints_unless_something_drops
         refused = choose_sharing(network, True, saved=None)
         assert refused.share is False and "dropout is active" in refused.notices[-1]
         setattr(part, name, 0.0)
+
+
+def test_micro_batches_widen_where_a_long_stem_would_be_repeated() -> None:
+    """To the first doubling that holds the tree; not for rows with nothing, or little, in common."""
+    random = np.random.default_rng(0)
+
+    def rows(stem: int) -> Given:
+        first = random.integers(0, 1000, stem)
+        tails = [random.integers(0, 1000, 100) for _ in range(32)]
+        return Given([everything(np.concatenate([first, tail]).astype(np.int32)) for tail in tails])
+
+    plan = Plan(32, 32, 1, seed=0, loss="token", micro_batch_tokens=1024, share_prefixes="auto")
+    assert widen(plan, rows(800)) == 4096  # 800 + 32 * 100 tokens
+    assert widen(plan, rows(0)) == widen(plan, rows(20)) == 1024
+    assert widen(replace(plan, share_prefixes=False), rows(800)) == 1024

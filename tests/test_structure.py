@@ -27,7 +27,8 @@ ROOMS = {
     "peft": {"model", "merge"},
     "bitsandbytes": {"model", "merge", "train"},
     "accelerate": {"train", "merge", "commands"},
-    "transformers": {"data", "model", "train", "merge"},
+    "transformers": {"data", "model", "train", "merge", "export"},
+    "gguf": {"export"},
     "yaml": {"strict_yaml"},
     "pydantic": {"recipe", "recipe_faults", "adapter_files"},
 }

@@ -1,4 +1,4 @@
-"""`lorasft merge`: full weights from an adapter, and a check that they answer alike."""
+"""`lorasft merge`: full weights from an adapter, and how near they are to what was trained."""
 
 from __future__ import annotations
 
@@ -7,42 +7,61 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
-from lorasft.merge.stream import Merged, merge
-from lorasft.terminal import say
+from lorasft.terminal import ByteProgress, say
+
+if TYPE_CHECKING:
+    from lorasft.merge.folder import Merged
 
 
-def run(saved: str, base: str | None, out: str, onto: str, no_check: bool, as_json: bool) -> None:
+def run(
+    saved: str,
+    base: str | None,
+    out: str,
+    onto: Any,
+    quantize: str | None,
+    data: str | None,
+    no_check: bool,
+    force_base: bool,
+    as_json: bool,
+) -> None:
     """Merge `saved` into the new folder `out`; what was done on stdout."""
+    from lorasft.merge.folder import merge
     from lorasft.merge.source import find_source
 
-    source = find_source(saved, base=base)
+    source = find_source(saved, base=base, force_base=force_base)
     started = time.monotonic()
-    merged = merge(source.base, source.adapter, Path(out), on_progress=_show_progress if sys.stderr.isatty() else None)
-    say(_describe(merged, seconds=time.monotonic() - started))
-    check = None
+    progress = ByteProgress() if sys.stderr.isatty() else None
     if not no_check:
-        from lorasft.merge.check import check_merge
-
-        say("checking that the merged model answers like the base with its adapter (--no-check leaves this out)")
-        check = check_merge(source, Path(out))
-        say(str(check))
+        say("asking what was trained, to compare the merge with it (--no-check leaves this out)")
+    options = {"onto": onto, "quantize": quantize is not None, "check": not no_check, "data": data}
+    merged = merge(source, Path(out), **options, on_progress=progress)
     if as_json:
-        print(json.dumps({**asdict(merged), "folder": out, "check": asdict(check) if check else None}))
-    else:
-        print(out)
+        print(json.dumps({**asdict(merged), "folder": out}))
+        return
+    for line in _describe(merged, seconds=time.monotonic() - started):
+        say(line)
+    print(out)
 
 
-def _describe(merged: Merged, *, seconds: float) -> str:
-    text = (
-        f"merged {merged.updated} tensors, copied {merged.copied}: {merged.size / 1e9:.3f} GB in {seconds:.1f} s "
-        f"to {merged.folder}"
-    )
+def _describe(merged: Merged, *, seconds: float) -> list[str]:
+    lines = [
+        f"merged {merged.updated} tensors onto the {merged.onto} weights ({merged.why}), copied {merged.copied}: "
+        f"{merged.size / 1e9:.3f} GB in {seconds:.1f} s to {merged.folder}"
+    ]
     if merged.unchanged:
-        text += f"; rounding left {merged.unchanged} of the merged tensors as they were"
-    return text
-
-
-def _show_progress(done: int, total: int) -> None:
-    end = "\n" if done == total else ""
-    say(f"\r\x1b[K{done / 1e9:.2f} of {total / 1e9:.2f} GB", end=end)
+        lines.append(f"rounding left {merged.unchanged} of the merged tensors as they were")
+    if merged.quantization:
+        ratios = sorted(merged.quantization.values())
+        lines.append(f"NF4's error is {median(ratios):.2g} times the size of the update (median of tensors)")
+    if merged.changed_codes is not None:
+        lines.append(f"in 4 bit: the merge changed {merged.changed_codes:.2%} of the codes")
+    if merged.table:
+        lines += [f"on {merged.rows}:", f"{'':30}  {'KL a token':>10}  {'same choice':>11}  {'nats a token':>12}"]
+        lines += [
+            f"{name:30}  {x['kl']:10.1e}  {x['same_choice']:11.1%}  {x['nll']:12.4f}"
+            for name, x in merged.table.items()
+        ]
+    return lines

@@ -1,94 +1,143 @@
-"""Does the merge answer like the base with its adapter on it?"""
+"""Which base does the adapter belong on, and does the merge answer as what was trained? Both are measured.
+
+The reference is what was trained: for a run in 4 bit the NF4 base with the adapter on it. The candidates are the base's
+own weights and the weights that NF4 made of them. A model that does not fit in memory is streamed from its files, a
+layer at a time.
+"""
 
 from __future__ import annotations
 
 import gc
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
-from numpy.typing import NDArray
 from torch import Tensor
 
+from lorasft.data.tokens import UNSUPERVISED, Tokens
 from lorasft.errors import ModelError
-from lorasft.merge.source import Source
-from lorasft.model.attention import attention, default_attention
-from lorasft.model.saved import find_saved, load_saved
+from lorasft.merge.probes import read_probes
+from lorasft.merge.source import Choice, Onto, Source
+from lorasft.model.memory import free_memory
+from lorasft.model.saved import Saved, find_saved, load_model
 
-_TOKENS, _LONGEST = 1024, 256  # tokens compared, and of one sequence
 _ROUNDING = 1e-2  # nats: more than bf16 ever does to an answer
-_TEXT = "The quick brown fox jumps over the lazy dog. What is the answer to the question? It is 42, because"
 
 
 @dataclass(frozen=True)
-class Check:
-    """KL divergences from the base with the adapter on it, unmerged and in the base's own bits; nats a token."""
+class Answers:
+    """What a model says where something was learned: log-probabilities, fp32 on the CPU."""
 
-    merged: float  # of the merged weights: what the merge changed
-    learned: float  # of the base without the adapter: the size of what was learned
-    same_choice: float  # share of positions at which the likeliest token is the same
-    tokens: int
-
-    def __str__(self) -> str:
-        return (
-            f"check: {self.same_choice:.1%} of the likeliest tokens are the same over {self.tokens:,} tokens; "
-            f"KL to the base with its adapter {self.merged:.1e}, where the adapter moves it by {self.learned:.1e}"
-        )
+    logs: Tensor  # (pairs, vocabulary)
+    nll: Tensor  # (sequences,) summed over the pairs of each
 
 
-def check_merge(source: Source, merged: Path) -> Check:
-    """Compare the model in `merged` with base and adapter, on held-out rows where the run has some.
+@dataclass(frozen=True)
+class Distance:
+    """How far a model is from what was trained, over the learned tokens of held-out rows."""
 
-    The base is loaded in its own bits, not in 4: this asks whether the merge is right, not what quantization did.
-    Raises ModelError when the merge is further away than rounding explains and than the base without its adapter is.
+    kl: float  # mean KL(trained || model), nats a token
+    same_choice: float  # share of tokens at which the likeliest one is the same
+    nll: float  # of the model, nats a token
+
+    @classmethod
+    def between(cls, trained: Answers, model: Answers) -> Distance:
+        a, b = trained.logs, model.logs
+        kl = float((a.exp() * (a - b)).sum(dim=-1).double().mean())
+        same = float((a.argmax(-1) == b.argmax(-1)).double().mean())
+        return cls(kl, same, float(model.nll.sum()) / len(b))
+
+
+class Judge:
+    """Compares candidates with what was trained, on the given rows."""
+
+    def __init__(self, found: Saved, rows: Sequence[Tokens], device: torch.device, *, origin: str) -> None:
+        """Loads what was trained, asks it and lets it go. `origin`: where the rows come from."""
+        self.found, self.rows, self.device, self.origin = found, rows, device, origin
+        self.table: dict[str, Distance] = {}
+        self.four_bit = found.model.quantization == "nf4"
+        model = _load(found, device)
+        self.trained = ask(model, rows)
+        with model.disable_adapter():
+            untuned = ask(model, rows)
+        del model
+        self.table["trained"] = Distance.between(self.trained, self.trained)
+        self.table["without the adapter"] = Distance.between(self.trained, untuned)
+        self.wanted: dict[Onto, Answers] = {"dequantized" if self.four_bit else "original": self.trained}
+
+    def choose(self) -> Choice:
+        """The base whose answers to held-out rows are likelier; between equals the one nearer to what was trained."""
+        if not self.four_bit:
+            return Choice("original", "the run was not in 4 bit")
+        original = self._ask_original()
+        gains = (self.trained.nll - original.nll).double() / (len(self.trained.logs) / len(self.rows))
+        gain, error = float(gains.mean()), float(gains.std()) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
+        if gain > 2 * error:
+            return Choice(
+                "original", f"its answers to held-out rows are likelier by {gain:.4f} ± {error:.4f} nats a token"
+            )
+        kl = self.table["onto original, before rounding"].kl
+        return Choice("dequantized", f"the original is {kl:.1e} nats a token away from what was trained")
+
+    def verify(self, merged: Path, onto: Onto) -> None:
+        """Ask the merged weights. Raises ModelError when they differ from base and adapter by more than rounding."""
+        if onto == "original" and onto not in self.wanted:
+            self._ask_original()
+        answers = ask(_load(find_saved(str(merged)), self.device), self.rows)
+        self.table["merged"] = Distance.between(self.trained, answers)
+        off = Distance.between(self.wanted.get(onto, self.trained), answers).kl
+        learned = self.table["without the adapter"].kl
+        if not off <= max(learned, _ROUNDING):
+            what = f"the merged model does not answer like its base with the adapter: {off:.1e} nats a token apart"
+            raise ModelError(what, where=str(merged), hint=f"the adapter moves the base by {learned:.1e}")
+
+    def note(self, name: str, folder: Path) -> None:
+        """Put the model in `folder` into the table."""
+        self.table[name] = Distance.between(self.trained, ask(_load(find_saved(str(folder)), self.device), self.rows))
+
+    def _ask_original(self) -> Answers:
+        own = replace(self.found, model=self.found.model.model_copy(update={"quantization": "none"}))
+        self.wanted["original"] = ask(_load(own, self.device), self.rows)
+        self.table["onto original, before rounding"] = Distance.between(self.trained, self.wanted["original"])
+        return self.wanted["original"]
+
+
+def make_judge(source: Source, data: str | None, *, config: Mapping[str, Any]) -> Judge:
+    """A judge on the held-out rows of the run or on those in the file `data`. `config`: the base's config.json.
+
+    Raises DataError when there are no rows.
     """
-    device = PartialState().device
     found = find_saved(str(source.adapter), base=source.base_name)
-    trained = load_saved(replace(found, model=found.model.model_copy(update={"quantization": "none"})), device)
-    sequences = _probes(source, trained.tokenizer)
-    wanted = _log_probabilities(trained.network.causal, sequences)
-    assert trained.peft is not None
-    with trained.peft.disable_adapter():
-        without = _log_probabilities(trained.network.causal, sequences)
-    del trained
+    vocabulary = config.get("vocab_size") or config["text_config"]["vocab_size"]
+    rows, origin = read_probes(found, run=source.run, data=data, vocabulary=vocabulary)
+    return Judge(found, rows, PartialState().device, origin=origin)
+
+
+def ask(model: Any, rows: Sequence[Tokens]) -> Answers:
+    """The log-probabilities of all tokens wherever `rows` learn one, from the model's own logits."""
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    logs, nll = [], []
+    with torch.no_grad():
+        for row in rows:
+            places = torch.from_numpy((row.labels != UNSUPERVISED).nonzero()[0])
+            ids = torch.from_numpy(row.ids.astype("int64"))
+            inputs = {"input_ids": ids.unsqueeze(0).to(device), "logits_to_keep": (places - 1).to(device)}
+            logits = model(**inputs, use_cache=False).logits[0]
+            said = logits.float().log_softmax(-1).cpu()
+            logs.append(said)
+            nll.append(-said.gather(1, ids[places].unsqueeze(1)).sum())
+    return Answers(torch.cat(logs), torch.stack(nll))
+
+
+def _load(found: Saved, device: torch.device) -> Any:
+    """The model on `device`, or streamed from its files where it does not fit."""
     gc.collect()
-    got = _log_probabilities(load_saved(find_saved(str(merged)), device).network.causal, sequences)
-    same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(wanted, got, strict=True)]).float().mean()
-    check = Check(_divergence(wanted, got), _divergence(wanted, without), float(same), sum(map(len, wanted)))
-    if check.merged > max(check.learned, _ROUNDING):
-        raise ModelError(
-            f"the merged model does not answer like the base with its adapter ({check})", where=str(merged)
-        )
-    return check
-
-
-def _probes(source: Source, tokenizer: Any) -> list[NDArray[np.int32]]:
-    """Held-out sequences of the run, else of its training set; a built-in text for an adapter without a run."""
-    sequences: list[NDArray[np.int32]] = []
-    if source.run:
-        from lorasft.data.prepare import open_prepared
-
-        for folder in sorted((source.run / "tokens").glob("*/prepared.json")):
-            prepared = open_prepared(folder.parent)
-            store = prepared.held_out if prepared.held_out else prepared.train
-            for example in range(len(store)):
-                if sum(map(len, sequences)) < _TOKENS:
-                    sequences += [tokens.ids[:_LONGEST] for tokens in store.sequences(example)]
-    return sequences or [np.array(tokenizer(_TEXT)["input_ids"], dtype=np.int32)]
-
-
-def _log_probabilities(causal: Any, sequences: list[NDArray[np.int32]]) -> list[Tensor]:
-    """(tokens, vocabulary) log-probabilities of each sequence, fp32 on the CPU, from the model's own logits."""
-    device = causal.get_input_embeddings().weight.device
-    with torch.no_grad(), attention(causal, default_attention(causal.config)):
-        rows = (torch.as_tensor(ids.astype(np.int64), device=device).unsqueeze(0) for ids in sequences)
-        return [causal(input_ids=row, use_cache=False).logits[0].float().log_softmax(-1).cpu() for row in rows]
-
-
-def _divergence(wanted: list[Tensor], got: list[Tensor]) -> float:
-    """Mean KL(wanted || got) over all positions, in nats."""
-    sums = [(a.exp() * (a - b)).sum().double() for a, b in zip(wanted, got, strict=True)]
-    return float(sum(sums)) / sum(map(len, wanted))
+    folder = Path(found.model.base)
+    size = (
+        sum(file.stat().st_size for file in folder.glob("*.safetensors")) if found.model.quantization == "none" else 0
+    )
+    return load_model(found, device, streamed=size > 0.8 * free_memory(device))

@@ -1,96 +1,185 @@
-"""W + scaling * B A: fp32 product and sum, one rounding; the same bits as PEFT's merge of a plain LoRA."""
+"""What an adapter does to one tensor: fp32 all the way, rounded once; the same bits as PEFT for a plain LoRA."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from safetensors import safe_open
+import torch
 from torch import Tensor
 
-from lorasft.adapter_files import CONFIG, WEIGHTS, read_adapter_config, refuse_pickle
-from lorasft.errors import ModelError
 
-_PREFIX = "base_model.model."
+class Change(Protocol):
+    """What an adapter does to one tensor of the base."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor that comes out, as it is stored; it goes in with the same, unless it is replaced."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all rows are needed at once."""
+
+    @property
+    def replaces(self) -> bool:
+        """Whether nothing of what was there remains."""
+
+    def apply(self, rows: Tensor, start: int) -> None:
+        """Change rows `start`, `start + 1`, ... in place: (rows, columns) fp32."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """What an adapter adds to one weight."""
+    """W + scaling * B A."""
 
-    module: str  # as the model names it
     down: Tensor  # A: (rank, in) fp32
     up: Tensor  # B: (out, rank) fp32
     scaling: float
-    transposed: bool  # the weight is stored (in, out), as GPT-2's Conv1D does
+    transposed: bool  # the weight is stored (in, out), as GPT-2's Conv1D and embeddings are
+    whole = False
+    replaces = False
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The shape of the weight that this fits, as it is stored."""
         out, into = self.up.shape[0], self.down.shape[1]
         return (into, out) if self.transposed else (out, into)
 
-
-def fold(rows: Tensor, update: Update, start: int) -> Tensor:
-    """Rows `start`, `start + 1`, ... of a weight with the update added, rounded once to their dtype."""
-    part = slice(start, start + len(rows))
-    change = update.down[:, part].T @ update.up.T if update.transposed else update.up[part] @ update.down
-    return (rows.float() + change.mul_(update.scaling)).to(rows.dtype)
+    def apply(self, rows: Tensor, start: int) -> None:
+        part = slice(start, start + len(rows))
+        change = self.down[:, part].T @ self.up.T if self.transposed else self.up[part] @ self.down
+        rows.add_(change.mul_(self.scaling))
 
 
-def read_updates(adapter: Path, *, conv1d: bool) -> list[Update]:
-    """The updates of a plain LoRA adapter. `conv1d`: the base stores its linears (in, out).
+@dataclass(frozen=True)
+class Dora:
+    """magnitude * (W + scaling * B A) / its norm over the inputs (arXiv:2402.09353)."""
 
-    Raises ModelError, naming it, for anything that is not plain LoRA, before anything is written.
+    update: Update
+    magnitude: Tensor  # (out,) fp32
+    replaces = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.update.shape
+
+    @property
+    def whole(self) -> bool:
+        return self.update.transposed  # a norm runs along a column then
+
+    def apply(self, rows: Tensor, start: int) -> None:
+        self.update.apply(rows, start)
+        if self.update.transposed:
+            rows.mul_(self.magnitude / torch.linalg.norm(rows, dim=0))
+        else:
+            magnitude = self.magnitude[start : start + len(rows)]
+            rows.mul_((magnitude / torch.linalg.norm(rows, dim=1)).unsqueeze(1))
+
+
+@dataclass(frozen=True)
+class Shift:
+    """b + scaling * the bias of B."""
+
+    bias: Tensor  # (out,) fp32
+    scaling: float
+    whole = False
+    replaces = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.bias.shape)
+
+    def apply(self, rows: Tensor, start: int) -> None:  # a vector is one row
+        rows.add_(self.bias * self.scaling)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A tensor that was trained as a whole."""
+
+    tensor: Tensor
+    whole = False
+    replaces = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def apply(self, rows: Tensor, start: int) -> None:
+        rows.copy_(self.tensor.reshape(-1, rows.shape[1])[start : start + len(rows)])
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Rows of an embedding that were trained."""
+
+    rows: dict[int, Tensor]  # token -> (hidden,)
+    shape: tuple[int, ...]  # of the embedding
+    whole = False
+    replaces = False
+
+    def apply(self, rows: Tensor, start: int) -> None:
+        for token, row in self.rows.items():
+            if start <= token < start + len(rows):
+                rows[token - start] = row
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Updates of matrices that are stored as one tensor: the experts of a layer."""
+
+    updates: Sequence[Update]
+    whole = False
+    replaces = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.updates), *self.updates[0].shape)
+
+    def apply(self, rows: Tensor, start: int) -> None:
+        height = self.updates[0].shape[0]
+        done = 0
+        while done < len(rows):
+            expert, first = divmod(start + done, height)
+            count = min(height - first, len(rows) - done)
+            self.updates[expert].apply(rows[done : done + count], first)
+            done += count
+
+
+@dataclass(frozen=True)
+class Series:
+    """Several changes of one tensor, one after the other."""
+
+    changes: Sequence[Change]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.changes[0].shape
+
+    @property
+    def whole(self) -> bool:
+        return any(change.whole for change in self.changes)
+
+    @property
+    def replaces(self) -> bool:
+        return self.changes[0].replaces
+
+    def apply(self, rows: Tensor, start: int) -> None:
+        for change in self.changes:
+            change.apply(rows, start)
+
+
+def split_experts(down: Tensor, up: Tensor, *, experts: int, scaling: float, transposed: bool) -> list[Update]:
+    """The updates of each expert from what PEFT keeps of all of them (peft.tuners.lora.layer.ParamWrapper).
+
+    `down`: (experts * rank, in), expert by expert; `up`: (out, rank * experts), rank by rank.
     """
-    config = _read_plain_config(adapter)
-    tensors = _read_tensors(adapter)
-    modules = sorted({name.rsplit(".lora_", 1)[0] for name in tensors})
-    updates = []
-    for module in modules:
-        try:
-            down, up = tensors.pop(f"{module}.lora_A.weight"), tensors.pop(f"{module}.lora_B.weight")
-        except KeyError as missing:
-            raise ModelError(f"the adapter has no {missing.args[0]}", where=str(adapter)) from None
-        if up.shape[1] != config["r"] or down.shape[0] != config["r"]:
-            raise ModelError(f"{module} has rank {down.shape[0]}, the config says {config['r']}", where=str(adapter))
-        root = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
-        scaling = config["lora_alpha"] / root
-        updates.append(Update(module.removeprefix(_PREFIX), down.float(), up.float(), scaling, conv1d))
-    if tensors or not updates:
-        raise ModelError(f"not plain LoRA: {sorted(tensors)[:3] or 'no tensors at all'}", where=str(adapter))
-    return updates
+    downs = down.view(experts, -1, down.shape[1])
+    ups = up.view(len(up), -1, experts)
+    return [Update(downs[e], ups[:, :, e].contiguous(), scaling, transposed) for e in range(experts)]
 
 
-def _read_plain_config(adapter: Path) -> dict[str, Any]:
-    config = read_adapter_config(adapter)
-    unsupported = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters",
-                   "trainable_token_indices", "lora_bias", "layer_replication")  # fmt: skip
-    given = [key for key in unsupported if config.get(key)]
-    if config.get("bias", "none") != "none":
-        given.append(f"bias {config.get('bias')}")
-    if given:
-        what = f"cannot merge an adapter with {', '.join(given)}"
-        raise ModelError(what, where=str(adapter / CONFIG), hint="plain LoRA merges")
-    return config
-
-
-def _read_tensors(adapter: Path) -> dict[str, Tensor]:
-    refuse_pickle(adapter)
-    path = adapter / WEIGHTS
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-    except Exception as fault:  # safetensors raises its own error type, and OSError
-        raise ModelError(f"cannot read the adapter: {fault}", where=str(path)) from None
-    broken = next(_non_finite(tensors), None)
-    if broken:
-        raise ModelError(f"{broken} is not finite", where=str(path))
-    return tensors
-
-
-def _non_finite(tensors: dict[str, Tensor]) -> Iterator[str]:
-    return (name for name, tensor in tensors.items() if not tensor.isfinite().all())
+def scale(alpha: float, rank: int, *, rslora: bool) -> float:
+    """What B A is multiplied by."""
+    return alpha / (math.sqrt(rank) if rslora else rank)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
+
+import torch
 
 from lorasft.adapter_files import CONFIG, read_adapter_config
 from lorasft.errors import ModelError, UnsafeError
@@ -14,21 +16,35 @@ from lorasft.files import fingerprint
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
 
+Onto = Literal["original", "dequantized"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which base the update is added to, and why in one line."""
+
+    onto: Onto
+    why: str
+
+
 @dataclass(frozen=True)
 class Source:
     """An adapter, its base on this machine, and the run that made it, if one did."""
 
     adapter: Path
     base: Path
-    run: Path | None
     base_name: str
+    run: Path | None = None
+    commit: str | None = None  # of the base on the hub
+    trained_on: str | None = None  # the fingerprint of the base that the run stood on
+    dtype: torch.dtype | None = None  # that the run computed in
 
 
-def find_source(name: str, *, base: str | None = None) -> Source:
+def find_source(name: str, *, base: str | None = None, force_base: bool = False) -> Source:
     """The adapter of a run or an adapter folder, with the base that it was trained on or the one given as `base`.
 
-    Raises ModelError when there is no adapter or the base is not the one of training, UnsafeError when a
-    stranger's adapter names a base by something else than a folder or a hub id.
+    Raises ModelError when there is no adapter or, but for `force_base`, the base is not the one of training;
+    UnsafeError when a stranger's adapter names a base by something else than a folder or a hub id.
     """
     folder = Path(name)
     if (folder / "recipe.yaml").is_file() and not (folder / CONFIG).is_file():
@@ -46,19 +62,16 @@ def find_source(name: str, *, base: str | None = None) -> Source:
     if not (found / "config.json").is_file():
         raise ModelError("no config.json: this is no model folder", where=str(found), hint="--base MODEL")
     run = next((parent for parent in folder.resolve().parents[:2] if (parent / "provenance.json").is_file()), None)
-    if run:
-        _refuse_other_base(found, json.loads((run / "provenance.json").read_bytes()))
-    return Source(folder, found, run, given)
-
-
-def _refuse_other_base(base: Path, provenance: dict[str, Any]) -> None:
+    if run is None:
+        return Source(folder, found, given)
+    provenance = json.loads((run / "provenance.json").read_bytes())
     trained = provenance["base"]["fingerprint"]
-    if trained and trained != fingerprint(base):
-        raise ModelError(
-            "this base is not the one that the adapter was trained on",
-            where=str(base),
-            hint=f"--base FOLDER with the files of {provenance['base']['name']}",
-        )
+    if trained and trained != fingerprint(found) and not force_base:
+        what = "this base is not the one that the adapter was trained on"
+        hint = f"--base FOLDER with the files of {provenance['base']['name']}, or --force-base"
+        raise ModelError(what, where=str(found), hint=hint)
+    dtype: torch.dtype = getattr(torch, provenance["layout"]["dtype"])
+    return Source(folder, found, given, run, provenance["base"]["commit"], trained, dtype)
 
 
 def _fetch(name: str, revision: str | None) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def attach_adapter(base: Any, settings: AdapterSettings, *, seed: int) -> Any:
 def load_adapter(base: Any, folder: Path, *, trainable: bool = False) -> Any:
     """The adapter in `folder` on `base`. Raises ModelError unless its tensors are those that its config implies."""
     fields, weights = read_adapter_config(folder), read_adapter_weights(folder)
+    _refuse_streamed(base, weights, fields, where=str(folder))
+    _take_embeddings(base, weights, saved=fields.get("modules_to_save") or (), where=str(folder))
     # `base` is what it is put on, and the weights are there: nothing has to be looked up or initialized.
     own = {"peft_type", "runtime_config", "base_model_name_or_path", "init_lora_weights"}
     known = LoraConfig.__dataclass_fields__.keys() - own
@@ -73,6 +76,36 @@ def all_linears(base: Any) -> list[str]:
     return names if same == set(paths) and not fused else paths
 
 
+def _refuse_streamed(base: Any, weights: Mapping[str, Tensor], fields: Mapping[str, Any], *, where: str) -> None:
+    """Raise ModelError when `base` is streamed from its files and the adapter is more than A and B of linears."""
+    other = next((name for name in weights if ".lora_A." not in name and ".lora_B." not in name), None)
+    other = "target_parameters" if fields.get("target_parameters") else other
+    if other and any(parameter.is_meta for parameter in base.parameters()):
+        what = f"the base does not fit into memory, and {other} does not work with one that is streamed"
+        raise ModelError(what, where=where, hint="merge with --no-check")
+
+
+def _take_embeddings(base: Any, weights: dict[str, Tensor], *, saved: Sequence[str], where: str) -> None:
+    """Give `base` the whole embeddings that PEFT adds to an adapter's `weights`, and take them out of these.
+
+    It adds them where they are adapted, and where the vocabulary was resized: `base` is resized then. `saved`: the
+    modules that the adapter itself has as a whole.
+    """
+    embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
+    for path, module in list(base.named_modules()):
+        names = [f"base_model.model.{path}{part}.weight" for part in ("", ".base_layer")]
+        name = next((name for name in names if name in weights), None)
+        if module not in embeddings or name is None or any(path.endswith(end) for end in saved):
+            continue
+        tensor = weights.pop(name)
+        if tensor.dim() != 2 or tensor.shape[1:] != module.weight.shape[1:] or not tensor.isfinite().all():
+            raise ModelError(f"{name} is {list(tensor.shape)}, or not finite", where=where)
+        if len(tensor) != base.get_input_embeddings().weight.shape[0]:
+            base.resize_token_embeddings(len(tensor), mean_resizing=False)
+        with torch.no_grad():
+            base.get_submodule(path).weight.copy_(tensor)
+
+
 def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
     """The adapter's tensors by their names on disk; safetensors only."""
     refuse_pickle(folder)
@@ -98,7 +131,19 @@ def give_weights(model: Any, weights: dict[str, Tensor], *, where: str) -> None:
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if broken:
         raise ModelError(f"{broken[0]} is not finite", where=where)
-    set_peft_model_state_dict(model, weights)
+    if any(tensor.is_meta for tensor in own.values()):
+        _put_weights(model, weights)
+    else:
+        set_peft_model_state_dict(model, weights)
+
+
+def _put_weights(model: Any, weights: dict[str, Tensor]) -> None:
+    """Give an adapter real weights whose base is streamed from the disk, so that PEFT made it without any."""
+    for name, parameter in list(model.named_parameters()):
+        saved = name.replace(".default", "")
+        if parameter.is_meta and saved in weights:
+            module, _, own = name.rpartition(".")
+            setattr(model.get_submodule(module), own, nn.Parameter(weights[saved].float(), requires_grad=False))
 
 
 def adapter_weights(model: Any) -> dict[str, Tensor]:

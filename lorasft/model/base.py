@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from lorasft.errors import CapacityError, DeviceError, ModelError, UnsafeError
 from lorasft.model.attention import default_attention
@@ -43,25 +45,25 @@ class ByteTable:
         return ", ".join(f"{kind} {size / 1e6:,.1f} MB" for kind, size in kinds if size)
 
 
-def load_base(settings: ModelSettings, device: torch.device) -> Any:
+def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool = False) -> Any:
     """The base on `device`, frozen, in evaluation mode, under transformers' own attention.
 
+    `streamed`: its weights stay in their files and are read layer by layer, whenever they are computed; not in 4 bit.
     Raises ModelError for files that are no causal language model, UnsafeError where remote code would be needed,
     DeviceError where the device lacks the dtype.
     """
     config = read_config(settings.base, settings.revision)
     dtype = compute_dtype(settings.dtype, device)
     quantize = settings.quantization == "nf4" and not hasattr(config, "quantization_config")
-    scheme = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-    with _quiet_progress(), _loading_faults(settings.base):
+    # Only weights that are no safetensors would be written to the scratch folder: there are none.
+    with _quiet_progress(), _loading_faults(settings.base), tempfile.TemporaryDirectory() as scratch:
         model = AutoModelForCausalLM.from_pretrained(
             settings.base,
             revision=settings.revision,
             dtype=dtype,
-            quantization_config=scheme if quantize else None,
-            device_map={"": device},
+            **({"quantization_config": nf4_scheme(dtype)} if quantize else {}),  # None would hide the config's own
+            device_map={"": "disk" if streamed else device},
+            offload_folder=scratch if streamed else None,
             trust_remote_code=False,
             use_safetensors=True,
             attn_implementation=default_attention(config),
@@ -82,6 +84,21 @@ def load_base(settings: ModelSettings, device: torch.device) -> Any:
     if settings.quantization == "nf4":
         _check_quantized(model)
     return model
+
+
+def nf4_scheme(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 in groups of 64, scales quantized as well, taken out in `dtype` to be multiplied."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def find_quantized(config: Any) -> list[str]:
+    """The linears that `load_base` puts into NF4, by their paths in the model."""
+    skeleton = make_skeleton(config)
+    quantizer = AutoHfQuantizer.from_config(nf4_scheme(torch.bfloat16), pre_quantized=False)
+    quantizer.preprocess_model(skeleton, device_map={"": "cpu"}, dtype=torch.bfloat16)
+    return [path for path, module in skeleton.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
 
 
 def read_config(base: str, revision: str | None = None) -> Any:

@@ -72,8 +72,15 @@ def load_saved(saved: Saved, device: torch.device) -> Loaded:
     """Load base, adapter and tokenizer, in evaluation mode, and probe how losses are computed."""
     with_tokenizer = saved.adapter is not None and (saved.adapter / "tokenizer.json").is_file()
     tokenizer = load_tokenizer(str(saved.adapter)) if with_tokenizer else load_tokenizer(saved.model.base)
-    model = load_base(saved.model, device)
-    peft = load_adapter(model, saved.adapter) if saved.adapter else None
-    causal = peft.get_base_model() if peft is not None else model
-    causal.eval()
-    return Loaded(peft, verify(causal), tokenizer)
+    model = load_model(saved, device)
+    peft = model if saved.adapter else None
+    return Loaded(peft, verify(peft.get_base_model() if peft is not None else model), tokenizer)
+
+
+def load_model(saved: Saved, device: torch.device, *, streamed: bool = False) -> Any:
+    """The base, as a PEFT model when there is an adapter, in evaluation mode.
+
+    `streamed`: weights stay in their files and are read a layer at a time, whenever it is computed.
+    """
+    base = load_base(saved.model, device, streamed=streamed)
+    return (load_adapter(base, saved.adapter) if saved.adapter else base).eval()

@@ -17,15 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
-from torch import nn
 
 from lorasft.data.packing import Plan, count_steps
-from lorasft.data.prefixes import Sharing
 from lorasft.data.prepare import Prepared, prepare
-from lorasft.data.store import TokenStore
 from lorasft.data.tokenizer import compare_with_file, load_tokenizer
 from lorasft.data.untrained import refuse_untrained
 from lorasft.errors import ModelError, RecipeError
@@ -33,27 +29,18 @@ from lorasft.files import locked, make_folder, remove_folder, staged_folder, swe
 from lorasft.model.adapter import attach_adapter, check_targets, load_adapter, trainable, write_adapter
 from lorasft.model.base import compute_dtype, count_bytes, load_base, make_skeleton, read_config
 from lorasft.model.loss import Network
-from lorasft.model.memory import (
-    fewest_recomputed,
-    free_memory,
-    gradient_bytes,
-    heaviest_batch,
-    measure,
-    optimizer_bytes,
-)
-from lorasft.model.recompute import decoder_layers, recompute
+from lorasft.model.recompute import decoder_layers
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import Recipe, dump_recipe
-from lorasft.train.checkpoint import Layout, Learner, State, newest_checkpoint, read_state, restore_checkpoint
+from lorasft.train.checkpoint import Learner, State, newest_checkpoint, read_state, restore_checkpoint
 from lorasft.train.folder import claim, refuse_changes, write_start
+from lorasft.train.layout import choose_layout, choose_tokens
 from lorasft.train.logbook import Logbook, check_trackers
 from lorasft.train.loop import Run, save
 from lorasft.train.optimizer import make_optimizer
 from lorasft.train.ranks import ALONE, Ranks
 from lorasft.train.redo import plain_memory_errors
 from lorasft.train.schedule import warmup_steps
-
-_AUTO_TOKENS = {"cpu": 2048, "cuda": 4096}  # tokens of a micro-batch: measured on CPU; the planner will know better
 
 
 @dataclass(frozen=True)
@@ -123,10 +110,8 @@ def _load(recipe: Recipe, folder: Path, settled: Settled, *, ranks: Ranks) -> Op
     device = PartialState().device
     prepared, tokenizer, plan, saved = settled.prepared, settled.tokenizer, settled.plan, settled.saved
     with ranks.agreed():
-        longest = longest_sequence(prepared.train)
-        model, network, layout = load_model(
-            recipe, device, saved=saved, micro_batch_tokens=plan.micro_batch_tokens, longest=longest
-        )
+        model, network = load_model(recipe, device, saved=saved)
+        network, layout = choose_layout(recipe, network, plan=plan, rows=prepared.train, saved=saved)
     # All processes must cut a step in the same way.
     layout = replace(layout, micro_batch_tokens=min(ranks.gather(layout.micro_batch_tokens)), processes=ranks.count)
     parameters = trainable(model)
@@ -176,16 +161,10 @@ def _load(recipe: Recipe, folder: Path, settled: Settled, *, ranks: Ranks) -> Op
     return Opened(run, state, tokenizer, prepared, notes)
 
 
-def load_model(
-    recipe: Recipe, device: torch.device, *, saved: State | None, micro_batch_tokens: int, longest: int
-) -> tuple[Any, Network, Layout]:
-    """The PEFT model, what was verified about it, and the layout: the one of the checkpoint where there is one.
-
-    `longest` is the length of the longest sequence in tokens.
-    """
+def load_model(recipe: Recipe, device: torch.device, *, saved: State | None) -> tuple[Any, Network]:
+    """The PEFT model, in the dtype of the checkpoint where there is one, and what was verified about it."""
     dtype = compute_dtype(saved.layout.dtype if saved else recipe.model.dtype, device)
-    settings = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
-    base = load_base(settings, device)
+    base = load_base(recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")}), device)
     if recipe.adapter.start:
         start = Path(recipe.adapter.start)
         model = load_adapter(base, start / "adapter" if (start / "recipe.yaml").is_file() else start, trainable=True)
@@ -195,42 +174,7 @@ def load_model(
     network = verify(model.get_base_model(), segments=saved.layout.segments if saved else own is None)
     if own:
         network.causal.set_attn_implementation(own)
-    network = choose_sharing(network, recipe.machine.share_prefixes, saved=saved)
-    layout = Layout(
-        dtype=settings.dtype,
-        micro_batch_tokens=micro_batch_tokens if network.segments else 1,  # 1: sequences go alone
-        recomputed_layers=choose_recomputed(
-            recipe, network, saved=saved, micro_batch_tokens=micro_batch_tokens, longest=longest
-        ),
-        segments=network.segments,
-        share_prefixes=network.share,
-    )
-    recompute(network.causal, layout.recomputed_layers)
-    return model, network, layout
-
-
-def choose_sharing(network: Network, wanted: Sharing, *, saved: State | None) -> Network:
-    """`network` as it shares prefixes: as recipe or checkpoint say, where that was verified and nothing drops out.
-
-    With dropout, examples that share tokens would share what is dropped.
-    """
-    if wanted == "auto" and saved:
-        wanted = saved.layout.share_prefixes
-    if wanted is False or network.share is False:
-        return replace(network, share=False)
-    if not drops_out(network.causal):
-        return replace(network, share=wanted)
-    notice = "shared prefixes are computed for each example: dropout is active"
-    return replace(network, share=False, notices=(*network.notices, notice))
-
-
-def drops_out(model: nn.Module) -> bool:
-    """Whether anything in `model` drops out while it trains: modules, or attention by a number that it is given."""
-    return any(
-        "drop" in name and isinstance(value, float) and value > 0
-        for module in model.modules()
-        for name, value in ({"dropout": module.p} if isinstance(module, nn.Dropout) else vars(module)).items()
-    )
+    return model, network
 
 
 def finish(opened: Opened, state: State) -> Path:
@@ -308,44 +252,11 @@ def make_plan(recipe: Recipe, *, examples: int, device: torch.device, saved: Sta
         examples, batch_size=recipe.train.batch_size, epochs=recipe.train.epochs, steps=recipe.train.steps
     )
     warmup_steps(steps, recipe.schedule)
-    tokens = recipe.machine.micro_batch_tokens
-    if tokens == "auto":
-        tokens = saved.layout.micro_batch_tokens if saved else _AUTO_TOKENS.get(device.type, 2048)
     return Plan(
         examples=examples,
         batch_size=recipe.train.batch_size,
         steps=steps,
         seed=recipe.train.seed,
         loss=recipe.train.loss,
-        micro_batch_tokens=tokens,
+        micro_batch_tokens=choose_tokens(recipe.machine.micro_batch_tokens, device, saved=saved),
     )
-
-
-def choose_recomputed(
-    recipe: Recipe, network: Network, *, saved: State | None, micro_batch_tokens: int, longest: int
-) -> int:
-    """How many layers recompute their activations: as the recipe or the checkpoint says, else as few as fit.
-
-    Raises RecipeError when the model cannot recompute and the recipe wants it.
-    """
-    wanted, layers = recipe.machine.activation_checkpointing, len(decoder_layers(network.causal))
-    if wanted is True and not layers:
-        what = "this model cannot recompute its activations"
-        raise RecipeError(what, where="machine.activation_checkpointing", hint="use auto or false")
-    if isinstance(wanted, bool) or not layers:
-        return layers if wanted is True else 0
-    if saved:
-        return saved.layout.recomputed_layers
-    batch = heaviest_batch(network, longest=longest, capacity=micro_batch_tokens)
-    try:
-        footprint = measure(network, batch)
-    except (LookupError, TypeError, ValueError, RuntimeError, MemoryError):
-        return layers  # no room to measure in, or layers that are called in a way not known here: what needs least
-    # The gradients and the optimizer take their share later, and keep it.
-    upcoming = gradient_bytes(network.causal) + optimizer_bytes(network.causal, recipe.optimizer.name)
-    return fewest_recomputed(footprint, free_memory(network.device) - upcoming)
-
-
-def longest_sequence(rows: TokenStore) -> int:
-    """Tokens of the longest sequence."""
-    return int(np.diff(rows.sequence_offsets).max())

@@ -1,0 +1,202 @@
+"""What a GGUF says of a model besides its tensors, and how llama.cpp wants these: one entry per architecture.
+
+llama.cpp has some of a model's numbers in its source, not in the file (which layers of a Gemma look through a window,
+how its attention is scaled). A model that differs there is refused by name: it would load and answer nonsense.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorasft.errors import ModelError
+
+Field = int | float | str
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture of llama.cpp, and what it does differently from the checkpoints of transformers."""
+
+    name: str
+    paired: bool = False  # rotary positions turn neighbouring rows of q and k, not rows half a head apart
+    norm_offset: float = 0.0  # added to norm weights: Gemma's are stored as w, used as 1 + w
+    biases: bool = False
+    activation: str = "silu"
+    full_every: int = 0  # every n-th layer sees everything, the others a window; 0: llama.cpp knows no windows here
+    large: int = 0  # how many layers the size has whose attention is scaled by hidden size / heads
+
+
+FAMILIES = {
+    "llama": Family("llama", paired=True, biases=True),
+    "mistral": Family("llama", paired=True, biases=True),
+    "qwen2": Family("qwen2", biases=True),
+    "qwen3": Family("qwen3"),
+    "gemma2": Family("gemma2", norm_offset=1.0, activation="gelu_pytorch_tanh", full_every=2, large=46),
+    "gemma3_text": Family("gemma3", norm_offset=1.0, activation="gelu_pytorch_tanh", full_every=6, large=62),
+    "phi3": Family("phi3"),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model as GGUF describes it. `fields` lack the architecture's name in front; `extra`: tensors of its own."""
+
+    family: Family
+    layers: int
+    head_size: int
+    vocabulary: int
+    tied: bool
+    fields: dict[str, Field]
+    extra: dict[str, list[float]] = field(default_factory=dict)
+
+
+def usual_converter(model: Path) -> str:
+    """The command of llama.cpp's own converter, for what is not converted here."""
+    return f"llama.cpp's converter: python convert_hf_to_gguf.py {model} --outfile FILE"
+
+
+def read_layout(model: Path) -> Layout:
+    """Describe the model in the folder `model`. Raises ModelError for what llama.cpp would not compute alike."""
+    config = _read_config(model)
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise ModelError(f"no GGUF export for {config.model_type} here", where=str(model), hint=usual_converter(model))
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    fault = _fault(config, family, head_size)
+    if fault:
+        raise ModelError(f"llama.cpp does not compute {fault}", where=str(model / "config.json"))
+    fields = _sizes(config, head_size) | _own_fields(config, family)
+    positions, extra = _positions(config, family, head_size, model)
+    return Layout(
+        family=family,
+        layers=config.num_hidden_layers,
+        head_size=head_size,
+        vocabulary=config.vocab_size,
+        tied=bool(config.tie_word_embeddings),
+        fields=fields | positions,
+        extra=extra,
+    )
+
+
+def _read_config(model: Path) -> Any:
+    """The text model's config, with its fields as transformers 5 names them."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False, local_files_only=True)
+    except Exception as fault:  # an unknown architecture, code of its own, a broken file
+        reason = str(fault).splitlines()[0]
+        raise ModelError(f"cannot read the config: {reason}", where=str(model), hint=usual_converter(model)) from None
+    if getattr(config, "quantization_config", None):
+        raise ModelError("the model is quantized", where=str(model), hint="export 16-bit weights, such as merge writes")
+    return config.get_text_config() if config.model_type == "gemma3" else config
+
+
+def _fault(config: Any, family: Family, head_size: int) -> str | None:
+    """What llama.cpp's source has otherwise than this config, in words; None when nothing is."""
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation != family.activation:
+        return f"the activation {activation} in {family.name}"
+    layers = range(config.num_hidden_layers)
+    every = family.full_every
+    usual = ["full_attention" if not every or not (at + 1) % every else "sliding_attention" for at in layers]
+    if list(getattr(config, "layer_types", None) or usual) != usual:
+        return f"sliding windows on these layers of {family.name}"
+    if getattr(config, "use_bidirectional_attention", None):
+        return "attention in both directions"
+    if not family.norm_offset:
+        return None
+    large = config.num_hidden_layers == family.large
+    scale = config.hidden_size / config.num_attention_heads if large else head_size
+    if config.query_pre_attn_scalar != scale:
+        return f"query_pre_attn_scalar {config.query_pre_attn_scalar}: it takes {scale:g} here"
+    caps = (config.attn_logit_softcapping, config.final_logit_softcapping)
+    capped = any(caps) if family.name == "gemma3" else not all(caps)
+    return f"soft caps {caps} in {family.name}" if capped else None
+
+
+def _sizes(config: Any, head_size: int) -> dict[str, Field]:
+    # llama.cpp has no window in llama: within it the model is the same, so a longer context is not promised.
+    window = config.sliding_window if config.model_type == "mistral" else None
+    return {
+        "vocab_size": config.vocab_size,
+        "context_length": min(config.max_position_embeddings, window or config.max_position_embeddings),
+        "block_count": config.num_hidden_layers,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads or config.num_attention_heads,
+        "attention.key_length": head_size,
+        "attention.value_length": head_size,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+    }
+
+
+def _own_fields(config: Any, family: Family) -> dict[str, Field]:
+    fields: dict[str, Field] = {}
+    if family.full_every or family.name == "phi3":  # llama.cpp takes Phi-3 without the field for an old broken file
+        fields["attention.sliding_window"] = config.sliding_window or 0
+    if family.name == "gemma2":
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            fields[name] = float(getattr(config, name) or 0.0)
+    return fields
+
+
+def _positions(
+    config: Any, family: Family, head_size: int, model: Path
+) -> tuple[dict[str, Field], dict[str, list[float]]]:
+    """Fields and tensors of the rotary positions. Raises ModelError for a kind that has no place in a GGUF."""
+    rope = dict(config.rope_parameters)
+    fields: dict[str, Field] = {}
+    if family.name == "gemma3":
+        fields["rope.freq_base_swa"] = float(rope["sliding_attention"]["rope_theta"])
+        rope = rope["full_attention"]
+    turned = int(head_size * (rope.get("partial_rotary_factor") or 1.0))
+    kind = rope.get("rope_type", "default")
+    fields |= {"rope.dimension_count": turned, "rope.freq_base": float(rope["rope_theta"])}
+    extra: dict[str, list[float]] = {}
+    if kind in ("linear", "yarn"):
+        fields |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
+    if kind == "yarn":
+        fields["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
+    if kind == "llama3":
+        extra["rope_freqs.weight"] = _slowdowns(config, turned)
+    if kind == "longrope":
+        fields |= _long_positions(config, rope)
+        for name in ("long", "short"):
+            extra[f"rope_factors_{name}.weight"] = [float(factor) for factor in rope[f"{name}_factor"]]
+    places = {"default": True, "linear": True, "yarn": _plain_yarn(rope), "llama3": family.name == "llama"}
+    if not places.get(kind, kind == "longrope" and family.name == "phi3"):
+        raise ModelError(
+            f"rope type {kind} of {family.name} has no GGUF export here", where=str(model), hint=usual_converter(model)
+        )
+    return fields, extra
+
+
+def _plain_yarn(rope: dict[str, Any]) -> bool:
+    """Whether YaRN has nothing but the numbers that llama.cpp takes for granted."""
+    usual = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "partial_rotary_factor": 1.0}
+    known = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
+    return all(usual.get(name) == value for name, value in rope.items() if name not in known and value is not None)
+
+
+def _slowdowns(config: Any, turned: int) -> list[float]:
+    """By how much Llama 3 slows each frequency down, as numbers to divide by."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    theta = float(config.rope_parameters["rope_theta"])
+    return [theta ** (-2 * at / turned) / float(frequency) for at, frequency in enumerate(slowed)]
+
+
+def _long_positions(config: Any, rope: dict[str, Any]) -> dict[str, Field]:
+    short = int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
+    growth = config.max_position_embeddings / short
+    usual = math.sqrt(1 + math.log(growth) / math.log(short)) if growth > 1 else 1.0
+    return {
+        "rope.scaling.original_context_length": short,
+        "rope.scaling.attn_factor": float(rope.get("attention_factor") or usual),
+    }

@@ -1,0 +1,147 @@
+"""A folder that `ollama create` takes: the GGUF, and a Modelfile whose template writes the prompts of training.
+
+Ollama renders Go templates, not the chat template in the file. What is written here is read off renderings: the text
+that stands before a message depends on its role and on that of the message before it, and on nothing else. That is
+compared with the chat template on conversations of several shapes; where it does not hold, the export is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorasft.data.templates import CLOCK, render
+from lorasft.data.tokenizer import load_tokenizer
+from lorasft.errors import DataError, ModelError
+from lorasft.export.gguf_file import Kind, Progress, Written, write_gguf
+from lorasft.export.tokenizer import starts_with_bos
+from lorasft.files import staged_folder, write_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+WEIGHTS, MODELFILE = "model.gguf", "Modelfile"
+_SHAPES = ("u", "su", "uau", "suau", "uauau", "suauauau")  # of conversations: system, user, assistant
+_ROLES = {"s": "system", "u": "user", "a": "assistant"}
+_START = ""  # the role before the first message
+
+
+@dataclass(frozen=True)
+class Joints:
+    """The texts between the messages of a conversation, by the roles before and behind, and the one before an answer.
+
+    A template that takes no system messages has no joints for them.
+    """
+
+    between: dict[tuple[str, str], str]
+    answer: str
+
+    def __contains__(self, role: str) -> bool:
+        return any(role in pair for pair in self.between)
+
+
+def write_ollama(
+    model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progress | None = None
+) -> tuple[Written, bool]:
+    """Write the new folder `out`: model.gguf and Modelfile. Also returns whether system messages have a place.
+
+    Raises ModelError when the chat template cannot be written as a Go template, and what write_gguf raises.
+    """
+    tokenizer = load_tokenizer(str(model))
+    joints = find_joints(tokenizer, where=str(model))
+    modelfile = f'FROM ./{WEIGHTS}\nTEMPLATE """{go_template(joints)}"""\n'
+    modelfile += "".join(
+        f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}\n" for stop in _stops(model, tokenizer)
+    )
+    with staged_folder(out) as stage:
+        written = write_gguf(model, stage / WEIGHTS, kind=kind, on_progress=on_progress)
+        write_file(stage / MODELFILE, modelfile.encode())
+    return replace(written, file=out / WEIGHTS), "system" in joints
+
+
+def find_joints(tokenizer: PreTrainedTokenizerFast, *, where: str) -> Joints:
+    """Read the joints off a chat template, without the BOS that the GGUF has the server put in front."""
+    if not tokenizer.chat_template:
+        raise ModelError("the model has no chat template", where=where, hint="--to gguf")
+    if CLOCK.search(str(tokenizer.chat_template)):
+        raise ModelError("the chat template asks for today's date, Ollama's cannot", where=where, hint="--to gguf")
+    with_system = _cut(tokenizer, "su") is not None
+    between: dict[tuple[str, str], str] = {}
+    answer = ""
+    for shape in _SHAPES:
+        if "s" in shape and not with_system:
+            continue
+        texts = _cut(tokenizer, shape)
+        if texts is None:
+            raise ModelError(f"the chat template refuses {_spell(shape)}, Ollama would not", where=where)
+        answer = answer or texts[-1]
+        roles = [_START, *(_ROLES[letter] for letter in shape)]
+        for pair, text in zip(pairwise(roles), texts, strict=False):
+            if between.setdefault(pair, text) != text or texts[-1] != answer:
+                what = f"the chat template writes {_spell(shape)} in a way that a Modelfile cannot"
+                raise ModelError(what, where=where, hint="--to gguf, and a server that takes the chat template from it")
+    if starts_with_bos(tokenizer):
+        bos = str(tokenizer.bos_token)
+        between = {pair: text.removeprefix(bos) if pair[0] == _START else text for pair, text in between.items()}
+    return Joints(between, answer)
+
+
+def _spell(shape: str) -> str:
+    return " + ".join(_ROLES[letter] for letter in shape)
+
+
+def _cut(tokenizer: PreTrainedTokenizerFast, shape: str) -> list[str] | None:
+    """The texts round the messages of a prompt of this shape; None when the template refuses or rewrites it."""
+    messages = [{"role": _ROLES[letter], "content": f"Lorasft{at}{letter}probe"} for at, letter in enumerate(shape)]
+    try:
+        rest = render(tokenizer, messages, generation_prompt=True)
+    except DataError:
+        return None
+    texts = []
+    for message in messages:
+        text, found, rest = rest.partition(message["content"])
+        if not found or message["content"] in rest:
+            return None
+        texts.append(text)
+    return [*texts, rest]
+
+
+def go_template(joints: Joints) -> str:
+    """The joints as a template of Ollama. An answer that is begun, the last message, is left open."""
+    text = {pair: _literal(said) for pair, said in joints.between.items()}
+    with_system = "system" in joints
+    user = _do('if eq $before "assistant"') + text["assistant", "user"]
+    if with_system:
+        user += _do('else if eq $before "system"') + text["system", "user"]
+    user += _do("else") + text[_START, "user"] + _do("end")
+    content = _do(".Content")
+    parts = [_do('$before := ""'), _do("range .Messages")]
+    parts += [_do('if eq .Role "user"'), user, content]
+    parts += [_do('else if eq .Role "assistant"'), text["user", "assistant"], content]
+    if with_system:
+        parts += [_do('else if eq .Role "system"'), text[_START, "system"], content]
+    parts += [_do("end"), _do("$before = .Role"), _do("end")]
+    parts += [_do('if ne $before "assistant"'), _literal(joints.answer), _do("end")]
+    return "".join(parts)
+
+
+def _do(action: str) -> str:
+    return f"{{{{ {action} }}}}"
+
+
+def _literal(text: str) -> str:
+    """Text of a template; as a Go string where it could be taken for something else."""
+    plain = "{" not in text and '"""' not in text and not text.startswith('"') and not text.endswith('"')
+    return text if plain else _do(json.dumps(text, ensure_ascii=False))
+
+
+def _stops(model: Path, tokenizer: PreTrainedTokenizerFast) -> Sequence[str]:
+    """The texts of the tokens that end generation, by the model's generation config and its tokenizer."""
+    path = model / "generation_config.json"
+    ids = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
+    ids = [*(ids if isinstance(ids, list) else [] if ids is None else [ids]), tokenizer.eos_token_id]
+    return list(dict.fromkeys(str(tokenizer.convert_ids_to_tokens(at)) for at in ids if at is not None))

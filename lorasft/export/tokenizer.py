@@ -1,0 +1,184 @@
+"""The tokenizer and chat template as a GGUF holds them.
+
+llama.cpp splits text by rules in its own source, which the file only names. The name is found from the rules that the
+loaded tokenizer has, so that an enlarged vocabulary does not hide it; where there is no name, the export is refused:
+a wrong one would give other ids without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorasft.data.report import Report
+from lorasft.data.templates import render
+from lorasft.data.tokenizer import adds_bos, load_tokenizer
+from lorasft.data.turns import TurnFinder
+from lorasft.errors import ModelError
+from lorasft.export.families import usual_converter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's types of tokens
+_PUNCTUATION = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_PUNCTUATION_PATHS = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_LOWER_ENDS = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+_UPPER_STARTS = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+_PATTERNS = {
+    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _PUNCTUATION: "llama-bpe",
+    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _PUNCTUATION: "qwen2",
+    _LOWER_ENDS + "|" + _UPPER_STARTS + r"|\p{N}" + _PUNCTUATION_PATHS: "tekken",
+    f"{_LOWER_ENDS}{_CONTRACTIONS}?|{_UPPER_STARTS}{_CONTRACTIONS}?" + r"|\p{N}{1,3}" + _PUNCTUATION_PATHS: "gpt-4o",
+}
+_LOOKS_SPECIAL = re.compile(r"<[|｜].*[|｜]>|<pad>|<mask>|<unused\d+>")  # llama.cpp's converter takes them for control
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+_SPACE = "\u2581"
+
+
+def describe_tokenizer(model: Path, vocabulary: int) -> dict[str, Any]:
+    """The fields of a GGUF for the tokenizer in the folder `model`, filled up to `vocabulary` tokens.
+
+    Raises ModelError when llama.cpp has no tokenizer that splits text like this one.
+    """
+    tokenizer = load_tokenizer(str(model))
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    if spec["model"]["type"] != "BPE":
+        raise _unknown(model, f"is {spec['model']['type']}, not BPE")
+    pieces = _name_tokens(tokenizer, spec, vocabulary)
+    if _is_sentencepiece(spec):
+        own = _describe_sentencepiece(tokenizer, spec, model, pieces["tokenizer.ggml.tokens"])
+    else:
+        merges = [" ".join(merge) for merge in spec["model"]["merges"]]
+        own = {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": name_splitter(spec, model),
+            "tokenizer.ggml.merges": merges,
+        }
+    return own | pieces | _special_fields(tokenizer)
+
+
+def name_splitter(spec: dict[str, Any], model: Path) -> str:
+    """llama.cpp's name for how a byte-level tokenizer (`spec`: its tokenizer.json) splits text before merging."""
+    rule = spec["pre_tokenizer"] or {}
+    parts = rule.get("pretokenizers", [rule])
+    kinds = [part.get("type") for part in parts]
+    last = parts[-1]
+    normalizer = (spec["normalizer"] or {}).get("type")
+    if kinds[-1] != "ByteLevel" or last["add_prefix_space"] or normalizer not in (None, "NFC"):
+        raise _unknown(model, "is not one of those that are known here")
+    if kinds == ["ByteLevel"] and last["use_regex"]:
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"] and last["use_regex"]:
+        return "smollm"
+    name = None
+    if kinds == ["Split", "ByteLevel"] and parts[0]["behavior"] == "Isolated" and not last["use_regex"]:
+        name = _PATTERNS.get(parts[0]["pattern"].get("Regex"))
+    if name is None:
+        raise _unknown(model, "splits text by a rule that is not known here")
+    if name == "llama-bpe" and not spec["model"].get("ignore_merges"):
+        return "dbrx"  # the same rule, and every token is reached by merges
+    return name
+
+
+def _unknown(model: Path, what: str) -> ModelError:
+    return ModelError(f"the tokenizer {what}", where=str(model), hint=usual_converter(model))
+
+
+def _is_sentencepiece(spec: dict[str, Any]) -> bool:
+    steps = [part for key in ("normalizer", "pre_tokenizer") for part in _flatten(spec[key])]
+    known = {"Prepend", "Replace", "Metaspace", "Split"}
+    spaces = any(part.get("content") == _SPACE or part.get("replacement") == _SPACE for part in steps)
+    return bool(spec["model"].get("byte_fallback")) and spaces and {part["type"] for part in steps} <= known
+
+
+def _flatten(step: dict[str, Any] | None) -> list[dict[str, Any]]:
+    return [] if step is None else step.get("normalizers") or step.get("pretokenizers") or [step]
+
+
+def _name_tokens(tokenizer: PreTrainedTokenizerFast, spec: dict[str, Any], vocabulary: int) -> dict[str, Any]:
+    """Texts and types of all tokens, in the order of their ids."""
+    tokens = [f"[PAD{at}]" for at in range(vocabulary)]
+    types = [UNUSED] * vocabulary
+    for text, at in tokenizer.get_vocab().items():
+        if at >= vocabulary:
+            raise ModelError(f"the tokenizer has token {at}, the model {vocabulary}", where=tokenizer.name_or_path)
+        tokens[at] = text
+        types[at] = BYTE if spec["model"].get("byte_fallback") and _BYTE_TOKEN.fullmatch(text) else NORMAL
+    for at, added in tokenizer.added_tokens_decoder.items():
+        special = added.special or _LOOKS_SPECIAL.fullmatch(added.content)
+        types[at] = CONTROL if special else USER_DEFINED
+        tokens[at] = added.content if special else added.content.replace(_SPACE, " ")
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in (
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+    ):
+        types[tokenizer.unk_token_id] = UNKNOWN
+    return {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+
+
+def _describe_sentencepiece(
+    tokenizer: PreTrainedTokenizerFast, spec: dict[str, Any], model: Path, tokens: list[str]
+) -> dict[str, Any]:
+    """Scores stand for merges: a piece's is the rank of the first merge that makes it, counted downwards."""
+    ranks: dict[str, int] = {}
+    last = 0
+    for rank, (left, right) in enumerate(map(_pair, spec["model"]["merges"])):
+        first = ranks.setdefault(left + right, rank)
+        # Runs of spaces have merges of their own order, which a score cannot follow; one run, one piece all the same.
+        if first < last and set(left + right) != {_SPACE}:
+            raise _unknown(model, f"merges {left!r} and {right!r} at a rank that no score of a piece gives")
+        last = max(last, first)
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.scores": [-float(ranks.get(token, 0)) for token in tokens],
+        "tokenizer.ggml.add_space_prefix": _adds_space(tokenizer),
+    }
+
+
+def _pair(merge: Any) -> list[str]:
+    return merge.split(" ") if isinstance(merge, str) else merge
+
+
+def _adds_space(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether text behind a special token gets a space in front, as the text of every prompt stands."""
+    start = tokenizer.bos_token or tokenizer.eos_token or ""
+    return bool(tokenizer.tokenize(f"{start}a")[-1].startswith(_SPACE))
+
+
+def _special_fields(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "eot_token_id": _end_of_turn(tokenizer),
+        "unknown_token_id": tokenizer.unk_token_id,
+        "padding_token_id": tokenizer.pad_token_id,
+    }
+    fields: dict[str, Any] = {f"tokenizer.ggml.{name}": int(at) for name, at in ids.items() if at is not None}
+    fields["tokenizer.ggml.add_bos_token"] = starts_with_bos(tokenizer)
+    fields["tokenizer.ggml.add_eos_token"] = False
+    if isinstance(tokenizer.chat_template, str):
+        fields["tokenizer.chat_template"] = tokenizer.chat_template
+    elif tokenizer.chat_template:
+        fields["tokenizer.chat_template"] = tokenizer.get_chat_template(None, None)
+    return fields
+
+
+def starts_with_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether a server shall put BOS before prompts: the tokenizer does, and in training the template did."""
+    if not adds_bos(tokenizer) or not tokenizer.chat_template:
+        return adds_bos(tokenizer)
+    return render(tokenizer, [{"role": "user", "content": "a"}], generation_prompt=True).startswith(tokenizer.bos_token)
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The token that ends an answer under the template, if it is one."""
+    if not tokenizer.chat_template:
+        return None
+    end = TurnFinder(tokenizer, Report(), thinking="follow_template").habits.end.strip()
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    return vocabulary.get(end)

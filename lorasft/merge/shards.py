@@ -1,0 +1,135 @@
+"""Safetensors files as their headers say: which tensors, of what type and shape, at which bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorasft.errors import ModelError
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a tensor looks like."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a shard: its place counts from the end of the header."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def form(self) -> Form:
+        return Form(self.dtype, self.shape)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.end - self.start
+
+    @property
+    def rows(self) -> int:
+        """Rows of the tensor seen as a matrix: all dimensions but the last; a vector is one row."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row."""
+        return self.shape[-1] if self.shape else 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A safetensors file: its header as it stands and its tensors in the order of their bytes."""
+
+    path: Path
+    header: bytes  # the length and the JSON behind it
+    entries: tuple[Entry, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + (self.entries[-1].end if self.entries else 0)
+
+
+def reform_shard(shard: Shard, forms: Mapping[str, Form | None]) -> Shard:
+    """The shard with tensors in other forms, and without those whose form is None; its own header if there are none."""
+    if all(entry.name not in forms or forms[entry.name] == entry.form for entry in shard.entries):
+        return shard
+    fields: dict[str, Any] = {}
+    metadata = json.loads(shard.header[8:]).get("__metadata__")
+    if metadata is not None:
+        fields["__metadata__"] = metadata
+    entries: list[Entry] = []
+    for entry in shard.entries:
+        form = forms.get(entry.name, entry.form)
+        if form is not None:
+            start = entries[-1].end if entries else 0
+            size = entry.size if form == entry.form else math.prod(form.shape) * DTYPES[form.dtype].itemsize
+            end = start + size
+            entries.append(Entry(entry.name, form.dtype, form.shape, start, end))
+            fields[entry.name] = {"dtype": form.dtype, "shape": form.shape, "data_offsets": (start, end)}
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return Shard(shard.path, len(text).to_bytes(8, "little") + text, tuple(entries))
+
+
+def find_shards(base: Path) -> list[Path]:
+    """The safetensors files that a loader reads: those of the index, else the single one. Others are left aside."""
+    index = base / INDEX
+    names = _read_index(index) if index.is_file() else ["model.safetensors"]
+    for name in names:
+        if Path(name).name != name:
+            raise ModelError(f"the index names a file outside its folder: {name}", where=str(index))
+        if not (base / name).is_file():
+            raise ModelError(f"{name} is missing", where=str(base), hint="the base must be there as safetensors")
+    return [base / name for name in names]
+
+
+def _read_index(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError("this index names no shards", where=str(index), hint="download it again") from None
+
+
+def read_shard(path: Path) -> Shard:
+    """The header of a safetensors file. Raises ModelError when it is none, or is cut short."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if prefix.startswith(b"version "):
+            raise ModelError("this is a Git LFS pointer, not the weights", where=str(path), hint="git lfs pull")
+        if len(prefix) < 8 or length > min(size, 100 << 20):
+            raise ModelError("not a safetensors file", where=str(path), hint="download it again")
+        text = file.read(length)
+    try:
+        fields: dict[str, Any] = json.loads(text)
+        entries = [
+            Entry(name, field["dtype"], tuple(field["shape"]), *field["data_offsets"])
+            for name, field in fields.items()
+            if name != "__metadata__"
+        ]
+    except (ValueError, KeyError, TypeError) as fault:
+        raise ModelError(f"bad safetensors header: {fault}", where=str(path), hint="download it again") from None
+    shard = Shard(path, prefix + text, tuple(sorted(entries, key=lambda entry: entry.start)))
+    if shard.size != size or any(a.end != b.start for a, b in zip(shard.entries, shard.entries[1:], strict=False)):
+        raise ModelError(f"{size:,} bytes, its header says {shard.size:,}", where=str(path), hint="download it again")
+    return shard
