@@ -309,6 +309,18 @@ def test_what_may_not_be_merged(trained: Path, base: Path, tmp_path: Path, capsy
     assert "is merged into this base already" in capsys.readouterr().err
 
 
+def test_a_merged_folder_takes_another_adapter(base: Path, tmp_path: Path) -> None:
+    """And the records of the first merge are not those of the second."""
+    one, other = (save_adapter(base, tmp_path / name) for name in ("one", "other"))
+    tensors = load_file(other / "adapter_model.safetensors")
+    save_file({name: tensor * 0.5 for name, tensor in tensors.items()}, other / "adapter_model.safetensors")
+    merge(base, one, tmp_path / "first")
+    merge(tmp_path / "first", other, tmp_path / "second")
+    verify_folder(tmp_path / "second")
+    record = json.loads((tmp_path / "second/merge.json").read_text(encoding="utf-8"))
+    assert record["adapter"] == sha256(other / "adapter_model.safetensors")
+
+
 def test_a_merge_in_4_bit(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", str(trained), "--out", str(tmp_path / "out"), "--quantize", "nf4", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)

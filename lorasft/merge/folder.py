@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from lorasft import __version__
 from lorasft.adapter_files import WEIGHTS
 from lorasft.errors import ModelError
-from lorasft.files import fingerprint, make_folder, need_space, refuse_existing, sha256, staged_folder, write_file
+from lorasft.files import (
+    MANIFEST,
+    fingerprint,
+    make_folder,
+    need_space,
+    refuse_existing,
+    sha256,
+    staged_folder,
+    write_file,
+)
 from lorasft.merge.card import make_card
 from lorasft.merge.config import read_config
 from lorasft.merge.plan import Plan, plan_merge
@@ -68,7 +77,7 @@ def merge(
     config = read_config(source.base)
     plan = plan_merge(source.base, source.adapter, config=config)
     _refuse_other_grid(plan, onto, quantize=quantize)
-    need_space(out, plan.size)
+    need_space(out, plan.size * (2 if quantize else 1))
     # Models and quantizers take seconds and hundreds of megabytes to import: only where they are needed.
     judge, grid = None, {}
     if check:
@@ -197,4 +206,6 @@ def _stops(folder: Path) -> set[int]:
 
 
 def _sidecars(base: Path) -> Iterator[Path]:
-    return (path for path in base.iterdir() if path.is_file() and path.suffix in _SIDECARS)
+    """What stands beside the weights, but for the records of an earlier merge."""
+    records = {RECORD, MANIFEST}
+    return (p for p in base.iterdir() if p.is_file() and p.suffix in _SIDECARS and p.name not in records)

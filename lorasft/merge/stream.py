@@ -6,8 +6,9 @@ copied as they stand where no tensor gets another form; a tensor that nothing ch
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,10 +54,10 @@ def write_weights(
     done = 0
     written: dict[str, Written] = {}
     hashes: dict[str, str] = {}
-    torch.set_num_threads(1)  # blocks are small, and the other core writes: waiting threads would take it away
     for shard, target in zip(plan.shards, plan.targets, strict=True):
         stored = {entry.name: entry for entry in shard.entries}
-        with open(shard.path, "rb") as source, new_file(stage / shard.path.name) as file, Writer(file) as writer:
+        place = stage / shard.path.name
+        with _one_thread(), open(shard.path, "rb") as source, new_file(place) as file, Writer(file) as writer:
             writer.write(target.header)
             for entry in target.entries:
                 name, start = entry.name, len(shard.header) + stored[entry.name].start
@@ -99,6 +100,17 @@ def _write_changed(
         changed = changed or not torch.equal(given, after)
         target.write(after)
     return Written(changed, math.sqrt(update), math.sqrt(error))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread of torch: blocks are small, and threads that wait for the next would keep the writer from its core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _square(block: Tensor) -> float:
