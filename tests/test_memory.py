@@ -36,8 +36,8 @@ from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import AdapterSettings, ModelSettings, OptimizerSettings
 from lorasft.train import evaluate as evaluation
+from lorasft.train import layout as layouts
 from lorasft.train import loop
-from lorasft.train import run as runs
 from lorasft.train.checkpoint import read_state
 from lorasft.train.optimizer import make_optimizer
 
@@ -229,16 +229,16 @@ def test_auto_recomputes_what_the_free_memory_asks_for(
     recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[Any] = []
-    plain = runs.fewest_recomputed
+    plain = layouts.fewest_recomputed
 
     def remembered(footprint: Footprint, free: int) -> int:
         asked.append((footprint, free))
         return plain(footprint, free)
 
-    monkeypatch.setattr(runs, "fewest_recomputed", remembered)
+    monkeypatch.setattr(layouts, "fewest_recomputed", remembered)
 
     def train(name: str, free: int) -> tuple[int, list[float]]:
-        monkeypatch.setattr(runs, "free_memory", lambda device: free)
+        monkeypatch.setattr(layouts, "free_memory", lambda device: free)
         path = recipe(run={"output": str(tmp_path / name)}, train={"steps": 3})
         assert main(["train", path]) == 0
         count = json.loads((tmp_path / name / "provenance.json").read_text())["layout"]["recomputed_layers"]
@@ -258,7 +258,7 @@ def test_a_resumed_run_keeps_its_layers_unless_the_recipe_states_otherwise(
 ) -> None:
     path = recipe()
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "free_memory", lambda device: 0)
+        patch.setattr(layouts, "free_memory", lambda device: 0)
         patch.setattr(loop, "take_step", stop_after(4))
         assert main(["train", path]) == 130
     assert read_state(tmp_path / "run/checkpoints/step-000003").layout.recomputed_layers == 2
