@@ -51,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--temperature", type=_not_negative, default=0.0, metavar="T", help="0 (default): always the likeliest"
     )
 
-    merge = verbs.add_parser("merge", help="fold an adapter into full weights")
+    merge = verbs.add_parser("merge", help="fold an adapter (of a run, or a folder) into full weights")
     _add_saved(merge)
     merge.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet")
     merge.add_argument(

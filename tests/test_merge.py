@@ -331,3 +331,35 @@ def test_a_merge_in_4_bit(trained: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert sum(isinstance(module, Linear4bit) for module in model.modules()) == 14
     assert not (tmp_path / "out/16-bit").exists() and AutoTokenizer.from_pretrained(tmp_path / "out")
     verify_folder(tmp_path / "out")
+
+
+def test_an_adapter_of_another_tool_is_merged_with_the_check_and_into_4_bit(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It brings no tokenizer, and nothing says that it was trained in 4 bit."""
+    adapter = str(save_adapter(base, tmp_path / "adapter"))
+    assert main(["merge", adapter, "--out", str(tmp_path / "out"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == "a text of lorasft's own"
+    assert main(["merge", adapter, "--out", str(tmp_path / "four"), "--quantize", "nf4", "--no-check", "--json"]) == 0
+    assert 0.01 < json.loads(capsys.readouterr().out)["changed_codes"] < 1
+    assert (tmp_path / "four/model.safetensors").stat().st_mode == (tmp_path / "four/config.json").stat().st_mode
+
+
+def test_an_adapter_changed_behind_its_run_is_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(trained / "adapter", adapter)
+    zero(adapter)
+    assert main(["merge", str(adapter), "--out", str(tmp_path / "out"), "--no-check"]) == 4
+    assert "error: adapter_model.safetensors" in capsys.readouterr().err
+
+
+def test_what_is_no_adapter_is_named(
+    trained: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, words in ((base, "this is a model"), (tmp_path / "nowhere", "there is no such folder")):
+        assert main(["merge", str(name), "--out", str(tmp_path / "out")]) == 4
+        assert words in capsys.readouterr().err
+    assert main(["merge", str(trained), "--out", str(trained / "inside")]) == 4
+    assert main(["merge", str(trained), "--out", str(tmp_path / "out"), "--no-check", "--data", "x.jsonl"]) == 2

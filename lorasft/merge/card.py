@@ -11,9 +11,12 @@ from lorasft.merge.source import Source
 
 def make_card(source: Source, record: dict[str, Any]) -> str:
     """Markdown, with the front matter that hubs read. `record`: what merge.json holds."""
+    name = (
+        Path(source.base_name).name if Path(source.base_name).is_dir() else source.base_name
+    )  # no path of this machine
     parts = [
-        f"---\nbase_model: {source.base_name}\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
-        f"# {source.base_name}, fine-tuned\n\nA LoRA adapter merged into full weights by lorasft {record['lorasft']}.",
+        f"---\nbase_model: {name}\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
+        f"# {name}, fine-tuned\n\nA LoRA adapter merged into full weights by lorasft {record['lorasft']}.",
         f"Base: commit {source.commit or 'unknown'}, fingerprint `{record['base']['fingerprint']}`.",
         f"The update was added to the {record['onto']} weights: {record['why']}.",
     ]

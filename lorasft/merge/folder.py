@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorasft import __version__
 from lorasft.adapter_files import WEIGHTS
-from lorasft.errors import ModelError
+from lorasft.errors import ModelError, RecipeError
 from lorasft.files import (
     MANIFEST,
     fingerprint,
@@ -25,7 +25,7 @@ from lorasft.files import (
 from lorasft.merge.card import make_card
 from lorasft.merge.config import read_config
 from lorasft.merge.plan import Plan, plan_merge
-from lorasft.merge.shards import INDEX, Shard
+from lorasft.merge.shards import INDEX
 from lorasft.merge.source import Choice, Onto, Source
 from lorasft.merge.stream import Progress, write_weights
 
@@ -72,7 +72,9 @@ def merge(
     fit, CapacityError when `out` has no room; a merge that fails, its check included, leaves nothing under `out`.
     """
     refuse_existing(out)
-    refuse_overlap(out, source.base, source.adapter)
+    refuse_overlap(out, source.base, source.adapter, *([source.run] if source.run else []))
+    if data is not None and not check:
+        raise RecipeError("--data has no use with --no-check", where=data, hint="leave one of the two out")
     _refuse_second_merge(source)
     config = read_config(source.base)
     plan = plan_merge(source.base, source.adapter, config=config)
@@ -85,7 +87,8 @@ def merge(
 
         judge = make_judge(source, data, config=config)
     choice = _choose("dequantized" if plan.packed else onto, judge, quantize=quantize)
-    if not plan.packed and (check or quantize or choice.onto == "dequantized"):
+    if not plan.packed and (check or choice.onto == "dequantized"):
+        import lorasft.model  # noqa: F401  # imports bitsandbytes, which grid needs, without asking the hub
         from lorasft.merge.grid import find_grid
 
         grid = find_grid(source, plan.shards)
@@ -103,7 +106,7 @@ def merge(
         _copy_sidecars(source.base, source.adapter, weights, rewritten=plan.files)
         if judge:
             judge.verify(weights, choice.onto)
-        changed_codes = _quantize(weights, stage, plan.shards, grid, judge) if quantize else None
+        changed_codes = _quantize(weights, stage, source, plan, judge) if quantize else None
         merged = Merged(
             folder=out,
             onto=choice.onto,
@@ -123,13 +126,13 @@ def merge(
     return merged
 
 
-def _quantize(
-    weights: Path, stage: Path, shards: Sequence[Shard], grid: Mapping[str, object], judge: Judge | None
-) -> float:
+def _quantize(weights: Path, stage: Path, source: Source, plan: Plan, judge: Judge | None) -> float:
     """Turn the full weights into a 4-bit checkpoint in `stage`, with everything that stands beside them."""
+    import lorasft.model  # noqa: F401  # see above
+    from lorasft.merge.grid import find_quantized_tensors
     from lorasft.merge.requantize import write_quantized
 
-    share = write_quantized(weights, stage, base=shards, tensors=grid)
+    share = write_quantized(weights, stage, base=plan.shards, tensors=find_quantized_tensors(source, plan.shards))
     for path in _sidecars(weights):
         if not (stage / path.name).exists() and path.name != INDEX:
             shutil.copyfile(path, stage / path.name)

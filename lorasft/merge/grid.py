@@ -38,9 +38,13 @@ def find_grid(source: Source, shards: Sequence[Shard]) -> dict[str, Callable[[St
     if found.model.quantization != "nf4":
         return {}
     dtype = source.dtype or compute_dtype(found.model.dtype, PartialState().device)
+    return {name: partial(Requantized, dtype=dtype) for name in find_quantized_tensors(source, shards)}
+
+
+def find_quantized_tensors(source: Source, shards: Sequence[Shard]) -> list[str]:
+    """The tensors that NF4 takes of the base, by their names in the files."""
     places = Places(shards, base=source.base)
-    paths = find_quantized(read_config(str(source.base)))
-    return {places.find(f"{path}.weight").name: partial(Requantized, dtype=dtype) for path in paths}
+    return [places.find(f"{path}.weight").name for path in find_quantized(read_config(str(source.base)))]
 
 
 class Requantized:

@@ -11,10 +11,10 @@ from lorasft.data.chat import Encoder
 from lorasft.data.examples import read_examples
 from lorasft.data.prepare import open_prepared
 from lorasft.data.report import BadRows, Report
-from lorasft.data.tokenizer import load_tokenizer
 from lorasft.data.tokens import UNSUPERVISED, Tokens
 from lorasft.errors import DataError
-from lorasft.model.saved import Saved
+from lorasft.model.answers import settle_format
+from lorasft.model.saved import Saved, read_tokenizer
 from lorasft.model.scoring import everything
 from lorasft.recipe import DataSettings, DataSource
 
@@ -30,7 +30,7 @@ def read_probes(found: Saved, *, run: Path | None, data: str | None, vocabulary:
     elif run is not None:
         rows, origin = _rows_of_run(run)
     else:
-        tokenizer = load_tokenizer(str(found.adapter or found.model.base))
+        tokenizer = read_tokenizer(found)
         return [everything(np.array(tokenizer(_TEXT)["input_ids"], dtype=np.int32))], "a text of lorasft's own"
     most = max(1, min(_PAIRS, _BYTES // (4 * vocabulary)))
     kept: list[Tokens] = []
@@ -56,8 +56,9 @@ def _rows_of_run(run: Path) -> tuple[list[Tokens], str]:
 
 def _rows_of_file(found: Saved, data: str) -> Iterator[Tokens]:
     settings = found.recipe.data if found.recipe else DataSettings(train=(DataSource(path=data),))
+    settings = settle_format(data, settings)
     bad = BadRows(settings.on_bad_row, Report())
-    tokenizer = load_tokenizer(str(found.adapter or found.model.base))
+    tokenizer = read_tokenizer(found)
     encoder = Encoder(tokenizer, found.chat, data=settings, report=bad.report)
     for _, sequences in encoder.encode_all(read_examples((DataSource(path=data),), settings, bad=bad), bad=bad):
         yield from sequences

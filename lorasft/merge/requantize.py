@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from lorasft.errors import ModelError
 from lorasft.merge.blocks import Stored
 from lorasft.merge.shards import Shard, find_shards, read_shard
-from lorasft.model.base import load_base
+from lorasft.model.base import load_base, quiet_progress
 from lorasft.recipe import ModelSettings
 
 _PART = 1 << 20  # numbers compared at once
@@ -29,7 +30,12 @@ def write_quantized(merged: Path, stage: Path, *, base: Iterable[Shard], tensors
     if not share:
         raise ModelError("no 4-bit code changed: the update is too small for NF4", hint="merge without --quantize")
     model = load_base(ModelSettings(base=str(merged)), torch.device("cpu"))
-    model.save_pretrained(stage)
+    with quiet_progress():
+        model.save_pretrained(stage)
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in stage.glob("*.safetensors"):  # safetensors lets nobody else read them
+        path.chmod(0o666 & ~mask)
     return share
 
 

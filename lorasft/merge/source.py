@@ -11,7 +11,7 @@ import torch
 
 from lorasft.adapter_files import CONFIG, read_adapter_config
 from lorasft.errors import ModelError, UnsafeError
-from lorasft.files import fingerprint
+from lorasft.files import MANIFEST, fingerprint, verify_folder
 
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
@@ -53,7 +53,10 @@ def find_source(name: str, *, base: str | None = None, force_base: bool = False)
                 "this run has no adapter yet", where=name, hint="finish it with lorasft train ... --resume"
             )
         folder = folder / "adapter"
+    _refuse_no_adapter(folder, name)
     config = read_adapter_config(folder)
+    if (folder / MANIFEST).is_file():
+        verify_folder(folder)  # a run's own: what was changed behind it is not what was trained
     origin = config["base_model_name_or_path"]
     if base is None and (":" in origin or origin.startswith(("//", "\\\\"))):
         raise UnsafeError(f"the adapter names {origin} as its base", where=str(folder / CONFIG), hint="--base MODEL")
@@ -72,6 +75,17 @@ def find_source(name: str, *, base: str | None = None, force_base: bool = False)
         raise ModelError(what, where=str(found), hint=hint)
     dtype: torch.dtype = getattr(torch, provenance["layout"]["dtype"])
     return Source(folder, found, given, run, provenance["base"]["commit"], trained, dtype)
+
+
+def _refuse_no_adapter(folder: Path, name: str) -> None:
+    """Raise ModelError in the words for what was given instead of an adapter."""
+    if not folder.exists():
+        raise ModelError("there is no such folder", where=name, hint="name a run or an adapter folder")
+    if not (folder / CONFIG).is_file() and (folder / "config.json").is_file():
+        what = "this is a model, and merged already" if (folder / "merge.json").is_file() else "this is a model"
+        raise ModelError(f"{what}: there is no adapter in it", where=name, hint="name the run, or the adapter's folder")
+    if not (folder / CONFIG).is_file() and (folder / "checkpoints").is_dir():
+        raise ModelError("this run has no adapter yet", where=name, hint="finish it with lorasft train ... --resume")
 
 
 def _fetch(name: str, revision: str | None) -> Path:

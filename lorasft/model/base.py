@@ -56,7 +56,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     dtype = compute_dtype(settings.dtype, device)
     quantize = settings.quantization == "nf4" and not hasattr(config, "quantization_config")
     # Only weights that are no safetensors would be written to the scratch folder: there are none.
-    with _quiet_progress(), _loading_faults(settings.base), tempfile.TemporaryDirectory() as scratch:
+    with quiet_progress(), _loading_faults(settings.base), tempfile.TemporaryDirectory() as scratch:
         model = AutoModelForCausalLM.from_pretrained(
             settings.base,
             revision=settings.revision,
@@ -199,7 +199,7 @@ def _has_native_bfloat16(device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet_progress() -> Iterator[None]:
+def quiet_progress() -> Iterator[None]:
     """transformers draws its own bars on stderr even where there is no terminal."""
     shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()

@@ -70,11 +70,16 @@ def find_saved(name: str, *, base: str | None = None) -> Saved:
 
 def load_saved(saved: Saved, device: torch.device) -> Loaded:
     """Load base, adapter and tokenizer, in evaluation mode, and probe how losses are computed."""
-    with_tokenizer = saved.adapter is not None and (saved.adapter / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(str(saved.adapter)) if with_tokenizer else load_tokenizer(saved.model.base)
+    tokenizer = read_tokenizer(saved)
     model = load_model(saved, device)
     peft = model if saved.adapter else None
     return Loaded(peft, verify(peft.get_base_model() if peft is not None else model), tokenizer)
+
+
+def read_tokenizer(saved: Saved) -> Any:
+    """The tokenizer that was saved with the adapter, else the base's: another tool's adapter may have none."""
+    own = saved.adapter is not None and (saved.adapter / "tokenizer.json").is_file()
+    return load_tokenizer(str(saved.adapter) if own else saved.model.base)
 
 
 def load_model(saved: Saved, device: torch.device, *, streamed: bool = False) -> Any:
