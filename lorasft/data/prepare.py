@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from lorasft.recipe import ChatSettings, DataSettings, DataSource
 
-Digests = npt.NDArray[np.uint64]
 SCHEMA = 2  # raised whenever the same ingredients give other tokens
 SAMPLES = 8  # held-out examples kept as messages, to show answers before and after
 
@@ -141,10 +140,10 @@ def encode_sources(data: DataSettings, *, encoder: Encoder) -> Iterator[tuple[Ex
     The encoder's report counts. Raises DataError, or Several, before the first example for rows that cannot be
     read, after the last for those that cannot be encoded or when too many were dropped.
     """
-    below = _survey(data, encoder.report, available_workers())
+    held_out = _survey(data, encoder.report, available_workers())
     bad = BadRows(data.on_bad_row, encoder.report)
-    for block, apart in _blocks(data):
-        yield from _encode_block(block, data, encoder, below=2**64 if apart else below, bad=bad)
+    for (block, _), lines in zip(_blocks(data), held_out, strict=True):
+        yield from _encode_block(block, lines, data, encoder, bad=bad)
     bad.raise_all()
     _refuse_losses(data, encoder.report)
 
@@ -157,25 +156,29 @@ def _blocks(data: DataSettings) -> Iterator[tuple[RowBlock, bool]]:
 
 
 def _encode_block(
-    block: RowBlock, data: DataSettings, encoder: Encoder, *, below: int, bad: BadRows
+    block: RowBlock, held_out: set[int], data: DataSettings, encoder: Encoder, *, bad: BadRows
 ) -> Iterator[tuple[Example, tuple[Tokens, ...], bool]]:
+    """The block's examples; `held_out`: lines."""
     for example, sequences in encoder.encode_all(shape_block(block, data, bad=bad), bad=bad):
-        held_out = below > 0 and example.digest() < below
-        bad.report.held_out_examples += held_out
-        bad.report.train_examples += not held_out
-        yield example, sequences, held_out
+        is_held_out = example.place.line in held_out
+        bad.report.held_out_examples += is_held_out
+        bad.report.train_examples += not is_held_out
+        yield example, sequences, is_held_out
 
 
-def _survey(data: DataSettings, report: Report, workers: int) -> int:
-    """Read all rows once, so that every fault is found before the long work; the digest to hold out below."""
+def _survey(data: DataSettings, report: Report, workers: int) -> list[set[int]]:
+    """Read all rows once, so that every fault is found before the long work; the lines of each block to hold out."""
     bad = BadRows(data.on_bad_row, Report())
-    found: dict[bool, list[Digests]] = {False: [], True: []}
-    with closing(map_blocks(partial(_digest_block, data=data), _blocks(data), workers=workers)) as blocks:
-        for later, digests, is_apart in blocks:
+    found: list[Surveyed] = []
+    with closing(map_blocks(partial(_survey_block, data=data), _blocks(data), workers=workers)) as blocks:
+        for later, surveyed in blocks:
             bad.join(later)
-            found[is_apart].append(digests)
+            found.append(surveyed)
     bad.raise_all()
-    train, apart = (np.concatenate([np.zeros(0, dtype=np.uint64), *found[side]]) for side in (False, True))
+    train, apart = (
+        np.concatenate([np.zeros(0, dtype=np.uint64), *(block.digests for block in found if block.apart == side)])
+        for side in (False, True)
+    )
     if not len(train):
         where = ", ".join(source.path for source in data.train)
         raise DataError(f"no rows to train on ({bad.report.bad_rows} bad ones)", where=where)
@@ -184,16 +187,27 @@ def _survey(data: DataSettings, report: Report, workers: int) -> int:
     if twice:
         hint = "take them out of one of the two: the held-out loss would measure memory"
         raise DataError(f"{twice} rows of data.eval stand in data.train as well", hint=hint)
-    return held_out_below(train, data.eval) if isinstance(data.eval, float) else 0
+    below = held_out_below(train, data.eval) if isinstance(data.eval, float) else 0
+    return [set(block.lines[block.apart | (block.digests < below)].tolist()) for block in found]
 
 
-def _digest_block(work: tuple[RowBlock, bool], data: DataSettings) -> tuple[BadRows, Digests, bool]:
+@dataclass(frozen=True)
+class Surveyed:
+    """The examples of a block; `apart`: they are of a source that is held out."""
+
+    digests: npt.NDArray[np.uint64]
+    lines: npt.NDArray[np.int64]
+    apart: bool
+
+
+def _survey_block(work: tuple[RowBlock, bool], data: DataSettings) -> tuple[BadRows, Surveyed]:
     block, apart = work
     bad = BadRows(data.on_bad_row, Report())
-    digests = []
+    rows: list[tuple[int, int]] = []
     with bad.keeping():
-        digests = [example.digest() for example in shape_block(block, data, bad=bad)]
-    return bad, np.array(digests, dtype=np.uint64), apart
+        rows = [(example.digest(), example.place.line) for example in shape_block(block, data, bad=bad)]
+    digests, lines = zip(*rows, strict=True) if rows else ((), ())
+    return bad, Surveyed(np.array(digests, dtype=np.uint64), np.array(lines, dtype=np.int64), apart)
 
 
 @dataclass(frozen=True)
@@ -213,13 +227,14 @@ def _write(stage: Path, data: DataSettings, encoder: Encoder, workers: int) -> t
     learned_special: set[int] = set()
     report = encoder.report
     bad = BadRows(data.on_bad_row, report)
-    work = partial(_encode_apart, data=data, encoder=encoder, below=_survey(data, report, workers))
+    work = partial(_encode_apart, data=data, encoder=encoder)
+    blocks = zip((block for block, _ in _blocks(data)), _survey(data, report, workers), strict=True)
     with (
         StoreWriter(stage / "train") as train,
         StoreWriter(stage / "held_out") as held_out,
-        closing(map_blocks(work, _blocks(data), workers=workers)) as blocks,
+        closing(map_blocks(work, blocks, workers=workers)) as results,
     ):
-        for encoded in blocks:
+        for encoded in results:
             bad.join(encoded.bad)
             train.add(encoded.train)
             held_out.add(encoded.held_out)
@@ -231,14 +246,14 @@ def _write(stage: Path, data: DataSettings, encoder: Encoder, workers: int) -> t
     return samples, learned_special
 
 
-def _encode_apart(work: tuple[RowBlock, bool], data: DataSettings, encoder: Encoder, below: int) -> Encoded:
-    """A block of rows encoded by itself, with a report of its own."""
-    block, apart = work
+def _encode_apart(work: tuple[RowBlock, set[int]], data: DataSettings, encoder: Encoder) -> Encoded:
+    """A block of rows, and the lines to hold out, encoded by itself, with a report of its own."""
+    block, lines = work
     bad = BadRows(data.on_bad_row, Report())
     encoder.count_in(bad.report)
     rows: list[tuple[Example, tuple[Tokens, ...], bool]] = []
     with bad.keeping():
-        rows = list(_encode_block(block, data, encoder, below=2**64 if apart else below, bad=bad))
+        rows = list(_encode_block(block, lines, data, encoder, bad=bad))
     train, held_out = (
         pack_examples([(example.place, sequences) for example, sequences, is_held_out in rows if is_held_out == side])
         for side in (False, True)
