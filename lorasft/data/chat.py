@@ -261,8 +261,9 @@ class Encoder:
         limit, report = self.data.max_length, self.report
         longest = max(map(len, sequences))
         report.lengths.append(longest)
-        if longest > limit:  # what the template writes behind the last answer may go first
-            sequences = [_without_tail(tokens) for tokens in sequences]
+        if longest <= limit:
+            return sequences
+        sequences = [_without_tail(tokens) for tokens in sequences]  # what the template writes behind the last answer
         if max(map(len, sequences)) <= limit:
             return sequences
         if self.data.overlong == "error":

@@ -89,12 +89,16 @@ def prepare(
             "learned_special": sorted(learned_special),
         }
         (stage / "prepared.json").write_text(json.dumps(record), encoding="utf-8")
-    return open_prepared(target)
+    return _open(target)
 
 
 def open_prepared(folder: Path) -> Prepared:
     """Open what `prepare` committed to `folder`. Raises ModelError when a file is missing or differs."""
     verify_folder(folder)
+    return _open(folder)
+
+
+def _open(folder: Path) -> Prepared:
     record = json.loads((folder / "prepared.json").read_bytes())
     report = Report(**record["report"] | {"lengths": array("q", record["report"]["lengths"])})
     held_out = map_store(folder / "held_out")
