@@ -4,7 +4,7 @@
 
 TOKENIZER is a folder or a hub id, FILE holds prompt-completion, alpaca or chat rows. The rows are repeated up to N,
 each with its number in its first question, so that no two are equal. TRL prepares in one process
-(`dataset_num_proc=None`), lorasft in one process as well; the third line is a bare batched call of the tokenizer on the
+(`dataset_num_proc=None`), lorasft in one per core; the third line is a bare batched call of the tokenizer on the
 finished text. Nothing is installed or downloaded. Each is timed in turn, `--repeat` times, and the best is printed: run
 it on a quiet machine.
 """

@@ -19,7 +19,7 @@ from lorasft.data.examples import Example, held_out_below, read_examples
 from lorasft.data.prepare import open_prepared, prepare, store_key
 from lorasft.data.report import BadRows, Report
 from lorasft.data.rows import LARGEST_ROW, Place
-from lorasft.data.store import StoreWriter, map_store
+from lorasft.data.store import StoreWriter, map_store, pack_examples
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.data.tokens import UNSUPERVISED, Tokens
 from lorasft.errors import DataError, LorasftError, ModelError, Several
@@ -325,9 +325,8 @@ def as_tokens(*pairs: tuple[int, bool]) -> Tokens:
     return Tokens(ids, np.where([learned for _, learned in pairs], ids, UNSUPERVISED).astype(np.int32))
 
 
-@pytest.mark.parametrize("kept_back", [0, 7, 1 << 14])
-def test_the_store_gives_back_what_was_written(tmp_path: Path, kept_back: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorasft.data.store.FLUSH", kept_back)
+@pytest.mark.parametrize("at_once", [1, 7, 30])
+def test_the_store_gives_back_what_was_written(tmp_path: Path, at_once: int) -> None:
     random = np.random.default_rng(1)
     examples = []
     for line in range(30):
@@ -338,8 +337,9 @@ def test_the_store_gives_back_what_was_written(tmp_path: Path, kept_back: int, m
             sequences.append(as_tokens(*((int(random.integers(2**31 - 1)), bool(flag)) for flag in learned)))
         examples.append((Place(f"file{line % 3}", line), tuple(sequences)))
     with StoreWriter(tmp_path / "store") as writer:
-        for place, sequences in examples:
-            writer.add(place, sequences)
+        for first in range(0, 30, at_once):
+            writer.add(pack_examples(examples[first : first + at_once]))
+        writer.add(pack_examples([]))
     store = map_store(tmp_path / "store")
     assert len(store) == 30
     assert np.diff(store.example_offsets).tolist() == [len(sequences) for _, sequences in examples]
@@ -348,8 +348,8 @@ def test_the_store_gives_back_what_was_written(tmp_path: Path, kept_back: int, m
         for mine, written in zip(store.sequences(index), sequences, strict=True):
             assert mine.ids.dtype == mine.labels.dtype == np.int32
             assert (mine.ids == written.ids).all() and (mine.labels == written.labels).all()
-    with StoreWriter(tmp_path / "bad") as writer, pytest.raises(ValueError, match="first position"):
-        writer.add(Place("f", 1), (as_tokens((5, True)),))
+    with pytest.raises(ValueError, match="first position"):
+        pack_examples([(Place("f", 1), (as_tokens((4, False), (5, True)), as_tokens((5, True))))])
 
 
 @pytest.fixture(scope="module")
@@ -522,4 +522,4 @@ def test_data_sets_of_the_hub_go_through_datasets(tmp_path: Path, monkeypatch: p
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     read = list(read_hub(DataSource(path=str(folder))))
     assert [row for _, row in read] == rows
-    assert [place.line for place, _ in read] == [1, 2]
+    assert [number for number, _ in read] == [1, 2]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
+from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorasft.errors import DataError
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # A control token's text that is meant as text: a code point that Unicode keeps for no character, then its index.
 MARK, FIRST = "\U000ffffe", 0xF0000
 PLACEHOLDER = re.compile(f"({MARK}.)")
+Span = tuple[int, int]
 RESTART_PROBES = (("", "x"), ("a", "b c"), ("a ", " b"), ("\n", "\n\nb"), ("été 1.", "system\n"))
 
 
@@ -50,74 +51,114 @@ class Pieces:
 
 
 class Chain:
-    """Encodings of the stretches of a text, as one."""
+    """The ids of a text, put together from those of its stretches; where its tokens are is found out when asked."""
 
-    def __init__(self, stretches: Sequence[str], encodings: Mapping[str, tuple[list[int], Encoding]]) -> None:
-        found = [encodings[stretch] for stretch in stretches]
-        self.ids = list(chain.from_iterable(ids for ids, _ in found))
-        self.parts = [encoding for _, encoding in found]
-        self.chars = [0, *accumulate(map(len, stretches))]  # where each part begins
-        self.tokens = [0, *accumulate(len(ids) for ids, _ in found)]
+    def __init__(self, text: str, ids: list[int], backend: Any) -> None:
+        self.text = text
+        self.ids = ids
+        self._backend = backend
+
+    @cached_property
+    def _located(self) -> Encoding:
+        found: Encoding = self._backend.encode(self.text, add_special_tokens=False)
+        return found
 
     def char_to_token(self, char_pos: int) -> int | None:
-        part = bisect_right(self.chars, char_pos) - 1
-        token = self.parts[part].char_to_token(char_pos - self.chars[part])
-        return None if token is None else token + self.tokens[part]
+        return self._located.char_to_token(char_pos)
 
     def token_to_chars(self, token_index: int) -> tuple[int, int] | None:
-        part = bisect_right(self.tokens, token_index) - 1
-        span = self.parts[part].token_to_chars(token_index - self.tokens[part])
-        return None if span is None else (span[0] + self.chars[part], span[1] + self.chars[part])
+        return self._located.token_to_chars(token_index)
 
 
 class Aligner:
     """Encodes rendered text with one tokenizer; special tokens are never added."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, control: Sequence[str], *, probe: str) -> None:
-        """`probe`: a prompt as the template renders it, whose tokens show where texts can be cut."""
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, control: Sequence[str], *, probe: str, lead: str, end: str
+    ) -> None:
+        """`probe`: a prompt as the template renders it, whose tokens show where texts can be cut; `lead`: what the
+        template puts between a prompt and its answer; `end`: what it puts behind."""
         self.backend: Any = tokenizer.backend_tokenizer
         self._plain: Any = None
         self.control = control
         # SentencePiece puts a space before a text; behind a newline it does not.
         self.anchor = "" if list(self.backend.encode("x", add_special_tokens=False).tokens) == ["x"] else "\n"
         self._control_pattern = re.compile("|".join(map(re.escape, control)) or "(?!)")
+        self.added = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
         self.restart = self._find_restart(tokenizer, probe)
+        self.end = end if self._is_free(tokenizer, end) else None
+        self.tail = probe[probe.rfind(self.restart) :] if self.restart else ""  # that all prompts end with
+        self.heads = {text: ids for text in (self.tail, self.tail + lead) if (ids := self._ids_if_exact(text))}
 
     def encode(self, texts: Sequence[str]) -> list[Encoding]:
         """Texts -> encodings, all at once in parallel; a stretch that several texts share is encoded once."""
-        split = [self._split(text) for text in texts]
-        distinct = list(dict.fromkeys(stretch for stretches in split for stretch in stretches))
-        found = self.backend.encode_batch(distinct, add_special_tokens=False)
-        encodings = {stretch: (encoding.ids, encoding) for stretch, encoding in zip(distinct, found, strict=True)}
+        if self.restart is None:
+            found = self.backend.encode_batch(texts, add_special_tokens=False)
+            return [self._encode_placeholders(t) if MARK in t else e for t, e in zip(texts, found, strict=True)]
+        split = [self._split(text, self.restart) for text in texts]
+        distinct = list(dict.fromkeys(chain.from_iterable(split)))
+        found = self.backend.encode_batch_fast(distinct, add_special_tokens=False)
+        ids = {stretch: encoding.ids for stretch, encoding in zip(distinct, found, strict=True)}
         return [
-            self._encode_placeholders(text) if MARK in text else Chain(stretches, encodings)
+            self._encode_placeholders(text)
+            if MARK in text
+            else Chain(text, list(chain.from_iterable([ids[stretch] for stretch in stretches])), self.backend)
             for text, stretches in zip(texts, split, strict=True)
         ]
 
-    def _split(self, text: str) -> list[str]:
+    @staticmethod
+    def _split(text: str, restart: str) -> list[str]:
         """A text cut before each token that restarts encoding: the ids of the whole are those of the stretches."""
-        if self.restart is None:
-            return [text]
-        first, *others = text.split(self.restart)
-        return [first, *(self.restart + other for other in others)]
+        first, *others = text.split(restart)
+        return [first, *(restart + other for other in others)]
 
     def _find_restart(self, tokenizer: PreTrainedTokenizerFast, probe: str) -> str | None:
         """The last added token of `probe` at which encoding begins afresh: what stands before cannot change it.
 
         Tried, not believed: a normalizer or a pre-tokenizer may look across.
         """
-        added = {str(token): token for token in tokenizer.added_tokens_decoder.values() if str(token).strip()}
-        for text in sorted((text for text in added if text in probe), key=probe.rfind, reverse=True):
-            flags = added[text]
-            free = not (flags.normalized or flags.single_word or flags.lstrip)
-            if free and not any(_overlap(other, text) for other in added) and self._restarts(text):
-                return text
-        return None
+        found = sorted((text for text in self.added if text in probe), key=probe.rfind, reverse=True)
+        return next((text for text in found if self._is_free(tokenizer, text) and self._restarts(text)), None)
+
+    def _is_free(self, tokenizer: PreTrainedTokenizerFast, text: str) -> bool:
+        """Whether an added token is found wherever its text stands, and takes nothing that stands before it."""
+        if not text.strip() or text not in self.added:
+            return False
+        token = tokenizer.added_tokens_decoder[self.added[text]]
+        bound = token.normalized or token.single_word or token.lstrip
+        return not bound and not any(_overlap(other, text) for other in self.added if other.strip())
 
     def _restarts(self, token: str) -> bool:
         texts = [text for one, two in RESTART_PROBES for text in (one, token + two, one + token + two)]
         ids = [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
         return all(ids[at] + ids[at + 1] == ids[at + 2] for at in range(0, len(ids), 3))
+
+    def _ids_if_exact(self, text: str) -> list[int] | None:
+        """The ids of the end of a prompt, if they hold it to its last character and nothing else can stand for them."""
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        unknown = getattr(self.backend.model, "unk_token", None)
+        exact = encoding.ids and encoding.offsets[-1][1] == len(text) and encoding.tokens[-1] != unknown
+        return list(encoding.ids) if exact else None
+
+    def span_from_ids(self, encoding: Encoding, start: int, end: int, *, prompt: tuple[int, int]) -> Span | None:
+        """First token of an answer and the one after its last, where the ids alone tell; None where they do not.
+
+        `start`, `end`: the answer's characters; `prompt`: characters and tokens of its prompt, which `encoding` begins
+        with.
+        """
+        if not isinstance(encoding, Chain) or self.end is None or self.restart is None:
+            return None
+        text, ids = encoding.text, encoding.ids
+        head = self.heads.get(text[prompt[0] - len(self.tail) : start])
+        if head is None or self.tail not in self.heads:
+            return None
+        first = prompt[1] - len(self.heads[self.tail]) + len(head)
+        if ids[first - len(head) : first] != head or text.find(self.end, start) != end - len(self.end):
+            return None
+        token = self.added[self.end]
+        if ids.count(token) != text.count(self.end):  # one of them is no end
+            return None
+        return first, ids.index(token, first) + 1
 
     def join(self, prompt: str, answer: str) -> tuple[Pieces, int]:
         """The prompt as a server feeds it, then the answer encoded alone; and how many tokens the prompt has."""

@@ -8,7 +8,6 @@ here           what is supervised, what becomes of over-long examples
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorasft.data.alignment import Aligner, Encoding
-from lorasft.data.examples import Example, Message
+from lorasft.data.examples import BLOCK, Example, Message
 from lorasft.data.reasoning import reasoning_of, without_reasoning
 from lorasft.data.report import BadRows, Report
 from lorasft.data.rows import Place
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from lorasft.recipe import ChatSettings, DataSettings
 
 Drafted = tuple[Example, tuple[Draft, ...]]
-BLOCK = 512  # examples that are tokenized at once, in parallel
 
 
 class Encoder:
@@ -48,10 +46,11 @@ class Encoder:
         self.data = data
         self.report = report
         self.turns = TurnFinder(tokenizer, report, thinking=chat.thinking)
-        self.aligner = Aligner(tokenizer, self.turns.special, probe=self.turns.probe_prompt)
+        habits, prompt = self.turns.habits, self.turns.probe_prompt
+        self.aligner = Aligner(tokenizer, self.turns.special, probe=prompt, lead=habits.lead, end=habits.end)
         self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self.eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        ender = tokenizer.backend_tokenizer.encode(self.turns.habits.end.strip(), add_special_tokens=False).ids[-1:]
+        ender = tokenizer.backend_tokenizer.encode(habits.end.strip(), add_special_tokens=False).ids[-1:]
         self.stop_ids = tuple(dict.fromkeys([*ender, *self.eos]))  # what ends an answer, under this template
         if not self.stop_ids:
             hint = "chat.template=FILE with one that ends answers, or an eos_token in the tokenizer's config"
@@ -76,17 +75,10 @@ class Encoder:
     def encode_all(self, examples: Iterable[Example], *, bad: BadRows) -> Iterator[tuple[Example, tuple[Tokens, ...]]]:
         """As `encode`, many at once; dropped examples are left out and bad ones go to `bad`."""
         stream = iter(examples)
-        with ThreadPoolExecutor(1) as other:  # tokenizes a block while the next one is rendered
-            waiting: tuple[list[Drafted], Future[list[Encoding]]] | None = None
-            while block := list(islice(stream, BLOCK)):
-                drafted = self._draft_block(block, bad)
-                texts = [text for _, drafts in drafted for text in _texts_of(drafts)]
-                encoding = other.submit(self.aligner.encode, texts)
-                if waiting:
-                    yield from self._finish_block(waiting[0], waiting[1].result(), bad)
-                waiting = drafted, encoding
-            if waiting:
-                yield from self._finish_block(waiting[0], waiting[1].result(), bad)
+        while block := list(islice(stream, BLOCK)):
+            drafted = self._draft_block(block, bad)
+            encodings = self.aligner.encode([text for _, drafts in drafted for text in _texts_of(drafts)])
+            yield from self._finish_block(drafted, encodings, bad)
 
     def _finish_block(
         self, drafted: list[Drafted], encodings: list[Encoding], bad: BadRows
@@ -101,6 +93,10 @@ class Encoder:
                 continue
             if sequences:
                 yield example, sequences
+
+    def count_in(self, report: Report) -> None:
+        """Count in `report` from now on."""
+        self.report = self.turns.report = report
 
     def learned_special(self) -> tuple[int, ...]:
         """The ids of the added tokens that were learned so far."""
@@ -236,7 +232,7 @@ class Encoder:
         ids = np.array(encoding.ids + (self.eos if draft.add_eos else []), dtype=np.int32)
         labels = np.full(len(ids), UNSUPERVISED, dtype=np.int32)
         for answer, prompt in zip(draft.answers, prompts, strict=True):
-            first, end = self._answer_tokens(draft.text, answer, encoding)
+            first, end = self._answer_tokens(draft.text, answer, encoding, prompt=len(prompt))
             start = max(first, len(prompt))
             labels[start:end] = ids[start:end]
         if draft.add_eos:
@@ -244,9 +240,12 @@ class Encoder:
         labels[0] = UNSUPERVISED  # nothing comes before it that it could be learned from
         return Tokens(ids, labels)
 
-    def _answer_tokens(self, text: str, answer: Answer, encoding: Encoding) -> tuple[int, int]:
-        """First token of an answer, and the one after its last. A token that holds foreign text is not learned,
-        unless that is a blank, which SentencePiece makes part of the word behind it."""
+    def _answer_tokens(self, text: str, answer: Answer, encoding: Encoding, *, prompt: int) -> tuple[int, int]:
+        """First token of an answer, and the one after its last; `prompt`: tokens before it. A token that holds foreign
+        text is not learned, unless that is a blank, which SentencePiece makes part of the word behind it."""
+        known = self.aligner.span_from_ids(encoding, answer.start, answer.end, prompt=(answer.prompt, prompt))
+        if known:
+            return known
         first = self.aligner.first_token(encoding, answer.start, answer.end)
         if first is None:
             return 0, 0
@@ -262,8 +261,9 @@ class Encoder:
         limit, report = self.data.max_length, self.report
         longest = max(map(len, sequences))
         report.lengths.append(longest)
-        if longest > limit:  # what the template writes behind the last answer may go first
-            sequences = [_without_tail(tokens) for tokens in sequences]
+        if longest <= limit:
+            return sequences
+        sequences = [_without_tail(tokens) for tokens in sequences]  # what the template writes behind the last answer
         if max(map(len, sequences)) <= limit:
             return sequences
         if self.data.overlong == "error":

@@ -12,15 +12,17 @@ import numpy as np
 import numpy.typing as npt
 
 from lorasft.data.report import BadRows
-from lorasft.data.rows import Place, Row, parse_strict, read_file, read_hub, source_files
+from lorasft.data.rows import Place, Raw, Row, parse_row, parse_strict, read_file, read_hub, source_files
 from lorasft.errors import DataError
 
 if TYPE_CHECKING:
     from lorasft.recipe import DataSettings, DataSource
 
-__all__ = ["Example", "Place", "held_out_below", "read_examples"]
+__all__ = ["Example", "Place", "RowBlock", "held_out_below", "read_blocks", "read_examples", "shape_block"]
 
 Message = dict[str, Any]
+BLOCK = 512  # rows that are prepared at once
+BLOCK_BYTES = 4 << 20  # of lines, after which a block ends before
 NEEDED = {  # format -> the columns that make it
     "chat": ("messages",),
     "sharegpt": ("conversations",),
@@ -58,18 +60,84 @@ class Example:
         return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big")
 
 
+@dataclass
+class RowBlock:
+    """Rows of one file (or data set) as they were read, in order, each with its line.
+
+    `kind`: their format, empty while no row of the file could be parsed; `fault`: why the file cannot be read on.
+    """
+
+    source: DataSource
+    file: str
+    kind: str
+    rows: list[tuple[int, Raw]]
+    fault: DataError | None = None
+
+
+def read_blocks(sources: Iterable[DataSource], settings: DataSettings) -> Iterator[RowBlock]:
+    """The rows of all sources in order, hardly looked at; raises nothing for what stands in a file."""
+    for source in sources:
+        files = [(str(file), read_file(file)) for file in source_files(source.path)]
+        for name, rows in files or [(f"{source.path}/{source.split}", read_hub(source))]:
+            yield from _cut_blocks(rows, name, source, settings)
+
+
+def _cut_blocks(
+    rows: Iterator[tuple[int, Raw]], file: str, source: DataSource, settings: DataSettings
+) -> Iterator[RowBlock]:
+    block, size = RowBlock(source, file, "", []), 0
+    try:
+        for line, raw in rows:
+            block.kind = block.kind or _find_kind(raw, Place(file, line), source, settings)
+            block.rows.append((line, raw))
+            size += len(raw) if isinstance(raw, bytes) else 0
+            if len(block.rows) == BLOCK or size > BLOCK_BYTES:
+                yield block
+                block, size = RowBlock(source, file, block.kind, []), 0
+    except DataError as fault:
+        block.fault = fault
+    yield block
+
+
+def _find_kind(raw: Raw, place: Place, source: DataSource, settings: DataSettings) -> str:
+    """The format that the first row of a file shows, if it can be parsed. Raises DataError when it has none."""
+    try:
+        row = parse_row(raw, place)
+    except DataError:
+        return ""
+    stated, columns = source.format or settings.format, source.columns or settings.columns or {}
+    _refuse_missing_columns(row, columns, place)
+    return stated if stated != "auto" else detect_format({**row, **columns}, place)
+
+
 def read_examples(sources: Iterable[DataSource], settings: DataSettings, *, bad: BadRows) -> Iterator[Example]:
     """The examples of all sources in order, one at a time; nothing is kept.
 
     Bad rows go to `bad`, whose report counts them. Raises DataError when a file or a data set cannot be read.
     """
-    for source in sources:
-        files = source_files(source.path)
-        streams = [read_file(file, bad) for file in files] or [read_hub(source)]
-        for rows in streams:
-            for example in _shape_rows(rows, source, settings, bad):
-                if source.share == 1 or example.digest() < source.share * 2**64:
-                    yield example
+    for block in read_blocks(sources, settings):
+        yield from shape_block(block, settings, bad=bad)
+
+
+def shape_block(block: RowBlock, settings: DataSettings, *, bad: BadRows) -> Iterator[Example]:
+    """The examples of a block, within their source's share. Raises DataError behind them when the file ends wrong."""
+    columns, share = block.source.columns or settings.columns or {}, block.source.share
+    if block.kind:
+        bad.report.formats[block.file] = block.kind
+    for line, raw in block.rows:
+        place = Place(block.file, line)
+        try:
+            row = parse_row(raw, place)
+            bad.report.rows += 1
+            mapped = row | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+            example = shape_row(mapped, block.kind, place)
+        except DataError as fault:
+            bad.add(fault)
+            continue
+        if share == 1 or example.digest() < share * 2**64:
+            yield example
+    if block.fault:
+        raise block.fault
 
 
 def held_out_below(digests: npt.NDArray[np.uint64], share: float) -> int:
@@ -83,24 +151,6 @@ def held_out_below(digests: npt.NDArray[np.uint64], share: float) -> int:
         raise DataError(f"{len(distinct)} different rows: none can be held out", hint="data.eval=null")
     count = min(max(1, round(share * len(distinct))), len(distinct) - 1)
     return int(distinct[count])
-
-
-def _shape_rows(
-    rows: Iterator[tuple[Place, Row]], source: DataSource, settings: DataSettings, bad: BadRows
-) -> Iterator[Example]:
-    stated = source.format or settings.format
-    columns = source.columns or settings.columns or {}
-    kind = ""
-    for place, row in rows:
-        bad.report.rows += 1
-        if not kind:
-            _refuse_missing_columns(row, columns, place)
-            kind = stated if stated != "auto" else detect_format({**row, **columns}, place)
-            bad.report.formats[place.file] = kind
-        try:
-            yield shape_row(row | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}, kind, place)
-        except DataError as fault:
-            bad.add(fault)
 
 
 def detect_format(row: Row, place: Place) -> str:

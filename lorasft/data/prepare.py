@@ -6,8 +6,10 @@ import hashlib
 import importlib.metadata
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from lorasft.data.chat import Encoder
-from lorasft.data.examples import Example, held_out_below, read_examples
+from lorasft.data.examples import Example, RowBlock, held_out_below, read_blocks, shape_block
 from lorasft.data.report import BadRows, Report
 from lorasft.data.rows import Place, load_hub, source_files
-from lorasft.data.store import StoreWriter, TokenStore, map_store
+from lorasft.data.store import Packed, StoreWriter, TokenStore, map_store, pack_examples
 from lorasft.data.tokens import Tokens
+from lorasft.data.workers import available_workers, map_blocks
 from lorasft.errors import DataError, ModelError
 from lorasft.files import remove_folder, sha256, staged_folder, verify_folder
 
@@ -53,11 +56,19 @@ class Prepared:
         return open_prepared, (self.folder,)
 
 
-def prepare(data: DataSettings, chat: ChatSettings, *, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Prepared:
+def prepare(
+    data: DataSettings,
+    chat: ChatSettings,
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    workers: int | None = None,
+) -> Prepared:
     """The tokenized data of a recipe, from `folder/<key>` when it was made before and still verifies.
 
-    Sets the recipe's template on `tokenizer`. Raises DataError (or Several) for rows, files and counts that
-    the recipe does not allow, ModelError for a template that cannot be used.
+    Sets the recipe's template on `tokenizer`. `workers`: processes that share the work (null: as many as pay); the
+    result is the same. Raises DataError (or Several) for rows, files and counts that the recipe does not allow,
+    ModelError for a template that cannot be used, CapacityError when a process dies.
     """
     report = Report()
     encoder = Encoder(tokenizer, chat, data=data, report=report)
@@ -69,21 +80,25 @@ def prepare(data: DataSettings, chat: ChatSettings, *, tokenizer: PreTrainedToke
         except ModelError:  # torn or damaged: made again
             remove_folder(target)
     with staged_folder(target) as stage:
-        samples = [asdict(sample) for sample in _write(stage, data, encoder)]
+        samples, learned_special = _write(stage, data, encoder, workers or available_workers())
         record = {
             "key": key,
-            "samples": samples,
+            "samples": [asdict(sample) for sample in samples],
             "report": vars(report) | {"lengths": list(report.lengths)},
             "stop_ids": encoder.stop_ids,
-            "learned_special": encoder.learned_special(),
+            "learned_special": sorted(learned_special),
         }
         (stage / "prepared.json").write_text(json.dumps(record), encoding="utf-8")
-    return open_prepared(target)
+    return _open(target)
 
 
 def open_prepared(folder: Path) -> Prepared:
     """Open what `prepare` committed to `folder`. Raises ModelError when a file is missing or differs."""
     verify_folder(folder)
+    return _open(folder)
+
+
+def _open(folder: Path) -> Prepared:
     record = json.loads((folder / "prepared.json").read_bytes())
     report = Report(**record["report"] | {"lengths": array("q", record["report"]["lengths"])})
     held_out = map_store(folder / "held_out")
@@ -129,26 +144,45 @@ def encode_sources(data: DataSettings, *, encoder: Encoder) -> Iterator[tuple[Ex
     The encoder's report counts. Raises DataError, or Several, before the first example for rows that cannot be
     read, after the last for those that cannot be encoded or when too many were dropped.
     """
-    report = encoder.report
-    below = _survey(data, report)
-    bad = BadRows(data.on_bad_row, report)
-    sides = ((data.train, False), (data.eval if isinstance(data.eval, tuple) else (), True))
-    for sources, apart in sides:
-        for example, sequences in encoder.encode_all(read_examples(sources, data, bad=bad), bad=bad):
-            held_out = apart or (below > 0 and example.digest() < below)
-            report.held_out_examples += held_out
-            report.train_examples += not held_out
-            yield example, sequences, held_out
+    held_out = _survey(data, encoder.report, available_workers())
+    bad = BadRows(data.on_bad_row, encoder.report)
+    for (block, _), lines in zip(_blocks(data), held_out, strict=True):
+        yield from _encode_block(block, lines, data, encoder, bad=bad)
     bad.raise_all()
-    _refuse_losses(data, report)
+    _refuse_losses(data, encoder.report)
 
 
-def _survey(data: DataSettings, report: Report) -> int:
-    """Read all rows once, so that every fault is found before the long work; the digest to hold out below."""
+def _blocks(data: DataSettings) -> Iterator[tuple[RowBlock, bool]]:
+    """All rows of the recipe, and whether they are of a source that is held out."""
+    for sources, apart in ((data.train, False), (data.eval if isinstance(data.eval, tuple) else (), True)):
+        for block in read_blocks(sources, data):
+            yield block, apart
+
+
+def _encode_block(
+    block: RowBlock, held_out: set[int], data: DataSettings, encoder: Encoder, *, bad: BadRows
+) -> Iterator[tuple[Example, tuple[Tokens, ...], bool]]:
+    """The block's examples; `held_out`: lines."""
+    for example, sequences in encoder.encode_all(shape_block(block, data, bad=bad), bad=bad):
+        is_held_out = example.place.line in held_out
+        bad.report.held_out_examples += is_held_out
+        bad.report.train_examples += not is_held_out
+        yield example, sequences, is_held_out
+
+
+def _survey(data: DataSettings, report: Report, workers: int) -> list[set[int]]:
+    """Read all rows once, so that every fault is found before the long work; the lines of each block to hold out."""
     bad = BadRows(data.on_bad_row, Report())
-    train = _digests(data.train, data, bad)
-    apart = _digests(data.eval, data, bad) if isinstance(data.eval, tuple) else train[:0]
+    found: list[Surveyed] = []
+    with closing(map_blocks(partial(_survey_block, data=data), _blocks(data), workers=workers)) as blocks:
+        for later, surveyed in blocks:
+            bad.join(later)
+            found.append(surveyed)
     bad.raise_all()
+    train, apart = (
+        np.concatenate([np.zeros(0, dtype=np.uint64), *(block.digests for block in found if block.apart == side)])
+        for side in (False, True)
+    )
     if not len(train):
         where = ", ".join(source.path for source in data.train)
         raise DataError(f"no rows to train on ({bad.report.bad_rows} bad ones)", where=where)
@@ -157,23 +191,79 @@ def _survey(data: DataSettings, report: Report) -> int:
     if twice:
         hint = "take them out of one of the two: the held-out loss would measure memory"
         raise DataError(f"{twice} rows of data.eval stand in data.train as well", hint=hint)
-    return held_out_below(train, data.eval) if isinstance(data.eval, float) else 0
+    below = held_out_below(train, data.eval) if isinstance(data.eval, float) else 0
+    return [set(block.lines[block.apart | (block.digests < below)].tolist()) for block in found]
 
 
-def _digests(sources: Sequence[DataSource], data: DataSettings, bad: BadRows) -> npt.NDArray[np.uint64]:
-    found = (example.digest() for example in read_examples(sources, data, bad=bad))
-    return np.fromiter(found, dtype=np.uint64)
+@dataclass(frozen=True)
+class Surveyed:
+    """The examples of a block; `apart`: they are of a source that is held out."""
+
+    digests: npt.NDArray[np.uint64]
+    lines: npt.NDArray[np.int64]
+    apart: bool
 
 
-def _write(stage: Path, data: DataSettings, encoder: Encoder) -> list[Example]:
-    """Encode all examples into the stage's stores; the first few held-out conversations."""
+def _survey_block(work: tuple[RowBlock, bool], data: DataSettings) -> tuple[BadRows, Surveyed]:
+    block, apart = work
+    bad = BadRows(data.on_bad_row, Report())
+    rows: list[tuple[int, int]] = []
+    with bad.keeping():
+        rows = [(example.digest(), example.place.line) for example in shape_block(block, data, bad=bad)]
+    digests, lines = zip(*rows, strict=True) if rows else ((), ())
+    return bad, Surveyed(np.array(digests, dtype=np.uint64), np.array(lines, dtype=np.int64), apart)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What became of a block of rows, small enough to be sent from one process to another."""
+
+    bad: BadRows
+    train: Packed
+    held_out: Packed
+    samples: list[Example]
+    learned_special: tuple[int, ...]
+
+
+def _write(stage: Path, data: DataSettings, encoder: Encoder, workers: int) -> tuple[list[Example], set[int]]:
+    """Encode all examples into the stage's stores; the first few held-out conversations, the added tokens learned."""
     samples: list[Example] = []
-    with StoreWriter(stage / "train") as train, StoreWriter(stage / "held_out") as held_out:
-        for example, sequences, is_held_out in encode_sources(data, encoder=encoder):
-            (held_out if is_held_out else train).add(example.place, sequences)
-            if is_held_out and example.messages and len(samples) < SAMPLES:
-                samples.append(example)
-    return samples
+    learned_special: set[int] = set()
+    report = encoder.report
+    bad = BadRows(data.on_bad_row, report)
+    work = partial(_encode_apart, data=data, encoder=encoder)
+    blocks = zip((block for block, _ in _blocks(data)), _survey(data, report, workers), strict=True)
+    with (
+        StoreWriter(stage / "train") as train,
+        StoreWriter(stage / "held_out") as held_out,
+        closing(map_blocks(work, blocks, workers=workers)) as results,
+    ):
+        for encoded in results:
+            bad.join(encoded.bad)
+            train.add(encoded.train)
+            held_out.add(encoded.held_out)
+            samples.extend(encoded.samples)
+            del samples[SAMPLES:]
+            learned_special.update(encoded.learned_special)
+    bad.raise_all()
+    _refuse_losses(data, report)
+    return samples, learned_special
+
+
+def _encode_apart(work: tuple[RowBlock, set[int]], data: DataSettings, encoder: Encoder) -> Encoded:
+    """A block of rows, and the lines to hold out, encoded by itself, with a report of its own."""
+    block, lines = work
+    bad = BadRows(data.on_bad_row, Report())
+    encoder.count_in(bad.report)
+    rows: list[tuple[Example, tuple[Tokens, ...], bool]] = []
+    with bad.keeping():
+        rows = list(_encode_block(block, lines, data, encoder, bad=bad))
+    train, held_out = (
+        pack_examples([(example.place, sequences) for example, sequences, is_held_out in rows if is_held_out == side])
+        for side in (False, True)
+    )
+    samples = [example for example, _, is_held_out in rows if is_held_out and example.messages]
+    return Encoded(bad, train, held_out, samples[:SAMPLES], encoder.learned_special())
 
 
 def _refuse_losses(data: DataSettings, report: Report) -> None:

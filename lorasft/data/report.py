@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -71,6 +73,17 @@ class Report:
         if len(self.dropped) < NAMED:
             self.dropped.append(f"{place}: {why}")
 
+    def join(self, later: Report) -> None:
+        """Take in the counts of rows that come behind."""
+        for name, value in vars(later).items():
+            if isinstance(value, dict):
+                getattr(self, name).update(value)
+            elif not isinstance(value, int):
+                getattr(self, name).extend(value)
+            else:
+                setattr(self, name, getattr(self, name) + value)
+        del self.dropped[NAMED:]
+
     def dropped_examples(self) -> int:
         return self.bad_rows + self.over_long_examples + self.examples_without_target
 
@@ -82,6 +95,7 @@ class BadRows:
     policy: Literal["error", "drop"]
     report: Report
     faults: list[LorasftError] = field(default_factory=list)
+    ended: LorasftError | None = None
 
     def add(self, fault: DataError) -> None:
         """Take one bad row. Raises Several at the 20th when the policy is `error`."""
@@ -89,8 +103,30 @@ class BadRows:
         self.report.note_dropped(fault.where, fault.what)
         if self.policy == "error":
             self.faults.append(fault)
-            if len(self.faults) == Several.most:
-                self.raise_all()
+            self._raise_many()
+
+    def join(self, later: BadRows) -> None:
+        """Take in what was found in rows that come behind. Raises Several at the 20th, or the fault that they kept."""
+        self.report.join(later.report)
+        self.faults.extend(later.faults)
+        self._raise_many()
+        if later.ended:
+            raise later.ended
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Keep the fault that ends the block of code, for `join` to raise when these rows' turn comes."""
+        try:
+            yield
+        except Several:  # of the faults that are kept here
+            pass
+        except LorasftError as fault:
+            self.ended = fault
+
+    def _raise_many(self) -> None:
+        del self.faults[Several.most :]
+        if len(self.faults) == Several.most:
+            self.raise_all()
 
     def raise_all(self) -> None:
         """Raise what was collected: the fault itself when it is alone, Several otherwise."""

@@ -1,4 +1,4 @@
-"""Files and hub ids -> rows, one at a time, each with the place that it came from.
+"""Files and hub ids -> rows, one at a time, each with its line. Lines of JSON stay bytes, to be parsed elsewhere.
 
 JSON is read here and not through Arrow, which would give every row the union of all keys, filled with nulls;
 CSV is read with the csv module, because a type inferred from text ("NA", "007") is no longer the text.
@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasft.data.report import BadRows
 from lorasft.errors import DataError
 
 if TYPE_CHECKING:
     from lorasft.recipe import DataSource
 
 Row = dict[str, Any]
+Raw = Any  # a row as it was read: bytes of JSON, a value, or the DataError that stands for it
 LARGEST_ROW = 8 << 20  # bytes
 LARGEST_ARRAY = 256 << 20  # bytes: a JSON array is held in memory whole
 READ_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
@@ -56,22 +56,31 @@ def source_files(path: str) -> tuple[Path, ...]:
     raise DataError("there is no such file", where=path, hint=f"the folder it would be in: {here.absolute().parent}")
 
 
-def read_file(path: Path, bad: BadRows) -> Iterator[tuple[Place, Row]]:
-    """The rows of one file. Bad rows go to `bad`; raises DataError when the file as a whole cannot be read."""
+def read_file(path: Path) -> Iterator[tuple[int, Raw]]:
+    """The rows of one file, each with its line. Raises DataError when the file as a whole cannot be read."""
     readers = {".json": _read_json, ".jsonl": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     if path.suffix not in readers:
         raise DataError(f"unknown kind of file: {path.suffix or path.name}", where=str(path), hint=f"{READ_SUFFIXES}")
     try:
-        yield from readers[path.suffix](path, bad)
+        yield from readers[path.suffix](path)
     except OSError as fault:
         raise DataError(f"cannot read: {fault.strerror or fault}", where=str(path)) from None
 
 
-def read_hub(source: DataSource) -> Iterator[tuple[Place, Row]]:
-    """The rows of a data set on the hub. Raises DataError when it cannot be had."""
-    dataset = load_hub(source)
-    for index, row in enumerate(dataset, start=1):
-        yield Place(f"{source.path}/{source.split}", index), drop_nulls(row)
+def read_hub(source: DataSource) -> Iterator[tuple[int, Raw]]:
+    """The rows of a data set on the hub, each with its number. Raises DataError when it cannot be had."""
+    for number, row in enumerate(load_hub(source), start=1):
+        yield number, drop_nulls(row)
+
+
+def parse_row(raw: Raw, place: Place) -> Row:
+    """A row of `read_file` or `read_hub` as an object. Raises DataError with the place."""
+    if isinstance(raw, DataError):
+        raise raw
+    row = _parse_line(raw, place) if isinstance(raw, bytes) else raw
+    if not isinstance(row, dict):
+        raise DataError(f"a row must be an object, this is {type(row).__name__}", where=str(place))
+    return row
 
 
 def load_hub(source: DataSource) -> Any:
@@ -113,34 +122,29 @@ def refuse_surrogates(text: str, value: Any) -> None:
             raise json.JSONDecodeError("half a character (lone surrogate)", text, escape.start()) from None
 
 
-def _read_json(path: Path, bad: BadRows) -> Iterator[tuple[Place, Row]]:
+def _read_json(path: Path) -> Iterator[tuple[int, Raw]]:
     with open(path, "rb") as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
         file.seek(0)
         if start.startswith(b"["):
-            yield from _read_array(path, bad)
+            yield from _read_array(path)
         else:
-            yield from _read_lines(path, file, bad)
+            yield from _read_lines(path, file)
 
 
-def _read_lines(path: Path, file: io.BufferedReader, bad: BadRows) -> Iterator[tuple[Place, Row]]:
+def _read_lines(path: Path, file: io.BufferedReader) -> Iterator[tuple[int, Raw]]:
     # Read as bytes: text mode, or splitlines, would break rows at U+2028, U+0085 and \v.
-    name, number = str(path), 0
+    number = 0
     while line := file.readline(LARGEST_ROW + 1):
         number += 1
         if len(line) > LARGEST_ROW:
             size = len(line) + _skip_line(file, line)
-            bad.add(DataError(f"a row of {size:,} bytes, over {LARGEST_ROW:,}", where=f"{path}:{number}"))
+            yield number, DataError(f"a row of {size:,} bytes, over {LARGEST_ROW:,}", where=f"{path}:{number}")
             continue
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
-        if not line.strip():
-            continue
-        try:
-            place = Place(name, number)
-            yield place, _parse_line(line, place)
-        except DataError as fault:
-            bad.add(fault)
+        if line.strip():
+            yield number, line
 
 
 def _skip_line(file: io.BufferedReader, line: bytes) -> int:
@@ -151,14 +155,14 @@ def _skip_line(file: io.BufferedReader, line: bytes) -> int:
     return size
 
 
-def _parse_line(line: bytes, place: Place) -> Row:
+def _parse_line(line: bytes, place: Place) -> Any:
     try:
         text = line.decode().rstrip("\r\n")
     except UnicodeDecodeError as fault:
         what = f"not UTF-8 at byte {fault.start + 1} (0x{line[fault.start]:02X})"
         raise DataError(what, where=str(place), hint="convert it, for example with iconv -f latin1 -t utf8") from None
     try:
-        row = parse_strict(text)
+        return parse_strict(text)
     except json.JSONDecodeError as fault:
         cut = not line.endswith(b"\n") and fault.pos >= len(text) - 1
         if cut or fault.msg.startswith("Unterminated"):
@@ -168,10 +172,9 @@ def _parse_line(line: bytes, place: Place) -> Row:
         raise DataError(what, where=f"{place}:{fault.pos + 1}") from None
     except (ValueError, RecursionError) as fault:
         raise DataError(f"not JSON: {fault}", where=str(place)) from None
-    return _object(row, place)
 
 
-def _read_array(path: Path, bad: BadRows) -> Iterator[tuple[Place, Row]]:
+def _read_array(path: Path) -> Iterator[tuple[int, Raw]]:
     if path.stat().st_size > LARGEST_ARRAY:
         raise DataError("a JSON array of over 256 MiB", where=str(path), hint="write one object per line (.jsonl)")
     try:
@@ -185,17 +188,13 @@ def _read_array(path: Path, bad: BadRows) -> Iterator[tuple[Place, Row]]:
         line, counted = line + text.count("\n", counted, at), at
         if text[at : at + 1] == "]":
             return
-        place = Place(str(path), line)
         try:
             row, end = _DECODER.raw_decode(text, at)
             refuse_surrogates(text[at:end], row)
         except (ValueError, RecursionError) as fault:  # where one element ends wrong, the next cannot be found
             what = f"not JSON: {fault}, {_around(text, getattr(fault, 'pos', at))}"
-            raise DataError(what, where=str(place)) from None
-        try:
-            yield place, _object(row, place)
-        except DataError as fault:
-            bad.add(fault)
+            raise DataError(what, where=f"{path}:{line}") from None
+        yield line, row
         at = _skip_blanks(text, end)
         if text[at : at + 1] not in (",", "]"):
             raise DataError("the array is cut off, or a comma is missing", where=f"{path}:{line}")
@@ -208,7 +207,7 @@ def _skip_blanks(text: str, at: int) -> int:
     return at
 
 
-def _read_csv(path: Path, bad: BadRows) -> Iterator[tuple[Place, Row]]:
+def _read_csv(path: Path) -> Iterator[tuple[int, Raw]]:
     csv.field_size_limit(LARGEST_ROW)
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
@@ -219,17 +218,17 @@ def _read_csv(path: Path, bad: BadRows) -> Iterator[tuple[Place, Row]]:
                 raise DataError(f"a column twice: {', '.join(names)}", where=f"{path}:1")
             line = reader.line_num + 1
             for fields in reader:
-                place, line = Place(str(path), line), reader.line_num + 1
+                start, line = line, reader.line_num + 1
                 if len(fields) == len(names):
-                    yield place, dict(zip(names, fields, strict=True))
+                    yield start, dict(zip(names, fields, strict=True))
                 elif fields:
                     what = f"{len(fields)} fields, the header has {len(names)}"
-                    bad.add(DataError(what, where=str(place)))
+                    yield start, DataError(what, where=f"{path}:{start}")
         except (csv.Error, UnicodeDecodeError) as fault:
             raise DataError(f"not CSV in UTF-8: {fault}", where=f"{path}:{line}") from None
 
 
-def _read_parquet(path: Path, bad: BadRows) -> Iterator[tuple[Place, Row]]:
+def _read_parquet(path: Path) -> Iterator[tuple[int, Raw]]:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
@@ -238,15 +237,9 @@ def _read_parquet(path: Path, bad: BadRows) -> Iterator[tuple[Place, Row]]:
         for batch in ParquetFile(path).iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
-                yield Place(str(path), number), drop_nulls(row)
+                yield number, drop_nulls(row)
     except pyarrow.ArrowException as fault:
         raise DataError(f"not Parquet: {fault}", where=f"{path}:{number + 1}") from None
-
-
-def _object(row: Any, place: Place) -> Row:
-    if not isinstance(row, dict):
-        raise DataError(f"a row must be an object, this is {type(row).__name__}", where=str(place))
-    return row
 
 
 def _some(files: list[Path], what: str, path: str) -> tuple[Path, ...]:

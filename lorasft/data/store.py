@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from array import array
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorasft.data.rows import Place
-from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs
+from lorasft.data.tokens import UNSUPERVISED, Tokens
 from lorasft.errors import ModelError
 
 Ints = npt.NDArray[np.int64]
@@ -25,7 +24,6 @@ ARRAYS = {  # file name -> type on disk
     "run_offsets": "<i8",  # (sequences + 1,) into runs
     "places": "<i8",  # (examples, 2) index into files, line
 }
-FLUSH = 1 << 14  # numbers kept back before they are written
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,43 @@ class TokenStore:
         return Tokens(ids, labels)
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Examples laid out as the store holds them, with sizes in the place of offsets."""
+
+    ids: npt.NDArray[np.int32]  # (tokens,)
+    runs: npt.NDArray[np.int32]  # (runs, 2)
+    sequence_sizes: Ints  # (sequences,) in tokens
+    run_counts: Ints  # (sequences,)
+    example_sizes: Ints  # (examples,) in sequences
+    files: tuple[str, ...]
+    places: Ints  # (examples, 2) index into files, line
+
+
+def pack_examples(examples: Sequence[tuple[Place, Sequence[Tokens]]]) -> Packed:
+    """Lay out examples, each with its place. Raises ValueError when a sequence labels its first position."""
+    sequences = [tokens for _, own in examples for tokens in own]
+    files = {file: index for index, file in enumerate(dict.fromkeys(place.file for place, _ in examples))}
+    sizes = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
+    starts = np.cumsum(sizes) - sizes
+    nothing = np.zeros(0, dtype=np.int32)
+    learned = np.concatenate([nothing, *(tokens.labels for tokens in sequences)]) != UNSUPERVISED
+    if learned[starts[sizes > 0]].any():
+        raise ValueError("a sequence's first position has no source to be learned from")
+    # No run crosses into the next sequence, whose first position is not learned.
+    edges = np.flatnonzero(np.diff(learned, prepend=False, append=False)).reshape(-1, 2)
+    owners = np.searchsorted(starts, edges[:, 0], side="right") - 1
+    return Packed(
+        ids=np.concatenate([nothing, *(tokens.ids for tokens in sequences)]),
+        runs=(edges - starts[owners, None]).astype(np.int32),
+        sequence_sizes=sizes,
+        run_counts=np.bincount(owners, minlength=len(sequences)),
+        example_sizes=np.array([len(own) for _, own in examples], dtype=np.int64),
+        files=tuple(files),
+        places=np.array([(files[place.file], place.line) for place, _ in examples], dtype=np.int64).reshape(-1, 2),
+    )
+
+
 class StoreWriter:
     """Appends examples to the flat files of a store, in a new folder that somebody else commits.
 
@@ -72,47 +107,37 @@ class StoreWriter:
         self.folder = folder
         self._files: dict[str, int] = {}
         self._out: dict[str, BinaryIO] = {}
-        self._small = {name: array("q", [0]) for name in ("sequence_offsets", "example_offsets", "run_offsets")}
-        self._small["places"] = array("q")
-        self._ends = dict.fromkeys(self._small, 0)
+        self._ends = dict.fromkeys(("sequence_offsets", "example_offsets", "run_offsets"), 0)
 
     def __enter__(self) -> StoreWriter:
         self.folder.mkdir(parents=True)
         self._out = {name: open(self.folder / name, "xb") for name in ARRAYS}  # noqa: SIM115
+        for name in self._ends:
+            self._write(name, np.zeros(1, dtype=np.int64))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._flush(0)
         for file in self._out.values():
             file.close()
         (self.folder / "files.json").write_text(json.dumps(list(self._files)), encoding="utf-8")
 
-    def add(self, place: Place, sequences: Iterable[Tokens]) -> None:
-        """Append one example. Raises ValueError when a sequence labels its first position."""
-        count = 0
-        for tokens in sequences:
-            runs = supervised_runs(tokens)
-            if len(runs) and runs[0, 0] == 0:
-                raise ValueError("a sequence's first position has no source to be learned from")
-            self._out["ids"].write(tokens.ids.astype("<i4", copy=False).tobytes())
-            self._out["runs"].write(runs.astype("<i4", copy=False).tobytes())
-            self._advance("sequence_offsets", len(tokens))
-            self._advance("run_offsets", len(runs))
-            count += 1
-        self._advance("example_offsets", count)
-        self._small["places"].extend((self._files.setdefault(place.file, len(self._files)), place.line))
-        self._flush(FLUSH)
+    def add(self, packed: Packed) -> None:
+        """Append examples."""
+        self._write("ids", packed.ids)
+        self._write("runs", packed.runs)
+        self._advance("sequence_offsets", packed.sequence_sizes)
+        self._advance("run_offsets", packed.run_counts)
+        self._advance("example_offsets", packed.example_sizes)
+        files = np.array([self._files.setdefault(file, len(self._files)) for file in packed.files], dtype=np.int64)
+        self._write("places", np.stack([files[packed.places[:, 0]], packed.places[:, 1]], axis=1))
 
-    def _advance(self, name: str, by: int) -> None:
-        self._ends[name] += by
-        self._small[name].append(self._ends[name])
+    def _advance(self, name: str, sizes: Ints) -> None:
+        ends = self._ends[name] + np.cumsum(sizes)
+        self._ends[name] = int(ends[-1]) if len(ends) else self._ends[name]
+        self._write(name, ends)
 
-    def _flush(self, most: int) -> None:
-        """Write the numbers that were kept back, where they are more than `most`."""
-        for name, values in self._small.items():
-            if len(values) > most:
-                self._out[name].write(np.asarray(values, dtype=ARRAYS[name]).tobytes())
-                del values[:]
+    def _write(self, name: str, numbers: npt.NDArray[Any]) -> None:
+        self._out[name].write(numbers.astype(ARRAYS[name], copy=False).tobytes())
 
 
 def map_store(folder: Path) -> TokenStore:

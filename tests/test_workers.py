@@ -1,0 +1,216 @@
+"""The work of preparing data, shared by processes: the same result as in one, whatever the rows; and how it ends."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_tokenizer import save_tokenizer
+
+from lorasft.data.prepare import prepare
+from lorasft.data.tokenizer import load_tokenizer
+from lorasft.data.workers import available_workers, map_blocks
+from lorasft.errors import CapacityError, DataError, LorasftError
+from lorasft.recipe import ChatSettings, DataSettings
+
+pytestmark = pytest.mark.skipif(available_workers() < 1 or not hasattr(os, "fork"), reason="no fork here")
+FILES, ROWS = 7, 40  # a file is a block at least: enough for processes to be started
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return load_tokenizer(str(save_tokenizer(tmp_path_factory.mktemp("tokenizer"))))
+
+
+def row(number: int, **more: Any) -> dict[str, Any]:
+    talk = [{"role": "user", "content": f"What is {number} + 1?"}, {"role": "assistant", "content": f"é {number + 1}"}]
+    return {"messages": talk * (1 + number % 3), **more}
+
+
+def write_files(folder: Path, bad: dict[int, str]) -> tuple[str, ...]:
+    """Files of conversations; `bad`: the lines that stand in the place of rows, by number."""
+    for file in range(FILES):
+        numbers = range(file * ROWS, (file + 1) * ROWS)
+        lines = [bad.get(number, json.dumps(row(number))) for number in numbers]
+        (folder / f"{file}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "8.json").write_text(json.dumps([row(number) for number in range(20)]), encoding="utf-8")
+    (folder / "9.csv").write_text("prompt,completion\n7,8\n1,2,3\n8,9\n", encoding="utf-8")
+    return tuple(str(file) for file in sorted(folder.iterdir()))
+
+
+BAD = {
+    3: "{",
+    47: "[1]",
+    48: json.dumps(row(48) | {"messages": [{"role": "user", "content": "x"}]}),
+    90: json.dumps(row(90)).replace("What", "<|end|>"),
+    91: json.dumps(row(91)).replace("What", "W" * 300),
+    131: json.dumps(row(7)),
+    199: '{"messages": []}',
+    200: json.dumps({"messages": [row(2)["messages"][0] | {"role": "assistant"}]}),
+}
+SETTINGS: list[dict[str, Any]] = [
+    {"eval": 0.2},
+    {"eval": None, "overlong": "truncate"},
+    {"eval": 0.1, "max_length": 45},
+    {"eval": "apart"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("flagged", [False, True])
+def test_processes_make_the_same_store(tmp_path: Path, tokenizer: Any, settings: dict[str, Any], flagged: bool) -> None:
+    (tmp_path / "rows").mkdir()
+    files = write_files(tmp_path / "rows", BAD)
+    (tmp_path / "apart.jsonl").write_text("".join(json.dumps(row(n)) + "\n" for n in range(900, 910)))
+    if settings["eval"] == "apart":
+        settings = settings | {"eval": (str(tmp_path / "apart.jsonl"),)}
+    sources = ({"path": files[0], "share": 0.5}, *files[1:])
+    data = DataSettings(train=sources, on_bad_row="drop", **{"max_length": 120, "max_dropped": 1.0, **settings})
+    chat = ChatSettings(supervise="flagged" if flagged else "all")
+    made = [
+        prepare(data, chat, tokenizer=tokenizer, folder=tmp_path / str(workers), workers=workers) for workers in (1, 3)
+    ]
+    alone, shared = (
+        {p.relative_to(m.folder): p.read_bytes() for p in m.folder.rglob("*") if p.is_file()} for m in made
+    )
+    assert alone == shared and alone
+    report = made[1].report
+    apart = 10 if isinstance(data.eval, tuple) else 0
+    assert report.bad_rows >= 6 and report.rows == FILES * ROWS + 20 + 2 - 2 + apart
+    assert len(report.dropped) == report.dropped_examples() and set(report.formats.values()) == {
+        "chat",
+        "prompt-completion",
+    }
+    places = [made[1].train.place(at) for at in range(len(made[1].train))]
+    assert places == sorted(places, key=lambda place: (place.file, place.line))
+
+
+def failure(tokenizer: Any, folder: Path, workers: int, **settings: Any) -> str:
+    data = DataSettings(train=(str(folder),), eval=None, **settings)
+    with pytest.raises(LorasftError) as fault:
+        prepare(data, ChatSettings(), tokenizer=tokenizer, folder=folder / "store", workers=workers)
+    return str(fault.value)
+
+
+FAULTS: dict[str, tuple[dict[int, str], int]] = {
+    "few, read": ({3: "{", 170: "[]", 171: "7"}, 3),
+    "twenty of many": (dict.fromkeys(range(30, 200, 7), "{"), 20),
+    "few, encoded": ({n: json.dumps(row(n)).replace("What", "<|end|>") for n in (1, 2, 100, 250)}, 4),
+    "twenty of many, encoded": ({n: json.dumps(row(n)).replace("What", "</s>") for n in range(0, 270, 3)}, 20),
+    "another format": ({80: '{"other": 1}', 10: "{"}, 1),
+    "read comes first": ({3: json.dumps(row(3)).replace("What", "</s>"), 270: "{"}, 1),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_come_together_and_in_order(tmp_path: Path, tokenizer: Any, name: str) -> None:
+    bad, count = FAULTS[name]
+    write_files(tmp_path, bad)
+    (tmp_path / "9.csv").unlink()
+    alone, shared = (failure(tokenizer, tmp_path, workers) for workers in (1, 3))
+    assert alone == shared and alone.count("error: ") == count
+    lines = [line for line in alone.splitlines() if line.startswith("where: ")]
+    assert lines == sorted(lines, key=lambda line: (line.split(":")[1], int(line.split(":")[2])))
+
+
+def test_a_file_that_ends_wrong_comes_behind_the_rows_before_it(tmp_path: Path, tokenizer: Any) -> None:
+    write_files(tmp_path, dict.fromkeys(range(0, 38, 2), "{"))
+    (tmp_path / "9.csv").unlink()
+    (tmp_path / "8.json").write_text("[" + json.dumps(row(1)) + ", 3, 4, {", encoding="utf-8")
+    alone, shared = (failure(tokenizer, tmp_path, workers) for workers in (1, 3))
+    assert alone == shared and alone.count("error: ") == 20 and "8.json:1" in alone
+    (tmp_path / "0.jsonl").write_text("{", encoding="utf-8")
+    alone, shared = (failure(tokenizer, tmp_path, workers) for workers in (1, 3))
+    assert alone == shared and alone.startswith("error: not JSON: Expecting property name")
+
+
+def slow_square(number: int) -> tuple[int, bytes]:
+    time.sleep(0.02 if number % 5 == 0 else 0.001)
+    return number**2, bytes(100_000)  # more than a pipe holds
+
+
+def test_results_come_in_order_and_processes_end() -> None:
+    blocks = [(number, bytes(100_000)) for number in range(60)]
+    with closing(map_blocks(lambda block: slow_square(block[0]), blocks, workers=4)) as results:
+        assert [square for square, _ in results] == [number**2 for number in range(60)]
+    with closing(map_blocks(slow_square, range(1000), workers=2)) as results:
+        assert next(results)[0] == 0 and len(multiprocessing.active_children()) == 2
+    assert not multiprocessing.active_children()
+
+
+def at_twenty(act: Callable[[], object]) -> Callable[[int], int]:
+    def work(number: int) -> int:
+        if number == 20:
+            act()
+        return number
+
+    return work
+
+
+def raise_memory_error() -> None:
+    raise MemoryError
+
+
+def test_a_process_that_dies_ends_the_work() -> None:
+    with pytest.raises(CapacityError, match=r"died \(exit code -9\)"):
+        list(map_blocks(at_twenty(lambda: os.kill(os.getpid(), signal.SIGKILL)), range(99), workers=2))
+    with pytest.raises(CapacityError, match="exit code 6"):
+        list(map_blocks(at_twenty(raise_memory_error), range(99), workers=2))
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        list(map_blocks(at_twenty(lambda: 1 // 0), range(99), workers=2))
+    assert not multiprocessing.active_children()
+
+
+def test_blocks_that_cannot_be_read_end_the_work() -> None:
+    def blocks() -> Any:
+        yield from range(30)
+        raise DataError("cut")
+
+    with pytest.raises(DataError, match="cut"):
+        list(map_blocks(at_twenty(int), blocks(), workers=2))
+    assert not multiprocessing.active_children()
+
+
+SCRIPT = """
+import multiprocessing, sys, time
+from lorasft.data.workers import map_blocks
+
+def work(number):
+    time.sleep(0.05)
+    return number
+
+try:
+    for number in map_blocks(work, range(10_000), workers=2):
+        if number == 3:
+            print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("group", [True, False])
+def test_a_signal_leaves_no_process_behind(number: int, group: bool) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout
+    children = [int(word) for word in process.stdout.readline().split()]
+    (os.killpg if group else os.kill)(process.pid, number)
+    _, errors = process.communicate(timeout=10)  # to the end of stderr, which the last child closes
+    assert errors == "" and len(children) == 2
+    assert process.returncode == (130 if number == signal.SIGINT else -number)
