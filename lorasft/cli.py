@@ -66,8 +66,8 @@ def make_parser() -> argparse.ArgumentParser:
     merge.add_argument("--force-base", action="store_true", help="take a base that the run was not trained on")
     merge.add_argument("--json", action="store_true", help="what was done as JSON")
 
-    export = verbs.add_parser("export", help="write a merged model as GGUF, or as a folder for Ollama")
-    export.add_argument("model", metavar="DIR", help="a folder that merge wrote, or any model folder")
+    export = verbs.add_parser("export", help="write a model as GGUF, or as a folder for Ollama")
+    export.add_argument("model", metavar="RUN|DIR", help="a run or an adapter, merged first, or a model folder")
     export.add_argument("--to", choices=["gguf", "ollama"], required=True, help="a GGUF file, or that with a Modelfile")
     export.add_argument("--out", required=True, metavar="FILE", help="a file, or for ollama a folder, not there yet")
     export.add_argument("--type", choices=["f16", "q8_0"], default="f16", help="of the matrices (default: f16)")
