@@ -242,6 +242,7 @@ def test_a_run_in_4_bit_is_merged_onto_what_it_saw(
     record = json.loads((tmp_path / "out/merge.json").read_text(encoding="utf-8"))
     assert record["adapter"] == sha256(trained / "adapter/adapter_model.safetensors")
     assert record["base"]["fingerprint"] == record["base"]["trained_on"] and record["table"] == table
+    assert record["result"] == {"model.safetensors": sha256(tmp_path / "out/model.safetensors")}
     card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
     assert "dequantized weights" in card and "18 examples, 8 held out" in card and "please" not in card
     verify_folder(tmp_path / "out")

@@ -120,7 +120,8 @@ def merge(
             table={name: asdict(distance) for name, distance in judge.table.items()} if judge else {},
             changed_codes=changed_codes,
         )
-        record = _make_record(source, merged)
+        result = {path.name: hashes.get(path.name) or sha256(path) for path in sorted(stage.glob("*.safetensors"))}
+        record = _make_record(source, merged) | {"result": result}
         write_file(stage / RECORD, json.dumps(record, indent=1).encode())
         write_file(stage / "README.md", make_card(source, record).encode())
     return merged
@@ -158,7 +159,7 @@ def _choose(onto: Onto | Literal["auto"], judge: Judge | None, *, quantize: bool
 
 
 def _make_record(source: Source, merged: Merged) -> dict[str, Any]:
-    """What merge.json keeps; the hashes of the result stand beside it, in manifest.json."""
+    """What merge.json keeps of where the merge came from and how it was made."""
     return {
         "lorasft": __version__,
         "base": {
