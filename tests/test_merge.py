@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorasft.cli import main
 from lorasft.errors import ModelError
-from lorasft.files import sha256, verify_folder
+from lorasft.files import fingerprint, sha256, verify_folder
 from lorasft.merge.fold import Update
 from lorasft.merge.folder import Merged
 from lorasft.merge.folder import merge as merge_source
@@ -364,3 +364,36 @@ def test_what_is_no_adapter_is_named(
         assert words in capsys.readouterr().err
     assert main(["merge", str(trained), "--out", str(trained / "inside")]) == 4
     assert main(["merge", str(trained), "--out", str(tmp_path / "out"), "--no-check", "--data", "x.jsonl"]) == 2
+
+
+def test_a_fine_tune_has_another_fingerprint(tmp_path: Path) -> None:
+    """Its sizes, headers and first megabyte, which holds the embedding, may all be those of its base."""
+    base = save_base(tmp_path / "base")
+    first = fingerprint(base)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] += 1
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    changed = fingerprint(base)
+    shutil.copytree(base, tmp_path / "copy")
+    assert first != changed == fingerprint(tmp_path / "copy")
+
+
+def test_a_run_on_a_hub_model_knows_its_base(
+    recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hub's client keeps a snapshot of each commit; nothing is downloaded that is there."""
+    commit, kept = "0" * 40, tmp_path / "hub/models--people--tiny"
+    save_base(kept / "snapshots" / commit)
+    (kept / "refs").mkdir()
+    (kept / "refs/main").write_text(commit, encoding="utf-8")
+    for module, name in (
+        ("huggingface_hub.constants", "HF_HUB_CACHE"),
+        ("transformers.utils.hub", "TRANSFORMERS_CACHE"),
+    ):
+        monkeypatch.setattr(f"{module}.{name}", str(tmp_path / "hub"), raising=False)
+    path = recipe(model={"base": "people/tiny", "dtype": "float32"}, train={"steps": 3, "batch_size": 8})
+    assert main(["train", path]) == 0
+    assert main(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--no-check"]) == 0
+    other = ["--base", str(save_base(tmp_path / "other", "qwen3"))]
+    assert main(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "wrong"), "--no-check", *other]) == 4
+    assert "not the one that the adapter was trained on" in capsys.readouterr().err

@@ -66,7 +66,7 @@ def refuse_changes(recipe: Recipe, folder: Path, saved: State, *, data: str) -> 
 
 def write_start(folder: Path, recipe: Recipe, prepared: Prepared, *, layout: Layout, config: Any) -> None:
     """Record what the run stands on; recipe.yaml comes last and makes the folder a run."""
-    base = Path(recipe.model.base)
+    base, commit = Path(recipe.model.base), getattr(config, "_commit_hash", None)
     packages = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors", "numpy")
     provenance = {
         "lorasft": __version__,
@@ -75,14 +75,21 @@ def write_start(folder: Path, recipe: Recipe, prepared: Prepared, *, layout: Lay
         "threads": torch.get_num_threads(),
         "base": {
             "name": recipe.model.base,
-            "commit": getattr(config, "_commit_hash", None),
-            "fingerprint": fingerprint(base) if base.is_dir() else None,  # one from the hub has its commit
+            "commit": commit,
+            "fingerprint": fingerprint(base if base.is_dir() else _find_snapshot(recipe.model.base, commit)),
         },
         "data": prepared.key,
         "report": prepared.report.as_dict(),
     }
     replace_file(folder / "provenance.json", json.dumps(provenance, indent=1).encode())
     replace_file(folder / "recipe.yaml", dump_recipe(recipe).encode())
+
+
+def _find_snapshot(name: str, commit: str | None) -> Path:
+    """Where the hub's client keeps a model that was loaded from it."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, revision=commit, local_files_only=True))
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
