@@ -28,6 +28,7 @@ from lorasft.merge.plan import Plan, plan_merge
 from lorasft.merge.shards import INDEX
 from lorasft.merge.source import Choice, Onto, Source
 from lorasft.merge.stream import Progress, write_weights
+from lorasft.recipe import DataSource
 
 if TYPE_CHECKING:
     from lorasft.merge.check import Judge
@@ -61,7 +62,7 @@ def merge(
     onto: Onto | Literal["auto"] = "auto",
     quantize: bool = False,
     check: bool = True,
-    data: str | None = None,
+    data: DataSource | None = None,
     on_progress: Progress | None = None,
 ) -> Merged:
     """Write the base of `source` with its adapter folded in to the new folder `out`.
@@ -74,7 +75,7 @@ def merge(
     refuse_existing(out)
     refuse_overlap(out, source.base, source.adapter, *([source.run] if source.run else []))
     if data is not None and not check:
-        raise RecipeError("--data has no use with --no-check", where=data, hint="leave one of the two out")
+        raise RecipeError("--data has no use with --no-check", where=data.path, hint="leave one of the two out")
     _refuse_second_merge(source)
     config = read_config(source.base)
     plan = plan_merge(source.base, source.adapter, config=config)

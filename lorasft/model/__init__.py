@@ -4,8 +4,9 @@ import logging
 import os
 import sys
 
-# On a CPU oneDNN compiles its kernels for each shape, and every micro-batch has its own number of tokens: the two caches
-# that keep a thousand of them grow by tens of megabytes a step (pytorch/pytorch#27971). One micro-batch needs about 40.
+# On a CPU oneDNN compiles its kernels for each shape, and every micro-batch has its own number of tokens: the two
+# caches that keep a thousand of them grow by tens of megabytes a step (pytorch/pytorch#27971). One micro-batch needs
+# about 40.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
 
