@@ -164,7 +164,8 @@ def _load(recipe: Recipe, folder: Path, settled: Settled, *, ranks: Ranks) -> Op
 def load_model(recipe: Recipe, device: torch.device, *, saved: State | None) -> tuple[Any, Network]:
     """The PEFT model, in the dtype of the checkpoint where there is one, and what was verified about it."""
     dtype = compute_dtype(saved.layout.dtype if saved else recipe.model.dtype, device)
-    base = load_base(recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")}), device)
+    settled = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    base = load_base(settled, device, keep=recipe.machine.cache_base)
     if recipe.adapter.start:
         start = Path(recipe.adapter.start)
         model = load_adapter(base, start / "adapter" if (start / "recipe.yaml").is_file() else start, trainable=True)
