@@ -1,4 +1,4 @@
-"""Liger's kernels: refused where they cannot run, before anything is loaded. On a GPU scripts/gpu_check.py runs them."""
+"""Liger's kernels: refused where they cannot run, before anything is loaded. scripts/gpu_check.py runs them."""
 
 from __future__ import annotations
 
