@@ -363,8 +363,8 @@ def train_tiny(folder: str, *settings: str, resume: bool = False) -> tuple[list[
     from lorasft.train.loop import train
     from lorasft.train.run import finish, open_run
 
-    fixed = [f"run.output={folder}", "run.save_every=2", "train.steps=4", *settings]
-    with open_run(load_recipe("tiny", fixed), resume=resume) as opened:
+    fixed = [f"run.output={folder}", "run.save_every=2", "train.steps=4", "data.eval=null", "run.eval_every=null"]
+    with open_run(load_recipe("tiny", [*fixed, *settings]), resume=resume) as opened:
         finish(opened, train(opened.run, opened.state))
     lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     newest, _ = newest_checkpoint(Path(folder, "checkpoints"))
