@@ -84,9 +84,11 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     model.requires_grad_(False)
     if settings.quantization == "nf4":
         _check_quantized(model)
-    if folder and kept is None and (place := find_place(folder, scheme, device)):  # a hub's weights are there by now
-        with quiet_progress():
-            keep_base(model, place, base=folder, wanted=keep)
+    if folder and kept is None:
+        found = find_place(folder, scheme, device)
+        if found and place in (None, found):  # a hub's weights are there by now; others changed meanwhile
+            with quiet_progress():
+                keep_base(model, found, base=folder, wanted=keep)
     return model
 
 
