@@ -71,11 +71,11 @@ def truncate(path: Path, size: int) -> None:
     os.truncate(path, size)
 
 
-def make_folder(path: Path, *, mode: int = 0o777) -> None:
-    """Create a folder, with the permissions `mode`, and its parents; an existing one is fine."""
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents; an existing one is fine."""
     about_to("make folder", path)
     with _disk(path):
-        path.mkdir(mode, parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def rename(source: Path, target: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +61,13 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     scheme = nf4_scheme(compute_dtype(settings.dtype, device))
     quantize = settings.quantization == "nf4" and not hasattr(config, "quantization_config")
 
-    def read(source: str, revision: str | None = None, **quantization: BitsAndBytesConfig) -> Any:
+    def read(source: str, **how: Any) -> Any:
         # Only weights that are no safetensors would be written to the scratch folder: there are none.
         with quiet_progress(), _loading_faults(settings.base), tempfile.TemporaryDirectory() as scratch:
             return AutoModelForCausalLM.from_pretrained(
                 source,
-                revision=revision,
+                **how,
                 dtype=scheme.bnb_4bit_compute_dtype,
-                **quantization,
                 device_map={"": "disk" if streamed else device},
                 offload_folder=scratch if streamed else None,
                 trust_remote_code=False,
@@ -76,9 +77,9 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
 
     folder = _find_folder(settings.base, config) if quantize and keep else None
     place = find_place(folder, scheme, device) if folder else None
-    kept = read_kept(place, read) if place else None
-    given = {"quantization_config": scheme} if quantize else {}  # None would hide the config's own
-    model = read(settings.base, settings.revision, **given) if kept is None else kept
+    kept = read_kept(place, partial(read, config=_quantized(config, scheme))) if place else None
+    how = {"quantization_config": scheme} if quantize else {}  # None would hide the config's own
+    model = read(settings.base, revision=settings.revision, **how) if kept is None else kept
     model.name_or_path = model.config._name_or_path = settings.base
     _mend_linears(model, device, settings.base)
     model.requires_grad_(False)
@@ -106,6 +107,13 @@ def _mend_linears(model: nn.Module, device: torch.device, base: str) -> None:
                     where=base,
                     hint="use model.quantization=none",
                 )
+
+
+def _quantized(config: Any, scheme: BitsAndBytesConfig) -> Any:
+    """The config of a checkpoint in which the base is in 4 bit already."""
+    config = copy.deepcopy(config)
+    config.quantization_config = scheme.to_dict()
+    return config
 
 
 def _find_folder(base: str, config: Any) -> Path:

@@ -77,7 +77,7 @@ def read_kept(place: Path, read: Callable[[str], Any]) -> Any | None:
             reason = check.exception() or fault
             if not isinstance(reason, (ModelError, OSError)):
                 raise
-            say(f"the kept 4-bit base in {place} is damaged ({str(reason).splitlines()[0]}): it is made again")
+            say(f"the kept 4-bit base in {place} is damaged ({getattr(reason, 'what', reason)}): it is made again")
             with suppress(LorasftError, OSError):
                 remove_folder(place)
             return None
@@ -95,16 +95,18 @@ def keep_base(model: Any, place: Path, *, base: Path, wanted: Keep) -> None:
     if (wanted == "auto" and size < _LEAST) or int(os.environ.get("LOCAL_RANK", "0")):
         return
     try:
-        make_folder(place.parent, mode=0o700)
+        if not place.parent.exists():
+            make_folder(place.parent)
+            place.parent.chmod(0o700)
         if not _is_private(place.parent):
-            raise ModelError("others may read or write there", hint=f"chmod 700 {place.parent}")
+            raise ModelError(f"it must be yours alone: chmod 700 {place.parent}")
         need_space(place.parent, 2 * size)
         with staged_folder(place) as stage:
             _save(model, stage, base)
         _forget_unused(place.parent)
     except (LorasftError, OSError) as fault:
         if not place.exists():
-            say(f"the 4-bit base is not kept in {place.parent}: {str(fault).splitlines()[0]}")
+            say(f"the 4-bit base is not kept in {place.parent}: {getattr(fault, 'what', fault)}")
         return
     say(f"the 4-bit base is kept for the next start: {size / 1e9:.2f} GB in {place} (machine.cache_base=false: never)")
 
