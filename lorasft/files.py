@@ -28,7 +28,7 @@ MANIFEST = "manifest.json"
 STAGE = ".stage-"
 TRASH = ".trash-"
 LOCK = "run.lock"
-_HALF_DONE = re.compile(r"\.(stage|trash)-.+-[0-9a-f]{8}")  # what this file calls its stages and trash
+HALF_DONE = re.compile(r"\.(stage|trash)-.+-[0-9a-f]{8}")  # what this file calls its stages and trash
 _WRONG_PLACE = {errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS,
                 errno.ELOOP}  # fmt: skip
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}
@@ -143,7 +143,8 @@ def staged_folder(target: Path, *, hashes: Mapping[str, str] | None = None) -> I
     try:
         with _held(stage):
             yield stage
-            commit_folder(stage, target, hashes=hashes or {})
+            with _disk(target):
+                commit_folder(stage, target, hashes=hashes or {})
     except BaseException:
         _remove(stage)
         raise
@@ -211,7 +212,7 @@ def remove_folder(folder: Path) -> None:
 def sweep(folder: Path) -> None:
     """Remove what a killed process left half done in `folder`: stages and trash, by their names."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if _HALF_DONE.fullmatch(path.name):
+        if HALF_DONE.fullmatch(path.name):
             _remove(path)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from lorasft.errors import LorasftError
 from lorasft.faults.subject import KEEP, SAVE_EVERY
-from lorasft.files import sha256, verify_folder
+from lorasft.files import HALF_DONE, sha256, verify_folder
 from lorasft.train.checkpoint import State, list_checkpoints, read_state
 
 _CLOCKS = ("seconds", "tokens_per_second", "memory_bytes")
@@ -80,7 +80,8 @@ def judge_result(folder: Path, reference: Result) -> list[str]:
         wrong.append(
             f"other metrics: {[line for line in result.lines if line not in reference.lines][:1]} steps {steps}"
         )
-    left = [path.name for place in (folder, folder / "checkpoints") for path in place.glob(".*-*")]
+    places = [path.name for place in (folder, folder / "checkpoints") for path in place.iterdir()]
+    left = [name for name in places if HALF_DONE.fullmatch(name)]
     if left:
         wrong.append(f"left behind: {left}")
     return wrong

@@ -28,8 +28,6 @@ from lorasft.train.run import finish, open_run
 
 Fault = Callable[[int, str, tuple[Path, ...]], AbstractContextManager[None]]  # around effect number n of a process
 
-WRITES = ("write", "append")  # effects with a content
-
 
 class Phase(enum.IntEnum):
     """What a run is in."""
@@ -78,10 +76,11 @@ class Child:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where runs of one recipe are tried: `setup` is done in each fork before its run."""
+    """Where runs of one recipe are tried. `setup` comes before each, in its fork; `act` is what a fork does."""
 
     recipe: Recipe
-    setup: tuple[Callable[[], None], ...] = field(default=())
+    setup: tuple[Callable[[], object], ...] = ()
+    act: Callable[[Recipe, Any], None] = field(default_factory=lambda: train_to_the_end)
 
     @property
     def folder(self) -> Path:
@@ -89,20 +88,27 @@ class Bench:
 
     def clear(self) -> None:
         """Make room for the next trial."""
+        if self.folder.is_symlink():
+            self.folder.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
+        for words in self.folder.parent.glob("words-*.txt"):
+            words.unlink()
 
     def start(self, fault: Fault | None = None, *, commits: int = 0) -> Child:
         """Begin the run, or resume it where there is something to resume, in a fork. `commits`: of it so far."""
-        child = Child(0, RawValue(Trace), self.folder.with_name("words.txt"))
-        child.words.unlink(missing_ok=True)
-        child.trace.commits = commits
+        trace = RawValue(Trace)
+        trace.commits = commits
         pid = os.fork()
         if pid == 0:
+            code = 1
             try:
-                code = self._run(child, fault or no_fault)
+                code = self._run(Child(os.getpid(), trace, self._words(os.getpid())), fault or no_fault)
             finally:
                 os._exit(code)
-        return Child(pid, child.trace, child.words)
+        return Child(pid, trace, self._words(pid))
+
+    def _words(self, pid: int) -> Path:
+        return self.folder.with_name(f"words-{pid}.txt")
 
     def _run(self, child: Child, fault: Fault) -> int:
         with open(child.words, "w", encoding="utf-8", buffering=1) as words:
@@ -110,10 +116,10 @@ class Bench:
             os.dup2(words.fileno(), 2)
             try:
                 torch.set_num_threads(1)
-                files.effect = observe(child.trace, fault)  # type: ignore[assignment]
+                files.effect = observe(child.trace, fault)
                 for change in self.setup:
                     change()
-                train_to_the_end(self.recipe, child.trace)
+                self.act(self.recipe, child.trace)
                 return 0
             except LorasftError as fault_said:
                 print(fault_said)
@@ -173,13 +179,21 @@ def kill_at(number: int, *, moment: str) -> Fault:
     def fault(here: int, kind: str, paths: tuple[Path, ...]) -> Iterator[None]:
         if here == number and moment == "before":
             os.kill(os.getpid(), signal.SIGKILL)
-        yield
+        with halved(paths[0]) if here == number and moment == "half" else contextlib.nullcontext():
+            yield
         if here == number:
-            if moment == "half" and kind in WRITES:
-                os.truncate(paths[0], paths[0].stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
     return fault
+
+
+@contextlib.contextmanager
+def halved(path: Path) -> Iterator[None]:
+    """Of what is written to the end of `path` meanwhile, only half arrives."""
+    before = path.stat().st_size if path.is_file() else 0
+    yield
+    if path.is_file():
+        os.truncate(path, before + (path.stat().st_size - before) // 2)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -80,10 +81,13 @@ def save_checkpoint(folder: Path, state: State, learner: Learner, *, base: Model
 
 
 def restore_checkpoint(path: Path, learner: Learner) -> None:
-    """Put adapter and optimizer back as they were when `path` was saved, bit for bit."""
+    """Put adapter and optimizer back as they were when `path` was saved, bit for bit. Raises ModelError."""
     give_weights(learner.model, read_adapter_weights(path), where=str(path))
-    numbers = json.loads((path / "state.json").read_bytes())["optimizer"]
-    restore_optimizer(learner.optimizer, learner.parameters, load_file(path / "optimizer.safetensors"), numbers)
+    try:
+        numbers = json.loads((path / "state.json").read_bytes())["optimizer"]
+        restore_optimizer(learner.optimizer, learner.parameters, load_file(path / "optimizer.safetensors"), numbers)
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as fault:
+        raise ModelError(f"cannot read the optimizer: {fault}", where=str(path)) from None
 
 
 def read_state(path: Path, *, run: str | None) -> State:

@@ -24,7 +24,7 @@ from lorasft.data.packing import Plan, count_steps
 from lorasft.data.prepare import Prepared, prepare
 from lorasft.data.tokenizer import compare_with_file, load_tokenizer
 from lorasft.data.untrained import refuse_untrained
-from lorasft.errors import ModelError, RecipeError
+from lorasft.errors import DivergedError, ModelError, RecipeError
 from lorasft.files import locked, make_folder, remove_folder, staged_folder, sweep, verify_folder, write_file
 from lorasft.model.adapter import attach_adapter, check_targets, load_adapter, trainable, write_adapter
 from lorasft.model.base import compute_dtype, count_bytes, load_base, make_skeleton, read_config
@@ -183,12 +183,16 @@ def load_model(recipe: Recipe, device: torch.device, *, saved: State | None) -> 
 
 
 def finish(opened: Opened, state: State) -> Path:
-    """Write the result, the last adapter or the best one, to `adapter/`. Returns its folder."""
+    """Write the result, the last adapter or the best one, to `adapter/`. Returns its folder.
+
+    Raises DivergedError when nothing was trained, ModelError when the best checkpoint is damaged.
+    """
     run = opened.run
     if run.recipe.run.keep_best and state.best_step not in (None, state.step):
         best = run.checkpoints / f"step-{state.best_step:06d}"
         verify_folder(best)
         restore_checkpoint(best, run.learner)
+    refuse_zero(run.learner)
     target = run.folder / "adapter"
     if not target.exists():
         with staged_folder(target) as stage:
@@ -199,6 +203,13 @@ def finish(opened: Opened, state: State) -> Path:
             write_file(stage / "recipe.yaml", dump_recipe(run.recipe).encode())
     run.logbook.close()
     return target
+
+
+def refuse_zero(learner: Learner) -> None:
+    """Raise DivergedError for an adapter that changes nothing."""
+    trained = (tensor for name, tensor in learner.parameters.items() if "lora_" not in name or "_B" in name)
+    if not any(tensor.any() for tensor in trained):
+        raise DivergedError("nothing was trained: the adapter is zero", hint="look at the losses in metrics.jsonl")
 
 
 def refuse_settings(recipe: Recipe, config: Any) -> None:

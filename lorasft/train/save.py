@@ -46,7 +46,7 @@ class Saves:
     def attempt(self, run: Run, state: State, *, final: bool) -> State:
         """Save. When disk or memory does not allow it, say so and go on with what was saved before.
 
-        Raises CapacityError when that happens twice in a row, or when no other save is to come (`final`).
+        Raises CapacityError when that happens twice in a row. `final`: no other save is to come, so it is tried twice.
         """
         self.time = time.monotonic()
         try:
@@ -55,12 +55,13 @@ class Saves:
         except (OSError, CapacityError, RecipeError) as fault:
             reason = getattr(fault, "what", fault)
             words = f"the save after step {state.step} failed: {reason}; {describe_room(run.checkpoints)}"
-            if self.failed or final:
-                what = f"{words}; no other is tried" if final else f"{words}; it is the second in a row"
+            if self.failed:
                 hint = f"mend the disk and go on with --resume from step {self.last.step}"
-                raise CapacityError(what, where=str(run.checkpoints), hint=hint) from fault
-            run.logbook.note(f"{words}; the run goes on, saved up to step {self.last.step}")
+                raise CapacityError(f"{words}; the second in a row", where=str(run.checkpoints), hint=hint) from fault
             self.failed = True
+            run.logbook.note(f"{words}; saved up to step {self.last.step}, {'once more' if final else 'going on'}")
+            if final:
+                return self.attempt(run, state, final=True)
             return replace(state, best_step=self.last.best_step, best_loss=self.last.best_loss)
         self.failed = False
         return self.last
