@@ -139,8 +139,8 @@ def staged_folder(target: Path, *, hashes: Mapping[str, str] | None = None) -> I
             if ours:
                 _remove(left)
     stage = target.with_name(f"{STAGE}{target.name}-{secrets.token_hex(4)}")
-    make_folder(stage)
     try:
+        make_folder(stage)
         with _held(stage):
             yield stage
             with _disk(target):

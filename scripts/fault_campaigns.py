@@ -72,9 +72,10 @@ class Ring:
         return random.Random("-".join(map(str, (self.seed, *names))))
 
     def some(self, cases: Sequence[Any]) -> Sequence[Any]:
-        """All cases, or `trials` of them, evenly spread."""
+        """All cases, or `trials` of them, evenly spread, in a random order."""
         step = max(1.0, len(cases) / self.trials)
-        return [cases[int(index * step)] for index in range(min(len(cases), self.trials))]
+        some = [cases[int(index * step)] for index in range(min(len(cases), self.trials))]
+        return self.dice().sample(some, len(some))
 
     def half_way(self) -> None:
         """Leave a run that was killed a while after its second save."""
@@ -575,15 +576,22 @@ def link_output(newest: Path) -> list[Path]:
     return []
 
 
+def crowd(newest: Path) -> list[Path]:
+    """Copies under a higher number and by hand, other runs' checkpoints before and after, files of editors."""
+    neighbours = (
+        copy_to("step-000099"),
+        copy_to("step-000004 (1)"),
+        copy_of_other_run("step-000098"),
+        copy_of_other_run("step-000001"),
+        write_to(".DS_Store", "notes.txt~", "step-000002.swp", f"{STAGE}mine"),
+    )
+    return [path for put in neighbours for path in put(newest)]
+
+
 NEIGHBOURS: dict[str, Callable[[Path], list[Path]]] = {
-    "a copy under a higher number": copy_to("step-000099"),
-    "a copy by hand": copy_to("step-000004 (1)"),
-    "a later checkpoint of another run": copy_of_other_run("step-000099"),
-    "an earlier checkpoint of another run": copy_of_other_run("step-000001"),
+    "copies, other runs and files of editors": crowd,
     "another run's checkpoint in the way": copy_of_other_run("step-000010"),
-    "files of editors and systems": write_to(".DS_Store", "notes.txt~", "step-000002.swp", ".stage-mine"),
-    "links": link_to_stranger,
-    "other times": touch_all,
+    "links and other times": lambda newest: touch_all(newest) + link_to_stranger(newest),
     "a linked output": link_output,
 }
 

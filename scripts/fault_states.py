@@ -10,7 +10,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +57,30 @@ def with_fault(fault: Fault) -> Any:
         files.effect = plain
 
 
+def full_in(*names: str, times: int = 1000) -> Fault:
+    """A disk that is full whenever something is written to a path with one of `names` in it."""
+    hits = iter(range(times))
+
+    @contextlib.contextmanager
+    def fault(number: int, kind: str, paths: tuple[Path, ...]) -> Iterator[None]:
+        here = kind in ("write", "append") and any(name in str(paths[-1]) for name in names)
+        if here and next(hits, None) is not None:
+            raise OSError(28, "No space left on device")
+        yield
+
+    return fault
+
+
 def in_fork(act: Callable[[], object]) -> int:
     """The exit status of `act` in a fork."""
     pid = os.fork()
     if pid == 0:
+        code = 1
         try:
             act()
+            code = 0
         finally:
-            os._exit(0)
+            os._exit(code)
     return os.waitpid(pid, 0)[1]
 
 

@@ -1,19 +1,18 @@
 """What a run promises, I1 to I20, each by its number: held while it is killed, starved, damaged and disturbed.
 
 The short form of `scripts/fault_campaigns.py`, which tells what each campaign does. Other promises stand where their
-subject does: I9 in test_oracles.py, test_memory.py and test_ranks.py, I10 also in test_train.py, I11 in test_preview.py, I14 in
-test_merge.py, I15 in test_model.py and test_chat.py, I18 in test_recipe.py, I19 in test_merge.py.
+subject does: I9 in test_oracles.py, test_memory.py and test_ranks.py, I10 in test_train.py too, I11 in test_preview.py,
+I14 and I19 in test_merge.py, I15 in test_model.py and test_chat.py, I18 in test_recipe.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ import fault_campaigns as campaigns
 import fault_mutants as mutants
 import pytest
 import torch
-from fault_states import in_fork, state_machine
+from fault_states import full_in, in_fork, state_machine
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
@@ -42,8 +41,8 @@ from lorasft.train.checkpoint import Learner, list_checkpoints
 from lorasft.train.optimizer import make_optimizer
 from lorasft.train.schedule import learning_rate
 
-TRIALS = {"K1": 8, "K2": 4, "K4": 3, "P1": 5, "D1": 8, "T1": 6, "T2": 4, "W2": 9, "S1": 6, "S2": 4, "S3": 2, "N1": 4,
-          "N2": 5, "C1": 2, "C2": 9}  # fmt: skip
+TRIALS = {"K1": 6, "K2": 2, "K4": 2, "P1": 4, "D1": 5, "T1": 4, "T2": 4, "W2": 4, "S1": 4, "S2": 3, "S3": 1, "N1": 3,
+          "N2": 4, "C1": 2, "C2": 3}  # fmt: skip
 ROWS = 36  # that are trained on, of 40
 KILLS = ("K1", "K2", "K4", "P1")
 
@@ -75,7 +74,7 @@ Get = Callable[[str], Tally]
 def test_i07_the_result_has_the_same_bits(name: str, tally: Get) -> None:
     found = tally(name)
     assert not found.wrong, "\n".join(found.wrong)
-    assert found.identical == found.trials >= min(TRIALS[name], 4)
+    assert found.identical == found.trials >= TRIALS[name]
 
 
 def test_i01_no_torn_checkpoint(tally: Get) -> None:
@@ -116,20 +115,6 @@ def start(bench: Bench, fault: Fault | None = None) -> tuple[int, str]:
     """Exit code and words of a run, or of its resumption."""
     child = bench.start(fault)
     return child.wait(), child.said()
-
-
-def full_in(*names: str, times: int = 1000) -> Fault:
-    """A disk that is full whenever something is written to a path with one of `names` in it."""
-    hits = iter(range(times))
-
-    @contextlib.contextmanager
-    def fault(number: int, kind: str, paths: tuple[Path, ...]) -> Iterator[None]:
-        here = kind in ("write", "append") and any(name in str(paths[-1]) for name in names)
-        if here and next(hits, None) is not None:
-            raise OSError(28, "No space left on device")
-        yield
-
-    return fault
 
 
 def changed(bench: Bench, section: str, **values: Any) -> Bench:
@@ -305,15 +290,20 @@ def test_a_changed_recipe_or_file_is_refused_with_a_table(ring: campaigns.Ring) 
 
 
 def test_a_damaged_best_checkpoint_is_named_not_used(ring: campaigns.Ring) -> None:
-    bench = changed(ring.bench, "run", keep_best=True, eval_every=1)
+    bench = replace(changed(ring.bench, "run", keep_best=True, eval_every=1), setup=(get_worse,))
     bench.clear()
     assert start(bench)[0] == 0
     shutil.rmtree(bench.folder / "adapter")
-    best = list_checkpoints(bench.folder / "checkpoints")[0]
-    (best / "adapter_model.safetensors").write_bytes(b"rotten")
+    (bench.folder / "checkpoints/step-000003/adapter_model.safetensors").write_bytes(b"rotten")
     code, said = start(bench)
-    assert (code, "adapter_model.safetensors has 6 bytes" in said) == (4, True)
+    assert code == 4 and "adapter_model.safetensors has 6 bytes" in said
     assert not (bench.folder / "adapter").exists()
+
+
+def get_worse() -> None:
+    """The held-out loss is best at step 3."""
+    plain, losses = loop.evaluate, iter([5.0, 4.0, 3.0, 1.0, *map(float, range(2, 20))])
+    loop.evaluate = lambda *values, **named: replace(plain(*values, **named), loss=next(losses))
 
 
 @pytest.mark.parametrize("name", mutants.MUTANTS)

@@ -10,7 +10,6 @@ from typing import Any
 
 from lorasft.errors import LorasftError
 from lorasft.files import append, sync_log
-from lorasft.recipe import Recipe
 from lorasft.terminal import say
 from lorasft.train.trackers import Trackers
 
@@ -22,14 +21,23 @@ class Logbook:
     disk does not take wait for the next try, and no checkpoint is saved without them.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, *, steps: int, first_step: int, metrics_bytes: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        log_every: int,
+        steps: int,
+        first_step: int,
+        metrics_bytes: int,
+        trackers: Trackers | None,
+    ) -> None:
         self.path = folder / "metrics.jsonl"
         self.written = min(metrics_bytes, self.path.stat().st_size if self.path.exists() else 0)
         self.waiting = b""
         self.steps = steps
-        self.log_every = recipe.run.log_every
+        self.log_every = log_every
         self.first_step = first_step
-        self.trackers = Trackers(recipe, folder) if recipe.run.trackers else None
+        self.trackers = trackers
         self.started = time.monotonic()
         self.terminal = sys.stderr.isatty()
 

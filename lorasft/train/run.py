@@ -43,7 +43,7 @@ from lorasft.train.ranks import ALONE, Ranks
 from lorasft.train.redo import plain_memory_errors
 from lorasft.train.save import save
 from lorasft.train.schedule import warmup_steps
-from lorasft.train.trackers import check_trackers
+from lorasft.train.trackers import Trackers, check_trackers
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,14 @@ def _load(recipe: Recipe, folder: Path, settled: Settled, *, ranks: Ranks) -> Op
         held_out=prepared.held_out,
         network=network,
         learner=learner,
-        logbook=Logbook(folder, recipe, steps=plan.steps, first_step=state.step + 1, metrics_bytes=state.metrics_bytes),
+        logbook=Logbook(
+            folder,
+            log_every=recipe.run.log_every,
+            steps=plan.steps,
+            first_step=state.step + 1,
+            metrics_bytes=state.metrics_bytes,
+            trackers=Trackers(recipe, folder) if recipe.run.trackers and ranks.is_main else None,
+        ),
         ranks=ranks,
     )
     with ranks.agreed():
@@ -209,7 +216,8 @@ def refuse_zero(learner: Learner) -> None:
     """Raise DivergedError for an adapter that changes nothing."""
     trained = (tensor for name, tensor in learner.parameters.items() if "lora_" not in name or "_B" in name)
     if not any(tensor.any() for tensor in trained):
-        raise DivergedError("nothing was trained: the adapter is zero", hint="look at the losses in metrics.jsonl")
+        hint = "see metrics.jsonl; if no step was better than the base, run.keep_best=false takes the last"
+        raise DivergedError("nothing was trained: the adapter is zero", hint=hint)
 
 
 def refuse_settings(recipe: Recipe, config: Any) -> None:
