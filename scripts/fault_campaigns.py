@@ -32,6 +32,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,7 +40,10 @@ from pathlib import Path
 from typing import Any
 
 import fault_power as power
+import hypothesis
 import torch
+from fault_states import state_machine
+from hypothesis.stateful import run_state_machine_as_test
 
 from lorasft.errors import LorasftError
 from lorasft.faults.judge import judge_remains, judge_result
@@ -54,9 +58,13 @@ from lorasft.faults.kills import (
 )
 from lorasft.faults.trial import Bench, Fault, Phase, halved, kill_at
 from lorasft.files import MANIFEST, STAGE, sha256
+from lorasft.model.adapter import attach_adapter, trainable
+from lorasft.model.base import load_base
+from lorasft.recipe import AdapterSettings
 from lorasft.train import loop, save, trackers
 from lorasft.train import run as runs
-from lorasft.train.checkpoint import list_checkpoints, newest_checkpoint, restore_checkpoint
+from lorasft.train.checkpoint import Learner, list_checkpoints, newest_checkpoint, restore_checkpoint
+from lorasft.train.optimizer import make_optimizer
 
 
 @dataclass(frozen=True)
@@ -517,6 +525,28 @@ def c2(ring: Ring) -> Iterator[Tally]:
         yield ring.judge(wrong + judge_result(ring.bench.folder, ring.reference.result), ends=False)
 
 
+def h1(ring: Ring) -> Iterator[Tally]:
+    """`trials` sequences of up to 30 actions; see fault_states.py."""
+    settings = hypothesis.settings(
+        max_examples=ring.trials,
+        stateful_step_count=30,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    model = ring.bench.recipe.model
+    adapter = AdapterSettings(rank=1, targets=("q_proj",))
+    peft = attach_adapter(load_base(model, torch.device("cpu")), adapter, seed=ring.seed)
+    parameters = trainable(peft)
+    learner = Learner(peft, parameters, make_optimizer(ring.bench.recipe.optimizer, parameters))
+    try:
+        run_state_machine_as_test(state_machine(learner, model), settings=settings)
+    except Exception:
+        yield Tally(trials=1, wrong=[traceback.format_exc()])
+    else:
+        yield from (Tally(trials=1, identical=1) for _ in range(ring.trials))
+
+
 def fingerprint_tree(path: Path) -> list[tuple[str, str]]:
     paths = sorted(path.rglob("*")) if path.is_dir() else [path]
     return [(one.relative_to(path).as_posix(), sha256(one) if one.is_file() else "") for one in paths]
@@ -596,7 +626,7 @@ NEIGHBOURS: dict[str, Callable[[Path], list[Path]]] = {
 }
 
 CAMPAIGNS: dict[str, Campaign] = {
-    name.__name__.upper(): name for name in (k1, k2, k4, p1, d1, t1, t2, w2, s1, s2, s3, n1, n2, c1, c2)
+    name.__name__.upper(): name for name in (k1, k2, k4, p1, d1, t1, t2, w2, s1, s2, s3, n1, n2, c1, c2, h1)
 }
 
 

@@ -26,6 +26,7 @@ from fault_states import full_in, in_fork, state_machine
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from lorasft.cli import main
 from lorasft.data.packing import Step
 from lorasft.errors import RecipeError
 from lorasft.faults.judge import judge_remains, judge_result, read_metrics
@@ -310,6 +311,14 @@ def get_worse() -> None:
 def test_each_mutant_is_caught(name: str, ring: campaigns.Ring) -> None:
     found = mutants.catch(name, ring.bench, ring.reference, trials=mutants.ENOUGH[name])
     assert found.wrong, f"{name} was not caught in {found.trials} trials"
+
+
+def test_doctor_kills_runs_and_says_what_became_of_them(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--crash", str(tmp_path / "disk"), "--trials", "3", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert found["trials"] == found["bit_identical"] == 3 and found["torn_checkpoints"] == 0
+    assert found["most_steps_lost"] <= SAVE_EVERY and found["kills"] >= 3
+    assert not list((tmp_path / "disk").iterdir())
 
 
 def test_h1_any_sequence_of_saves_deaths_and_damage(base: Path) -> None:
