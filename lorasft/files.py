@@ -135,9 +135,10 @@ def staged_folder(target: Path, *, hashes: Mapping[str, str] | None = None) -> I
     refuse_existing(target)
     make_folder(target.parent)
     for left in target.parent.glob(f"{STAGE}{glob.escape(target.name)}-*"):
-        with _held(left) as ours:
-            if ours:
-                _remove(left)
+        if HALF_DONE.fullmatch(left.name) and left.is_dir() and not left.is_symlink():
+            with _held(left) as ours:
+                if ours:
+                    _remove(left)
     stage = target.with_name(f"{STAGE}{target.name}-{secrets.token_hex(4)}")
     try:
         make_folder(stage)

@@ -277,6 +277,14 @@ def test_sigusr1_saves_after_the_step_and_goes_on(ring: campaigns.Ring) -> None:
     assert not judge_result(bench.folder, ring.reference.result)
 
 
+def test_saves_come_by_the_clock_too(ring: campaigns.Ring) -> None:
+    bench = changed(ring.bench, "run", save_every=None, save_minutes=0.0001)
+    bench.clear()
+    child = bench.start()
+    assert child.wait() == 0 and child.trace.commits > 5, child.said()
+    assert not judge_result(bench.folder, ring.reference.result)
+
+
 def test_a_changed_recipe_or_file_is_refused_with_a_table(ring: campaigns.Ring) -> None:
     ring.half_way()
     code, said = start(changed(ring.bench, "optimizer", learning_rate=0.001, weight_decay=0.5))

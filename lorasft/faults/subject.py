@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lorasft.model.base import quiet_progress
 from lorasft.recipe import Recipe
 
 SAVE_EVERY = 2  # steps
@@ -68,5 +69,6 @@ def _save_base(folder: Path) -> None:
         bos_token_id=0,
         eos_token_id=1,
     )
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    with quiet_progress():
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

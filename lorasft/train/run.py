@@ -100,12 +100,12 @@ def _settle(recipe: Recipe, folder: Path, *, resume: bool, held: ExitStack) -> S
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
     prepared = prepare(recipe.data, recipe.chat, tokenizer=tokenizer, folder=folder / "tokens")
     refuse_ids(prepared, config)
-    checkpoint, saved, notices = None, None, []
+    checkpoint, saved = None, None
+    notices = [f"process {left} ended without a word: it was killed, or the power was lost"] if left else []
     if resume:
         checkpoint, saved, skipped = newest_checkpoint(folder / "checkpoints", run=read_run_id(folder))
         refuse_changes(recipe, folder, saved, prepared=prepared)
-        ended = [f"process {left} ended without a word: it was killed, or the power was lost"] if left else []
-        notices = [*ended, *(f"skipped {reason}" for reason in skipped), f"going on from step {saved.step}"]
+        notices += [*(f"skipped {reason}" for reason in skipped), f"going on from step {saved.step}"]
     plan = make_plan(recipe, examples=len(prepared.train), device=PartialState().device, saved=saved)
     if not recipe.adapter.modules_to_save:
         refuse_untrained(recipe.model.base, tokenizer, learned=prepared.learned_special)
