@@ -74,9 +74,14 @@ def kill_randomly(bench: Bench, reference: Reference, *, trials: int, seed: int)
 
 
 def kill_in_time(bench: Bench, commits: int, *, dice: random.Random, reference: Reference) -> Child:
-    """SIGKILL at a random moment; of a resumed run, rather at its beginning."""
+    """SIGKILL at a random moment: of the clock, or a little after a random effect, for machines that are busy."""
     child = bench.start(commits=commits)
-    time.sleep(dice.uniform(0, reference.seconds / (4 if commits else 1)))
+    share = 4 if commits else 1  # of a resumed run rather the beginning
+    if dice.random() < 0.5:
+        time.sleep(dice.uniform(0, reference.seconds / share))
+    else:
+        child.await_effect(dice.randint(0, reference.effects // share))
+        time.sleep(dice.uniform(0, reference.seconds / 10))
     child.kill()
     return child
 
@@ -84,7 +89,8 @@ def kill_in_time(bench: Bench, commits: int, *, dice: random.Random, reference: 
 def kill_in_slow_effects(bench: Bench, commits: int, *, dice: random.Random, reference: Reference) -> Child:
     """SIGKILL at a random moment of a run whose effects on the disk are slow, and are hit more often therefore."""
     child = bench.start(slow, commits=commits)
-    time.sleep(dice.uniform(0, reference.seconds + 0.006 * reference.effects))
+    child.await_effect(dice.randint(1, reference.effects // (4 if commits else 1)))
+    time.sleep(dice.uniform(0, 0.02))
     child.kill()
     return child
 

@@ -43,7 +43,12 @@ class Phase(enum.IntEnum):
 class Trace(ctypes.Structure):
     """What a run tells of itself, in memory that it shares with its parent and that survives its death."""
 
-    _fields_ = (("phase", ctypes.c_long), ("effects", ctypes.c_long), ("commits", ctypes.c_long))
+    _fields_ = (
+        ("phase", ctypes.c_long),
+        ("effects", ctypes.c_long),
+        ("commits", ctypes.c_long),
+        ("over", ctypes.c_long),
+    )
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,11 @@ class Child:
         self.kill()
         os.waitpid(self.pid, 0)
         raise TimeoutError(f"process {self.pid} did not end in {seconds} s")
+
+    def await_effect(self, number: int) -> None:
+        """Wait until the run comes to its effect `number` on the disk, or to its end."""
+        while self.trace.effects < number and not self.trace.over:
+            time.sleep(0.0005)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -104,6 +114,7 @@ class Bench:
             try:
                 code = self._run(Child(os.getpid(), trace, self._words(os.getpid())), fault or no_fault)
             finally:
+                trace.over = 1
                 os._exit(code)
         return Child(pid, trace, self._words(pid))
 
@@ -198,7 +209,8 @@ def halved(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def slow(number: int, kind: str, paths: tuple[Path, ...]) -> Iterator[None]:
-    """5 ms for each effect: half before it, half after, so that a kill at any time hits a save more often."""
-    time.sleep(0.0025)
+    """5 ms for each effect, 20 in the short retention: half before, half after; a kill then hits saves more often."""
+    pause = 0.01 if paths[-1].name.startswith(files.TRASH) else 0.0025
+    time.sleep(pause)
     yield
-    time.sleep(0.0025)
+    time.sleep(pause)
