@@ -103,6 +103,7 @@ WRITERS = {
     "merge/requantize.py": {"save_pretrained", "chmod"},  # in the stage of the merge
     "merge/writer.py": {"write"},  # into a file of files.new_file
     "model/base.py": {"TemporaryDirectory"},
+    "model/cache.py": {"chmod", "save_pretrained", "unlink"},  # in the stage of a kept base, whose folder is private
     "train/run.py": {"save_pretrained"},  # tokenizer and generation config, in the stage of the adapter
 }
 EFFECTS = {"write_text", "write_bytes", "unlink", "rmtree", "rmdir", "mkdir", "makedirs", "touch", "truncate",
