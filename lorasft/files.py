@@ -150,7 +150,17 @@ def commit_folder(stage: Path, target: Path, *, hashes: Mapping[str, str]) -> No
 def refuse_existing(target: Path) -> None:
     """Nothing is overwritten: `rename` onto an empty folder would succeed silently."""
     if target.exists() or target.is_symlink():
-        raise RecipeError(f"{target} exists", hint="name one that does not exist yet")
+        raise RecipeError("this exists already", where=str(target), hint="name one that does not exist yet")
+
+
+def refuse_overlap(out: Path, *inputs: Path) -> None:
+    """Raise RecipeError when `out` is the root or the home folder, lies in an input, or holds one."""
+    place = out.resolve()
+    if place in (Path(place.anchor), Path.home().resolve()):
+        raise RecipeError("nothing is written there", where=str(out), hint="name a new folder")
+    for given in (path.resolve() for path in inputs):
+        if place == given or place in given.parents or given in place.parents:
+            raise RecipeError(f"what is written and {given} lie in each other", where=str(out), hint="name another")
 
 
 def verify_folder(folder: Path) -> None:

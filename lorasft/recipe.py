@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -259,12 +259,17 @@ def shipped_recipes() -> dict[str, Path]:
 def portable_text(path: Path) -> str:
     """The YAML of a recipe file for another folder: where it names paths beside itself, these become absolute."""
     text = path.read_text(encoding="utf-8")
+    document = parse_yaml(text, str(path))
     raw = parse_yaml(text, str(path)).value
     _absolute_paths(raw, [path.parent])
-    if raw == parse_yaml(text, str(path)).value:
-        return text
-    comments = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True))
-    return "".join(comments) + dump_yaml(raw)
+    lines = text.splitlines(keepends=True)
+    for place in document.places:
+        old, new = value_at(place, document.value), value_at(place, raw)
+        if isinstance(old, str) and isinstance(new, str) and old != new:
+            number = int(document.places[place].rpartition(":")[2]) - 1
+            lines[number] = re.sub(rf"(?<![\w./-]){re.escape(old)}(?![\w./-])", json.dumps(new), lines[number], count=1)
+    copied = "".join(lines)
+    return copied if parse_yaml(copied, str(path)).value == raw else dump_yaml(raw)
 
 
 def _raise(faults: list[LorasftError]) -> NoReturn:
@@ -360,6 +365,8 @@ def _complete(raw: dict[str, Any], stem: str) -> None:
     run, data = raw["run"], raw["data"]
     if isinstance(run, dict):
         run.setdefault("output", f"runs/{stem}")
+        if isinstance(run["output"], str) and run["output"].startswith("~/"):
+            run["output"] = str(Path(run["output"]).expanduser())
         if isinstance(data, dict) and "eval" in data and data["eval"] is None:
             run.setdefault("eval_every", None)
 

@@ -11,7 +11,6 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import save_base
 from safetensors.torch import load_file, save_file
 from test_oracles import Rows, differences, packed_step
 from tiny_models import make_base, randomize_adapter, shape
@@ -184,7 +183,7 @@ def _lose_a_tensor(folder: Path) -> None:
         (lambda folder: _edit(folder / "adapter_config.json", target_modules="(a+)+$"), UnsafeError, "patterns"),
         (lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"), UnsafeError,
          "pickle"),
-        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x" * 99), ModelError, "cannot read"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x" * 99), ModelError, "not a safetensors"),
     ],
 )  # fmt: skip
 def test_an_adapter_that_does_not_fit_is_refused(
@@ -238,14 +237,6 @@ def test_an_adapter_given_as_base_is_told_apart(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="adapter, not a base") as caught:
         read_config(str(tmp_path))
     assert "org/the-base" in str(caught.value.hint)
-
-
-def test_broken_weights_are_named_without_a_traceback(tmp_path: Path) -> None:
-    folder = save_base(tmp_path)
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-64])
-    with pytest.raises(ModelError, match="cannot load the model"):
-        load_base(ModelSettings(base=str(folder)), CPU)
 
 
 def test_the_order_is_a_permutation_that_depends_on_seed_and_epoch_alone() -> None:

@@ -148,7 +148,8 @@ def held_out_below(digests: npt.NDArray[np.uint64], share: float) -> int:
     """
     distinct = np.unique(digests)
     if len(distinct) < 2:
-        raise DataError(f"{len(distinct)} different rows: none can be held out", hint="data.eval=null")
+        what = f"{len(distinct)} different rows: none can be held out"
+        raise DataError(what, where="data.eval", hint="data.eval=null")
     count = min(max(1, round(share * len(distinct))), len(distinct) - 1)
     return int(distinct[count])
 
@@ -283,7 +284,9 @@ def _join_parts(content: Any) -> str:
     if isinstance(content, str):
         return content
     texts = []
-    for part in _list(content, "content"):
+    if not isinstance(content, list):
+        raise DataError(f"'content' must be text or a list of parts, this is {type(content).__name__}")
+    for part in content:
         kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
         if kind != "text":
             raise DataError(f"a content part of type {kind}", hint="only text can be trained on")

@@ -148,6 +148,7 @@ def encode_sources(data: DataSettings, *, encoder: Encoder) -> Iterator[tuple[Ex
     bad = BadRows(data.on_bad_row, encoder.report)
     for (block, _), lines in zip(_blocks(data), held_out, strict=True):
         yield from _encode_block(block, lines, data, encoder, bad=bad)
+        bad.raise_many()
     bad.raise_all()
     _refuse_losses(data, encoder.report)
 
@@ -184,13 +185,13 @@ def _survey(data: DataSettings, report: Report, workers: int) -> list[set[int]]:
         for side in (False, True)
     )
     if not len(train):
-        where = ", ".join(source.path for source in data.train)
-        raise DataError(f"no rows to train on ({bad.report.bad_rows} bad ones)", where=where)
+        what = f"no rows to train on ({bad.report.bad_rows} bad ones)"
+        raise DataError(what, where=_paths(data), hint="are the files empty, or all their lines blank?")
     report.duplicate_rows = len(train) - len(np.unique(train))
     twice = np.intersect1d(train, apart).size
     if twice:
         hint = "take them out of one of the two: the held-out loss would measure memory"
-        raise DataError(f"{twice} rows of data.eval stand in data.train as well", hint=hint)
+        raise DataError(f"{twice} rows of data.eval stand in data.train as well", where="data.eval", hint=hint)
     below = held_out_below(train, data.eval) if isinstance(data.eval, float) else 0
     return [set(block.lines[block.apart | (block.digests < below)].tolist()) for block in found]
 
@@ -271,16 +272,25 @@ def _refuse_losses(data: DataSettings, report: Report) -> None:
     dropped = report.dropped_examples()
     lengths = ", ".join(f"{name}: {length}" for name, length in report.length_quantiles().items())
     hint = f"lengths in tokens {lengths}; data.max_length is {data.max_length}, data.max_dropped {data.max_dropped}"
+    if data.overlong == "split" and report.over_long_examples:
+        hint += "; data.overlong=split cuts texts only, and drops conversations"
     if dropped > data.max_dropped * report.rows:
         what = (
             f"{dropped} of {report.rows} rows dropped ({report.bad_rows} bad, {report.over_long_examples} over-long, "
         )
-        raise DataError(f"{what}{report.examples_without_target} with nothing to learn)", hint=hint)
+        raise DataError(f"{what}{report.examples_without_target} with nothing to learn)", where=_paths(data), hint=hint)
     if report.parity_breaks:
         what = f"{report.parity_breaks} of {report.answers} answers do not stand behind what a server would feed"
-        raise DataError(what, hint="a fault of lorasft: please report the template and one row")
+        hint = "a fault of lorasft: please report the template and one row"
+        raise DataError(what, where=_paths(data), hint=hint)
     if not report.train_examples:
-        raise DataError(f"nothing to train on: {report.rows} rows read, {dropped} dropped", hint=hint)
+        raise DataError(
+            f"nothing to train on: {report.rows} rows read, {dropped} dropped", where=_paths(data), hint=hint
+        )
+
+
+def _paths(data: DataSettings) -> str:
+    return ", ".join(source.path for source in data.train)
 
 
 def _read_sample(sample: dict[str, Any]) -> Example:

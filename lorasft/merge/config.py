@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lorasft.errors import ModelError
-from lorasft.merge.shards import INDEX, Shard
+from lorasft.merge.shards import Shard
+from lorasft.weight_files import INDEX
 
 CONFIG = "config.json"
 _ORIGINALS = ("base_model", "base_model_name_or_path", "original_model", "model_name_or_path", "_name_or_path")

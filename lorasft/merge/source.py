@@ -12,6 +12,7 @@ import torch
 from lorasft.adapter_files import CONFIG, read_adapter_config
 from lorasft.errors import ModelError, UnsafeError
 from lorasft.files import MANIFEST, fingerprint, verify_folder
+from lorasft.hub import find_hub, refuse_offline
 
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
@@ -90,12 +91,14 @@ def _refuse_no_adapter(folder: Path, name: str) -> None:
 
 def _fetch(name: str, revision: str | None) -> Path:
     """The snapshot of a hub model on this machine, downloaded if need be."""
-    from huggingface_hub import snapshot_download
-
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelError("there is no such base folder", where=name, hint="--base MODEL")
+    find_hub()
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
     except Exception as fault:  # the hub raises a dozen kinds
+        refuse_offline(fault, name)
         reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
         raise ModelError(f"cannot get the base: {reason}", where=name, hint="--base FOLDER") from None

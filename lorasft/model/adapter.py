@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorasft.adapter_files import CONFIG, WEIGHTS, read_adapter_config, refuse_pickle
+from lorasft.adapter_files import CONFIG, WEIGHTS, check_weights, read_adapter_config
 from lorasft.errors import ModelError, RecipeError
 from lorasft.files import write_file
 from lorasft.model.linear import use_lean_linears
@@ -108,11 +108,12 @@ def _take_embeddings(base: Any, weights: dict[str, Tensor], *, saved: Sequence[s
 
 def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
     """The adapter's tensors by their names on disk; safetensors only."""
-    refuse_pickle(folder)
+    check_weights(folder)
     try:
         return load_file(folder / WEIGHTS)
     except Exception as fault:  # safetensors raises its own error type, and OSError
-        raise ModelError(f"cannot read the adapter: {fault}", where=str(folder / WEIGHTS)) from None
+        what = f"cannot read the adapter: {fault}"
+        raise ModelError(what, where=str(folder / WEIGHTS), hint="fetch the adapter again") from None
 
 
 def give_weights(model: Any, weights: dict[str, Tensor], *, where: str) -> None:
@@ -130,7 +131,7 @@ def give_weights(model: Any, weights: dict[str, Tensor], *, where: str) -> None:
         raise ModelError(f"{odd[0]} is {list(weights[odd[0]].shape)}, not {list(own[odd[0]].shape)}", where=where)
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if broken:
-        raise ModelError(f"{broken[0]} is not finite", where=where)
+        raise ModelError(f"{broken[0]} is not finite", where=where, hint="train it again, or take an earlier one")
     if any(tensor.is_meta for tensor in own.values()):
         _put_weights(model, weights)
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,9 +17,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from lorasft.adapter_files import read_adapter_config
 from lorasft.errors import CapacityError, DeviceError, ModelError, UnsafeError
+from lorasft.hub import find_hub, refuse_offline
 from lorasft.model.attention import default_attention
 from lorasft.recipe import ModelSettings
+from lorasft.weight_files import find_weights, read_header
 
 # Above this share of the linear weights left in 16 bits, a "4-bit" model is one in name only (fused experts).
 _MOST_UNQUANTIZED = 0.15
@@ -53,12 +55,14 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     DeviceError where the device lacks the dtype.
     """
     config = read_config(settings.base, settings.revision)
+    check_files(settings.base)
     dtype = compute_dtype(settings.dtype, device)
     quantize = settings.quantization == "nf4" and not hasattr(config, "quantization_config")
     # Only weights that are no safetensors would be written to the scratch folder: there are none.
     with quiet_progress(), _loading_faults(settings.base), tempfile.TemporaryDirectory() as scratch:
         model = AutoModelForCausalLM.from_pretrained(
             settings.base,
+            config=config,  # as it was read and cleared: what its file says of attention would win over the argument
             revision=settings.revision,
             dtype=dtype,
             **({"quantization_config": nf4_scheme(dtype)} if quantize else {}),  # None would hide the config's own
@@ -86,6 +90,13 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     return model
 
 
+def check_files(base: str) -> None:
+    """Look at the headers of a local base's weights: whole, and no pickles. Raises ModelError or UnsafeError."""
+    if Path(base).is_dir():
+        for path in find_weights(Path(base)):
+            read_header(path)
+
+
 def nf4_scheme(dtype: torch.dtype) -> BitsAndBytesConfig:
     """NF4 in groups of 64, scales quantized as well, taken out in `dtype` to be multiplied."""
     return BitsAndBytesConfig(
@@ -106,15 +117,18 @@ def read_config(base: str, revision: str | None = None) -> Any:
     folder = Path(base)
     if folder.is_dir() and not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
-            origin = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+            origin = read_adapter_config(folder)["base_model_name_or_path"]
             raise ModelError("this is an adapter, not a base", where=base, hint=f"its base is model.base: {origin}")
         raise ModelError("no config.json: this is no model folder", where=base, hint="name a model folder or a hub id")
+    if not folder.is_dir():
+        find_hub()
     with _loading_faults(base):
         config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
     if config.is_encoder_decoder or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(
             f"{config.model_type} is no causal language model", where=base, hint="lorasft trains decoder-only models"
         )
+    _refuse_kernels(config, base)
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:
         quantized = quantized if isinstance(quantized, dict) else quantized.to_dict()
@@ -125,6 +139,17 @@ def read_config(base: str, revision: str | None = None) -> Any:
                 hint="name its 16-bit original as model.base",
             )
     return config
+
+
+def _refuse_kernels(config: Any, base: str) -> None:
+    """Take out what a config says of attention and experts: a repository there would be fetched, and run."""
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        for key in ("_attn_implementation", "_experts_implementation"):
+            if "/" in str(getattr(part, key, None)):
+                what = f"the config names a kernel, which would be code: {getattr(part, key)}"
+                raise UnsafeError(what, where=base, hint=f"take {key.lstrip('_')} out of config.json")
+            if part is not None:
+                setattr(part, key, None)
 
 
 def make_skeleton(config: Any) -> nn.Module:
@@ -219,6 +244,8 @@ def _loading_faults(base: str) -> Iterator[None]:
         if isinstance(fault, torch.OutOfMemoryError):
             raise CapacityError("out of memory while loading", where=base, hint="a smaller base") from fault
         reason = str(fault).strip().splitlines()[0]
+        if not Path(base).is_dir():
+            refuse_offline(fault, base)
         if "trust_remote_code" in str(fault):
             raise UnsafeError(
                 "this model needs code from its own folder", where=base, hint="lorasft runs no code from files"

@@ -25,9 +25,9 @@ from lorasft.data.prepare import Prepared, prepare
 from lorasft.data.tokenizer import compare_with_file, load_tokenizer
 from lorasft.data.untrained import refuse_untrained
 from lorasft.errors import ModelError, RecipeError
-from lorasft.files import locked, make_folder, remove_folder, staged_folder, sweep, truncate, write_file
+from lorasft.files import locked, make_folder, refuse_overlap, remove_folder, staged_folder, sweep, truncate, write_file
 from lorasft.model.adapter import attach_adapter, check_targets, load_adapter, trainable, write_adapter
-from lorasft.model.base import compute_dtype, count_bytes, load_base, make_skeleton, read_config
+from lorasft.model.base import check_files, compute_dtype, count_bytes, load_base, make_skeleton, read_config
 from lorasft.model.loss import Network
 from lorasft.model.recompute import decoder_layers
 from lorasft.model.selfcheck import verify
@@ -82,6 +82,7 @@ def open_run(recipe: Recipe, *, resume: bool, ranks: Ranks = ALONE) -> Iterator[
 
 def _settle(recipe: Recipe, folder: Path, *, resume: bool, held: ExitStack) -> Settled:
     """Claim the folder, which stays locked while `held` is open; prepare the data; find what to go on from."""
+    refuse_overlap(folder, *(path for path in [Path(recipe.model.base)] if path.is_dir()))
     claim(folder, resume=resume)
     make_folder(folder)
     held.enter_context(locked(folder))
@@ -93,6 +94,7 @@ def _settle(recipe: Recipe, folder: Path, *, resume: bool, held: ExitStack) -> S
                 remove_folder(folder / name)
     config = read_config(recipe.model.base, recipe.model.revision)
     refuse_settings(recipe, config)
+    check_files(recipe.model.base)
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
     prepared = prepare(recipe.data, recipe.chat, tokenizer=tokenizer, folder=folder / "tokens")
     refuse_ids(prepared, config)
@@ -209,6 +211,7 @@ def refuse_settings(recipe: Recipe, config: Any) -> None:
     if recipe.adapter.start and decided:
         what = f"adapter.{decided[0]} has no effect with adapter.start, whose own config decides"
         raise RecipeError(what, where=f"adapter.{decided[0]}", hint="leave one of the two out")
+    compute_dtype(recipe.model.dtype, PartialState().device)
     check_trackers(recipe.run.trackers)
 
 
@@ -219,6 +222,7 @@ def refuse_ids(prepared: Prepared, config: Any) -> None:
         if store is not None and len(store.ids) and int(store.ids.max()) >= rows:
             raise ModelError(
                 f"the tokenizer gives id {int(store.ids.max())}, the model has {rows} embedding rows",
+                where="model.base",
                 hint="use the tokenizer that belongs to the model",
             )
 
