@@ -91,6 +91,10 @@ def make_parser() -> argparse.ArgumentParser:
     recipes.add_argument("name", nargs="?", help="of a shipped recipe")
     recipes.add_argument("to", nargs="?", help="file to copy to (default: ./NAME.yaml)")
     recipes.add_argument("--json", action="store_true", help="the list as JSON")
+
+    doctor = verbs.add_parser("doctor", help="is this machine fit to train? also what a bug report needs")
+    doctor.add_argument("--hub", action="store_true", help="ask the hub as well whether it can be reached")
+    doctor.add_argument("--json", action="store_true", help="the checks as JSON")
     return top
 
 

@@ -2,18 +2,17 @@
 
 The numbers are those of a list of 94 inputs that break fine-tuning tools. The rest of it cannot be met here:
 
-13      include: there are no includes; the key is unknown like any other
-19      micro-batch x accumulation x devices: there is one batch size, in examples
-23      experts: there is no such key, and targets are linears, never fused experts
-34      names of adapters: there are none; `run.output` is a path of the user's
-38      (JSON arrays) accepted here; 67: files are hashed and read in one go, before training
-48, 50  told apart by the row's own keys, see test_data.py
-62      a limit of 8 MiB a row, see test_data.py
-64, 66  see test_data.py; 65 is below
-73, 76  `--allow-pickle-base`, `--trust-remote-code`: there are no such flags, both are refused for good
-80, 82  see test_train.py, below
-87      no GPU: everything runs on the CPU; `lorasft doctor` says what is there
-89 - 93 see test_memory.py, test_crash.py, test_train.py
+13      there are no includes: the key is unknown, like any other
+19, 23  one batch size, in examples; targets are linears, never fused experts
+22      a vision tower: test_families.py
+32, 90  a locked folder, a run that ended without a word: test_crash.py
+34      adapters have no names; `run.output` is a path of the user's
+54      a template that refuses system texts gets them in the first user turn: test_chat.py
+62, 64, 66, 70  rows of over 8 MiB, rows without a target, rows held out twice: test_data.py; keys in rows are not looked for
+67      files are read once, and hashed, before training
+73, 76  there are no flags that allow pickles or remote code: both are refused for good
+87      without a GPU everything runs on the CPU; `lorasft doctor` says what is there: test_doctor.py
+89, 91 - 94  memory, disk, signals, divergence, closed pipes: test_memory.py, test_crash.py, test_train.py
 """
 
 from __future__ import annotations

@@ -178,6 +178,7 @@ def check_targets(base: Any, settings: AdapterSettings) -> None:
     if not targets and settings.targets != "all-linear":
         raise RecipeError("no targets: nothing would train", where="adapter.targets", hint="use all-linear")
     embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
+    language = {id(module) for module in (*base.get_decoder().modules(), *embeddings)}
     tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
     for key, names in (("adapter.targets", targets), ("adapter.modules_to_save", settings.modules_to_save)):
         for name in names:
@@ -190,6 +191,10 @@ def check_targets(base: Any, settings: AdapterSettings) -> None:
                 what = f"{name} is no linear of this model" if found else f"no module is called {name}"
                 hint = f"did you mean {near[0]}?" if near else f"names: {', '.join(known[:12])}"
                 raise RecipeError(f"{key}: {what}", where=key, hint=hint)
+            outside = sum(id(module) not in language for module in found)
+            if outside and key == "adapter.targets":
+                what = f"{outside} of {len(found)} linears called {name} are not of the language model"
+                raise RecipeError(f"{key}: {what}", where=key, hint="all-linear, or full paths")
             if tied and any(module in embeddings for module in found):
                 what = f"{name} is tied to its twin, which would not be trained along"
                 raise RecipeError(f"{key}: {what}", where=key, hint="leave it out, or use a base that is not tied")
