@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -22,35 +22,52 @@ _CODE = (
     "auto_mapping auto_map megatron_config loftq_config eva_config corda_config lora_ga_config trust_remote_code "
     "tokenizer_kwargs model_kwargs"
 )
-# What is known beside the fields below: of no effect on a trained adapter, read by PEFT, or refused by the merge.
-_KNOWN = (
-    "task_type peft_version inference_mode exclude_modules lora_dropout fan_in_fan_out bias use_rslora use_dora "
-    "init_lora_weights layers_to_transform layers_pattern megatron_core lora_bias layer_replication runtime_config "
-    "use_qalora qalora_group_size alora_invocation_tokens arrow_config kasa_config velora_config monteclora_config "
-    "use_bdlora ensure_weight_tying"
+# Of no effect on a trained adapter.
+_IDLE = "task_type peft_version inference_mode init_lora_weights megatron_core runtime_config qalora_group_size"
+# Variants of LoRA that compute something else; replicated layers would also take any amount of memory.
+_VARIANTS = (
+    "layer_replication use_qalora alora_invocation_tokens arrow_config kasa_config velora_config monteclora_config "
+    "use_bdlora"
 )
+_Names = list[str] | None
+_Rank = Annotated[int, Field(ge=1, le=1024)]
+_Positive = Annotated[float, Field(gt=0)]
+_Index = Annotated[int, Field(ge=0)]
 
 
 class _Fields(BaseModel):
-    """The fields that are read here."""
+    """The fields that are read."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
     peft_type: str
     base_model_name_or_path: str
     revision: str | None = None
-    r: int = Field(ge=1, le=1024)
-    lora_alpha: float = Field(gt=0)
-    target_modules: list[str] | None = None
-    target_parameters: list[str] | None = None
-    rank_pattern: dict[str, int] | None = None
-    alpha_pattern: dict[str, float] | None = None
-    modules_to_save: list[str] | None = None
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    r: _Rank
+    lora_alpha: _Positive
+    lora_dropout: float | None = Field(default=None, ge=0, lt=1)
+    target_modules: _Names = None
+    exclude_modules: _Names = None
+    target_parameters: _Names = None
+    modules_to_save: _Names = None
+    layers_to_transform: _Index | list[_Index] | None = None
+    layers_pattern: str | _Names = None
+    rank_pattern: dict[str, _Rank] | None = None
+    alpha_pattern: dict[str, _Positive] | None = None
+    trainable_token_indices: list[_Index] | dict[str, list[_Index]] | None = None
+    bias: Literal["none", "all", "lora_only"] | None = None
+    fan_in_fan_out: bool | None = None
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    lora_bias: bool | None = None
+    ensure_weight_tying: bool | None = None
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json, checked. Raises ModelError for what is no LoRA or not known, UnsafeError for code."""
+    """What adapter_config.json says, in PEFT's fields, checked; fields that are null or of no effect are left out.
+
+    Raises ModelError for what is no LoRA or not known, UnsafeError for what names code.
+    """
     path = folder / CONFIG
     if not path.is_file():
         raise ModelError(f"no {CONFIG}: this is no adapter", where=str(folder), hint="name an adapter's folder")
@@ -73,7 +90,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if named:
         what = f"the adapter's config names code or patterns: {', '.join(named)}"
         raise UnsafeError(what, where=str(path), hint="take these out if the adapter is of use without them")
-    known = {*_KNOWN.split(), *_Fields.model_fields}
+    variants = [key for key in _VARIANTS.split() if config.get(key)]
+    if variants:
+        what = f"cannot use an adapter with {', '.join(variants)}"
+        raise ModelError(what, where=str(path), hint="LoRA, rslora and DoRA are known")
+    known = {*_IDLE.split(), *_Fields.model_fields}
     unknown = [key for key, value in config.items() if value and key not in known]
     if unknown:
         what = f"the adapter's config has fields that are not known here: {', '.join(unknown[:5])}"
@@ -84,7 +105,13 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         first = fault.errors(include_url=False)[0]
         what = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
         raise ModelError(what, where=str(path), hint=_AGAIN) from None
-    return config
+    return {key: value for key, value in config.items() if key in _Fields.model_fields and value is not None}
+
+
+def refuse_remote(base: str, where: Path) -> None:
+    """Raise UnsafeError when an adapter's files name its base by a URL or a network share."""
+    if ":" in base or base.startswith(("//", "\\\\")):
+        raise UnsafeError(f"the adapter names {base} as its base", where=str(where), hint="--base MODEL")
 
 
 def _is_odd(pattern: str) -> bool:

@@ -26,6 +26,7 @@ from lorasft.errors import CapacityError, ModelError, RecipeError
 MANIFEST = "manifest.json"
 STAGE = ".stage-"
 TRASH = ".trash-"
+_AGAIN = "take another copy of this folder, or an earlier one"
 _WRONG_PLACE = {errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -167,16 +168,17 @@ def verify_folder(folder: Path) -> None:
     """Compare a committed folder with its manifest. Raises ModelError naming the first file that differs."""
     try:
         entries = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError) as fault:
-        raise ModelError(f"no readable {MANIFEST}: {fault}", where=str(folder)) from None
-    for name, entry in entries.items():
+        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as fault:
+        raise ModelError(f"no readable {MANIFEST}: {fault}", where=str(folder), hint=_AGAIN) from None
+    for name, (size, digest) in entries.items():
         path = folder / name
         if not path.is_file():
-            raise ModelError(f"{name} is missing", where=str(folder))
-        if path.stat().st_size != entry["bytes"]:
-            raise ModelError(f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}", where=str(folder))
-        if sha256(path) != entry["sha256"]:
-            raise ModelError(f"{name} does not match its hash", where=str(folder))
+            raise ModelError(f"{name} is missing", where=str(folder), hint=_AGAIN)
+        if path.stat().st_size != size:
+            raise ModelError(f"{name} has {path.stat().st_size} bytes, not {size}", where=str(folder), hint=_AGAIN)
+        if sha256(path) != digest:
+            raise ModelError(f"{name} does not match its hash", where=str(folder), hint=_AGAIN)
 
 
 def remove_folder(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every bad input that this program can meet: exit code, what, where and how to mend it, on one screen.
+"""Promise I18: every bad input that this program can meet: exit code, what, where and how to mend it, on one screen.
 
 The numbers are those of a list of 94 inputs that break fine-tuning tools. The rest of it cannot be met here:
 
@@ -8,8 +8,8 @@ The numbers are those of a list of 94 inputs that break fine-tuning tools. The r
 32, 90  a locked folder, a run that ended without a word: test_crash.py
 34      adapters have no names; `run.output` is a path of the user's
 54      a template that refuses system texts gets them in the first user turn: test_chat.py
-62, 64, 66, 70  rows of over 8 MiB, rows without a target, rows held out twice: test_data.py; keys in rows are not looked for
-67      files are read once, and hashed, before training
+62, 64, 66, 67  rows of over 8 MiB, without a target, held out twice, that change while they are read: test_data.py
+70      secrets in rows are not looked for
 73, 76  there are no flags that allow pickles or remote code: both are refused for good
 87      without a GPU everything runs on the CPU; `lorasft doctor` says what is there: test_doctor.py
 89, 91 - 94  memory, disk, signals, divergence, closed pipes: test_memory.py, test_crash.py, test_train.py
@@ -141,6 +141,17 @@ def of_run(harm: Callable[[Path], object], *words: str, verb: str = "train") -> 
         harm(folder)
         write(at.folder / "r.yaml", (folder / "recipe.yaml").read_bytes())
         return [verb, "r.yaml", f"run.output={folder}", *words]
+
+    return make
+
+
+def of_run_adapter(harm: Callable[[Path], object]) -> Make:
+    """`merge` of a copy of a finished run that `harm` was done to."""
+
+    def make(at: Place) -> list[str]:
+        folder = Path(shutil.copytree(at.run, at.folder / "run"))
+        harm(folder)
+        return ["merge", str(folder), "--out", "out"]
 
     return make
 
@@ -315,6 +326,11 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
     "83 chat": (8, ["evil", "--base"],
                 of_adapter(config(base_model_name_or_path="//evil/share"), "chat", "--prompt", "x")),
     "83 absent": (4, ["no such", "/etc/absent", "--base"], of_adapter(config(base_model_name_or_path="/etc/absent"))),
+    "83 recipe": (8, ["evil", "--base"], of_adapter(
+        lambda folder: write(folder / "recipe.yaml", "model: {base: //evil/share}\ndata: {train: x}"),
+        "chat", "--prompt", "x")),
+    "83 manifest": (4, ["manifest.json"], of_adapter(lambda folder: write(folder / "manifest.json", '{"a": []}'))),
+    "83 record": (4, ["provenance.json"], of_run_adapter(lambda run: write(run / "provenance.json", '{"base": 1}'))),
     "84": (4, ["not the one", "--base", "--force-base"],
            lambda at: ["merge", str(at.run), "--base", str(at.bare), "--out", "out"]),
     "85 huge": (4, ["adapter_model.safetensors"], of_adapter(header({TENSOR: F32}, bytes(1024), length=2**63))),

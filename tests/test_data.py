@@ -431,6 +431,24 @@ def test_counts_that_a_recipe_does_not_allow(tmp_path: Path, tokenizer: Any) -> 
     assert (dropped.report.bad_rows, len(dropped.train)) == (1, 20)
 
 
+def test_files_that_change_while_they_are_read_are_refused(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(numbered(9))
+    plain = Encoder.encode_all
+
+    def encode_all(self: Encoder, *given: Any, **named: Any) -> Any:
+        rows.write_bytes(numbered(10))
+        return plain(self, *given, **named)
+
+    monkeypatch.setattr(Encoder, "encode_all", encode_all)
+    data = DataSettings(train=(str(rows),), eval=None)
+    with pytest.raises(DataError, match="changed while they were read"):
+        prepare(data, ChatSettings(), tokenizer=tokenizer, folder=tmp_path / "cache", workers=1)
+    assert not list((tmp_path / "cache").iterdir())
+
+
 @pytest.fixture
 def recipe(tmp_path: Path, tokenizer_folder: Path) -> Path:
     (tmp_path / "rows.jsonl").write_bytes(numbered(9) + b'{"prompt": "\\u001b[31mred\\u0007", "completion": "<b>&"}\n')

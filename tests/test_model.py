@@ -11,6 +11,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from conftest import save_base
 from safetensors.torch import load_file, save_file
 from test_oracles import Rows, differences, packed_step
 from tiny_models import make_base, randomize_adapter, shape
@@ -237,6 +238,13 @@ def test_an_adapter_given_as_base_is_told_apart(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="adapter, not a base") as caught:
         read_config(str(tmp_path))
     assert "org/the-base" in str(caught.value.hint)
+
+
+def test_weights_that_are_not_there_are_not_made_up(tmp_path: Path) -> None:
+    folder = save_base(tmp_path)
+    _edit(folder / "config.json", num_hidden_layers=3)
+    with pytest.raises(ModelError, match=r"no model\.layers\.2\..* and no \d others"):
+        load_base(ModelSettings(base=str(folder), quantization="none"), CPU)
 
 
 def test_the_order_is_a_permutation_that_depends_on_seed_and_epoch_alone() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import shutil
 import socket
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -14,11 +17,14 @@ from lorasft.cli import main
 from lorasft.data.templates import render
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import DataError, LorasftError, ModelError
+from lorasft.files import sha256
+from lorasft.recipe import load_recipe
 from lorasft.terminal import harmless, redact
 
 SOURCES = sorted(path for room in ("lorasft", "scripts") for path in (Path(__file__).parents[1] / room).rglob("*.py"))
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "torch.save", "pty.spawn"}
+TOKEN = "hf_" + "CanaryCanary" * 3
 KERNELS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation")
 TRUE = {"trust_remote_code", "allow_pickle", "shell", "weights_only"}  # never true (or, the last, never needed)
 
@@ -56,7 +62,7 @@ def test_the_lint_sees_what_it_looks_for(text: str) -> None:
 def test_what_a_model_folder_holds_never_runs(
     base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Programs and pickles beside the files, named by every config, offered to every command."""
+    """Promise I15: programs and pickles beside the files, named by every config, offered to every command."""
     monkeypatch.chdir(tmp_path)
     canary = tmp_path / "canary"
     program = f"open({str(canary)!r}, 'w').close()\n"
@@ -107,44 +113,68 @@ def edit(path: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **values}), encoding="utf-8")
 
 
-def test_a_whole_cycle_opens_no_connection(
-    base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With everything local, also where the hub is not declared to be offline."""
+@pytest.fixture(scope="module")
+def cycle(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """Prepare, train, resume, evaluate, chat, merge with every connection refused and a token in the environment; the
+    folder, and all that was said. The hub is not declared to be offline."""
     import datasets
     import huggingface_hub.constants
 
     def refuse(*given: object, **_: object) -> None:
         raise AssertionError(f"a connection: {given}")
 
-    for name in ("connect", "connect_ex", "sendto", "bind"):
-        monkeypatch.setattr(socket.socket, name, refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    canary = "hf_" + "CanaryCanary" * 3
-    monkeypatch.setenv("HF_TOKEN", canary)
-    monkeypatch.chdir(tmp_path)
-    recipe = f"model: {{base: {base}, dtype: float32}}\ndata: {{train: {rows}, max_length: 120, eval: 0.2}}\n"
-    Path("r.yaml").write_text(
-        recipe + "train: {batch_size: 8, steps: 4}\nrun: {save_every: 2, output: run}\n", encoding="utf-8"
-    )
-    for words in (
-        ["preview", "r.yaml"],
-        ["train", "r.yaml"],
-        ["train", "r.yaml", "--resume"],
-        ["evaluate", "run", "--data", str(rows)],
-        ["chat", "run", "--prompt", "x", "--max-new-tokens", "4"],
-        ["merge", "run", "--out", "merged"],
-        ["chat", "merged", "--prompt", "x", "--max-new-tokens", "4"],
-        ["recipes", "list"],
-    ):
-        assert main(words) == 0, words
-        said = capsys.readouterr()
-        assert canary not in said.out + said.err
-    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
-        assert canary.encode() not in path.read_bytes(), path
+    folder, said = tmp_path_factory.mktemp("cycle"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+        for name in ("connect", "connect_ex", "sendto", "bind"):
+            patch.setattr(socket.socket, name, refuse)
+        for name in ("getaddrinfo", "create_connection"):
+            patch.setattr(socket, name, refuse)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        patch.setenv("HF_TOKEN", TOKEN)
+        patch.chdir(folder)
+        recipe = f"model: {{base: {base}, dtype: float32}}\ndata: {{train: {rows}, max_length: 120, eval: 0.2}}\n"
+        run = "train: {batch_size: 8, steps: 4, seed: 7}\nrun: {save_every: 2, output: run}\n"
+        Path("r.yaml").write_text(recipe + run, encoding="utf-8")
+        for words in (
+            ["preview", "r.yaml"],
+            ["train", "r.yaml"],
+            ["train", "r.yaml", "--resume"],
+            ["evaluate", "run", "--data", str(rows)],
+            ["chat", "run", "--prompt", "x", "--max-new-tokens", "4"],
+            ["merge", "run", "--out", "merged"],
+            ["chat", "merged", "--prompt", "x", "--max-new-tokens", "4"],
+            ["recipes", "list"],
+        ):
+            assert main(words) == 0, (words, said.getvalue())
+    yield folder, said.getvalue()
+
+
+def test_with_local_inputs_no_connection_is_opened(cycle: tuple[Path, str]) -> None:
+    """Promise I17: the fixture refuses them all."""
+    assert (cycle[0] / "merged/merge.json").is_file()
+
+
+def test_no_token_leaves_the_environment(cycle: tuple[Path, str]) -> None:
+    """Promise I16: neither what is said nor what is written holds it."""
+    folder, said = cycle
+    assert TOKEN not in said
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        assert TOKEN.encode() not in path.read_bytes(), path
+
+
+def test_every_output_says_where_it_came_from(cycle: tuple[Path, str]) -> None:
+    """Promise I19: recipe as resolved, data, base, versions, seed; of a merge base, adapter and result."""
+    folder, _ = cycle
+    for output in (folder / "run", folder / "run/adapter"):
+        record = json.loads((output / "provenance.json").read_bytes())
+        assert record["lorasft"] and {"torch", "transformers", "peft", "bitsandbytes"} <= record["versions"].keys()
+        assert len(record["data"]) == len(record["base"]["fingerprint"]) == 64 and "commit" in record["base"]
+        assert load_recipe(str(output / "recipe.yaml")).train.seed == 7
+    record = json.loads((folder / "merged/merge.json").read_bytes())
+    assert record["adapter"] == sha256(folder / "run/adapter/adapter_model.safetensors")
+    assert record["base"]["trained_on"] == record["base"]["fingerprint"] and record["lorasft"]
+    assert record["result"] == {"model.safetensors": sha256(folder / "merged/model.safetensors")}
 
 
 @pytest.mark.parametrize(

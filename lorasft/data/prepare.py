@@ -79,8 +79,12 @@ def prepare(
             return open_prepared(target)
         except ModelError:  # torn or damaged: made again
             remove_folder(target)
+    before = _file_states(data)
     with staged_folder(target) as stage:
         samples, learned_special = _write(stage, data, encoder, workers or available_workers())
+        if _file_states(data) != before:
+            what = "the files of the data changed while they were read"
+            raise DataError(what, where=_paths(data), hint="start again when they are complete")
         record = {
             "key": key,
             "samples": [asdict(sample) for sample in samples],
@@ -118,7 +122,6 @@ def _open(folder: Path) -> Prepared:
 def store_key(data: DataSettings, chat: ChatSettings, *, encoder: Encoder) -> str:
     """SHA-256 over everything that the tokens are made from. Raises DataError when a source is missing."""
     tokenizer = encoder.turns.tokenizer
-    eval_sources = data.eval if isinstance(data.eval, tuple) else ()
     ingredients = {
         "schema": SCHEMA,
         "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "jinja2", "transformers")},
@@ -128,9 +131,18 @@ def store_key(data: DataSettings, chat: ChatSettings, *, encoder: Encoder) -> st
         "probe": encoder.turns.probe_text,  # holds today's date where the template writes it
         "chat": chat.model_dump(mode="json"),
         "data": data.model_dump(mode="json"),
-        "files": [_source_hashes(source) for source in (*data.train, *eval_sources)],
+        "files": [_source_hashes(source) for source in _sources(data)],
     }
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+
+
+def _sources(data: DataSettings) -> tuple[DataSource, ...]:
+    return (*data.train, *(data.eval if isinstance(data.eval, tuple) else ()))
+
+
+def _file_states(data: DataSettings) -> list[tuple[str, int, int]]:
+    files = [file for source in _sources(data) for file in source_files(source.path)]
+    return [(str(file), (state := file.stat()).st_size, state.st_mtime_ns) for file in files]
 
 
 def _source_hashes(source: DataSource) -> list[list[str]]:

@@ -83,8 +83,8 @@ def compare_with_file(tokenizer: PreTrainedTokenizerFast) -> str | None:
 
 def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether the tokenizer's own encoding of a text begins with its BOS token."""
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+    first = tokenizer.backend_tokenizer.encode("a").ids[:1]
+    return tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:

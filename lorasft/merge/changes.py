@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lorasft.adapter_files import CONFIG, WEIGHTS, check_weights, read_adapter_config
+from lorasft.adapter_files import WEIGHTS, check_weights, read_adapter_config
 from lorasft.errors import ModelError
 from lorasft.merge.fold import Change, Dora, Replacement, Series, Shift, Stack, Tokens, Update, scale, split_experts
 from lorasft.merge.names import Places
@@ -25,9 +25,6 @@ _PARTS = re.compile(
     r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector|lora_embedding_A|lora_embedding_B"
     r"|token_adapter\.trainable_tokens_delta)"
 )
-# Variants of LoRA that compute something else than the ones below. Those that bring tensors would be found by these.
-_UNSUPPORTED = ("layer_replication", "use_qalora", "alora_invocation_tokens", "arrow_config", "kasa_config",
-                "velora_config", "monteclora_config", "use_bdlora")  # fmt: skip
 
 
 def read_changes(adapter: Path, shards: Sequence[Shard], *, config: Mapping[str, Any]) -> dict[str, Change]:
@@ -77,10 +74,6 @@ class Adapter:
 def read_adapter(folder: Path, *, conv1d: bool) -> Adapter:
     """An adapter's files, checked. Raises ModelError for a variant that cannot be merged, or broken files."""
     config = read_adapter_config(folder)
-    given = [key for key in _UNSUPPORTED if config.get(key)]
-    if given:
-        what = f"cannot merge an adapter with {', '.join(given)}"
-        raise ModelError(what, where=str(folder / CONFIG), hint="LoRA, rslora and DoRA merge")
     adapter = Adapter(folder, config, conv1d)
     for name, tensor in _read_tensors(folder).items():
         if not name.startswith(_PREFIX):

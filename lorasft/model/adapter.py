@@ -45,13 +45,12 @@ def load_adapter(base: Any, folder: Path, *, trainable: bool = False) -> Any:
     fields, weights = read_adapter_config(folder), read_adapter_weights(folder)
     _refuse_streamed(base, weights, fields, where=str(folder))
     _take_embeddings(base, weights, saved=fields.get("modules_to_save") or (), where=str(folder))
-    # `base` is what it is put on, and the weights are there: nothing has to be looked up or initialized.
-    own = {"peft_type", "runtime_config", "base_model_name_or_path", "init_lora_weights"}
-    known = LoraConfig.__dataclass_fields__.keys() - own
+    known = fields.keys() - {"peft_type", "base_model_name_or_path", "revision"}  # `base` is what it is put on
     try:
-        model = _wrap(base, LoraConfig(**{key: value for key, value in fields.items() if key in known}))
-    except (TypeError, ValueError) as fault:
-        raise ModelError(f"PEFT cannot make this adapter: {fault}", where=str(folder / CONFIG)) from None
+        model = _wrap(base, LoraConfig(task_type="CAUSAL_LM", **{key: fields[key] for key in known}))
+    except (TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as fault:
+        what = f"PEFT cannot make this adapter: {fault}"
+        raise ModelError(what, where=str(folder / CONFIG), hint="use the base that it was trained on") from None
     give_weights(model, weights, where=str(folder))
     model.requires_grad_(False)
     if trainable:

@@ -12,13 +12,12 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from lorasft.adapter_files import read_adapter_config
-from lorasft.errors import CapacityError, DeviceError, ModelError, UnsafeError
+from lorasft.errors import CapacityError, DeviceError, LorasftError, ModelError, UnsafeError
 from lorasft.hub import find_hub, refuse_offline
 from lorasft.model.attention import default_attention
 from lorasft.recipe import ModelSettings
@@ -60,8 +59,9 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     quantize = settings.quantization == "nf4" and not hasattr(config, "quantization_config")
     # Only weights that are no safetensors would be written to the scratch folder: there are none.
     with quiet_progress(), _loading_faults(settings.base), tempfile.TemporaryDirectory() as scratch:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             settings.base,
+            output_loading_info=True,
             config=config,  # as it was read and cleared: what its file says of attention would win over the argument
             revision=settings.revision,
             dtype=dtype,
@@ -72,6 +72,10 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
             use_safetensors=True,
             attn_implementation=default_attention(config),
         )
+    if found["missing_keys"]:  # transformers would go on with random numbers
+        names = sorted(found["missing_keys"])
+        what = f"the weights have no {names[0]}" + (f" and no {len(names) - 1} others" if names[1:] else "")
+        raise ModelError(what, where=settings.base, hint="download the base again; is config.json that of its weights?")
     for layer in model.modules():
         if isinstance(layer, bnb.nn.Linear4bit):
             # Else an evaluation repacks the weight in place on AVX512-BF16 CPUs, after which gradients are lost and
@@ -154,7 +158,7 @@ def _refuse_kernels(config: Any, base: str) -> None:
 
 def make_skeleton(config: Any) -> nn.Module:
     """The model of `config` without weights, to look names up in."""
-    with torch.device("meta"):
+    with torch.device("meta"), _loading_faults(config.name_or_path):
         skeleton: nn.Module = AutoModelForCausalLM.from_config(config)
     return skeleton
 
@@ -225,14 +229,17 @@ def _has_native_bfloat16(device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def quiet_progress() -> Iterator[None]:
-    """transformers draws its own bars on stderr even where there is no terminal."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
+    """transformers draws its own bars on stderr even where there is no terminal, and tables of what it did not find."""
+    log = transformers.utils.logging
+    shown, level = log.is_progress_bar_enabled(), log.get_verbosity()
+    log.disable_progress_bar()
+    log.set_verbosity_error()
     try:
         yield
     finally:
+        log.set_verbosity(level)
         if shown:
-            transformers.utils.logging.enable_progress_bar()
+            log.enable_progress_bar()
 
 
 @contextlib.contextmanager
@@ -240,10 +247,12 @@ def _loading_faults(base: str) -> Iterator[None]:
     """Say in plain words what transformers could not load."""
     try:
         yield
-    except (OSError, ValueError, SafetensorError, RuntimeError) as fault:
+    except LorasftError:
+        raise
+    except Exception as fault:  # what a broken config makes transformers raise is of any kind
         if isinstance(fault, torch.OutOfMemoryError):
             raise CapacityError("out of memory while loading", where=base, hint="a smaller base") from fault
-        reason = str(fault).strip().splitlines()[0]
+        reason = " ".join(str(fault).split())[:200] or type(fault).__name__
         if not Path(base).is_dir():
             refuse_offline(fault, base)
         if "trust_remote_code" in str(fault):

@@ -190,8 +190,9 @@ def finish(opened: Opened, state: State) -> Path:
             write_adapter(run.learner.model, stage, base=run.recipe.model)
             opened.tokenizer.save_pretrained(stage)
             write_generation_config(stage, opened.prepared, run.network.causal)
-            # Whoever copies the adapter elsewhere takes along how its base was quantized and its prompts were made.
+            # Whoever copies the adapter elsewhere takes along how it was made, its base quantized and prompts written.
             write_file(stage / "recipe.yaml", dump_recipe(run.recipe).encode())
+            write_file(stage / "provenance.json", (run.folder / "provenance.json").read_bytes())
     run.logbook.close()
     return target
 
