@@ -41,7 +41,7 @@ class _Fields(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
     peft_type: str
-    base_model_name_or_path: str
+    base_model_name_or_path: str = Field(min_length=1)
     revision: str | None = None
     r: _Rank
     lora_alpha: _Positive
