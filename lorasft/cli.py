@@ -95,6 +95,8 @@ def make_parser() -> argparse.ArgumentParser:
     doctor = verbs.add_parser("doctor", help="is this machine fit to train? also what a bug report needs")
     doctor.add_argument("--hub", action="store_true", help="ask the hub as well whether it can be reached")
     doctor.add_argument("--json", action="store_true", help="the checks as JSON")
+    for verb in verbs.choices.values():
+        verb.set_defaults(parser=verb)
     return top
 
 
@@ -156,9 +158,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> dict[str, Any]:
     """The options of the command; overrides may also stand behind options, where argparse does not look for them."""
-    parser = make_parser()
-    given, rest = parser.parse_known_args(argv)
+    given, rest = make_parser().parse_known_args(argv)
     options = vars(given)
+    parser = options.pop("parser")
     for word in rest:
         if "overrides" not in options or word.startswith("-"):
             parser.error(f"unrecognized arguments: {word}")

@@ -17,9 +17,9 @@ class LorasftError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        """A line each. What came from files and rows neither moves the cursor nor ends a line nor shows a token."""
+        """A line each. What came from files and rows neither moves the cursor nor begins a line nor shows a token."""
         parts = {"error": self.what, "where": self.where, "hint": self.hint}
-        return "\n".join(f"{name}: {_one_line(text)}" for name, text in parts.items() if text)
+        return "\n".join(f"{name}: {_tame(text)}" for name, text in parts.items() if text)
 
 
 class RecipeError(LorasftError):
@@ -93,5 +93,6 @@ class Several(LorasftError):
         return "\n".join([*lines, f"... and {self.more}"] if self.more else lines)
 
 
-def _one_line(text: str) -> str:
-    return redact(harmless(text)).replace("\n", "\\n")
+def _tame(text: str) -> str:
+    """Lines after the first are indented: none of them can be taken for a line of ours."""
+    return redact(harmless(text)).replace("\n", "\n  ")

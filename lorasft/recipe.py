@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lorasft.errors import LorasftError, RecipeError, Several
 from lorasft.recipe_faults import across_faults, nearest, plain_faults, printable, shows_secret, value_at
-from lorasft.strict_yaml import Document, dump_yaml, parse_yaml, read_yaml
+from lorasft.strict_yaml import Document, KeyPath, dump_yaml, parse_yaml, read_yaml
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=0.5)]
@@ -262,14 +262,22 @@ def portable_text(path: Path) -> str:
     document = parse_yaml(text, str(path))
     raw = parse_yaml(text, str(path)).value
     _absolute_paths(raw, [path.parent])
-    lines = text.splitlines(keepends=True)
-    for place in document.places:
+    for place, where in document.places.items():
         old, new = value_at(place, document.value), value_at(place, raw)
         if isinstance(old, str) and isinstance(new, str) and old != new:
-            number = int(document.places[place].rpartition(":")[2]) - 1
-            lines[number] = re.sub(rf"(?<![\w./-]){re.escape(old)}(?![\w./-])", json.dumps(new), lines[number], count=1)
-    copied = "".join(lines)
-    return copied if parse_yaml(copied, str(path)).value == raw else dump_yaml(raw)
+            text = _with_value(text, place, line=int(where.rpartition(":")[2]), old=old, new=new)
+    return text if parse_yaml(text, str(path)).value == raw else dump_yaml(raw)
+
+
+def _with_value(text: str, place: KeyPath, *, line: int, old: str, new: str) -> str:
+    """The YAML `text` with the value at `place`, which stands in `line`, as `new`; else as it is."""
+    lines = text.splitlines(keepends=True)
+    for found in re.finditer(rf"(?<![\w./-]){re.escape(old)}(?![\w./-])", lines[line - 1]):
+        changed = lines[line - 1][: found.start()] + json.dumps(new) + lines[line - 1][found.end() :]
+        tried = "".join([*lines[: line - 1], changed, *lines[line:]])
+        if value_at(place, parse_yaml(tried, "").value) == new:
+            return tried
+    return text
 
 
 def _raise(faults: list[LorasftError]) -> NoReturn:

@@ -216,7 +216,7 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
            of_recipe("run: {eval_every: 5}", "data.eval=null")),
     "26": (0, [], of_recipe("train: {batch_size: fast}", "train.batch_size=2", verb="preview")),
     "27 verb": (2, ["trian", "did you mean train?"], lambda at: ["trian", "x"]),
-    "27 flag": (2, ["--resum"], of_recipe("", "--resum=3")),
+    "27 flag": (2, ["--resumee", "did you mean --resume?"], of_recipe("", "--resumee")),
     "27 words": (2, ["surplus"], lambda at: ["recipes", "list", "surplus"]),
     "28": (2, ["no run's", "notes.txt", "run.output"],
            lambda at: [*of_recipe()(at), f"run.output={write(at.folder / 'full/notes.txt', 'x').parent}"]),

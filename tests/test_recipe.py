@@ -471,7 +471,8 @@ def test_copying_makes_paths_beside_the_recipe_absolute(
     monkeypatch.setattr(recipes_command, "shipped_recipes", lambda: {"own": folder / "own.yaml"})
     recipes_command.run("copy", "own", "copy.yaml", as_json=False)
     text = (tmp_path / "copy.yaml").read_text()
-    assert text.startswith("# A recipe.\n# More.\nmodel:")
+    shipped = (folder / "own.yaml").read_text()
+    assert text == shipped.replace("train: x.jsonl", f'train: "{folder}/x.jsonl"') != shipped  # and nothing else
     copied = load_recipe("copy.yaml")
     assert copied.data.train[0].path == str(folder / "x.jsonl") and copied.optimizer.learning_rate == 2e-4
 

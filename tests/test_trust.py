@@ -192,7 +192,7 @@ def test_secrets_are_not_repeated(text: str) -> None:
 
 def test_an_error_keeps_its_lines_and_the_terminal_to_itself() -> None:
     text = str(DataError("a\nhint: rm -rf /", where="\x1b]0;x\x07\u202e\ud800", hint="ok\r"))
-    assert text == "error: a\\nhint: rm -rf /\nwhere: \\x1b]0;x\\x07\\u202e\\ud800\nhint: ok\\r"
+    assert text == "error: a\n  hint: rm -rf /\nwhere: \\x1b]0;x\\x07\\u202e\\ud800\nhint: ok\\r"
     assert harmless("tab\tnewline\n👩‍👩‍👧 naïve") == "tab\tnewline\n👩‍👩‍👧 naïve"
 
 
