@@ -483,6 +483,18 @@ def test_preview_marks_what_is_learned_and_sends_no_control_characters(recipe: P
     assert "10 rows read (prompt-completion), in 10 sequences" in out
 
 
+@pytest.mark.parametrize("key", ["hf_" + "aB1" * 11, "AKIA" + "A1" * 8, "-----BEGIN RSA PRIVATE KEY-----"])
+def test_rows_that_hold_keys_are_named(recipe: Path, capsys: Any, key: str) -> None:
+    rows = recipe.parent / "rows.jsonl"
+    rows.write_bytes(rows.read_bytes() + json.dumps({"prompt": "login", "completion": f"use {key}!"}).encode())
+    assert cli.main(["preview", str(recipe), "--rows", "1"]) == 0
+    assert f"1 rows seem to hold a token or a private key, which will be learned: {rows}:11" in capsys.readouterr().out
+    array = rows.with_suffix(".json")
+    array.write_text(json.dumps([{"prompt": "hf_x sk-learn", "completion": "AKIA"}]), encoding="utf-8")
+    assert cli.main(["preview", str(recipe), f"data.train={array}"]) == 0
+    assert "seem to hold" not in capsys.readouterr().out
+
+
 def test_preview_ends_with_the_code_of_its_fault(recipe: Path, tmp_path: Path, capsys: Any) -> None:
     assert cli.main(["preview", str(recipe), "data.max_length=8"]) == 3
     assert cli.main(["preview", str(recipe), f"model.base={tmp_path}"]) == 4

@@ -120,6 +120,8 @@ def summary(report: Report, *, batch_size: int) -> Iterator[str]:
         "examples whose tools the template does not show": report.tools_left_out,
     }
     yield from (f"{count:,} {name}" for name, count in counts.items() if count)
+    if warning := report.key_warning():
+        yield _harmless(warning)
     yield from (f"dropped: {_harmless(row)}" for row in report.dropped[:DROPPED_SHOWN])
     if report.dropped_examples() > DROPPED_SHOWN:
         named = len(report.dropped)

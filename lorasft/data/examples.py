@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lorasft.data.report import BadRows
-from lorasft.data.rows import Place, Raw, Row, parse_row, parse_strict, read_file, read_hub, source_files
+from lorasft.data.report import NAMED, BadRows
+from lorasft.data.rows import Place, Raw, Row, holds_key, parse_row, parse_strict, read_file, read_hub, source_files
 from lorasft.errors import DataError
 
 if TYPE_CHECKING:
@@ -129,6 +129,8 @@ def shape_block(block: RowBlock, settings: DataSettings, *, bad: BadRows) -> Ite
         try:
             row = parse_row(raw, place)
             bad.report.rows += 1
+            if len(bad.report.with_keys) < NAMED and holds_key(raw):
+                bad.report.with_keys.append(str(place))
             mapped = row | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
             example = shape_row(mapped, block.kind, place)
         except DataError as fault:

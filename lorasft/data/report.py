@@ -46,6 +46,7 @@ class Report:
     marker_differences: int = 0  # conversations whose {% generation %} markers differ, in the template's own text only
     formats: dict[str, str] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)  # of the first rows that are not trained on: "file:line: why"
+    with_keys: list[str] = field(default_factory=list)  # "file:line" of the first rows that seem to hold secrets
     lengths: array[int] = field(default_factory=lambda: array("q"), repr=False)  # the longest sequence of each example
 
     def as_dict(self) -> dict[str, Any]:
@@ -82,7 +83,15 @@ class Report:
                 getattr(self, name).extend(value)
             else:
                 setattr(self, name, getattr(self, name) + value)
-        del self.dropped[NAMED:]
+        del self.dropped[NAMED:], self.with_keys[NAMED:]
+
+    def key_warning(self) -> str | None:
+        """What to say when rows seem to hold secrets."""
+        if not self.with_keys:
+            return None
+        count = f"{len(self.with_keys):,}" + (" or more" if len(self.with_keys) == NAMED else "")
+        places = ", ".join(self.with_keys[:3])
+        return f"{count} rows seem to hold a token or a private key, which will be learned: {places}"
 
     def dropped_examples(self) -> int:
         return self.bad_rows + self.over_long_examples + self.examples_without_target

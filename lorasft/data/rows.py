@@ -28,6 +28,8 @@ LARGEST_ROW = 8 << 20  # bytes
 LARGEST_ARRAY = 256 << 20  # bytes: a JSON array is held in memory whole
 READ_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 MEND = "mend the file there: what follows cannot be read"
+KEY_SIGNS = (b"hf_", b"sk-", b"AKIA", b"ghp_", b"PRIVATE KEY")  # looked for first, which costs next to nothing
+KEY = re.compile(rb"(hf_|ghp_)[A-Za-z0-9]{30}|sk-[A-Za-z0-9_-]{20}|AKIA[A-Z0-9]{16}|-BEGIN [A-Z ]*PRIVATE KEY-")
 LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
@@ -86,6 +88,12 @@ def parse_row(raw: Raw, place: Place) -> Row:
     if not isinstance(row, dict):
         raise DataError(f"a row must be an object, this is {type(row).__name__}", where=str(place))
     return row
+
+
+def holds_key(raw: Raw) -> bool:
+    """Whether a row seems to hold a token or a private key, which a model would learn."""
+    content = raw if isinstance(raw, bytes) else repr(raw).encode(errors="replace")
+    return any(sign in content for sign in KEY_SIGNS) and KEY.search(content) is not None
 
 
 def load_hub(source: DataSource) -> Any:
