@@ -72,6 +72,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"no {CONFIG}: this is no adapter", where=str(folder), hint="name an adapter's folder")
     try:
+        if path.stat().st_size > LARGEST_HEADER:
+            raise ValueError("too large")
         config = json.loads(path.read_bytes())
         if not isinstance(config, dict):
             raise ValueError("not a mapping")
@@ -80,6 +82,18 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ModelError(f"peft_type {kind} is not LORA", where=str(path), hint="lorasft takes LoRA adapters only")
+    _refuse_code(config, str(path))
+    _refuse_unknown(config, str(path))
+    try:
+        _Fields.model_validate(config)
+    except ValidationError as fault:
+        first = fault.errors(include_url=False)[0]
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+        raise ModelError(what, where=str(path), hint=_AGAIN) from None
+    return {key: value for key, value in config.items() if key in _Fields.model_fields and value is not None}
+
+
+def _refuse_code(config: dict[str, Any], where: str) -> None:
     named = [key for key in _CODE.split() if config.get(key)]
     # A pattern from a file could be made to run for ever.
     named += [key for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), str)]
@@ -89,23 +103,19 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         named += [key] if isinstance(patterns, (dict, list)) and any(_is_odd(str(one)) for one in patterns) else []
     if named:
         what = f"the adapter's config names code or patterns: {', '.join(named)}"
-        raise UnsafeError(what, where=str(path), hint="take these out if the adapter is of use without them")
+        raise UnsafeError(what, where=where, hint="take these out if the adapter is of use without them")
+
+
+def _refuse_unknown(config: dict[str, Any], where: str) -> None:
     variants = [key for key in _VARIANTS.split() if config.get(key)]
     if variants:
         what = f"cannot use an adapter with {', '.join(variants)}"
-        raise ModelError(what, where=str(path), hint="LoRA, rslora and DoRA are known")
+        raise ModelError(what, where=where, hint="LoRA, rslora and DoRA are known")
     known = {*_IDLE.split(), *_Fields.model_fields}
     unknown = [key for key, value in config.items() if value and key not in known]
     if unknown:
         what = f"the adapter's config has fields that are not known here: {', '.join(unknown[:5])}"
-        raise ModelError(what, where=str(path), hint="take them out if the adapter is of use without them")
-    try:
-        _Fields.model_validate(config)
-    except ValidationError as fault:
-        first = fault.errors(include_url=False)[0]
-        what = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
-        raise ModelError(what, where=str(path), hint=_AGAIN) from None
-    return {key: value for key, value in config.items() if key in _Fields.model_fields and value is not None}
+        raise ModelError(what, where=where, hint="take them out if the adapter is of use without them")
 
 
 def refuse_remote(base: str, where: Path) -> None:
