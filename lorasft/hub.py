@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import ssl
 import urllib.error
 import urllib.request
 
@@ -22,6 +23,8 @@ def hub_fault() -> str | None:
     except urllib.error.HTTPError:
         return None
     except (OSError, ValueError) as fault:
+        if isinstance(getattr(fault, "reason", None), ssl.SSLError):
+            return None  # somebody answers, and the client has certificates of its own
         return f"{address} does not answer: {getattr(fault, 'reason', fault)}"
 
 
