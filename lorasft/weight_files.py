@@ -43,12 +43,14 @@ def read_header(path: Path, *, largest: int = LARGEST_HEADER) -> tuple[bytes, di
     with open(path, "rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
-        if prefix == b"version ":
-            raise ModelError("this is a Git LFS pointer, not the weights", where=str(path), hint="git lfs pull")
-        if prefix.lstrip().startswith(b"<"):
-            raise ModelError("this is a web page (HTML), not the weights", where=str(path), hint=_AGAIN)
-        if len(prefix) < 8 or length > min(size, largest):
-            raise ModelError("not a safetensors file, or its header is too long", where=str(path), hint=_AGAIN)
+        if len(prefix) < 8 or length > min(size, largest):  # else these bytes may be those of any length
+            if prefix == b"version ":
+                raise ModelError("this is a Git LFS pointer, not the weights", where=str(path), hint="git lfs pull")
+            page = prefix.lstrip().startswith(b"<")
+            what = (
+                "this is a web page (HTML), not the weights" if page else "not a safetensors file, or a header too long"
+            )
+            raise ModelError(what, where=str(path), hint=_AGAIN)
         text = file.read(length)
     try:
         fields = json.loads(text)

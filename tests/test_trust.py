@@ -20,6 +20,7 @@ from lorasft.errors import DataError, LorasftError, ModelError
 from lorasft.files import sha256
 from lorasft.recipe import load_recipe
 from lorasft.terminal import harmless, redact
+from lorasft.weight_files import read_header
 
 SOURCES = sorted(path for room in ("lorasft", "scripts") for path in (Path(__file__).parents[1] / room).rglob("*.py"))
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
@@ -243,3 +244,13 @@ def test_a_template_does_not_leave_its_sandbox(
     assert not Path("canary").exists()
     for word in ("root:", "builtin", "subprocess", "<class 'int'>, <class", "posix"):
         assert word not in said, said
+
+
+@pytest.mark.parametrize("length", [60, 0x3C20, 0x3C0A])
+def test_a_header_whose_length_reads_like_a_web_page_is_read(tmp_path: Path, length: int) -> None:
+    """The length is eight bytes, and those of 15,392 are a blank and `<`."""
+    fields = {"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}
+    header = json.dumps(fields).encode().ljust(length)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + header + b"x")
+    assert read_header(path)[1] == fields
