@@ -7,20 +7,34 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, NoReturn
 
 from lorasft import __version__
-from lorasft.errors import LorasftError
+from lorasft.errors import LorasftError, RecipeError
+from lorasft.terminal import say
 
 EXIT_CODES = """exit codes: 0 done; 1 a bug; 2 usage or recipe; 3 data; 4 model, adapter or checkpoint files; 5 device;
 6 memory or disk; 7 the training diverged; 8 refused for safety; 130/143 stopped by a signal, saved"""
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the command line as all faults are said, with the nearest name that there is."""
+        wrong, _, known = message.partition(" (choose from ")
+        names = re.findall(r"[\w-]+", known) or list(self._option_string_actions)
+        words = re.findall(r"[\w-]+", wrong.rpartition(": ")[2]) or [""]
+        near = get_close_matches(words[0], names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(names)}" if known else f"{self.prog} --help"
+        raise RecipeError(wrong, hint=hint)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(prog="lorasft", description=__doc__, epilog=EXIT_CODES)
+    top = _Parser(prog="lorasft", description=__doc__, epilog=EXIT_CODES)
     top.add_argument("--version", action="version", version=f"lorasft {__version__}")
     verbs = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -78,12 +92,13 @@ def make_parser() -> argparse.ArgumentParser:
     recipes.add_argument("to", nargs="?", help="file to copy to (default: ./NAME.yaml)")
     recipes.add_argument("--json", action="store_true", help="the list as JSON")
 
-    doctor = verbs.add_parser("doctor", help="is this machine fit for a run")
-    doctor.add_argument(
-        "--crash", required=True, metavar="DIR", help="kill small runs on the disk of DIR, compare bits"
-    )
+    doctor = verbs.add_parser("doctor", help="is this machine fit to train? also what a bug report needs")
+    doctor.add_argument("--hub", action="store_true", help="ask the hub as well whether it can be reached")
+    doctor.add_argument("--crash", metavar="DIR", help="instead: kill small runs on the disk of DIR, compare bits")
     doctor.add_argument("--trials", type=_positive, default=50, metavar="N", help="of --crash (default: 50)")
     doctor.add_argument("--json", action="store_true", help="what was found as JSON")
+    for verb in verbs.choices.values():
+        verb.set_defaults(parser=verb)
     return top
 
 
@@ -125,18 +140,18 @@ def _add_columns(verb: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code; an error that the user can mend is printed, never a traceback."""
-    options = _parse(argv)
     # Threads that spin long while they wait slow a run down twentyfold when another process wants the cores; a short
     # spin costs nothing on a quiet machine. Read by libgomp when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    command = importlib.import_module(f"lorasft.commands.{options.pop('command')}")
     try:
+        options = _parse(argv)
+        command = importlib.import_module(f"lorasft.commands.{options.pop('command')}")
         command.run(**options)
     except LorasftError as fault:
-        print(fault, file=sys.stderr)
+        say(str(fault))
         return fault.exit_code
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        say("stopped")
         return 130
     except BrokenPipeError:  # the reader of stdout went away: nothing is lost
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -145,9 +160,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> dict[str, Any]:
     """The options of the command; overrides may also stand behind options, where argparse does not look for them."""
-    parser = make_parser()
-    given, rest = parser.parse_known_args(argv)
+    given, rest = make_parser().parse_known_args(argv)
     options = vars(given)
+    parser = options.pop("parser")
     for word in rest:
         if "overrides" not in options or word.startswith("-"):
             parser.error(f"unrecognized arguments: {word}")

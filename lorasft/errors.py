@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from lorasft.terminal import harmless, redact
+
 
 class LorasftError(Exception):
     """A fault that the user can mend. Printed as `error: what`, `where:` and `hint:`, never as a traceback."""
@@ -15,12 +17,9 @@ class LorasftError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        lines = [f"error: {self.what}"]
-        if self.where:
-            lines.append(f"where: {self.where}")
-        if self.hint:
-            lines.append(f"hint: {self.hint}")
-        return "\n".join(lines)
+        """A line each. What came from files and rows neither moves the cursor nor begins a line nor shows a token."""
+        parts = {"error": self.what, "where": self.where, "hint": self.hint}
+        return "\n".join(f"{name}: {_tame(text)}" for name, text in parts.items() if text)
 
 
 class RecipeError(LorasftError):
@@ -74,17 +73,26 @@ class Stopped(LorasftError):
 
 
 class Several(LorasftError):
-    """Up to 20 faults of one kind, found in one go."""
+    """Up to 20 faults of one kind, found in one go. `more`: in words, what was found and is not among them."""
 
     most = 20
 
-    def __init__(self, faults: list[LorasftError]) -> None:
+    def __init__(self, faults: list[LorasftError], *, more: str | None = None) -> None:
         super().__init__(f"{len(faults)} faults")
         self.faults = faults
+        self.more = more or (f"{len(faults) - self.most} more" if len(faults) > self.most else None)
         self.exit_code = faults[0].exit_code
 
     def __str__(self) -> str:
-        shown = [str(fault) for fault in self.faults[: self.most]]
-        if len(self.faults) > self.most:
-            shown.append(f"... and {len(self.faults) - self.most} more")
-        return "\n".join(shown)
+        """A hint that several have stands once, behind the last of them."""
+        shown = self.faults[: self.most]
+        last = {fault.hint: fault for fault in shown}
+        lines = [
+            str(fault if last[fault.hint] is fault else LorasftError(fault.what, where=fault.where)) for fault in shown
+        ]
+        return "\n".join([*lines, f"... and {self.more}"] if self.more else lines)
+
+
+def _tame(text: str) -> str:
+    """Lines after the first are indented: none of them can be taken for a line of ours."""
+    return redact(harmless(text)).replace("\n", "\n  ")

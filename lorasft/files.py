@@ -20,7 +20,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import BinaryIO, TextIO
 
 from lorasft.errors import CapacityError, ModelError, RecipeError
 
@@ -29,6 +29,7 @@ STAGE = ".stage-"
 TRASH = ".trash-"
 LOCK = "run.lock"
 HALF_DONE = re.compile(r"\.(stage|trash)-.+-[0-9a-f]{8}")  # what this file calls its stages and trash
+_AGAIN = "take another copy of this folder, or an earlier one"
 _WRONG_PLACE = {errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS,
                 errno.ELOOP}  # fmt: skip
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}
@@ -169,38 +170,40 @@ def commit_folder(stage: Path, target: Path, *, hashes: Mapping[str, str]) -> No
 def refuse_existing(target: Path) -> None:
     """Nothing is overwritten: `rename` onto an empty folder would succeed silently."""
     if target.exists() or target.is_symlink():
-        raise RecipeError(f"{target} exists", hint="name one that does not exist yet")
+        raise RecipeError("this exists already", where=str(target), hint="name one that does not exist yet")
+
+
+def refuse_overlap(out: Path, *inputs: Path) -> None:
+    """Raise RecipeError when `out` is the root or the home folder, lies in an input, or holds one."""
+    place = out.resolve()
+    if place in (Path(place.anchor), Path.home().resolve()):
+        raise RecipeError("nothing is written there", where=str(out), hint="name a new folder")
+    for given in (path.resolve() for path in inputs):
+        if place == given or place in given.parents or given in place.parents:
+            raise RecipeError(f"what is written and {given} lie in each other", where=str(out), hint="name another")
 
 
 def verify_folder(folder: Path) -> None:
     """Compare a committed folder with its manifest. Raises ModelError naming the first file that differs."""
     try:
-        entries = {
-            str(name): (entry["bytes"], entry["sha256"]) for name, entry in _read_json(folder / MANIFEST).items()
-        }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as fault:
-        raise ModelError(f"no readable {MANIFEST}: {fault}", where=str(folder)) from None
+        entries = json.loads((folder / MANIFEST).read_bytes())
+        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as fault:
+        raise ModelError(f"no readable {MANIFEST}: {fault}", where=str(folder), hint=_AGAIN) from None
     for name, (size, digest) in entries.items():
         path = folder / name
         if ".." in path.parts or not path.is_relative_to(folder) or path.is_symlink():
-            raise ModelError(f"{name} is not in the folder", where=str(folder))
+            raise ModelError(f"{name} is not in the folder", where=str(folder), hint=_AGAIN)
         if not path.is_file():
-            raise ModelError(f"{name} is missing", where=str(folder))
+            raise ModelError(f"{name} is missing", where=str(folder), hint=_AGAIN)
         try:
             found = path.stat().st_size, sha256(path)
         except OSError as fault:
-            raise ModelError(f"cannot read {name}: {fault.strerror}", where=str(folder)) from None
+            raise ModelError(f"cannot read {name}: {fault.strerror}", where=str(folder), hint=_AGAIN) from None
         if found[0] != size:
-            raise ModelError(f"{name} has {found[0]} bytes, not {size}", where=str(folder))
+            raise ModelError(f"{name} has {found[0]} bytes, not {size}", where=str(folder), hint=_AGAIN)
         if found[1] != digest:
-            raise ModelError(f"{name} does not match its hash", where=str(folder))
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+            raise ModelError(f"{name} does not match its hash", where=str(folder), hint=_AGAIN)
 
 
 def remove_folder(folder: Path) -> None:

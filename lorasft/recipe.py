@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lorasft.errors import LorasftError, RecipeError, Several
 from lorasft.recipe_faults import across_faults, nearest, plain_faults, printable, shows_secret, value_at
-from lorasft.strict_yaml import Document, dump_yaml, parse_yaml, read_yaml
+from lorasft.strict_yaml import Document, KeyPath, dump_yaml, parse_yaml, read_yaml
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=0.5)]
@@ -265,12 +265,25 @@ def shipped_recipes() -> dict[str, Path]:
 def portable_text(path: Path) -> str:
     """The YAML of a recipe file for another folder: where it names paths beside itself, these become absolute."""
     text = path.read_text(encoding="utf-8")
+    document = parse_yaml(text, str(path))
     raw = parse_yaml(text, str(path)).value
     _absolute_paths(raw, [path.parent])
-    if raw == parse_yaml(text, str(path)).value:
-        return text
-    comments = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True))
-    return "".join(comments) + dump_yaml(raw)
+    for place, where in document.places.items():
+        old, new = value_at(place, document.value), value_at(place, raw)
+        if isinstance(old, str) and isinstance(new, str) and old != new:
+            text = _with_value(text, place, line=int(where.rpartition(":")[2]), old=old, new=new)
+    return text if parse_yaml(text, str(path)).value == raw else dump_yaml(raw)
+
+
+def _with_value(text: str, place: KeyPath, *, line: int, old: str, new: str) -> str:
+    """The YAML `text` with the value at `place`, which stands in `line`, as `new`; else as it is."""
+    lines = text.splitlines(keepends=True)
+    for found in re.finditer(rf"(?<![\w./-]){re.escape(old)}(?![\w./-])", lines[line - 1]):
+        changed = lines[line - 1][: found.start()] + json.dumps(new) + lines[line - 1][found.end() :]
+        tried = "".join([*lines[: line - 1], changed, *lines[line:]])
+        if value_at(place, parse_yaml(tried, "").value) == new:
+            return tried
+    return text
 
 
 def _raise(faults: list[LorasftError]) -> NoReturn:
@@ -366,6 +379,8 @@ def _complete(raw: dict[str, Any], stem: str) -> None:
     run, data = raw["run"], raw["data"]
     if isinstance(run, dict):
         run.setdefault("output", f"runs/{stem}")
+        if isinstance(run["output"], str) and run["output"].startswith("~/"):
+            run["output"] = str(Path(run["output"]).expanduser())
         if isinstance(data, dict) and "eval" in data and data["eval"] is None:
             run.setdefault("eval_every", None)
 

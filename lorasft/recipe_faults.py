@@ -79,7 +79,8 @@ def across_faults(settings: dict[str, Any], document: Document) -> list[LorasftE
     faults: list[LorasftError] = []
     if held_out is None and run["eval_every"] is not None:
         where = _place(("run", "eval_every"), document)
-        faults.append(RecipeError("run.eval_every without held-out data", where=where, hint="data.eval=0.02"))
+        hint = "run.eval_every=null, or data.eval=FILE to have something to evaluate on"
+        faults.append(RecipeError("run.eval_every without held-out data", where=where, hint=hint))
     if run["keep_best"] and (held_out is None or run["eval_every"] is None):
         missing, hint = (
             ("data.eval", "data.eval=0.02") if held_out is None else ("run.eval_every", "run.eval_every=100")
@@ -141,9 +142,12 @@ def _fault(path: KeyPath, kind: str, document: Document, schema: dict[str, Any])
         return RecipeError(what, where=where, hint=f"did you mean {meant}e-4?")
     if _names_code(path[-1], value):
         return UnsafeError(f"{name}: a kernel from a repository would be code", where=where, hint=f"{name}: auto")
-    expected = _expected(_schema_at(path, schema), schema)
-    what = f"{name}: expected {expected}, got {_shown(value)}"
-    return RecipeError(what, where=where, hint=_type_hint(path, value, expected=expected))
+    node = _schema_at(path, schema)
+    expected = _expected(node, schema)
+    shown = "a value that is not shown" if _SECRET.search(str(path[-1])) else _shown(value)
+    what = f"{name}: expected {expected}, got {shown}"
+    default = f"for example {name}={_shown(node['default'])}" if node.get("default") else "lorasft recipes schema"
+    return RecipeError(what, where=where, hint=_type_hint(path, value, expected=expected) or default)
 
 
 def _unknown_key(path: KeyPath, value: Any, where: str, schema: dict[str, Any]) -> LorasftError:

@@ -45,9 +45,11 @@ def read_yaml(path: Path) -> Document:
         with open(path, "rb") as file:
             content = file.read(MOST_BYTES + 1)
     except OSError as fault:
-        raise RecipeError(f"cannot read the recipe: {fault.strerror}", where=str(path)) from None
+        what = f"cannot read the recipe: {fault.strerror}"
+        raise RecipeError(what, where=str(path), hint="name a file that you may read") from None
     if len(content) > MOST_BYTES:
-        raise UnsafeError(f"larger than {MOST_BYTES} bytes, too large for a recipe", where=str(path))
+        what = f"larger than {MOST_BYTES} bytes, too large for a recipe"
+        raise UnsafeError(what, where=str(path), hint="rows go into files of their own, named in data.train")
     try:
         text = content.decode()
     except UnicodeDecodeError as fault:
@@ -67,7 +69,7 @@ def parse_yaml(text: str, name: str) -> Document:
         value = reader.read_document(yaml.parse(text, Loader=yaml.SafeLoader))
     except yaml.reader.ReaderError as fault:
         what = f"not text (character 0x{int(fault.character):02x} at {fault.position})"
-        raise RecipeError(what, where=name) from None
+        raise RecipeError(what, where=name, hint="a recipe is a YAML file in UTF-8") from None
     except yaml.MarkedYAMLError as fault:
         raise _syntax_fault(fault, name) from None
     return Document(value, reader.places, reader.faults)
@@ -127,7 +129,8 @@ class _Reader:
     def _read(self, event: yaml.Event, events: Iterator[yaml.Event], *, path: KeyPath) -> Any:
         self.places.setdefault(path, self._place(event))
         if len(path) > MOST_DEPTH:
-            raise UnsafeError(f"nested deeper than {MOST_DEPTH}", where=self._place(event))
+            what = f"nested deeper than {MOST_DEPTH}"
+            raise UnsafeError(what, where=self._place(event), hint="no recipe needs that: write it flat")
         if isinstance(event, yaml.AliasEvent):
             self._refuse("aliases (*name) are not allowed", event, hint="write the value out", unsafe=True)
             return None
@@ -168,11 +171,11 @@ class _Reader:
         try:  # JSON writes characters outside the basic plane as a pair of escapes
             text = event.value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
         except UnicodeDecodeError:
-            self._refuse("half a surrogate pair in a text", event)
+            self._refuse("half a surrogate pair in a text", event, hint="write the character itself")
             return None
         return read_scalar(text) if event.style is None else text
 
-    def _refuse(self, what: str, event: yaml.Event, *, hint: str | None = None, unsafe: bool = False) -> None:
+    def _refuse(self, what: str, event: yaml.Event, *, hint: str, unsafe: bool = False) -> None:
         kind = UnsafeError if unsafe else RecipeError
         self.faults.append(kind(what, where=self._place(event), hint=hint))
 

@@ -3,14 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import time
 
+CLEAR = "\r\x1b[K"  # the line, back to its start
+# What a terminal obeys, or shows in another order than it stands; half characters, which no terminal takes.
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+_SECRETS = re.compile(
+    r"\b(?P<kind>hf_|gh[opsu]_|AKIA)[A-Za-z0-9]{16,}|\b(?P<long>sk-|github_pat_|xox[bp]-)[A-Za-z0-9_-]{20,}"
+    r"|(?P<url>://)[^/\s@]+@"
+    r"|(?P<header>authorization['\"]?\s*[:=]\s*['\"]?)(?:(?:bearer|basic)\s+)?[^\s'\"]+"
+    r"|(?P<key>api[_-]?key['\"]?\s*[:=]\s*['\"]?)[^\s'\",}]+",
+    re.IGNORECASE,
+)
 
-def say(text: str, *, end: str = "\n") -> None:
-    """Print `text` on stderr. A reader that has gone away is no reason to stop."""
+
+def say(text: str, *, end: str = "\n", over: bool = False) -> None:
+    """Print `text` on stderr; `over`: instead of what stands in the line of a terminal.
+
+    A reader that has gone away is no reason to stop.
+    """
     with contextlib.suppress(OSError, ValueError):  # a closed pipe, a closed stream
-        print(text, end=end, file=sys.stderr, flush=True)
+        print(f"{CLEAR if over else ''}{redact(harmless(text))}", end=end, file=sys.stderr, flush=True)
+
+
+def harmless(text: str) -> str:
+    """`text` with nothing in it that a terminal would obey: control characters, but for newline and tab, as escapes."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def redact(text: str) -> str:
+    """`text` without what looks like a token, a password in a URL, or a key."""
+    return _SECRETS.sub(lambda found: (found[found.lastgroup or 0]) + "..." + "@" * (found["url"] is not None), text)
 
 
 class ByteProgress:
@@ -22,4 +49,4 @@ class ByteProgress:
     def __call__(self, done: int, total: int) -> None:
         left = (time.monotonic() - self.started) * (total - done) / max(done, 1)
         text = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {left:.0f} s left"
-        say(f"\r\x1b[K{text}", end="\n" if done == total else "")
+        say(text, end="\n" if done == total else "", over=True)

@@ -19,7 +19,7 @@ from lorasft.data.rows import Place
 from lorasft.data.templates import render
 from lorasft.data.tokenizer import adds_bos, compare_with_file, load_tokenizer
 from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs
-from lorasft.errors import DataError, ModelError
+from lorasft.errors import DataError, ModelError, UnsafeError
 from lorasft.recipe import ChatSettings, DataSettings
 
 SHARED = Path(__file__).parents[2] / "shared/data"
@@ -571,7 +571,7 @@ def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path))
     folder = save_tokenizer(tmp_path / "own code")
     (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}}')
-    with pytest.raises(ModelError, match="code of its own"):
+    with pytest.raises(UnsafeError, match="code of its own"):
         load_tokenizer(str(folder))
 
 

@@ -147,42 +147,14 @@ def test_real_data_sets_are_read_whole(name: str, count: int, settings: dict[str
     assert [example.place.line for example in examples] == [n for n, line in enumerate(lines, 1) if line.strip()]
 
 
-FAULTS = [  # content, what is said, where in rows.jsonl
-    (
-        b'{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": oops}\n',
-        "not JSON: Expecting value",
-        ":2:31",
-    ),
-    (b'{"prompt": "a", "completion": "b"}\n{"prompt": "a", "compl', "cut off", ":2"),
-    (b'{"prompt": "a", "completion": "b", "prompt": "c"}\n', "'prompt' twice", ":1"),
-    (b'{"prompt": "a", "completion": NaN}\n', "NaN is not JSON", ":1"),
+FAULTS = [  # beyond those of test_bad_inputs.py: content, what is said, where in rows.jsonl
     (b'{"prompt": "a", "completion": -Infinity}\n', "-Infinity is not JSON", ":1"),
-    (b'{"prompt": "a", "completion": "\\ud83d"}\n', "half a character", ":1:32"),
-    (b'{"prompt": "a", "completion": "caf\xe9"}\n', r"not UTF-8 at byte 35 \(0xE9\)", ":1"),
     (b'{"prompt": "a\tb", "completion": "c"}\n', "Invalid control character", ":1:14"),
     (CHAT_ROW.replace('"A"', '[{"type": "text", "value": "A"}]').encode(), "has its words under `text`", ":1"),
-    (b'\n\n["a"]\n', "must be an object", ":3"),
     (b'{"prompt": "a", "completion": "b"}\n[1, 2]\n', "must be an object, this is list", ":2"),
-    (b'{"foo": 1, "bar": 2}\n', "no known format: columns seen: foo, bar", ":1"),
-    (b'{"prompt": "a", "completion": "b", "text": "c"}\n', "fit prompt-completion and text", ":1"),
-    (b'{"prompt": "a", "completion": "b"}\n{"text": "c"}\n', "no 'prompt' and no 'completion' in this row", ":2"),
-    (b'{"messages": []}\n', "without messages", ":1"),
-    (b'{"messages": [{"role": "user", "content": "a"}]}\n', r"no assistant turn \(roles: user\)", ":1"),
-    (b'{"messages": [{"role": "human", "content": "a"}]}\n', "unknown role 'human'", ":1"),
     (b'{"messages": [{"role": "bot", "content": "a"}]}\n', "unknown role 'bot'", ":1"),
     (b'{"messages": [{"role": ["user"], "content": "a"}]}\n', "unknown role", ":1"),
-    (CHAT_ROW.replace('"A"', "null").encode(), "role assistant without content", ":1"),
-    (CHAT_ROW.replace('"A"', '" \\n"').encode(), "an assistant turn without text", ":1"),
-    (CHAT_ROW.replace('"A"', '[{"type": "image_url", "image_url": "x"}]').encode(), "part of type image_url", ":1"),
-    (CHAT_ROW.replace('"A"', "7").encode(), "'content' must be a list, this is int", ":1"),
     (CHAT_ROW.replace('"A"', '"A", "train": "yes"').encode(), "`train` of a message", ":1"),
-    (
-        CHAT_ROW.replace('"A"', '"A", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]').encode(),
-        "not JSON",
-        ":1",
-    ),
-    (CHAT_ROW[:-1].encode() + b', "tools": {"a": 1}}', "'tools' must be a list, this is dict", ":1"),
-    (CHAT_ROW[:-1].encode() + b', "tools": "[oops"}', "tools: not JSON", ":1"),
     (b'{"conversations": [{"from": "martian", "value": "a"}]}', "unknown role 'martian'", ":1"),
     (b'{"conversations": [{"role": "user", "content": "a"}]}', "has `from` and `value`", ":1"),
     (b'{"prompt": "a", "completion": "' + b"x" * LARGEST_ROW + b'"}\n', "a row of 8,388,64. bytes", ":1"),
@@ -209,7 +181,7 @@ def test_bad_rows_are_dropped_and_counted_or_reported_together(tmp_path: Path) -
     assert [fault.where for fault in several.value.faults] == [f"{tmp_path}/rows.jsonl:{n}" for n in ("2:2", "4")]
     with pytest.raises(Several) as many:
         read_bytes(tmp_path, CHAT_ROW.encode() + b"\n" + b"{\n" * 99)
-    assert len(many.value.faults) == 20  # and the rest of the file is not read
+    assert len(many.value.faults) == 20 and str(many.value).endswith("... and at least 79 more bad rows")
 
 
 def test_what_text_files_get_wrong(tmp_path: Path) -> None:
@@ -459,6 +431,24 @@ def test_counts_that_a_recipe_does_not_allow(tmp_path: Path, tokenizer: Any) -> 
     assert (dropped.report.bad_rows, len(dropped.train)) == (1, 20)
 
 
+def test_files_that_change_while_they_are_read_are_refused(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(numbered(9))
+    plain = Encoder.encode_all
+
+    def encode_all(self: Encoder, *given: Any, **named: Any) -> Any:
+        rows.write_bytes(numbered(10))
+        return plain(self, *given, **named)
+
+    monkeypatch.setattr(Encoder, "encode_all", encode_all)
+    data = DataSettings(train=(str(rows),), eval=None)
+    with pytest.raises(DataError, match="changed while they were read"):
+        prepare(data, ChatSettings(), tokenizer=tokenizer, folder=tmp_path / "cache", workers=1)
+    assert not list((tmp_path / "cache").iterdir())
+
+
 @pytest.fixture
 def recipe(tmp_path: Path, tokenizer_folder: Path) -> Path:
     (tmp_path / "rows.jsonl").write_bytes(numbered(9) + b'{"prompt": "\\u001b[31mred\\u0007", "completion": "<b>&"}\n')
@@ -491,6 +481,18 @@ def test_preview_marks_what_is_learned_and_sends_no_control_characters(recipe: P
     assert "What is 3 + 1?<|end|>\n<|start|>assistant\n⟦4<|end|>⟧" in out
     assert "\\x1b[31mred\\x07" in out and "\x1b" not in out and "\x07" not in out
     assert "10 rows read (prompt-completion), in 10 sequences" in out
+
+
+@pytest.mark.parametrize("key", ["hf_" + "aB1" * 11, "AKIA" + "A1" * 8, "-----BEGIN RSA PRIVATE KEY-----"])
+def test_rows_that_hold_keys_are_named(recipe: Path, capsys: Any, key: str) -> None:
+    rows = recipe.parent / "rows.jsonl"
+    rows.write_bytes(rows.read_bytes() + json.dumps({"prompt": "login", "completion": f"use {key}!"}).encode())
+    assert cli.main(["preview", str(recipe), "--rows", "1"]) == 0
+    assert f"1 rows seem to hold a token or a private key, which will be learned: {rows}:11" in capsys.readouterr().out
+    array = rows.with_suffix(".json")
+    array.write_text(json.dumps([{"prompt": "hf_x sk-learn", "completion": "AKIA"}]), encoding="utf-8")
+    assert cli.main(["preview", str(recipe), f"data.train={array}"]) == 0
+    assert "seem to hold" not in capsys.readouterr().out
 
 
 def test_preview_ends_with_the_code_of_its_fault(recipe: Path, tmp_path: Path, capsys: Any) -> None:

@@ -30,11 +30,13 @@ from transformers import (
 )
 
 from lorasft.data.packing import cut
-from lorasft.model.adapter import attach_adapter, trainable
+from lorasft.errors import RecipeError
+from lorasft.model.adapter import attach_adapter, check_targets, trainable
+from lorasft.model.base import make_skeleton
 from lorasft.model.loss import Network, pair_losses
 from lorasft.model.scoring import Given, everything
 from lorasft.model.selfcheck import verify
-from lorasft.recipe import load_recipe, shipped_recipes
+from lorasft.recipe import AdapterSettings, load_recipe, shipped_recipes
 
 SHAPE = shape()
 _SHAPE = {key: value for key, value in SHAPE.items() if key != "head_dim"}
@@ -188,3 +190,10 @@ def _learns_from_a_step(model: Any, network: Network) -> None:
     assert gradients
     for path, gradient in gradients.items():
         assert gradient is not None and gradient.isfinite().all() and gradient.abs().max() > 0, path
+
+
+def test_targets_that_reach_into_a_vision_tower_are_refused() -> None:
+    model = make_skeleton(_gemma_3_with_eyes())
+    with pytest.raises(RecipeError, match=r"\d of \d linears called q_proj are not of the language model"):
+        check_targets(model, AdapterSettings(targets=("q_proj",)))
+    check_targets(model, AdapterSettings(targets=("gate_proj",)))

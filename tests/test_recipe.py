@@ -233,22 +233,14 @@ BAD = {  # what follows the smallest recipe (lines 1 and 2) -> exit code, line, 
     "train: {seed: 1.0}": (2, 3, ["whole number", "4294967295", "got 1.0"]),
     "train: {steps: 0}": (2, 3, ["at least 1 or null", "got 0"]),
     "train: {epochs: .inf}": (2, 3, ["train.epochs", "got inf"]),
-    "optimizer: {learning_rate: 2}": (2, 3, ["learning_rate: 2 is far outside 1e-6 ... 1e-2", "did you mean 2e-4?"]),
     "optimizer: {learning_rate: -1}": (2, 3, ["greater than 0", "got -1"]),
     "optimizer: {learning_rate: 1e999}": (2, 3, ["got inf"]),
-    "optimizer:\n  name: adamw\n\n  learnig_rate: 1e-4": (
-        2,
-        6,
-        ["unknown key optimizer.learnig_rate", "learning_rate?"],
-    ),
     "optimizer: {betas: [0.9, 1.0]}": (2, 3, ["optimizer.betas.1", "less than 1"]),
     "optimizer: {betas: [0.9]}": (2, 3, ["optimizer.betas", "list of 2", "a list of 1"]),
     "optimizr: {name: adamw}": (2, 3, ["unknown key optimizr", "did you mean optimizer?"]),
     "zzz: 1": (2, 3, ["unknown key zzz", "model, adapter, data"]),
-    "adapter: {rank: 0, alpha: -1, dropout: 1.5}": (2, 3, ["rank", "from 1 to 1024|at most 1024", "alpha", "dropout"]),
     "adapter: {targets: q_proj}": (2, 3, ["all-linear or a list of text", "'q_proj'"]),
     "adapter: qlora": (2, 3, ["adapter: expected a mapping", "'qlora'", "nf4"]),
-    "adapter: {dora: on}": (2, 3, ["true or false", "'on'", "the only truth values"]),
     "schedule: {warmup: 1.5}": (2, 3, ["schedule.warmup", "got 1.5"]),
     "schedule: {name: cosin}": (2, 3, ["one of cosine, linear, constant", "'cosin'"]),
     "run: {trackers: [tensorbord]}": (2, 3, ["run.trackers.0", "one of tensorboard"]),
@@ -259,24 +251,19 @@ BAD = {  # what follows the smallest recipe (lines 1 and 2) -> exit code, line, 
     "1: 2": (2, 3, ["a key that is not text"]),
     "? [a]\n: 2": (2, 3, ["a key that is not text"]),
     "<<: {train: {seed: 1}}": (2, 3, ["unknown key <<"]),
-    "run:\n\tkeep: 1": (2, "4:1", ["a tab", "spaces"]),
     "run: {keep: 1": (2, "4:1", ["this is not YAML"]),
     "a: b: c": (2, "3:5", ["this is not YAML"]),
     "---\nrun: {keep: 1}": (2, 3, ["a second document"]),
     'chat: {system: "\\ud800"}': (2, 3, ["surrogate"]),
     "chat: {system: !!str x}": (8, 3, ["tags", "remove"]),
-    "run: !!python/object/apply:os.system [touch hacked]": (8, 3, ["tags", "remove"]),
     "chat: &a {system: x}\nb: *a": (8, 4, ["aliases"]),
     "chat: " + "[" * 40: (8, 3, ["deeper than 32"]),
     "? " * 40 + "a": (8, 3, ["deeper than 32"]),
-    "hf_token: canary": (2, 3, ["hf_token", "do not belong in recipes", "hf auth login"]),
     "model_:\n  WANDB_API_KEY: canary": (2, 3, ["unknown key model_"]),
     "run: {wandb_api_key: canary}": (2, 3, ["run.wandb_api_key", "do not belong"]),
     "run: [{password: canary}]": (2, 3, ["run: expected a mapping", "a list of 1"]),
-    "trust_remote_code: false": (8, 3, ["trust_remote_code", "remove"]),
     "machine: {attention: evil/kernel}": (8, 3, ["machine.attention", "machine.attention: auto"]),
     "machine: {attention: flash}": (2, 3, ["one of auto, segments, sdpa, eager"]),
-    "attn_implementation: evil/kernel": (8, 3, ["attn_implementation"]),
     "attn_implementation: sdpa": (2, 3, ["machine.attention"]),
     "lora_r: 8": (2, 3, ["unknown key lora_r", "adapter.rank"]),
     "learning_rate: 1e-4": (2, 3, ["unknown key learning_rate", "optimizer.learning_rate"]),
@@ -318,7 +305,7 @@ BAD_DATA = {  # a whole recipe of its own, where the data or the base is the mat
     "model: {base: m}\ndata: {train: a, eval: null}\nrun:\n  eval_every: 5": (
         2,
         4,
-        ["run.eval_every", "data.eval=0.02"],
+        ["run.eval_every=null", "data.eval=FILE"],
     ),
     "model: {base: m}\ndata: {train: a, eval: null}\nrun: {keep_best: true}": (2, 3, ["keep_best needs data.eval"]),
     "model: {base: m}\ndata: {train: a}\nrun: {keep_best: true, eval_every: null}": (2, 3, ["needs run.eval_every"]),
@@ -484,7 +471,8 @@ def test_copying_makes_paths_beside_the_recipe_absolute(
     monkeypatch.setattr(recipes_command, "shipped_recipes", lambda: {"own": folder / "own.yaml"})
     recipes_command.run("copy", "own", "copy.yaml", as_json=False)
     text = (tmp_path / "copy.yaml").read_text()
-    assert text.startswith("# A recipe.\n# More.\nmodel:")
+    shipped = (folder / "own.yaml").read_text()
+    assert text == shipped.replace("train: x.jsonl", f'train: "{folder}/x.jsonl"') != shipped  # and nothing else
     copied = load_recipe("copy.yaml")
     assert copied.data.train[0].path == str(folder / "x.jsonl") and copied.optimizer.learning_rate == 2e-4
 

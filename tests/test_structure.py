@@ -12,7 +12,18 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lorasft"
 FLOORS = [
-    {"errors", "files", "recipe", "recipe_faults", "strict_yaml", "adapter_files", "terminal", ""},
+    {
+        "errors",
+        "files",
+        "hub",
+        "weight_files",
+        "recipe",
+        "recipe_faults",
+        "strict_yaml",
+        "adapter_files",
+        "terminal",
+        "",
+    },
     {"data"},
     {"model"},
     {"train", "merge", "export"},

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from lorasft.terminal import harmless
+
 
 def run(saved: str, base: str | None, prompt: str | None, max_new_tokens: int, temperature: float) -> None:
     """Answer `prompt`, or what is typed line by line. Answers stream to stdout."""
@@ -31,7 +33,7 @@ def run(saved: str, base: str | None, prompt: str | None, max_new_tokens: int, t
             max_new_tokens=max_new_tokens,
             stops=encoder.stop_ids,
             temperature=temperature,
-            on_text=lambda text: print(text, end="", flush=True),
+            on_text=lambda text: print(harmless(text), end="", flush=True),
         )
         print(flush=True)
         messages.append({"role": "assistant", "content": loaded.tokenizer.decode(ids, skip_special_tokens=True)})

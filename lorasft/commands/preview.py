@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lorasft import files
 from lorasft.commands.preview_page import make_page
 from lorasft.recipe import load_recipe
+from lorasft.terminal import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -45,7 +46,7 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
     tokenizer = load_tokenizer(settings.model.base, settings.model.revision)
     notice = compare_with_file(tokenizer)
     if notice:
-        print(f"note: {notice}", file=sys.stderr)
+        say(f"note: {notice}")
     report = Report()
     encoder = Encoder(tokenizer, settings.chat, data=settings.data, report=report)
     most = rows if rows is not None else 1000 if html else 3
@@ -119,6 +120,8 @@ def summary(report: Report, *, batch_size: int) -> Iterator[str]:
         "examples whose tools the template does not show": report.tools_left_out,
     }
     yield from (f"{count:,} {name}" for name, count in counts.items() if count)
+    if warning := report.key_warning():
+        yield _harmless(warning)
     yield from (f"dropped: {_harmless(row)}" for row in report.dropped[:DROPPED_SHOWN])
     if report.dropped_examples() > DROPPED_SHOWN:
         named = len(report.dropped)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,15 @@ from lorasft.errors import RecipeError
 from lorasft.recipe import portable_text, recipe_schema, shipped_recipes
 from lorasft.recipe_faults import nearest, printable
 from lorasft.strict_yaml import read_yaml
+from lorasft.terminal import say
 
 
 def run(action: str, name: str | None, to: str | None, as_json: bool) -> None:
     """`action`: list | show | copy | schema. Raises RecipeError for an unknown name and for a target that exists."""
+    surplus = [word for word in (name, to) if word is not None][{"show": 1, "copy": 2}.get(action, 0) :]
+    if surplus:
+        what = f"recipes {action} does not take {', '.join(map(printable, surplus))}"
+        raise RecipeError(what, hint=f"lorasft recipes {action}")
     if action == "list":
         _print_list(as_json)
     elif action == "show":
@@ -48,12 +52,11 @@ def _about(path: Path) -> dict[str, Any]:
 def _copy(source: Path, target: Path) -> None:
     if target.is_dir():
         target = target / source.name
-    if target.exists() or target.is_symlink():
-        raise RecipeError(f"{target} exists", hint="name a file that does not exist yet")
+    files.refuse_existing(target)
     if not target.parent.is_dir():
         raise RecipeError(f"there is no folder {target.parent}", hint=f"mkdir -p {target.parent}")
     files.write_file(target, portable_text(source).encode())
-    print(f"wrote {target}", file=sys.stderr)
+    say(f"wrote {target}")
 
 
 def _shipped(name: str | None) -> Path:

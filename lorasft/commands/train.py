@@ -42,8 +42,9 @@ def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
 def _introduce(opened: Opened) -> None:
     """What was found and made ready, before the first step."""
     report, plan = opened.prepared.report, opened.run.plan
-    for note in opened.notes:
-        say(note)
+    for note in (*opened.notes, report.key_warning()):
+        if note:
+            say(note)
     say(
         f"{report.train_examples:,} examples, {report.held_out_examples:,} held out, {report.tokens:,} tokens, "
         f"{report.supervised_tokens:,} of them learned; {plan.steps} steps of {plan.batch_size} examples"

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lorasft.data.report import BadRows
-from lorasft.data.rows import Place, Raw, Row, parse_row, parse_strict, read_file, read_hub, source_files
+from lorasft.data.report import NAMED, BadRows
+from lorasft.data.rows import Place, Raw, Row, holds_key, parse_row, parse_strict, read_file, read_hub, source_files
 from lorasft.errors import DataError
 
 if TYPE_CHECKING:
@@ -129,6 +129,8 @@ def shape_block(block: RowBlock, settings: DataSettings, *, bad: BadRows) -> Ite
         try:
             row = parse_row(raw, place)
             bad.report.rows += 1
+            if len(bad.report.with_keys) < NAMED and holds_key(raw):
+                bad.report.with_keys.append(str(place))
             mapped = row | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
             example = shape_row(mapped, block.kind, place)
         except DataError as fault:
@@ -148,7 +150,8 @@ def held_out_below(digests: npt.NDArray[np.uint64], share: float) -> int:
     """
     distinct = np.unique(digests)
     if len(distinct) < 2:
-        raise DataError(f"{len(distinct)} different rows: none can be held out", hint="data.eval=null")
+        what = f"{len(distinct)} different rows: none can be held out"
+        raise DataError(what, where="data.eval", hint="data.eval=null")
     count = min(max(1, round(share * len(distinct))), len(distinct) - 1)
     return int(distinct[count])
 
@@ -283,7 +286,9 @@ def _join_parts(content: Any) -> str:
     if isinstance(content, str):
         return content
     texts = []
-    for part in _list(content, "content"):
+    if not isinstance(content, list):
+        raise DataError(f"'content' must be text or a list of parts, this is {type(content).__name__}")
+    for part in content:
         kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
         if kind != "text":
             raise DataError(f"a content part of type {kind}", hint="only text can be trained on")

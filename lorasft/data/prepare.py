@@ -80,8 +80,12 @@ def prepare(
             return open_prepared(target)
         except ModelError:  # torn or damaged: made again
             remove_folder(target)
+    before = _file_states(data)
     with staged_folder(target) as stage:
         samples, learned_special = _write(stage, data, encoder, workers or available_workers())
+        if _file_states(data) != before:
+            what = "the files of the data changed while they were read"
+            raise DataError(what, where=_paths(data), hint="start again when they are complete")
         record = {
             "key": key,
             "ingredients": ingredients,
@@ -134,7 +138,6 @@ def make_key(ingredients: dict[str, Any]) -> str:
 def list_ingredients(data: DataSettings, chat: ChatSettings, *, encoder: Encoder) -> dict[str, Any]:
     """Everything that the tokens are made from, as JSON values. Raises DataError when a source is missing."""
     tokenizer = encoder.turns.tokenizer
-    eval_sources = data.eval if isinstance(data.eval, tuple) else ()
     return {
         "schema": SCHEMA,
         "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "jinja2", "transformers")},
@@ -144,8 +147,17 @@ def list_ingredients(data: DataSettings, chat: ChatSettings, *, encoder: Encoder
         "probe": encoder.turns.probe_text,  # holds today's date where the template writes it
         "chat": chat.model_dump(mode="json"),
         "data": data.model_dump(mode="json"),
-        "files": dict(entry for source in (*data.train, *eval_sources) for entry in _source_hashes(source)),
+        "files": dict(entry for source in _sources(data) for entry in _source_hashes(source)),
     }
+
+
+def _sources(data: DataSettings) -> tuple[DataSource, ...]:
+    return (*data.train, *(data.eval if isinstance(data.eval, tuple) else ()))
+
+
+def _file_states(data: DataSettings) -> list[tuple[str, int, int]]:
+    files = [file for source in _sources(data) for file in source_files(source.path)]
+    return [(str(file), (state := file.stat()).st_size, state.st_mtime_ns) for file in files]
 
 
 def _source_hashes(source: DataSource) -> list[tuple[str, str]]:
@@ -164,6 +176,7 @@ def encode_sources(data: DataSettings, *, encoder: Encoder) -> Iterator[tuple[Ex
     bad = BadRows(data.on_bad_row, encoder.report)
     for (block, _), lines in zip(_blocks(data), held_out, strict=True):
         yield from _encode_block(block, lines, data, encoder, bad=bad)
+        bad.raise_many()
     bad.raise_all()
     _refuse_losses(data, encoder.report)
 
@@ -200,13 +213,13 @@ def _survey(data: DataSettings, report: Report, workers: int) -> list[set[int]]:
         for side in (False, True)
     )
     if not len(train):
-        where = ", ".join(source.path for source in data.train)
-        raise DataError(f"no rows to train on ({bad.report.bad_rows} bad ones)", where=where)
+        what = f"no rows to train on ({bad.report.bad_rows} bad ones)"
+        raise DataError(what, where=_paths(data), hint="are the files empty, or all their lines blank?")
     report.duplicate_rows = len(train) - len(np.unique(train))
     twice = np.intersect1d(train, apart).size
     if twice:
         hint = "take them out of one of the two: the held-out loss would measure memory"
-        raise DataError(f"{twice} rows of data.eval stand in data.train as well", hint=hint)
+        raise DataError(f"{twice} rows of data.eval stand in data.train as well", where="data.eval", hint=hint)
     below = held_out_below(train, data.eval) if isinstance(data.eval, float) else 0
     return [set(block.lines[block.apart | (block.digests < below)].tolist()) for block in found]
 
@@ -287,16 +300,25 @@ def _refuse_losses(data: DataSettings, report: Report) -> None:
     dropped = report.dropped_examples()
     lengths = ", ".join(f"{name}: {length}" for name, length in report.length_quantiles().items())
     hint = f"lengths in tokens {lengths}; data.max_length is {data.max_length}, data.max_dropped {data.max_dropped}"
+    if data.overlong == "split" and report.over_long_examples:
+        hint += "; data.overlong=split cuts texts only, and drops conversations"
     if dropped > data.max_dropped * report.rows:
         what = (
             f"{dropped} of {report.rows} rows dropped ({report.bad_rows} bad, {report.over_long_examples} over-long, "
         )
-        raise DataError(f"{what}{report.examples_without_target} with nothing to learn)", hint=hint)
+        raise DataError(f"{what}{report.examples_without_target} with nothing to learn)", where=_paths(data), hint=hint)
     if report.parity_breaks:
         what = f"{report.parity_breaks} of {report.answers} answers do not stand behind what a server would feed"
-        raise DataError(what, hint="a fault of lorasft: please report the template and one row")
+        hint = "a fault of lorasft: please report the template and one row"
+        raise DataError(what, where=_paths(data), hint=hint)
     if not report.train_examples:
-        raise DataError(f"nothing to train on: {report.rows} rows read, {dropped} dropped", hint=hint)
+        raise DataError(
+            f"nothing to train on: {report.rows} rows read, {dropped} dropped", where=_paths(data), hint=hint
+        )
+
+
+def _paths(data: DataSettings) -> str:
+    return ", ".join(source.path for source in data.train)
 
 
 def _read_sample(sample: dict[str, Any]) -> Example:

@@ -46,6 +46,7 @@ class Report:
     marker_differences: int = 0  # conversations whose {% generation %} markers differ, in the template's own text only
     formats: dict[str, str] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)  # of the first rows that are not trained on: "file:line: why"
+    with_keys: list[str] = field(default_factory=list)  # "file:line" of the first rows that seem to hold secrets
     lengths: array[int] = field(default_factory=lambda: array("q"), repr=False)  # the longest sequence of each example
 
     def as_dict(self) -> dict[str, Any]:
@@ -82,7 +83,15 @@ class Report:
                 getattr(self, name).extend(value)
             else:
                 setattr(self, name, getattr(self, name) + value)
-        del self.dropped[NAMED:]
+        del self.dropped[NAMED:], self.with_keys[NAMED:]
+
+    def key_warning(self) -> str | None:
+        """What to say when rows seem to hold secrets."""
+        if not self.with_keys:
+            return None
+        count = f"{len(self.with_keys):,}" + (" or more" if len(self.with_keys) == NAMED else "")
+        places = ", ".join(self.with_keys[:3])
+        return f"{count} rows seem to hold a token or a private key, which will be learned: {places}"
 
     def dropped_examples(self) -> int:
         return self.bad_rows + self.over_long_examples + self.examples_without_target
@@ -98,18 +107,18 @@ class BadRows:
     ended: LorasftError | None = None
 
     def add(self, fault: DataError) -> None:
-        """Take one bad row. Raises Several at the 20th when the policy is `error`."""
+        """Take one bad row."""
         self.report.bad_rows += 1
         self.report.note_dropped(fault.where, fault.what)
-        if self.policy == "error":
-            self.faults.append(fault)
-            self._raise_many()
+        if self.policy == "error" and len(self.faults) < Several.most:
+            hint = fault.hint or "mend the row, or leave such rows out with data.on_bad_row=drop"
+            self.faults.append(DataError(fault.what, where=fault.where, hint=hint))
 
     def join(self, later: BadRows) -> None:
-        """Take in what was found in rows that come behind. Raises Several at the 20th, or the fault that they kept."""
+        """Take in what was found in rows that come behind. Raises Several from the 20th on, or what ended them."""
         self.report.join(later.report)
-        self.faults.extend(later.faults)
-        self._raise_many()
+        self.faults.extend(later.faults[: Several.most - len(self.faults)])
+        self.raise_many()
         if later.ended:
             raise later.ended
 
@@ -118,19 +127,18 @@ class BadRows:
         """Keep the fault that ends the block of code, for `join` to raise when these rows' turn comes."""
         try:
             yield
-        except Several:  # of the faults that are kept here
-            pass
         except LorasftError as fault:
             self.ended = fault
 
-    def _raise_many(self) -> None:
-        del self.faults[Several.most :]
+    def raise_many(self) -> None:
+        """Raise what was collected if there are 20 or more: more of the same help nobody."""
         if len(self.faults) == Several.most:
             self.raise_all()
 
     def raise_all(self) -> None:
-        """Raise what was collected: the fault itself when it is alone, Several otherwise."""
+        """Raise what was collected: the fault itself when it is alone, Several with the count otherwise."""
         if len(self.faults) == 1:
             raise self.faults[0]
         if self.faults:
-            raise Several(self.faults)
+            beyond = self.report.bad_rows - len(self.faults)
+            raise Several(self.faults, more=f"at least {beyond:,} more bad rows" if beyond else None)

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasft.errors import DataError
+from lorasft.errors import DataError, UnsafeError
+from lorasft.hub import find_hub, refuse_offline
 
 if TYPE_CHECKING:
     from lorasft.recipe import DataSource
@@ -26,6 +27,9 @@ Raw = Any  # a row as it was read: bytes of JSON, a value, or the DataError that
 LARGEST_ROW = 8 << 20  # bytes
 LARGEST_ARRAY = 256 << 20  # bytes: a JSON array is held in memory whole
 READ_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+MEND = "mend the file there: what follows cannot be read"
+KEY_SIGNS = (b"hf_", b"sk-", b"AKIA", b"ghp_", b"PRIVATE KEY")  # looked for first, which costs next to nothing
+KEY = re.compile(rb"(hf_|ghp_)[A-Za-z0-9]{30}|sk-[A-Za-z0-9_-]{20}|AKIA[A-Z0-9]{16}|-BEGIN [A-Z ]*PRIVATE KEY-")
 LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
@@ -44,14 +48,14 @@ def source_files(path: str) -> tuple[Path, ...]:
     """The files that a source's path names, sorted; none when it is a hub id. Raises DataError."""
     here = Path(path)
     if here.is_dir():
-        found = sorted(file for file in here.iterdir() if file.suffix in READ_SUFFIXES)
-        return _some(found, f"no {', '.join(READ_SUFFIXES)} file in this folder", path)
+        found = sorted(file for file in here.iterdir() if file.suffix.lower() in READ_SUFFIXES)
+        return _some(found, f"no {', '.join(READ_SUFFIXES)} file in this folder", path, folder=here)
     if here.exists():
         return (here,)
     if glob.has_magic(path):
         found = sorted(Path(here.anchor).glob(str(here.relative_to(here.anchor))))
-        return _some(found, "no file matches", path)
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and here.suffix not in READ_SUFFIXES:
+        return _some(found, "no file matches", path, folder=here.absolute().parent)
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and here.suffix.lower() not in READ_SUFFIXES:
         return ()
     raise DataError("there is no such file", where=path, hint=f"the folder it would be in: {here.absolute().parent}")
 
@@ -59,12 +63,15 @@ def source_files(path: str) -> tuple[Path, ...]:
 def read_file(path: Path) -> Iterator[tuple[int, Raw]]:
     """The rows of one file, each with its line. Raises DataError when the file as a whole cannot be read."""
     readers = {".json": _read_json, ".jsonl": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
-    if path.suffix not in readers:
-        raise DataError(f"unknown kind of file: {path.suffix or path.name}", where=str(path), hint=f"{READ_SUFFIXES}")
+    kind = path.suffix.lower()
+    if kind not in readers:
+        hint = f"known: {', '.join(READ_SUFFIXES)}"
+        raise DataError(f"unknown kind of file: {path.suffix or path.name}", where=str(path), hint=hint)
     try:
-        yield from readers[path.suffix](path)
+        yield from readers[kind](path)
     except OSError as fault:
-        raise DataError(f"cannot read: {fault.strerror or fault}", where=str(path)) from None
+        hint = "name a file that you may read"
+        raise DataError(f"cannot read: {fault.strerror or fault}", where=str(path), hint=hint) from None
 
 
 def read_hub(source: DataSource) -> Iterator[tuple[int, Raw]]:
@@ -83,16 +90,27 @@ def parse_row(raw: Raw, place: Place) -> Row:
     return row
 
 
+def holds_key(raw: Raw) -> bool:
+    """Whether a row seems to hold a token or a private key, which a model would learn."""
+    content = raw if isinstance(raw, bytes) else repr(raw).encode(errors="replace")
+    return any(sign in content for sign in KEY_SIGNS) and KEY.search(content) is not None
+
+
 def load_hub(source: DataSource) -> Any:
     """The `datasets.Dataset` of a hub id; `datasets` is imported only here."""
+    find_hub()
     import datasets
 
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(source.path, source.config, split=source.split)
     except Exception as fault:  # whatever the network, the hub and the loader may raise
+        refuse_offline(fault, source.path)
+        if "Dataset scripts" in str(fault):
+            what = "this data set is a program of its own, which lorasft does not run"
+            raise UnsafeError(what, where=source.path, hint="take its files: JSON, CSV or Parquet") from None
         raise DataError(
-            f"cannot load this data set: {type(fault).__name__}: {fault}",
+            f"cannot load this data set: {type(fault).__name__}: {str(fault).partition(chr(10))[0]}",
             where=source.path,
             hint="data.train takes a file, a folder, a glob or the id of a data set on the hub",
         ) from None
@@ -126,6 +144,8 @@ def _read_json(path: Path) -> Iterator[tuple[int, Raw]]:
     with open(path, "rb") as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
         file.seek(0)
+        if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise DataError("this is UTF-16, not UTF-8", where=f"{path}:1", hint="iconv -f utf-16 -t utf-8")
         if start.startswith(b"["):
             yield from _read_array(path)
         else:
@@ -180,7 +200,8 @@ def _read_array(path: Path) -> Iterator[tuple[int, Raw]]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as fault:
-        raise DataError(f"not UTF-8 at byte {fault.start + 1}", where=str(path)) from None
+        hint = "convert it, for example with iconv -f latin1 -t utf8"
+        raise DataError(f"not UTF-8 at byte {fault.start + 1}", where=str(path), hint=hint) from None
     at, line = text.index("[") + 1, 1
     counted = 0
     while True:
@@ -193,11 +214,12 @@ def _read_array(path: Path) -> Iterator[tuple[int, Raw]]:
             refuse_surrogates(text[at:end], row)
         except (ValueError, RecursionError) as fault:  # where one element ends wrong, the next cannot be found
             what = f"not JSON: {fault}, {_around(text, getattr(fault, 'pos', at))}"
-            raise DataError(what, where=f"{path}:{line}") from None
+            raise DataError(what, where=f"{path}:{line}", hint=MEND) from None
         yield line, row
         at = _skip_blanks(text, end)
         if text[at : at + 1] not in (",", "]"):
-            raise DataError("the array is cut off, or a comma is missing", where=f"{path}:{line}")
+            what = "the array is cut off, or a comma is missing"
+            raise DataError(what, where=f"{path}:{line}", hint="fetch the file again, or mend it")
         at += text[at] == ","
 
 
@@ -215,7 +237,8 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Raw]]:
         try:
             names = next(reader, [])
             if len(set(names)) < len(names):
-                raise DataError(f"a column twice: {', '.join(names)}", where=f"{path}:1")
+                what = f"a column twice: {', '.join(names)}"
+                raise DataError(what, where=f"{path}:1", hint="rename one of them in the first line")
             line = reader.line_num + 1
             for fields in reader:
                 start, line = line, reader.line_num + 1
@@ -225,7 +248,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Raw]]:
                     what = f"{len(fields)} fields, the header has {len(names)}"
                     yield start, DataError(what, where=f"{path}:{start}")
         except (csv.Error, UnicodeDecodeError) as fault:
-            raise DataError(f"not CSV in UTF-8: {fault}", where=f"{path}:{line}") from None
+            raise DataError(f"not CSV in UTF-8: {fault}", where=f"{path}:{line}", hint=MEND) from None
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Raw]]:
@@ -239,12 +262,13 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Raw]]:
                 number += 1
                 yield number, drop_nulls(row)
     except pyarrow.ArrowException as fault:
-        raise DataError(f"not Parquet: {fault}", where=f"{path}:{number + 1}") from None
+        reason = str(fault).partition(". ")[0]
+        raise DataError(f"not Parquet: {reason}", where=f"{path}:{number + 1}", hint="fetch the file again") from None
 
 
-def _some(files: list[Path], what: str, path: str) -> tuple[Path, ...]:
+def _some(files: list[Path], what: str, path: str, *, folder: Path) -> tuple[Path, ...]:
     if not files:
-        raise DataError(what, where=path)
+        raise DataError(what, where=path, hint=f"the folder that was looked into: {folder}")
     return tuple(files)
 
 

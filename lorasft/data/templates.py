@@ -7,9 +7,10 @@ import json
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,8 @@ MERGE_SYSTEM = (
 )
 CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
 LARGEST_TEMPLATE, LARGEST_TEXT = 1 << 20, 64 << 20  # characters
-SECONDS = 60  # for one conversation, which takes a thousandth of one
+MOST_PIECES = 1 << 20  # that a template makes of one conversation: some for each message
+SECONDS = 10  # for one conversation, which takes a thousandth of one
 BUILT_IN = {"plain": PLAIN, "chatml": CHATML, "none": NONE}
 
 
@@ -68,7 +70,8 @@ def set_template(tokenizer: PreTrainedTokenizerFast, chat: ChatSettings) -> None
     template = _load_template(tokenizer, chosen) if chosen else tokenizer.chat_template
     several = template if isinstance(template, dict) else {"": template}  # some carry one more, for tools
     if max(map(len, several.values())) > LARGEST_TEMPLATE:
-        raise ModelError(f"a chat template of over {LARGEST_TEMPLATE:,} characters", hint="chat.template=FILE")
+        what = f"a chat template of over {LARGEST_TEMPLATE:,} characters"
+        raise ModelError(what, where=chosen or tokenizer.name_or_path, hint="chat.template=FILE with another")
     made = {name: _with_options(_freeze_clock(text, chat.template_date), chat) for name, text in several.items()}
     tokenizer.chat_template = made if isinstance(template, dict) else made[""]
     if chosen != "none" and _refuses_system(tokenizer):
@@ -104,20 +107,30 @@ def render(
             add_generation_prompt=generation_prompt,
             **tokenizer.special_tokens_map,
         )
+    except MemoryError as fault:
+        what = f"the chat template takes too much memory: {fault}"
+        raise ModelError(what, where=tokenizer.name_or_path, hint=_other_template(tokenizer)) from None
     except TimeoutError:
         what = f"the chat template took over {SECONDS} s"
-        raise ModelError(what, hint="chat.template=plain, or another template") from None
+        raise ModelError(what, where=tokenizer.name_or_path, hint=_other_template(tokenizer)) from None
     except jinja2.TemplateSyntaxError as fault:
-        raise ModelError(f"the chat template does not parse: {fault.message}", where=f"line {fault.lineno}") from None
+        what = f"the chat template does not parse: {fault.message}"
+        raise ModelError(what, where=f"line {fault.lineno}", hint=_other_template(tokenizer)) from None
     except Exception as fault:  # a template is a program: it raises what its operators raise
         roles = ", ".join(message["role"] for message in messages)
-        hint = "chat.template=plain, or another template"
-        if "system" in str(fault).lower():
+        hint = _other_template(tokenizer)
+        if "system" in str(fault).lower() and "system" in roles:
             hint = "put the system text into the first user message, or " + hint
         raise DataError(f"the chat template refuses this conversation ({roles}): {fault}", hint=hint) from None
     if len(text) > LARGEST_TEXT:
-        raise ModelError(f"the chat template made over {LARGEST_TEXT:,} characters of one conversation")
+        what = f"the chat template made over {LARGEST_TEXT:,} characters of one conversation"
+        raise ModelError(what, where=tokenizer.name_or_path, hint=_other_template(tokenizer))
     return str(text)
+
+
+def _other_template(tokenizer: PreTrainedTokenizerFast) -> str:
+    plain = PLAIN.removeprefix("{{ BOS }}") in str(tokenizer.chat_template)
+    return "chat.template=FILE with another" if plain else "chat.template=plain, or FILE with another"
 
 
 @lru_cache(maxsize=8)
@@ -126,7 +139,16 @@ def _compile(template: str) -> jinja2.Template:
 
     compiled: jinja2.Template = _compile_jinja_template(template)
     compiled.globals = dict(compiled.globals)  # copied at each rendering: as the ChainMap it was, half of the time
+    vars(compiled.environment)["concat"] = _join
     return compiled
+
+
+def _join(pieces: Iterable[str]) -> str:
+    """Jinja's own would hold what a template makes, however much that is."""
+    found = list(islice(pieces, MOST_PIECES))
+    if len(found) == MOST_PIECES:
+        raise MemoryError("it makes text without end")
+    return "".join(found)
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
@@ -188,11 +210,12 @@ def _load_template(tokenizer: PreTrainedTokenizerFast, name: str) -> str:
             hint = f"chat.template is {', '.join(BUILT_IN)}, a file, or null for the tokenizer's own"
             raise ModelError(f"cannot read the chat template: {fault}", where=name, hint=hint) from None
     if tokenizer.eos_token is None:
-        raise ModelError(f"template {name} ends answers with an EOS token, and this tokenizer has none")
+        what = f"template {name} ends answers with an EOS token, and this tokenizer has none"
+        raise ModelError(what, where=tokenizer.name_or_path, hint="chat.template=FILE with one that needs none")
     unknown = [text for text in ("<|im_start|>", "<|im_end|>") if _is_unknown(tokenizer, text)]
     if name == "chatml" and unknown:
         what = f"template chatml needs {' and '.join(unknown)}, which this tokenizer does not know as single tokens"
-        raise ModelError(what, hint="chat.template=plain")
+        raise ModelError(what, where=tokenizer.name_or_path, hint="chat.template=plain")
     return BUILT_IN[name].replace("{{ BOS }}", "{{ bos_token }}" if adds_bos(tokenizer) else "")
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasft.errors import ModelError
+from lorasft.errors import ModelError, UnsafeError
+from lorasft.hub import find_hub, refuse_offline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -36,12 +37,20 @@ def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenize
     local = Path(base).is_dir()
     if not local and (base.count("/") != 1 or base.startswith((".", "/", "~"))):
         raise ModelError("there is no such folder", where=base, hint="model.base is a folder or a hub id")
+    if not local:
+        find_hub()
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             base, revision=revision, use_fast=True, trust_remote_code=False, local_files_only=local
         )
     except Exception as fault:  # transformers, its parsers and the hub raise a dozen kinds here
-        raise ModelError(_plain_reason(fault, base), where=base) from None
+        if not local:
+            refuse_offline(fault, base)
+        if "custom code" in str(fault) or "trust_remote_code" in str(fault):
+            what = "this tokenizer needs code of its own, which lorasft does not run"
+            raise UnsafeError(what, where=base, hint="take a base that transformers knows") from None
+        hint = "the folder needs a tokenizer.json that is whole; or name another base"
+        raise ModelError(_plain_reason(fault, base), where=base, hint=hint) from None
     if not getattr(tokenizer, "is_fast", False):
         hint = "convert it: the folder needs a tokenizer.json"
         raise ModelError("this base has only a slow tokenizer, and labels need a fast one", where=base, hint=hint)
@@ -74,8 +83,8 @@ def compare_with_file(tokenizer: PreTrainedTokenizerFast) -> str | None:
 
 def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether the tokenizer's own encoding of a text begins with its BOS token."""
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+    first = tokenizer.backend_tokenizer.encode("a").ids[:1]
+    return tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
@@ -89,8 +98,6 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _plain_reason(fault: Exception, base: str) -> str:
-    if "custom code" in str(fault) or "trust_remote_code" in str(fault):
-        return "this tokenizer needs code of its own, which lorasft does not run"
     if Path(base).is_dir() and not (Path(base) / "tokenizer.json").is_file():
         return "no tokenizer.json in this folder"
     return f"cannot load the tokenizer: {str(fault).splitlines()[0] if str(fault) else type(fault).__name__}"

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lorasft.adapter_files import CONFIG, WEIGHTS, read_adapter_config, refuse_pickle
+from lorasft.adapter_files import WEIGHTS, check_weights, read_adapter_config
 from lorasft.errors import ModelError
 from lorasft.merge.fold import Change, Dora, Replacement, Series, Shift, Stack, Tokens, Update, scale, split_experts
 from lorasft.merge.names import Places
@@ -25,9 +25,6 @@ _PARTS = re.compile(
     r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector|lora_embedding_A|lora_embedding_B"
     r"|token_adapter\.trainable_tokens_delta)"
 )
-# Variants of LoRA that compute something else than the ones below. Those that bring tensors would be found by these.
-_UNSUPPORTED = ("layer_replication", "use_qalora", "alora_invocation_tokens", "arrow_config", "kasa_config",
-                "velora_config", "monteclora_config", "use_bdlora")  # fmt: skip
 
 
 def read_changes(adapter: Path, shards: Sequence[Shard], *, config: Mapping[str, Any]) -> dict[str, Change]:
@@ -71,16 +68,12 @@ class Adapter:
         return scale(alpha, rank, rslora=bool(self.config.get("use_rslora")))
 
     def fault(self, what: str) -> ModelError:
-        return ModelError(what, where=str(self.folder))
+        return ModelError(what, where=str(self.folder), hint="--base with what it was trained on, or fetch it again")
 
 
 def read_adapter(folder: Path, *, conv1d: bool) -> Adapter:
     """An adapter's files, checked. Raises ModelError for a variant that cannot be merged, or broken files."""
     config = read_adapter_config(folder)
-    given = [key for key in _UNSUPPORTED if config.get(key)]
-    if given:
-        what = f"cannot merge an adapter with {', '.join(given)}"
-        raise ModelError(what, where=str(folder / CONFIG), hint="LoRA, rslora and DoRA merge")
     adapter = Adapter(folder, config, conv1d)
     for name, tensor in _read_tensors(folder).items():
         if not name.startswith(_PREFIX):
@@ -114,16 +107,17 @@ def _parents(path: str) -> list[str]:
 
 
 def _read_tensors(adapter: Path) -> dict[str, Tensor]:
-    refuse_pickle(adapter)
+    check_weights(adapter)
     path = adapter / WEIGHTS
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
     except Exception as fault:  # safetensors raises its own error type, and OSError
-        raise ModelError(f"cannot read the adapter: {fault}", where=str(path)) from None
+        what = f"cannot read the adapter: {fault}"
+        raise ModelError(what, where=str(path), hint="fetch the adapter again") from None
     broken = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
     if broken:
-        raise ModelError(f"{broken} is not finite", where=str(path))
+        raise ModelError(f"{broken} is not finite", where=str(path), hint="train it again, or take an earlier one")
     return tensors
 
 
@@ -155,6 +149,9 @@ def _read_module(
             yield weight, _make_update(module, parts["lora_embedding_A"], parts["lora_embedding_B"], adapter, True)
         case [name] if name == _TOKENS:
             yield weight, _read_tokens(module, parts[_TOKENS], adapter, places)
+        case ["lora_A.weight"] | ["lora_B.weight"] as names:
+            other = "lora_B.weight" if "A" in names[0] else "lora_A.weight"
+            raise adapter.fault(f"{module} has {names[0]} and no {other}")
         case names:
             wanted = "lora_A.weight and lora_B.weight" + (", with use_dora lora_magnitude_vector too" if dora else "")
             raise adapter.fault(f"{module} has {', '.join(names)}: LoRA makes {wanted}")
@@ -277,10 +274,12 @@ def _refuse_misfits(changes: Mapping[str, Change], places: Places, *, where: str
         entry = places.entries[name]
         parts = change.changes if isinstance(change, Series) else [change]
         if any(part.shape != change.shape for part in parts):
-            raise ModelError(f"what the adapter does to {name} does not fit together", where=where)
+            what = f"what the adapter does to {name} does not fit together"
+            raise ModelError(what, where=where, hint="fetch the adapter again")
         if change.shape != entry.shape:
             if not change.replaces or len(change.shape) != 2 or change.shape[1:] != entry.shape[1:]:
-                raise ModelError(f"{name} is {entry.shape}, the adapter fits {change.shape}", where=where)
+                what = f"{name} is {entry.shape}, the adapter fits {change.shape}"
+                raise ModelError(what, where=where, hint="--base with what it was trained on")
             resized.add(name)
     if resized:
         embeddings = {places.find(parameter).name for parameter in places.stored_twins or places.embeddings}

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lorasft.errors import ModelError
-from lorasft.merge.shards import INDEX, Shard
+from lorasft.merge.shards import Shard
+from lorasft.weight_files import INDEX
 
 CONFIG = "config.json"
 _ORIGINALS = ("base_model", "base_model_name_or_path", "original_model", "model_name_or_path", "_name_or_path")
@@ -18,9 +19,15 @@ def read_config(base: Path) -> dict[str, Any]:
     """config.json of a base. Raises ModelError when there is none, or it is quantized by another than bitsandbytes."""
     path = base / CONFIG
     if not path.is_file():
-        raise ModelError("no config.json: this is no model folder", where=str(base))
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    scheme = config.get("quantization_config")
+        raise ModelError("no config.json: this is no model folder", where=str(base), hint="--base MODEL")
+    try:
+        config: dict[str, Any] = json.loads(path.read_bytes())
+        scheme = config.get("quantization_config") or {}
+        if not isinstance(config["model_type"], str) or not isinstance(scheme, dict):
+            raise TypeError("model_type or quantization_config is of another kind")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
+        what = f"cannot read the base's config: {fault!r}"
+        raise ModelError(what, where=str(path), hint="download it again") from None
     if scheme and not (scheme.get("load_in_4bit") or scheme.get("_load_in_4bit")):
         method = scheme.get("quant_method", "an unknown method")
         fields = [given.get(key) for given in (scheme, config) for key in _ORIGINALS]

@@ -18,6 +18,7 @@ from lorasft.files import (
     make_folder,
     need_space,
     refuse_existing,
+    refuse_overlap,
     sha256,
     staged_folder,
     write_file,
@@ -25,10 +26,10 @@ from lorasft.files import (
 from lorasft.merge.card import make_card
 from lorasft.merge.config import read_config
 from lorasft.merge.plan import Plan, plan_merge
-from lorasft.merge.shards import INDEX
 from lorasft.merge.source import Choice, Onto, Source
 from lorasft.merge.stream import Progress, write_weights
 from lorasft.recipe import DataSource
+from lorasft.weight_files import INDEX
 
 if TYPE_CHECKING:
     from lorasft.merge.blocks import Rows, Stored
@@ -187,14 +188,6 @@ def _refuse_second_merge(source: Source) -> None:
     path = source.base / RECORD
     if path.is_file() and json.loads(path.read_bytes()).get("adapter") == sha256(source.adapter / WEIGHTS):
         raise ModelError("this adapter is merged into this base already", where=str(path), hint="use the base as it is")
-
-
-def refuse_overlap(out: Path, *inputs: Path) -> None:
-    """Raise ModelError when `out` would lie in an input or hold one."""
-    place = out.resolve()
-    for given in (path.resolve() for path in inputs):
-        if place == given or place in given.parents or given in place.parents:
-            raise ModelError(f"{out} and {given} lie in each other", where=str(out), hint="name another --out")
 
 
 def _copy_sidecars(base: Path, adapter: Path, stage: Path, *, rewritten: Mapping[str, bytes]) -> None:

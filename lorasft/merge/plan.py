@@ -11,7 +11,8 @@ from lorasft.merge.changes import read_changes
 from lorasft.merge.config import rewrite_config
 from lorasft.merge.fold import Change
 from lorasft.merge.packed import Packed, find_packed, unpacked_forms
-from lorasft.merge.shards import Form, Shard, find_shards, read_shard, reform_shard
+from lorasft.merge.shards import Form, Shard, read_shard, reform_shard
+from lorasft.weight_files import find_weights
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Plan:
 
 def plan_merge(base: Path, adapter: Path, *, config: Mapping[str, Any]) -> Plan:
     """What a merge of `adapter` into `base` will write. Raises ModelError for what does not fit or is not supported."""
-    shards = tuple(read_shard(path) for path in find_shards(base))
+    shards = tuple(read_shard(path) for path in find_weights(base))
     packed = find_packed(shards)
     forms = unpacked_forms(packed)
     unpacked = [reform_shard(shard, forms) for shard in shards]

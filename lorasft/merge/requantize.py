@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lorasft.errors import ModelError
 from lorasft.merge.blocks import Stored
-from lorasft.merge.shards import Shard, find_shards, read_shard
+from lorasft.merge.shards import Shard, read_shard
 from lorasft.model.base import load_base, quiet_progress
 from lorasft.recipe import ModelSettings
+from lorasft.weight_files import find_weights
 
 _PART = 1 << 20  # numbers compared at once
 
@@ -26,7 +27,7 @@ def write_quantized(merged: Path, stage: Path, *, base: Iterable[Shard], tensors
 
     Raises ModelError when it changed none: the update is smaller than the steps of NF4.
     """
-    share = _changed_share(base, [read_shard(path) for path in find_shards(merged)], set(tensors))
+    share = _changed_share(base, [read_shard(path) for path in find_weights(merged)], set(tensors))
     if not share:
         raise ModelError("no 4-bit code changed: the update is too small for NF4", hint="merge without --quantize")
     model = load_base(ModelSettings(base=str(merged)), torch.device("cpu"))

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from lorasft.errors import ModelError
+from lorasft.weight_files import read_header
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -90,46 +90,15 @@ def reform_shard(shard: Shard, forms: Mapping[str, Form | None]) -> Shard:
     return Shard(shard.path, len(text).to_bytes(8, "little") + text, tuple(entries))
 
 
-def find_shards(base: Path) -> list[Path]:
-    """The safetensors files that a loader reads: those of the index, else the single one. Others are left aside."""
-    index = base / INDEX
-    names = _read_index(index) if index.is_file() else ["model.safetensors"]
-    for name in names:
-        if Path(name).name != name:
-            raise ModelError(f"the index names a file outside its folder: {name}", where=str(index))
-        if not (base / name).is_file():
-            raise ModelError(f"{name} is missing", where=str(base), hint="the base must be there as safetensors")
-    return [base / name for name in names]
-
-
-def _read_index(index: Path) -> list[str]:
-    try:
-        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ModelError("this index names no shards", where=str(index), hint="download it again") from None
-
-
 def read_shard(path: Path) -> Shard:
     """The header of a safetensors file. Raises ModelError when it is none, or is cut short."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if prefix.startswith(b"version "):
-            raise ModelError("this is a Git LFS pointer, not the weights", where=str(path), hint="git lfs pull")
-        if len(prefix) < 8 or length > min(size, 100 << 20):
-            raise ModelError("not a safetensors file", where=str(path), hint="download it again")
-        text = file.read(length)
-    try:
-        fields: dict[str, Any] = json.loads(text)
-        entries = [
-            Entry(name, field["dtype"], tuple(field["shape"]), *field["data_offsets"])
-            for name, field in fields.items()
-            if name != "__metadata__"
-        ]
-    except (ValueError, KeyError, TypeError) as fault:
-        raise ModelError(f"bad safetensors header: {fault}", where=str(path), hint="download it again") from None
-    shard = Shard(path, prefix + text, tuple(sorted(entries, key=lambda entry: entry.start)))
-    if shard.size != size or any(a.end != b.start for a, b in zip(shard.entries, shard.entries[1:], strict=False)):
-        raise ModelError(f"{size:,} bytes, its header says {shard.size:,}", where=str(path), hint="download it again")
+    header, fields = read_header(path)
+    entries = [
+        Entry(name, field["dtype"], tuple(field["shape"]), *field["data_offsets"])
+        for name, field in fields.items()
+        if name != "__metadata__"
+    ]
+    shard = Shard(path, header, tuple(sorted(entries, key=lambda entry: (entry.start, entry.end))))
+    if any(a.end != b.start for a, b in zip(shard.entries, shard.entries[1:], strict=False)):
+        raise ModelError("its tensors overlap, or leave gaps", where=str(path), hint="download it again")
     return shard

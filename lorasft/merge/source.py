@@ -9,12 +9,15 @@ from typing import Literal
 
 import torch
 
-from lorasft.adapter_files import CONFIG, read_adapter_config
-from lorasft.errors import ModelError, UnsafeError
+from lorasft.adapter_files import CONFIG, read_adapter_config, refuse_remote
+from lorasft.errors import ModelError
 from lorasft.files import MANIFEST, fingerprint, verify_folder
+from lorasft.hub import find_hub, refuse_offline
 
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 Onto = Literal["original", "dequantized"]
 
@@ -58,8 +61,8 @@ def find_source(name: str, *, base: str | None = None, force_base: bool = False)
     if (folder / MANIFEST).is_file():
         verify_folder(folder)  # a run's own: what was changed behind it is not what was trained
     origin = config["base_model_name_or_path"]
-    if base is None and (":" in origin or origin.startswith(("//", "\\\\"))):
-        raise UnsafeError(f"the adapter names {origin} as its base", where=str(folder / CONFIG), hint="--base MODEL")
+    if base is None:
+        refuse_remote(origin, folder / CONFIG)
     given = base or origin
     found = Path(given) if Path(given).is_dir() else _fetch(given, None if base else config.get("revision"))
     if not (found / "config.json").is_file():
@@ -67,14 +70,18 @@ def find_source(name: str, *, base: str | None = None, force_base: bool = False)
     run = next((parent for parent in folder.resolve().parents[:2] if (parent / "provenance.json").is_file()), None)
     if run is None:
         return Source(folder, found, given)
-    provenance = json.loads((run / "provenance.json").read_bytes())
-    trained = provenance["base"]["fingerprint"]
+    try:
+        provenance = json.loads((run / "provenance.json").read_bytes())
+        trained, name, commit = (provenance["base"][key] for key in ("fingerprint", "name", "commit"))
+        dtype = _DTYPES[provenance["layout"]["dtype"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as fault:
+        what = f"the run's record cannot be read: {fault}"
+        raise ModelError(what, where=str(run / "provenance.json"), hint="name the adapter's folder alone") from None
     if trained and trained != fingerprint(found) and not force_base:
         what = "this base is not the one that the adapter was trained on"
-        hint = f"--base FOLDER with the files of {provenance['base']['name']}, or --force-base"
+        hint = f"--base FOLDER with the files of {name}, or --force-base"
         raise ModelError(what, where=str(found), hint=hint)
-    dtype: torch.dtype = getattr(torch, provenance["layout"]["dtype"])
-    return Source(folder, found, given, run, provenance["base"]["commit"], trained, dtype)
+    return Source(folder, found, given, run, commit, trained, dtype)
 
 
 def _refuse_no_adapter(folder: Path, name: str) -> None:
@@ -90,12 +97,14 @@ def _refuse_no_adapter(folder: Path, name: str) -> None:
 
 def _fetch(name: str, revision: str | None) -> Path:
     """The snapshot of a hub model on this machine, downloaded if need be."""
-    from huggingface_hub import snapshot_download
-
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelError("there is no such base folder", where=name, hint="--base MODEL")
+    find_hub()
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
     except Exception as fault:  # the hub raises a dozen kinds
+        refuse_offline(fault, name)
         reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
         raise ModelError(f"cannot get the base: {reason}", where=name, hint="--base FOLDER") from None

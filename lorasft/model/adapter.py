@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorasft.adapter_files import CONFIG, WEIGHTS, read_adapter_config, refuse_pickle
+from lorasft.adapter_files import CONFIG, WEIGHTS, check_weights, read_adapter_config
 from lorasft.errors import ModelError, RecipeError
 from lorasft.files import write_file
 from lorasft.model.linear import use_lean_linears
@@ -45,13 +45,12 @@ def load_adapter(base: Any, folder: Path, *, trainable: bool = False) -> Any:
     fields, weights = read_adapter_config(folder), read_adapter_weights(folder)
     _refuse_streamed(base, weights, fields, where=str(folder))
     _take_embeddings(base, weights, saved=fields.get("modules_to_save") or (), where=str(folder))
-    # `base` is what it is put on, and the weights are there: nothing has to be looked up or initialized.
-    own = {"peft_type", "runtime_config", "base_model_name_or_path", "init_lora_weights"}
-    known = LoraConfig.__dataclass_fields__.keys() - own
+    known = fields.keys() - {"peft_type", "base_model_name_or_path", "revision"}  # `base` is what it is put on
     try:
-        model = _wrap(base, LoraConfig(**{key: value for key, value in fields.items() if key in known}))
-    except (TypeError, ValueError) as fault:
-        raise ModelError(f"PEFT cannot make this adapter: {fault}", where=str(folder / CONFIG)) from None
+        model = _wrap(base, LoraConfig(task_type="CAUSAL_LM", **{key: fields[key] for key in known}))
+    except (TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as fault:
+        what = f"PEFT cannot make this adapter: {fault}"
+        raise ModelError(what, where=str(folder / CONFIG), hint="use the base that it was trained on") from None
     give_weights(model, weights, where=str(folder))
     model.requires_grad_(False)
     if trainable:
@@ -108,11 +107,12 @@ def _take_embeddings(base: Any, weights: dict[str, Tensor], *, saved: Sequence[s
 
 def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
     """The adapter's tensors by their names on disk; safetensors only."""
-    refuse_pickle(folder)
+    check_weights(folder)
     try:
         return load_file(folder / WEIGHTS)
     except Exception as fault:  # safetensors raises its own error type, and OSError
-        raise ModelError(f"cannot read the adapter: {fault}", where=str(folder / WEIGHTS)) from None
+        what = f"cannot read the adapter: {fault}"
+        raise ModelError(what, where=str(folder / WEIGHTS), hint="fetch the adapter again") from None
 
 
 def give_weights(model: Any, weights: dict[str, Tensor], *, where: str) -> None:
@@ -130,7 +130,7 @@ def give_weights(model: Any, weights: dict[str, Tensor], *, where: str) -> None:
         raise ModelError(f"{odd[0]} is {list(weights[odd[0]].shape)}, not {list(own[odd[0]].shape)}", where=where)
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if broken:
-        raise ModelError(f"{broken[0]} is not finite", where=where)
+        raise ModelError(f"{broken[0]} is not finite", where=where, hint="train it again, or take an earlier one")
     if any(tensor.is_meta for tensor in own.values()):
         _put_weights(model, weights)
     else:
@@ -177,6 +177,7 @@ def check_targets(base: Any, settings: AdapterSettings) -> None:
     if not targets and settings.targets != "all-linear":
         raise RecipeError("no targets: nothing would train", where="adapter.targets", hint="use all-linear")
     embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
+    language = {id(module) for module in (*base.get_decoder().modules(), *embeddings)}
     tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
     for key, names in (("adapter.targets", targets), ("adapter.modules_to_save", settings.modules_to_save)):
         for name in names:
@@ -189,6 +190,10 @@ def check_targets(base: Any, settings: AdapterSettings) -> None:
                 what = f"{name} is no linear of this model" if found else f"no module is called {name}"
                 hint = f"did you mean {near[0]}?" if near else f"names: {', '.join(known[:12])}"
                 raise RecipeError(f"{key}: {what}", where=key, hint=hint)
+            outside = sum(id(module) not in language for module in found)
+            if outside and key == "adapter.targets":
+                what = f"{outside} of {len(found)} linears called {name} are not of the language model"
+                raise RecipeError(f"{key}: {what}", where=key, hint="all-linear, or full paths")
             if tied and any(module in embeddings for module in found):
                 what = f"{name} is tied to its twin, which would not be trained along"
                 raise RecipeError(f"{key}: {what}", where=key, hint="leave it out, or use a base that is not tied")

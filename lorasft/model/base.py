@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,16 +14,18 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import cached_file
 
-from lorasft.errors import CapacityError, DeviceError, ModelError, UnsafeError
+from lorasft.adapter_files import read_adapter_config
+from lorasft.errors import CapacityError, DeviceError, LorasftError, ModelError, UnsafeError
+from lorasft.hub import find_hub, refuse_offline
 from lorasft.model.attention import default_attention
 from lorasft.model.cache import Keep, find_place, keep_base, read_kept
 from lorasft.recipe import ModelSettings
+from lorasft.weight_files import find_weights, read_header
 
 # Above this share of the linear weights left in 16 bits, a "4-bit" model is one in name only (fused experts).
 _MOST_UNQUANTIZED = 0.15
@@ -58,14 +59,17 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     DeviceError where the device lacks the dtype.
     """
     config = read_config(settings.base, settings.revision)
+    check_files(settings.base)
     scheme = nf4_scheme(compute_dtype(settings.dtype, device))
     quantize = settings.quantization == "nf4" and not hasattr(config, "quantization_config")
 
-    def read(source: str, **how: Any) -> Any:
+    def read(source: str, config: Any = config, **how: Any) -> Any:
         # Only weights that are no safetensors would be written to the scratch folder: there are none.
         with quiet_progress(), _loading_faults(settings.base), tempfile.TemporaryDirectory() as scratch:
-            return AutoModelForCausalLM.from_pretrained(
+            model, found = AutoModelForCausalLM.from_pretrained(
                 source,
+                output_loading_info=True,
+                config=config,  # as it was read and cleared: what its file says of attention would win
                 **how,
                 dtype=scheme.bnb_4bit_compute_dtype,
                 device_map={"": "disk" if streamed else device},
@@ -74,6 +78,8 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
                 use_safetensors=True,
                 attn_implementation=default_attention(config),
             )
+        _refuse_missing(found["missing_keys"], settings.base)
+        return model
 
     folder = _find_folder(settings.base, config) if quantize and keep else None
     place = find_place(folder, scheme, device) if folder else None
@@ -91,6 +97,14 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
             with quiet_progress():
                 keep_base(model, found, base=folder, wanted=keep)
     return model
+
+
+def _refuse_missing(names: set[str], base: str) -> None:
+    """Raise ModelError for weights that are not there: transformers would go on with random numbers."""
+    if names:
+        first, *others = sorted(names)
+        what = f"the weights have no {first}" + (f" and no {len(others)} others" if others else "")
+        raise ModelError(what, where=base, hint="download the base again; is config.json that of its weights?")
 
 
 def _mend_linears(model: nn.Module, device: torch.device, base: str) -> None:
@@ -121,6 +135,13 @@ def _find_folder(base: str, config: Any) -> Path:
     return Path(cached_file(base, "config.json", revision=getattr(config, "_commit_hash", None))).parent
 
 
+def check_files(base: str) -> None:
+    """Look at the headers of a local base's weights: whole, and no pickles. Raises ModelError or UnsafeError."""
+    if Path(base).is_dir():
+        for path in find_weights(Path(base)):
+            read_header(path)
+
+
 def nf4_scheme(dtype: torch.dtype) -> BitsAndBytesConfig:
     """NF4 in groups of 64, scales quantized as well, taken out in `dtype` to be multiplied."""
     return BitsAndBytesConfig(
@@ -147,15 +168,18 @@ def read_config(base: str, revision: str | None = None) -> Any:
     folder = Path(base)
     if folder.is_dir() and not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
-            origin = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+            origin = read_adapter_config(folder)["base_model_name_or_path"]
             raise ModelError("this is an adapter, not a base", where=base, hint=f"its base is model.base: {origin}")
         raise ModelError("no config.json: this is no model folder", where=base, hint="name a model folder or a hub id")
+    if not folder.is_dir():
+        find_hub()
     with _loading_faults(base):
         config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
     if config.is_encoder_decoder or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(
             f"{config.model_type} is no causal language model", where=base, hint="lorasft trains decoder-only models"
         )
+    _refuse_kernels(config, base)
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:
         quantized = quantized if isinstance(quantized, dict) else quantized.to_dict()
@@ -168,9 +192,20 @@ def read_config(base: str, revision: str | None = None) -> Any:
     return config
 
 
+def _refuse_kernels(config: Any, base: str) -> None:
+    """Take out what a config says of attention and experts: a repository there would be fetched, and run."""
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        for key in ("_attn_implementation", "_experts_implementation"):
+            if "/" in str(getattr(part, key, None)):
+                what = f"the config names a kernel, which would be code: {getattr(part, key)}"
+                raise UnsafeError(what, where=base, hint=f"take {key.lstrip('_')} out of config.json")
+            if part is not None:
+                setattr(part, key, None)
+
+
 def make_skeleton(config: Any) -> nn.Module:
     """The model of `config` without weights, to look names up in."""
-    with torch.device("meta"):
+    with torch.device("meta"), _loading_faults(config.name_or_path):
         skeleton: nn.Module = AutoModelForCausalLM.from_config(config)
     return skeleton
 
@@ -241,14 +276,17 @@ def _has_native_bfloat16(device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def quiet_progress() -> Iterator[None]:
-    """transformers draws its own bars on stderr even where there is no terminal."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
+    """transformers draws its own bars on stderr even where there is no terminal, and tables of what it did not find."""
+    log = transformers.utils.logging
+    shown, level = log.is_progress_bar_enabled(), log.get_verbosity()
+    log.disable_progress_bar()
+    log.set_verbosity_error()
     try:
         yield
     finally:
+        log.set_verbosity(level)
         if shown:
-            transformers.utils.logging.enable_progress_bar()
+            log.enable_progress_bar()
 
 
 @contextlib.contextmanager
@@ -256,10 +294,14 @@ def _loading_faults(base: str) -> Iterator[None]:
     """Say in plain words what transformers could not load."""
     try:
         yield
-    except (OSError, ValueError, SafetensorError, RuntimeError) as fault:
+    except LorasftError:
+        raise
+    except Exception as fault:  # what a broken config makes transformers raise is of any kind
         if isinstance(fault, torch.OutOfMemoryError):
             raise CapacityError("out of memory while loading", where=base, hint="a smaller base") from fault
-        reason = str(fault).strip().splitlines()[0]
+        reason = " ".join(str(fault).split())[:200] or type(fault).__name__
+        if not Path(base).is_dir():
+            refuse_offline(fault, base)
         if "trust_remote_code" in str(fault):
             raise UnsafeError(
                 "this model needs code from its own folder", where=base, hint="lorasft runs no code from files"

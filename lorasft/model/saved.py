@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from lorasft.adapter_files import CONFIG, read_adapter_config
+from lorasft.adapter_files import CONFIG, read_adapter_config, refuse_remote
 from lorasft.data.tokenizer import load_tokenizer
-from lorasft.errors import ModelError, UnsafeError
+from lorasft.errors import ModelError
 from lorasft.model.adapter import load_adapter
 from lorasft.model.base import load_base
 from lorasft.model.loss import Network
@@ -56,15 +56,16 @@ def find_saved(name: str, *, base: str | None = None) -> Saved:
         folder = folder / "adapter"
     if not (folder / CONFIG).is_file():
         if folder.exists() and not (folder / "config.json").is_file():
-            raise ModelError("this is no run, no adapter and no model", where=name)
+            what = "this is no run, no adapter and no model"
+            raise ModelError(what, where=name, hint="name a run folder, an adapter, a model folder or a hub id")
         return Saved(ModelSettings(base=name, quantization="none"), None, None)
     config = read_adapter_config(folder)
     places = [parent / "recipe.yaml" for parent in (folder, *folder.resolve().parents[:2])]
     recipe = next((load_recipe(str(path)) for path in places if path.is_file()), None)
     origin = config["base_model_name_or_path"]
-    if recipe is None and base is None and (":" in origin or origin.startswith(("//", "\\\\"))):
-        raise UnsafeError(f"the adapter names {origin} as its base", where=name, hint="--base MODEL")
     settings = recipe.model if recipe else ModelSettings(base=origin, revision=config.get("revision"))
+    if base is None:
+        refuse_remote(settings.base, folder)
     return Saved(settings.model_copy(update={"base": base, "revision": None}) if base else settings, folder, recipe)
 
 

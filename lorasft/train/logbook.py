@@ -43,7 +43,7 @@ class Logbook:
 
     def note(self, text: str) -> None:
         """One line for the reader."""
-        say(("\r\x1b[K" if self.terminal else "") + text)
+        say(text, over=self.terminal)
 
     def step(self, values: dict[str, Any]) -> None:
         """The metrics of one optimizer step."""
@@ -56,7 +56,7 @@ class Logbook:
             f"{values['tokens_per_second']:,.0f} tokens/s  {self._time_left(number)} left"
         )
         if self.terminal:
-            say(f"\r\x1b[K{line}", end="" if number < self.steps else "\n")
+            say(line, end="" if number < self.steps else "\n", over=True)
         else:
             self.note(line)
 

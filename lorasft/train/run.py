@@ -25,9 +25,18 @@ from lorasft.data.prepare import Prepared, prepare
 from lorasft.data.tokenizer import compare_with_file, load_tokenizer
 from lorasft.data.untrained import refuse_untrained
 from lorasft.errors import DivergedError, ModelError, RecipeError
-from lorasft.files import locked, make_folder, remove_folder, staged_folder, sweep, verify_folder, write_file
+from lorasft.files import (
+    locked,
+    make_folder,
+    refuse_overlap,
+    remove_folder,
+    staged_folder,
+    sweep,
+    verify_folder,
+    write_file,
+)
 from lorasft.model.adapter import attach_adapter, check_targets, load_adapter, trainable, write_adapter
-from lorasft.model.base import compute_dtype, count_bytes, load_base, make_skeleton, read_config
+from lorasft.model.base import check_files, compute_dtype, count_bytes, load_base, make_skeleton, read_config
 from lorasft.model.liger import require_liger, use_liger
 from lorasft.model.loss import Network
 from lorasft.model.recompute import decoder_layers
@@ -85,6 +94,7 @@ def open_run(recipe: Recipe, *, resume: bool, ranks: Ranks = ALONE) -> Iterator[
 
 def _settle(recipe: Recipe, folder: Path, *, resume: bool, held: ExitStack) -> Settled:
     """Claim the folder, which stays locked while `held` is open; prepare the data; find what to go on from."""
+    refuse_overlap(folder, *(path for path in [Path(recipe.model.base)] if path.is_dir()))
     claim(folder, resume=resume)
     make_folder(folder)
     left = held.enter_context(locked(folder))
@@ -97,6 +107,7 @@ def _settle(recipe: Recipe, folder: Path, *, resume: bool, held: ExitStack) -> S
                 remove_folder(folder / name)
     config = read_config(recipe.model.base, recipe.model.revision)
     refuse_settings(recipe, config)
+    check_files(recipe.model.base)
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
     prepared = prepare(recipe.data, recipe.chat, tokenizer=tokenizer, folder=folder / "tokens")
     refuse_ids(prepared, config)
@@ -206,8 +217,9 @@ def finish(opened: Opened, state: State) -> Path:
             write_adapter(run.learner.model, stage, base=run.recipe.model)
             opened.tokenizer.save_pretrained(stage)
             write_generation_config(stage, opened.prepared, run.network.causal)
-            # Whoever copies the adapter elsewhere takes along how its base was quantized and its prompts were made.
+            # Whoever copies the adapter elsewhere takes along how it was made, its base quantized and prompts written.
             write_file(stage / "recipe.yaml", dump_recipe(run.recipe).encode())
+            write_file(stage / "provenance.json", (run.folder / "provenance.json").read_bytes())
     run.logbook.close()
     return target
 
@@ -235,6 +247,7 @@ def refuse_settings(recipe: Recipe, config: Any) -> None:
     if recipe.adapter.start and decided:
         what = f"adapter.{decided[0]} has no effect with adapter.start, whose own config decides"
         raise RecipeError(what, where=f"adapter.{decided[0]}", hint="leave one of the two out")
+    compute_dtype(recipe.model.dtype, PartialState().device)
     check_trackers(recipe.run.trackers)
     if recipe.machine.kernels == "liger":
         require_liger(PartialState().device)
@@ -247,6 +260,7 @@ def refuse_ids(prepared: Prepared, config: Any) -> None:
         if store is not None and len(store.ids) and int(store.ids.max()) >= rows:
             raise ModelError(
                 f"the tokenizer gives id {int(store.ids.max())}, the model has {rows} embedding rows",
+                where="model.base",
                 hint="use the tokenizer that belongs to the model",
             )
 

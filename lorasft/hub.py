@@ -1,0 +1,49 @@
+"""The hub, which may be out of reach: found out once and quickly, where its client would try for a minute."""
+
+from __future__ import annotations
+
+import functools
+import os
+import ssl
+import urllib.error
+import urllib.request
+
+from lorasft.errors import DeviceError
+
+SECONDS = 10.0
+_AWAY = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError", "ConnectTimeout"}
+
+
+def hub_fault() -> str | None:
+    """Why the hub does not answer, or None when it does. Any answer will do."""
+    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=SECONDS):
+            return None
+    except urllib.error.HTTPError:
+        return None
+    except (OSError, ValueError) as fault:
+        if isinstance(getattr(fault, "reason", None), ssl.SSLError):
+            return None  # somebody answers, and the client has certificates of its own
+        return f"{address} does not answer: {getattr(fault, 'reason', fault)}"
+
+
+@functools.cache
+def find_hub() -> None:
+    """Before the first request to the hub: when it does not answer, let its client use what it has, and ask nobody."""
+    import huggingface_hub.constants
+
+    if not huggingface_hub.constants.HF_HUB_OFFLINE and hub_fault():
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for what is imported later
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def refuse_offline(fault: BaseException, name: str) -> None:
+    """Raise DeviceError when `fault` came of a hub that is out of reach."""
+    seen: BaseException | None = fault
+    while seen is not None:
+        if type(seen).__name__ in _AWAY:
+            what = "the hub cannot be reached, and this is not in its cache"
+            hint = "connect, or name a local folder; HF_HUB_OFFLINE, if it is set, forbids asking"
+            raise DeviceError(what, where=name, hint=hint) from None
+        seen = seen.__cause__ or seen.__context__

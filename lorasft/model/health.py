@@ -1,0 +1,68 @@
+"""Does training work on this device? Two small computations, beside the same in float64 and one sequence at a time."""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from lorasft.model.base import compute_dtype
+from lorasft.model.loss import Network
+from lorasft.model.selfcheck import verify
+
+_BLOCK = 64  # numbers that share a scale
+
+
+def nf4_error(device: torch.device) -> float:
+    """Largest error, relative to the largest value, of a linear in NF4 and of its backward, against float64."""
+    dtype = compute_dtype("auto", device)
+    generator = torch.Generator().manual_seed(0)
+    weight, given, upstream = (torch.randn(size, generator=generator) for size in ((128, 256), (8, 256), (8, 128)))
+    layer = bnb.nn.Linear4bit(256, 128, bias=False, compute_dtype=dtype, compress_statistics=False, quant_type="nf4")
+    layer.weight = bnb.nn.Params4bit(
+        weight, requires_grad=False, blocksize=_BLOCK, compress_statistics=False, quant_type="nf4"
+    )
+    layer = layer.to(device)
+    layer.support_avx512bf16_for_cpu = False  # as in training: see base.py
+    entered = given.to(device, dtype).requires_grad_()
+    out = layer(entered)
+    out.backward(upstream.to(device, dtype))
+    assert entered.grad is not None
+    exact = _round_to_nf4(weight.double(), layer.weight.quant_state.code.cpu().double())
+    stored = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    pairs = [
+        (stored, exact),
+        (out, given.to(dtype).double() @ exact.T),
+        (entered.grad, upstream.to(dtype).double() @ exact),
+    ]
+    return max(float((ours.detach().cpu().double() - truth).abs().max() / truth.abs().max()) for ours, truth in pairs)
+
+
+def nf4_tolerance(device: torch.device) -> float:
+    """What rounding in the device's own precision explains."""
+    return 1e-5 if compute_dtype("auto", device) == torch.float32 else 2e-2
+
+
+def try_attention(device: torch.device) -> Network:
+    """What is verified of a tiny random Llama, and how its losses would be computed."""
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,  # at the usual size a leak would hardly move the loss
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype("auto", device))
+    return verify(model.to(device))
+
+
+def _round_to_nf4(weight: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+    """Each number as the nearest of the 16 of `code` times the largest of its block."""
+    blocks = weight.reshape(-1, _BLOCK)
+    scale = blocks.abs().amax(dim=1, keepdim=True)
+    nearest = (blocks / scale).unsqueeze(-1).sub(code).abs().argmin(dim=-1)
+    return (code[nearest] * scale).reshape(weight.shape)

@@ -1,0 +1,110 @@
+"""`lorasft doctor`: what it finds on a sound machine, and that each fault is a line with what mends it."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+
+from lorasft.cli import main
+from lorasft.commands import doctor
+from lorasft.hub import hub_fault
+from lorasft.model.health import nf4_error, nf4_tolerance, try_attention
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_sound_machine_is_said_to_be_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the hub is asked only with --hub")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(doctor, "LEAST_DISK", 0)
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    names = [check["name"] for check in found["checks"]]
+    assert found["ok"] and {"lorasft", *doctor.FLOORS, "device", "memory", "NF4", "attention"} <= set(names)
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(names) and all(line.startswith("ok    ") for line in lines)
+
+
+def test_the_floors_are_those_of_the_package() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for name, floor in doctor.FLOORS.items():
+        assert re.search(rf'"{name}>={re.escape(floor)}[",]', text), name
+
+
+def test_a_library_that_breaks_is_a_line(tmp_path: Path) -> None:
+    """As bitsandbytes does without a binary for the CUDA at hand, while it is imported."""
+    (tmp_path / "bitsandbytes").mkdir()
+    (tmp_path / "bitsandbytes/__init__.py").write_text("raise RuntimeError('CUDA Setup failed\\nmore')")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "lorasft", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 5 and "Traceback" not in done.stderr, done.stderr
+    lines = done.stdout.splitlines()
+    failed = [line for line in lines if line.startswith("FAIL")]
+    assert any("bitsandbytes" in line and "CUDA Setup failed" in line for line in failed), lines
+    assert any("mend it: pip install -U 'bitsandbytes>=0.49'" in line for line in lines)
+    assert any(line.startswith("ok    memory") for line in lines) and "checks failed" in done.stderr
+
+
+def test_versions_that_are_too_old_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._check_library("torch", "2.10").mend is None
+    assert doctor._check_library("torch", "99.0").mend == "pip install -U 'torch>=99.0'"
+    assert doctor._check_library("no-such-library", "1.0").what == "not installed"
+
+
+def test_a_driver_that_torch_cannot_use_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = tmp_path / "version"
+    driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue\n", encoding="utf-8")
+    monkeypatch.setattr(doctor, "DRIVER", driver)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for built, words in ((None, "is for CPUs only"), ("13.0", "which CUDA 13.0 cannot use")):
+        monkeypatch.setattr(torch.version, "cuda", built)
+        found = doctor._check_device()
+        assert "NVIDIA driver 470.57.02" in found.what and words in found.what and found.mend
+
+
+def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "LEAST_DISK", 1 << 60)
+    found = doctor._check_disk("disk: hub cache", tmp_path / "not/there/yet")
+    assert found.mend == "export HF_HOME=FOLDER, on a disk with more room"
+
+
+def test_a_wrong_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert nf4_error(CPU) <= nf4_tolerance(CPU) and not try_attention(CPU).notices
+    right = bnb.functional.dequantize_4bit
+    monkeypatch.setattr(bnb.functional, "dequantize_4bit", lambda *given, **named: right(*given, **named) * 1.03)
+    assert nf4_error(CPU) > nf4_tolerance(CPU)
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_the_hub_is_there_when_anything_answers(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", server)  # it answers 501
+    monkeypatch.setattr(http.server.BaseHTTPRequestHandler, "log_message", lambda *_: None)
+    assert hub_fault() is None
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    assert "Connection refused" in str(hub_fault())
+    found = doctor._check_hub()
+    assert "does not answer" in found.what and found.mend
