@@ -96,9 +96,15 @@ def nf4_scheme(dtype: torch.dtype) -> BitsAndBytesConfig:
 def find_quantized(config: Any) -> list[str]:
     """The linears that `load_base` puts into NF4, by their paths in the model."""
     skeleton = make_skeleton(config)
-    quantizer = AutoHfQuantizer.from_config(nf4_scheme(torch.bfloat16), pre_quantized=False)
-    quantizer.preprocess_model(skeleton, device_map={"": "cpu"}, dtype=torch.bfloat16)
+    quantize_skeleton(skeleton, torch.bfloat16)
     return [path for path, module in skeleton.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
+
+
+def quantize_skeleton(skeleton: nn.Module, dtype: torch.dtype) -> None:
+    """Put the linears that `load_base` puts into NF4 into the place of those of `skeleton`, without weights as well."""
+    quantizer = AutoHfQuantizer.from_config(nf4_scheme(dtype), pre_quantized=False)
+    quantizer.preprocess_model(skeleton, device_map={"": "cpu"}, dtype=dtype)
+    quantizer.postprocess_model(skeleton)
 
 
 def read_config(base: str, revision: str | None = None) -> Any:

@@ -19,7 +19,7 @@ from lorasft.errors import DivergedError, Stopped
 from lorasft.model.loss import Network, pair_losses
 from lorasft.model.recompute import recomputed_layers
 from lorasft.recipe import Recipe
-from lorasft.train.checkpoint import Learner, State, list_checkpoints, retain, save_checkpoint
+from lorasft.train.checkpoint import Layout, Learner, State, list_checkpoints, retain, save_checkpoint
 from lorasft.train.evaluate import HeldOut, evaluate
 from lorasft.train.logbook import Logbook
 from lorasft.train.ranks import Ranks
@@ -145,15 +145,16 @@ def evaluate_and_note(run: Run, *, state: State) -> State:
 
 def save(run: Run, state: State) -> State:
     """Commit a checkpoint, then let go of the ones that are no longer kept."""
-    layout = replace(
-        state.layout,
-        micro_batch_tokens=run.plan.micro_batch_tokens,
-        recomputed_layers=recomputed_layers(run.network.causal),
-    )
-    state = replace(state, metrics_bytes=run.logbook.size(), layout=layout)
+    state = replace(state, metrics_bytes=run.logbook.size(), layout=current_layout(run, state.layout))
     save_checkpoint(run.checkpoints, state, run.learner, base=run.recipe.model)
     retain(run.checkpoints, keep=run.recipe.run.keep, best_step=state.best_step if run.recipe.run.keep_best else None)
     return state
+
+
+def current_layout(run: Run, layout: Layout) -> Layout:
+    """`layout` as a lack of memory may have changed it meanwhile."""
+    recomputed = recomputed_layers(run.network.causal)
+    return replace(layout, micro_batch_tokens=run.plan.micro_batch_tokens, recomputed_layers=recomputed)
 
 
 def refuse_unreached(run: Run) -> None:
