@@ -36,7 +36,7 @@ def run(recipe: str, overrides: Sequence[str], memory: int | None, as_json: bool
         need = size_text(outlook.prediction.total + outlook.libraries)
         raise CapacityError(
             f"does not fit: {need} at the peak, and {size_text(outlook.memory)} less a tenth of what is free in them",
-            hint="; or ".join(outlook.remedies) or "a smaller model.base, or more memory",
+            hint="; or ".join(outlook.remedies) or "no single change suffices: a smaller model.base, or more memory",
         )
 
 

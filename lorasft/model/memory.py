@@ -26,7 +26,7 @@ from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
 from lorasft.model.scoring import Given, everything
 
 # Share of the free memory that is planned with.
-_USABLE = 0.9
+USABLE = 0.9
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _optimizer_bytes(trained: Iterable[Tensor], optimizer: str) -> int:
 
 def fits(footprint: Footprint, recomputed: int, free: int) -> bool:
     """Whether a step stays within 90 % of `free` bytes: the rest is for fragments and other programs."""
-    return footprint.peak(recomputed) <= _USABLE * free
+    return footprint.peak(recomputed) <= USABLE * free
 
 
 def fewest_recomputed(footprint: Footprint, free: int) -> int:

@@ -67,7 +67,9 @@ def _fill(base: Any, modules: list[nn.Module], *, device: torch.device) -> None:
             if id(old) not in made:
                 made[id(old)] = _quantize(module, device) if _is_packed(old) else _draw(old, device)
             setattr(module, name, made[id(old)])
-        if not isinstance(module, bnb.nn.Linear4bit):
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False  # see load_base
+        else:
             owners[id(module)]._init_weights(module)
 
 

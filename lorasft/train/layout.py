@@ -16,16 +16,15 @@ from torch import nn
 
 from lorasft.data.packing import MicroBatch, Plan, Sequences, cost, shuffle
 from lorasft.data.prefixes import Sharing
-from lorasft.data.store import TokenStore
+from lorasft.data.store import TokenStore, example_lengths
 from lorasft.errors import RecipeError
 from lorasft.model.loss import Network
-from lorasft.model.memory import Footprint, fewest_recomputed, fits, measure
+from lorasft.model.memory import USABLE, Footprint, fewest_recomputed, fits, measure
 from lorasft.model.recompute import decoder_layers, recompute
 from lorasft.recipe import Recipe
 from lorasft.train.checkpoint import Layout, State
 
 _TOKENS = {"cpu": 2048, "cuda": 4096}  # of a micro-batch: measured on CPU
-_FEWEST_TOKENS = 256  # that a lack of memory may cut it down to
 _FIXED = 240  # a micro-batch takes the time of so many tokens on top of its own: dequantizing, launches
 _STEPS_SEEN = 64  # whose micro-batches are weighed to find the heaviest
 _MOST_TOKENS = 16_384  # that shared prefixes may widen it to
@@ -55,7 +54,7 @@ class Fit:
             return math.inf, 0.0
         share = self.recomputed / len(self.footprint.layers)
         price = self.computed * (1 + share / 3) * (1 + _FIXED / self.plan.micro_batch_tokens)
-        return 0.0 if self.holds else self.footprint.peak(self.recomputed) - self.spare, price
+        return max(0.0, self.footprint.peak(self.recomputed) - USABLE * self.spare), price
 
 
 def choose_layout(
@@ -133,15 +132,16 @@ def choose_fit(
     """The fastest fit: micro-batches are halved while that saves more time than recomputing layers costs."""
     wanted = recompute_wish(recipe, network, saved=saved)
     free = recipe.machine.micro_batch_tokens == "auto" and not saved and network.segments
-    best, tokens = None, plan.micro_batch_tokens
-    fewest = max(_FEWEST_TOKENS, int(np.diff(rows.sequence_offsets).max()))
+    best: Fit | None = None
+    tokens = plan.micro_batch_tokens
+    longest = int(example_lengths(rows).max())
     while True:
         fit = measure_fit(network, replace(plan, micro_batch_tokens=tokens), rows, wanted=wanted, spare=spare)
         if best is not None and fit.rank >= best.rank:
             return best
-        best, tokens = fit, tokens // 2
-        if not free or tokens < fewest or (fit.holds and not fit.recomputed):
-            return best
+        if not free or tokens <= longest or (fit.holds and not fit.recomputed):
+            return fit
+        best, tokens = fit, max(longest, min(tokens, len(fit.heaviest.ids)) // 2)
 
 
 def recompute_wish(recipe: Recipe, network: Network, *, saved: State | None) -> int | None:
@@ -170,8 +170,7 @@ def measure_fit(network: Network, plan: Plan, rows: TokenStore, *, wanted: int |
 
 def find_heaviest(plan: Plan, rows: TokenStore) -> MicroBatch:
     """The dearest micro-batch of a run: among those of its first steps, and of the step with the longest sequence."""
-    lengths = np.maximum.reduceat(np.diff(rows.sequence_offsets), rows.example_offsets[:-1])
     order = shuffle(plan.examples, seed=plan.seed, epoch=0)[: plan.steps * plan.batch_size]
-    longest = 1 + int(np.argmax(lengths[order])) // plan.batch_size
+    longest = 1 + int(np.argmax(example_lengths(rows)[order])) // plan.batch_size
     numbers = {*range(1, min(plan.steps, _STEPS_SEEN) + 1), longest}
     return max((batch for number in sorted(numbers) for batch in plan.step(number, rows).micro_batches), key=cost)

@@ -20,8 +20,8 @@ from lorasft.model.room import free_memory
 from lorasft.model.sample import make_sample
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import Recipe
-from lorasft.train.layout import Fit, choose_layout
-from lorasft.train.remedies import find_remedies
+from lorasft.train.layout import Fit, choose_layout, recompute_wish
+from lorasft.train.remedies import Shortage, find_remedies
 from lorasft.train.run import make_plan, own_attention, read_inputs
 
 _LIBRARIES = 1 << 29  # bytes of a card of a given size that its driver and the libraries take
@@ -95,7 +95,13 @@ def _foresee(recipe: Recipe, config: Any, prepared: Prepared, *, memory: int | N
     network, layout, fit = choose_layout(recipe, network, plan=plan, rows=prepared.train, saved=None, spare=spare)
     if fit.footprint is None:
         raise ModelError("the layers of this model cannot be measured", where=recipe.model.base)
-    rows = prepared.train
+    rows, pinned = prepared.train, recipe.machine.micro_batch_tokens
+    short = Shortage(
+        fit.footprint,
+        spare,
+        tokens=None if pinned == "auto" else pinned,
+        recomputed=recompute_wish(recipe, network, saved=None),
+    )
     return Outlook(
         device=str(device),
         dtype=layout.dtype,
@@ -108,7 +114,7 @@ def _foresee(recipe: Recipe, config: Any, prepared: Prepared, *, memory: int | N
         recomputed_layers=fit.recomputed,
         heaviest=fit.heaviest,
         holds=fit.holds,
-        remedies=() if fit.holds else tuple(find_remedies(recipe, network, parts, rows=rows, spare=spare)),
+        remedies=() if fit.holds else tuple(find_remedies(recipe, network, parts, rows=rows, short=short)),
         saved_by_8bit=holdings.optimizer - count_holdings(parts, "adamw8bit").optimizer,
         steps=plan.steps,
         examples=len(rows),

@@ -20,7 +20,7 @@ from lorasft.errors import CapacityError
 from lorasft.model.memory import count_holdings, heaviest_batch, measure
 from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
 from lorasft.model.room import free_memory, out_of_memory
-from lorasft.train.remedies import find_remedies
+from lorasft.train.remedies import Shortage, find_remedies
 
 if TYPE_CHECKING:
     from lorasft.train.loop import Run
@@ -97,7 +97,8 @@ def suggest(run: Run, fault: MicroBatchTooLarge) -> str:
     try:
         leanest = measure(run.network, heaviest_batch(run.network, longest=fault.longest, capacity=fault.tokens))
         spare = min(free, leanest.peak(len(leanest.layers)))  # whatever is said to be free: it was not enough
-        found = find_remedies(run.recipe, run.network, parts, rows=run.rows, spare=spare)
+        short = Shortage(leanest, spare, tokens=None, recomputed=None)
+        found = find_remedies(run.recipe, run.network, parts, rows=run.rows, short=short)
     except (LookupError, TypeError, ValueError, RuntimeError, MemoryError):
         return str(fault.hint)
     return f"free memory and go on with --resume; or start anew with one of: {'; '.join(found)}"

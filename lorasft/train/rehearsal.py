@@ -15,7 +15,7 @@ from lorasft.data.packing import Step
 from lorasft.files import replace_file
 from lorasft.model.linear import reserve_buffers
 from lorasft.model.memory import Holdings, Prediction, predict
-from lorasft.model.meter import StorageMeter
+from lorasft.model.meter import make_meter
 from lorasft.model.recompute import recomputed_layers
 from lorasft.terminal import size_text
 from lorasft.train.layout import Fit, measure_fit
@@ -86,22 +86,22 @@ def is_worth_it(run: Run, fit: Fit) -> bool:
 
 
 def measure_rehearsal(run: Run, *, fit: Fit, holdings: Holdings) -> int:
-    """Bytes at the peak of the run's heaviest micro-batch, weights included. Leaves no gradients behind."""
+    """Bytes at the peak of the run's heaviest micro-batch, weights included, with the gradients of one before it.
+
+    Leaves no gradients behind.
+    """
     if run.plan != fit.plan:
         fit = measure_fit(run.network, run.plan, run.rows, wanted=0, spare=0)
     device = run.network.device
     step = Step(1, 0.0, fit.heaviest.examples, (fit.heaviest,))
     run.network.causal.train()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            add_gradients(replace(run, ranks=ALONE), step)
-            peak = torch.cuda.max_memory_allocated(device)
-        else:
-            held = holdings.loaded + reserve_buffers(run.learner.model)
-            held += holdings.optimizer if run.learner.optimizer.state else 0
-            with StorageMeter() as meter:
-                add_gradients(replace(run, ranks=ALONE), step)
-            peak = held + meter.peak
+    held = holdings.loaded + reserve_buffers(run.learner.model)
+    held += holdings.optimizer if run.learner.optimizer.state else 0
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), make_meter(device) as meter:
+        meter.restart()
+        for parameter in run.learner.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        add_gradients(replace(run, ranks=ALONE), step)
+        peak = meter.peak if device.type == "cuda" else held + meter.peak
     run.learner.optimizer.zero_grad(set_to_none=True)
     return peak

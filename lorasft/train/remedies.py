@@ -3,85 +3,110 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import chain, groupby, islice
 from typing import Any
 
-import numpy as np
 from torch import nn
 
-from lorasft.data.store import TokenStore
+from lorasft.data.store import TokenStore, example_lengths
 from lorasft.model.loss import Network
-from lorasft.model.memory import Footprint, Holdings, count_holdings, fewest_recomputed, fits, heaviest_batch, measure
+from lorasft.model.memory import USABLE, Footprint, count_holdings, fewest_recomputed, fits, heaviest_batch, measure
 from lorasft.recipe import Recipe
 
 _SHORTER = (3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8, 1 / 16)  # of the longest sequence
 _PACKED = 4.127 / 8  # bytes of a weight in NF4, constants included
 
 
+@dataclass(frozen=True)
+class Shortage:
+    """What does not fit, and the layout that a change would have to keep to."""
+
+    footprint: Footprint  # in the leanest layout that is allowed
+    spare: int  # bytes for it
+    tokens: int | None  # of a micro-batch; None: as few as the longest sequence has
+    recomputed: int | None  # layers; None: as many as it takes
+
+
 def find_remedies(
-    recipe: Recipe, network: Network, parts: Sequence[nn.Module], *, rows: TokenStore, spare: int, most: int = 3
+    recipe: Recipe, network: Network, parts: Sequence[Any], *, rows: TokenStore, short: Shortage, most: int = 3
 ) -> list[str]:
-    """The first `most` changes with which a step stays within `spare` bytes beside what `parts` hold for good.
+    """The first `most` changes that end a shortage, each alone; those first that change the result least.
 
-    Those come first that change the result least. Raises what `measure` raises.
+    `parts`: the model, in as many parts as hold its weights. Raises what `measure` raises.
     """
-    return list(islice(_remedies(recipe, network, parts, rows=rows, spare=spare), most))
+    changes = [
+        _free_layout(network, rows, short),
+        _lighter_holdings(recipe, parts, short),
+        _shorter_rows(network, rows, short),
+        _smaller_base(parts, short),
+    ]
+    return list(islice(chain.from_iterable(changes), most))
 
 
-def _remedies(
-    recipe: Recipe, network: Network, parts: Sequence[nn.Module], *, rows: TokenStore, spare: int
-) -> Iterator[str]:
-    lengths = np.maximum.reduceat(np.diff(rows.sequence_offsets), rows.example_offsets[:-1])
-    longest = int(lengths.max())
-    leanest = _leanest(network, longest)
-    if _lies_within(leanest, spare):
-        yield from _machine_remedies(recipe)
-    holdings = count_holdings(parts, recipe.optimizer.name)
-    for change, saved in _savings(recipe, parts, holdings):
-        if _lies_within(leanest, spare + saved):
-            yield change
-    for length in (int(share * longest) // 8 * 8 for share in _SHORTER):
-        if length >= 8 and _lies_within(_leanest(network, length), spare):
-            longer = int((lengths > length).sum())
-            yield f"data.max_length={length} ({longer:,} of {len(lengths):,} rows are longer)"
-            break
-    needed = min(leanest.peak(count) for count in range(len(leanest.layers) + 1)) / 0.9 - spare
-    share = 1 - needed / holdings.loaded
-    if share > 0:
-        yield f"a model.base of at most {_count(share * _parameters(holdings))} parameters"
+def _ends(short: Shortage, footprint: Footprint, *, saved: int = 0) -> bool:
+    """Whether `footprint` fits with `saved` bytes more to spare."""
+    spare = short.spare + saved
+    recomputed = fewest_recomputed(footprint, spare) if short.recomputed is None else short.recomputed
+    return fits(footprint, recomputed, spare)
 
 
-def _leanest(network: Network, longest: int) -> Footprint:
-    """What a micro-batch needs that holds one sequence."""
-    return measure(network, heaviest_batch(network, longest=longest, capacity=longest))
-
-
-def _lies_within(footprint: Footprint, spare: int) -> bool:
-    return fits(footprint, fewest_recomputed(footprint, spare), spare)
-
-
-def _machine_remedies(recipe: Recipe) -> Iterator[str]:
-    """What the recipe itself decided, and could leave open: that alone changes no result."""
-    if recipe.machine.micro_batch_tokens != "auto":
-        yield "machine.micro_batch_tokens=auto"
-    if recipe.machine.activation_checkpointing is False:
+def _free_layout(network: Network, rows: TokenStore, short: Shortage) -> Iterator[str]:
+    """What the recipe itself decided and could leave open: that changes no result."""
+    if short.recomputed is not None and _ends(replace(short, recomputed=None), short.footprint):
         yield "machine.activation_checkpointing=auto"
+    longest = int(example_lengths(rows).max())
+    wider = short.tokens is not None and short.tokens > longest
+    if wider and _ends(short, measure(network, heaviest_batch(network, longest=longest, capacity=longest))):
+        yield "machine.micro_batch_tokens=auto"
 
 
-def _savings(recipe: Recipe, parts: Sequence[Any], holdings: Holdings) -> Iterator[tuple[str, int]]:
-    """Changes of what lives all through a run, with the bytes that each saves."""
+def _lighter_holdings(recipe: Recipe, parts: Sequence[Any], short: Shortage) -> Iterator[str]:
+    """Less that lives all through the run; of the ranks the first that suffices."""
+    fitting = (
+        (key, change) for key, change, saved in _savings(recipe, parts) if _ends(short, short.footprint, saved=saved)
+    )
+    for key, changes in groupby(fitting, key=lambda found: found[0]):
+        yield f"{key}={next(changes)[1]}"
+
+
+def _shorter_rows(network: Network, rows: TokenStore, short: Shortage) -> Iterator[str]:
+    lengths = example_lengths(rows)
+    for length in (int(share * lengths.max()) // 8 * 8 for share in _SHORTER):
+        capacity = max(length, short.tokens or 0)
+        if length >= 8 and _ends(short, measure(network, heaviest_batch(network, longest=length, capacity=capacity))):
+            yield f"data.max_length={length} ({int((lengths > length).sum()):,} of {len(lengths):,} rows are longer)"
+            return
+
+
+def _smaller_base(parts: Sequence[Any], short: Shortage) -> Iterator[str]:
+    """How large a base may be when all else stays as it is."""
+    loaded = count_holdings(parts, "adamw").weights
+    layers = len(short.footprint.layers)
+    counts = range(layers + 1) if short.recomputed is None else [short.recomputed]
+    lacking = min(short.footprint.peak(count) for count in counts) / USABLE - short.spare
+    base = loaded.four_bit + loaded.sixteen_bit + loaded.full
+    parameters = loaded.four_bit / _PACKED + loaded.sixteen_bit / 2 + loaded.full / 4
+    if lacking < base:
+        most = parameters * (1 - lacking / base)
+        number = f"{most / 1e9:.1f} billion" if most >= 1e9 else f"{most / 1e6:,.1f} million"
+        yield f"a model.base of at most {number} parameters"
+
+
+def _savings(recipe: Recipe, parts: Sequence[Any]) -> Iterator[tuple[str, str | int, int]]:
+    """Changes, by key and value, with the bytes that each saves."""
     if recipe.model.quantization == "none":
         head = parts[0].get_output_embeddings()
-        yield "model.quantization=nf4", sum(_quantizable_bytes(part, head) for part in parts)
+        yield "model.quantization", "nf4", sum(_quantizable_bytes(part, head) for part in parts)
     if recipe.optimizer.name == "adamw":
-        yield "optimizer.name=adamw8bit", holdings.optimizer - count_holdings(parts, "adamw8bit").optimizer
+        kept, lighter = (count_holdings(parts, name).optimizer for name in ("adamw", "adamw8bit"))
+        yield "optimizer.name", "adamw8bit", kept - lighter
     if recipe.adapter.start is None:
         weights = [one for part in parts for name, one in part.named_parameters() if "lora_" in name]
-        cost = 16 if recipe.optimizer.name == "adamw" else 10  # fp32 weight, gradient and two moments
-        size = cost * sum(weight.numel() for weight in weights)
-        rank = recipe.adapter.rank
+        each = 16 if recipe.optimizer.name == "adamw" else 10  # fp32 weight, gradient and two moments
+        size, rank = each * sum(weight.numel() for weight in weights), recipe.adapter.rank
         ranks = (1 << power for power in reversed(range(rank.bit_length())) if 1 << power < rank)
-        yield from ((f"adapter.rank={less}", int(size * (1 - less / rank))) for less in ranks)
+        yield from (("adapter.rank", less, int(size * (1 - less / rank))) for less in ranks)
 
 
 def _quantizable_bytes(part: nn.Module, head: nn.Module | None) -> int:
@@ -89,12 +114,3 @@ def _quantizable_bytes(part: nn.Module, head: nn.Module | None) -> int:
     linears = [module for name, module in part.named_modules() if type(module) is nn.Linear and "lora_" not in name]
     weights = [linear.weight for linear in linears if linear is not head]
     return sum(int(weight.numel() * (weight.element_size() - _PACKED)) for weight in weights)
-
-
-def _parameters(holdings: Holdings) -> float:
-    weights = holdings.weights
-    return weights.four_bit / _PACKED + weights.sixteen_bit / 2 + weights.full / 4
-
-
-def _count(number: float) -> str:
-    return f"{number / 1e9:.1f} billion" if number >= 1e9 else f"{number / 1e6:,.1f} million"
