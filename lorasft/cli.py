@@ -43,9 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate = verbs.add_parser("evaluate", help="log-probabilities of answers: base and adapter side by side")
     _add_saved(evaluate)
     evaluate.add_argument("--data", required=True, metavar="FILE", help="rows of any shape that a recipe takes")
-    evaluate.add_argument(
-        "--columns", metavar="MAPPING", help="'{prompt: question, completion: answer}', as in a recipe"
-    )
+    _add_columns(evaluate)
     evaluate.add_argument("--per-example", metavar="OUT", help="write one JSON object for each answer to OUT")
     evaluate.add_argument("--json", action="store_true", help="the totals as JSON")
 
@@ -68,6 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("--quantize", choices=["nf4"], help="write a 4-bit checkpoint instead of full weights")
     merge.add_argument("--data", metavar="FILE", help="rows to compare answers on (default: held out in the run)")
+    _add_columns(merge)
     merge.add_argument("--no-check", action="store_true", help="compare no answers; onto auto is then the original")
     merge.add_argument("--force-base", action="store_true", help="take a base that the run was not trained on")
     merge.add_argument("--json", action="store_true", help="what was done as JSON")
@@ -123,6 +122,12 @@ def _add_saved(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("saved", metavar="RUN|ADAPTER|MODEL", help="a run folder, an adapter folder, or a model")
     verb.add_argument(
         "--base", metavar="MODEL", help="the adapter's base, if it lies elsewhere than where it was trained"
+    )
+
+
+def _add_columns(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--columns", metavar="MAPPING", help="of --data: '{prompt: question, completion: answer}', as in a recipe"
     )
 
 

@@ -6,6 +6,7 @@ nowhere else.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import json
@@ -206,6 +207,20 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     if recipe is None or faults:
         _raise(faults)
     return recipe
+
+
+def read_source(path: str, columns: str | None) -> DataSource:
+    """A file of rows that the command line names, with its columns as `{ours: theirs}` if they are given.
+
+    Raises RecipeError when `columns` is no such mapping.
+    """
+    if columns is None:
+        return DataSource(path=path)
+    document = parse_yaml(columns, "--columns")
+    with contextlib.suppress(ValidationError):
+        if not document.faults and isinstance(document.value, dict):
+            return DataSource(path=path, format="auto", columns=document.value)
+    raise RecipeError("not a mapping", where=f"--columns {columns}", hint="--columns '{prompt: question}'")
 
 
 def dump_recipe(recipe: Recipe) -> str:

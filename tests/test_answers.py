@@ -150,6 +150,11 @@ def test_other_columns_are_mapped_or_found(run: Path, tmp_path: Path, capsys: py
     assert "known format" in capsys.readouterr().err
     assert main(["evaluate", str(run), "--data", str(data), "--columns", "{prompt: question, completion: reply}"]) == 0
     assert main(["evaluate", str(run), "--data", str(data), "--columns", "prompt"]) == 2
+    merge = ["merge", str(run), "--out", str(tmp_path / "merged"), "--data", str(data)]
+    assert main(merge) == 3
+    capsys.readouterr()
+    assert main([*merge, "--columns", "{prompt: question, completion: reply}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == str(data)
     out = str(tmp_path / "none/out.jsonl")
     assert main(["evaluate", str(run), "--data", str(data), "--per-example", out]) == 2
 

@@ -245,6 +245,7 @@ def test_a_run_in_4_bit_is_merged_onto_what_it_saw(
     assert record["result"] == {"model.safetensors": sha256(tmp_path / "out/model.safetensors")}
     card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
     assert "dequantized weights" in card and "18 examples, 8 held out" in card and "please" not in card
+    assert str(tmp_path.parent) not in card and f"base: {Path(record['base']['name']).name}" in card
     verify_folder(tmp_path / "out")
 
 

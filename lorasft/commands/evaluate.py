@@ -16,25 +16,20 @@ def run(saved: str, base: str | None, data: str, columns: str | None, per_exampl
     from lorasft.files import refuse_existing, write_file
     from lorasft.model.answers import read_answers, score_answers, summarize
     from lorasft.model.saved import find_saved, load_saved
-    from lorasft.recipe import DataSettings, DataSource
-    from lorasft.strict_yaml import parse_yaml
+    from lorasft.recipe import DataSettings, read_source
 
     if per_example:
         refuse_existing(Path(per_example))
         if not Path(per_example).parent.is_dir():
             raise RecipeError("there is no such folder", where=str(Path(per_example).parent), hint="name another file")
     found = find_saved(saved, base=base)
-    settings = found.recipe.data if found.recipe else DataSettings(train=(DataSource(path=data),))
-    if columns is not None:
-        mapping = parse_yaml(columns, "--columns")
-        settings = settings.model_copy(update={"format": "auto", "columns": mapping.value})
-        if mapping.faults or not isinstance(mapping.value, dict):
-            raise RecipeError("not a mapping", where=f"--columns {columns}", hint="--columns '{prompt: question}'")
+    source = read_source(data, columns)
+    settings = found.recipe.data if found.recipe else DataSettings(train=(source,))
     loaded = load_saved(found, PartialState().device)
     positions = getattr(loaded.network.causal.config.get_text_config(), "max_position_embeddings", None)
     if positions:  # what the model can read is scored, however long the rows of training were
         settings = settings.model_copy(update={"max_length": positions})
-    answers, report = read_answers(data, settings, found.chat, tokenizer=loaded.tokenizer)
+    answers, report = read_answers(source, settings, found.chat, tokenizer=loaded.tokenizer)
     if report.dropped_examples():
         say(f"{report.dropped_examples()} of {report.rows} rows dropped: over-long or unusable")
     scores = {}

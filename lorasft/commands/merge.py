@@ -23,6 +23,7 @@ def run(
     onto: Any,
     quantize: str | None,
     data: str | None,
+    columns: str | None,
     no_check: bool,
     force_base: bool,
     as_json: bool,
@@ -30,13 +31,19 @@ def run(
     """Merge `saved` into the new folder `out`; what was done on stdout."""
     from lorasft.merge.folder import merge
     from lorasft.merge.source import find_source
+    from lorasft.recipe import read_source
 
     source = find_source(saved, base=base, force_base=force_base)
     started = time.monotonic()
     progress = ByteProgress() if sys.stderr.isatty() else None
     if not no_check:
         say("asking what was trained, to compare the merge with it (--no-check leaves this out)")
-    options = {"onto": onto, "quantize": quantize is not None, "check": not no_check, "data": data}
+    options = {
+        "onto": onto,
+        "quantize": quantize is not None,
+        "check": not no_check,
+        "data": read_source(data, columns) if data else None,
+    }
     merged = merge(source, Path(out), **options, on_progress=progress)
     if as_json:
         print(json.dumps({**asdict(merged), "folder": out}))

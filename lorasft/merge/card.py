@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from lorasft.merge.source import Source
+
+_ON_THIS_MACHINE = re.compile(r"(?<![\w.<])/(?:[^\s/'\"]+/)+([^\s/'\"]+)")  # a path, and the name at its end
 
 
 def make_card(source: Source, record: dict[str, Any]) -> str:
@@ -43,7 +46,8 @@ def _training(run: Path) -> str:
     if evaluations:
         last = evaluations[-1]
         text += f" Held-out loss {last['eval_loss']:.4f} nats a token after step {last['step']}."
-    return f"{text}\n\n```yaml\n{(run / 'recipe.yaml').read_text(encoding='utf-8').strip()}\n```"
+    recipe = _ON_THIS_MACHINE.sub(r"\1", (run / "recipe.yaml").read_text(encoding="utf-8")).strip()
+    return f"{text}\n\n```yaml\n{recipe}\n```"
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:

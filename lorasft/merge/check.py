@@ -24,6 +24,7 @@ from lorasft.merge.probes import read_probes
 from lorasft.merge.source import Choice, Onto, Source
 from lorasft.model.room import free_memory
 from lorasft.model.saved import Saved, find_saved, load_model
+from lorasft.recipe import DataSource
 
 _ROUNDING = 1e-2  # nats: more than bf16 ever does to an answer
 
@@ -106,8 +107,8 @@ class Judge:
         return self.wanted["original"]
 
 
-def make_judge(source: Source, data: str | None, *, config: Mapping[str, Any]) -> Judge:
-    """A judge on the held-out rows of the run or on those in the file `data`. `config`: the base's config.json.
+def make_judge(source: Source, data: DataSource | None, *, config: Mapping[str, Any]) -> Judge:
+    """A judge on the held-out rows of the run or on those in `data`. `config`: the base's config.json.
 
     Raises DataError when there are no rows.
     """

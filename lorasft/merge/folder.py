@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,8 +28,10 @@ from lorasft.merge.plan import Plan, plan_merge
 from lorasft.merge.shards import INDEX
 from lorasft.merge.source import Choice, Onto, Source
 from lorasft.merge.stream import Progress, write_weights
+from lorasft.recipe import DataSource
 
 if TYPE_CHECKING:
+    from lorasft.merge.blocks import Rows, Stored
     from lorasft.merge.check import Judge
 
 RECORD = "merge.json"
@@ -61,7 +63,7 @@ def merge(
     onto: Onto | Literal["auto"] = "auto",
     quantize: bool = False,
     check: bool = True,
-    data: str | None = None,
+    data: DataSource | None = None,
     on_progress: Progress | None = None,
 ) -> Merged:
     """Write the base of `source` with its adapter folded in to the new folder `out`.
@@ -74,24 +76,15 @@ def merge(
     refuse_existing(out)
     refuse_overlap(out, source.base, source.adapter, *([source.run] if source.run else []))
     if data is not None and not check:
-        raise RecipeError("--data has no use with --no-check", where=data, hint="leave one of the two out")
+        raise RecipeError("--data has no use with --no-check", where=data.path, hint="leave one of the two out")
     _refuse_second_merge(source)
     config = read_config(source.base)
     plan = plan_merge(source.base, source.adapter, config=config)
     _refuse_other_grid(plan, onto, quantize=quantize)
     need_space(out, plan.size * (2 if quantize else 1))
-    # Models and quantizers take seconds and hundreds of megabytes to import: only where they are needed.
-    judge, grid = None, {}
-    if check:
-        from lorasft.merge.check import make_judge
-
-        judge = make_judge(source, data, config=config)
+    judge = _ask(source, data, config=config) if check else None
     choice = _choose("dequantized" if plan.packed else onto, judge, quantize=quantize)
-    if not plan.packed and (check or choice.onto == "dequantized"):
-        import lorasft.model  # noqa: F401  # imports bitsandbytes, which grid needs, without asking the hub
-        from lorasft.merge.grid import find_grid
-
-        grid = find_grid(source, plan.shards)
+    grid = _find_grid(source, plan) if not plan.packed and (check or choice.onto == "dequantized") else {}
     hashes: dict[str, str] = {}
     with staged_folder(out, hashes=hashes) as stage:
         weights = stage / "16-bit" if quantize else stage
@@ -125,6 +118,22 @@ def merge(
         write_file(stage / RECORD, json.dumps(record, indent=1).encode())
         write_file(stage / "README.md", make_card(source, record).encode())
     return merged
+
+
+# Models and quantizers take seconds and hundreds of megabytes to import: only where they are needed.
+
+
+def _ask(source: Source, data: DataSource | None, *, config: Mapping[str, Any]) -> Judge:
+    from lorasft.merge.check import make_judge
+
+    return make_judge(source, data, config=config)
+
+
+def _find_grid(source: Source, plan: Plan) -> Mapping[str, Callable[[Stored], Rows]]:
+    import lorasft.model  # noqa: F401  # imports bitsandbytes, which grid needs, without asking the hub
+    from lorasft.merge.grid import find_grid
+
+    return find_grid(source, plan.shards)
 
 
 def _quantize(weights: Path, stage: Path, source: Source, plan: Plan, judge: Judge | None) -> float:

@@ -23,10 +23,12 @@ _LONGEST = 1024  # tokens of a row
 _TEXT = "The quick brown fox jumps over the lazy dog. What is the answer to the question? It is 42, because"
 
 
-def read_probes(found: Saved, *, run: Path | None, data: str | None, vocabulary: int) -> tuple[list[Tokens], str]:
+def read_probes(
+    found: Saved, *, run: Path | None, data: DataSource | None, vocabulary: int
+) -> tuple[list[Tokens], str]:
     """Rows with something learned in them, and where they come from. Raises DataError when `data` has none."""
     if data is not None:
-        rows, origin = list(_rows_of_file(found, data)), data
+        rows, origin = list(_rows_of_file(found, data)), data.path
     elif run is not None:
         rows, origin = _rows_of_run(run)
     else:
@@ -54,12 +56,12 @@ def _rows_of_run(run: Path) -> tuple[list[Tokens], str]:
     raise DataError("the tokens of this run are gone", where=str(run / "tokens"), hint="--data FILE")
 
 
-def _rows_of_file(found: Saved, data: str) -> Iterator[Tokens]:
-    settings = found.recipe.data if found.recipe else DataSettings(train=(DataSource(path=data),))
+def _rows_of_file(found: Saved, data: DataSource) -> Iterator[Tokens]:
+    settings = found.recipe.data if found.recipe else DataSettings(train=(data,))
     settings = settle_format(data, settings)
     bad = BadRows(settings.on_bad_row, Report())
     tokenizer = read_tokenizer(found)
     encoder = Encoder(tokenizer, found.chat, data=settings, report=bad.report)
-    for _, sequences in encoder.encode_all(read_examples((DataSource(path=data),), settings, bad=bad), bad=bad):
+    for _, sequences in encoder.encode_all(read_examples((data,), settings, bad=bad), bad=bad):
         yield from sequences
     bad.raise_all()

@@ -64,15 +64,17 @@ class Total:
         return asdict(self)
 
 
-def read_answers(path: str, data: DataSettings, chat: ChatSettings, *, tokenizer: Any) -> tuple[list[Answer], Report]:
-    """The answers in the rows of `path`, tokenized as training would, and what became of the rows.
+def read_answers(
+    source: DataSource, data: DataSettings, chat: ChatSettings, *, tokenizer: Any
+) -> tuple[list[Answer], Report]:
+    """The answers in the rows of `source`, tokenized as training would, and what became of the rows.
 
     Raises DataError when there are no answers.
     """
     report = Report()
     bad = BadRows(data.on_bad_row, report)
     encoder = Encoder(tokenizer, chat, data=data, report=report)
-    examples = read_examples((DataSource(path=path),), settle_format(path, data), bad=bad)
+    examples = read_examples((source,), settle_format(source, data), bad=bad)
     answers = [
         Answer(tokens.ids[:end], max(1, int(start)), example.place)
         for example, sequences in encoder.encode_all(examples, bad=bad)
@@ -81,14 +83,16 @@ def read_answers(path: str, data: DataSettings, chat: ChatSettings, *, tokenizer
     ]
     bad.raise_all()
     if not answers:
-        raise DataError("no answers to score", where=path)
+        raise DataError("no answers to score", where=source.path)
     return answers, report
 
 
-def settle_format(path: str, data: DataSettings) -> DataSettings:
-    """The format and columns of `data` if the file at `path` begins with such a row, else those of its own keys."""
+def settle_format(source: DataSource, data: DataSettings) -> DataSettings:
+    """The format and columns of `data` if `source` states its own or begins with such a row, else none."""
+    if source.columns is not None:
+        return data
     try:
-        next(iter(read_examples((DataSource(path=path),), data, bad=BadRows("error", Report()))))
+        next(iter(read_examples((source,), data, bad=BadRows("error", Report()))))
     except LorasftError:
         return data.model_copy(update={"format": "auto", "columns": None})
     except StopIteration:
