@@ -43,7 +43,7 @@ def make_recipe(base: Path, shape: str, data: str, *, recompute: bool) -> Any:
         "model": {"base": str(base), "quantization": quantization},
         "data": {"train": [{"path": data}], "eval": None, "max_length": 2048, "overlong": "truncate"},
         "chat": {"template": "plain"},
-        "run": {"output": str(base.parent / "run"), "eval_every": None},
+        "run": {"output": str(base.parent / f"run-{recompute}"), "eval_every": None},
         "machine": {"activation_checkpointing": recompute},
     }
     return Recipe.model_validate_json(json.dumps(settings))
@@ -98,18 +98,19 @@ def real_peak(work: Callable[[], object]) -> int:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Every cell in a process of its own."""
+    """Every shape and file in a process of its own."""
     lines, busiest = [], 0.0
-    for shape, data, recompute in itertools.product(SHAPES, options.data, (False, True)):
+    for shape, data in itertools.product(SHAPES, options.data):
         with tempfile.TemporaryDirectory() as folder:
             base = Path(folder) / "base"
             name, sizes = SHAPES[shape]
             save_base(name, sizes, Path(options.tokenizer), folder=base)
-            cell = json.dumps([str(base), shape, data, recompute])
+            cell = json.dumps([str(base), shape, data])
             said, foreign = run_process(sys.executable, [__file__, "--cell", cell])
         busiest = max(busiest, foreign)
-        lines.append(line(shape, data, said, recompute=recompute))
-        print(*lines[-1], sep="  ", flush=True)
+        for recomputed, figures in said.items():
+            lines.append(line(shape, data, figures, recomputed=recomputed))
+            print(*lines[-1], sep="  ", flush=True)
     head = ("shape", "rows", "tokens", "sequences", "recomputed", "predicted, MB", "beside, MB", "off", "of the whole")
     text = table(head, lines)
     print(f"\n{text}", end="")
@@ -117,7 +118,7 @@ def measure(options: argparse.Namespace) -> None:
         write_section("Memory predicted", text, busiest=busiest)
 
 
-def line(shape: str, data: str, said: dict[str, int], *, recompute: bool) -> list[str]:
+def line(shape: str, data: str, said: dict[str, int], *, recomputed: str) -> list[str]:
     """A line of the table."""
     predicted, measured, loaded = said["predicted"], said["measured"], said["loaded"]
     return [
@@ -125,7 +126,7 @@ def line(shape: str, data: str, said: dict[str, int], *, recompute: bool) -> lis
         Path(data).name,
         f"{said['tokens']:,}",
         f"{said['sequences']}",
-        "all" if recompute else "none",
+        recomputed,
         f"{predicted / 1e6:,.1f}",
         f"{measured / 1e6:,.1f}",
         f"{predicted / measured - 1:+.1%}",
@@ -142,7 +143,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.cell:
         base, *rest = json.loads(options.cell)
-        print(json.dumps(compare(Path(base), *rest)))
+        layouts = {"none": False, "all": True}
+        print(json.dumps({name: compare(Path(base), *rest, recompute) for name, recompute in layouts.items()}))
     elif options.data and options.tokenizer:
         measure(options)
     else:

@@ -69,6 +69,7 @@ def _fill(base: Any, modules: list[nn.Module], *, device: torch.device) -> None:
             setattr(module, name, made[id(old)])
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False  # see load_base
+            module.quant_state = module.weight.quant_state
         else:
             owners[id(module)]._init_weights(module)
 
@@ -83,7 +84,7 @@ def _is_packed(parameter: nn.Parameter) -> bool:
 
 
 def _quantize(linear: Any, device: torch.device) -> nn.Parameter:
-    weight = torch.randn(linear.weight.shape, dtype=linear.weight.dtype, device=device)
+    weight = torch.randn(linear.weight.shape, dtype=linear.compute_dtype, device=device)
     scheme = {"compress_statistics": linear.weight.compress_statistics, "quant_type": linear.weight.quant_type}
     packed: nn.Parameter = bnb.nn.Params4bit(weight.mul_(0.02), requires_grad=False, **scheme).to(device)
     return packed
