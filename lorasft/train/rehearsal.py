@@ -18,7 +18,7 @@ from lorasft.model.memory import Holdings, Prediction, predict
 from lorasft.model.meter import make_meter
 from lorasft.model.recompute import recomputed_layers
 from lorasft.terminal import size_text
-from lorasft.train.layout import Fit, measure_fit
+from lorasft.train.layout import Fit, find_heaviest, measure_fit
 from lorasft.train.loop import Run, add_gradients
 from lorasft.train.ranks import ALONE
 from lorasft.train.redo import within_memory
@@ -49,17 +49,13 @@ class MemoryRecord:
 
     def write(self, run: Run) -> None:
         """Put the record into the run's folder."""
-        predicted = None
-        if self.prediction:
-            predicted = {**self.prediction.kinds(), "peak": self.prediction.total}
+        known = self.prediction
         record = {
             "device": str(run.network.device),
             "heaviest": {"tokens": len(self.fit.heaviest.ids), "sequences": len(self.fit.heaviest.segments)},
             "recomputed_layers": self.fit.recomputed,
-            "predicted": predicted,
-            "rehearsal": None
-            if self.measured is None or predicted is None
-            else {"predicted": predicted["peak"] - self.early, "measured": self.measured},
+            "predicted": {**known.kinds(), "peak": known.total} if known else None,
+            "rehearsal": {"predicted": known.total - self.early if known else None, "measured": self.measured},
         }
         replace_file(run.folder / "memory.json", json.dumps(record, indent=1).encode())
 
@@ -90,10 +86,8 @@ def measure_rehearsal(run: Run, *, fit: Fit, holdings: Holdings) -> int:
 
     Leaves no gradients behind.
     """
-    if run.plan != fit.plan:
-        fit = measure_fit(run.network, run.plan, run.rows, wanted=0, spare=0)
-    device = run.network.device
-    step = Step(1, 0.0, fit.heaviest.examples, (fit.heaviest,))
+    batch = fit.heaviest if run.plan == fit.plan else find_heaviest(run.plan, run.rows)
+    step, device = Step(1, 0.0, batch.examples, (batch,)), run.network.device
     run.network.causal.train()
     held = holdings.loaded + reserve_buffers(run.learner.model)
     held += holdings.optimizer if run.learner.optimizer.state else 0
