@@ -48,6 +48,11 @@ def make_parser() -> argparse.ArgumentParser:
     preview.add_argument("--json", action="store_true", help="every example and a summary as JSON lines")
     preview.add_argument("--html", metavar="FILE", help="write a page to search instead")
 
+    plan = verbs.add_parser("plan", help="will it fit, how will it be run, how long will it take; reads no weights")
+    _add_recipe(plan)
+    plan.add_argument("--memory", type=_bytes, metavar="SIZE", help="8GiB, 24GB, ... (default: what is free here)")
+    plan.add_argument("--json", action="store_true", help="the plan as JSON")
+
     evaluate = verbs.add_parser("evaluate", help="log-probabilities of answers: base and adapter side by side")
     _add_saved(evaluate)
     evaluate.add_argument("--data", required=True, metavar="FILE", help="rows of any shape that a recipe takes")
@@ -116,6 +121,15 @@ def _not_negative(text: str) -> float:
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is no number from 0 up")
     return number
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"([0-9.]+) *(?:([KMGT])(i?)B?)?", text, re.IGNORECASE)
+    try:
+        number, unit, binary = float(match[1]), (match[2] or "").upper(), match[3]  # type: ignore[index]
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text} is no size like 8GiB or 24GB") from None
+    return int(number * (1024 if binary else 1000) ** ("KMGT".index(unit) + 1 if unit else 0))
 
 
 def _add_recipe(verb: argparse.ArgumentParser) -> None:

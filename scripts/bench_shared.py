@@ -36,13 +36,18 @@ SHAPES: dict[str, dict[str, int]] = {
 
 def make_base(shape: dict[str, int], tokenizer: Path, *, folder: Path) -> None:
     """A random Llama of `shape` in bf16, with the files of a tokenizer beside it."""
+    save_base("LlamaConfig", shape, tokenizer, folder=folder)
+
+
+def save_base(config: str, sizes: dict[str, Any], tokenizer: Path, *, folder: Path) -> None:
+    """A random model of a config class of transformers in bf16, with the files of a tokenizer beside it."""
     import torch
     import transformers
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     transformers.utils.logging.disable_progress_bar()
-    LlamaForCausalLM(LlamaConfig(**shape)).to(torch.bfloat16).save_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes))
+    model.to(torch.bfloat16).save_pretrained(folder)
     for file in tokenizer.iterdir():
         if file.name.startswith(("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges")):
             shutil.copyfile(file, folder / file.name)

@@ -211,15 +211,15 @@ def share(batches: Sequence[MicroBatch], index: int, count: int) -> list[MicroBa
         return list(batches)
     spent = [0.0] * count
     mine = []
-    for batch in sorted(batches, key=_cost, reverse=True):
+    for batch in sorted(batches, key=cost, reverse=True):
         chosen = spent.index(min(spent))
-        spent[chosen] += _cost(batch)
+        spent[chosen] += cost(batch)
         if chosen == index:
             mine.append(batch)
     return mine
 
 
-def _cost(batch: MicroBatch) -> float:
+def cost(batch: MicroBatch) -> float:
     """Tokens, and for attention one more for 16,384 pairs of query and key (6 times a hidden size of 2,700)."""
     lengths = [segment.end - segment.start for segment in batch.segments]
     seen = [own + sum(lengths[n] for n in one.ancestors) for own, one in zip(lengths, batch.segments, strict=True)]

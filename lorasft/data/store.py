@@ -60,6 +60,12 @@ class TokenStore:
         return Tokens(ids, labels)
 
 
+def example_lengths(store: TokenStore) -> Ints:
+    """Tokens of the longest sequence of each example."""
+    lengths: Ints = np.maximum.reduceat(np.diff(store.sequence_offsets), store.example_offsets[:-1])
+    return lengths
+
+
 @dataclass(frozen=True)
 class Packed:
     """Examples laid out as the store holds them, with sizes in the place of offsets."""

@@ -76,6 +76,17 @@ class FrozenWeights:
         return out
 
 
+def reserve_buffers(model: nn.Module) -> int:
+    """Make the memory that the frozen weights of `model` are read into, before it is needed. Returns its bytes."""
+    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "frozen_weights")]
+    packed = [layer for layer in layers if isinstance(layer.base_layer, bnb.nn.Linear4bit)]
+    if not packed:
+        return 0
+    largest = max(packed, key=lambda layer: layer.in_features * layer.out_features)
+    largest.frozen_weights.read(largest.base_layer, largest.base_layer.weight.quant_state.dtype)
+    return sum(buffer.nbytes for buffer in largest.frozen_weights._buffers.values())
+
+
 def _dequantize_by_blocks(packed: Tensor, state: Any, out: Tensor) -> None:
     """bitsandbytes' own values in `out`: on a CPU it has no way to write into given memory."""
     absmax = state.absmax
@@ -99,12 +110,17 @@ class LoraLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, base: Any, weights: FrozenWeights) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
         weight = weights.read(base, x.dtype).t()
-        y = flat @ weight if base.bias is None else torch.addmm(base.bias.to(x.dtype), flat, weight)
+        y = x.new_empty(*x.shape[:-1], weight.shape[1])  # no view of another tensor: Gemma 3n changes it in place
+        rows = y.view(-1, weight.shape[1])
+        if base.bias is None:
+            torch.mm(flat, weight, out=rows)
+        else:
+            torch.addmm(base.bias.to(x.dtype), flat, weight, out=rows)
         down = flat @ a.to(x.dtype).t()  # (tokens, rank)
-        y.addmm_(down, b.to(x.dtype).t(), alpha=scaling)
+        rows.addmm_(down, b.to(x.dtype).t(), alpha=scaling)
         ctx.save_for_backward(x, down, a, b)
         ctx.scaling, ctx.base, ctx.weights = scaling, base, weights
-        return y.view(*x.shape[:-1], y.shape[1])
+        return y
 
     @staticmethod
     @once_differentiable

@@ -7,28 +7,26 @@ recomputed layers follows from these numbers.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from lorasft.data.packing import MicroBatch, cut
 from lorasft.model.base import ByteTable, count_bytes
+from lorasft.model.linear import reserve_buffers
 from lorasft.model.loss import Network, pair_losses
 from lorasft.model.meter import CudaMeter, StorageMeter, make_meter
 from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
 from lorasft.model.scoring import Given, everything
 
-# Share of the free memory that is planned with: the rest is for fragments, work space and other programs.
-_USABLE = 0.9
+# Share of the free memory that is planned with.
+USABLE = 0.9
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Footprint:
     """What one micro-batch needs beside the weights, the optimizer and the gradients."""
 
     layers: tuple[LayerBytes, ...]  # first to last
-    around: int  # what lives through the whole step: ids, rotary tables, masks
+    around: int  # what lives through the whole step: ids, rotary tables, masks, memory that weights are read into
     tail: int  # the most that lives from the last layer's output through the loss and back to it
 
     def held(self, recomputed: int) -> int:
@@ -63,51 +61,82 @@ class Footprint:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """Bytes at the peak of a step by kind."""
+class Holdings:
+    """What lives all through a run, in bytes by kind."""
 
     weights: ByteTable  # the adapter among them
     gradients: int
     optimizer: int
+
+    @property
+    def loaded(self) -> int:
+        """Bytes of the weights."""
+        return sum(vars(self.weights).values())
+
+    @property
+    def upcoming(self) -> int:
+        """Bytes that the first step adds for good."""
+        return self.gradients + self.optimizer
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes at the peak of a step by kind."""
+
+    holdings: Holdings
     activations: int  # kept between forward and backward
     transient: int  # above them at the peak
 
     @property
     def total(self) -> int:
-        weights = self.weights
-        loaded = weights.four_bit + weights.sixteen_bit + weights.full + weights.adapter
-        return loaded + self.gradients + self.optimizer + self.activations + self.transient
+        return self.holdings.loaded + self.holdings.upcoming + self.activations + self.transient
+
+    def kinds(self) -> dict[str, int]:
+        """Every kind by its name."""
+        weights = self.holdings.weights
+        return {
+            "4-bit weights": weights.four_bit,
+            "16-bit weights": weights.sixteen_bit,
+            "32-bit weights": weights.full,
+            "adapter": weights.adapter,
+            "gradients": self.holdings.gradients,
+            "optimizer": self.holdings.optimizer,
+            "activations": self.activations,
+            "transient": self.transient,
+        }
 
 
-def predict(model: nn.Module, footprint: Footprint, *, recomputed: int, optimizer: str) -> Prediction:
-    """The peak of a step of `model` under the recipe's `optimizer.name`."""
+def predict(holdings: Holdings, footprint: Footprint, *, recomputed: int) -> Prediction:
+    """The peak of a step when the first `recomputed` layers recompute."""
     held = footprint.held(recomputed)
-    return Prediction(
-        weights=count_bytes(model),
-        gradients=gradient_bytes(model),
-        optimizer=optimizer_bytes(model, optimizer),
-        activations=held,
-        transient=footprint.peak(recomputed) - held,
-    )
+    return Prediction(holdings, activations=held, transient=footprint.peak(recomputed) - held)
 
 
-def gradient_bytes(model: nn.Module) -> int:
-    """One gradient for each trained parameter."""
-    return sum(_size(parameter) for parameter in _trained(model))
+def count_holdings(parts: Sequence[nn.Module], optimizer: str) -> Holdings:
+    """What a model, made of `parts`, holds under the recipe's `optimizer.name`."""
+    tables = [count_bytes(part) for part in parts]
+    weights = ByteTable(**{kind: sum(getattr(table, kind) for table in tables) for kind in vars(tables[0])})
+    trained = [parameter for part in parts for parameter in _trained(part)]
+    return Holdings(weights, gradients=sum(map(_size, trained)), optimizer=_optimizer_bytes(trained, optimizer))
 
 
-def optimizer_bytes(model: nn.Module, optimizer: str) -> int:
+def _optimizer_bytes(trained: Iterable[Tensor], optimizer: str) -> int:
     """Two moments for each trained parameter; `adamw8bit` keeps those of small tensors in fp32."""
-    counts = [parameter.numel() for parameter in _trained(model)]
+    counts = [parameter.numel() for parameter in trained]
     if optimizer == "adamw":
         return 8 * sum(counts)
     return sum(8 * count if count < 4096 else 2 * count + 8 * -(-count // 256) for count in counts)
 
 
+def fits(footprint: Footprint, recomputed: int, free: int) -> bool:
+    """Whether a step stays within 90 % of `free` bytes: the rest is for fragments and other programs."""
+    return footprint.peak(recomputed) <= USABLE * free
+
+
 def fewest_recomputed(footprint: Footprint, free: int) -> int:
     """The fewest layers to recompute for a peak within 90 % of `free` bytes; if none fits, those of the lowest peak."""
     counts = range(len(footprint.layers) + 1)
-    fitting = (count for count in counts if footprint.peak(count) <= _USABLE * free)
+    fitting = (count for count in counts if fits(footprint, count, free))
     return next(fitting, min(counts, key=footprint.peak))
 
 
@@ -132,22 +161,23 @@ def measure(network: Network, batch: MicroBatch) -> Footprint:
     training, recomputed = causal.training, recomputed_layers(causal)
     recompute(causal, 0)
     causal.train()
+    kept = reserve_buffers(causal)
     try:
         with make_meter(network.device) as meter:
-            outside = _Outside(layers, meter)
-            around, tail = outside.measure(network, batch)
+            shell = Shell(layers, meter)
+            around, tail = shell.measure(network, batch)
             measured: dict[str, LayerBytes] = {}
-            kinds = [_kind(layer) for layer in layers]
-            for kind, layer, (args, kwargs) in zip(kinds, layers, outside.calls, strict=True):
+            kinds = list(map(layer_kind, layers))
+            for kind, layer, (args, kwargs) in zip(kinds, layers, shell.calls, strict=True):
                 if kind not in measured:
                     measured[kind] = _measure_layer(layer, args, kwargs, meter)
-            return Footprint(tuple(measured[kind] for kind in kinds), around, tail)
+            return Footprint(tuple(measured[kind] for kind in kinds), kept + around, tail)
     finally:
         causal.train(training)
         recompute(causal, recomputed)
 
 
-class _Outside:
+class Shell:
     """A step with its layers skipped: how the model calls them, and what all but them needs."""
 
     def __init__(self, layers: list[nn.Module], meter: StorageMeter | CudaMeter) -> None:
@@ -210,8 +240,8 @@ def _measure_layer(
     return LayerBytes(input=size, saved=saved, work=meter.peak - before)
 
 
-def _kind(layer: nn.Module) -> str:
-    """What decides the bytes of a layer: its modules, their shapes and plain settings (windows, layer types)."""
+def layer_kind(layer: nn.Module) -> str:
+    """What decides the bytes and the time of a layer: its modules, their shapes and plain settings (windows, types)."""
     parts = []
     for name, module in layer.named_modules():
         settings = {key: value for key, value in vars(module).items() if isinstance(value, (int, float, str))}
@@ -219,48 +249,6 @@ def _kind(layer: nn.Module) -> str:
         shapes = [(tuple(parameter.shape), parameter.requires_grad) for parameter in module.parameters(recurse=False)]
         parts.append(f"{name} {type(module).__name__} {settings} {shapes}")
     return "\n".join(parts)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still take on `device`, what its allocator holds unused among them."""
-    if device.type != "cuda":
-        return min([int(psutil.virtual_memory().available), *group_rooms(Path("/"))])
-    free, total = torch.cuda.mem_get_info(device)
-    reserved = torch.cuda.memory_reserved(device)
-    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
-    return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
-
-
-def group_rooms(root: Path) -> Iterator[int]:
-    """Bytes left to each control group of Linux that this process is in, for those with a limit; versions 1 and 2."""
-    groups = root / "proc/self/cgroup"
-    for line in groups.read_text(encoding="utf-8").splitlines() if groups.is_file() else []:
-        _, controllers, name = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        mount = root / "sys/fs/cgroup" / controllers
-        own = mount / name.strip("/")
-        for folder in (own, *own.parents):
-            if folder.is_relative_to(mount):
-                yield from _group_room(folder, version=1 if controllers else 2)
-
-
-def _group_room(folder: Path, *, version: int) -> Iterator[int]:
-    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
-    with contextlib.suppress(OSError):  # a container sees not all of its groups
-        limit, used = ((folder / name).read_text(encoding="utf-8").strip() for name in names)
-        counts = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
-        if limit.isdecimal():  # version 2 says "max"; cached files give way
-            cached = int(counts.get("total_inactive_file" if version == 1 else "inactive_file", 0))
-            yield int(limit) - int(used) + cached
-
-
-def out_of_memory(fault: BaseException) -> bool:
-    """Whether an error means that memory ran out: CUDA has a class for it, the CPU's allocator only a message."""
-    signs = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(fault, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(fault, RuntimeError) and any(sign in str(fault) for sign in signs)
-    )
 
 
 def _hidden(output: Any) -> Tensor:

@@ -6,53 +6,81 @@ on, else chosen by what was verified on the model, by the lengths of the data an
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import nn
 
-from lorasft.data.packing import Plan, Sequences
+from lorasft.data.packing import MicroBatch, Plan, Sequences, cost, shuffle
 from lorasft.data.prefixes import Sharing
-from lorasft.data.store import TokenStore
+from lorasft.data.store import TokenStore, example_lengths
 from lorasft.errors import RecipeError
 from lorasft.model.loss import Network
-from lorasft.model.memory import (
-    fewest_recomputed,
-    free_memory,
-    gradient_bytes,
-    heaviest_batch,
-    measure,
-    optimizer_bytes,
-)
+from lorasft.model.memory import USABLE, Footprint, fewest_recomputed, fits, measure
 from lorasft.model.recompute import decoder_layers, recompute
 from lorasft.recipe import Recipe
 from lorasft.train.checkpoint import Layout, State
 
 _TOKENS = {"cpu": 2048, "cuda": 4096}  # of a micro-batch: measured on CPU
+_FIXED = 240  # a micro-batch takes the time of so many tokens on top of its own: dequantizing, launches
+_STEPS_SEEN = 64  # whose micro-batches are weighed to find the heaviest
 _MOST_TOKENS = 16_384  # that shared prefixes may widen it to
 _WORTH = 0.9  # a wider micro-batch has to compute at most this share of the tokens
 
 
+@dataclass(frozen=True)
+class Fit:
+    """How the steps of a run are fitted to a memory, and what the heaviest of its micro-batches then needs."""
+
+    plan: Plan  # as it will be run
+    recomputed: int  # layers that recompute their activations
+    heaviest: MicroBatch
+    footprint: Footprint | None  # None: this model could not be measured
+    spare: int  # bytes for it
+    computed: int  # tokens of the first step
+
+    @property
+    def holds(self) -> bool:
+        """Whether it fits; True where that is not known."""
+        return self.footprint is None or fits(self.footprint, self.recomputed, self.spare)
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """What a fit is chosen by: how far it is from fitting, then how long a step takes."""
+        if self.footprint is None:
+            return math.inf, 0.0
+        share = self.recomputed / len(self.footprint.layers)
+        price = self.computed * (1 + share / 3) * (1 + _FIXED / self.plan.micro_batch_tokens)
+        return max(0.0, self.footprint.peak(self.recomputed) - USABLE * self.spare), price
+
+
 def choose_layout(
-    recipe: Recipe, network: Network, *, plan: Plan, rows: TokenStore, saved: State | None
-) -> tuple[Network, Layout]:
-    """The network as it will be run, and the layout of the run; `plan` brings the tokens of a micro-batch."""
+    recipe: Recipe, network: Network, *, plan: Plan, rows: TokenStore, saved: State | None, spare: int
+) -> tuple[Network, Layout, Fit]:
+    """The network as it will be run, the layout of the run, and how it fits into `spare` bytes beside the weights,
+    gradients and optimizer; `plan` brings the tokens of a micro-batch.
+
+    Raises RecipeError when the model cannot recompute and the recipe wants it.
+    """
     network = choose_sharing(network, recipe.machine.share_prefixes, saved=saved)
     tokens = plan.micro_batch_tokens
+    plan = replace(plan, share_prefixes=network.share, horizon=network.horizon)
     if recipe.machine.micro_batch_tokens == "auto" and not saved and network.share:
-        tokens = widen(replace(plan, share_prefixes=network.share, horizon=network.horizon), rows)
-    recomputed = choose_recomputed(recipe, network, tokens=tokens, rows=rows, saved=saved)
-    recompute(network.causal, recomputed)
+        tokens = widen(plan, rows)
+    plan = replace(plan, micro_batch_tokens=tokens if network.segments else 1)  # 1: sequences go alone
+    fit = choose_fit(recipe, network, plan=plan, rows=rows, saved=saved, spare=spare)
+    recompute(network.causal, fit.recomputed)
     layout = Layout(
         dtype=str(network.causal.dtype).removeprefix("torch."),
-        micro_batch_tokens=tokens if network.segments else 1,  # 1: sequences go alone
-        recomputed_layers=recomputed,
+        micro_batch_tokens=fit.plan.micro_batch_tokens,
+        recomputed_layers=fit.recomputed,
         segments=network.segments,
         share_prefixes=network.share,
     )
-    return network, layout
+    return network, layout, fit
 
 
 def choose_tokens(wanted: int | Literal["auto"], device: torch.device, *, saved: State | None) -> int:
@@ -98,25 +126,51 @@ def drops_out(model: nn.Module) -> bool:
     )
 
 
-def choose_recomputed(recipe: Recipe, network: Network, *, tokens: int, rows: TokenStore, saved: State | None) -> int:
-    """How many layers recompute their activations: as the recipe or the checkpoint says, else as few as fit.
+def choose_fit(
+    recipe: Recipe, network: Network, *, plan: Plan, rows: TokenStore, saved: State | None, spare: int
+) -> Fit:
+    """The fastest fit: micro-batches are halved while that saves more time than recomputing layers costs."""
+    wanted = recompute_wish(recipe, network, saved=saved)
+    free = recipe.machine.micro_batch_tokens == "auto" and not saved and network.segments
+    best: Fit | None = None
+    tokens = plan.micro_batch_tokens
+    longest = int(example_lengths(rows).max())
+    while True:
+        fit = measure_fit(network, replace(plan, micro_batch_tokens=tokens), rows, wanted=wanted, spare=spare)
+        if best is not None and fit.rank >= best.rank:
+            return best
+        if not free or tokens <= longest or (fit.holds and not fit.recomputed):
+            return fit
+        best, tokens = fit, max(longest, min(tokens, len(fit.heaviest.ids)) // 2)
 
-    Raises RecipeError when the model cannot recompute and the recipe wants it.
-    """
-    wanted, layers = recipe.machine.activation_checkpointing, len(decoder_layers(network.causal))
-    if wanted is True and not layers:
+
+def recompute_wish(recipe: Recipe, network: Network, *, saved: State | None) -> int | None:
+    """How many layers recompute their activations by recipe, checkpoint or model; None: as few as fit."""
+    wish, layers = recipe.machine.activation_checkpointing, len(decoder_layers(network.causal))
+    if wish is True and not layers:
         what = "this model cannot recompute its activations"
         raise RecipeError(what, where="machine.activation_checkpointing", hint="use auto or false")
-    if isinstance(wanted, bool) or not layers:
-        return layers if wanted is True else 0
-    if saved:
-        return saved.layout.recomputed_layers
-    longest = int(np.diff(rows.sequence_offsets).max())
-    batch = heaviest_batch(network, longest=longest, capacity=tokens)
+    if isinstance(wish, bool) or not layers:
+        return layers if wish is True else 0
+    return saved.layout.recomputed_layers if saved else None
+
+
+def measure_fit(network: Network, plan: Plan, rows: TokenStore, *, wanted: int | None, spare: int) -> Fit:
+    """How the heaviest micro-batch of `plan` fits, with `wanted` recomputed layers or with as few as possible."""
+    heaviest = find_heaviest(plan, rows)
+    layers = len(decoder_layers(network.causal))
     try:
-        footprint = measure(network, batch)
+        footprint = measure(network, heaviest) if layers else None
     except (LookupError, TypeError, ValueError, RuntimeError, MemoryError):
-        return layers  # no room to measure in, or layers that are called in a way not known here: what needs least
-    # The gradients and the optimizer take their share later, and keep it.
-    upcoming = gradient_bytes(network.causal) + optimizer_bytes(network.causal, recipe.optimizer.name)
-    return fewest_recomputed(footprint, free_memory(network.device) - upcoming)
+        footprint = None  # no room to measure in, or layers that are called in a way not known here: what needs least
+    if wanted is None:
+        wanted = layers if footprint is None else fewest_recomputed(footprint, spare)
+    return Fit(plan, wanted, heaviest, footprint, spare, computed=plan.step(1, rows).tokens)
+
+
+def find_heaviest(plan: Plan, rows: TokenStore) -> MicroBatch:
+    """The dearest micro-batch of a run: among those of its first steps, and of the step with the longest sequence."""
+    order = shuffle(plan.examples, seed=plan.seed, epoch=0)[: plan.steps * plan.batch_size]
+    longest = 1 + int(np.argmax(example_lengths(rows)[order])) // plan.batch_size
+    numbers = {*range(1, min(plan.steps, _STEPS_SEEN) + 1), longest}
+    return max((batch for number in sorted(numbers) for batch in plan.step(number, rows).micro_batches), key=cost)

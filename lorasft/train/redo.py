@@ -17,8 +17,10 @@ import torch
 from lorasft.data.packing import MicroBatch
 from lorasft.data.store import TokenStore
 from lorasft.errors import CapacityError
-from lorasft.model.memory import out_of_memory
+from lorasft.model.memory import count_holdings, heaviest_batch, measure
 from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
+from lorasft.model.room import free_memory, out_of_memory
+from lorasft.train.remedies import Shortage, find_remedies
 
 if TYPE_CHECKING:
     from lorasft.train.loop import Run
@@ -78,11 +80,28 @@ def within_memory(run: Run, work: Callable[[Run], Result]) -> tuple[Result, Run]
     while True:
         try:
             return work(run), run
-        except MicroBatchTooLarge as fault:
-            run = tighten(run, fault)
-        gc.collect()  # here the error is gone, and with it the frames that held the tensors of the failed pass
+        except MicroBatchTooLarge as caught:
+            fault = caught.with_traceback(None)
+            fault.__cause__ = fault.__context__ = None
+        gc.collect()  # here the frames are gone that held the tensors of the failed pass
         if run.network.device.type == "cuda":
             torch.cuda.empty_cache()
+        run = tighten(run, fault)
+
+
+def suggest(run: Run, fault: MicroBatchTooLarge) -> str:
+    """A hint with changes under which a run would fit that did not in its leanest layout, where they are computable."""
+    parts = [run.learner.model]
+    ahead = 0 if run.learner.optimizer.state else count_holdings(parts, run.recipe.optimizer.name).upcoming
+    free = free_memory(run.network.device) - ahead
+    try:
+        leanest = measure(run.network, heaviest_batch(run.network, longest=fault.longest, capacity=fault.tokens))
+        spare = min(free, leanest.peak(len(leanest.layers)))  # whatever is said to be free: it was not enough
+        short = Shortage(leanest, spare, tokens=None, recomputed=None)
+        found = find_remedies(run.recipe, run.network, parts, rows=run.rows, short=short)
+    except (LookupError, TypeError, ValueError, RuntimeError, MemoryError):
+        return str(fault.hint)
+    return f"free memory and go on with --resume; or start anew with one of: {'; '.join(found)}"
 
 
 def tighten(run: Run, fault: MicroBatchTooLarge) -> Run:
@@ -97,5 +116,6 @@ def tighten(run: Run, fault: MicroBatchTooLarge) -> Run:
         recompute(run.network.causal, layers)
         run.logbook.note(f"{fault.what}: from here on all {layers} layers recomputed")
     else:
+        fault.hint = suggest(run, fault)
         raise fault
     return replace(run, plan=plan)

@@ -2,6 +2,7 @@
 
 recipe.yaml        the resolved recipe; its presence makes a folder a run
 provenance.json    versions, layout, base and data that the run stands on
+memory.json        what a step was predicted to need, and what the heaviest took when it was rehearsed
 tokens/            what is trained and evaluated on
 metrics.jsonl      one line a step
 checkpoints/       see checkpoint.py
@@ -39,7 +40,9 @@ from lorasft.model.adapter import attach_adapter, check_targets, load_adapter, t
 from lorasft.model.base import check_files, compute_dtype, count_bytes, load_base, make_skeleton, read_config
 from lorasft.model.liger import require_liger, use_liger
 from lorasft.model.loss import Network
+from lorasft.model.memory import count_holdings
 from lorasft.model.recompute import decoder_layers
+from lorasft.model.room import free_memory
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import Recipe, dump_recipe
 from lorasft.train.checkpoint import Learner, State, newest_checkpoint, restore_checkpoint
@@ -50,7 +53,8 @@ from lorasft.train.loop import Run
 from lorasft.train.optimizer import make_optimizer
 from lorasft.train.ranks import ALONE, Ranks
 from lorasft.train.redo import plain_memory_errors
-from lorasft.train.save import save
+from lorasft.train.rehearsal import rehearse
+from lorasft.train.save import current_layout, save
 from lorasft.train.schedule import warmup_steps
 from lorasft.train.trackers import Trackers, check_trackers
 
@@ -105,12 +109,7 @@ def _settle(recipe: Recipe, folder: Path, *, resume: bool, held: ExitStack) -> S
         for name in ("tokens", "checkpoints"):
             if (folder / name).is_dir():
                 remove_folder(folder / name)
-    config = read_config(recipe.model.base, recipe.model.revision)
-    refuse_settings(recipe, config)
-    check_files(recipe.model.base)
-    tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
-    prepared = prepare(recipe.data, recipe.chat, tokenizer=tokenizer, folder=folder / "tokens")
-    refuse_ids(prepared, config)
+    config, tokenizer, prepared = read_inputs(recipe, folder / "tokens")
     checkpoint, saved = None, None
     notices = [f"process {left} ended without a word: it was killed, or the power was lost"] if left else []
     if resume:
@@ -123,12 +122,31 @@ def _settle(recipe: Recipe, folder: Path, *, resume: bool, held: ExitStack) -> S
     return Settled(config, tokenizer, prepared, plan, checkpoint, saved, notices)
 
 
+def read_inputs(recipe: Recipe, folder: Path) -> tuple[Any, Any, Prepared]:
+    """The config, the tokenizer, and the data, prepared in `folder`: all of a run but its weights."""
+    config = read_config(recipe.model.base, recipe.model.revision)
+    refuse_settings(recipe, config)
+    check_files(recipe.model.base)
+    tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
+    prepared = prepare(recipe.data, recipe.chat, tokenizer=tokenizer, folder=folder)
+    refuse_ids(prepared, config)
+    return config, tokenizer, prepared
+
+
 def _load(recipe: Recipe, folder: Path, settled: Settled, *, ranks: Ranks) -> Opened:
     device = PartialState().device
     prepared, tokenizer, plan, saved = settled.prepared, settled.tokenizer, settled.plan, settled.saved
     with ranks.agreed():
         model, network = load_model(recipe, device, saved=saved)
-        network, layout = choose_layout(recipe, network, plan=plan, rows=prepared.train, saved=saved)
+        holdings = count_holdings([model], recipe.optimizer.name)
+        network, layout, fit = choose_layout(
+            recipe,
+            network,
+            plan=replace(plan, processes=ranks.count),
+            rows=prepared.train,
+            saved=saved,
+            spare=free_memory(device) - holdings.upcoming,
+        )
     # All processes must cut a step in the same way.
     layout = replace(layout, micro_batch_tokens=min(ranks.gather(layout.micro_batch_tokens)), processes=ranks.count)
     parameters = trainable(model)
@@ -142,13 +160,7 @@ def _load(recipe: Recipe, folder: Path, settled: Settled, *, ranks: Ranks) -> Op
     run = Run(
         folder=folder,
         recipe=recipe,
-        plan=replace(
-            plan,
-            micro_batch_tokens=layout.micro_batch_tokens,
-            processes=ranks.count,
-            share_prefixes=network.share,
-            horizon=network.horizon,
-        ),
+        plan=replace(fit.plan, micro_batch_tokens=layout.micro_batch_tokens),
         rows=prepared.train,
         held_out=prepared.held_out,
         network=network,
@@ -164,9 +176,14 @@ def _load(recipe: Recipe, folder: Path, settled: Settled, *, ranks: Ranks) -> Op
         ranks=ranks,
     )
     with ranks.agreed():
+        memory, run = rehearse(run, fit, holdings)
+        layout = current_layout(run, layout)
+        state = replace(state, layout=layout)
         if ranks.is_main and not saved:  # from here on there is something to resume: this makes the folder a run
             save(run, state)
             write_start(folder, recipe, prepared, state=state, config=settled.config)
+        if ranks.is_main:
+            memory.write(run)
     notices = [notice] if (notice := compare_with_file(tokenizer)) else []
     unstopped = missing_stop(prepared, network.causal)
     if unstopped is not None:
@@ -179,6 +196,7 @@ def _load(recipe: Recipe, folder: Path, settled: Settled, *, ranks: Ranks) -> Op
         *([] if run.held_out or recipe.data.eval is None else ["no rows are held out: data.eval=FILE names some"]),
         f"model on {device} in {layout.dtype}: {count_bytes(model)}",
         f"activations: {layout.recomputed_layers} of {len(decoder_layers(network.causal))} layers recomputed",
+        str(memory),
     )
     return Opened(run, state, tokenizer, prepared, notes)
 
@@ -193,11 +211,16 @@ def load_model(recipe: Recipe, device: torch.device, *, saved: State | None) -> 
         model = load_adapter(base, start / "adapter" if (start / "recipe.yaml").is_file() else start, trainable=True)
     else:
         model = attach_adapter(base, recipe.adapter, seed=recipe.train.seed)
-    own = recipe.machine.attention if recipe.machine.attention in ("eager", "sdpa") else None
+    own = own_attention(recipe)
     network = verify(model.get_base_model(), segments=saved.layout.segments if saved else own is None)
     if own:
         network.causal.set_attn_implementation(own)
     return model, use_liger(network) if recipe.machine.kernels == "liger" else network
+
+
+def own_attention(recipe: Recipe) -> str | None:
+    """The attention of transformers that the recipe wants, under which sequences go alone."""
+    return recipe.machine.attention if recipe.machine.attention in ("eager", "sdpa") else None
 
 
 def finish(opened: Opened, state: State) -> Path:

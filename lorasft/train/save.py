@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lorasft.errors import CapacityError, RecipeError
 from lorasft.model.recompute import recomputed_layers
-from lorasft.train.checkpoint import State, list_checkpoints, retain, save_checkpoint
+from lorasft.train.checkpoint import Layout, State, list_checkpoints, retain, save_checkpoint
 from lorasft.train.redo import plain_memory_errors
 
 if TYPE_CHECKING:
@@ -19,16 +19,17 @@ if TYPE_CHECKING:
 
 def save(run: Run, state: State) -> State:
     """Secure the metrics, commit a checkpoint, then let go of the ones that are no longer kept."""
-    layout = replace(
-        state.layout,
-        micro_batch_tokens=run.plan.micro_batch_tokens,
-        recomputed_layers=recomputed_layers(run.network.causal),
-    )
-    state = replace(state, metrics_bytes=run.logbook.secure(), layout=layout)
+    state = replace(state, metrics_bytes=run.logbook.secure(), layout=current_layout(run, state.layout))
     save_checkpoint(run.checkpoints, state, run.learner, base=run.recipe.model)
     best = state.best_step if run.recipe.run.keep_best else None
     retain(run.checkpoints, run=state.run, keep=run.recipe.run.keep, best_step=best)
     return state
+
+
+def current_layout(run: Run, layout: Layout) -> Layout:
+    """`layout` as a lack of memory may have changed it meanwhile."""
+    recomputed = recomputed_layers(run.network.causal)
+    return replace(layout, micro_batch_tokens=run.plan.micro_batch_tokens, recomputed_layers=recomputed)
 
 
 class Saves:

@@ -1,0 +1,236 @@
+"""The plan against what it foresees: loaded model, allocator and run; and the rehearsal, which changes no bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from conftest import save_base
+from test_architectures import ARCHITECTURES
+from test_memory import Fills, losses_of, real_peak
+from tiny_tokenizer import save_tokenizer
+
+from lorasft.cli import main
+from lorasft.commands.plan import picture
+from lorasft.data.packing import Step
+from lorasft.model.adapter import attach_adapter
+from lorasft.model.base import load_base, read_config
+from lorasft.model.memory import count_holdings, heaviest_batch, measure
+from lorasft.model.sample import make_sample
+from lorasft.model.selfcheck import verify
+from lorasft.recipe import AdapterSettings, ModelSettings, load_recipe
+from lorasft.train import loop, rehearsal
+from lorasft.train import run as runs
+from lorasft.train.layout import find_heaviest
+from lorasft.train.loop import add_gradients
+from lorasft.train.outlook import foresee
+from lorasft.train.run import open_run
+
+Write = Callable[..., str]
+CPU = torch.device("cpu")
+ADAPTER = AdapterSettings(rank=4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma-3", "gemma-3n", "gpt-2", "qwen-3-moe", "smollm-3", "stablelm"])
+def test_one_layer_of_each_kind_is_measured_like_the_whole_model(name: str) -> None:
+    settings = ModelSettings(base="none", quantization="none", dtype="float32")
+    sample = make_sample(ARCHITECTURES_AND_MORE[name](), settings, ADAPTER, CPU)
+    base = hf.AutoModelForCausalLM.from_config(ARCHITECTURES_AND_MORE[name](), dtype=torch.float32)
+    whole = attach_adapter(base.requires_grad_(False).eval(), ADAPTER, seed=0)
+    assert count_holdings([sample.model, *sample.copies], "adamw") == count_holdings([whole], "adamw")
+    foreseen, loaded = verify(sample.model.get_base_model()), verify(whole.get_base_model())
+    assert (foreseen.segments, foreseen.share, foreseen.head is None) == (
+        loaded.segments,
+        loaded.share,
+        loaded.head is None,
+    )
+    batch = heaviest_batch(loaded, longest=20, capacity=60)
+    assert measure(foreseen, batch) == measure(loaded, batch)
+
+
+ARCHITECTURES_AND_MORE = {**ARCHITECTURES, "stablelm": lambda: hf.StableLmConfig(**SMALL, num_key_value_heads=4)}
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 192,
+    "vocab_size": 384,
+    "max_position_embeddings": 1024,
+}
+GROUPED = {**SMALL, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.2}
+SHAPES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: hf.LlamaConfig(**GROUPED),
+    "qwen3": lambda: hf.Qwen3Config(**GROUPED | {"vocab_size": 6000, "tie_word_embeddings": True}),
+    "gemma2": lambda: hf.Gemma2Config(**GROUPED, sliding_window=64),
+    "moe": lambda: hf.Qwen3MoeConfig(**GROUPED, moe_intermediate_size=96, num_experts=4, num_experts_per_tok=2),
+}
+
+
+def test_a_4_bit_sample_is_the_loaded_model_in_size(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "qwen3")
+    settings = ModelSettings(base=str(base))
+    sample = make_sample(read_config(str(base)), settings, ADAPTER, CPU)
+    whole = attach_adapter(load_base(settings, CPU), ADAPTER, seed=0)
+    assert count_holdings([sample.model, *sample.copies], "adamw8bit") == count_holdings([whole], "adamw8bit")
+    networks = [verify(model.get_base_model()) for model in (sample.model, whole)]
+    batch = heaviest_batch(networks[0], longest=40, capacity=100)
+    assert measure(networks[0], batch) == measure(networks[1], batch)
+
+
+@pytest.mark.parametrize("words", [6, 60], ids=["short rows", "long rows"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_peak_is_foreseen_from_config_and_data(shape: str, words: int, recipe: Write, tmp_path: Path) -> None:
+    """Within 10 % of the allocator's own peak beside the weights, with no layer recomputed and with all.
+
+    In fp32: oneDNN's bf16 products take work space that shows at so small a hidden size, and is not foreseen.
+    """
+    base = tmp_path / "base"
+    hf.AutoModelForCausalLM.from_config(SHAPES[shape]()).to(torch.bfloat16).save_pretrained(base)
+    save_tokenizer(base)
+    texts = [" ".join(str(n * word) for word in range(n % words + 2)) for n in range(40)]
+    rows = [{"prompt": text, "completion": text[: 4 * words]} for text in texts]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for recompute in (False, True):
+        path = recipe(
+            model={"base": str(base), "quantization": "none" if shape == "moe" else "nf4"},
+            adapter={"dropout": 0.0},
+            data={"train": str(tmp_path / "rows.jsonl"), "eval": None, "max_length": 1024},
+            chat={"template": "plain"},
+            run={"output": str(tmp_path / f"run-{recompute}"), "eval_every": None},
+            machine={"micro_batch_tokens": 600, "activation_checkpointing": recompute},
+        )
+        prediction = foresee(load_recipe(path), memory=None).prediction
+        predicted = prediction.total - prediction.holdings.loaded
+        with open_run(load_recipe(path), resume=False) as opened:
+            measured = real_peak(lambda run=opened.run: work_twice(run))  # type: ignore[misc]
+        assert abs(predicted / measured - 1) < 0.1, (recompute, predicted / measured)
+
+
+def work_twice(run: loop.Run) -> None:
+    """The heaviest micro-batch before and after an update, which makes the optimizer's states."""
+    batch = find_heaviest(run.plan, run.rows)
+    step = Step(1, 0.0, batch.examples, (batch,))
+    run.network.causal.train()
+    add_gradients(run, step)
+    run.learner.optimizer.step()
+    add_gradients(run, step)
+
+
+def test_a_plan_needs_no_weights_and_leaves_nothing_behind(
+    recipe: Write, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(base, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["plan", recipe(model={"base": str(bare)}), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["holds"] and said["peak"] == sum(said["bytes"].values()) and said["remedies"] == []
+    assert said["steps"] == 9 and said["duration"]["training"] > 0 and said["micro_batch_tokens"] == 150
+    assert set(tmp_path.rglob("*")) - set(before) == {tmp_path / "recipe.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("machine", "share", "first"),
+    [
+        ({"micro_batch_tokens": 150, "activation_checkpointing": False}, 0.85, "machine.activation_checkpointing=auto"),
+        ({"micro_batch_tokens": "auto"}, 0.4, "optimizer.name=adamw8bit"),
+    ],
+)
+def test_what_is_said_to_make_it_fit_does(
+    machine: dict[str, object], share: float, first: str, recipe: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each change alone; the adapter of this recipe weighs more than its base."""
+    path = recipe(adapter={"rank": 64, "dropout": 0.0}, data={"max_dropped": 1.0}, machine=machine)
+    roomy = foresee(load_recipe(path), memory=4 << 30)
+    tight = roomy.libraries + int(share * roomy.prediction.total)
+    assert main(["plan", path, "--memory", str(tight)]) == 6
+    out, fault = capsys.readouterr()
+    remedies = foresee(load_recipe(path), memory=tight).remedies
+    assert remedies[0] == first and len(remedies) > 1, remedies
+    assert "it fits" not in out and "does not fit" in fault and all(remedy in fault for remedy in remedies)
+    for remedy in remedies:
+        assert foresee(load_recipe(path, [remedy.split()[0]]), memory=tight).holds, remedy
+
+
+def test_less_memory_is_met_by_smaller_micro_batches_and_recomputed_layers(recipe: Write) -> None:
+    path = recipe(adapter={"dropout": 0.0}, machine={"micro_batch_tokens": "auto"}, train={"batch_size": 20})
+    roomy = foresee(load_recipe(path), memory=4 << 30)
+    beside = roomy.libraries + roomy.prediction.holdings.loaded + roomy.prediction.holdings.upcoming
+    fits = [foresee(load_recipe(path), memory=beside + int(room * roomy.prediction.activations)) for room in (1, 0.5)]
+    assert roomy.micro_batch_tokens == 2048 and roomy.recomputed_layers == 0
+    assert all(fit.holds and (fit.micro_batch_tokens < 2048 or fit.recomputed_layers) for fit in fits), fits
+    assert fits[0].prediction.total > fits[1].prediction.total
+
+
+def test_the_picture_keeps_to_the_width_and_to_the_encoding(recipe: Write) -> None:
+    outlook = foresee(load_recipe(recipe()), memory=4 << 30)
+    for width in (40, 80):
+        for memory in (outlook.memory, outlook.libraries // 2):
+            lines = list(picture(replace(outlook, memory=memory), width=width))
+            assert max(map(len, lines)) <= width and len(lines) == 10
+            bars = [line[-1] for line in lines[:-1]]
+            assert bars[-1] in ("░", ".") if memory == outlook.memory else bars[-1] in ("▓", "!")
+
+
+@pytest.mark.parametrize(("text", "size"), [("8GiB", 8 << 30), ("24gb", 24 * 10**9), ("1.5G", 1.5e9), ("4096", 4096)])
+def test_sizes_are_read(text: str, size: float, capsys: pytest.CaptureFixture[str]) -> None:
+    from lorasft.cli import make_parser
+
+    assert make_parser().parse_args(["plan", "tiny", "--memory", text]).memory == size
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", "tiny", "--memory", f"{text}x"])
+    assert "no size like 8GiB" in capsys.readouterr().err
+
+
+def test_a_rehearsed_run_has_the_same_bits(
+    recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With dropout, which draws random numbers; and its record holds what it took."""
+    for name, share in (("plain", 10**9), ("rehearsed", 1)):
+        monkeypatch.setattr(rehearsal, "_SHARE", share)
+        assert main(["train", recipe(run={"output": str(tmp_path / name)})]) == 0
+        assert (") rehearsed: " in capsys.readouterr().err) == (name == "rehearsed")
+    assert losses_of(tmp_path / "plain") == losses_of(tmp_path / "rehearsed")
+    ours, theirs = (tmp_path / name / "adapter/adapter_model.safetensors" for name in ("plain", "rehearsed"))
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert json.loads((tmp_path / "plain/memory.json").read_text())["rehearsal"]["measured"] is None
+    record = json.loads((tmp_path / "rehearsed/memory.json").read_text())
+    seen = record["rehearsal"]
+    assert abs(seen["predicted"] / seen["measured"] - 1) < 0.1
+    assert record["predicted"]["peak"] - seen["predicted"] == record["predicted"]["optimizer"]
+
+
+def test_what_does_not_fit_is_met_before_the_first_step(
+    recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing says that memory is near, and yet the device is smaller: the rehearsal finds the layout that fits."""
+    monkeypatch.setattr(rehearsal, "_SHARE", 1)
+    settings: dict[str, Any] = {"adapter": {"dropout": 0.0}, "train": {"steps": 4}}
+    assert main(["train", recipe(**settings, run={"output": str(tmp_path / "roomy")})]) == 0
+    fills = Fills(80)
+    fills.calls = 1  # the first micro-batch does not pass
+    monkeypatch.setattr(loop, "pair_losses", fills)
+    capsys.readouterr()
+    assert main(["train", recipe(**settings, run={"output": str(tmp_path / "tight")})]) == 0
+    said = capsys.readouterr().err
+    assert said.index("from here on micro-batches of") < said.index("step 1/4") and fills.raised == 1
+    assert losses_of(tmp_path / "tight") == pytest.approx(losses_of(tmp_path / "roomy"), rel=1e-6)
+    layout = json.loads((tmp_path / "tight/provenance.json").read_text())["layout"]
+    heaviest = json.loads((tmp_path / "tight/memory.json").read_text())["heaviest"]
+    assert layout["micro_batch_tokens"] == 75 >= heaviest["tokens"]
+
+
+def test_memory_that_is_near_is_rehearsed_even_for_a_few_steps(recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_run(load_recipe(recipe(train={"steps": 3})), resume=False) as opened:
+        assert opened.notes[-1].startswith("memory: ") and "rehearsed" not in opened.notes[-1]
+    monkeypatch.setattr(runs, "free_memory", lambda device: 3 << 20)
+    near = recipe(train={"steps": 3}, run={"output": str(opened.run.folder) + "-near"})
+    with open_run(load_recipe(near), resume=False) as opened:
+        assert "rehearsed" in opened.notes[-1]
