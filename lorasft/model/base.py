@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils import cached_file
 
 from lorasft.adapter_files import read_adapter_config
 from lorasft.errors import CapacityError, DeviceError, LorasftError, ModelError, UnsafeError
 from lorasft.hub import find_hub, refuse_offline
 from lorasft.model.attention import default_attention
+from lorasft.model.cache import Keep, find_place, keep_base, read_kept
 from lorasft.recipe import ModelSettings
 from lorasft.weight_files import find_weights, read_header
 
@@ -46,36 +50,64 @@ class ByteTable:
         return ", ".join(f"{kind} {size / 1e6:,.1f} MB" for kind, size in kinds if size)
 
 
-def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool = False) -> Any:
+def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool = False, keep: Keep = False) -> Any:
     """The base on `device`, frozen, in evaluation mode, under transformers' own attention.
 
     `streamed`: its weights stay in their files and are read layer by layer, whenever they are computed; not in 4 bit.
+    `keep`: what is quantized is kept for the next start, and taken from there where an earlier one kept it.
     Raises ModelError for files that are no causal language model, UnsafeError where remote code would be needed,
     DeviceError where the device lacks the dtype.
     """
     config = read_config(settings.base, settings.revision)
     check_files(settings.base)
-    dtype = compute_dtype(settings.dtype, device)
+    scheme = nf4_scheme(compute_dtype(settings.dtype, device))
     quantize = settings.quantization == "nf4" and not hasattr(config, "quantization_config")
-    # Only weights that are no safetensors would be written to the scratch folder: there are none.
-    with quiet_progress(), _loading_faults(settings.base), tempfile.TemporaryDirectory() as scratch:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            settings.base,
-            output_loading_info=True,
-            config=config,  # as it was read and cleared: what its file says of attention would win over the argument
-            revision=settings.revision,
-            dtype=dtype,
-            **({"quantization_config": nf4_scheme(dtype)} if quantize else {}),  # None would hide the config's own
-            device_map={"": "disk" if streamed else device},
-            offload_folder=scratch if streamed else None,
-            trust_remote_code=False,
-            use_safetensors=True,
-            attn_implementation=default_attention(config),
-        )
-    if found["missing_keys"]:  # transformers would go on with random numbers
-        names = sorted(found["missing_keys"])
+
+    def read(source: str, **how: Any) -> Any:
+        # Only weights that are no safetensors would be written to the scratch folder: there are none.
+        with quiet_progress(), _loading_faults(settings.base), tempfile.TemporaryDirectory() as scratch:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                source,
+                # As it was read and cleared: what its file says of attention would win over the argument.
+                **({"config": copy.deepcopy(config)} | how),
+                output_loading_info=True,
+                dtype=scheme.bnb_4bit_compute_dtype,
+                device_map={"": "disk" if streamed else device},
+                offload_folder=scratch if streamed else None,
+                trust_remote_code=False,
+                use_safetensors=True,
+                attn_implementation=default_attention(config),
+            )
+        _refuse_missing(sorted(found["missing_keys"]), settings.base)
+        return model
+
+    folder = _find_folder(settings.base, config) if quantize and keep else None
+    place = find_place(folder, scheme, device) if folder else None
+    kept = read_kept(place, partial(read, config=_quantized(config, scheme))) if place else None
+    how = {"quantization_config": scheme} if quantize else {}  # None would hide the config's own
+    model = read(settings.base, revision=settings.revision, **how) if kept is None else kept
+    model.name_or_path = model.config._name_or_path = settings.base
+    _mend_linears(model, device, settings.base)
+    model.requires_grad_(False)
+    if settings.quantization == "nf4":
+        _check_quantized(model)
+    if folder and kept is None:
+        found = find_place(folder, scheme, device)
+        if found and place in (None, found):  # a hub's weights are there by now; others changed meanwhile
+            with quiet_progress():
+                keep_base(model, found, base=folder, wanted=keep)
+    return model
+
+
+def _refuse_missing(names: list[str], base: str) -> None:
+    """Raise ModelError for weights that the files do not have: transformers would go on with random numbers."""
+    if names:
         what = f"the weights have no {names[0]}" + (f" and no {len(names) - 1} others" if names[1:] else "")
-        raise ModelError(what, where=settings.base, hint="download the base again; is config.json that of its weights?")
+        raise ModelError(what, where=base, hint="download the base again; is config.json that of its weights?")
+
+
+def _mend_linears(model: nn.Module, device: torch.device, base: str) -> None:
+    """Keep bitsandbytes from changing weights that are computed with. Raises ModelError where it computes wrongly."""
     for layer in model.modules():
         if isinstance(layer, bnb.nn.Linear4bit):
             # Else an evaluation repacks the weight in place on AVX512-BF16 CPUs, after which gradients are lost and
@@ -85,13 +117,21 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
                 # bitsandbytes 0.50 restarts its constants in every row there: 25 % off, where NF4 costs 9 %.
                 raise ModelError(
                     f"a linear of {layer.in_features} inputs cannot be 4-bit on a CPU",
-                    where=settings.base,
+                    where=base,
                     hint="use model.quantization=none",
                 )
-    model.requires_grad_(False)
-    if settings.quantization == "nf4":
-        _check_quantized(model)
-    return model
+
+
+def _quantized(config: Any, scheme: BitsAndBytesConfig) -> Any:
+    """The config of a checkpoint in which the base is in 4 bit already."""
+    config = copy.deepcopy(config)
+    config.quantization_config = scheme.to_dict()
+    return config
+
+
+def _find_folder(base: str, config: Any) -> Path:
+    """The folder that the base is read from: its own, or where the hub's client puts it."""
+    return Path(cached_file(base, "config.json", revision=getattr(config, "_commit_hash", None))).parent
 
 
 def check_files(base: str) -> None:
@@ -111,9 +151,15 @@ def nf4_scheme(dtype: torch.dtype) -> BitsAndBytesConfig:
 def find_quantized(config: Any) -> list[str]:
     """The linears that `load_base` puts into NF4, by their paths in the model."""
     skeleton = make_skeleton(config)
-    quantizer = AutoHfQuantizer.from_config(nf4_scheme(torch.bfloat16), pre_quantized=False)
-    quantizer.preprocess_model(skeleton, device_map={"": "cpu"}, dtype=torch.bfloat16)
+    quantize_skeleton(skeleton, torch.bfloat16)
     return [path for path, module in skeleton.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
+
+
+def quantize_skeleton(skeleton: nn.Module, dtype: torch.dtype) -> None:
+    """Put the linears that `load_base` puts into NF4 into the place of those of `skeleton`, without weights as well."""
+    quantizer = AutoHfQuantizer.from_config(nf4_scheme(dtype), pre_quantized=False)
+    quantizer.preprocess_model(skeleton, device_map={"": "cpu"}, dtype=dtype)
+    quantizer.postprocess_model(skeleton)
 
 
 def read_config(base: str, revision: str | None = None) -> Any:
