@@ -43,7 +43,9 @@ def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenize
         tokenizer = AutoTokenizer.from_pretrained(
             base, revision=revision, use_fast=True, trust_remote_code=False, local_files_only=local
         )
-    except Exception as fault:  # transformers, its parsers and the hub raise a dozen kinds here
+    except BaseException as fault:  # transformers, its parsers and the hub raise a dozen kinds here
+        if not isinstance(fault, Exception) and type(fault).__name__ != "PanicException":  # the one of tokenizers
+            raise
         if not local:
             refuse_offline(fault, base)
         if "custom code" in str(fault) or "trust_remote_code" in str(fault):
