@@ -126,7 +126,7 @@ class Bench:
         name = draw.choice(list(self.files))
         for other, content in self.files.items():
             (self.base / other).write_bytes(content)
-        (self.base / name).write_bytes(mutate_json(json.loads(self.files[name]), draw, most=1 << 20))
+        (self.base / name).write_bytes(mutate_json(json.loads(self.files[name]), draw, most=64))
         (self.adapter / CONFIG).write_text(json.dumps(self.config), encoding="utf-8")
         (self.adapter / WEIGHTS).write_bytes(self.weights)
         self.try_all(self._tokenize, self._load_base, self._merge)
@@ -200,7 +200,7 @@ def mutate_value(value: Any, draw: random.Random, *, most: float) -> Any:
             *value[at + 1 :],
         ]
     if isinstance(value, int) and draw.random() < 0.5:
-        return value + draw.choice([-1, 1, 8, -value, 1000])
+        return value + draw.choice([-1, 1, 8, -value, 1000 if most > 1000 else 2])
     atoms = [atom for atom in ATOMS if not isinstance(atom, (int, float)) or not atom > most]
     return draw.choice([draw.choice(atoms), draw.choice(atoms), [value], {"a": value}])
 

@@ -44,7 +44,10 @@ class Finding:
 
 
 def run(hub: bool, crash: str | None, trials: int, as_json: bool) -> None:
-    """Print what was found; with `crash`, of runs killed in that folder. Raises DeviceError when a check failed."""
+    """Print what was found; with `crash` kill small runs on the disk of that folder instead.
+
+    Raises DeviceError when a check failed, CapacityError when the disk lost or tore what was saved.
+    """
     if crash is not None:
         campaign.run(crash, trials=trials, as_json=as_json)
         return

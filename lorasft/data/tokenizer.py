@@ -43,7 +43,11 @@ def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenize
         tokenizer = AutoTokenizer.from_pretrained(
             base, revision=revision, use_fast=True, trust_remote_code=False, local_files_only=local
         )
-    except Exception as fault:  # transformers, its parsers and the hub raise a dozen kinds here
+        if getattr(tokenizer, "is_fast", False):
+            tokenizer.backend_tokenizer.encode("a")  # a file at odds with itself shows here
+    except BaseException as fault:  # transformers, its parsers and the hub raise a dozen kinds here
+        if not isinstance(fault, Exception) and type(fault).__name__ != "PanicException":  # the one of tokenizers
+            raise
         if not local:
             refuse_offline(fault, base)
         if "custom code" in str(fault) or "trust_remote_code" in str(fault):
@@ -97,7 +101,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def _plain_reason(fault: Exception, base: str) -> str:
+def _plain_reason(fault: BaseException, base: str) -> str:
     if Path(base).is_dir() and not (Path(base) / "tokenizer.json").is_file():
         return "no tokenizer.json in this folder"
     return f"cannot load the tokenizer: {str(fault).splitlines()[0] if str(fault) else type(fault).__name__}"

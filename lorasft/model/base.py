@@ -68,8 +68,9 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
         with quiet_progress(), _loading_faults(settings.base), tempfile.TemporaryDirectory() as scratch:
             model, found = AutoModelForCausalLM.from_pretrained(
                 source,
+                # As it was read and cleared: what its file says of attention would win over the argument.
+                config=copy.deepcopy(config),  # transformers writes into it
                 output_loading_info=True,
-                config=config,  # as it was read and cleared: what its file says of attention would win
                 **how,
                 dtype=scheme.bnb_4bit_compute_dtype,
                 device_map={"": "disk" if streamed else device},
@@ -78,7 +79,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
                 use_safetensors=True,
                 attn_implementation=default_attention(config),
             )
-        _refuse_missing(found["missing_keys"], settings.base)
+        _refuse_missing(sorted(found["missing_keys"]), settings.base)
         return model
 
     folder = _find_folder(settings.base, config) if quantize and keep else None
@@ -99,11 +100,10 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     return model
 
 
-def _refuse_missing(names: set[str], base: str) -> None:
-    """Raise ModelError for weights that are not there: transformers would go on with random numbers."""
+def _refuse_missing(names: list[str], base: str) -> None:
+    """Raise ModelError for weights that the files do not have: transformers would go on with random numbers."""
     if names:
-        first, *others = sorted(names)
-        what = f"the weights have no {first}" + (f" and no {len(others)} others" if others else "")
+        what = f"the weights have no {names[0]}" + (f" and no {len(names) - 1} others" if names[1:] else "")
         raise ModelError(what, where=base, hint="download the base again; is config.json that of its weights?")
 
 
