@@ -170,6 +170,12 @@ class MachineSettings(_Section):
     )
     share_prefixes: Literal["auto"] | bool = Field(default="auto", description="compute common beginnings once")
     attention: Literal["auto", "segments", "sdpa", "eager"] = Field(default="auto", description="attention backend")
+    kernels: Literal["torch", "liger"] = Field(
+        default="torch", description="liger: its kernels for norms, gated layers and positions, on CUDA"
+    )
+    cache_base: Literal["auto"] | bool = Field(
+        default="auto", description="keep the 4-bit base for the next start; auto: from 64 MB"
+    )
 
 
 class Recipe(_Section):

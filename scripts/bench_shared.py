@@ -76,15 +76,16 @@ def settle() -> int:
     gc.collect()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _status("VmRSS")
+    return status("VmRSS")
 
 
 def peak() -> int:
     """The largest resident size of this process in bytes, since `settle`."""
-    return _status("VmHWM")
+    return status("VmHWM")
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
+    """A size in bytes by its name in proc/self/status."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 

@@ -20,3 +20,7 @@ import bitsandbytes  # noqa: E402, F401
 
 if _hidden:
     del sys.modules["kernels"]
+
+from lorasft.model.quantizer import install_quantizer  # noqa: E402
+
+QUANTIZER = install_quantizer()  # in its place as long as this module lives

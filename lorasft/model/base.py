@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils import cached_file
 
 from lorasft.errors import CapacityError, DeviceError, ModelError, UnsafeError
 from lorasft.model.attention import default_attention
+from lorasft.model.cache import Keep, find_place, keep_base, read_kept
 from lorasft.recipe import ModelSettings
 
 # Above this share of the linear weights left in 16 bits, a "4-bit" model is one in name only (fused experts).
@@ -45,29 +49,52 @@ class ByteTable:
         return ", ".join(f"{kind} {size / 1e6:,.1f} MB" for kind, size in kinds if size)
 
 
-def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool = False) -> Any:
+def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool = False, keep: Keep = False) -> Any:
     """The base on `device`, frozen, in evaluation mode, under transformers' own attention.
 
     `streamed`: its weights stay in their files and are read layer by layer, whenever they are computed; not in 4 bit.
+    `keep`: what is quantized is kept for the next start, and taken from there where an earlier one kept it.
     Raises ModelError for files that are no causal language model, UnsafeError where remote code would be needed,
     DeviceError where the device lacks the dtype.
     """
     config = read_config(settings.base, settings.revision)
-    dtype = compute_dtype(settings.dtype, device)
+    scheme = nf4_scheme(compute_dtype(settings.dtype, device))
     quantize = settings.quantization == "nf4" and not hasattr(config, "quantization_config")
-    # Only weights that are no safetensors would be written to the scratch folder: there are none.
-    with quiet_progress(), _loading_faults(settings.base), tempfile.TemporaryDirectory() as scratch:
-        model = AutoModelForCausalLM.from_pretrained(
-            settings.base,
-            revision=settings.revision,
-            dtype=dtype,
-            **({"quantization_config": nf4_scheme(dtype)} if quantize else {}),  # None would hide the config's own
-            device_map={"": "disk" if streamed else device},
-            offload_folder=scratch if streamed else None,
-            trust_remote_code=False,
-            use_safetensors=True,
-            attn_implementation=default_attention(config),
-        )
+
+    def read(source: str, **how: Any) -> Any:
+        # Only weights that are no safetensors would be written to the scratch folder: there are none.
+        with quiet_progress(), _loading_faults(settings.base), tempfile.TemporaryDirectory() as scratch:
+            return AutoModelForCausalLM.from_pretrained(
+                source,
+                **how,
+                dtype=scheme.bnb_4bit_compute_dtype,
+                device_map={"": "disk" if streamed else device},
+                offload_folder=scratch if streamed else None,
+                trust_remote_code=False,
+                use_safetensors=True,
+                attn_implementation=default_attention(config),
+            )
+
+    folder = _find_folder(settings.base, config) if quantize and keep else None
+    place = find_place(folder, scheme, device) if folder else None
+    kept = read_kept(place, partial(read, config=_quantized(config, scheme))) if place else None
+    how = {"quantization_config": scheme} if quantize else {}  # None would hide the config's own
+    model = read(settings.base, revision=settings.revision, **how) if kept is None else kept
+    model.name_or_path = model.config._name_or_path = settings.base
+    _mend_linears(model, device, settings.base)
+    model.requires_grad_(False)
+    if settings.quantization == "nf4":
+        _check_quantized(model)
+    if folder and kept is None:
+        found = find_place(folder, scheme, device)
+        if found and place in (None, found):  # a hub's weights are there by now; others changed meanwhile
+            with quiet_progress():
+                keep_base(model, found, base=folder, wanted=keep)
+    return model
+
+
+def _mend_linears(model: nn.Module, device: torch.device, base: str) -> None:
+    """Keep bitsandbytes from changing weights that are computed with. Raises ModelError where it computes wrongly."""
     for layer in model.modules():
         if isinstance(layer, bnb.nn.Linear4bit):
             # Else an evaluation repacks the weight in place on AVX512-BF16 CPUs, after which gradients are lost and
@@ -77,13 +104,21 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
                 # bitsandbytes 0.50 restarts its constants in every row there: 25 % off, where NF4 costs 9 %.
                 raise ModelError(
                     f"a linear of {layer.in_features} inputs cannot be 4-bit on a CPU",
-                    where=settings.base,
+                    where=base,
                     hint="use model.quantization=none",
                 )
-    model.requires_grad_(False)
-    if settings.quantization == "nf4":
-        _check_quantized(model)
-    return model
+
+
+def _quantized(config: Any, scheme: BitsAndBytesConfig) -> Any:
+    """The config of a checkpoint in which the base is in 4 bit already."""
+    config = copy.deepcopy(config)
+    config.quantization_config = scheme.to_dict()
+    return config
+
+
+def _find_folder(base: str, config: Any) -> Path:
+    """The folder that the base is read from: its own, or where the hub's client puts it."""
+    return Path(cached_file(base, "config.json", revision=getattr(config, "_commit_hash", None))).parent
 
 
 def nf4_scheme(dtype: torch.dtype) -> BitsAndBytesConfig:

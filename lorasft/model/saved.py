@@ -87,5 +87,6 @@ def load_model(saved: Saved, device: torch.device, *, streamed: bool = False) ->
 
     `streamed`: weights stay in their files and are read a layer at a time, whenever it is computed.
     """
-    base = load_base(saved.model, device, streamed=streamed)
+    keep = saved.recipe.machine.cache_base if saved.recipe else "auto"
+    base = load_base(saved.model, device, streamed=streamed, keep=keep)
     return (load_adapter(base, saved.adapter) if saved.adapter else base).eval()

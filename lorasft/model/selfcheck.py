@@ -41,6 +41,13 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
     return network
 
 
+def probe(network: Network) -> MicroBatch:
+    """A micro-batch of random tokens, of two sequences where the network takes several."""
+    vocabulary = network.causal.config.get_text_config().vocab_size
+    early, late = (_probe(length, vocabulary, seed=1) for length in (_EARLY, _LATE))
+    return _row(early, late) if network.segments else _row(early)
+
+
 def _try_segments(plain: Network) -> Network:
     """Packed equals alone, and another first sequence leaves the losses of the second untouched."""
     vocabulary = plain.causal.config.get_text_config().vocab_size

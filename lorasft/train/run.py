@@ -29,6 +29,7 @@ from lorasft.errors import ModelError, RecipeError
 from lorasft.files import locked, make_folder, remove_folder, staged_folder, sweep, truncate, write_file
 from lorasft.model.adapter import attach_adapter, check_targets, load_adapter, trainable, write_adapter
 from lorasft.model.base import compute_dtype, count_bytes, load_base, make_skeleton, read_config
+from lorasft.model.liger import require_liger, use_liger
 from lorasft.model.loss import Network
 from lorasft.model.memory import count_holdings
 from lorasft.model.recompute import decoder_layers
@@ -181,7 +182,8 @@ def _load(recipe: Recipe, folder: Path, settled: Settled, *, ranks: Ranks) -> Op
 def load_model(recipe: Recipe, device: torch.device, *, saved: State | None) -> tuple[Any, Network]:
     """The PEFT model, in the dtype of the checkpoint where there is one, and what was verified about it."""
     dtype = compute_dtype(saved.layout.dtype if saved else recipe.model.dtype, device)
-    base = load_base(recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")}), device)
+    settled = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    base = load_base(settled, device, keep=recipe.machine.cache_base)
     if recipe.adapter.start:
         start = Path(recipe.adapter.start)
         model = load_adapter(base, start / "adapter" if (start / "recipe.yaml").is_file() else start, trainable=True)
@@ -191,7 +193,7 @@ def load_model(recipe: Recipe, device: torch.device, *, saved: State | None) -> 
     network = verify(model.get_base_model(), segments=saved.layout.segments if saved else own is None)
     if own:
         network.causal.set_attn_implementation(own)
-    return model, network
+    return model, use_liger(network) if recipe.machine.kernels == "liger" else network
 
 
 def own_attention(recipe: Recipe) -> str | None:
@@ -232,6 +234,8 @@ def refuse_settings(recipe: Recipe, config: Any) -> None:
         what = f"adapter.{decided[0]} has no effect with adapter.start, whose own config decides"
         raise RecipeError(what, where=f"adapter.{decided[0]}", hint="leave one of the two out")
     check_trackers(recipe.run.trackers)
+    if recipe.machine.kernels == "liger":
+        require_liger(PartialState().device)
 
 
 def refuse_ids(prepared: Prepared, config: Any) -> None:

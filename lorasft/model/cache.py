@@ -1,0 +1,153 @@
+"""Bases in 4 bit, kept for the next start: a base is quantized once on a machine.
+
+What is kept is bitsandbytes' own kind of checkpoint, which transformers reads, in a folder that nobody else may write.
+It is named after all that decides its bits, never changed once it is there, and hashed whenever it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import BitsAndBytesConfig, GenerationConfig
+
+from lorasft.errors import LorasftError, ModelError
+from lorasft.files import (
+    MANIFEST,
+    fingerprint,
+    make_folder,
+    need_space,
+    remove_folder,
+    staged_folder,
+    verify_folder,
+    write_file,
+)
+from lorasft.terminal import say
+
+Keep = Literal["auto"] | bool
+
+_LEAST = 64 << 20  # bytes of weights below which quantizing takes no time that anyone would see
+_UNUSED_DAYS = 30  # after which a kept base goes when another comes
+_GENERATION = "generation_config.json"
+
+
+def find_place(base: Path, scheme: BitsAndBytesConfig, device: torch.device) -> Path | None:
+    """Where the base in the folder `base` is kept in 4 bit, or would be; None before its weights are there.
+
+    A change anywhere in the weights shows in the time of their files, if not in `fingerprint`.
+    """
+    files = sorted(base.glob("*.safetensors"))
+    root = _find_root()
+    if not files or root is None:
+        return None
+    facts = {
+        "base": fingerprint(base),
+        "files": [(path.name, path.stat().st_mtime_ns) for path in files],
+        "generation": _read_if_there(base / _GENERATION),
+        "scheme": scheme.to_dict(),
+        "device": device.type,
+        "versions": {name: importlib.metadata.version(name) for name in ("transformers", "bitsandbytes")},
+    }
+    return root / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def read_kept(place: Path, read: Callable[[str], Any]) -> Any | None:
+    """What `read` makes of the kept base, or None where none is kept or what is there is damaged.
+
+    The hashes are computed while it is read: both wait for the same bytes.
+    """
+    if not (_is_private(place.parent) and (place / MANIFEST).is_file()) or place.is_symlink():
+        return None
+    with ThreadPoolExecutor(1) as pool:
+        check = pool.submit(verify_folder, place)
+        try:
+            model = read(str(place))
+            check.result()
+        except Exception as fault:  # from bytes that are damaged, anything
+            reason = check.exception() or fault
+            if not isinstance(reason, (ModelError, OSError)):
+                raise
+            say(f"the kept 4-bit base in {place} is damaged ({getattr(reason, 'what', reason)}): it is made again")
+            with suppress(LorasftError, OSError):
+                remove_folder(place)
+            return None
+    with suppress(OSError):
+        os.utime(place)  # the day of its last use
+    return model
+
+
+def keep_base(model: Any, place: Path, *, base: Path, wanted: Keep) -> None:
+    """Save a base that was just quantized to `place`, and say so; or say what is in the way, which is no error.
+
+    The first process of a machine does it. Of two at once, the first one to end has done it.
+    """
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    if (wanted == "auto" and size < _LEAST) or int(os.environ.get("LOCAL_RANK", "0")):
+        return
+    try:
+        if not place.parent.exists():
+            make_folder(place.parent)
+            place.parent.chmod(0o700)
+        if not _is_private(place.parent):
+            raise ModelError(f"it must be yours alone: chmod 700 {place.parent}")
+        need_space(place.parent, 2 * size)
+        with staged_folder(place) as stage:
+            _save(model, stage, base)
+        _forget_unused(place.parent)
+    except (LorasftError, OSError) as fault:
+        if not place.exists():
+            say(f"the 4-bit base is not kept in {place.parent}: {getattr(fault, 'what', fault)}")
+        return
+    say(f"the 4-bit base is kept for the next start: {size / 1e9:.2f} GB in {place} (machine.cache_base=false: never)")
+
+
+def _save(model: Any, stage: Path, base: Path) -> None:
+    """bitsandbytes' own checkpoint, with the base's own generation config, which transformers might not save."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        model.save_pretrained(stage, max_shard_size="500MB")
+    finally:
+        model.generation_config = own
+    (stage / _GENERATION).unlink(missing_ok=True)
+    if (base / _GENERATION).is_file():
+        write_file(stage / _GENERATION, (base / _GENERATION).read_bytes())
+
+
+def _find_root() -> Path | None:
+    places = [os.environ.get("LORASFT_CACHE"), os.environ.get("XDG_CACHE_HOME")]
+    if places[0]:
+        return Path(places[0]) / "bases"
+    try:
+        return (Path(places[1]) if places[1] else Path.home() / ".cache") / "lorasft" / "bases"
+    except RuntimeError:  # nobody's home
+        return None
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether `folder` is there, ours, and open to nobody else."""
+    with suppress(OSError):
+        found = folder.stat()
+        return folder.is_dir() and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+    return False
+
+
+def _forget_unused(root: Path) -> None:
+    """Remove kept bases, and what killed processes left of theirs, that nothing has used for a month."""
+    for path in root.iterdir():
+        ours = re.fullmatch(r"(\.(stage|trash)-)?[0-9a-f]{32}(-.*)?", path.name) and not path.is_symlink()
+        if ours and time.time() - path.stat().st_mtime > _UNUSED_DAYS * 86400:
+            remove_folder(path)
+
+
+def _read_if_there(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
