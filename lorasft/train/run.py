@@ -185,20 +185,25 @@ def load_model(recipe: Recipe, device: torch.device, *, saved: State | None) -> 
     settled = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     base = load_base(settled, device, keep=recipe.machine.cache_base)
     if recipe.adapter.start:
-        start = Path(recipe.adapter.start)
-        model = load_adapter(base, start / "adapter" if (start / "recipe.yaml").is_file() else start, trainable=True)
+        model = load_adapter(base, adapter_folder(recipe.adapter.start), trainable=True)
     else:
         model = attach_adapter(base, recipe.adapter, seed=recipe.train.seed)
-    own = own_attention(recipe)
+    return model, probe(recipe, model, saved=saved)
+
+
+def adapter_folder(start: str) -> Path:
+    """The adapter that `adapter.start` names: itself, or that of a run."""
+    folder = Path(start)
+    return folder / "adapter" if (folder / "recipe.yaml").is_file() else folder
+
+
+def probe(recipe: Recipe, model: Any, *, saved: State | None) -> Network:
+    """What is verified about the PEFT model `model`, under the attention and the kernels that the recipe wants."""
+    own = recipe.machine.attention if recipe.machine.attention in ("eager", "sdpa") else None
     network = verify(model.get_base_model(), segments=saved.layout.segments if saved else own is None)
     if own:
         network.causal.set_attn_implementation(own)
-    return model, use_liger(network) if recipe.machine.kernels == "liger" else network
-
-
-def own_attention(recipe: Recipe) -> str | None:
-    """The attention of transformers that the recipe wants, under which sequences go alone."""
-    return recipe.machine.attention if recipe.machine.attention in ("eager", "sdpa") else None
+    return use_liger(network) if recipe.machine.kernels == "liger" else network
 
 
 def finish(opened: Opened, state: State) -> Path:
