@@ -73,11 +73,12 @@ SHAPES: dict[str, Callable[[], Any]] = {
 }
 
 
-def test_a_4_bit_sample_is_the_loaded_model_in_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapter", [ADAPTER, AdapterSettings(rank=4, dora=True, modules_to_save=("lm_head",))])
+def test_a_4_bit_sample_is_the_loaded_model_in_size(adapter: AdapterSettings, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "qwen3")
     settings = ModelSettings(base=str(base))
-    sample = make_sample(read_config(str(base)), settings, ADAPTER, CPU)
-    whole = attach_adapter(load_base(settings, CPU), ADAPTER, seed=0)
+    sample = make_sample(read_config(str(base)), settings, adapter, CPU)
+    whole = attach_adapter(load_base(settings, CPU), adapter, seed=0)
     assert count_holdings([sample.model, *sample.copies], "adamw8bit") == count_holdings([whole], "adamw8bit")
     networks = [verify(model.get_base_model()) for model in (sample.model, whole)]
     batch = heaviest_batch(networks[0], longest=40, capacity=100)

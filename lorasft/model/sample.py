@@ -47,8 +47,8 @@ def make_sample(config: Any, settings: ModelSettings, adapter: AdapterSettings, 
     twins = {id(layer): first[layer_kind(layer)] for layer in layers}
     copies = [layer for layer in layers if twins[id(layer)] is not layer]
     idle = {id(module) for layer in copies for module in layer.modules()}
-    used = (*base.get_decoder().modules(), base.get_output_embeddings())
-    _fill(base, [module for module in used if module is not None and id(module) not in idle], device=device)
+    used = [*base.get_decoder().modules(), *base.get_output_embeddings().modules()]
+    _fill(base, [module for module in used if id(module) not in idle], device=device)
     for layer in copies:
         vars(layer).update(vars(copy.copy(twins[id(layer)])))
     return Sample(model, tuple(copies))
