@@ -83,6 +83,13 @@ def make_parser() -> argparse.ArgumentParser:
     recipes.add_argument("name", nargs="?", help="of a shipped recipe")
     recipes.add_argument("to", nargs="?", help="file to copy to (default: ./NAME.yaml)")
     recipes.add_argument("--json", action="store_true", help="the list as JSON")
+
+    doctor = verbs.add_parser("doctor", help="is this machine fit for a run")
+    doctor.add_argument(
+        "--crash", required=True, metavar="DIR", help="kill small runs on the disk of DIR, compare bits"
+    )
+    doctor.add_argument("--trials", type=_positive, default=50, metavar="N", help="of --crash (default: 50)")
+    doctor.add_argument("--json", action="store_true", help="what was found as JSON")
     return top
 
 

@@ -2,8 +2,8 @@
 
 A folder is committed in this order: write and fsync its files in a stage beside the target, write a manifest
 with their hashes, fsync the stage, rename it, fsync the parent. Whatever is killed when, a folder under its
-final name is complete and verifies. `about_to` is called before each effect, so that a test can kill the
-process at the n-th one.
+final name is complete and verifies. `effect` stands around each effect, so that a test can kill the process before
+or after the n-th one, let it fail, cut it short, slow it down or write it down.
 """
 
 from __future__ import annotations
@@ -15,40 +15,51 @@ import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from lorasft.errors import CapacityError, ModelError, RecipeError
 
 MANIFEST = "manifest.json"
 STAGE = ".stage-"
 TRASH = ".trash-"
-_WRONG_PLACE = {errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS}
+LOCK = "run.lock"
+HALF_DONE = re.compile(r"\.(stage|trash)-.+-[0-9a-f]{8}")  # what this file calls its stages and trash
+_WRONG_PLACE = {errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS,
+                errno.ELOOP}  # fmt: skip
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}
 
 
-def about_to(effect: str, path: Path) -> None:
-    """Called before each effect on the disk. Does nothing here; the crash tests put a kill in its place."""
+@contextlib.contextmanager
+def effect(kind: str, *paths: Path) -> Iterator[None]:
+    """Stands around each effect on the disk and does nothing. The fault campaigns put their own in its place."""
+    yield
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """Create `path`, yield it to be written, and fsync it. It must not exist: nothing is written in place."""
-    about_to("create", path)
-    with _disk(path), open(path, "xb") as file:
-        yield file
-        file.flush()
-        about_to("fsync", path)
-        os.fsync(file.fileno())
+    with _disk(path):
+        with effect("create", path):
+            path.touch(exist_ok=False)
+        with open(path, "wb") as file:
+            yield file
+            file.flush()
+            _sync(file.fileno(), path)
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Create `path` with `content` and fsync it."""
-    with new_file(path) as file:
-        about_to("write", path)
+    """Create `path` with `content`, fsync it and read it back. Raises CapacityError where the disk differs."""
+    with new_file(path) as file, effect("write", path):
         file.write(content)
+        file.flush()
+    with _disk(path):
+        if sha256(path) != hashlib.sha256(content).hexdigest():
+            raise CapacityError("the disk did not keep what was written", where=str(path))
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -58,31 +69,38 @@ def replace_file(path: Path, content: bytes) -> None:
     rename(stage, path)
 
 
-def append_line(path: Path, line: str) -> None:
-    """Append one line of text to a log. A kill may leave the last line short; readers drop it."""
-    about_to("append", path)
-    with _disk(path), open(path, "ab") as file:
-        file.write(line.encode() + b"\n")
+def append(path: Path, content: bytes, *, at: int) -> None:
+    """Write `content` at byte `at` of a log, which ends there: what stands behind, of a lost write, is cut off.
+
+    A kill may leave the last line short; readers drop it. No link is followed.
+    """
+    with _disk(path), effect("append", path), open(path, "ab", opener=_open_no_link) as file:
+        file.truncate(at)
+        file.write(content)
 
 
-def truncate(path: Path, size: int) -> None:
-    """Cut a log back to `size` bytes."""
-    about_to("truncate", path)
-    os.truncate(path, size)
+def sync_log(path: Path) -> None:
+    """fsync a log that was appended to, and its name."""
+    with _disk(path):
+        _sync_file(path)
+        _sync_folder(path.parent)
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents; an existing one is fine."""
-    about_to("make folder", path)
+    """Create a folder and its parents, with their names on the disk; an existing one is fine."""
     with _disk(path):
-        path.mkdir(parents=True, exist_ok=True)
+        for folder in reversed([folder for folder in (path, *path.parents) if not folder.exists()]):
+            with effect("make folder", folder):
+                folder.mkdir(exist_ok=True)
+            _sync_folder(folder.parent)
+        path.mkdir(exist_ok=True)  # refuses what is there and no folder
 
 
 def rename(source: Path, target: Path) -> None:
     """Rename and fsync the folder that holds the name."""
-    about_to("rename", target)
     with _disk(target):
-        Path(source).replace(target)
+        with effect("rename", source, target):
+            source.replace(target)
         _sync_folder(target.parent)
 
 
@@ -97,13 +115,13 @@ def staged_file(target: Path) -> Iterator[Path]:
     stage = target.with_name(f"{STAGE}{target.name}-{secrets.token_hex(4)}")
     try:
         with _disk(target):
-            about_to("write", stage)
-            yield stage
+            with effect("write", stage):
+                yield stage
             _sync_file(stage)
         refuse_existing(target)
         rename(stage, target)
     except BaseException:
-        stage.unlink(missing_ok=True)
+        _remove(stage)
         raise
 
 
@@ -117,17 +135,19 @@ def staged_folder(target: Path, *, hashes: Mapping[str, str] | None = None) -> I
     refuse_existing(target)
     make_folder(target.parent)
     for left in target.parent.glob(f"{STAGE}{glob.escape(target.name)}-*"):
-        with _held(left) as ours:
-            if ours:
-                shutil.rmtree(left)
+        if HALF_DONE.fullmatch(left.name) and left.is_dir() and not left.is_symlink():
+            with _held(left) as ours:
+                if ours:
+                    _remove(left)
     stage = target.with_name(f"{STAGE}{target.name}-{secrets.token_hex(4)}")
-    make_folder(stage)
     try:
+        make_folder(stage)
         with _held(stage):
             yield stage
-            commit_folder(stage, target, hashes=hashes or {})
+            with _disk(target):
+                commit_folder(stage, target, hashes=hashes or {})
     except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
+        _remove(stage)
         raise
 
 
@@ -135,7 +155,6 @@ def commit_folder(stage: Path, target: Path, *, hashes: Mapping[str, str]) -> No
     """fsync every file of `stage`, write its manifest, and rename it to `target`."""
     entries = {}
     for path in sorted(path for path in stage.rglob("*") if path.is_file()):
-        about_to("fsync", path)
         _sync_file(path)
         name = path.relative_to(stage).as_posix()
         entries[name] = {"bytes": path.stat().st_size, "sha256": hashes.get(name) or sha256(path)}
@@ -156,56 +175,94 @@ def refuse_existing(target: Path) -> None:
 def verify_folder(folder: Path) -> None:
     """Compare a committed folder with its manifest. Raises ModelError naming the first file that differs."""
     try:
-        entries = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError) as fault:
+        entries = {
+            str(name): (entry["bytes"], entry["sha256"]) for name, entry in _read_json(folder / MANIFEST).items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as fault:
         raise ModelError(f"no readable {MANIFEST}: {fault}", where=str(folder)) from None
-    for name, entry in entries.items():
+    for name, (size, digest) in entries.items():
         path = folder / name
+        if ".." in path.parts or not path.is_relative_to(folder) or path.is_symlink():
+            raise ModelError(f"{name} is not in the folder", where=str(folder))
         if not path.is_file():
             raise ModelError(f"{name} is missing", where=str(folder))
-        if path.stat().st_size != entry["bytes"]:
-            raise ModelError(f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}", where=str(folder))
-        if sha256(path) != entry["sha256"]:
+        try:
+            found = path.stat().st_size, sha256(path)
+        except OSError as fault:
+            raise ModelError(f"cannot read {name}: {fault.strerror}", where=str(folder)) from None
+        if found[0] != size:
+            raise ModelError(f"{name} has {found[0]} bytes, not {size}", where=str(folder))
+        if found[1] != digest:
             raise ModelError(f"{name} does not match its hash", where=str(folder))
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def remove_folder(folder: Path) -> None:
     """Delete a folder: out of sight by one rename first, so that a kill leaves no half of it. Never follows a link."""
     trash = folder.with_name(f"{TRASH}{folder.name}-{secrets.token_hex(4)}")
     rename(folder, trash)
-    about_to("remove", trash)
-    shutil.rmtree(trash)
+    _remove(trash)
 
 
 def sweep(folder: Path) -> None:
     """Remove what a killed process left half done in `folder`: stages and trash, by their names."""
-    if not folder.is_dir():
-        return
-    for path in folder.iterdir():
-        if path.name.startswith((STAGE, TRASH)) and not path.is_symlink():
-            about_to("remove", path)
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if HALF_DONE.fullmatch(path.name):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Delete a stage or trash. What cannot be deleted now is swept at the next start."""
+    with contextlib.suppress(OSError), effect("remove", path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One writer per run folder. The system releases the lock when its holder dies, also by SIGKILL."""
-    path = folder / "run.lock"
-    with open(path, "a+", encoding="utf-8") as file:
+def locked(folder: Path) -> Iterator[str]:
+    """One writer per run folder. The system releases the lock when its holder dies, also by SIGKILL.
+
+    Yields the process that held it before and never let go in order, else nothing.
+    """
+    with _disk(folder / LOCK):
+        file = open(folder / LOCK, "a+", encoding="ascii", errors="replace", opener=_open_no_link)  # noqa: SIM115
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip()
+        except BlockingIOError:
             raise RecipeError(
-                f"another process is writing this run folder (process {holder})",
+                f"another process is writing this run folder (process {_read_holder(file)})",
                 where=str(folder),
                 hint="wait for it, or give another run.output=FOLDER",
             ) from None
+        left = _read_holder(file)
+        with _disk(folder / LOCK):
+            _write_holder(file, str(os.getpid()))
+        try:
+            yield left
+        finally:
+            with contextlib.suppress(OSError):
+                _write_holder(file, "")
+
+
+def _read_holder(file: TextIO) -> str:
+    file.seek(0)
+    return "".join(filter(str.isdigit, file.read(20)))
+
+
+def _write_holder(file: TextIO, holder: str) -> None:
+    with effect("lock", Path(file.name)):
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(holder)
         file.flush()
-        yield
 
 
 def sha256(path: Path) -> str:
@@ -276,14 +333,31 @@ def _held(folder: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def _sync(descriptor: int, path: Path) -> None:
+    with effect("fsync", path):
+        os.fsync(descriptor)
+
+
 def _sync_file(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _sync(descriptor, path)
     finally:
         os.close(descriptor)
 
 
 def _sync_folder(path: Path) -> None:
-    about_to("fsync folder", path)
-    _sync_file(path)
+    """fsync the names in a folder. Where the system knows no such thing, a power loss may take the newest names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with effect("fsync folder", path):
+            os.fsync(descriptor)
+    except OSError as fault:
+        if fault.errno not in _NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(descriptor)

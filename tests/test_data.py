@@ -16,7 +16,7 @@ from tiny_tokenizer import TEMPLATE, save_tokenizer
 from lorasft import cli
 from lorasft.data.chat import Encoder
 from lorasft.data.examples import Example, held_out_below, read_examples
-from lorasft.data.prepare import open_prepared, prepare, store_key
+from lorasft.data.prepare import list_ingredients, make_key, open_prepared, prepare
 from lorasft.data.report import BadRows, Report
 from lorasft.data.rows import LARGEST_ROW, Place
 from lorasft.data.store import StoreWriter, map_store, pack_examples
@@ -405,7 +405,7 @@ def test_every_ingredient_changes_the_key(
 
     def key(data: DataSettings = data, chat: ChatSettings = chat, folder: Path = tokenizer_folder) -> str:
         encoder = Encoder(load_tokenizer(str(folder)), chat, data=data, report=Report())
-        return store_key(data, chat, encoder=encoder)
+        return make_key(list_ingredients(data, chat, encoder=encoder))
 
     first = key()
     assert key() == first

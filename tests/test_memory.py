@@ -266,7 +266,8 @@ def test_a_resumed_run_keeps_its_layers_unless_the_recipe_states_otherwise(
         patch.setattr(runs, "free_memory", lambda device: 0)
         patch.setattr(loop, "take_step", stop_after(4))
         assert main(["train", path]) == 130
-    assert read_state(tmp_path / "run/checkpoints/step-000003").layout.recomputed_layers == 1  # the lowest peak
+    kept = read_state(tmp_path / "run/checkpoints/step-000003", run=None).layout
+    assert kept.recomputed_layers == 1  # the lowest peak
     with monkeypatch.context() as patch:
         patch.setattr(loop, "take_step", stop_after(0))
         for setting, count in (("auto", 1), ("false", 0), ("true", 2)):
@@ -346,7 +347,7 @@ def test_a_run_survives_running_out_of_memory_with_the_same_losses(
     assert 0 < fills.raised < 5 and "out of memory with" in said and "from here on micro-batches of" in said
     want, got = losses_of(tmp_path / "roomy"), losses_of(tmp_path / "tight")
     assert got == pytest.approx(want, rel=1e-6) and len(got) == len(want)
-    kept = read_state(sorted((tmp_path / "tight/checkpoints").iterdir())[-1]).layout
+    kept = read_state(sorted((tmp_path / "tight/checkpoints").iterdir())[-1], run=None).layout
     assert kept.micro_batch_tokens < 150 and kept.recomputed_layers == (2 if fills.tokens == 40 else 0)
     assert ("from here on all 2 layers recomputed" in said) == (fills.tokens == 40)
 

@@ -23,6 +23,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.tracking import GeneralTracker
+from fault_states import full_in, with_fault
 from safetensors.torch import load_file, save_file
 from test_oracles import Rows, differences, gradients, oracle, ours, plain_step
 from test_train import metrics, run_folder
@@ -32,7 +34,7 @@ from lorasft.data.packing import Plan, cut, share
 from lorasft.errors import ModelError
 from lorasft.files import verify_folder
 from lorasft.recipe import load_recipe
-from lorasft.train import loop
+from lorasft.train import loop, trackers
 from lorasft.train import ranks as ranks_module
 from lorasft.train import run as runs
 from lorasft.train.checkpoint import Learner
@@ -183,13 +185,14 @@ def test_a_run_through_torchrun_is_the_run_of_one_process(recipe: Write, tmp_pat
 
 def test_all_processes_end_with_the_same_parameters(recipe: Write, tmp_path: Path) -> None:
     """Bit for bit, with dropout that differs between them."""
-    settings = load_recipe(recipe())
+    settings = load_recipe(recipe(run={"trackers": ["tensorboard"]}))
 
     def act(rank: int) -> None:
+        trackers.start_trackers = lambda *_: [Accelerator(), GeneralTracker(_blank=True)][1:]
+        runs.check_trackers = lambda names: None
         with join() as ranks, runs.open_run(settings, resume=False, ranks=ranks) as opened:
-            opened.run.logbook.trackers = Accelerator()
             loop.train(opened.run, opened.state)
-            opened.run.logbook.close()  # must not part the processes
+            opened.run.logbook.close()  # of trackers, in the first alone: must not part the processes
             parameters = {name: tensor.detach() for name, tensor in opened.run.learner.parameters.items()}
             save_file(parameters, tmp_path / f"{rank}.safetensors")
 
@@ -304,3 +307,28 @@ def test_a_signal_to_one_stops_all_after_the_same_step(recipe: Write, tmp_path: 
     stopped = re.findall(r"stopped after step (\d+) of", launch.said())
     assert len(stopped) == 1
     verify_folder(run_folder(path) / f"checkpoints/step-{int(stopped[0]):06d}")
+
+
+def test_sigusr1_to_one_saves_once_and_all_go_on(recipe: Write) -> None:
+    path = recipe(train={"epochs": 30}, run={"save_every": None, "save_minutes": None, "keep": 9})
+    launch = Launch(run_folder(path).parent, lambda rank: main(["train", path]))
+    log = run_folder(path) / "metrics.jsonl"
+    while not log.exists() or log.read_bytes().count(b"\n") < 5:
+        time.sleep(0.002)
+    os.kill(launch.pids[1], signal.SIGUSR1)
+    assert launch.codes(60) == [0, 0], launch.said()
+    saved = sorted(folder.name for folder in (run_folder(path) / "checkpoints").iterdir())
+    assert len(saved) == 3 and saved[0] == "step-000000" and saved[-1] == "step-000090"
+
+
+def test_a_disk_that_fails_twice_in_the_first_process_ends_both_with_its_words(recipe: Write) -> None:
+    path = recipe(run={"save_every": 2})
+
+    def act(rank: int) -> int:
+        with with_fault(full_in("step-000004", "step-000006")):
+            return main(["train", path])
+
+    launch = Launch(run_folder(path).parent, act)
+    assert launch.codes(30) == [6, 6], launch.said()
+    assert launch.said().count("error:") == 1 and "the second in a row" in launch.said()
+    verify_folder(run_folder(path) / "checkpoints/step-000002")

@@ -16,6 +16,7 @@ FLOORS = [
     {"data"},
     {"model"},
     {"train", "merge", "export"},
+    {"faults"},
     {"commands"},
     {"cli"},
     {"__main__"},
@@ -27,7 +28,7 @@ ROOMS = {
     "peft": {"model", "merge"},
     "bitsandbytes": {"model", "merge", "train"},
     "accelerate": {"train", "merge", "commands"},
-    "transformers": {"data", "model", "train", "merge", "export"},
+    "transformers": {"data", "model", "train", "merge", "export", "faults"},
     "gguf": {"export"},
     "yaml": {"strict_yaml"},
     "pydantic": {"recipe", "recipe_faults", "adapter_files"},
@@ -87,3 +88,52 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+# Every effect on the disk goes through files.py. What else writes: libraries, into a stage that files.py commits, or
+# into a temporary folder that nobody keeps.
+WRITERS = {
+    "data/store.py": {"open", "mkdir", "write_text"},  # the flat files of a store, in the stage of prepare
+    "export/gguf_file.py": {"open"},  # appends to the stage of staged_file
+    "faults/subject.py": {"save_pretrained", "write_text"},  # a base that is made to be thrown away
+    "faults/trial.py": {"open", "rmtree", "truncate", "unlink"},  # the faults themselves, and their words
+    "commands/crash.py": {"TemporaryDirectory"},
+    "commands/export.py": {"TemporaryDirectory"},
+    "merge/folder.py": {"copyfile", "rmtree"},  # in the stage of the merge
+    "merge/requantize.py": {"save_pretrained", "chmod"},  # in the stage of the merge
+    "merge/writer.py": {"write"},  # into a file of files.new_file
+    "model/base.py": {"TemporaryDirectory"},
+    "model/cache.py": {"chmod", "save_pretrained", "unlink"},  # in the stage of a kept base, whose folder is private
+    "train/outlook.py": {"TemporaryDirectory"},  # the data of a plan
+    "train/run.py": {"save_pretrained"},  # tokenizer and generation config, in the stage of the adapter
+}
+EFFECTS = {"write_text", "write_bytes", "unlink", "rmtree", "rmdir", "mkdir", "makedirs", "touch", "truncate",
+           "symlink", "symlink_to", "hardlink_to", "link", "chmod", "copyfile", "copytree", "copy2", "move",
+           "save_file", "tofile", "save_pretrained", "save_model", "TemporaryDirectory", "mkstemp"}  # fmt: skip
+OWNED = {("os", "write"), ("os", "pwrite"), ("os", "remove"), ("os", "replace"), ("os", "ftruncate"), ("torch", "save")}
+
+
+def effects(path: Path) -> Iterator[str]:
+    """The names of calls in a file that write to the disk, or delete from it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        method = isinstance(node.func, ast.Attribute)
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        owner = getattr(getattr(node.func, "value", None), "id", "")
+        values = [*node.args, *(word.value for word in node.keywords)]
+        texts = [one.value for one in values if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+        opened = name == "open" and any(set(text) <= set("rwxab+t") and set(text) & set("wxa+") for text in texts)
+        # A path's `replace` takes one argument, that of a text two.
+        renamed = method and (name == "rename" or (name == "replace" and len(values) == 1))
+        if name in EFFECTS or opened or renamed or (owner, name) in OWNED:
+            yield name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_effect_on_the_disk_goes_through_files(path: Path) -> None:
+    here = path.relative_to(PACKAGE).as_posix()
+    if here != "files.py":
+        found = set(effects(path))
+        assert found <= WRITERS.get(here, set()), f"{found} in {here}: use lorasft/files.py"
+        assert found >= WRITERS.get(here, set()), f"{here} does not do that any more"

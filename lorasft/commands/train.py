@@ -30,8 +30,9 @@ def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
             if ranks.is_main:
                 _introduce(opened)
             state = train(opened.run, opened.state)
+            with ranks.agreed():
+                adapter = finish(opened, state) if ranks.is_main else None
             if ranks.is_main:
-                adapter = finish(opened, state)
                 _show_answers(opened)
                 say(f"done in {time.monotonic() - started:.0f} s; adapter in {adapter}")
                 say(f"next: lorasft chat {settings.run.output}    lorasft merge {settings.run.output} --out merged")

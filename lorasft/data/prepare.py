@@ -24,7 +24,7 @@ from lorasft.data.store import Packed, StoreWriter, TokenStore, map_store, pack_
 from lorasft.data.tokens import Tokens
 from lorasft.data.workers import available_workers, map_blocks
 from lorasft.errors import DataError, ModelError
-from lorasft.files import remove_folder, sha256, staged_folder, verify_folder
+from lorasft.files import remove_folder, sha256, staged_folder, verify_folder, write_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -72,7 +72,8 @@ def prepare(
     """
     report = Report()
     encoder = Encoder(tokenizer, chat, data=data, report=report)
-    key = store_key(data, chat, encoder=encoder)
+    ingredients = list_ingredients(data, chat, encoder=encoder)
+    key = make_key(ingredients)
     target = folder / key[:16]
     if target.exists():
         try:
@@ -83,12 +84,13 @@ def prepare(
         samples, learned_special = _write(stage, data, encoder, workers or available_workers())
         record = {
             "key": key,
+            "ingredients": ingredients,
             "samples": [asdict(sample) for sample in samples],
             "report": vars(report) | {"lengths": list(report.lengths)},
             "stop_ids": encoder.stop_ids,
             "learned_special": sorted(learned_special),
         }
-        (stage / "prepared.json").write_text(json.dumps(record), encoding="utf-8")
+        write_file(stage / "prepared.json", json.dumps(record).encode())
     return _open(target)
 
 
@@ -115,11 +117,25 @@ def _open(folder: Path) -> Prepared:
     )
 
 
-def store_key(data: DataSettings, chat: ChatSettings, *, encoder: Encoder) -> str:
-    """SHA-256 over everything that the tokens are made from. Raises DataError when a source is missing."""
+def read_ingredients(folder: Path, key: str) -> dict[str, Any]:
+    """What the tokens in `folder/<key>` were made from; nothing when they are gone."""
+    try:
+        record = json.loads((folder / key[:16] / "prepared.json").read_bytes())
+        return dict(record["ingredients"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def make_key(ingredients: dict[str, Any]) -> str:
+    """SHA-256, in hex."""
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+
+
+def list_ingredients(data: DataSettings, chat: ChatSettings, *, encoder: Encoder) -> dict[str, Any]:
+    """Everything that the tokens are made from, as JSON values. Raises DataError when a source is missing."""
     tokenizer = encoder.turns.tokenizer
     eval_sources = data.eval if isinstance(data.eval, tuple) else ()
-    ingredients = {
+    return {
         "schema": SCHEMA,
         "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "jinja2", "transformers")},
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
@@ -128,14 +144,14 @@ def store_key(data: DataSettings, chat: ChatSettings, *, encoder: Encoder) -> st
         "probe": encoder.turns.probe_text,  # holds today's date where the template writes it
         "chat": chat.model_dump(mode="json"),
         "data": data.model_dump(mode="json"),
-        "files": [_source_hashes(source) for source in (*data.train, *eval_sources)],
+        "files": dict(entry for source in (*data.train, *eval_sources) for entry in _source_hashes(source)),
     }
-    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
 
-def _source_hashes(source: DataSource) -> list[list[str]]:
+def _source_hashes(source: DataSource) -> list[tuple[str, str]]:
     files = source_files(source.path)
-    return [[str(file), sha256(file)] for file in files] or [[source.path, str(load_hub(source)._fingerprint)]]
+    name = " ".join(filter(None, (source.path, source.config, source.split)))
+    return [(str(file), sha256(file)) for file in files] or [(name, str(load_hub(source)._fingerprint))]
 
 
 def encode_sources(data: DataSettings, *, encoder: Encoder) -> Iterator[tuple[Example, tuple[Tokens, ...], bool]]:

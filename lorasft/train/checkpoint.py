@@ -8,18 +8,21 @@ checkpoints/step-000200/   adapter_model.safetensors, adapter_config.json   the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lorasft.data.prefixes import Sharing
 from lorasft.errors import DivergedError, LorasftError, ModelError
-from lorasft.files import remove_folder, staged_folder, verify_folder, write_file
+from lorasft.files import remove_folder, rename, staged_folder, verify_folder, write_file
 from lorasft.model.adapter import adapter_weights, give_weights, read_adapter_weights, write_adapter
 from lorasft.recipe import ModelSettings
 from lorasft.train.optimizer import optimizer_state, restore_optimizer
@@ -47,6 +50,7 @@ class State:
     data: str  # the key of the tokens that are trained on
     metrics_bytes: int  # length of metrics.jsonl: what a resumed run cuts it back to
     layout: Layout
+    run: str = ""  # which run this is: another one's checkpoints are neither gone on from nor deleted
     best_step: int | None = None
     best_loss: float | None = None
 
@@ -65,6 +69,10 @@ def save_checkpoint(folder: Path, state: State, learner: Learner, *, base: Model
     tensors, numbers = optimizer_state(learner.optimizer, learner.parameters)
     _refuse_non_finite({**adapter_weights(learner.model), **tensors})
     target = folder / f"step-{state.step:06d}"
+    if (
+        target.exists() or target.is_symlink()
+    ):  # damaged, or another run's: skipped at the start, and not ours to delete
+        rename(target, target.with_name(f"{target.name}.aside-{secrets.token_hex(4)}"))
     with staged_folder(target) as stage:
         write_adapter(learner.model, stage, base=base)
         write_file(stage / "optimizer.safetensors", save(tensors))
@@ -73,29 +81,40 @@ def save_checkpoint(folder: Path, state: State, learner: Learner, *, base: Model
 
 
 def restore_checkpoint(path: Path, learner: Learner) -> None:
-    """Put adapter and optimizer back as they were when `path` was saved, bit for bit."""
+    """Put adapter and optimizer back as they were when `path` was saved, bit for bit. Raises ModelError."""
     give_weights(learner.model, read_adapter_weights(path), where=str(path))
-    numbers = json.loads((path / "state.json").read_bytes())["optimizer"]
-    restore_optimizer(learner.optimizer, learner.parameters, load_file(path / "optimizer.safetensors"), numbers)
+    try:
+        numbers = json.loads((path / "state.json").read_bytes())["optimizer"]
+        restore_optimizer(learner.optimizer, learner.parameters, load_file(path / "optimizer.safetensors"), numbers)
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as fault:
+        raise ModelError(f"cannot read the optimizer: {fault}", where=str(path)) from None
 
 
-def read_state(path: Path) -> State:
-    """The state of a verified checkpoint."""
-    fields = json.loads((path / "state.json").read_bytes())
-    del fields["optimizer"]
-    return State(**{**fields, "layout": Layout(**fields["layout"])})
+def read_state(path: Path, *, run: str | None) -> State:
+    """The state of a checkpoint of `run` (None: any) that verifies. Raises ModelError when it is none."""
+    verify_folder(path)
+    try:
+        fields = json.loads((path / "state.json").read_bytes())
+        del fields["optimizer"]
+        state = State(**{**fields, "layout": Layout(**fields["layout"])})
+        if path.name != f"step-{state.step:06d}":
+            raise ModelError(f"a copy of step {state.step}", where=str(path))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as fault:
+        raise ModelError(f"no readable state.json: {fault}", where=str(path)) from None
+    if run is not None and state.run != run:
+        raise ModelError("of another run", where=str(path))
+    return state
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path, list[str]]:
-    """The newest checkpoint that verifies, and why each newer one was skipped.
+def newest_checkpoint(folder: Path, *, run: str | None) -> tuple[Path, State, list[str]]:
+    """The newest checkpoint of `run` that verifies, its state, and why each newer one was skipped.
 
     Raises ModelError when none does: a resumed run never starts from nothing.
     """
     skipped: list[str] = []
-    for path in sorted(list_checkpoints(folder), reverse=True):
+    for path in reversed(list_checkpoints(folder)):
         try:
-            verify_folder(path)
-            return path, skipped
+            return path, read_state(path, run=run), skipped
         except LorasftError as fault:
             skipped.append(f"{path.name}: {fault.what}")
     reasons = "; ".join(skipped) or "there is none"
@@ -114,10 +133,17 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def retain(folder: Path, *, keep: int, best_step: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints and the best, oldest first."""
-    for path in list_checkpoints(folder)[:-keep]:
-        if best_step is None or path.name != f"step-{best_step:06d}":
+def retain(folder: Path, *, run: str, keep: int, best_step: int | None) -> None:
+    """Delete this run's checkpoints, oldest first, but the newest `keep` that verify and the best.
+
+    What does not verify counts for nothing and is left alone, like what is another run's.
+    """
+    own = []
+    for path in list_checkpoints(folder):
+        with contextlib.suppress(ModelError):
+            own.append((path, read_state(path, run=run).step))
+    for path, step in own[:-keep]:
+        if step != best_step:
             remove_folder(path)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
+import secrets
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,13 @@ from typing import Any
 import torch
 
 from lorasft import __version__
-from lorasft.data.prepare import Prepared
+from lorasft.data.prepare import Prepared, read_ingredients
 from lorasft.errors import RecipeError
-from lorasft.files import fingerprint, replace_file
+from lorasft.files import LOCK, fingerprint, replace_file
 from lorasft.recipe import Recipe, dump_recipe, load_recipe, mathematics
-from lorasft.train.checkpoint import Layout, State, list_checkpoints
+from lorasft.train.checkpoint import State
 
-_LEFT_BEHIND = {"tokens", "run.lock", "checkpoints", "provenance.json"}  # by a start that failed
+_LEFT_BEHIND = {"tokens", LOCK, "checkpoints", "provenance.json"}  # by a start that failed
 
 
 def claim(folder: Path, *, resume: bool) -> None:
@@ -31,13 +33,19 @@ def claim(folder: Path, *, resume: bool) -> None:
             where=str(folder),
             hint=f"--resume to go on with it, or run.output={folder}-2 to start another",
         )
-    if not is_run and any(path.name != "step-000000" for path in list_checkpoints(folder / "checkpoints")):
-        raise RecipeError(
-            "the folder holds checkpoints and no recipe.yaml", where=str(folder), hint="run.output=FOLDER"
-        )
-    strangers = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    strangers = [name for name in strangers if name not in _LEFT_BEHIND and not name.startswith(".")]
-    if not is_run and strangers:
+    if not is_run:
+        _refuse_strangers(folder)
+
+
+def _refuse_strangers(folder: Path) -> None:
+    """Raise RecipeError unless `folder` holds nothing but what a start that failed has left, which is deleted."""
+    present = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    checkpoints = folder / "checkpoints"
+    saved = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
+    ours = _LEFT_BEHIND if LOCK in present else set()
+    strangers = [name for name in present if name not in ours and not name.startswith(".")]
+    strangers += [f"checkpoints/{name}" for name in saved if name != "step-000000" and not name.startswith(".")]
+    if strangers:
         raise RecipeError(
             f"the folder holds {len(strangers)} files that are no run's, {strangers[0]} among them",
             where=str(folder),
@@ -45,33 +53,54 @@ def claim(folder: Path, *, resume: bool) -> None:
         )
 
 
-def refuse_changes(recipe: Recipe, folder: Path, saved: State, *, data: str) -> None:
-    """Raise RecipeError when what decides the result differs from what the run was started with."""
+def new_run_id() -> str:
+    """A name for this run that no other has: its checkpoints carry it."""
+    return secrets.token_hex(8)
+
+
+def read_run_id(folder: Path) -> str | None:
+    """The id of the run in `folder`; None when provenance.json, which holds it, is lost."""
+    try:
+        return str(json.loads((folder / "provenance.json").read_bytes()).get("run", ""))
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def refuse_changes(recipe: Recipe, folder: Path, saved: State, *, prepared: Prepared) -> None:
+    """Raise RecipeError, with a table old -> new, when what decides the result differs from what the run began with."""
     before, now = (_flatten(mathematics(one)) for one in (load_recipe(str(folder / "recipe.yaml")), recipe))
-    changed = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in sorted(before.keys() | now.keys())
-               if before.get(key) != now.get(key)]  # fmt: skip
-    if changed:
-        raise RecipeError(
-            "the recipe differs from the one that this run was started with",
-            where="; ".join(changed[:10]),
-            hint="restore these values, or start another run with run.output=FOLDER",
-        )
-    if saved.data != data:
-        raise RecipeError(
-            f"the data or the tokenizer changed since step {saved.step}",
-            where=str(folder),
-            hint="restore the files, or start another run with run.output=FOLDER",
-        )
+    if before != now:
+        what = "the recipe differs from the one that this run was started with"
+        hint = "restore these values, or start another run with run.output=FOLDER"
+        raise RecipeError(f"{what}:\n{compare(before, now)}", where=str(folder), hint=hint)
+    if saved.data != prepared.key:
+        what = f"the data, the tokenizer or their libraries changed since step {saved.step}"
+        hint = "restore them, or start another run with run.output=FOLDER"
+        table = compare(*(_flatten(read_ingredients(folder / "tokens", key)) for key in (saved.data, prepared.key)))
+        raise RecipeError(f"{what}:\n{table}", where=str(folder), hint=hint)
 
 
-def write_start(folder: Path, recipe: Recipe, prepared: Prepared, *, layout: Layout, config: Any) -> None:
+def compare(before: dict[str, Any], now: dict[str, Any], *, most: int = 10) -> str:
+    """What differs, a line each: `key: old -> new`."""
+    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    lines = [f"  {key}: {_shorten(before.get(key))} -> {_shorten(now.get(key))}" for key in keys]
+    return "\n".join(lines[:most] + ([f"  and {len(lines) - most} more"] if len(lines) > most else []))
+
+
+def _shorten(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 60 else f"{text[:40]}... ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
+
+
+def write_start(folder: Path, recipe: Recipe, prepared: Prepared, *, state: State, config: Any) -> None:
     """Record what the run stands on; recipe.yaml comes last and makes the folder a run."""
     base, commit = Path(recipe.model.base), getattr(config, "_commit_hash", None)
     packages = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors", "numpy")
     provenance = {
         "lorasft": __version__,
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "layout": asdict(layout),
+        "run": state.run,
+        "layout": asdict(state.layout),
         "threads": torch.get_num_threads(),
         "base": {
             "name": recipe.model.base,

@@ -17,13 +17,13 @@ from lorasft.data.packing import Plan, Step, share
 from lorasft.data.store import TokenStore
 from lorasft.errors import DivergedError, Stopped
 from lorasft.model.loss import Network, pair_losses
-from lorasft.model.recompute import recomputed_layers
 from lorasft.recipe import Recipe
-from lorasft.train.checkpoint import Layout, Learner, State, list_checkpoints, retain, save_checkpoint
+from lorasft.train.checkpoint import Learner, State, list_checkpoints
 from lorasft.train.evaluate import HeldOut, evaluate
 from lorasft.train.logbook import Logbook
 from lorasft.train.ranks import Ranks
 from lorasft.train.redo import naming_rows, within_memory
+from lorasft.train.save import Saves
 from lorasft.train.schedule import learning_rate
 from lorasft.train.stop import StopRequest, stop_signals
 
@@ -103,8 +103,7 @@ def add_gradients(run: Run, step: Step) -> float:
 
 def train(run: Run, state: State) -> State:
     """Run from `state` to the end of the plan. Returns the last state; raises Stopped after a signal, saved."""
-    settings = run.recipe.run
-    saved_at = time.monotonic()
+    settings, saves = run.recipe.run, Saves(state, minutes=run.recipe.run.save_minutes)
     run.network.causal.train()
     with stop_signals(alone=run.ranks.count == 1) as stop:
         if state.step == 0:
@@ -112,6 +111,8 @@ def train(run: Run, state: State) -> State:
             if stop.signal:
                 raise Stopped(stop.signal, "stopped before the first step")
         for number in range(state.step + 1, run.plan.steps + 1):
+            if run.ranks.is_main and saves.overdue():
+                stop.want_save()
             metrics, run = within_memory(run, partial(take_numbered_step, number=number, stop=stop))
             if run.ranks.is_main:
                 run.logbook.step(metrics)
@@ -119,14 +120,13 @@ def train(run: Run, state: State) -> State:
             last = number == run.plan.steps
             if last or (settings.eval_every and number % settings.eval_every == 0):
                 state, run = within_memory(run, partial(evaluate_and_note, state=state))
-            overdue = settings.save_minutes is not None and time.monotonic() - saved_at > 60 * settings.save_minutes
             planned = settings.save_every and number % settings.save_every == 0
             best = settings.keep_best and state.best_step == number
-            if run.ranks.is_main and (last or planned or overdue or best or stop.signal):
-                state = save(run, state)
-                saved_at = time.monotonic()
+            if last or planned or best or stop.save or stop.signal:
+                with run.ranks.agreed():
+                    if run.ranks.is_main:
+                        state = saves.attempt(run, state, final=bool(last or stop.signal))
             if stop.signal and not last:
-                run.ranks.gather(None)  # a launcher ends the one that saves as soon as another has ended
                 raise Stopped(stop.signal, f"stopped after step {number} of {run.plan.steps}, saved")
     return state
 
@@ -141,20 +141,6 @@ def evaluate_and_note(run: Run, *, state: State) -> State:
     if state.best_loss is not None and state.best_loss <= result.loss:
         return state
     return replace(state, best_step=state.step, best_loss=result.loss)
-
-
-def save(run: Run, state: State) -> State:
-    """Commit a checkpoint, then let go of the ones that are no longer kept."""
-    state = replace(state, metrics_bytes=run.logbook.size(), layout=current_layout(run, state.layout))
-    save_checkpoint(run.checkpoints, state, run.learner, base=run.recipe.model)
-    retain(run.checkpoints, keep=run.recipe.run.keep, best_step=state.best_step if run.recipe.run.keep_best else None)
-    return state
-
-
-def current_layout(run: Run, layout: Layout) -> Layout:
-    """`layout` as a lack of memory may have changed it meanwhile."""
-    recomputed = recomputed_layers(run.network.causal)
-    return replace(layout, micro_batch_tokens=run.plan.micro_batch_tokens, recomputed_layers=recomputed)
 
 
 def refuse_unreached(run: Run) -> None:

@@ -39,7 +39,10 @@ def optimizer_state(optimizer: Any, parameters: dict[str, nn.Parameter]) -> tupl
 def restore_optimizer(
     optimizer: Any, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], numbers: dict[str, Any]
 ) -> None:
-    """Put a saved state back, bit for bit."""
+    """Put a saved state back, bit for bit. Raises ValueError when it belongs to other parameters."""
+    owners = {key.rpartition("/")[0] for key in (*tensors, *numbers)}
+    if owners and owners != parameters.keys():
+        raise ValueError(f"{sorted(owners ^ parameters.keys())[0]} is in one of model and checkpoint only")
     for name, parameter in parameters.items():
         state: dict[str, Any] = {}
         for key, value in {**tensors, **numbers}.items():
@@ -47,5 +50,7 @@ def restore_optimizer(
             if owner == name:
                 # The step count of torch's AdamW stays on the CPU.
                 move = isinstance(value, Tensor) and field != "step"
+                if field in ("exp_avg", "exp_avg_sq", "state1", "state2") and value.shape != parameter.shape:
+                    raise ValueError(f"{key} is {list(value.shape)}, not {list(parameter.shape)}")
                 state[field] = value.to(parameter.device) if move else value
         optimizer.state[parameter] = state

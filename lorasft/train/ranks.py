@@ -146,11 +146,13 @@ class Ranks:
     def sum_step(self, work: Callable[[], float], parameters: Sequence[nn.Parameter], *, stop: StopRequest) -> float:
         """Do `work`, this process's share of a step; leave the gradients of all in `parameters`, return their loss.
 
-        One sum over the processes carries gradients, loss, and for each process the signal that it received and the
-        fault that it met. A parameter that no process reached keeps no gradient.
+        One sum over the processes carries gradients, loss, how many want a save, and for each process the signal that
+        it received and the fault that it met. A parameter that no process reached keeps no gradient.
         """
         if self.count == 1:
-            return work()
+            loss = work()
+            stop.save = stop.tell_save()
+            return loss
         loss, fault = 0.0, None
         try:
             loss = work()
@@ -158,10 +160,10 @@ class Ranks:
             fault = caught
         own = [0.0] * (2 * self.count)
         own[self.index], own[self.count + self.index] = float(stop.received), float(_exit_code(fault))
-        tail = self._sum_gradients(parameters, [loss, *own])
-        self._end_on([int(code) for code in tail[1 + self.count :]], fault)
-        stop.agreed = int(max(tail[1 : 1 + self.count]))
-        return tail[0]
+        loss, saves, *told = self._sum_gradients(parameters, [loss, float(stop.tell_save()), *own])
+        self._end_on([int(code) for code in told[self.count :]], fault)
+        stop.agreed, stop.save = int(max(told[: self.count])), saves > 0
+        return loss
 
     def _sum_gradients(self, parameters: Sequence[nn.Parameter], tail: list[float]) -> list[float]:
         """Add up gradients and `tail` over the processes, in one flat fp32 buffer; returns the summed tail."""

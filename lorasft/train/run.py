@@ -25,8 +25,8 @@ from lorasft.data.packing import Plan, count_steps
 from lorasft.data.prepare import Prepared, prepare
 from lorasft.data.tokenizer import compare_with_file, load_tokenizer
 from lorasft.data.untrained import refuse_untrained
-from lorasft.errors import ModelError, RecipeError
-from lorasft.files import locked, make_folder, remove_folder, staged_folder, sweep, truncate, write_file
+from lorasft.errors import DivergedError, ModelError, RecipeError
+from lorasft.files import locked, make_folder, remove_folder, staged_folder, sweep, verify_folder, write_file
 from lorasft.model.adapter import attach_adapter, check_targets, load_adapter, trainable, write_adapter
 from lorasft.model.base import compute_dtype, count_bytes, load_base, make_skeleton, read_config
 from lorasft.model.liger import require_liger, use_liger
@@ -36,16 +36,18 @@ from lorasft.model.recompute import decoder_layers
 from lorasft.model.room import free_memory
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import Recipe, dump_recipe
-from lorasft.train.checkpoint import Learner, State, newest_checkpoint, read_state, restore_checkpoint
-from lorasft.train.folder import claim, refuse_changes, write_start
+from lorasft.train.checkpoint import Learner, State, newest_checkpoint, restore_checkpoint
+from lorasft.train.folder import claim, new_run_id, read_run_id, refuse_changes, write_start
 from lorasft.train.layout import choose_layout, choose_tokens
-from lorasft.train.logbook import Logbook, check_trackers
-from lorasft.train.loop import Run, current_layout, save
+from lorasft.train.logbook import Logbook
+from lorasft.train.loop import Run
 from lorasft.train.optimizer import make_optimizer
 from lorasft.train.ranks import ALONE, Ranks
 from lorasft.train.redo import plain_memory_errors
 from lorasft.train.rehearsal import rehearse
+from lorasft.train.save import current_layout, save
 from lorasft.train.schedule import warmup_steps
+from lorasft.train.trackers import Trackers, check_trackers
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Settled:
     plan: Plan
     checkpoint: Path | None  # to go on from
     saved: State | None  # its state
-    skipped: list[str]
+    notices: list[str]
 
 
 @contextmanager
@@ -89,7 +91,8 @@ def _settle(recipe: Recipe, folder: Path, *, resume: bool, held: ExitStack) -> S
     """Claim the folder, which stays locked while `held` is open; prepare the data; find what to go on from."""
     claim(folder, resume=resume)
     make_folder(folder)
-    held.enter_context(locked(folder))
+    left = held.enter_context(locked(folder))
+    claim(folder, resume=resume)  # it may have become a run before the lock was ours
     sweep(folder)
     sweep(folder / "checkpoints")
     if not resume:  # what a start that failed has left
@@ -97,14 +100,16 @@ def _settle(recipe: Recipe, folder: Path, *, resume: bool, held: ExitStack) -> S
             if (folder / name).is_dir():
                 remove_folder(folder / name)
     config, tokenizer, prepared = read_inputs(recipe, folder / "tokens")
-    checkpoint, skipped = newest_checkpoint(folder / "checkpoints") if resume else (None, [])
-    saved = read_state(checkpoint) if checkpoint else None
-    if saved:
-        refuse_changes(recipe, folder, saved, data=prepared.key)
+    checkpoint, saved = None, None
+    notices = [f"process {left} ended without a word: it was killed, or the power was lost"] if left else []
+    if resume:
+        checkpoint, saved, skipped = newest_checkpoint(folder / "checkpoints", run=read_run_id(folder))
+        refuse_changes(recipe, folder, saved, prepared=prepared)
+        notices += [*(f"skipped {reason}" for reason in skipped), f"going on from step {saved.step}"]
     plan = make_plan(recipe, examples=len(prepared.train), device=PartialState().device, saved=saved)
     if not recipe.adapter.modules_to_save:
         refuse_untrained(recipe.model.base, tokenizer, learned=prepared.learned_special)
-    return Settled(config, tokenizer, prepared, plan, checkpoint, saved, skipped)
+    return Settled(config, tokenizer, prepared, plan, checkpoint, saved, notices)
 
 
 def read_inputs(recipe: Recipe, folder: Path) -> tuple[Any, Any, Prepared]:
@@ -136,13 +141,11 @@ def _load(recipe: Recipe, folder: Path, settled: Settled, *, ranks: Ranks) -> Op
     parameters = trainable(model)
     ranks.copy_first(list(parameters.values()))
     learner = Learner(model, parameters, make_optimizer(recipe.optimizer, parameters))
-    state = State(step=0, data=prepared.key, metrics_bytes=0, layout=layout)
+    state = State(step=0, data=prepared.key, metrics_bytes=0, layout=layout, run=new_run_id())
     if settled.checkpoint and saved:
         with ranks.agreed():
             restore_checkpoint(settled.checkpoint, learner)
         state = replace(saved, layout=layout)
-    if saved and ranks.is_main:
-        truncate(folder / "metrics.jsonl", saved.metrics_bytes)
     run = Run(
         folder=folder,
         recipe=recipe,
@@ -151,7 +154,14 @@ def _load(recipe: Recipe, folder: Path, settled: Settled, *, ranks: Ranks) -> Op
         held_out=prepared.held_out,
         network=network,
         learner=learner,
-        logbook=Logbook(folder, recipe, steps=plan.steps, first_step=state.step + 1),
+        logbook=Logbook(
+            folder,
+            log_every=recipe.run.log_every,
+            steps=plan.steps,
+            first_step=state.step + 1,
+            metrics_bytes=state.metrics_bytes,
+            trackers=Trackers(recipe, folder) if recipe.run.trackers and ranks.is_main else None,
+        ),
         ranks=ranks,
     )
     with ranks.agreed():
@@ -159,7 +169,7 @@ def _load(recipe: Recipe, folder: Path, settled: Settled, *, ranks: Ranks) -> Op
         layout = current_layout(run, layout)
         if ranks.is_main and not saved:  # from here on there is something to resume: this makes the folder a run
             save(run, state)
-            write_start(folder, recipe, prepared, layout=layout, config=settled.config)
+            write_start(folder, recipe, prepared, state=replace(state, layout=layout), config=settled.config)
         if ranks.is_main:
             memory.write(run)
     notices = [notice] if (notice := compare_with_file(tokenizer)) else []
@@ -169,7 +179,7 @@ def _load(recipe: Recipe, folder: Path, settled: Settled, *, ranks: Ranks) -> Op
         notices.append(f"generation of this base does not stop at {token}: the adapter's generation_config.json will")
     notes = (
         *notices,
-        *(f"skipped {reason}" for reason in settled.skipped),
+        *settled.notices,
         *network.notices,
         *([] if run.held_out or recipe.data.eval is None else ["no rows are held out: data.eval=FILE names some"]),
         f"model on {device} in {layout.dtype}: {count_bytes(model)}",
@@ -207,10 +217,16 @@ def probe(recipe: Recipe, model: Any, *, saved: State | None) -> Network:
 
 
 def finish(opened: Opened, state: State) -> Path:
-    """Write the result, the last adapter or the best one, to `adapter/`. Returns its folder."""
+    """Write the result, the last adapter or the best one, to `adapter/`. Returns its folder.
+
+    Raises DivergedError when nothing was trained, ModelError when the best checkpoint is damaged.
+    """
     run = opened.run
     if run.recipe.run.keep_best and state.best_step not in (None, state.step):
-        restore_checkpoint(run.checkpoints / f"step-{state.best_step:06d}", run.learner)
+        best = run.checkpoints / f"step-{state.best_step:06d}"
+        verify_folder(best)
+        restore_checkpoint(best, run.learner)
+    refuse_zero(run.learner)
     target = run.folder / "adapter"
     if not target.exists():
         with staged_folder(target) as stage:
@@ -221,6 +237,14 @@ def finish(opened: Opened, state: State) -> Path:
             write_file(stage / "recipe.yaml", dump_recipe(run.recipe).encode())
     run.logbook.close()
     return target
+
+
+def refuse_zero(learner: Learner) -> None:
+    """Raise DivergedError for an adapter that changes nothing."""
+    trained = (tensor for name, tensor in learner.parameters.items() if "lora_" not in name or "_B" in name)
+    if not any(tensor.any() for tensor in trained):
+        hint = "see metrics.jsonl; if no step was better than the base, run.keep_best=false takes the last"
+        raise DivergedError("nothing was trained: the adapter is zero", hint=hint)
 
 
 def refuse_settings(recipe: Recipe, config: Any) -> None:

@@ -1,4 +1,7 @@
-"""Signals that ask a run to stop: the first after the step, saved; the second at once."""
+"""Signals to a run. SIGINT, SIGTERM, SIGHUP: the first stops it after the step, saved; the second at once.
+
+SIGUSR1 saves after the step, and the run goes on.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,25 @@ from typing import Any
 
 @dataclass
 class StopRequest:
-    """The signal to stop, 0 for none: received by this process, and what several have agreed on in a step."""
+    """What is asked of a run: to stop, by which signal (0: not), and to save. Several processes agree on both."""
 
     received: int = 0
     agreed: int | None = None  # None: this process is alone
+    save: bool = False  # after this step; agreed on
+    save_wanted: bool = False  # by this process, and not told yet
     previous: dict[int, Any] = field(default_factory=dict)
 
     @property
     def signal(self) -> int:
         return self.received if self.agreed is None else self.agreed
+
+    def want_save(self, number: int = 0, frame: FrameType | None = None) -> None:
+        self.save_wanted = True
+
+    def tell_save(self) -> bool:
+        """Whether this process wants a save: asked once, done once."""
+        wanted, self.save_wanted = self.save_wanted, False
+        return wanted
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.received:
@@ -36,11 +49,12 @@ class StopRequest:
 
 @contextmanager
 def stop_signals(*, alone: bool) -> Iterator[StopRequest]:
-    """Take SIGINT, SIGTERM and SIGHUP as a request to stop; their handlers are put back after."""
+    """Take SIGINT, SIGTERM and SIGHUP as a request to stop, SIGUSR1 to save; their handlers are put back after."""
     stop = StopRequest(agreed=None if alone else 0)
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             stop.previous[number] = signal.signal(number, stop)
+        stop.previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, stop.want_save)
     try:
         yield stop
     finally:

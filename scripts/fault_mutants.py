@@ -1,0 +1,159 @@
+"""Eight ways to get the commit of a checkpoint wrong, and the campaign that catches each: proof that they can fail.
+
+    python scripts/fault_mutants.py [--trials 60]
+
+A mutant is a patch in the fork of a trial; no file of the package knows of it. There is no pointer file that could be
+written before the rename; the fifth instead writes state.json after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import fault_campaigns as campaigns
+from safetensors.torch import save as pack
+
+from lorasft import files
+from lorasft.faults.kills import Reference, Tally, open_bench
+from lorasft.faults.subject import KEEP
+from lorasft.faults.trial import Bench
+from lorasft.train import checkpoint, run, save
+from lorasft.train.optimizer import optimizer_state
+
+
+def sync_no_file() -> None:
+    files._sync = lambda descriptor, path: None
+
+
+def sync_no_folder() -> None:
+    files._sync_folder = lambda path: None
+
+
+def rename_before_sync() -> None:
+    """The folder has its final name before its files are on the disk."""
+    plain_sync, plain_rename = files._sync, files.rename
+    late: list[Path] = []
+    files._sync = lambda descriptor, path: (
+        late.append(path) if ".stage-step" in str(path) else plain_sync(descriptor, path)
+    )
+
+    def rename(source: Path, target: Path) -> None:
+        plain_rename(source, target)
+        for path in late:
+            with open(target / path.name, "rb") as file:
+                plain_sync(file.fileno(), target / path.name)
+        late.clear()
+
+    files.rename = rename
+
+
+def manifest_first() -> None:
+    """The manifest appears under the final name, and then the files that it lists."""
+    plain = files.commit_folder
+
+    def commit(stage: Path, target: Path, *, hashes: Mapping[str, str]) -> None:
+        if not target.name.startswith("step-"):
+            return plain(stage, target, hashes=hashes)
+        paths = sorted(path for path in stage.iterdir())
+        entries = {path.name: {"bytes": path.stat().st_size, "sha256": files.sha256(path)} for path in paths}
+        files.make_folder(target)
+        files.write_file(target / files.MANIFEST, json.dumps(entries).encode())
+        for path in paths:
+            files.rename(path, target / path.name)
+        files._remove(stage)
+
+    files.commit_folder = commit
+
+
+def state_after_rename() -> None:
+    def save_checkpoint(folder: Path, state: Any, learner: Any, *, base: Any) -> Path:
+        tensors, numbers = optimizer_state(learner.optimizer, learner.parameters)
+        target = folder / f"step-{state.step:06d}"
+        with files.staged_folder(target) as stage:
+            checkpoint.write_adapter(learner.model, stage, base=base)
+            files.write_file(stage / "optimizer.safetensors", pack(tensors))
+        files.write_file(target / "state.json", json.dumps({**asdict(state), "optimizer": numbers}).encode())
+        return target
+
+    save.save_checkpoint = save_checkpoint
+
+
+def retain_unverified() -> None:
+    """The newest count as kept, whole or not, and the rest goes before the new one is there."""
+    plain = save.save_checkpoint
+
+    def save_checkpoint(folder: Path, *values: Any, **named: Any) -> Path:
+        for path in checkpoint.list_checkpoints(folder)[: 1 - KEEP]:
+            files.remove_folder(path)
+        return plain(folder, *values, **named)
+
+    save.save_checkpoint, save.retain = save_checkpoint, lambda *values, **named: None
+
+
+def overwrite_in_place() -> None:
+    """Written under the final name from the first byte."""
+
+    @contextmanager
+    def written_folder(target: Path, **named: Any) -> Iterator[Path]:
+        files.make_folder(target)
+        yield target
+        entries = {path.name: {"bytes": path.stat().st_size, "sha256": files.sha256(path)} for path in target.iterdir()}
+        files.write_file(target / files.MANIFEST, json.dumps(entries).encode())
+        files.rename(target, target)  # no effect but that the trace counts a commit
+
+    checkpoint.staged_folder = written_folder
+
+
+def resume_by_number() -> None:
+    def newest(folder: Path, *, run: str | None) -> Any:
+        path = checkpoint.list_checkpoints(folder)[-1]
+        fields = json.loads((path / "state.json").read_bytes())
+        del fields["optimizer"]
+        state = checkpoint.State(**{**fields, "layout": checkpoint.Layout(**fields["layout"])})
+        return path, state, [f"skipped {path.name}"]
+
+    run.newest_checkpoint = newest
+
+
+MUTANTS: dict[str, tuple[Callable[[], None], str]] = {
+    "no fsync of files": (sync_no_file, "P1"),
+    "no fsync of folders": (sync_no_folder, "P1"),
+    "rename before fsync": (rename_before_sync, "P1"),
+    "manifest first": (manifest_first, "P1"),
+    "state after rename": (state_after_rename, "P1"),
+    "retention before the save": (retain_unverified, "K1"),
+    "overwritten in place": (overwrite_in_place, "K1"),
+    "resume by the highest number": (resume_by_number, "T1"),
+}
+
+ENOUGH = dict.fromkeys(MUTANTS, 20)  # trials in which each is caught, by far
+
+
+def catch(name: str, bench: Bench, reference: Reference, *, trials: int) -> Tally:
+    """What the mutant's campaign says about it, until it finds the first thing wrong."""
+    patch, campaign = MUTANTS[name]
+    mutated = replace(bench, setup=(patch,))
+    return campaigns.run_campaign(campaign, campaigns.Ring(mutated, reference, trials, 0), most_wrong=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=60)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        bench, reference = open_bench(Path(place))
+        for name, (_, campaign) in MUTANTS.items():
+            tally = catch(name, bench, reference, trials=options.trials)
+            found = tally.wrong[0][:100] if tally.wrong else "NOT CAUGHT"
+            print(f"| {name} | {campaign} | trial {tally.trials} | {found} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""H1: any sequence of saves, deaths, full disks, damage and copies in a folder of checkpoints; hypothesis shrinks it.
+
+Below the run itself, so that a step takes milliseconds: `save_checkpoint`, `retain`, `sweep` and `newest_checkpoint` on
+a real adapter. `state_machine(learner, base)` is what the test runs, with the settings of its caller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hypothesis import strategies
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from lorasft import files
+from lorasft.errors import CapacityError, ModelError
+from lorasft.faults.trial import Fault, halved, kill_at
+from lorasft.files import sweep
+from lorasft.recipe import ModelSettings
+from lorasft.train.checkpoint import (
+    Layout,
+    Learner,
+    State,
+    list_checkpoints,
+    newest_checkpoint,
+    read_state,
+    retain,
+    save_checkpoint,
+)
+
+KEEP = 2
+RUN = "ours"
+EFFECTS = strategies.integers(min_value=1, max_value=45)  # of a save with its retention
+
+
+def save_and_retain(folder: Path, learner: Learner, base: ModelSettings, step: int) -> None:
+    """What a run does to its checkpoints at a step."""
+    layout = Layout(dtype="bfloat16", micro_batch_tokens=64, recomputed_layers=0, segments=True)
+    state = State(step=step, data="key", metrics_bytes=0, layout=layout, run=RUN)
+    save_checkpoint(folder, state, learner, base=base)
+    retain(folder, run=RUN, keep=KEEP, best_step=None)
+
+
+@contextlib.contextmanager
+def with_fault(fault: Fault) -> Any:
+    """Effects in this process meet `fault`."""
+    plain, count = files.effect, iter(range(1, 1_000_000))
+    files.effect = lambda kind, *paths: fault(next(count), kind, paths)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        files.effect = plain
+
+
+def full_in(*names: str, times: int = 1000) -> Fault:
+    """A disk that is full whenever something is written to a path with one of `names` in it."""
+    hits = iter(range(times))
+
+    @contextlib.contextmanager
+    def fault(number: int, kind: str, paths: tuple[Path, ...]) -> Iterator[None]:
+        here = kind in ("write", "append") and any(name in str(paths[-1]) for name in names)
+        if here and next(hits, None) is not None:
+            raise OSError(28, "No space left on device")
+        yield
+
+    return fault
+
+
+def in_fork(act: Callable[[], object]) -> int:
+    """The exit status of `act` in a fork."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            act()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitpid(pid, 0)[1]
+
+
+def state_machine(learner: Learner, base: ModelSettings) -> type[RuleBasedStateMachine]:
+    """The machine over one learner, whose weights do not matter here."""
+
+    class Checkpoints(RuleBasedStateMachine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.folder = Path(tempfile.mkdtemp()) / "checkpoints"
+            self.step = 0
+            self.whole: set[int] = set()  # steps of ours that are there and whole, as far as we know
+            self.strangers: set[Path] = set()
+
+        def teardown(self) -> None:
+            shutil.rmtree(self.folder.parent)
+
+        def ours(self) -> set[int]:
+            found = set()
+            for path in list_checkpoints(self.folder):
+                with contextlib.suppress(ModelError):
+                    found.add(read_state(path, run=RUN).step)
+            return found
+
+        @rule()
+        def save(self) -> None:
+            self.step += 1
+            save_and_retain(self.folder, learner, base, self.step)
+            self.whole = self.ours()
+            assert self.step in self.whole
+
+        @rule(number=EFFECTS, moment=strategies.sampled_from(("before", "half", "after")))
+        def die_in_a_save(self, number: int, moment: str) -> None:
+            self.step += 1
+            before = self.whole
+
+            def act() -> None:
+                with with_fault(kill_at(number, moment=moment)):
+                    save_and_retain(self.folder, learner, base, self.step)
+
+            in_fork(act)
+            sweep(self.folder)
+            self.whole = self.ours()
+            assert len(self.whole) >= min(KEEP, len(before)) and self.whole >= set(sorted(before)[1 - KEEP :])
+
+        @rule(number=EFFECTS)
+        def meet_a_full_disk(self, number: int) -> None:
+            self.step += 1
+            before = self.whole
+
+            @contextlib.contextmanager
+            def fault(here: int, kind: str, paths: tuple[Path, ...]) -> Any:
+                if here < number or kind == "remove":
+                    yield
+                else:
+                    with halved(paths[0]):
+                        yield
+                    raise OSError(28, "No space left on device")
+
+            with with_fault(fault), contextlib.suppress(CapacityError):
+                save_and_retain(self.folder, learner, base, self.step)
+            self.whole = self.ours()
+            assert len(self.whole) >= min(KEEP, len(before)) and self.whole >= set(sorted(before)[1 - KEEP :])
+
+        @rule(choice=strategies.integers(0, 10), name=strategies.sampled_from(("state.json", "optimizer.safetensors")))
+        def damage(self, choice: int, name: str) -> None:
+            paths = [path for path in list_checkpoints(self.folder) if path not in self.strangers]
+            if len(self.whole) > 1 and paths:
+                path = paths[choice % len(paths)] / name
+                path.write_bytes(path.read_bytes()[:-1])
+                self.whole = self.ours()
+
+        @rule(ahead=strategies.integers(1, 9))
+        def copy(self, ahead: int) -> None:
+            paths = [path for path in list_checkpoints(self.folder) if path not in self.strangers]
+            target = self.folder / f"step-{self.step + ahead:06d}"
+            if paths and not target.exists():
+                self.strangers.add(Path(shutil.copytree(paths[-1], target)))
+
+        @rule(choice=strategies.integers(0, 10))
+        def touch(self, choice: int) -> None:
+            paths = list_checkpoints(self.folder)
+            if paths:
+                os.utime(paths[choice % len(paths)], (choice, choice))
+
+        @invariant()
+        def the_newest_whole_one_is_found(self) -> None:
+            if self.whole:
+                assert newest_checkpoint(self.folder, run=RUN)[1].step == max(self.whole)
+
+        @invariant()
+        def strangers_are_still_there(self) -> None:
+            for path in self.strangers:
+                assert path.exists() or list(path.parent.glob(f"{path.name}.aside-*"))
+
+    return Checkpoints
