@@ -73,7 +73,7 @@ SHAPES: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("adapter", [ADAPTER, AdapterSettings(rank=4, dora=True, modules_to_save=("lm_head",))])
+@pytest.mark.parametrize("adapter", [ADAPTER, AdapterSettings(rank=4, modules_to_save=("lm_head",))])
 def test_a_4_bit_sample_is_the_loaded_model_in_size(adapter: AdapterSettings, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "qwen3")
     settings = ModelSettings(base=str(base))
@@ -235,6 +235,11 @@ def test_memory_that_is_near_is_rehearsed_even_for_a_few_steps(recipe: Write, mo
     near = recipe(train={"steps": 3}, run={"output": str(opened.run.folder) + "-near"})
     with open_run(load_recipe(near), resume=False) as opened:
         assert "rehearsed" in opened.notes[-1]
+
+
+def test_what_cannot_be_foreseen_is_refused(recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", recipe(adapter={"dora": True})]) == 2
+    assert "adapter.dora=false" in capsys.readouterr().err
 
 
 def test_an_adapter_to_begin_from_brings_its_sizes(recipe: Write, base: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from lorasft.adapter_files import read_adapter_config
 from lorasft.data.packing import MicroBatch, cost
 from lorasft.data.prepare import Prepared
-from lorasft.errors import ModelError
+from lorasft.errors import ModelError, RecipeError
 from lorasft.model.memory import Prediction, count_holdings, predict
 from lorasft.model.pace import time_layers
 from lorasft.model.recompute import decoder_layers
@@ -87,7 +87,14 @@ def _foresee(recipe: Recipe, config: Any, prepared: Prepared, *, memory: int | N
     libraries = 0 if memory is None else _LIBRARIES
     room = (free_memory(device) if memory is None else memory) - libraries
     plan = make_plan(recipe, examples=len(prepared.train), device=device, saved=None)
-    sample = make_sample(config, recipe.model, started_adapter(recipe.adapter), device)
+    adapter = started_adapter(recipe.adapter)
+    if adapter.dora and recipe.model.quantization == "nf4":
+        what, hint = (
+            "DoRA on a 4-bit base starts from its weights, and a plan reads none",
+            "plan with adapter.dora=false",
+        )
+        raise RecipeError(what, where="adapter.dora", hint=f"{hint}: it keeps a little more")
+    sample = make_sample(config, recipe.model, adapter, device)
     network = probe(recipe, sample.model, saved=None)
     parts = [sample.model, *sample.copies]
     holdings = count_holdings(parts, recipe.optimizer.name)
