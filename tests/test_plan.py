@@ -20,8 +20,8 @@ from tiny_tokenizer import save_tokenizer
 from lorasft.cli import main
 from lorasft.commands.plan import picture
 from lorasft.data.packing import Step
-from lorasft.model.adapter import attach_adapter
-from lorasft.model.base import load_base, read_config
+from lorasft.model.adapter import attach_adapter, write_adapter
+from lorasft.model.base import count_bytes, load_base, read_config
 from lorasft.model.memory import count_holdings, heaviest_batch, measure
 from lorasft.model.sample import make_sample
 from lorasft.model.selfcheck import verify
@@ -73,11 +73,12 @@ SHAPES: dict[str, Callable[[], Any]] = {
 }
 
 
-def test_a_4_bit_sample_is_the_loaded_model_in_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapter", [ADAPTER, AdapterSettings(rank=4, modules_to_save=("lm_head",))])
+def test_a_4_bit_sample_is_the_loaded_model_in_size(adapter: AdapterSettings, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "qwen3")
     settings = ModelSettings(base=str(base))
-    sample = make_sample(read_config(str(base)), settings, ADAPTER, CPU)
-    whole = attach_adapter(load_base(settings, CPU), ADAPTER, seed=0)
+    sample = make_sample(read_config(str(base)), settings, adapter, CPU)
+    whole = attach_adapter(load_base(settings, CPU), adapter, seed=0)
     assert count_holdings([sample.model, *sample.copies], "adamw8bit") == count_holdings([whole], "adamw8bit")
     networks = [verify(model.get_base_model()) for model in (sample.model, whole)]
     batch = heaviest_batch(networks[0], longest=40, capacity=100)
@@ -234,3 +235,17 @@ def test_memory_that_is_near_is_rehearsed_even_for_a_few_steps(recipe: Write, mo
     near = recipe(train={"steps": 3}, run={"output": str(opened.run.folder) + "-near"})
     with open_run(load_recipe(near), resume=False) as opened:
         assert "rehearsed" in opened.notes[-1]
+
+
+def test_what_cannot_be_foreseen_is_refused(recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", recipe(adapter={"dora": True})]) == 2
+    assert "adapter.dora=false" in capsys.readouterr().err
+
+
+def test_an_adapter_to_begin_from_brings_its_sizes(recipe: Write, base: Path, tmp_path: Path) -> None:
+    settings = ModelSettings(base=str(base))
+    model = attach_adapter(load_base(settings, CPU), AdapterSettings(rank=2, targets=("q_proj", "v_proj")), seed=0)
+    (tmp_path / "start").mkdir()
+    write_adapter(model, tmp_path / "start", base=settings)
+    begun = load_recipe(recipe()).model_copy(update={"adapter": AdapterSettings(start=str(tmp_path / "start"))})
+    assert foresee(begun, memory=None).prediction.holdings.weights.adapter == count_bytes(model).adapter

@@ -88,7 +88,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     how = {"quantization_config": scheme} if quantize else {}  # None would hide the config's own
     model = read(settings.base, revision=settings.revision, **how) if kept is None else kept
     model.name_or_path = model.config._name_or_path = settings.base
-    _mend_linears(model, device, settings.base)
+    mend_linears(model, device, settings.base)
     model.requires_grad_(False)
     if settings.quantization == "nf4":
         _check_quantized(model)
@@ -107,7 +107,7 @@ def _refuse_missing(names: list[str], base: str) -> None:
         raise ModelError(what, where=base, hint="download the base again; is config.json that of its weights?")
 
 
-def _mend_linears(model: nn.Module, device: torch.device, base: str) -> None:
+def mend_linears(model: nn.Module, device: torch.device, base: str) -> None:
     """Keep bitsandbytes from changing weights that are computed with. Raises ModelError where it computes wrongly."""
     for layer in model.modules():
         if isinstance(layer, bnb.nn.Linear4bit):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lorasft.model.adapter import attach_adapter
 from lorasft.model.attention import default_attention
-from lorasft.model.base import compute_dtype, quantize_skeleton
+from lorasft.model.base import compute_dtype, mend_linears, quantize_skeleton
 from lorasft.model.memory import layer_kind
 from lorasft.model.recompute import decoder_layers
 from lorasft.recipe import AdapterSettings, ModelSettings
@@ -47,8 +47,8 @@ def make_sample(config: Any, settings: ModelSettings, adapter: AdapterSettings, 
     twins = {id(layer): first[layer_kind(layer)] for layer in layers}
     copies = [layer for layer in layers if twins[id(layer)] is not layer]
     idle = {id(module) for layer in copies for module in layer.modules()}
-    used = (*base.get_decoder().modules(), base.get_output_embeddings())
-    _fill(base, [module for module in used if module is not None and id(module) not in idle], device=device)
+    used = [*base.get_decoder().modules(), *base.get_output_embeddings().modules()]
+    _fill(base, [module for module in used if id(module) not in idle], device=device)
     for layer in copies:
         vars(layer).update(vars(copy.copy(twins[id(layer)])))
     return Sample(model, tuple(copies))
@@ -68,7 +68,7 @@ def _fill(base: Any, modules: list[nn.Module], *, device: torch.device) -> None:
                 made[id(old)] = _quantize(module, device) if _is_packed(old) else _draw(old, device)
             setattr(module, name, made[id(old)])
         if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False  # see load_base
+            mend_linears(module, device, base.name_or_path)
             module.quant_state = module.weight.quant_state
         else:
             owners[id(module)]._init_weights(module)

@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 
+from lorasft.adapter_files import read_adapter_config
 from lorasft.data.packing import MicroBatch, cost
 from lorasft.data.prepare import Prepared
-from lorasft.errors import ModelError
+from lorasft.errors import ModelError, RecipeError
 from lorasft.model.memory import Prediction, count_holdings, predict
 from lorasft.model.pace import time_layers
 from lorasft.model.recompute import decoder_layers
 from lorasft.model.room import free_memory
 from lorasft.model.sample import make_sample
-from lorasft.model.selfcheck import verify
-from lorasft.recipe import Recipe
+from lorasft.recipe import AdapterSettings, Recipe
 from lorasft.train.layout import Fit, choose_layout, recompute_wish
 from lorasft.train.remedies import Shortage, find_remedies
-from lorasft.train.run import make_plan, own_attention, read_inputs
+from lorasft.train.run import adapter_folder, make_plan, probe, read_inputs
 
 _LIBRARIES = 1 << 29  # bytes of a card of a given size that its driver and the libraries take
 _STEPS_TIMED = 16  # whose micro-batches stand for those of the run
@@ -87,8 +87,15 @@ def _foresee(recipe: Recipe, config: Any, prepared: Prepared, *, memory: int | N
     libraries = 0 if memory is None else _LIBRARIES
     room = (free_memory(device) if memory is None else memory) - libraries
     plan = make_plan(recipe, examples=len(prepared.train), device=device, saved=None)
-    sample = make_sample(config, recipe.model, recipe.adapter, device)
-    network = verify(sample.model.get_base_model(), segments=own_attention(recipe) is None)
+    adapter = started_adapter(recipe.adapter)
+    if adapter.dora and recipe.model.quantization == "nf4":
+        what, hint = (
+            "DoRA on a 4-bit base starts from its weights, and a plan reads none",
+            "plan with adapter.dora=false",
+        )
+        raise RecipeError(what, where="adapter.dora", hint=f"{hint}: it keeps a little more")
+    sample = make_sample(config, recipe.model, adapter, device)
+    network = probe(recipe, sample.model, saved=None)
     parts = [sample.model, *sample.copies]
     holdings = count_holdings(parts, recipe.optimizer.name)
     spare = room - holdings.loaded - holdings.upcoming
@@ -121,6 +128,17 @@ def _foresee(recipe: Recipe, config: Any, prepared: Prepared, *, memory: int | N
         duration=foresee_duration(recipe, network, fit, prepared),
         notices=network.notices,
     )
+
+
+def started_adapter(settings: AdapterSettings) -> AdapterSettings:
+    """`settings` with the sizes of the adapter that they begin from, where there is one."""
+    if settings.start is None:
+        return settings
+    fields = read_adapter_config(adapter_folder(settings.start))
+    targets, saved = fields["target_modules"], fields.get("modules_to_save") or ()
+    update = {"rank": fields["r"], "dropout": fields.get("lora_dropout", 0.0), "dora": fields.get("use_dora", False)}
+    update |= {"targets": targets if isinstance(targets, str) else tuple(targets), "modules_to_save": tuple(saved)}
+    return settings.model_copy(update=update)
 
 
 def foresee_duration(recipe: Recipe, network: Any, fit: Fit, prepared: Prepared) -> Duration:

@@ -101,7 +101,8 @@ def suggest(run: Run, fault: MicroBatchTooLarge) -> str:
         found = find_remedies(run.recipe, run.network, parts, rows=run.rows, short=short)
     except (LookupError, TypeError, ValueError, RuntimeError, MemoryError):
         return str(fault.hint)
-    return f"free memory and go on with --resume; or start anew with one of: {'; '.join(found)}"
+    again = "go on with --resume" if (run.folder / "recipe.yaml").is_file() else "start again"
+    return f"free memory and {again}; or start anew with one of: {'; '.join(found)}" if found else str(fault.hint)
 
 
 def tighten(run: Run, fault: MicroBatchTooLarge) -> Run:

@@ -41,7 +41,7 @@ from lorasft.model.base import check_files, compute_dtype, count_bytes, load_bas
 from lorasft.model.liger import require_liger, use_liger
 from lorasft.model.loss import Network
 from lorasft.model.memory import count_holdings
-from lorasft.model.recompute import decoder_layers
+from lorasft.model.recompute import decoder_layers, recomputed_layers
 from lorasft.model.room import free_memory
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import Recipe, dump_recipe
@@ -184,21 +184,24 @@ def _load(recipe: Recipe, folder: Path, settled: Settled, *, ranks: Ranks) -> Op
             write_start(folder, recipe, prepared, state=state, config=settled.config)
         if ranks.is_main:
             memory.write(run)
-    notices = [notice] if (notice := compare_with_file(tokenizer)) else []
-    unstopped = missing_stop(prepared, network.causal)
-    if unstopped is not None:
-        token = tokenizer.convert_ids_to_tokens(unstopped)
-        notices.append(f"generation of this base does not stop at {token}: the adapter's generation_config.json will")
-    notes = (
-        *notices,
-        *settled.notices,
-        *network.notices,
-        *([] if run.held_out or recipe.data.eval is None else ["no rows are held out: data.eval=FILE names some"]),
-        f"model on {device} in {layout.dtype}: {count_bytes(model)}",
-        f"activations: {layout.recomputed_layers} of {len(decoder_layers(network.causal))} layers recomputed",
-        str(memory),
-    )
+    notes = (*_notes(run, settled), f"model on {device} in {layout.dtype}: {count_bytes(model)}", str(memory))
     return Opened(run, state, tokenizer, prepared, notes)
+
+
+def _notes(run: Run, settled: Settled) -> Iterator[str]:
+    """What a person should know before the first step."""
+    causal = run.network.causal
+    if notice := compare_with_file(settled.tokenizer):
+        yield notice
+    unstopped = missing_stop(settled.prepared, causal)
+    if unstopped is not None:
+        token = settled.tokenizer.convert_ids_to_tokens(unstopped)
+        yield f"generation of this base does not stop at {token}: the adapter's generation_config.json will"
+    yield from settled.notices
+    yield from run.network.notices
+    if run.held_out is None and run.recipe.data.eval is not None:
+        yield "no rows are held out: data.eval=FILE names some"
+    yield f"activations: {recomputed_layers(causal)} of {len(decoder_layers(causal))} layers recomputed"
 
 
 def load_model(recipe: Recipe, device: torch.device, *, saved: State | None) -> tuple[Any, Network]:
@@ -207,20 +210,25 @@ def load_model(recipe: Recipe, device: torch.device, *, saved: State | None) -> 
     settled = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     base = load_base(settled, device, keep=recipe.machine.cache_base)
     if recipe.adapter.start:
-        start = Path(recipe.adapter.start)
-        model = load_adapter(base, start / "adapter" if (start / "recipe.yaml").is_file() else start, trainable=True)
+        model = load_adapter(base, adapter_folder(recipe.adapter.start), trainable=True)
     else:
         model = attach_adapter(base, recipe.adapter, seed=recipe.train.seed)
-    own = own_attention(recipe)
+    return model, probe(recipe, model, saved=saved)
+
+
+def adapter_folder(start: str) -> Path:
+    """The adapter that `adapter.start` names: itself, or that of a run."""
+    folder = Path(start)
+    return folder / "adapter" if (folder / "recipe.yaml").is_file() else folder
+
+
+def probe(recipe: Recipe, model: Any, *, saved: State | None) -> Network:
+    """What is verified about the PEFT model `model`, under the attention and the kernels that the recipe wants."""
+    own = recipe.machine.attention if recipe.machine.attention in ("eager", "sdpa") else None
     network = verify(model.get_base_model(), segments=saved.layout.segments if saved else own is None)
     if own:
         network.causal.set_attn_implementation(own)
-    return model, use_liger(network) if recipe.machine.kernels == "liger" else network
-
-
-def own_attention(recipe: Recipe) -> str | None:
-    """The attention of transformers that the recipe wants, under which sequences go alone."""
-    return recipe.machine.attention if recipe.machine.attention in ("eager", "sdpa") else None
+    return use_liger(network) if recipe.machine.kernels == "liger" else network
 
 
 def finish(opened: Opened, state: State) -> Path:
