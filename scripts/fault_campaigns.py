@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import datetime
 import errno
 import itertools
@@ -308,9 +309,9 @@ def change_json(document: Any, dice: random.Random) -> None:
         if dice.random() < 0.3:
             del document[key]
         elif isinstance(document, dict) and dice.random() < 0.2:
-            document[str(dice.choice(ODD))] = document[key]
+            document[str(dice.choice(ODD))] = copy.deepcopy(document[key])
         else:
-            document[key] = dice.choice(ODD)
+            document[key] = copy.deepcopy(dice.choice(ODD))
         return
 
 

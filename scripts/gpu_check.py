@@ -359,7 +359,7 @@ def check_resume() -> str:
 def train_tiny(folder: str, *settings: str, resume: bool = False) -> tuple[list[float], int]:
     """The losses of four steps of the shipped recipe `tiny`, and the tokens of its micro-batches in the end."""
     from lorasft.recipe import load_recipe
-    from lorasft.train.checkpoint import newest_checkpoint, read_state
+    from lorasft.train.checkpoint import newest_checkpoint
     from lorasft.train.loop import train
     from lorasft.train.run import finish, open_run
 
@@ -367,9 +367,8 @@ def train_tiny(folder: str, *settings: str, resume: bool = False) -> tuple[list[
     with open_run(load_recipe("tiny", [*fixed, *settings]), resume=resume) as opened:
         finish(opened, train(opened.run, opened.state))
     lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    newest, _ = newest_checkpoint(Path(folder, "checkpoints"))
-    assert newest is not None
-    return [line["loss"] for line in lines if "loss" in line], read_state(newest).layout.micro_batch_tokens
+    _, state, _ = newest_checkpoint(Path(folder, "checkpoints"), run=None)
+    return [line["loss"] for line in lines if "loss" in line], state.layout.micro_batch_tokens
 
 
 def apart(one: list[float], other: list[float]) -> str:

@@ -259,7 +259,7 @@ def out_of_memory(*args: Any) -> torch.Tensor:
     raise torch.OutOfMemoryError
 
 
-def no_model(*args: Any) -> Any:
+def no_model(*args: Any, **options: Any) -> Any:
     raise ModelError("cannot load")
 
 

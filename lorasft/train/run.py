@@ -109,7 +109,9 @@ def _settle(recipe: Recipe, folder: Path, *, resume: bool, held: ExitStack) -> S
         for name in ("tokens", "checkpoints"):
             if (folder / name).is_dir():
                 remove_folder(folder / name)
-    config, tokenizer, prepared = read_inputs(recipe, folder / "tokens")
+    config = read_settled_config(recipe)
+    check_files(recipe.model.base)
+    tokenizer, prepared = read_data(recipe, config, folder / "tokens")
     checkpoint, saved = None, None
     notices = [f"process {left} ended without a word: it was killed, or the power was lost"] if left else []
     if resume:
@@ -122,15 +124,19 @@ def _settle(recipe: Recipe, folder: Path, *, resume: bool, held: ExitStack) -> S
     return Settled(config, tokenizer, prepared, plan, checkpoint, saved, notices)
 
 
-def read_inputs(recipe: Recipe, folder: Path) -> tuple[Any, Any, Prepared]:
-    """The config, the tokenizer, and the data, prepared in `folder`: all of a run but its weights."""
+def read_settled_config(recipe: Recipe) -> Any:
+    """The config of the base; what `recipe` wants of it and of this machine is refused here if it cannot be."""
     config = read_config(recipe.model.base, recipe.model.revision)
     refuse_settings(recipe, config)
-    check_files(recipe.model.base)
+    return config
+
+
+def read_data(recipe: Recipe, config: Any, folder: Path) -> tuple[Any, Prepared]:
+    """The tokenizer, and the data prepared in `folder`."""
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
     prepared = prepare(recipe.data, recipe.chat, tokenizer=tokenizer, folder=folder)
     refuse_ids(prepared, config)
-    return config, tokenizer, prepared
+    return tokenizer, prepared
 
 
 def _load(recipe: Recipe, folder: Path, settled: Settled, *, ranks: Ranks) -> Opened:
