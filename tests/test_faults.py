@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -52,7 +51,7 @@ KILLS = ("K1", "K2", "K4", "P1")
 def ring(tmp_path_factory: pytest.TempPathFactory) -> campaigns.Ring:
     torch.set_num_threads(1)
     bench, reference = open_bench(tmp_path_factory.mktemp("faults"))
-    return campaigns.Ring(bench, reference, trials=0, seed=int(time.time()))
+    return campaigns.Ring(bench, reference, trials=0, seed=20)
 
 
 @pytest.fixture(scope="module")

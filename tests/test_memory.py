@@ -382,10 +382,13 @@ def test_a_run_survives_a_real_lack_of_memory(recipe: Write, tmp_path: Path) -> 
             run={"output": str(tmp_path / name), "eval_every": None},
             machine={"micro_batch_tokens": 16384, "activation_checkpointing": False, "share_prefixes": False},
         )
+        if name == "roomy":
+            assert main(["train", path]) == 0
+            continue
         command = [sys.executable, "-c", TIGHT, path, str(spare)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        assert ("from here on micro-batches of" in done.stderr) == (name == "tight")
+        assert "from here on micro-batches of" in done.stderr
     assert losses_of(tmp_path / "tight") == pytest.approx(losses_of(tmp_path / "roomy"), rel=1e-6)
 
 

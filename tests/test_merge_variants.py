@@ -28,9 +28,11 @@ from transformers.pytorch_utils import Conv1D
 
 from lorasft.errors import ModelError, UnsafeError
 from lorasft.merge import stream
+from lorasft.merge.fold import Dora, Replacement, Series, Shift, Stack, Tokens, Update
 from lorasft.merge.folder import Merged
 from lorasft.merge.folder import merge as merge_source
 from lorasft.merge.packed import find_packed
+from lorasft.merge.products import CPU, bring, time_update
 from lorasft.merge.shards import read_shard
 from lorasft.merge.source import Source
 from lorasft.model.adapter import load_adapter
@@ -355,3 +357,16 @@ def test_a_pattern_that_might_never_end_is_refused(pattern: str, tmp_path: Path)
     edit_config(adapter, rank_pattern={pattern: 4})
     with pytest.raises(UnsafeError, match="rank_pattern"):
         merge(base, adapter, tmp_path / "out")
+
+
+def test_every_tensor_of_a_change_moves_to_the_device_of_the_products() -> None:
+    update = Update(torch.ones(2, 3), torch.ones(4, 2), 0.5, False)
+    tokens = Tokens({1: torch.ones(3)}, (4, 3))
+    kinds = [Dora(update, torch.ones(4)), Shift(torch.ones(4), 2.0), Replacement(torch.ones(4, 3)), tokens]
+    change = Series((*kinds, Stack([update, update])))
+    moved = bring(change, torch.device("meta"))
+    dora, shift, whole, some, stack = moved.changes
+    tensors = [dora.update.down, dora.update.up, dora.magnitude, shift.bias, whole.tensor, some.rows[1]]
+    assert all(tensor.is_meta for tensor in (*tensors, *(part.up for part in stack.updates)))
+    assert moved.shape == change.shape and dora.update.scaling == 0.5
+    assert time_update(update, torch.zeros(4, 3), CPU) > 0 and not update.up.is_meta

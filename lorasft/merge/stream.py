@@ -20,6 +20,7 @@ from lorasft.files import new_file
 from lorasft.merge.blocks import Blank, Rows, Stored, Weight
 from lorasft.merge.fold import Change
 from lorasft.merge.plan import Plan
+from lorasft.merge.products import apply, bring, choose_device
 from lorasft.merge.shards import Entry, Shard, read_shard
 from lorasft.merge.writer import Writer
 
@@ -51,6 +52,8 @@ def write_weights(
     `grid`: how training saw the tensors that it had in NF4; with `onto_grid` they are written so, else as they are
     stored. Raises ModelError when a number leaves its dtype's range.
     """
+    with _one_thread():
+        device = choose_device(plan.changes.values(), numbers=_BLOCK)
     done = 0
     written: dict[str, Written] = {}
     hashes: dict[str, str] = {}
@@ -65,7 +68,7 @@ def write_weights(
                     plain = Stored(source, entry, start=start) if entry.form == stored[name].form else Blank(entry)
                     weight = plan.packed[name].open() if name in plan.packed else plain
                     seen = grid[name](weight) if isinstance(weight, Stored) and name in grid else None
-                    written[name] = _write_changed(writer, weight, seen, plan.changes.get(name), onto_seen=onto_grid)
+                    written[name] = _write_changed(writer, weight, seen, plan.changes.get(name), device, onto_grid)
                 else:
                     writer.copy(source, start, size=entry.size)
                 done += entry.size
@@ -77,10 +80,10 @@ def write_weights(
 
 
 def _write_changed(
-    target: Writer, weight: Weight, seen: Rows | None, change: Change | None, *, onto_seen: bool
+    target: Writer, weight: Weight, seen: Rows | None, change: Change | None, device: torch.device, onto_seen: bool
 ) -> Written:
     """Write one tensor, a block of rows at a time: its change added in fp32, then rounded once."""
-    entry = weight.entry
+    entry, change = weight.entry, bring(change, device)
     rows = entry.rows if change is not None and change.whole else max(1, _BLOCK // entry.width)
     changed, update, error = False, 0.0, 0.0
     for start in range(0, entry.rows, rows):
@@ -92,7 +95,7 @@ def _write_changed(
             total = quantized if onto_seen else total
         before = total.clone() if seen is not None else None
         if change is not None:
-            change.apply(total, start)
+            apply(change, total, start, device)
         if before is not None:
             update += _square(before.sub_(total))
         after = total.to(weight.dtype)
