@@ -1,10 +1,11 @@
-"""Training steps with shared prefixes against the same without: python scripts/bench_prefix.py [--base FOLDER]
+"""Steps with shared prefixes against the same without: python scripts/bench_prefix.py [--base FOLDER] [--write]
 
 Both train one adapter in one process, step about, on random tokens: examples that begin with the same `--stem` tokens
 and end with about `--answer` learned ones of their own. Prints examples a second and computed tokens of both, medians
 over steps, and their ratio. With shared prefixes the micro-batches are as wide as `machine: auto` would make them; both
-begin with `--tokens`. Without --base the model is a random Llama of 56 million parameters in NF4.
-With a short stem it shows from where on sharing pays (the cost of a segment in lorasft/data/prefixes.py).
+begin with `--tokens`. Without --base the model is a random Llama of 56 million parameters in NF4. With a short stem it
+shows from where on sharing pays (the cost of a segment in lorasft/data/prefixes.py). `--write` puts the table into
+docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+from bench_shared import table, write_section
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line sets it
 
@@ -56,7 +60,8 @@ def make_rows(arguments: argparse.Namespace, vocabulary: int) -> Any:
     return Given(rows)
 
 
-def run(arguments: argparse.Namespace, base: str) -> None:
+def run(arguments: argparse.Namespace, base: str) -> str:
+    """Train both, and tell what came of it as a table."""
     import torch
     from accelerate import PartialState
 
@@ -91,13 +96,19 @@ def run(arguments: argparse.Namespace, base: str) -> None:
             optimizer.zero_grad()
             seconds[share].append(time.perf_counter() - started)
             tokens[share].append(step.tokens)
-    for share, name in ((False, "alone"), (True, "shared")):
-        rate = arguments.batch / statistics.median(seconds[share][1:])  # the first step pages weights in
-        computed = statistics.median(tokens[share][1:])
-        most = plans[share].micro_batch_tokens
-        print(f"{name:7} {rate:8.2f} examples/s   {computed:8,.0f} tokens/step in micro-batches of up to {most:,}")
     ratios = [long / short for long, short in zip(seconds[False], seconds[True], strict=True)][1:]
-    print(f"ratio   {statistics.median(ratios):8.2f}   ({min(ratios):.2f} to {max(ratios):.2f})")
+    spread = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
+    lines = [
+        (
+            name,
+            f"{arguments.batch / statistics.median(seconds[share][1:]):.2f}",  # the first step pages weights in
+            f"{statistics.median(tokens[share][1:]):,.0f}",
+            f"{plans[share].micro_batch_tokens:,}",
+            ratio,
+        )
+        for share, name, ratio in ((False, "alone", "1.00x"), (True, "shared", spread))
+    ]
+    return table(("prefixes", "examples/s", "tokens a step", "micro-batches of up to", "speed"), lines)
 
 
 def main() -> None:
@@ -108,12 +119,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="examples a step")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=2048, help="micro_batch_tokens without shared prefixes")
+    parser.add_argument("--write", action="store_true", help="the table into docs/benchmarks.md")
     arguments = parser.parse_args()
-    if arguments.base:
-        run(arguments, arguments.base)
-        return
+    started, own, idle = time.monotonic(), time.process_time(), psutil.cpu_times().idle
     with tempfile.TemporaryDirectory() as folder:
-        run(arguments, write_random_base(Path(folder)))
+        text = run(arguments, arguments.base or write_random_base(Path(folder)))
+    print(text)
+    wall = time.monotonic() - started
+    busy = wall * (os.cpu_count() or 1) - (psutil.cpu_times().idle - idle) - (time.process_time() - own)
+    if arguments.write:
+        title = f"Shared prefixes, {arguments.stem} tokens and about {arguments.answer} of each example's own"
+        write_section(title, text, busiest=max(0.0, busy / wall))
 
 
 if __name__ == "__main__":
