@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface
 
 from lorasft.data.packing import Segment
-from lorasft.model.brief import BriefAttention, is_brief
+from lorasft.model.cascade import CascadeAttention, Stretch, read_stretches
 from lorasft.model.varlen import Varlen, attend_at_once, measure_paths
 
 SEGMENTS = "lorasft_segments"
@@ -30,6 +31,17 @@ class Paths:
     lengths: list[int]  # tokens of each segment
     ancestors: list[tuple[int, ...]]  # numbers of segments
     varlen: Varlen | None = None  # where one kernel takes all segments
+
+    @cached_property
+    def stretches(self) -> list[Stretch]:
+        """What the segments see, as attention on a CPU reads it."""
+        return read_stretches(self.lengths, self.ancestors)
+
+    @cached_property
+    def most_keys(self) -> int:
+        """How many keys the segment sees that sees most."""
+        each = zip(self.lengths, self.ancestors, strict=True)
+        return max(own + sum(self.lengths[number] for number in before) for own, before in each)
 
     def split(self, row: Tensor) -> list[Tensor]:
         """Each segment's own part of `row` (1, heads, tokens, head size)."""
@@ -73,30 +85,25 @@ def attend(
     if segments is None:
         raise RuntimeError("segment attention was called without segments")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    keys, values = segments.gather(key), segments.gather(value)
     open_scores = softcap is not None or s_aux is not None
-    bites = sliding_window is not None and max(part.shape[2] for part in keys) > sliding_window
-    if segments.varlen and not (open_scores or bites or dropout):
+    windowed = sliding_window is not None and segments.most_keys > sliding_window
+    plain = not (open_scores or windowed or dropout)
+    if plain and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+        output: Tensor = CascadeAttention.apply(query, key, value, segments.stretches, scale)  # type: ignore[no-untyped-call]
+        return output, None
+    keys, values = segments.gather(key), segments.gather(value)
+    if plain and segments.varlen:
         return attend_at_once(query, torch.cat(keys, dim=2), torch.cat(values, dim=2), segments.varlen, scale), None
     outputs = []
     for q, k, v in zip(segments.split(query), keys, values, strict=True):
-        windowed = sliding_window is not None and k.shape[2] > sliding_window
-        mask = _causal(q, k, window=sliding_window) if windowed or q.shape[2] != k.shape[2] else None
         if open_scores:
-            mask = _causal(q, k, window=sliding_window) if mask is None else mask
-            outputs.append(_attend_openly(q, k, v, mask, scale=scale, dropout=dropout, softcap=softcap, sinks=s_aux))
-        else:
-            grouped = q.shape[1] != k.shape[1]
-            options: dict[str, Any] = {
-                "attn_mask": mask,
-                "is_causal": mask is None,
-                "scale": scale,
-                "enable_gqa": grouped,
-            }
-            if dropout == 0 and is_brief(q, k):
-                outputs.append(BriefAttention.apply(q, k, v, options))  # type: ignore[no-untyped-call]
-            else:
-                outputs.append(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options))
+            seen = _causal(q, k, window=sliding_window)
+            outputs.append(_attend_openly(q, k, v, seen, scale=scale, dropout=dropout, softcap=softcap, sinks=s_aux))
+            continue
+        square = q.shape[2] == k.shape[2] and (sliding_window is None or k.shape[2] <= sliding_window)
+        mask = None if square else _causal(q, k, window=sliding_window)
+        options: dict[str, Any] = {"dropout_p": dropout, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, **options))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
