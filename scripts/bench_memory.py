@@ -1,10 +1,11 @@
-"""Predicted against measured peaks: python scripts/bench_memory.py --data FILE [FILE ...] --tokenizer FOLDER [--write]
+"""What `lorasft plan` foretells against what comes: bench_memory.py --data FILE [FILE ...] --tokenizer FOLDER [--write]
 
 For every shape and file, and with no layer recomputed and with all of them: what `lorasft plan` predicts from the
 config and the data alone, and the peak of the CPU's allocator over two micro-batches, the heaviest of the run, with an
 update between them, on the base as `lorasft train` loads it (random weights, rank 16 on all linears, AdamW). `beside`
-is the peak without the weights, which are known; `off` is how far the prediction is from it, and from the whole.
-`--write` puts the table into docs/benchmarks.md.
+is the peak without the weights, which are known; `off` is how far the prediction is from it, and from the whole. The
+second table has learned tokens a second: as foretold from one layer of each kind, and over real steps after that.
+`--write` puts the tables into docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import itertools
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench_shared import run_process, save_base, table, write_section
 
+WARMUP, STEPS = 2, 8
 SIZES = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
 WIDE = {**SIZES, "intermediate_size": 1408}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -49,8 +52,8 @@ def make_recipe(base: Path, shape: str, data: str, *, recompute: bool) -> Any:
     return Recipe.model_validate_json(json.dumps(settings))
 
 
-def compare(base: Path, shape: str, data: str, recompute: bool) -> dict[str, int]:
-    """Predicted and measured bytes of one cell, in this process."""
+def compare(base: Path, shape: str, data: str, recompute: bool) -> dict[str, float]:
+    """Predicted and measured bytes and speeds of one cell, in this process."""
     from lorasft.train.outlook import foresee
     from lorasft.train.run import open_run
 
@@ -59,13 +62,33 @@ def compare(base: Path, shape: str, data: str, recompute: bool) -> dict[str, int
     loaded = outlook.prediction.holdings.loaded
     with open_run(recipe, resume=False) as opened:
         measured = real_peak(lambda: work_twice(opened.run))
+        reached = real_speed(opened.run)
     return {
         "tokens": len(outlook.heaviest.ids),
         "sequences": len(outlook.heaviest.segments),
         "loaded": loaded,
         "predicted": outlook.prediction.total - loaded,
         "measured": measured,
+        "foretold": outlook.duration.supervised_tokens_per_second,
+        "reached": reached,
     }
+
+
+def real_speed(run: Any) -> float:
+    """Learned tokens a second of the run's own steps."""
+    from lorasft.train.loop import take_step
+    from lorasft.train.stop import StopRequest
+
+    seconds, tokens = 0.0, 0.0
+    run.network.causal.train()
+    for number in range(1, WARMUP + STEPS + 1):
+        started = time.perf_counter()
+        step = run.plan.step(number, run.rows)
+        take_step(run, step, StopRequest())
+        if number > WARMUP:
+            seconds += time.perf_counter() - started
+            tokens += step.supervised_tokens
+    return tokens / seconds
 
 
 def work_twice(run: Any) -> None:
@@ -99,7 +122,7 @@ def real_peak(work: Callable[[], object]) -> int:
 
 def measure(options: argparse.Namespace) -> None:
     """Every shape and file in a process of its own."""
-    lines, busiest = [], 0.0
+    peaks, speeds, busiest = [], [], 0.0
     for shape, data in itertools.product(SHAPES, options.data):
         with tempfile.TemporaryDirectory() as folder:
             base = Path(folder) / "base"
@@ -109,21 +132,24 @@ def measure(options: argparse.Namespace) -> None:
             said, foreign = run_process(sys.executable, [__file__, "--cell", cell])
         busiest = max(busiest, foreign)
         for recomputed, figures in said.items():
-            lines.append(line(shape, data, figures, recomputed=recomputed))
-            print(*lines[-1], sep="  ", flush=True)
+            peaks.append([shape, Path(data).name, *peak_cells(figures, recomputed)])
+            speeds.append([shape, Path(data).name, *speed_cells(figures, recomputed)])
+            print(*peaks[-1], *speeds[-1][3:], sep="  ", flush=True)
     head = ("shape", "rows", "tokens", "sequences", "recomputed", "predicted, MB", "beside, MB", "off", "of the whole")
-    text = table(head, lines)
+    show("Memory predicted", table(head, peaks), busiest=busiest, write=options.write)
+    head = ("shape", "rows", "recomputed", "foretold, tok/s", "reached, tok/s", "off")
+    show("Speed predicted", table(head, speeds), busiest=busiest, write=options.write)
+
+
+def show(title: str, text: str, *, busiest: float, write: bool) -> None:
     print(f"\n{text}", end="")
-    if options.write:
-        write_section("Memory predicted", text, busiest=busiest)
+    if write:
+        write_section(title, text, busiest=busiest)
 
 
-def line(shape: str, data: str, said: dict[str, int], *, recomputed: str) -> list[str]:
-    """A line of the table."""
+def peak_cells(said: dict[str, float], recomputed: str) -> list[str]:
     predicted, measured, loaded = said["predicted"], said["measured"], said["loaded"]
     return [
-        shape,
-        Path(data).name,
         f"{said['tokens']:,}",
         f"{said['sequences']}",
         recomputed,
@@ -134,11 +160,16 @@ def line(shape: str, data: str, said: dict[str, int], *, recomputed: str) -> lis
     ]
 
 
+def speed_cells(said: dict[str, float], recomputed: str) -> list[str]:
+    foretold, reached = said["foretold"], said["reached"]
+    return [recomputed, f"{foretold:,.0f}", f"{reached:,.0f}", f"{foretold / reached - 1:+.0%}"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", help="files of rows in a format of a recipe")
     parser.add_argument("--tokenizer", help="a folder")
-    parser.add_argument("--write", action="store_true", help="the table into docs/benchmarks.md")
+    parser.add_argument("--write", action="store_true", help="the tables into docs/benchmarks.md")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cell:

@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from lorasft.cli import main
+from lorasft.commands import train
 from lorasft.data.packing import Step
 from lorasft.errors import RecipeError
 from lorasft.faults.judge import judge_remains, judge_result, read_metrics
@@ -274,6 +275,18 @@ def test_sigusr1_saves_after_the_step_and_goes_on(ring: campaigns.Ring) -> None:
     steps = [path.name for path in list_checkpoints(bench.folder / "checkpoints")]
     assert steps == ["step-000005", "step-000012"]
     assert not judge_result(bench.folder, ring.reference.result)
+
+
+def test_sigusr1_before_the_first_step_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*_: object) -> None:
+        assert signal.getsignal(signal.SIGUSR1) != signal.SIG_DFL
+        os.kill(os.getpid(), signal.SIGUSR1)
+        raise EOFError
+
+    monkeypatch.setattr(train, "load_recipe", ask)
+    with pytest.raises(EOFError):
+        train.run("tiny", [], resume=False)
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
 def test_saves_come_by_the_clock_too(ring: campaigns.Ring) -> None:

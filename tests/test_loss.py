@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import bitsandbytes as bnb
@@ -14,7 +15,7 @@ from torch import Tensor
 from lorasft.data.packing import cut
 from lorasft.model import loss as module
 from lorasft.model.adapter import attach_adapter
-from lorasft.model.loss import ChunkedLoss, Head, pair_losses, read_head
+from lorasft.model.loss import ChunkedLoss, Head, pair_losses, read_head, round_up
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import AdapterSettings
 
@@ -101,6 +102,32 @@ def test_a_head_with_an_adapter_or_in_4_bit_goes_through_the_model() -> None:
         assert abs(float(losses.detach().mean()) - value) < 1e-5 * value
         assert got.keys() == want.keys() and len(got) == (6 if adapted else 4)
         assert all((got[name] - want[name]).norm() < 1e-5 * want[name].norm() for name in want)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # gpt2 has an embedding for each position
+def test_what_sizes_are_rounded_up_with_changes_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Rows()
+    model = attach_adapter(make_base(family), AdapterSettings(rank=4), seed=0)
+    randomize_adapter(model)
+    network = verify(model.get_base_model())
+    (batch,) = cut(rows, range(len(rows)), capacity=1000)
+    rounded = round_up(batch)
+    assert len(rounded.ids) % 64 == len(rounded.sources) % 64 == 0 and len(batch.ids) % 64 and len(batch.sources) % 64
+    found = []
+    for one in (batch, rounded):
+        losses = pair_losses(network, one)[: len(batch.sources)]
+        (losses * torch.linspace(0, 1, len(losses))).sum().backward()
+        found.append([losses.detach(), *gradients(model).values()])
+        model.zero_grad()
+    for got, want in zip(*found, strict=True):
+        assert (got - want).norm() <= 1e-6 * want.norm()
+
+    seen: list[int] = []
+    network.causal.bfloat16().register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    assert pair_losses(replace(network, head=None), batch).shape == batch.sources.shape
+    assert seen == [len(rounded.ids)]
 
 
 def _in_nf4(head: Any) -> Any:

@@ -13,6 +13,7 @@ from lorasft.recipe import load_recipe
 from lorasft.recipe_faults import printable
 from lorasft.terminal import say
 from lorasft.train.ranks import join
+from lorasft.train.stop import save_signal_ignored
 
 if TYPE_CHECKING:
     from lorasft.train.run import Opened
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
     """Train `recipe`; progress on stderr, the run folder on stdout."""
-    with join() as ranks:
+    with save_signal_ignored(), join() as ranks:
         settings = ranks.lead(lambda: load_recipe(recipe, overrides))
         from lorasft.train.loop import train
         from lorasft.train.run import finish, open_run

@@ -87,9 +87,15 @@ def kill_in_time(bench: Bench, commits: int, *, dice: random.Random, reference: 
 
 
 def kill_in_slow_effects(bench: Bench, commits: int, *, dice: random.Random, reference: Reference) -> Child:
-    """SIGKILL at a random moment of a run whose effects on the disk are slow, and are hit more often therefore."""
+    """SIGKILL at a random moment of a run whose effects on the disk are slow, and are hit more often therefore.
+
+    Half of the kills wait for what is rare otherwise: the start of a resumed run, the retention of another.
+    """
     child = bench.start(slow, commits=commits)
-    child.await_effect(dice.randint(1, reference.effects // (4 if commits else 1)))
+    if dice.random() < 0.5:
+        child.await_effect(dice.randint(1, reference.effects // (4 if commits else 1)))
+    else:
+        child.await_phase(Phase.RESUME if commits else Phase.RETAIN)
     time.sleep(dice.uniform(0, 0.02))
     child.kill()
     return child

@@ -76,6 +76,11 @@ class Child:
         while self.trace.effects < number and not self.trace.over:
             time.sleep(0.0005)
 
+    def await_phase(self, phase: Phase) -> None:
+        """Wait until the run is in `phase`, or at its end."""
+        while self.trace.phase != phase and not self.trace.over:
+            time.sleep(0.0005)
+
     def kill(self, number: int = signal.SIGKILL) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)

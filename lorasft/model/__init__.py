@@ -4,11 +4,11 @@ import logging
 import os
 import sys
 
-# On a CPU oneDNN compiles its kernels for each shape, and every micro-batch has its own number of tokens: the two
-# caches that keep a thousand of them grow by tens of megabytes a step (pytorch/pytorch#27971). One micro-batch needs
-# about 40.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
+# On a CPU oneDNN compiles its kernels for each shape and keeps a thousand of them in each of two caches, which grow by
+# tens of megabytes a step (pytorch/pytorch#27971). A micro-batch needs about 40, and `pair_losses` rounds its sizes up,
+# so that they come again.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "512")
 
 # On a CPU with AVX512-BF16, importing bitsandbytes 0.50 asks the hub for a kernel and warns when it gets none. The
 # kernel is for inference only, and nothing here dials out unasked: the package that would fetch it is hidden meanwhile.

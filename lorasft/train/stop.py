@@ -1,6 +1,6 @@
 """Signals to a run. SIGINT, SIGTERM, SIGHUP: the first stops it after the step, saved; the second at once.
 
-SIGUSR1 saves after the step, and the run goes on.
+SIGUSR1 saves after the step, and the run goes on; before the first step and after the last it changes nothing.
 """
 
 from __future__ import annotations
@@ -59,3 +59,16 @@ def stop_signals(*, alone: bool) -> Iterator[StopRequest]:
         yield stop
     finally:
         stop.restore()
+
+
+@contextmanager
+def save_signal_ignored() -> Iterator[None]:
+    """SIGUSR1, which ends a process by default, ends nothing where there is nothing to save."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
