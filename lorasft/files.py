@@ -191,15 +191,17 @@ def verify_folder(folder: Path) -> None:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as fault:
         raise ModelError(f"no readable {MANIFEST}: {fault}", where=str(folder), hint=_AGAIN) from None
     for name, (size, digest) in entries.items():
-        path = folder / name
-        if ".." in path.parts or not path.is_relative_to(folder) or path.is_symlink():
-            raise ModelError(f"{name} is not in the folder", where=str(folder), hint=_AGAIN)
-        if not path.is_file():
-            raise ModelError(f"{name} is missing", where=str(folder), hint=_AGAIN)
+        path, name = folder / name, name if len(name) < 80 else f"{name[:80]}..."
         try:
+            if ".." in path.parts or not path.is_relative_to(folder) or path.is_symlink():
+                raise ModelError(f"{name} is not in the folder", where=str(folder), hint=_AGAIN)
+            if not path.is_file():
+                raise ModelError(f"{name} is missing", where=str(folder), hint=_AGAIN)
             found = path.stat().st_size, sha256(path)
-        except OSError as fault:
+        except OSError as fault:  # a name may also be longer than a file's can be
             raise ModelError(f"cannot read {name}: {fault.strerror}", where=str(folder), hint=_AGAIN) from None
+        except ValueError:  # a null byte
+            raise ModelError(f"{name!r} is no name of a file", where=str(folder), hint=_AGAIN) from None
         if found[0] != size:
             raise ModelError(f"{name} has {found[0]} bytes, not {size}", where=str(folder), hint=_AGAIN)
         if found[1] != digest:

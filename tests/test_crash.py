@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import time
@@ -13,7 +14,7 @@ import pytest
 import torch
 from fault_states import in_fork, with_fault
 
-from lorasft.errors import CapacityError
+from lorasft.errors import CapacityError, ModelError
 from lorasft.faults.trial import kill_at
 from lorasft.files import sha256, verify_folder
 from lorasft.merge.folder import merge
@@ -108,3 +109,11 @@ def test_a_merge_on_a_full_disk_at_every_file_operation(base: Path, adapter: Pat
         else:
             merge_into(base, adapter, out)
     assert operation > 15
+
+
+@pytest.mark.parametrize("name", ["x" * 10_000, "a\0b", "../elsewhere", "/etc/passwd", "gone"])
+def test_a_manifest_with_a_strange_name_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({name: {"bytes": 1, "sha256": "0"}}))
+    with pytest.raises(ModelError) as caught:
+        verify_folder(tmp_path)
+    assert len(caught.value.what) < 200
