@@ -129,6 +129,8 @@ def _bytes(text: str) -> int:
         number, unit, binary = float(match[1]), (match[2] or "").upper(), match[3]  # type: ignore[index]
     except (TypeError, ValueError):
         raise argparse.ArgumentTypeError(f"{text} is no size like 8GiB or 24GB") from None
+    if not unit and number < 2**20:
+        raise argparse.ArgumentTypeError(f"{text} is {text} bytes: give a unit, as in {text}GiB")
     return int(number * (1024 if binary else 1000) ** ("KMGT".index(unit) + 1 if unit else 0))
 
 

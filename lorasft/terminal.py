@@ -13,8 +13,9 @@ _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 _SECRETS = re.compile(
-    r"\b(?P<kind>hf_|gh[opsu]_|AKIA)[A-Za-z0-9]{16,}|\b(?P<long>sk-|github_pat_|xox[bp]-)[A-Za-z0-9_-]{20,}"
-    r"|(?P<url>://)[^/\s@]+@"
+    r"\b(?P<kind>hf_|gh[opsu]_|AKIA)[A-Za-z0-9]{16,}|\b(?P<long>sk-|github_pat_|glpat-|xox[bp]-)[A-Za-z0-9_-]{20,}"
+    r"|(?P<url>:/{1,2})[^/\s@]+@"  # a path has one of the slashes
+    r"|(?P<query>[?&](?:access_|auth_)?token=)[^\s&'\"]+"
     r"|(?P<header>authorization['\"]?\s*[:=]\s*['\"]?)(?:(?:bearer|basic)\s+)?[^\s'\"]+"
     r"|(?P<key>api[_-]?key['\"]?\s*[:=]\s*['\"]?)[^\s'\",}]+",
     re.IGNORECASE,

@@ -289,6 +289,21 @@ def test_sigusr1_before_the_first_step_ends_nothing(monkeypatch: pytest.MonkeyPa
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
+@pytest.mark.parametrize("number", [5, 12])
+def test_a_signal_does_not_wait_for_an_evaluation(number: int, ring: campaigns.Ring) -> None:
+    """Held-out rows are due after steps 5 and 12, the last: they are scored when the run goes on."""
+    ring.bench.clear()
+    ask = partial(campaigns.before_step, number, lambda run: os.kill(os.getpid(), signal.SIGTERM))
+    child = replace(ring.bench, setup=(ask,)).start()
+    assert child.wait() == 143, child.said()
+    assert list_checkpoints(ring.bench.folder / "checkpoints")[-1].name == f"step-{number:06d}"
+    metrics = read_metrics(ring.bench.folder)
+    assert metrics[-1]["step"] == number and "loss" in metrics[-1] and "eval_loss" not in metrics[-1]
+    child = ring.bench.start()
+    assert child.wait() == 0, child.said()
+    assert not judge_result(ring.bench.folder, ring.reference.result)
+
+
 def test_saves_come_by_the_clock_too(ring: campaigns.Ring) -> None:
     bench = changed(ring.bench, "run", save_every=None, save_minutes=0.0001)
     bench.clear()

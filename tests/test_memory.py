@@ -330,6 +330,7 @@ def losses_of(folder: Path) -> list[float]:
         (Fills(80), "step"),
         (Fills(80, backward=True), "step"),
         (Fills(80, message=ALLOCATOR), "step"),
+        (Fills(80, message="could not create a primitive"), "step"),  # oneDNN's
         (Fills(40), "step"),  # below the longest sequence: layers are recomputed too
         (Fills(80), "evaluation"),
     ],

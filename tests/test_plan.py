@@ -160,6 +160,15 @@ def test_what_is_said_to_make_it_fit_does(
         assert foresee(load_recipe(path, [remedy.split()[0]]), memory=tight).holds, remedy
 
 
+def test_a_length_that_drops_most_rows_says_so(recipe: Write) -> None:
+    path = recipe(adapter={"rank": 64, "dropout": 0.0}, machine={"micro_batch_tokens": "auto"})
+    roomy = foresee(load_recipe(path), memory=4 << 30)
+    tight = roomy.libraries + roomy.prediction.holdings.loaded + roomy.prediction.holdings.upcoming
+    shares = [foresee(load_recipe(path), memory=tight + roomy.prediction.activations // part) for part in (8, 16, 32)]
+    lengths = [one for outlook in shares for one in outlook.remedies if one.startswith("data.max_length")]
+    assert lengths and all("data.overlong=truncate" in one for one in lengths), lengths
+
+
 def test_less_memory_is_met_by_smaller_micro_batches_and_recomputed_layers(recipe: Write) -> None:
     path = recipe(adapter={"dropout": 0.0}, machine={"micro_batch_tokens": "auto"}, train={"batch_size": 20})
     roomy = foresee(load_recipe(path), memory=4 << 30)
@@ -180,13 +189,16 @@ def test_the_picture_keeps_to_the_width_and_to_the_encoding(recipe: Write) -> No
             assert bars[-1] in ("░", ".") if memory == outlook.memory else bars[-1] in ("▓", "!")
 
 
-@pytest.mark.parametrize(("text", "size"), [("8GiB", 8 << 30), ("24gb", 24 * 10**9), ("1.5G", 1.5e9), ("4096", 4096)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GiB", 8 << 30), ("24gb", 24 * 10**9), ("1.5G", 1.5e9), ("8388608", 1 << 23)]
+)
 def test_sizes_are_read(text: str, size: float, capsys: pytest.CaptureFixture[str]) -> None:
     from lorasft.cli import make_parser
 
     assert make_parser().parse_args(["plan", "tiny", "--memory", text]).memory == size
-    assert main(["plan", "tiny", "--memory", f"{text}x"]) == 2
-    assert "no size like 8GiB" in capsys.readouterr().err
+    for wrong, what in ((f"{text}x", "no size like 8GiB"), ("8", "give a unit, as in 8GiB")):
+        assert main(["plan", "tiny", "--memory", wrong]) == 2
+        assert what in capsys.readouterr().err
 
 
 def test_a_rehearsed_run_has_the_same_bits(

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
@@ -31,8 +32,10 @@ from test_train import metrics, run_folder
 
 from lorasft.cli import main
 from lorasft.data.packing import Plan, cut, share
+from lorasft.data.tokens import Tokens
 from lorasft.errors import ModelError
 from lorasft.files import verify_folder
+from lorasft.model.scoring import Given
 from lorasft.recipe import load_recipe
 from lorasft.train import loop, trackers
 from lorasft.train import ranks as ranks_module
@@ -147,8 +150,8 @@ def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> N
 
 def held_out(network: Any, ranks: Ranks) -> list[float]:
     """Losses and tokens of held-out sets of every size."""
-    results = [evaluate(network, some(size), capacity=20, ranks=ranks) for size in range(1, 7)]
-    return [number for result in results for number in (result.loss, result.tokens)]
+    results = [evaluate(network, some(size), capacity=20, ranks=ranks, stop=StopRequest()) for size in range(1, 7)]
+    return [number for result in results if result for number in (result.loss, result.tokens)]
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
@@ -163,6 +166,16 @@ def test_shares_are_a_balanced_partition(count: int) -> None:
     assert max(len(batch.ids) for batch in batches) <= 64
     few = tuple(cut(many, range(6), capacity=4096, processes=count))  # one micro-batch would hold them all
     assert len(few) >= min(count, 4)
+
+
+def test_processes_share_long_prefixes_in_small_steps() -> None:
+    """Eight rows of 310 tokens, 280 of them the same: two processes compute the prefix twice, not eight times."""
+    ids = np.arange(8 * 310).reshape(8, 310) % 97
+    ids[:, :280] = np.arange(280)
+    rows = Given([Tokens(row.astype(np.int32), row.astype(np.int32)) for row in ids])
+    batches = tuple(cut(rows, range(8), capacity=4096, processes=2, share=True))
+    shares = [sum(len(batch.ids) for batch in share(batches, index, 2)) for index in range(2)]
+    assert max(shares) < 280 + 5 * 30 and min(shares) > 0
 
 
 def test_a_run_through_torchrun_is_the_run_of_one_process(recipe: Write, tmp_path: Path) -> None:

@@ -129,6 +129,7 @@ def test_evaluating_and_generating_do_not_change_gradients(base: Path) -> None:
     from lorasft.recipe import AdapterSettings
     from lorasft.train.evaluate import evaluate
     from lorasft.train.ranks import ALONE
+    from lorasft.train.stop import StopRequest
 
     peft = attach_adapter(
         load_base(ModelSettings(base=str(base)), torch.device("cpu")), AdapterSettings(rank=4), seed=0
@@ -137,7 +138,7 @@ def test_evaluating_and_generating_do_not_change_gradients(base: Path) -> None:
     network = verify(peft.get_base_model())
     rows = Rows()
     before = packed_step(peft.train(), network, rows, "token", 100)
-    evaluate(network, rows, capacity=100, ranks=ALONE)
+    evaluate(network, rows, capacity=100, ranks=ALONE, stop=StopRequest())
     generate(network.causal, None, [1, 5, 9], max_new_tokens=4, stops=[2])
     after = packed_step(peft.train(), network, rows, "token", 100)
     assert before[0] == after[0]

@@ -181,7 +181,8 @@ def test_every_output_says_where_it_came_from(cycle: tuple[Path, str]) -> None:
 @pytest.mark.parametrize(
     "text",
     ["hf_" + "a1" * 17, "sk-proj-" + "x" * 30, "https://me:secretword@host/x", "Authorization: Bearer secretword",
-     "ghp_" + "Z" * 36, "AKIA" + "A" * 16, "'api_key': 'secretword'", "WANDB_API_KEY=secretword"],
+     "ghp_" + "Z" * 36, "AKIA" + "A" * 16, "'api_key': 'secretword'", "WANDB_API_KEY=secretword",
+     "/runs/https:/me:secretword@host", "glpat-" + "x" * 20, "https://host/x?token=secretword"],
 )  # fmt: skip
 def test_secrets_are_not_repeated(text: str) -> None:
     for fault in (ModelError(text), ModelError("x", where=text, hint=text)):

@@ -16,10 +16,11 @@ def run(folder: str, *, trials: int, as_json: bool, seed: int = 0) -> None:
     """Try `trials` times in a new folder inside `folder`. Raises CapacityError when anything was lost or torn."""
     from lorasft.faults.kills import Tally, kill_randomly, open_bench
 
-    make_folder(Path(folder))
+    place = Path(folder).resolve()  # the recipe of a run holds it: resumed, it has to read the same
+    make_folder(place)
     total, started = Tally(), time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="lorasft-crash-", dir=folder) as place:
-        bench, reference = open_bench(Path(place))
+    with tempfile.TemporaryDirectory(prefix="lorasft-crash-", dir=place) as inside:
+        bench, reference = open_bench(Path(inside))
         for tally in kill_randomly(bench, reference, trials=trials, seed=seed):
             total.add(tally)
             say(f"\r\x1b[K{total.trials}/{trials}  {sum(total.kills.values())} kills", end="")

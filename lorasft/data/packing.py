@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from operator import itemgetter
 from typing import Literal, Protocol
 
 import numpy as np
@@ -167,8 +168,7 @@ def cut(
         ids, room = [piece.ids for piece in kind], capacity
         trees = plant(ids, capacity=room, share=share)
         if processes > 1:
-            room = even_capacity(sum(tree.tokens for tree in trees), capacity, processes=processes)
-            trees = plant(ids, capacity=room, share=share)
+            room, trees = _plant_evenly(ids, trees, capacity=capacity, processes=processes, share=share)
         yield from (_join(kind, trees) for trees in _fill(trees, capacity=room))
 
 
@@ -197,6 +197,27 @@ def _fill(trees: list[Tree], *, capacity: int) -> list[list[Tree]]:
             bins.append([tree])
             free.append(capacity - tree.tokens)
     return bins
+
+
+def _plant_evenly(
+    sequences: Sequence[Integers], whole: list[Tree], *, capacity: int, processes: int, share: Sharing
+) -> tuple[int, list[Tree]]:
+    """The room of a micro-batch, and trees, with which `processes` have as little to do as they can.
+
+    Less room is more even and, cut into more trees, repeats more of what `whole` shares.
+    """
+    fewest = sum(tree.tokens for tree in whole)
+    room = even_capacity(fewest, capacity, processes=processes)
+    found: list[tuple[float, int, list[Tree]]] = []
+    while True:
+        trees = plant(sequences, capacity=room, share=share)
+        tokens = sum(tree.tokens for tree in trees)
+        found.append((max([tokens / processes, *(tree.tokens for tree in trees)]), room, trees))
+        if tokens == fewest or room >= capacity:
+            break
+        room = min(capacity, math.ceil(1.5 * room))
+    _, room, trees = min(found, key=itemgetter(0))
+    return room, trees
 
 
 def even_capacity(tokens: int, capacity: int, *, processes: int) -> int:

@@ -45,8 +45,10 @@ def _group_room(folder: Path, *, version: int) -> Iterator[int]:
 
 
 def out_of_memory(fault: BaseException) -> bool:
-    """Whether an error means that memory ran out: CUDA has a class for it, the CPU's allocator only a message."""
-    signs = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
+    """Whether an error means that memory ran out: CUDA has a class for it, the CPU's allocator and oneDNN a message."""
+    signs = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "could not create a memory object")
+    if str(fault).strip() in ("could not create a primitive", "could not execute a primitive"):
+        return isinstance(fault, RuntimeError)
     return isinstance(fault, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(fault, RuntimeError) and any(sign in str(fault) for sign in signs)
     )

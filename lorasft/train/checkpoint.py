@@ -51,6 +51,7 @@ class State:
     metrics_bytes: int  # length of metrics.jsonl: what a resumed run cuts it back to
     layout: Layout
     run: str = ""  # which run this is: another one's checkpoints are neither gone on from nor deleted
+    evaluation_due: bool = False  # a signal came first: what goes on begins with it
     best_step: int | None = None
     best_loss: float | None = None
 

@@ -11,6 +11,7 @@ from lorasft.data.store import TokenStore
 from lorasft.model.loss import Network, pair_losses
 from lorasft.train.ranks import Ranks
 from lorasft.train.redo import naming_rows
+from lorasft.train.stop import StopRequest
 
 _GROUP = 64  # examples cut together: enough to fill micro-batches well, few enough to bound what is held
 
@@ -23,8 +24,8 @@ class HeldOut:
     tokens: int
 
 
-def evaluate(network: Network, rows: TokenStore, *, capacity: int, ranks: Ranks) -> HeldOut:
-    """The held-out loss over all `rows`, of which each process scores its share.
+def evaluate(network: Network, rows: TokenStore, *, capacity: int, ranks: Ranks, stop: StopRequest) -> HeldOut | None:
+    """The held-out loss over all `rows`, of which each process scores its share; None where a signal cuts it short.
 
     The model is put back into the mode that it was in. Raises MicroBatchTooLarge when memory runs out.
     """
@@ -46,6 +47,8 @@ def evaluate(network: Network, rows: TokenStore, *, capacity: int, ranks: Ranks)
                     )
                 )
                 for batch in share(batches, ranks.index, ranks.count):
+                    if stop.signal:  # of several processes none, before they agree on it in a step
+                        return None
                     with naming_rows(rows, batch):
                         losses = pair_losses(network, batch)
                     total += float(losses.double().sum())

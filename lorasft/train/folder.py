@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import secrets
@@ -83,13 +82,17 @@ def refuse_changes(recipe: Recipe, folder: Path, saved: State, *, prepared: Prep
 def compare(before: dict[str, Any], now: dict[str, Any], *, most: int = 10) -> str:
     """What differs, a line each: `key: old -> new`."""
     keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    lines = [f"  {key}: {_shorten(before.get(key))} -> {_shorten(now.get(key))}" for key in keys]
+    lines = [f"  {key}: {' -> '.join(_shorten(before.get(key), now.get(key)))}" for key in keys]
     return "\n".join(lines[:most] + ([f"  and {len(lines) - most} more"] if len(lines) > most else []))
 
 
-def _shorten(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 60 else f"{text[:40]}... ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
+def _shorten(*values: Any, most: int = 60) -> list[str]:
+    """Texts of `values`, long ones from a little before the place where they begin to differ."""
+    texts = [" ".join(str(value).split()) for value in values]
+    same = next((place for place, pair in enumerate(zip(*texts, strict=False)) if len(set(pair)) > 1), 0)
+    start = max(0, same - 12) if max(map(len, texts)) > most else 0
+    cut = [f"{'...' * (start > 0)}{text[start : start + most]}" for text in texts]
+    return [f"{part}..." if len(text) > start + most else part for part, text in zip(cut, texts, strict=True)]
 
 
 def write_start(folder: Path, recipe: Recipe, prepared: Prepared, *, state: State, config: Any) -> None:

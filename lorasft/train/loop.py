@@ -19,7 +19,7 @@ from lorasft.errors import DivergedError, Stopped
 from lorasft.model.loss import Network, pair_losses
 from lorasft.recipe import Recipe
 from lorasft.train.checkpoint import Learner, State, list_checkpoints
-from lorasft.train.evaluate import HeldOut, evaluate
+from lorasft.train.evaluate import evaluate
 from lorasft.train.logbook import Logbook
 from lorasft.train.ranks import Ranks
 from lorasft.train.redo import naming_rows, within_memory
@@ -106,10 +106,10 @@ def train(run: Run, state: State) -> State:
     settings, saves = run.recipe.run, Saves(state, minutes=run.recipe.run.save_minutes)
     run.network.causal.train()
     with stop_signals(alone=run.ranks.count == 1) as stop:
-        if state.step == 0:
-            state, run = within_memory(run, partial(evaluate_and_note, state=state))
+        if state.step == 0 or state.evaluation_due:
+            state, run = within_memory(run, partial(evaluate_and_note, state=state, stop=stop))
             if stop.signal:
-                raise Stopped(stop.signal, "stopped before the first step")
+                raise Stopped(stop.signal, f"stopped before step {state.step + 1}")
         for number in range(state.step + 1, run.plan.steps + 1):
             if run.ranks.is_main and saves.overdue():
                 stop.want_save()
@@ -119,23 +119,27 @@ def train(run: Run, state: State) -> State:
             state = replace(state, step=number)
             last = number == run.plan.steps
             if last or (settings.eval_every and number % settings.eval_every == 0):
-                state, run = within_memory(run, partial(evaluate_and_note, state=state))
+                state, run = within_memory(run, partial(evaluate_and_note, state=state, stop=stop))
             planned = settings.save_every and number % settings.save_every == 0
             best = settings.keep_best and state.best_step == number
             if last or planned or best or stop.save or stop.signal:
                 with run.ranks.agreed():
                     if run.ranks.is_main:
                         state = saves.attempt(run, state, final=bool(last or stop.signal))
-            if stop.signal and not last:
+            if stop.signal and (not last or state.evaluation_due):
                 raise Stopped(stop.signal, f"stopped after step {number} of {run.plan.steps}, saved")
     return state
 
 
-def evaluate_and_note(run: Run, *, state: State) -> State:
-    """The held-out loss, noted; the state with it when it is the best so far."""
+def evaluate_and_note(run: Run, *, state: State, stop: StopRequest) -> State:
+    """The held-out loss, noted; the state with it when it is the best so far. A signal leaves it due."""
+    state = replace(state, evaluation_due=False)
     if run.held_out is None:
         return state
-    result: HeldOut = evaluate(run.network, run.held_out, capacity=run.plan.micro_batch_tokens, ranks=run.ranks)
+    capacity = run.plan.micro_batch_tokens
+    result = evaluate(run.network, run.held_out, capacity=capacity, ranks=run.ranks, stop=stop)
+    if result is None:
+        return replace(state, evaluation_due=True)
     if run.ranks.is_main:
         run.logbook.evaluation(step=state.step, loss=result.loss, tokens=result.tokens)
     if state.best_loss is not None and state.best_loss <= result.loss:

@@ -38,7 +38,7 @@ def find_remedies(
     changes = [
         _free_layout(network, rows, short),
         _lighter_holdings(recipe, parts, short),
-        _shorter_rows(network, rows, short),
+        _shorter_rows(recipe, network, rows, short),
         _smaller_base(parts, short),
     ]
     return list(islice(chain.from_iterable(changes), most))
@@ -70,12 +70,16 @@ def _lighter_holdings(recipe: Recipe, parts: Sequence[Any], short: Shortage) -> 
         yield f"{key}={next(changes)[1]}"
 
 
-def _shorter_rows(network: Network, rows: TokenStore, short: Shortage) -> Iterator[str]:
+def _shorter_rows(recipe: Recipe, network: Network, rows: TokenStore, short: Shortage) -> Iterator[str]:
+    """A length, and what else it takes where more rows would be dropped than the recipe allows."""
     lengths = example_lengths(rows)
     for length in (int(share * lengths.max()) // 8 * 8 for share in _SHORTER):
         capacity = max(length, short.tokens or 0)
         if length >= 8 and _ends(short, measure(network, heaviest_batch(network, longest=length, capacity=capacity))):
-            yield f"data.max_length={length} ({int((lengths > length).sum()):,} of {len(lengths):,} rows are longer)"
+            longer = int((lengths > length).sum())
+            many = recipe.data.overlong == "drop" and longer > recipe.data.max_dropped * len(lengths)
+            cut = " data.overlong=truncate" if many else ""
+            yield f"data.max_length={length}{cut} ({longer:,} of {len(lengths):,} rows are longer)"
             return
 
 
