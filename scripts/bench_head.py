@@ -1,21 +1,22 @@
-"""The head alone against transformers' own loss: python scripts/bench_head.py [--tokens N] [--rounds N]
+"""The head alone against transformers' own loss: python scripts/bench_head.py [--tokens N] [--rounds N] [--write]
 
 Both give the loss and its gradient with respect to the same hidden states under the same frozen bf16 head:
 transformers as a model does it, logits of all positions and its ForCausalLMLoss; lorasft from the supervised
 positions alone, 55 % of them, as in Alpaca's rows. Each has a process of its own, in turns. Prints the median
-seconds, of the processor too, and the peak above the memory held before.
+seconds, of the processor too, and the peak above the memory held before; `--write` puts the table into
+docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
+
+from bench_shared import run_process, table, write_section
 
 SHAPES = {"H512 V32k": (512, 32_000), "H1024 V152k": (1024, 152_000)}
 SUPERVISED = 0.55
@@ -71,31 +72,44 @@ def resident(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
+def compare(arguments: argparse.Namespace, shape: str) -> tuple[list[list[str]], float]:
+    """Both arms in turns: a line of the table for each, and the cores that other processes had."""
+    found: dict[str, list[dict[str, float]]] = {"transformers": [], "lorasft": []}
+    busiest = 0.0
+    for _ in range(arguments.rounds):
+        for arm, results in found.items():
+            words = [__file__, "--tokens", str(arguments.tokens), "--only", arm, shape]
+            said, foreign = run_process(sys.executable, words)
+            results.append(said)
+            busiest = max(busiest, foreign)
+    keys = ("seconds", "processor", "peak", "loss")
+    middle = {
+        arm: {key: statistics.median(one[key] for one in results) for key in keys} for arm, results in found.items()
+    }
+    lines = []
+    for arm, values in middle.items():
+        seconds, processor, peak = (values[key] / middle["transformers"][key] for key in keys[:3])
+        figures = [f"{values['seconds']:.2f}", f"{values['peak']:,.0f}", f"{values['loss']:.4f}"]
+        lines.append([shape, arm, *figures, f"{seconds:.2f}x", f"{processor:.2f}x", f"{peak:.2f}x"])
+    return lines, busiest
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="the table into docs/benchmarks.md")
     parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.only:
         print(json.dumps(measure(*arguments.only, arguments.tokens)))
         return
-    environment = {"GOMP_SPINCOUNT": "10000", **os.environ}
-    for shape in SHAPES:
-        found: dict[str, list[dict[str, float]]] = {"transformers": [], "lorasft": []}
-        for _ in range(arguments.rounds):
-            for arm, results in found.items():
-                command = [sys.executable, *sys.argv, "--only", arm, shape]
-                said = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-                results.append(json.loads(said.splitlines()[-1]))
-        middle = {
-            arm: {key: statistics.median(result[key] for result in results) for key in results[0]}
-            for arm, results in found.items()
-        }
-        for arm, values in middle.items():
-            print(f"{shape:12} {arm:13}" + "".join(f"  {key} {value:.4g}" for key, value in values.items()), flush=True)
-        ratios = {key: middle["lorasft"][key] / middle["transformers"][key] for key in ("seconds", "processor", "peak")}
-        print(f"{shape:12} {'ratio':13}" + "".join(f"  {key} {value:.2f}" for key, value in ratios.items()), flush=True)
+    parts, busy = zip(*(compare(arguments, shape) for shape in SHAPES), strict=True)
+    head = ("shape", "loss by", "s", "MB", "loss", "time", "of the processor", "memory")
+    text = table(head, [line for lines in parts for line in lines])
+    print(text, end="")
+    if arguments.write:
+        write_section("The head and its loss alone", text, busiest=max(busy))
 
 
 if __name__ == "__main__":
