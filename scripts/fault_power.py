@@ -176,6 +176,7 @@ def build(history: History, loss: Loss, *, log: Path, root: Path) -> None:
     """Make `root` what the disk would hold after `loss`."""
     names: dict[int, dict[str, int]] = {}
     data: dict[int, bytes] = {}
+    synced: dict[int, bytes] = {}
     for number in sorted(loss.there):
         change = history.changes[number]
         for name, inode in change.names.items():
@@ -186,8 +187,13 @@ def build(history: History, loss: Loss, *, log: Path, root: Path) -> None:
                 folder[name] = inode
         if change.data is not None:
             content = (log / change.data).read_bytes()
-            if change.safe > loss.at and loss.how != "whole":
-                content = bytes(len(content)) if loss.how == "zeros" else content[: len(content) // 2]
+            if change.safe <= loss.at:
+                synced[change.inode] = content
+            elif loss.how != "whole":  # of a file that was appended to, what was synced stays
+                before = synced.get(change.inode, b"")
+                kept = len(before) if content.startswith(before) else 0
+                tail = bytes(len(content) - kept) if loss.how == "zeros" else content[kept : (kept + len(content)) // 2]
+                content = content[:kept] + tail
             data[change.inode] = content
     folders = {change.inode for change in history.changes if change.names}
     shutil.rmtree(root, ignore_errors=True)
