@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 Sharing = Literal["auto"] | bool  # auto: where it saves work after its own cost; true: whatever it saves
 
-# A segment costs its calls, and a branch the copies of its ancestors' keys: about as much as computing this many
-# tokens. Measured with 56 million parameters on two cores: 16 tokens saved by two branches give 1.01 times the speed,
-# 32 give 1.03, 112 by eight branches 1.08 (scripts/bench_prefix.py --stem 16 --batch 8). Larger models pay less.
+# A segment costs its calls, and on a GPU a branch the copies of its ancestors' keys: about as much as computing this
+# many tokens. Measured with 56 million parameters on two cores: 16 tokens saved by two branches give 1.01 times the
+# speed, 32 give 1.03, 112 by eight branches 1.08 (scripts/bench_prefix.py --stem 16 --batch 8). Larger models pay
+# less.
 _SEGMENT_COST = 8
 
 
