@@ -23,7 +23,7 @@ from typing import Any
 
 from bench_shared import run_process, save_base, table, write_section
 
-WARMUP, STEPS = 2, 8
+WARMUP, STEPS = 1, 4
 SIZES = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
 WIDE = {**SIZES, "intermediate_size": 1408}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
