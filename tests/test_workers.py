@@ -182,8 +182,10 @@ def test_blocks_that_cannot_be_read_end_the_work() -> None:
 
 
 SCRIPT = """
-import multiprocessing, sys, time
+import multiprocessing, signal, sys, time
 from lorasft.data.workers import map_blocks
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
 def work(number):
     time.sleep(0.05)
