@@ -22,6 +22,7 @@ from lorasft.merge.source import Source
 from lorasft.model.adapter import attach_adapter, trainable, write_adapter
 from lorasft.model.base import load_base
 from lorasft.recipe import AdapterSettings, ModelSettings
+from lorasft.train.folder import compare
 
 
 def killed_at(operation: int, act: Callable[[], None]) -> bool:
@@ -117,3 +118,9 @@ def test_a_manifest_with_a_strange_name_is_refused(name: str, tmp_path: Path) ->
     with pytest.raises(ModelError) as caught:
         verify_folder(tmp_path)
     assert len(caught.value.what) < 200
+
+
+def test_a_changed_value_is_shown_where_it_differs() -> None:
+    old, new = ({"data.train": f"[{{'path': '{'/long' * 20}/{name}.jsonl', 'weight': 1}}]"} for name in ("one", "two"))
+    assert "one.jsonl" in compare(old, new) and "two.jsonl" in compare(old, new)
+    assert len(compare(old, new)) < 180 and compare({"a": 1}, {"a": 2}) == "  a: 1 -> 2"
