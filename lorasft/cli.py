@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from lorasft import __version__
 from lorasft.errors import LorasftError, RecipeError
+from lorasft.signals import ended_in_order, exit_code
 from lorasft.terminal import say
 
 EXIT_CODES = """exit codes: 0 done; 1 a bug; 2 usage or recipe; 3 data; 4 model, adapter or checkpoint files; 5 device;
@@ -162,13 +163,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = _parse(argv)
         command = importlib.import_module(f"lorasft.commands.{options.pop('command')}")
-        command.run(**options)
+        with ended_in_order():
+            command.run(**options)
     except LorasftError as fault:
         say(str(fault))
         return fault.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as signalled:
         say("stopped")
-        return 130
+        return exit_code(signalled)
     except BrokenPipeError:  # the reader of stdout went away: nothing is lost
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -65,32 +65,39 @@ class UnsafeError(LorasftError):
 
 
 class Stopped(LorasftError):
-    """Stopped by a signal, with a checkpoint saved. Exits with 130 for SIGINT, 143 for SIGTERM and SIGHUP."""
+    """A run was stopped by a signal. Exits with 130 for SIGINT, 143 for SIGTERM and SIGHUP."""
 
-    def __init__(self, signal: int, what: str) -> None:
-        super().__init__(what, hint="go on with --resume")
-        self.exit_code = 130 if signal == 2 else 143
+    def __init__(self, exit_code: int, what: str, *, hint: str | None = "go on with --resume") -> None:
+        super().__init__(what, hint=hint)
+        self.exit_code = exit_code
 
 
 class Several(LorasftError):
-    """Up to 20 faults of one kind, found in one go. `more`: in words, what was found and is not among them."""
+    """Faults of one kind, found in one go: a line each, at most 20. `beyond`: how many more there are at least."""
 
     most = 20
 
-    def __init__(self, faults: list[LorasftError], *, more: str | None = None) -> None:
+    def __init__(self, faults: list[LorasftError], *, beyond: int = 0) -> None:
         super().__init__(f"{len(faults)} faults")
         self.faults = faults
-        self.more = more or (f"{len(faults) - self.most} more" if len(faults) > self.most else None)
+        self.beyond = beyond
         self.exit_code = faults[0].exit_code
 
     def __str__(self) -> str:
         """A hint that several have stands once, behind the last of them."""
-        shown = self.faults[: self.most]
+        all_fit = len(self.faults) + (self.beyond > 0) <= self.most
+        shown = self.faults if all_fit else self.faults[: self.most - 1]
+        left = len(self.faults) - len(shown) + self.beyond
         last = {fault.hint: fault for fault in shown}
         lines = [
-            str(fault if last[fault.hint] is fault else LorasftError(fault.what, where=fault.where)) for fault in shown
+            _line(LorasftError(fault.what, where=fault.where, hint=fault.hint if last[fault.hint] is fault else None))
+            for fault in shown
         ]
-        return "\n".join([*lines, f"... and {self.more}"] if self.more else lines)
+        return "\n".join([*lines, f"... and {'at least ' if self.beyond else ''}{left:,} more"] if left else lines)
+
+
+def _line(fault: LorasftError) -> str:
+    return " | ".join(" ".join(line.split()) for line in str(fault).splitlines())
 
 
 def _tame(text: str) -> str:

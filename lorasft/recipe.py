@@ -352,7 +352,8 @@ def _apply_override(override: str, document: Document) -> None:
     _put(document.value, keys, value_at(keys, fresh))
     for path in [path for path in document.places if path[: len(keys)] == keys]:
         del document.places[path]
-    document.places[keys] = place
+    for end in range(1, len(keys) + 1):
+        document.places.setdefault(keys[:end], place)
 
 
 def _parse_override(text: str) -> tuple[Any, list[LorasftError]]:
@@ -390,5 +391,8 @@ def _validate(document: Document) -> tuple[Recipe | None, list[LorasftError]]:
         # As JSON: strict Python validation would refuse lists for tuples.
         recipe = Recipe.model_validate_json(json.dumps(document.value))
     except ValidationError as fault:
-        return None, document.faults + plain_faults(fault, document, recipe_schema())
+        # What is refused has no value, and that a value is missing there is no second fault.
+        refused = {place for found in document.faults for place in str(found.where).split(" and ")}
+        further = plain_faults(fault, document, recipe_schema())
+        return None, document.faults + [found for found in further if found.where not in refused]
     return recipe, document.faults + across_faults(recipe.model_dump(), document)

@@ -83,8 +83,8 @@ def run_case(case: Case) -> Measured:
 
 def time_step(run: Any, number: int) -> float:
     """Seconds per supervised token of one step, its cutting included."""
+    from lorasft.signals import StopRequest
     from lorasft.train.loop import take_step
-    from lorasft.train.stop import StopRequest
 
     started = time.perf_counter()
     step = run.plan.step(number, run.rows)

@@ -23,7 +23,7 @@ from typing import Any
 
 from bench_shared import run_process, save_base, table, write_section
 
-WARMUP, STEPS = 1, 4
+WARMUP, STEPS = 1, 2
 SIZES = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
 WIDE = {**SIZES, "intermediate_size": 1408}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -76,8 +76,8 @@ def compare(base: Path, shape: str, data: str, recompute: bool) -> dict[str, flo
 
 def real_speed(run: Any) -> float:
     """Learned tokens a second of the run's own steps."""
+    from lorasft.signals import StopRequest
     from lorasft.train.loop import take_step
-    from lorasft.train.stop import StopRequest
 
     seconds, tokens = 0.0, 0.0
     run.network.causal.train()

@@ -96,9 +96,9 @@ class Meter:
 
 
 def train_ours(job: Job, meter: Meter) -> None:
+    from lorasft.signals import StopRequest
     from lorasft.train.loop import take_step
     from lorasft.train.run import open_run
-    from lorasft.train.stop import StopRequest
 
     meter.rest = settle()
     with open_run(make_recipe(job), resume=False) as opened:

@@ -319,7 +319,7 @@ STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 143}
 
 
 def s1(ring: Ring) -> Iterator[Tally]:
-    """Stopped within a step, saved, with the exit code of the signal; before training it may just end."""
+    """Stopped within a step, saved, with the exit code of the signal."""
     for number in range(ring.trials):
         dice = ring.dice("s1", number)
         yield signalled(ring, [(dice.uniform(0, ring.reference.seconds), dice.choice(list(STOPPED)))])
@@ -342,7 +342,8 @@ def signalled(ring: Ring, signals: list[tuple[float, signal.Signals]]) -> Tally:
         child.kill(number)
     sent, code = time.monotonic(), child.wait()
     wrong, lost = judge_remains(ring.bench.folder, commits=child.trace.commits)
-    at_once = code in [-number for _, number in signals]
+    ending = len(signals) > 1 or child.trace.phase == Phase.FINISH
+    at_once = ending and code in [-number for _, number in signals]
     if code != 0 and not at_once and code not in [STOPPED[number] for _, number in signals]:
         wrong.append(f"exit {code} after {signals}: {child.said()[-500:]}")
     if time.monotonic() - sent > 10:

@@ -231,6 +231,8 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
     # --- data
     "35 file": (3, ["no such file", "absent.jsonl", "folder"],
                 of_recipe("", "data.train=absent.jsonl", verb="preview")),
+    "35 address": (3, ["no such file", "https://", "download"],
+                   of_recipe("", "data.train=https://example.com/rows.jsonl", verb="preview")),
     "35 glob": (3, ["no file matches", "*.jsonl", "folder"], of_recipe("", "data.train=none/*.jsonl", verb="preview")),
     "35 ending": (0, [], of_rows([GOOD], name="rows.JSONL")),
     "35 csv ending": (0, [], of_rows("prompt,completion\nQ,A\n", name="rows.CSV")),
@@ -305,6 +307,8 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
                   of_base(lambda m: write(m / "chat_template.jinja", "{% if %}"), verb="preview")),
     "78 size": (4, ["characters"],
                 of_base(lambda m: write(m / "chat_template.jinja", "x" * (2 << 20)), verb="preview")),
+    "78 code": (8, ["no data", "__class__"],
+                of_base(lambda m: write(m / "chat_template.jinja", "{{ ''.__class__.__mro__[1] }}"), verb="preview")),
     "79": (4, ["tokenizer.json"], of_base(lambda model: (model / "tokenizer.json").unlink(), verb="preview")),
     "80": (4, ["id", "embedding rows"], of_base(lambda model: edit(model / "config.json", vocab_size=20), whole=True)),
     "81 missing": (4, ["lora_A", "q_proj"], of_adapter(tensors(lambda found: found.pop(TENSOR)))),

@@ -157,6 +157,8 @@ FAULTS = [  # beyond those of test_bad_inputs.py: content, what is said, where i
     (CHAT_ROW.replace('"A"', '"A", "train": "yes"').encode(), "`train` of a message", ":1"),
     (b'{"conversations": [{"from": "martian", "value": "a"}]}', "unknown role 'martian'", ":1"),
     (b'{"conversations": [{"role": "user", "content": "a"}]}', "has `from` and `value`", ":1"),
+    (b"[" * 99_999, "nested too deeply", ""),
+    (b'{"prompt": ' + b"[" * 99_999 + b"\n", "nested too deeply", ":1"),
     (b'{"prompt": "a", "completion": "' + b"x" * LARGEST_ROW + b'"}\n', "a row of 8,388,64. bytes", ":1"),
 ]
 
@@ -181,7 +183,8 @@ def test_bad_rows_are_dropped_and_counted_or_reported_together(tmp_path: Path) -
     assert [fault.where for fault in several.value.faults] == [f"{tmp_path}/rows.jsonl:{n}" for n in ("2:2", "4")]
     with pytest.raises(Several) as many:
         read_bytes(tmp_path, CHAT_ROW.encode() + b"\n" + b"{\n" * 99)
-    assert len(many.value.faults) == 20 and str(many.value).endswith("... and at least 79 more bad rows")
+    assert len(many.value.faults) == 20 and str(many.value).endswith("... and at least 80 more")
+    assert len(str(many.value).splitlines()) == 20
 
 
 def test_what_text_files_get_wrong(tmp_path: Path) -> None:

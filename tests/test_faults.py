@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,8 +36,8 @@ from lorasft.faults.trial import Bench, Fault, kill_at
 from lorasft.files import LOCK, locked
 from lorasft.model.adapter import attach_adapter, trainable
 from lorasft.model.base import load_base
-from lorasft.recipe import AdapterSettings, ModelSettings, OptimizerSettings
-from lorasft.train import loop
+from lorasft.recipe import AdapterSettings, ModelSettings, OptimizerSettings, dump_recipe
+from lorasft.train import loop, run
 from lorasft.train.checkpoint import Learner, list_checkpoints
 from lorasft.train.optimizer import make_optimizer
 from lorasft.train.schedule import learning_rate
@@ -287,6 +287,53 @@ def test_sigusr1_before_the_first_step_ends_nothing(monkeypatch: pytest.MonkeyPa
     with pytest.raises(EOFError):
         train.run("tiny", [], resume=False)
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+SAVED = {"make_plan": "before the first step", "_introduce": "not saved since step 0", "_show_answers": "is whole"}
+
+
+@pytest.mark.parametrize("number", campaigns.STOPPED)
+@pytest.mark.parametrize("where", SAVED)
+def test_a_signal_where_there_is_no_step_to_finish(
+    where: str,
+    number: signal.Signals,
+    ring: campaigns.Ring,
+    command: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The run ends in order: it says what is saved, and the next start does not take it for killed."""
+    monkeypatch.setattr(run if where == "make_plan" else train, where, lambda *_, **__: signal.raise_signal(number))
+    assert main(command) == campaigns.STOPPED[number]
+    said = capsys.readouterr().err
+    assert SAVED[where] in said and "Traceback" not in said
+    assert ("--resume" in said) == (where == "_introduce")
+    assert not (ring.bench.folder / LOCK).read_text(encoding="ascii")
+
+
+def test_nohup_holds(ring: campaigns.Ring, command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    stood = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    plain = loop.take_step
+
+    def take_step(*values: Any) -> dict[str, Any]:
+        signal.raise_signal(signal.SIGHUP)
+        return plain(*values)
+
+    monkeypatch.setattr(loop, "take_step", take_step)
+    try:
+        assert main(command) == 0
+    finally:
+        signal.signal(signal.SIGHUP, stood)
+
+
+@pytest.fixture
+def command(ring: campaigns.Ring, tmp_path: Path) -> Iterator[list[str]]:
+    """The command line of the run, where Ctrl-C is heard: a shell's background job ignores it."""
+    ring.bench.clear()
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(ring.bench.recipe), encoding="utf-8")
+    stood = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield ["train", str(tmp_path / "recipe.yaml")]
+    signal.signal(signal.SIGINT, stood)
 
 
 @pytest.mark.parametrize("number", [5, 12])

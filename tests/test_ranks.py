@@ -37,13 +37,13 @@ from lorasft.errors import ModelError
 from lorasft.files import verify_folder
 from lorasft.model.scoring import Given
 from lorasft.recipe import load_recipe
+from lorasft.signals import StopRequest
 from lorasft.train import loop, trackers
 from lorasft.train import ranks as ranks_module
 from lorasft.train import run as runs
 from lorasft.train.checkpoint import Learner
 from lorasft.train.evaluate import evaluate
 from lorasft.train.ranks import ALONE, Ranks, join
-from lorasft.train.stop import StopRequest
 
 Write = Callable[..., str]
 

@@ -377,7 +377,27 @@ def test_all_faults_come_at_once_and_the_unsafe_decides() -> None:
     assert fault.exit_code == 8 and isinstance(fault.faults[0], UnsafeError)
     assert all(f"r.yaml:{line}" in str(fault) for line in (3, 4, 5, 6)) and "command line: a" in str(fault)
     many = refused(SMALLEST + "".join(f"k{number}: 1\n" for number in range(50)))
-    assert str(many).count("error:") == 20 and "and 30 more" in str(many)
+    assert str(many).count("error:") == 19 and str(many).endswith("... and 31 more")
+    assert len(str(many).splitlines()) == 20
+    assert len(str(refused(SMALLEST + "".join(f"k{number}: 1\n" for number in range(20)))).splitlines()) == 20
+
+
+ONE_FAULT = [
+    ("x: &x m\nmodel: {base: *x}\ndata: {train: d}\n", "unknown key x", "aliases"),
+    ("model: *x\ndata: {train: d}\n", "aliases"),
+    ("data: {train: d}\nmodel:\nmodel: {base: m}\n", "stands twice"),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), [(text, said) for text, *said in ONE_FAULT])
+def test_what_follows_from_a_fault_is_no_second_one(text: str, said: list[str]) -> None:
+    fault = refused(text)
+    found = fault.faults if isinstance(fault, Several) else [fault]
+    assert sorted(said) == sorted(next(words for words in said if words in one.what) for one in found)
+
+
+def test_a_section_that_only_the_command_line_names_is_found_there() -> None:
+    assert refused(SMALLEST, "modle.base=x").where == "command line: modle.base=x"
 
 
 @pytest.mark.parametrize("name", sorted({name for theirs in PEERS.values() for name in theirs.split()}))

@@ -20,9 +20,9 @@ from lorasft.cli import main
 from lorasft.data.packing import Step
 from lorasft.files import sha256, verify_folder
 from lorasft.recipe import ModelSettings, ScheduleSettings, load_recipe
+from lorasft.signals import StopRequest
 from lorasft.train import loop
 from lorasft.train.schedule import learning_rate
-from lorasft.train.stop import StopRequest
 
 Write = Callable[..., str]
 
@@ -127,9 +127,9 @@ def test_evaluating_and_generating_do_not_change_gradients(base: Path) -> None:
     from lorasft.model.generate import generate
     from lorasft.model.selfcheck import verify
     from lorasft.recipe import AdapterSettings
+    from lorasft.signals import StopRequest
     from lorasft.train.evaluate import evaluate
     from lorasft.train.ranks import ALONE
-    from lorasft.train.stop import StopRequest
 
     peft = attach_adapter(
         load_base(ModelSettings(base=str(base)), torch.device("cpu")), AdapterSettings(rank=4), seed=0

@@ -16,7 +16,7 @@ import pytest
 from lorasft.cli import main
 from lorasft.data.templates import render
 from lorasft.data.tokenizer import load_tokenizer
-from lorasft.errors import DataError, LorasftError, ModelError
+from lorasft.errors import DataError, LorasftError, ModelError, UnsafeError
 from lorasft.files import sha256
 from lorasft.recipe import load_recipe
 from lorasft.terminal import harmless, redact
@@ -245,6 +245,13 @@ def test_a_template_does_not_leave_its_sandbox(
     assert not Path("canary").exists()
     for word in ("root:", "builtin", "subprocess", "<class 'int'>, <class", "posix"):
         assert word not in said, said
+
+
+def test_a_template_that_reaches_for_code_is_unsafe(base: Path) -> None:
+    tokenizer = load_tokenizer(str(base))
+    tokenizer.chat_template = ESCAPES[0]
+    with pytest.raises(UnsafeError, match="no data"):
+        render(tokenizer, [{"role": "user", "content": "q"}])
 
 
 @pytest.mark.parametrize("length", [60, 0x3C20, 0x3C0A])

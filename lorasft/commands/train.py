@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasft.data.chat import Encoder
 from lorasft.data.report import Report
+from lorasft.errors import Stopped
 from lorasft.recipe import load_recipe
 from lorasft.recipe_faults import printable
+from lorasft.signals import exit_code, save_signal_ignored
 from lorasft.terminal import say
 from lorasft.train.ranks import join
-from lorasft.train.stop import save_signal_ignored
 
 if TYPE_CHECKING:
     from lorasft.train.run import Opened
@@ -27,7 +29,7 @@ def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
         from lorasft.train.run import finish, open_run
 
         started = time.monotonic()
-        with open_run(settings, resume=resume, ranks=ranks) as opened:
+        with _saying_what_is_saved(settings.run.output), open_run(settings, resume=resume, ranks=ranks) as opened:
             if ranks.is_main:
                 _introduce(opened)
             state = train(opened.run, opened.state)
@@ -38,6 +40,21 @@ def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
                 say(f"done in {time.monotonic() - started:.0f} s; adapter in {adapter}")
                 say(f"next: lorasft chat {settings.run.output}    lorasft merge {settings.run.output} --out merged")
                 print(settings.run.output)
+
+
+@contextmanager
+def _saying_what_is_saved(output: str) -> Iterator[None]:
+    """Where a signal ends the run at once: before the first step, after the last, or for the second time."""
+    try:
+        yield
+    except KeyboardInterrupt as signalled:
+        folder, code = Path(output), exit_code(signalled)
+        saved = sorted((folder / "checkpoints").glob("step-*"))
+        if (folder / "adapter").is_dir():
+            raise Stopped(code, f"stopped; the adapter is whole: {folder / 'adapter'}", hint=None) from None
+        if not saved or not (folder / "recipe.yaml").is_file():
+            raise Stopped(code, "stopped before the first step", hint="start it again") from None
+        raise Stopped(code, f"stopped at once, not saved since step {int(saved[-1].name[5:])}") from None
 
 
 def _introduce(opened: Opened) -> None:

@@ -332,5 +332,5 @@ def _list(value: Any, name: str) -> list[Any]:
 def _parse(text: str, name: str) -> Any:
     try:
         return parse_strict(text)
-    except (ValueError, RecursionError) as fault:
+    except ValueError as fault:
         raise DataError(f"{name}: not JSON: {fault}") from None

@@ -140,5 +140,4 @@ class BadRows:
         if len(self.faults) == 1:
             raise self.faults[0]
         if self.faults:
-            beyond = self.report.bad_rows - len(self.faults)
-            raise Several(self.faults, more=f"at least {beyond:,} more bad rows" if beyond else None)
+            raise Several(self.faults, beyond=self.report.bad_rows - len(self.faults))

@@ -12,6 +12,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,9 @@ def source_files(path: str) -> tuple[Path, ...]:
         return _some(found, "no file matches", path, folder=here.absolute().parent)
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and here.suffix.lower() not in READ_SUFFIXES:
         return ()
-    raise DataError("there is no such file", where=path, hint=f"the folder it would be in: {here.absolute().parent}")
+    there = f"the folder it would be in: {here.absolute().parent}"
+    hint = "nothing is fetched from an address: download the file and name it" if "://" in path else there
+    raise DataError("there is no such file", where=path, hint=hint)
 
 
 def read_file(path: Path) -> Iterator[tuple[int, Raw]]:
@@ -125,7 +128,8 @@ def drop_nulls(value: Any) -> Any:
 
 def parse_strict(text: str) -> Any:
     """JSON without what Python's parser forgives. Raises ValueError for doubled keys, NaN and lone surrogates."""
-    value = _DECODER.decode(text)
+    with _bounded_depth():
+        value = _DECODER.decode(text)
     refuse_surrogates(text, value)
     return value
 
@@ -190,7 +194,7 @@ def _parse_line(line: bytes, place: Place) -> Any:
             raise DataError(what, where=str(place), hint="fetch the file again") from None
         what = f"not JSON: {fault.msg}, {_around(text, fault.pos)}"
         raise DataError(what, where=f"{place}:{fault.pos + 1}") from None
-    except (ValueError, RecursionError) as fault:
+    except ValueError as fault:
         raise DataError(f"not JSON: {fault}", where=str(place)) from None
 
 
@@ -210,9 +214,10 @@ def _read_array(path: Path) -> Iterator[tuple[int, Raw]]:
         if text[at : at + 1] == "]":
             return
         try:
-            row, end = _DECODER.raw_decode(text, at)
+            with _bounded_depth():
+                row, end = _DECODER.raw_decode(text, at)
             refuse_surrogates(text[at:end], row)
-        except (ValueError, RecursionError) as fault:  # where one element ends wrong, the next cannot be found
+        except ValueError as fault:  # where one element ends wrong, the next cannot be found
             what = f"not JSON: {fault}, {_around(text, getattr(fault, 'pos', at))}"
             raise DataError(what, where=f"{path}:{line}", hint=MEND) from None
         yield line, row
@@ -274,6 +279,15 @@ def _some(files: list[Path], what: str, path: str, *, folder: Path) -> tuple[Pat
 
 def _around(text: str, at: int) -> str:
     return f"near {text[max(0, at - 40) : at + 40]!r}"
+
+
+@contextmanager
+def _bounded_depth() -> Iterator[None]:
+    """What Python's parser raises for brackets without end, as one more thing that is not JSON."""
+    try:
+        yield
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

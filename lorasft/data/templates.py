@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasft.data.reasoning import FIELDS
 from lorasft.data.tokenizer import adds_bos
-from lorasft.errors import DataError, ModelError
+from lorasft.errors import DataError, ModelError, UnsafeError
 
 if TYPE_CHECKING:
     import jinja2
@@ -113,6 +113,9 @@ def render(
     except TimeoutError:
         what = f"the chat template took over {SECONDS} s"
         raise ModelError(what, where=tokenizer.name_or_path, hint=_other_template(tokenizer)) from None
+    except jinja2.exceptions.SecurityError as fault:
+        what = f"the chat template reaches for what is no data: {fault}"
+        raise UnsafeError(what, where=tokenizer.name_or_path, hint=_other_template(tokenizer)) from None
     except jinja2.TemplateSyntaxError as fault:
         what = f"the chat template does not parse: {fault.message}"
         raise ModelError(what, where=f"line {fault.lineno}", hint=_other_template(tokenizer)) from None

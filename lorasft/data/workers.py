@@ -123,10 +123,10 @@ def _forked(work: Callable[[Any], Any], count: int) -> Iterator[Processes]:
 
 @contextmanager
 def _ready_to_fork() -> Iterator[None]:
-    """Children are deaf to Ctrl-C, which this process hears as well, and their tokenizers use one thread."""
+    """Children are deaf to Ctrl-C and to SIGHUP, which this process hears too, and their tokenizers use one thread."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # set before, or tokenizers warns of the fork
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: other threads stand still in a child
@@ -140,8 +140,8 @@ def _ready_to_fork() -> Iterator[None]:
 
 def _serve(work: Callable[[Any], Any], line: Connection, others: list[Connection]) -> None:
     """What a child does: blocks in, results out, until the other end closes."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     gc.disable()  # a tenth of the time; after each block there is little to go through
     gc.freeze()  # what the parent holds, such as memory of a device, is not for a child to collect
     for other in others:

@@ -23,6 +23,7 @@ import torch
 from lorasft import files
 from lorasft.errors import LorasftError
 from lorasft.recipe import Recipe
+from lorasft.signals import ended_in_order, exit_code, exit_signals
 from lorasft.train.loop import train
 from lorasft.train.run import finish, open_run
 
@@ -113,6 +114,7 @@ class Bench:
         """Begin the run, or resume it where there is something to resume, in a fork. `commits`: of it so far."""
         trace = RawValue(Trace)
         trace.commits = commits
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, exit_signals())  # until the child answers them
         pid = os.fork()
         if pid == 0:
             code = 1
@@ -121,16 +123,18 @@ class Bench:
             finally:
                 trace.over = 1
                 os._exit(code)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return Child(pid, trace, self._words(pid))
 
     def _words(self, pid: int) -> Path:
         return self.folder.with_name(f"words-{pid}.txt")
 
     def _run(self, child: Child, fault: Fault) -> int:
-        with open(child.words, "w", encoding="utf-8", buffering=1) as words:
+        with open(child.words, "w", encoding="utf-8", buffering=1) as words, ended_in_order():
             sys.stdout = sys.stderr = words
             os.dup2(words.fileno(), 2)
             try:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, exit_signals())
                 torch.set_num_threads(1)
                 files.effect = observe(child.trace, fault)
                 for change in self.setup:
@@ -140,8 +144,8 @@ class Bench:
             except LorasftError as fault_said:
                 print(fault_said)
                 return fault_said.exit_code
-            except KeyboardInterrupt:
-                return 130
+            except KeyboardInterrupt as signalled:
+                return exit_code(signalled)
             except BaseException:
                 traceback.print_exc()
                 return 1

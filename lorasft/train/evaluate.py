@@ -9,9 +9,9 @@ import torch
 from lorasft.data.packing import cut, share
 from lorasft.data.store import TokenStore
 from lorasft.model.loss import Network, pair_losses
+from lorasft.signals import StopRequest
 from lorasft.train.ranks import Ranks
 from lorasft.train.redo import naming_rows
-from lorasft.train.stop import StopRequest
 
 _GROUP = 64  # examples cut together: enough to fill micro-batches well, few enough to bound what is held
 

@@ -18,6 +18,7 @@ from lorasft.data.store import TokenStore
 from lorasft.errors import DivergedError, Stopped
 from lorasft.model.loss import Network, pair_losses
 from lorasft.recipe import Recipe
+from lorasft.signals import StopRequest, stop_signals
 from lorasft.train.checkpoint import Learner, State, list_checkpoints
 from lorasft.train.evaluate import evaluate
 from lorasft.train.logbook import Logbook
@@ -25,7 +26,6 @@ from lorasft.train.ranks import Ranks
 from lorasft.train.redo import naming_rows, within_memory
 from lorasft.train.save import Saves
 from lorasft.train.schedule import learning_rate
-from lorasft.train.stop import StopRequest, stop_signals
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def train(run: Run, state: State) -> State:
         if state.step == 0 or state.evaluation_due:
             state, run = within_memory(run, partial(evaluate_and_note, state=state, stop=stop))
             if stop.signal:
-                raise Stopped(stop.signal, f"stopped before step {state.step + 1}")
+                raise Stopped(stop.exit_code, f"stopped before step {state.step + 1}")
         for number in range(state.step + 1, run.plan.steps + 1):
             if run.ranks.is_main and saves.overdue():
                 stop.want_save()
@@ -127,7 +127,7 @@ def train(run: Run, state: State) -> State:
                     if run.ranks.is_main:
                         state = saves.attempt(run, state, final=bool(last or stop.signal))
             if stop.signal and (not last or state.evaluation_due):
-                raise Stopped(stop.signal, f"stopped after step {number} of {run.plan.steps}, saved")
+                raise Stopped(stop.exit_code, f"stopped after step {number} of {run.plan.steps}, saved")
     return state
 
 

@@ -143,12 +143,13 @@ def started_adapter(settings: AdapterSettings) -> AdapterSettings:
 
 
 def foresee_duration(recipe: Recipe, network: Any, fit: Fit, prepared: Prepared) -> Duration:
-    """How long the run takes: a typical micro-batch is timed, and stands for all by what they cost."""
+    """How long the run takes: a typical micro-batch and a heavy one are timed, the others lie between by their cost."""
     steps = [fit.plan.step(number, prepared.train) for number in range(1, min(_STEPS_TIMED, fit.plan.steps) + 1)]
     batches = sorted((batch for step in steps for batch in step.micro_batches), key=cost)
-    typical = batches[len(batches) // 2]
+    typical, heavy = batches[len(batches) // 2], batches[-1]
     pace = time_layers(network, typical)
-    per_step = sum(map(cost, batches)) / cost(typical) * pace.step(fit.recomputed) / len(steps)
+    seconds = [0.0, *(one.step(fit.recomputed) for one in (pace, time_layers(network, heavy)))]
+    per_step = float(np.interp([*map(cost, batches)], [0.0, cost(typical), cost(heavy)], seconds).sum()) / len(steps)
     held_out = 0 if prepared.held_out is None else len(prepared.held_out.ids)
     every = recipe.run.eval_every
     evaluations = 2 + (fit.plan.steps // every if every else 0)

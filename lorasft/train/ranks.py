@@ -20,12 +20,11 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorasft.errors import DeviceError, LorasftError
+from lorasft.signals import StopRequest, exit_code
 from lorasft.terminal import say
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from lorasft.train.stop import StopRequest
 
 T = TypeVar("T")
 _GRACE = 10.0  # seconds in which a process may find out by itself that another is gone, and end in order
@@ -290,5 +289,5 @@ def _exit_code(fault: BaseException | None) -> int:
     if fault is None:
         return 0
     if isinstance(fault, KeyboardInterrupt):
-        return 130
+        return exit_code(fault)
     return int(getattr(fault, "exit_code", None) or getattr(fault, "code", None) or 1)
