@@ -391,8 +391,5 @@ def _validate(document: Document) -> tuple[Recipe | None, list[LorasftError]]:
         # As JSON: strict Python validation would refuse lists for tuples.
         recipe = Recipe.model_validate_json(json.dumps(document.value))
     except ValidationError as fault:
-        # What is refused has no value, and that a value is missing there is no second fault.
-        refused = {place for found in document.faults for place in str(found.where).split(" and ")}
-        further = plain_faults(fault, document, recipe_schema())
-        return None, document.faults + [found for found in further if found.where not in refused]
+        return None, document.faults + plain_faults(fault, document, recipe_schema())
     return recipe, document.faults + across_faults(recipe.model_dump(), document)

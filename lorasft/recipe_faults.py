@@ -70,7 +70,13 @@ def plain_faults(error: ValidationError, document: Document, schema: dict[str, A
         found[path] = detail["type"]
     # A union reports every branch: the branch that got deepest is the one that was meant.
     above = {path[:end] for path in found for end in range(len(path))}
-    return [_fault(path, kind, document, schema) for path, kind in found.items() if path not in above]
+    # What was refused before has no value; that one is missing there is no second fault.
+    refused = {place for fault in document.faults for place in str(fault.where).split(" and ")}
+    return [
+        _fault(path, kind, document, schema)
+        for path, kind in found.items()
+        if path not in above and (value_at(path, document.value) is not None or _place(path, document) not in refused)
+    ]
 
 
 def across_faults(settings: dict[str, Any], document: Document) -> list[LorasftError]:

@@ -157,7 +157,7 @@ FAULTS = [  # beyond those of test_bad_inputs.py: content, what is said, where i
     (CHAT_ROW.replace('"A"', '"A", "train": "yes"').encode(), "`train` of a message", ":1"),
     (b'{"conversations": [{"from": "martian", "value": "a"}]}', "unknown role 'martian'", ":1"),
     (b'{"conversations": [{"role": "user", "content": "a"}]}', "has `from` and `value`", ":1"),
-    (b"[" * 99_999, "nested too deeply", ""),
+    (b"[" * 99_999, "nested too deeply", ":1"),
     (b'{"prompt": ' + b"[" * 99_999 + b"\n", "nested too deeply", ":1"),
     (b'{"prompt": "a", "completion": "' + b"x" * LARGEST_ROW + b'"}\n', "a row of 8,388,64. bytes", ":1"),
 ]

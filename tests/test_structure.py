@@ -21,6 +21,7 @@ FLOORS = [
         "recipe_faults",
         "strict_yaml",
         "adapter_files",
+        "signals",
         "terminal",
         "",
     },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -104,9 +105,9 @@ def failure(tokenizer: Any, folder: Path, workers: int, **settings: Any) -> str:
 
 FAULTS: dict[str, tuple[dict[int, str], int]] = {
     "few, read": ({3: "{", 170: "[]", 171: "7"}, 3),
-    "twenty of many": (dict.fromkeys(range(30, 200, 7), "{"), 20),
+    "twenty of many": (dict.fromkeys(range(30, 200, 7), "{"), 19),
     "few, encoded": ({n: json.dumps(row(n)).replace("What", "<|end|>") for n in (1, 2, 100, 250)}, 4),
-    "twenty of many, encoded": ({n: json.dumps(row(n)).replace("What", "</s>") for n in range(0, 270, 3)}, 20),
+    "twenty of many, encoded": ({n: json.dumps(row(n)).replace("What", "</s>") for n in range(0, 270, 3)}, 19),
     "another format": ({80: '{"other": 1}', 10: "{"}, 1),
     "read comes first": ({3: json.dumps(row(3)).replace("What", "</s>"), 270: "{"}, 1),
 }
@@ -119,12 +120,12 @@ def test_faults_come_together_and_in_order(tmp_path: Path, tokenizer: Any, name:
     (tmp_path / "9.csv").unlink()
     alone, shared = (failure(tokenizer, tmp_path, workers) for workers in (1, 3))
     assert alone == shared and alone.count("error: ") == count
-    lines = [line for line in alone.splitlines() if line.startswith("where: ")]
-    assert lines == sorted(lines, key=lambda line: (line.split(":")[1], int(line.split(":")[2])))
+    lines = re.findall("where: ([^ \n]+)", alone)
+    assert lines == sorted(lines, key=lambda line: (line.split(":")[0], int(line.split(":")[1])))
 
 
 def test_a_file_that_ends_wrong_comes_behind_the_rows_before_it(tmp_path: Path, tokenizer: Any) -> None:
-    write_files(tmp_path, dict.fromkeys(range(0, 38, 2), "{"))
+    write_files(tmp_path, dict.fromkeys(range(0, 36, 2), "{"))
     (tmp_path / "9.csv").unlink()
     (tmp_path / "8.json").write_text("[" + json.dumps(row(1)) + ", 3, 4, {", encoding="utf-8")
     alone, shared = (failure(tokenizer, tmp_path, workers) for workers in (1, 3))
