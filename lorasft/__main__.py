@@ -1,7 +1,5 @@
 """`python -m lorasft`."""
 
-import sys
+from lorasft.cli import entry
 
-from lorasft.cli import main
-
-sys.exit(main())
+entry()

@@ -11,11 +11,12 @@ import re
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from errno import ENAMETOOLONG
 from typing import Any, NoReturn
 
 from lorasft import __version__
 from lorasft.errors import LorasftError, RecipeError
-from lorasft.signals import ended_in_order, exit_code
+from lorasft.signals import Ended, end_at_once, ended_in_order
 from lorasft.terminal import say
 
 EXIT_CODES = """exit codes: 0 done; 1 a bug; 2 usage or recipe; 3 data; 4 model, adapter or checkpoint files; 5 device;
@@ -129,7 +130,9 @@ def _bytes(text: str) -> int:
     try:
         number, unit, binary = float(match[1]), (match[2] or "").upper(), match[3]  # type: ignore[index]
     except (TypeError, ValueError):
-        raise argparse.ArgumentTypeError(f"{text} is no size like 8GiB or 24GB") from None
+        number = -1.0
+    if not 0 < number < 1e15:
+        raise argparse.ArgumentTypeError(f"{text[:80]} is no size like 8GiB or 24GB")
     if not unit and number < 2**20:
         raise argparse.ArgumentTypeError(f"{text} is {text} bytes: give a unit, as in {text}GiB")
     return int(number * (1024 if binary else 1000) ** ("KMGT".index(unit) + 1 if unit else 0))
@@ -155,22 +158,33 @@ def _add_columns(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def entry() -> NoReturn:
+    """The process of the command line, from its first signal to its last."""
+    end_at_once()
+    sys.exit(main())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code; an error that the user can mend is printed, never a traceback."""
     # Threads that spin long while they wait slow a run down twentyfold when another process wants the cores; a short
     # spin costs nothing on a quiet machine. Read by libgomp when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
-        options = _parse(argv)
-        command = importlib.import_module(f"lorasft.commands.{options.pop('command')}")
         with ended_in_order():
+            options = _parse(argv)
+            command = importlib.import_module(f"lorasft.commands.{options.pop('command')}")
             command.run(**options)
     except LorasftError as fault:
         say(str(fault))
         return fault.exit_code
-    except KeyboardInterrupt as signalled:
+    except Ended as signalled:
         say("stopped")
-        return exit_code(signalled)
+        return signalled.exit_code
+    except OSError as fault:
+        if fault.errno != ENAMETOOLONG:
+            raise
+        say(str(RecipeError("a name that is too long for a file", where=str(fault.filename)[:200], hint="shorten it")))
+        return RecipeError.exit_code
     except BrokenPipeError:  # the reader of stdout went away: nothing is lost
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -190,6 +190,8 @@ def verify_folder(folder: Path) -> None:
         entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as fault:
         raise ModelError(f"no readable {MANIFEST}: {fault}", where=str(folder), hint=_AGAIN) from None
+    if not entries:
+        raise ModelError(f"{MANIFEST} names no file", where=str(folder), hint=_AGAIN)
     for name, (size, digest) in entries.items():
         path, name = folder / name, name if len(name) < 80 else f"{name[:80]}..."
         try:

@@ -18,10 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lorasft.errors import LorasftError, RecipeError, Several
 from lorasft.recipe_faults import across_faults, nearest, plain_faults, printable, shows_secret, value_at
-from lorasft.strict_yaml import Document, KeyPath, dump_yaml, parse_yaml, read_yaml
+from lorasft.strict_yaml import MOST_DEPTH, Document, KeyPath, dump_yaml, parse_yaml, read_yaml
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=0.5)]
+# Of a path that need not be there yet; the system's calls end a text at a NUL.
+PathText = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Scalar = str | int | float | bool | None
 Format = Literal["auto", "chat", "sharegpt", "alpaca", "prompt-completion", "text"]
@@ -92,13 +94,13 @@ class DataSettings(_Section):
 
 
 class ChatSettings(_Section):
-    template: str | None = Field(
+    template: PathText | None = Field(
         default=None, description="null: the tokenizer's own; or plain, chatml, none, or a file"
     )
     template_options: dict[str, Scalar] = Field(
         default={}, description="variables of the template, as a server would set"
     )
-    template_date: str | None = Field(
+    template_date: Annotated[str, Field(json_schema_extra={"format": "date"})] | None = Field(
         default="2024-07-26", description="what a template that asks for today's date gets; null: the day's own"
     )
     system: str | None = Field(default=None, description="system message for conversations without one")
@@ -149,7 +151,7 @@ class ScheduleSettings(_Section):
 
 
 class RunSettings(_Section):
-    output: str = Field(
+    output: PathText = Field(
         default="runs/recipe", min_length=1, description="run folder; default: runs/ and the recipe's name"
     )
     log_every: int = Field(default=1, ge=1, description="steps")
@@ -204,7 +206,7 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(raw, dict):
         what = "the recipe is empty" if raw is None else "a recipe is a mapping of sections (model, data, ...)"
         hint = "model.base and data.train are needed; lorasft recipes show tiny"
-        _raise([*document.faults, RecipeError(what, where=document.places.get((), str(path)), hint=hint)])
+        _raise(document.faults or [RecipeError(what, where=document.places.get((), str(path)), hint=hint)])
     _absolute_paths(raw, [path.parent, Path.cwd()])
     for override in overrides:
         _apply_override(override, document)
@@ -340,7 +342,7 @@ def _apply_override(override: str, document: Document) -> None:
     name, equals, text = override.partition("=")
     place = f"command line: {name}=..." if shows_secret(override) else f"command line: {printable(override)}"
     keys = tuple(name.split("."))
-    if not equals or not all(keys) or name in Recipe.model_fields:
+    if not equals or not all(keys) or len(keys) > MOST_DEPTH or name in Recipe.model_fields:
         hint = "for example train.batch_size=16"
         document.faults.append(RecipeError("not of the form section.key=value", where=place, hint=hint))
         return

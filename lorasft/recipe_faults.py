@@ -159,7 +159,7 @@ def _fault(path: KeyPath, kind: str, document: Document, schema: dict[str, Any])
 def _unknown_key(path: KeyPath, value: Any, where: str, schema: dict[str, Any]) -> LorasftError:
     key, name = str(path[-1]), _dotted(path)
     if _SECRET.search(key):
-        what = f"{name}: tokens do not belong in recipes"
+        what = f"tokens do not belong in recipes: {name}"
         return RecipeError(what, where=where, hint="set HF_TOKEN in the environment, or run `hf auth login`")
     if key == "trust_remote_code":
         return UnsafeError(f"{name}: lorasft runs no code from model repositories", where=where, hint="remove the key")
@@ -247,6 +247,10 @@ def _words(node: dict[str, Any], schema: dict[str, Any]) -> str:
         items = node["prefixItems"][0] if "prefixItems" in node else node["items"]
         count = f"{node['maxItems']}, each " if "maxItems" in node else ""
         return f"a list of {count}{'them' if 'anyOf' in items else _expected(items, schema)}"
+    if "pattern" in node:
+        return "text without a NUL character"
+    if node.get("format") == "date":
+        return "a date like 2024-07-26"
     if "properties" in node:
         return f"a mapping ({next(iter(node['properties']))}: ...)"
     names = {"integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false"}

@@ -1,7 +1,8 @@
 """Signals. SIGINT, SIGTERM, SIGHUP: the first stops a training run after the step, saved; the second at once.
 
-Everywhere else the first one stops at once: it unwinds like Ctrl-C, and what was begun is cleared away. SIGHUP changes
-nothing under nohup. SIGUSR1 saves after the step, and the run goes on; before and after the steps it changes nothing.
+Everywhere else the first one stops at once: it unwinds, and what was begun is cleared away. SIGHUP changes nothing
+under nohup; SIGINT is heard in a shell's background job too, which only `kill` sends it to. SIGUSR1 saves after the
+step, and the run goes on; before and after the steps it changes nothing.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ from types import FrameType
 from typing import Any, NoReturn
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP, where there is no step to finish."""
+class Ended(KeyboardInterrupt):
+    """A signal, where there is no step to finish."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = exit_code(number)
 
 
-def exit_code(stopped: KeyboardInterrupt) -> int:
-    """130 after Ctrl-C, 143 after SIGTERM and SIGHUP."""
-    return 143 if isinstance(stopped, Terminated) else 130
+def exit_code(number: int) -> int:
+    """130 after SIGINT, 143 after SIGTERM and SIGHUP."""
+    return 130 if number == signal.SIGINT else 143
 
 
 @dataclass
@@ -40,7 +45,7 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        return 130 if self.signal == signal.SIGINT else 143
+        return exit_code(self.signal)
 
     def want_save(self, number: int = 0, frame: FrameType | None = None) -> None:
         self.save_wanted = True
@@ -72,10 +77,15 @@ def stop_signals(*, alone: bool) -> Iterator[StopRequest]:
 
 @contextmanager
 def ended_in_order() -> Iterator[None]:
-    """SIGINT raises KeyboardInterrupt, SIGTERM and SIGHUP Terminated; another one meanwhile ends at once."""
-    heard = [number for number in exit_signals() if signal.getsignal(number) != signal.SIG_IGN]
-    with _answered(dict.fromkeys(heard, _unwind)):
+    """Signals that ask to end raise Ended; one that comes meanwhile, or while something is imported, ends at once."""
+    with _answered(dict.fromkeys(exit_signals(), _unwind)):
         yield
+
+
+def end_at_once() -> None:
+    """From here on signals that ask to end do so at once, with their exit code: there is nothing to put in order."""
+    for number in exit_signals():
+        signal.signal(number, _end)
 
 
 @contextmanager
@@ -99,11 +109,21 @@ def _answered(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _unwind(number: int, frame: FrameType | None) -> NoReturn:
-    for each in exit_signals():
-        signal.signal(each, _end)
-    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+def _unwind(number: int, frame: FrameType | None) -> None:
+    if _is_importing(frame):  # half a library is left behind, and whoever catches what is raised goes on with that
+        _end(number, frame)
+    end_at_once()
+    raise Ended(number)
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
-    os._exit(130 if number == signal.SIGINT else 143)
+    os.write(2, b"stopped\n")
+    os._exit(exit_code(number))
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False

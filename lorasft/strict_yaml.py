@@ -134,8 +134,13 @@ class _Reader:
         if isinstance(event, yaml.AliasEvent):
             self._refuse("aliases (*name) are not allowed", event, hint="write the value out", unsafe=True)
             return None
+        value = self._read_value(event, events, path)
         if getattr(event, "tag", None) is not None:
             self._refuse("tags (!name) are not allowed", event, hint="remove the tag", unsafe=True)
+            return None
+        return value
+
+    def _read_value(self, event: yaml.Event, events: Iterator[yaml.Event], path: KeyPath) -> Any:
         if isinstance(event, yaml.MappingStartEvent):
             return self._read_mapping(events, path)
         if isinstance(event, yaml.SequenceStartEvent):

@@ -342,9 +342,7 @@ def signalled(ring: Ring, signals: list[tuple[float, signal.Signals]]) -> Tally:
         child.kill(number)
     sent, code = time.monotonic(), child.wait()
     wrong, lost = judge_remains(ring.bench.folder, commits=child.trace.commits)
-    ending = len(signals) > 1 or child.trace.phase == Phase.FINISH
-    at_once = ending and code in [-number for _, number in signals]
-    if code != 0 and not at_once and code not in [STOPPED[number] for _, number in signals]:
+    if code != 0 and code not in [STOPPED[number] for _, number in signals]:
         wrong.append(f"exit {code} after {signals}: {child.said()[-500:]}")
     if time.monotonic() - sent > 10:
         wrong.append("it took more than 10 s to stop")

@@ -225,6 +225,14 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
            of_run(lambda run: None, "--resume", "optimizer.learning_rate=1e-3")),
     "33 base": (2, ["lie in each other"], of_recipe("", "run.output=BARE")),
     "33 inside": (2, ["lie in each other"], of_recipe("", "run.output=BARE/run")),
+    "34 long run": (2, ["too long"], of_recipe("", "run.output=" + "x" * 300)),
+    "34 long out": (2, ["too long"], of_adapter(lambda _: None, "merge", "--out", "x" * 300, "--no-check")),
+    "34 long recipe": (2, ["too long"], lambda at: ["train", "x" * 300]),
+    "34 nul": (2, ["run.output", "without a NUL"], of_recipe("", r'run.output="a\0b"')),
+    "34 nul template": (2, ["chat.template", "without a NUL"], of_recipe("", r'chat.template="a\0.jinja"')),
+    "34 deep": (2, ["section.key=value"], of_recipe("", "train." + ".".join("a" * 99) + "=1")),
+    "34 date": (2, ["expected a date like 2024-07-26"], of_recipe("", "chat.template_date=foo")),
+    "27 memory": (2, ["is no size"], of_recipe("", "--memory", "9" * 400 + "GiB", verb="plan")),
     "33 root": (2, ["nothing is written there"], of_recipe("", "run.output=/")),
     "33 home": (2, ["nothing is written there"], of_recipe("", "run.output=HOME")),
     "33 tilde": (2, ["run.output", "got null"], of_recipe("", "run.output=~")),
@@ -234,6 +242,9 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
     "35 address": (3, ["no such file", "https://", "download"],
                    of_recipe("", "data.train=https://example.com/rows.jsonl", verb="preview")),
     "35 glob": (3, ["no file matches", "*.jsonl", "folder"], of_recipe("", "data.train=none/*.jsonl", verb="preview")),
+    "35 pattern": (3, ["no pattern for files", "**a"], of_recipe("", "data.train=x/**a/*.jsonl", verb="preview")),
+    "35 two arrays": (3, ["behind the end of the array", "rows.json:1"],
+                      of_rows(json.dumps([GOOD]) + json.dumps([GOOD]), name="rows.json")),
     "35 ending": (0, [], of_rows([GOOD], name="rows.JSONL")),
     "35 csv ending": (0, [], of_rows("prompt,completion\nQ,A\n", name="rows.CSV")),
     "35 unknown": (3, ["unknown kind of file: .txt", "rows.txt", ".jsonl"], of_rows("x", name="rows.txt")),
@@ -307,6 +318,15 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
                   of_base(lambda m: write(m / "chat_template.jinja", "{% if %}"), verb="preview")),
     "78 size": (4, ["characters"],
                 of_base(lambda m: write(m / "chat_template.jinja", "x" * (2 << 20)), verb="preview")),
+    "78 number": (4, ["too much memory"],
+                  of_base(lambda m: write(m / "chat_template.jinja", "{% set x = 7 ** 70000000 %}a"), verb="preview")),
+    "78 list": (4, ["too much memory"],
+                of_base(lambda m: write(m / "chat_template.jinja", "{% set x = ['x'] * 10 ** 9 %}a"), verb="preview")),
+    "78 wide": (4, ["too much memory"],
+                of_base(lambda m: write(m / "chat_template.jinja", "{{ 'x'.center(2000000000) }}"), verb="preview")),
+    "78 doubled": (4, ["too much memory"],
+                   of_base(lambda m: write(m / "chat_template.jinja", "{% set n = namespace(s='x') %}"
+                           "{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}"), verb="preview")),
     "78 code": (8, ["no data", "__class__"],
                 of_base(lambda m: write(m / "chat_template.jinja", "{{ ''.__class__.__mro__[1] }}"), verb="preview")),
     "79": (4, ["tokenizer.json"], of_base(lambda model: (model / "tokenizer.json").unlink(), verb="preview")),
@@ -408,4 +428,4 @@ def test_a_bad_input_is_refused_in_plain_words(
         assert "error: " in err and "hint: " in err and len(err.splitlines()) <= 20, err
         assert all(len(line) <= 180 for line in err.splitlines() if line.startswith("error: ")), err
         assert out == "" and not (place.folder / "out").is_dir()
-        assert "where: " in err or number in {"1", "27 verb", "27 flag", "27 words"}, err
+        assert "where: " in err or number in {"1", "27 verb", "27 flag", "27 words", "27 memory"}, err

@@ -112,6 +112,12 @@ def test_a_merge_on_a_full_disk_at_every_file_operation(base: Path, adapter: Pat
     assert operation > 15
 
 
+def test_a_manifest_that_names_nothing_is_none(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(ModelError, match="names no file"):
+        verify_folder(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["x" * 10_000, "a\0b", "../elsewhere", "/etc/passwd", "gone"])
 def test_a_manifest_with_a_strange_name_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps({name: {"bytes": 1, "sha256": "0"}}))

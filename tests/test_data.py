@@ -223,7 +223,7 @@ def test_csv_keeps_text_as_text(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="3 fields, the header has 2") as fault:
         read_bytes(tmp_path, b"prompt,completion\na,b\na,b,c\n", "rows.csv")
     assert fault.value.where == f"{tmp_path}/rows.csv:3"
-    with pytest.raises(DataError, match="not CSV in UTF-8"):
+    with pytest.raises(DataError, match="not UTF-8"):
         read_bytes(tmp_path, b"prompt,completion\na,\xe9\n", "rows.csv")
 
 

@@ -7,10 +7,13 @@ I14 and I19 in test_merge.py, I15 in test_model.py and test_chat.py, I18 in test
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -33,7 +36,7 @@ from lorasft.faults.judge import judge_remains, judge_result, read_metrics
 from lorasft.faults.kills import Tally, open_bench
 from lorasft.faults.subject import SAVE_EVERY
 from lorasft.faults.trial import Bench, Fault, kill_at
-from lorasft.files import LOCK, locked
+from lorasft.files import LOCK, MANIFEST, locked
 from lorasft.model.adapter import attach_adapter, trainable
 from lorasft.model.base import load_base
 from lorasft.recipe import AdapterSettings, ModelSettings, OptimizerSettings, dump_recipe
@@ -303,12 +306,34 @@ def test_a_signal_where_there_is_no_step_to_finish(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The run ends in order: it says what is saved, and the next start does not take it for killed."""
-    monkeypatch.setattr(run if where == "make_plan" else train, where, lambda *_, **__: signal.raise_signal(number))
+
+    def ask(*_: object, **__: object) -> None:
+        (ring.bench.folder / "checkpoints" / "step-000008.aside-1").mkdir(parents=True)  # damaged, put aside: no save
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(run if where == "make_plan" else train, where, ask)
     assert main(command) == campaigns.STOPPED[number]
     said = capsys.readouterr().err
     assert SAVED[where] in said and "Traceback" not in said
     assert ("--resume" in said) == (where == "_introduce")
     assert not (ring.bench.folder / LOCK).read_text(encoding="ascii")
+
+
+@pytest.mark.parametrize("number", campaigns.STOPPED)
+def test_a_signal_while_a_library_is_imported_ends_at_once(number: signal.Signals, tmp_path: Path) -> None:
+    """Raised there it might be caught, and half a library be gone on with."""
+    (tmp_path / "half.py").write_text(f"import signal\nsignal.raise_signal({int(number)})\n", encoding="utf-8")
+    act = """
+from lorasft.signals import ended_in_order
+with ended_in_order():
+    try:
+        import half
+    except BaseException:
+        print("gone on")
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", act], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (campaigns.STOPPED[number], "", "stopped\n")
 
 
 def test_nohup_holds(ring: campaigns.Ring, command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,6 +373,35 @@ def test_a_signal_does_not_wait_for_an_evaluation(number: int, ring: campaigns.R
     assert metrics[-1]["step"] == number and "loss" in metrics[-1] and "eval_loss" not in metrics[-1]
     child = ring.bench.start()
     assert child.wait() == 0, child.said()
+    assert not judge_result(ring.bench.folder, ring.reference.result)
+
+
+STATES = {"dtype": "evil", "micro_batch_tokens": "x", "recomputed_layers": "x", "share_prefixes": "evil",
+          "processes": 0, "metrics_bytes": -5, "step": "4"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_of_the_wrong_kind_is_skipped(name: str, ring: campaigns.Ring) -> None:
+    """Also where its hash is right: whoever can write the one can write the other."""
+    ring.half_way()
+    path = list_checkpoints(ring.bench.folder / "checkpoints")[-1]
+    state = json.loads((path / "state.json").read_bytes())
+    (state if name in state else state["layout"])[name] = STATES[name]
+    (path / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    manifest = json.loads((path / MANIFEST).read_bytes())
+    content = (path / "state.json").read_bytes()
+    manifest["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (path / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    code, said = start(ring.bench)
+    assert code == 0 and f"skipped {path.name}: state.json:" in said
+    assert not judge_result(ring.bench.folder, ring.reference.result)
+
+
+def test_a_lost_record_does_not_lose_the_run(ring: campaigns.Ring) -> None:
+    ring.half_way()
+    (ring.bench.folder / "provenance.json").unlink()
+    code, said = start(ring.bench)
+    assert code == 0, said
     assert not judge_result(ring.bench.folder, ring.reference.result)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -38,6 +39,7 @@ from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
 from lorasft.model.room import group_rooms
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import AdapterSettings, ModelSettings, OptimizerSettings
+from lorasft.signals import Ended
 from lorasft.train import evaluate as evaluation
 from lorasft.train import layout as layouts
 from lorasft.train import loop
@@ -281,7 +283,7 @@ def stop_after(steps: int) -> Any:
 
     def take_step(*args: Any) -> Any:
         if len(taken) == steps:
-            raise KeyboardInterrupt
+            raise Ended(signal.SIGINT)
         taken.append(1)
         return plain(*args)
 

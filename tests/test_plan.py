@@ -20,6 +20,7 @@ from tiny_tokenizer import save_tokenizer
 from lorasft.cli import main
 from lorasft.commands.plan import picture
 from lorasft.data.packing import Step
+from lorasft.errors import ModelError
 from lorasft.model.adapter import attach_adapter, write_adapter
 from lorasft.model.base import count_bytes, load_base, read_config
 from lorasft.model.memory import count_holdings, heaviest_batch, measure
@@ -158,6 +159,26 @@ def test_what_is_said_to_make_it_fit_does(
     assert "it fits" not in out and "does not fit" in fault and all(remedy in fault for remedy in remedies)
     for remedy in remedies:
         assert foresee(load_recipe(path, [remedy.split()[0]]), memory=tight).holds, remedy
+
+
+def test_whole_modules_are_among_the_changes(recipe: Write) -> None:
+    path = recipe(adapter={"modules_to_save": ["lm_head"], "rank": 2}, machine={"micro_batch_tokens": "auto"})
+    roomy = foresee(load_recipe(path), memory=4 << 30)
+    sizes = range(roomy.libraries + roomy.prediction.total, roomy.libraries, -100_000)
+    tight = next(size for size in sizes if not foresee(load_recipe(path), memory=size).holds)
+    remedies = foresee(load_recipe(path), memory=tight).remedies
+    assert "adapter.modules_to_save=[]" in remedies
+    assert foresee(load_recipe(path, ["adapter.modules_to_save=[]"]), memory=tight).holds
+
+
+def test_experts_that_stay_in_16_bits_are_refused_before_weights(recipe: Write, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    SHAPES["moe"]().save_pretrained(base)
+    save_tokenizer(base)
+    path = recipe(model={"base": str(base), "quantization": "nf4"})
+    with pytest.raises(ModelError, match="are not 4-bit"):
+        foresee(load_recipe(path), memory=None)
+    assert main(["train", path]) == 4
 
 
 def test_a_length_that_drops_most_rows_says_so(recipe: Write) -> None:

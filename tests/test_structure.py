@@ -43,7 +43,7 @@ ROOMS = {
     "transformers": {"data", "model", "train", "merge", "export", "faults"},
     "gguf": {"export"},
     "yaml": {"strict_yaml"},
-    "pydantic": {"recipe", "recipe_faults", "adapter_files"},
+    "pydantic": {"recipe", "recipe_faults", "adapter_files", "train"},
 }
 FORBIDDEN = {"pickle", "shelve", "marshal", "subprocess", "joblib"}
 
@@ -113,6 +113,7 @@ WRITERS = {
     "commands/export.py": {"TemporaryDirectory"},
     "merge/folder.py": {"copyfile", "rmtree"},  # in the stage of the merge
     "merge/requantize.py": {"save_pretrained", "chmod"},  # in the stage of the merge
+    "signals.py": {"write"},  # to stderr, from a signal's handler
     "merge/writer.py": {"write"},  # into a file of files.new_file
     "model/base.py": {"TemporaryDirectory"},
     "model/cache.py": {"chmod", "save_pretrained", "unlink"},  # in the stage of a kept base, whose folder is private

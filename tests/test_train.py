@@ -20,7 +20,7 @@ from lorasft.cli import main
 from lorasft.data.packing import Step
 from lorasft.files import sha256, verify_folder
 from lorasft.recipe import ModelSettings, ScheduleSettings, load_recipe
-from lorasft.signals import StopRequest
+from lorasft.signals import Ended, StopRequest
 from lorasft.train import loop
 from lorasft.train.schedule import learning_rate
 
@@ -51,7 +51,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None
 
 
 def die() -> None:
-    raise KeyboardInterrupt
+    raise Ended(signal.SIGINT)
 
 
 def test_resumed_equals_uninterrupted_at_every_step(

@@ -25,6 +25,7 @@ def run(saved: str, base: str | None, prompt: str | None, max_new_tokens: int, t
     encoder = Encoder(loaded.tokenizer, found.chat, data=data, report=Report())
     messages: list[dict[str, Any]] = []
     for question in [prompt] if prompt is not None else _questions():
+        question = question.encode(errors="replace").decode()  # an argument may be no UTF-8
         messages.append({"role": "user", "content": question})
         ids = generate(
             loaded.network.causal,

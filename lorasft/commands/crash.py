@@ -6,6 +6,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from lorasft.errors import CapacityError
 from lorasft.files import make_folder
@@ -23,7 +24,7 @@ def run(folder: str, *, trials: int, as_json: bool, seed: int = 0) -> None:
         bench, reference = open_bench(Path(inside))
         for tally in kill_randomly(bench, reference, trials=trials, seed=seed):
             total.add(tally)
-            say(f"\r\x1b[K{total.trials}/{trials}  {sum(total.kills.values())} kills", end="")
+            say(f"{total.trials}/{trials}  {sum(total.kills.values())} kills", end="", over=True)
     say("")
     facts = {
         "trials": total.trials,
@@ -35,11 +36,12 @@ def run(folder: str, *, trials: int, as_json: bool, seed: int = 0) -> None:
         "failures_below": total.bound if not total.wrong else None,
         "seconds": round(time.monotonic() - started),
     }
-    print(
-        json.dumps(facts)
-        if as_json
-        else "\n".join(f"{name.replace('_', ' '):18} {value}" for name, value in facts.items())
-    )
+    print(json.dumps(facts) if as_json else "\n".join(_line(name, value) for name, value in facts.items()))
     if total.wrong:
         what = f"{len(total.wrong)} promises broken on this disk: {total.wrong[0]}"
         raise CapacityError(what, where=folder, hint="put run.output on a local disk, and report this")
+
+
+def _line(name: str, value: Any) -> str:
+    shown = f"{value:.2%} (95 % confidence)" if isinstance(value, float) else value
+    return f"{name.replace('_', ' '):18} {shown}"

@@ -13,7 +13,7 @@ from lorasft.data.report import Report
 from lorasft.errors import Stopped
 from lorasft.recipe import load_recipe
 from lorasft.recipe_faults import printable
-from lorasft.signals import exit_code, save_signal_ignored
+from lorasft.signals import Ended, save_signal_ignored
 from lorasft.terminal import say
 from lorasft.train.ranks import join
 
@@ -36,7 +36,7 @@ def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
             with ranks.agreed():
                 adapter = finish(opened, state) if ranks.is_main else None
             if ranks.is_main:
-                _show_answers(opened)
+                _show_answers_within_memory(opened)
                 say(f"done in {time.monotonic() - started:.0f} s; adapter in {adapter}")
                 say(f"next: lorasft chat {settings.run.output}    lorasft merge {settings.run.output} --out merged")
                 print(settings.run.output)
@@ -47,14 +47,17 @@ def _saying_what_is_saved(output: str) -> Iterator[None]:
     """Where a signal ends the run at once: before the first step, after the last, or for the second time."""
     try:
         yield
-    except KeyboardInterrupt as signalled:
-        folder, code = Path(output), exit_code(signalled)
-        saved = sorted((folder / "checkpoints").glob("step-*"))
+    except Ended as signalled:
+        from lorasft.train.checkpoint import list_checkpoints
+
+        folder, code = Path(output), signalled.exit_code
+        saved = list_checkpoints(folder / "checkpoints")
         if (folder / "adapter").is_dir():
             raise Stopped(code, f"stopped; the adapter is whole: {folder / 'adapter'}", hint=None) from None
         if not saved or not (folder / "recipe.yaml").is_file():
             raise Stopped(code, "stopped before the first step", hint="start it again") from None
-        raise Stopped(code, f"stopped at once, not saved since step {int(saved[-1].name[5:])}") from None
+        step = int(saved[-1].name.removeprefix("step-"))
+        raise Stopped(code, f"stopped at once, not saved since step {step}") from None
 
 
 def _introduce(opened: Opened) -> None:
@@ -67,6 +70,18 @@ def _introduce(opened: Opened) -> None:
         f"{report.train_examples:,} examples, {report.held_out_examples:,} held out, {report.tokens:,} tokens, "
         f"{report.supervised_tokens:,} of them learned; {plan.steps} steps of {plan.batch_size} examples"
     )
+
+
+def _show_answers_within_memory(opened: Opened) -> None:
+    """The result is written: memory that runs out here takes nothing from it."""
+    from lorasft.model.room import out_of_memory
+
+    try:
+        _show_answers(opened)
+    except (RuntimeError, MemoryError) as fault:
+        if not out_of_memory(fault):
+            raise
+        say("out of memory: no more answers are shown")
 
 
 def _show_answers(opened: Opened, most: int = 3) -> None:

@@ -28,6 +28,7 @@ Raw = Any  # a row as it was read: bytes of JSON, a value, or the DataError that
 LARGEST_ROW = 8 << 20  # bytes
 LARGEST_ARRAY = 256 << 20  # bytes: a JSON array is held in memory whole
 READ_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+RECODE = "convert it, for example with iconv -f latin1 -t utf8"
 MEND = "mend the file there: what follows cannot be read"
 KEY_SIGNS = (b"hf_", b"sk-", b"AKIA", b"ghp_", b"PRIVATE KEY")  # looked for first, which costs next to nothing
 KEY = re.compile(rb"(hf_|ghp_)[A-Za-z0-9]{30}|sk-[A-Za-z0-9_-]{20}|AKIA[A-Z0-9]{16}|-BEGIN [A-Z ]*PRIVATE KEY-")
@@ -54,7 +55,12 @@ def source_files(path: str) -> tuple[Path, ...]:
     if here.exists():
         return (here,)
     if glob.has_magic(path):
-        found = sorted(Path(here.anchor).glob(str(here.relative_to(here.anchor))))
+        try:
+            found = sorted(Path(here.anchor).glob(str(here.relative_to(here.anchor))))
+        except ValueError as fault:
+            raise DataError(
+                f"no pattern for files: {fault}", where=path, hint="** stands alone between two /"
+            ) from None
         return _some(found, "no file matches", path, folder=here.absolute().parent)
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and here.suffix.lower() not in READ_SUFFIXES:
         return ()
@@ -184,7 +190,7 @@ def _parse_line(line: bytes, place: Place) -> Any:
         text = line.decode().rstrip("\r\n")
     except UnicodeDecodeError as fault:
         what = f"not UTF-8 at byte {fault.start + 1} (0x{line[fault.start]:02X})"
-        raise DataError(what, where=str(place), hint="convert it, for example with iconv -f latin1 -t utf8") from None
+        raise DataError(what, where=str(place), hint=RECODE) from None
     try:
         return parse_strict(text)
     except json.JSONDecodeError as fault:
@@ -204,14 +210,16 @@ def _read_array(path: Path) -> Iterator[tuple[int, Raw]]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as fault:
-        hint = "convert it, for example with iconv -f latin1 -t utf8"
-        raise DataError(f"not UTF-8 at byte {fault.start + 1}", where=str(path), hint=hint) from None
+        raise DataError(f"not UTF-8 at byte {fault.start + 1}", where=str(path), hint=RECODE) from None
     at, line = text.index("[") + 1, 1
     counted = 0
     while True:
         at = _skip_blanks(text, at)
         line, counted = line + text.count("\n", counted, at), at
         if text[at : at + 1] == "]":
+            if _skip_blanks(text, at + 1) < len(text):
+                what = "something stands behind the end of the array"
+                raise DataError(what, where=f"{path}:{line}", hint="one array a file, or one object a line (.jsonl)")
             return
         try:
             with _bounded_depth():
@@ -236,24 +244,33 @@ def _skip_blanks(text: str, at: int) -> int:
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Raw]]:
     csv.field_size_limit(LARGEST_ROW)
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, strict=True)
         line = 1
         try:
             names = next(reader, [])
+            if not _is_text(names):
+                raise DataError("not UTF-8", where=f"{path}:1", hint=RECODE)
             if len(set(names)) < len(names):
                 what = f"a column twice: {', '.join(names)}"
                 raise DataError(what, where=f"{path}:1", hint="rename one of them in the first line")
             line = reader.line_num + 1
             for fields in reader:
                 start, line = line, reader.line_num + 1
-                if len(fields) == len(names):
+                if not _is_text(fields):
+                    yield start, DataError("not UTF-8", where=f"{path}:{start}", hint=RECODE)
+                elif len(fields) == len(names):
                     yield start, dict(zip(names, fields, strict=True))
                 elif fields:
                     what = f"{len(fields)} fields, the header has {len(names)}"
                     yield start, DataError(what, where=f"{path}:{start}")
-        except (csv.Error, UnicodeDecodeError) as fault:
-            raise DataError(f"not CSV in UTF-8: {fault}", where=f"{path}:{line}", hint=MEND) from None
+        except csv.Error as fault:
+            raise DataError(f"not CSV: {fault}", where=f"{path}:{line}", hint=MEND) from None
+
+
+def _is_text(fields: list[str]) -> bool:
+    """Whether no byte had to be smuggled in as half a character."""
+    return all(field.isascii() or not any("\udc80" <= letter <= "\udcff" for letter in field) for field in fields)
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Raw]]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import datetime
 import json
+import operator
 import re
+import resource
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lorasft.data.reasoning import FIELDS
 from lorasft.data.tokenizer import adds_bos
@@ -56,7 +59,10 @@ MERGE_SYSTEM = (
 CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
 LARGEST_TEMPLATE, LARGEST_TEXT = 1 << 20, 64 << 20  # characters
 MOST_PIECES = 1 << 20  # that a template makes of one conversation: some for each message
+LARGEST_NUMBER = 1 << 16  # bits
+ROOM = 1 << 29  # bytes, for one conversation
 SECONDS = 10  # for one conversation, which takes a thousandth of one
+_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {"*": operator.mul, "**": operator.pow}
 BUILT_IN = {"plain": PLAIN, "chatml": CHATML, "none": NONE}
 
 
@@ -100,15 +106,16 @@ def render(
     given = list(tools) if tools else None
     try:
         # What apply_chat_template does with messages of plain JSON types, at half its price; a test compares the two.
-        text = _compile(tokenizer.get_chat_template(None, given)).render(
-            messages=[_with_reasoning(message) for message in messages],
-            tools=given,
-            documents=None,
-            add_generation_prompt=generation_prompt,
-            **tokenizer.special_tokens_map,
-        )
+        with _bounded_memory():
+            text = _compile(tokenizer.get_chat_template(None, given)).render(
+                messages=[_with_reasoning(message) for message in messages],
+                tools=given,
+                documents=None,
+                add_generation_prompt=generation_prompt,
+                **tokenizer.special_tokens_map,
+            )
     except MemoryError as fault:
-        what = f"the chat template takes too much memory: {fault}"
+        what = "the chat template takes too much memory" + (f": {fault}" if str(fault) else "")
         raise ModelError(what, where=tokenizer.name_or_path, hint=_other_template(tokenizer)) from None
     except TimeoutError:
         what = f"the chat template took over {SECONDS} s"
@@ -138,12 +145,46 @@ def _other_template(tokenizer: PreTrainedTokenizerFast) -> str:
 
 @lru_cache(maxsize=8)
 def _compile(template: str) -> jinja2.Template:
+    compiled = _sandbox().from_string(template)
+    compiled.globals = dict(compiled.globals)  # copied at each rendering: as the ChainMap it was, half of the time
+    return compiled
+
+
+@lru_cache(maxsize=1)
+def _sandbox() -> jinja2.Environment:
+    """transformers' environment, with numbers bounded: a clock cannot end a product of two that are millions long."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    compiled: jinja2.Template = _compile_jinja_template(template)
-    compiled.globals = dict(compiled.globals)  # copied at each rendering: as the ChainMap it was, half of the time
-    vars(compiled.environment)["concat"] = _join
-    return compiled
+    sandbox: Any = _compile_jinja_template("").environment
+    vars(sandbox)["concat"] = _join
+    sandbox.intercepted_binops = frozenset(_OPERATORS)
+    sandbox.call_binop = lambda context, sign, left, right: _multiply(sign, left, right)
+    return cast("jinja2.Environment", sandbox)
+
+
+def _multiply(sign: str, left: Any, right: Any) -> Any:
+    if isinstance(left, int) and isinstance(right, int):
+        bits = left.bit_length() * (right if sign == "**" else 1) + right.bit_length()
+        if bits > LARGEST_NUMBER:
+            raise MemoryError("it makes a number without end")
+    return _OPERATORS[sign](left, right)
+
+
+@contextmanager
+def _bounded_memory() -> Iterator[None]:
+    """Raise MemoryError where the block takes over ROOM bytes more than this process has; Linux alone counts them."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    with open("/proc/self/statm", "rb") as file:
+        taken = int(file.read().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if soft == resource.RLIM_INFINITY or soft > taken + ROOM:
+        resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _join(pieces: Iterable[str]) -> str:

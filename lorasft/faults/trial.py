@@ -23,7 +23,7 @@ import torch
 from lorasft import files
 from lorasft.errors import LorasftError
 from lorasft.recipe import Recipe
-from lorasft.signals import ended_in_order, exit_code, exit_signals
+from lorasft.signals import Ended, end_at_once, ended_in_order, exit_signals
 from lorasft.train.loop import train
 from lorasft.train.run import finish, open_run
 
@@ -118,6 +118,7 @@ class Bench:
         pid = os.fork()
         if pid == 0:
             code = 1
+            end_at_once()
             try:
                 code = self._run(Child(os.getpid(), trace, self._words(os.getpid())), fault or no_fault)
             finally:
@@ -144,8 +145,8 @@ class Bench:
             except LorasftError as fault_said:
                 print(fault_said)
                 return fault_said.exit_code
-            except KeyboardInterrupt as signalled:
-                return exit_code(signalled)
+            except Ended as signalled:
+                return signalled.exit_code
             except BaseException:
                 traceback.print_exc()
                 return 1

@@ -185,7 +185,8 @@ def check_targets(base: Any, settings: AdapterSettings) -> None:
             linear = all(isinstance(module, (nn.Linear, Conv1D)) for module in found)
             if not found or (key == "adapter.targets" and not linear):
                 known = sorted({path.rpartition(".")[2] for path, module in modules.items()
-                                if key != "adapter.targets" or isinstance(module, (nn.Linear, Conv1D))})  # fmt: skip
+                                if path and not path[-1].isdigit()
+                                and (key != "adapter.targets" or isinstance(module, (nn.Linear, Conv1D)))})  # fmt: skip
                 near = difflib.get_close_matches(name, known, n=1)
                 what = f"{name} is no linear of this model" if found else f"no module is called {name}"
                 hint = f"did you mean {near[0]}?" if near else f"names: {', '.join(known[:12])}"

@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import cached_file
 
@@ -24,6 +25,7 @@ from lorasft.errors import CapacityError, DeviceError, LorasftError, ModelError,
 from lorasft.hub import find_hub, refuse_offline
 from lorasft.model.attention import default_attention
 from lorasft.model.cache import Keep, find_place, keep_base, read_kept
+from lorasft.model.room import out_of_memory
 from lorasft.recipe import ModelSettings
 from lorasft.weight_files import find_weights, read_header
 
@@ -91,7 +93,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     mend_linears(model, device, settings.base)
     model.requires_grad_(False)
     if settings.quantization == "nf4":
-        _check_quantized(model)
+        refuse_loose(model)
     if folder and kept is None:
         found = find_place(folder, scheme, device)
         if found and place in (None, found):  # a hub's weights are there by now; others changed meanwhile
@@ -246,21 +248,30 @@ def _constants(state: Any) -> list[torch.Tensor]:
     return [tensor for tensor in (state.absmax, state.code, state.offset) if tensor is not None] + nested
 
 
-def _check_quantized(model: Any) -> None:
-    """Refuse a "4-bit" model whose weights are mostly not: transformers leaves fused experts in 16 bits, silently."""
+def refuse_loose(model: Any) -> None:
+    """Raise ModelError for a "4-bit" model, or the skeleton of one, whose weights are mostly not.
+
+    transformers leaves fused experts in 16 bits, silently.
+    """
     embeddings = {id(model.get_input_embeddings().weight), id(getattr(model.get_output_embeddings(), "weight", None))}
+    linears = {id(layer.weight) for layer in model.modules() if isinstance(layer, (nn.Linear, Conv1D))}
     packed = loose = 0
     largest: list[tuple[int, str]] = []
     for name, parameter in model.named_parameters():
+        if id(parameter) in embeddings:
+            continue
         if getattr(parameter, "quant_state", None) is not None:
             packed += 2 * parameter.numel()  # two 4-bit weights in a byte
-        elif id(parameter) not in embeddings:
+        elif parameter.is_meta and id(parameter) in linears:
+            packed += parameter.numel()
+        else:
             loose += parameter.numel()
             largest.append((parameter.numel(), name))
     if loose > _MOST_UNQUANTIZED * (packed + loose):
         names = ", ".join(name for _, name in sorted(largest, reverse=True)[:3])
         raise ModelError(
             f"{loose / (packed + loose):.0%} of the weights are not 4-bit: {names}",
+            where="model.quantization",
             hint="use model.quantization=none, or a model whose experts are separate linears",
         )
 
@@ -297,8 +308,10 @@ def _loading_faults(base: str) -> Iterator[None]:
     except LorasftError:
         raise
     except Exception as fault:  # what a broken config makes transformers raise is of any kind
-        if isinstance(fault, torch.OutOfMemoryError):
-            raise CapacityError("out of memory while loading", where=base, hint="a smaller base") from fault
+        if out_of_memory(fault) or "Cannot allocate memory" in str(fault):
+            raise CapacityError(
+                "out of memory while loading", where=base, hint="free memory, or a smaller base"
+            ) from fault
         reason = " ".join(str(fault).split())[:200] or type(fault).__name__
         if not Path(base).is_dir():
             refuse_offline(fault, base)

@@ -83,6 +83,7 @@ def read_kept(place: Path, read: Callable[[str], Any]) -> Any | None:
             return None
     with suppress(OSError):
         os.utime(place)  # the day of its last use
+    say(f"the 4-bit base that was kept is used: {place} (machine.cache_base=false: never)")
     return model
 
 
@@ -105,7 +106,7 @@ def keep_base(model: Any, place: Path, *, base: Path, wanted: Keep) -> None:
             _save(model, stage, base)
         _forget_unused(place.parent)
     except (LorasftError, OSError) as fault:
-        if not place.exists():
+        if not (_is_private(place.parent) and place.exists()):
             say(f"the 4-bit base is not kept in {place.parent}: {getattr(fault, 'what', fault)}")
         return
     say(f"the 4-bit base is kept for the next start: {size / 1e9:.2f} GB in {place} (machine.cache_base=false: never)")

@@ -14,8 +14,9 @@ import re
 import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import NonNegativeInt, PositiveInt, StringConstraints, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -34,21 +35,21 @@ _NAME = re.compile(r"step-(\d{6,})")
 class Layout:
     """What was chosen for the machine. It changes no result but the last bits, so a resumed run keeps it."""
 
-    dtype: str
-    micro_batch_tokens: int
-    recomputed_layers: int  # the first ones of the model recompute their activations going backwards
+    dtype: Annotated[str, StringConstraints(pattern="^(float32|bfloat16)$")]
+    micro_batch_tokens: PositiveInt
+    recomputed_layers: NonNegativeInt  # the first ones of the model recompute their activations going backwards
     segments: bool
     share_prefixes: Sharing = False
-    processes: int = 1
+    processes: PositiveInt = 1
 
 
 @dataclass(frozen=True)
 class State:
     """Where a run stands after a step. Order, learning rate and dropout follow from the step, so this is all."""
 
-    step: int
+    step: NonNegativeInt
     data: str  # the key of the tokens that are trained on
-    metrics_bytes: int  # length of metrics.jsonl: what a resumed run cuts it back to
+    metrics_bytes: NonNegativeInt  # length of metrics.jsonl: what a resumed run cuts it back to
     layout: Layout
     run: str = ""  # which run this is: another one's checkpoints are neither gone on from nor deleted
     evaluation_due: bool = False  # a signal came first: what goes on begins with it
@@ -97,9 +98,13 @@ def read_state(path: Path, *, run: str | None) -> State:
     try:
         fields = json.loads((path / "state.json").read_bytes())
         del fields["optimizer"]
-        state = State(**{**fields, "layout": Layout(**fields["layout"])})
+        state = TypeAdapter(State).validate_json(json.dumps(fields), strict=True)
         if path.name != f"step-{state.step:06d}":
             raise ModelError(f"a copy of step {state.step}", where=str(path))
+    except ValidationError as fault:
+        first = fault.errors(include_url=False)[0]
+        what = f"state.json: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise ModelError(what, where=str(path)) from None
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as fault:
         raise ModelError(f"no readable state.json: {fault}", where=str(path)) from None
     if run is not None and state.run != run:

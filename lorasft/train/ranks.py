@@ -20,7 +20,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorasft.errors import DeviceError, LorasftError
-from lorasft.signals import StopRequest, exit_code
+from lorasft.signals import StopRequest
 from lorasft.terminal import say
 
 if TYPE_CHECKING:
@@ -288,6 +288,4 @@ def _disconnect() -> None:
 def _exit_code(fault: BaseException | None) -> int:
     if fault is None:
         return 0
-    if isinstance(fault, KeyboardInterrupt):
-        return exit_code(fault)
     return int(getattr(fault, "exit_code", None) or getattr(fault, "code", None) or 1)

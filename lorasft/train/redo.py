@@ -10,6 +10,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -58,15 +59,18 @@ def naming_rows(rows: TokenStore, batch: MicroBatch) -> Iterator[None]:
 
 
 @contextmanager
-def plain_memory_errors() -> Iterator[None]:
-    """Turn an out-of-memory error that nothing is tried against, as in an update, into a CapacityError."""
+def plain_memory_errors(folder: Path) -> Iterator[None]:
+    """Turn an out-of-memory error that nothing is tried against, as in an update of the run in `folder`, into ours."""
     try:
         yield
     except (RuntimeError, MemoryError) as fault:
         if not out_of_memory(fault):
             raise
         reason = str(fault).strip().splitlines()[0] if str(fault) else "no memory is left"
-        raise CapacityError(f"out of memory: {reason}", hint="free memory and go on with --resume") from fault
+        again = (
+            "go on with --resume" if (folder / "recipe.yaml").is_file() else "start again, or with a smaller model.base"
+        )
+        raise CapacityError(f"out of memory: {reason}", hint=f"free memory and {again}") from fault
 
 
 def within_memory(run: Run, work: Callable[[Run], Result]) -> tuple[Result, Run]:

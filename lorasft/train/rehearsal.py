@@ -53,6 +53,7 @@ class MemoryRecord:
         record = {
             "device": str(run.network.device),
             "heaviest": {"tokens": len(self.fit.heaviest.ids), "sequences": len(self.fit.heaviest.segments)},
+            "micro_batch_tokens": run.plan.micro_batch_tokens,
             "recomputed_layers": self.fit.recomputed,
             "predicted": {**known.kinds(), "peak": known.total} if known else None,
             "rehearsal": {"predicted": known.total - self.early if known else None, "measured": self.measured},

@@ -15,6 +15,7 @@ from lorasft.model.memory import USABLE, Footprint, count_holdings, fewest_recom
 from lorasft.recipe import Recipe
 
 _SHORTER = (3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8, 1 / 16)  # of the longest sequence
+_LEAST_BASE = 0.05  # of the base's size: a smaller one would be another thing
 _PACKED = 4.127 / 8  # bytes of a weight in NF4, constants included
 
 
@@ -75,8 +76,10 @@ def _shorter_rows(recipe: Recipe, network: Network, rows: TokenStore, short: Sho
     lengths = example_lengths(rows)
     for length in (int(share * lengths.max()) // 8 * 8 for share in _SHORTER):
         capacity = max(length, short.tokens or 0)
+        longer = int((lengths > length).sum())
+        if longer > len(lengths) // 2:  # hardly a row would be what it was
+            return
         if length >= 8 and _ends(short, measure(network, heaviest_batch(network, longest=length, capacity=capacity))):
-            longer = int((lengths > length).sum())
             many = recipe.data.overlong == "drop" and longer > recipe.data.max_dropped * len(lengths)
             cut = " data.overlong=truncate" if many else ""
             yield f"data.max_length={length}{cut} ({longer:,} of {len(lengths):,} rows are longer)"
@@ -93,18 +96,25 @@ def _smaller_base(parts: Sequence[Any], short: Shortage) -> Iterator[str]:
     parameters = loaded.four_bit / _PACKED + loaded.sixteen_bit / 2 + loaded.full / 4
     if lacking < base:
         most = parameters * (1 - lacking / base)
+        if most < _LEAST_BASE * parameters:
+            return
         number = f"{most / 1e9:.1f} billion" if most >= 1e9 else f"{most / 1e6:,.1f} million"
         yield f"a model.base of at most {number} parameters"
 
 
 def _savings(recipe: Recipe, parts: Sequence[Any]) -> Iterator[tuple[str, str | int, int]]:
     """Changes, by key and value, with the bytes that each saves."""
-    if recipe.model.quantization == "none":
+    if recipe.model.quantization == "none" and not recipe.adapter.dora:  # its norms could not be planned
         head = parts[0].get_output_embeddings()
         yield "model.quantization", "nf4", sum(_quantizable_bytes(part, head) for part in parts)
     if recipe.optimizer.name == "adamw":
         kept, lighter = (count_holdings(parts, name).optimizer for name in ("adamw", "adamw8bit"))
         yield "optimizer.name", "adamw8bit", kept - lighter
+    if recipe.adapter.modules_to_save:
+        moments = 8 if recipe.optimizer.name == "adamw" else 2
+        named = [pair for part in parts for pair in part.named_parameters() if pair[1].requires_grad]
+        whole = [one for name, one in named if "lora_" not in name]  # each with a gradient of its kind
+        yield "adapter.modules_to_save", "[]", sum(one.numel() * (2 * one.element_size() + moments) for one in whole)
     if recipe.adapter.start is None:
         weights = [one for part in parts for name, one in part.named_parameters() if "lora_" in name]
         each = 16 if recipe.optimizer.name == "adamw" else 10  # fp32 weight, gradient and two moments

@@ -37,7 +37,15 @@ from lorasft.files import (
     write_file,
 )
 from lorasft.model.adapter import attach_adapter, check_targets, load_adapter, trainable, write_adapter
-from lorasft.model.base import check_files, compute_dtype, count_bytes, load_base, make_skeleton, read_config
+from lorasft.model.base import (
+    check_files,
+    compute_dtype,
+    count_bytes,
+    load_base,
+    make_skeleton,
+    read_config,
+    refuse_loose,
+)
 from lorasft.model.liger import require_liger, use_liger
 from lorasft.model.loss import Network
 from lorasft.model.memory import count_holdings
@@ -91,7 +99,7 @@ def open_run(recipe: Recipe, *, resume: bool, ranks: Ranks = ALONE) -> Iterator[
     taken, and ModelError when nothing can be resumed.
     """
     folder = Path(recipe.run.output)
-    with ExitStack() as held, plain_memory_errors():
+    with ExitStack() as held, plain_memory_errors(folder):
         settled = ranks.lead(lambda: _settle(recipe, folder, resume=resume, held=held))
         yield _load(recipe, folder, settled, ranks=ranks)
 
@@ -256,7 +264,8 @@ def finish(opened: Opened, state: State) -> Path:
             write_generation_config(stage, opened.prepared, run.network.causal)
             # Whoever copies the adapter elsewhere takes along how it was made, its base quantized and prompts written.
             write_file(stage / "recipe.yaml", dump_recipe(run.recipe).encode())
-            write_file(stage / "provenance.json", (run.folder / "provenance.json").read_bytes())
+            if (record := run.folder / "provenance.json").is_file():  # who lost it goes on without
+                write_file(stage / record.name, record.read_bytes())
     run.logbook.close()
     return target
 
@@ -278,13 +287,16 @@ def refuse_settings(recipe: Recipe, config: Any) -> None:
     if positions and recipe.data.max_length > positions:
         what = f"data.max_length is {recipe.data.max_length}, the model has {positions} positions"
         raise RecipeError(what, where="data.max_length", hint=f"data.max_length={positions}")
+    skeleton = make_skeleton(config)
     if recipe.adapter.targets != "all-linear" or recipe.adapter.modules_to_save:
-        check_targets(make_skeleton(config), recipe.adapter)
+        check_targets(skeleton, recipe.adapter)
     decided = sorted(recipe.adapter.model_fields_set - {"start"})
     if recipe.adapter.start and decided:
         what = f"adapter.{decided[0]} has no effect with adapter.start, whose own config decides"
         raise RecipeError(what, where=f"adapter.{decided[0]}", hint="leave one of the two out")
     compute_dtype(recipe.model.dtype, PartialState().device)
+    if recipe.model.quantization == "nf4" and not hasattr(config, "quantization_config"):
+        refuse_loose(skeleton)
     check_trackers(recipe.run.trackers)
     if recipe.machine.kernels == "liger":
         require_liger(PartialState().device)

@@ -51,7 +51,7 @@ class Saves:
         """
         self.time = time.monotonic()
         try:
-            with plain_memory_errors():
+            with plain_memory_errors(run.folder):
                 self.last = save(run, state)
         except (OSError, CapacityError, RecipeError) as fault:
             reason = getattr(fault, "what", fault)
