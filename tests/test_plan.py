@@ -164,8 +164,10 @@ def test_what_is_said_to_make_it_fit_does(
 def test_whole_modules_are_among_the_changes(recipe: Write) -> None:
     path = recipe(adapter={"modules_to_save": ["lm_head"], "rank": 2}, machine={"micro_batch_tokens": "auto"})
     roomy = foresee(load_recipe(path), memory=4 << 30)
-    sizes = range(roomy.libraries + roomy.prediction.total, roomy.libraries, -100_000)
-    tight = next(size for size in sizes if not foresee(load_recipe(path), memory=size).holds)
+    tight, enough = roomy.libraries, roomy.libraries + roomy.prediction.total
+    while enough - tight > 100_000:
+        middle = (tight + enough) // 2
+        tight, enough = (tight, middle) if foresee(load_recipe(path), memory=middle).holds else (middle, enough)
     remedies = foresee(load_recipe(path), memory=tight).remedies
     assert "adapter.modules_to_save=[]" in remedies
     assert foresee(load_recipe(path, ["adapter.modules_to_save=[]"]), memory=tight).holds
