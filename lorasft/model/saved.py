@@ -65,7 +65,8 @@ def find_saved(name: str, *, base: str | None = None) -> Saved:
     origin = config["base_model_name_or_path"]
     settings = recipe.model if recipe else ModelSettings(base=origin, revision=config.get("revision"))
     if base is None:
-        refuse_remote(settings.base, folder)
+        for named in (settings.base, str(origin)):
+            refuse_remote(named, folder)
     return Saved(settings.model_copy(update={"base": base, "revision": None}) if base else settings, folder, recipe)
 
 
