@@ -180,13 +180,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Ended as signalled:
         say("stopped")
         return signalled.exit_code
+    except BrokenPipeError:  # the reader of stdout went away: nothing is lost
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as fault:
         if fault.errno != ENAMETOOLONG:
             raise
         say(str(RecipeError("a name that is too long for a file", where=str(fault.filename)[:200], hint="shorten it")))
         return RecipeError.exit_code
-    except BrokenPipeError:  # the reader of stdout went away: nothing is lost
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

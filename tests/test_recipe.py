@@ -536,3 +536,14 @@ def test_recipes_need_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "set()" and "gpt2" in done.stdout
+
+
+def test_a_reader_that_goes_away_is_no_fault() -> None:
+    """As in `lorasft recipes show tiny | head -1`."""
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "lorasft", "recipes", "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    assert (process.wait(timeout=60), process.stderr.read()) == (0, b"")
+    process.stderr.close()
