@@ -324,7 +324,9 @@ def test_a_signal_while_a_library_is_imported_ends_at_once(number: signal.Signal
     """Raised there it might be caught, and half a library be gone on with."""
     (tmp_path / "half.py").write_text(f"import signal\nsignal.raise_signal({int(number)})\n", encoding="utf-8")
     act = """
+import signal
 from lorasft.signals import ended_in_order
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 with ended_in_order():
     try:
         import half
@@ -353,12 +355,13 @@ def test_nohup_holds(ring: campaigns.Ring, command: list[str], monkeypatch: pyte
 
 @pytest.fixture
 def command(ring: campaigns.Ring, tmp_path: Path) -> Iterator[list[str]]:
-    """The command line of the run, where Ctrl-C is heard: a shell's background job ignores it."""
+    """The command line of the run, where every signal is heard: a background job ignores Ctrl-C, nohup SIGHUP."""
     ring.bench.clear()
     (tmp_path / "recipe.yaml").write_text(dump_recipe(ring.bench.recipe), encoding="utf-8")
-    stood = signal.signal(signal.SIGINT, signal.default_int_handler)
+    stood = {number: signal.signal(number, signal.SIG_DFL) for number in campaigns.STOPPED}
     yield ["train", str(tmp_path / "recipe.yaml")]
-    signal.signal(signal.SIGINT, stood)
+    for number, handler in stood.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [5, 12])
