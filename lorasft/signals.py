@@ -1,8 +1,8 @@
 """Signals. SIGINT, SIGTERM, SIGHUP: the first stops a training run after the step, saved; the second at once.
 
 Everywhere else the first one stops at once: it unwinds, and what was begun is cleared away. SIGHUP changes nothing
-under nohup; SIGINT is heard in a shell's background job too, which only `kill` sends it to. SIGUSR1 saves after the
-step, and the run goes on; before and after the steps it changes nothing.
+under nohup; SIGINT is heard in a shell's background job too, where shells have it ignored: nothing is lost by it.
+SIGUSR1 saves after the step, and the run goes on; before and after the steps it changes nothing.
 """
 
 from __future__ import annotations

@@ -112,6 +112,17 @@ def of_adapter(harm: Callable[[Path], object], *verb: str) -> Make:
     return make
 
 
+def of_own_adapter(*verb: str, **values: Any) -> Make:
+    """`verb` of a copy of a run's adapter, recipe and all, with other `values` in its config."""
+
+    def make(at: Place) -> list[str]:
+        folder = Path(shutil.copytree(at.run / "adapter", at.folder / "adapter"))
+        edit(folder / "adapter_config.json", **values)
+        return [verb[0], str(folder), *verb[1:]]
+
+    return make
+
+
 def config(**values: Any) -> Callable[[Path], None]:
     return lambda folder: edit(folder / "adapter_config.json", **values)
 
@@ -331,6 +342,8 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
                 of_base(lambda m: write(m / "chat_template.jinja", "{{ ''.__class__.__mro__[1] }}"), verb="preview")),
     "79": (4, ["tokenizer.json"], of_base(lambda model: (model / "tokenizer.json").unlink(), verb="preview")),
     "80": (4, ["id", "embedding rows"], of_base(lambda model: edit(model / "config.json", vocab_size=20), whole=True)),
+    "83 remote, with a recipe": (8, ["https://", "base"],
+                                 of_own_adapter("chat", "--prompt", "q", base_model_name_or_path="https://host/x")),
     "81 missing": (4, ["lora_A", "q_proj"], of_adapter(tensors(lambda found: found.pop(TENSOR)))),
     "81 extra": (4, ["odd"], of_adapter(tensors(lambda found: found.update(odd=found[TENSOR] * 1)))),
     "81 shape": (4, ["q_proj"], of_adapter(tensors(lambda found: found.update({TENSOR: found[TENSOR][:, 1:] * 1})))),

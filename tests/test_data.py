@@ -223,8 +223,9 @@ def test_csv_keeps_text_as_text(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="3 fields, the header has 2") as fault:
         read_bytes(tmp_path, b"prompt,completion\na,b\na,b,c\n", "rows.csv")
     assert fault.value.where == f"{tmp_path}/rows.csv:3"
-    with pytest.raises(DataError, match="not UTF-8"):
-        read_bytes(tmp_path, b"prompt,completion\na,\xe9\n", "rows.csv")
+    with pytest.raises(DataError, match="not UTF-8") as fault:
+        read_bytes(tmp_path, b"prompt,completion\na,b\na,\xe9\n", "rows.csv")
+    assert fault.value.where == f"{tmp_path}/rows.csv:3"
 
 
 def test_parquet_gives_no_row_the_keys_of_another(tmp_path: Path) -> None:

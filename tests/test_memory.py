@@ -290,6 +290,34 @@ def stop_after(steps: int) -> Any:
     return take_step
 
 
+def test_memory_that_ends_around_the_steps(
+    recipe: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While the base loads: exit 6, to be started again. While answers are shown: nothing is lost."""
+    path = recipe()
+
+    def fill(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fill)
+        assert main(["train", path]) == 6
+    said = capsys.readouterr().err
+    assert "while loading" in said and "--resume" not in said
+
+    def fill_later(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lorasft.train.run.choose_layout", fill_later)
+        assert main(["train", path]) == 6
+    said = capsys.readouterr().err
+    assert "start again" in said and "--resume" not in said
+    monkeypatch.setattr("lorasft.commands.train._show_answers", fill_later)
+    assert main(["train", path]) == 0
+    assert "no more answers" in capsys.readouterr().err
+
+
 class Fills:
     """`pair_losses` on a device that holds `tokens` tokens, or twice as many where all layers are recomputed.
 

@@ -163,14 +163,28 @@ def test_what_is_said_to_make_it_fit_does(
 
 def test_whole_modules_are_among_the_changes(recipe: Write) -> None:
     path = recipe(adapter={"modules_to_save": ["lm_head"], "rank": 2}, machine={"micro_batch_tokens": "auto"})
+    tight = just_too_little(path)
+    remedies = foresee(load_recipe(path), memory=tight).remedies
+    assert "adapter.modules_to_save=[]" in remedies
+    assert foresee(load_recipe(path, ["adapter.modules_to_save=[]"]), memory=tight).holds
+
+
+def just_too_little(path: str) -> int:
+    """Bytes in which a recipe does not fit, though it would in 100 kB more."""
     roomy = foresee(load_recipe(path), memory=4 << 30)
     tight, enough = roomy.libraries, roomy.libraries + roomy.prediction.total
     while enough - tight > 100_000:
         middle = (tight + enough) // 2
         tight, enough = (tight, middle) if foresee(load_recipe(path), memory=middle).holds else (middle, enough)
-    remedies = foresee(load_recipe(path), memory=tight).remedies
-    assert "adapter.modules_to_save=[]" in remedies
-    assert foresee(load_recipe(path, ["adapter.modules_to_save=[]"]), memory=tight).holds
+    return tight
+
+
+@pytest.mark.parametrize("dora", [True, False])
+def test_no_change_is_proposed_that_cannot_be_planned(dora: bool, recipe: Write) -> None:
+    adapter = {"dora": dora, "rank": 2}
+    path = recipe(adapter=adapter, model={"quantization": "none"}, machine={"micro_batch_tokens": "auto"})
+    remedies = foresee(load_recipe(path), memory=just_too_little(path)).remedies
+    assert ("model.quantization=nf4" in remedies) == (not dora), remedies
 
 
 def test_experts_that_stay_in_16_bits_are_refused_before_weights(recipe: Write, tmp_path: Path) -> None:
