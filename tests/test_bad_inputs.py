@@ -420,7 +420,7 @@ def answer(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[in
 
 
 @pytest.mark.parametrize("number", CASES)
-def test_a_bad_input_is_refused_in_plain_words(
+def test_i18_a_bad_input_is_refused_in_plain_words(
     number: str, place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(*_: object, **__: object) -> None:

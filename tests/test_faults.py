@@ -1,8 +1,8 @@
 """What a run promises, I1 to I20, each by its number: held while it is killed, starved, damaged and disturbed.
 
 The short form of `scripts/fault_campaigns.py`, which tells what each campaign does. Other promises stand where their
-subject does: I9 in test_oracles.py, test_memory.py and test_ranks.py, I10 in test_train.py too, I11 in test_preview.py,
-I14 and I19 in test_merge.py, I15 in test_model.py and test_chat.py, I18 in test_recipe.py.
+subject does, by number too: I9 in test_oracles.py, I14 in test_merge.py, I15, I16, I17 and I19 in test_trust.py, I18 in
+test_bad_inputs.py.
 """
 
 from __future__ import annotations
@@ -290,6 +290,21 @@ def test_sigusr1_before_the_first_step_ends_nothing(monkeypatch: pytest.MonkeyPa
     with pytest.raises(EOFError):
         train.run("tiny", [], resume=False)
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+def test_i11_what_is_shown_is_what_is_learned(
+    ring: campaigns.Ring, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The labels that a preview shows, added up, are the supervised tokens that each of the two epochs logs."""
+    words = [*command[1:], "data.eval=null", "run.eval_every=null"]
+    assert main(["preview", *words, "--json"]) == 0
+    *shown, told = map(json.loads, capsys.readouterr().out.splitlines())
+    labels = [sum(label != -100 for label in one["labels"]) for one in shown]
+    texts = [[part["text"] for part in one["spans"] if part["learned"]] for one in shown]
+    assert "".join(texts[8]) == "16!<|end|>" and len(labels) == 40
+    assert main(["train", *words]) == 0
+    logged = [line["supervised_tokens"] for line in read_metrics(ring.bench.folder) if "loss" in line]
+    assert 2 * sum(labels) == 2 * told["summary"]["supervised_tokens"] == sum(logged) > 0
 
 
 SAVED = {"make_plan": "before the first step", "_introduce": "not saved since step 0", "_show_answers": "is whole"}

@@ -63,7 +63,7 @@ def test_a_merge_has_the_bits_of_pefts(name: str, rslora: bool, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_merged_logits_equal_the_adapters(name: str, tmp_path: Path) -> None:
+def test_i14_merged_logits_equal_the_adapters(name: str, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", name, dtype="float32")
     adapter = save_adapter(base, tmp_path / "adapter")
     merge(base, adapter, tmp_path / "out")

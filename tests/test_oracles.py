@@ -114,7 +114,7 @@ def differences(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> 
 
 @pytest.mark.parametrize("loss", ["token", "example"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_step_equals_plain_transformers_for_every_cut(name: str, loss: str, rows: Rows) -> None:
+def test_i09_a_step_equals_plain_transformers_for_every_cut(name: str, loss: str, rows: Rows) -> None:
     want_loss, want = plain_step(oracle(name), rows, loss)
     model, network = ours(name)
     assert network.segments and network.head is not None, network.notices

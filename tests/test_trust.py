@@ -60,7 +60,7 @@ def test_the_lint_sees_what_it_looks_for(text: str) -> None:
     assert unsafe(ast.parse(text))
 
 
-def test_what_a_model_folder_holds_never_runs(
+def test_i15_what_a_model_folder_holds_never_runs(
     base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Promise I15: programs and pickles beside the files, named by every config, offered to every command."""
@@ -151,12 +151,12 @@ def cycle(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     yield folder, said.getvalue()
 
 
-def test_with_local_inputs_no_connection_is_opened(cycle: tuple[Path, str]) -> None:
+def test_i17_with_local_inputs_no_connection_is_opened(cycle: tuple[Path, str]) -> None:
     """Promise I17: the fixture refuses them all."""
     assert (cycle[0] / "merged/merge.json").is_file()
 
 
-def test_no_token_leaves_the_environment(cycle: tuple[Path, str]) -> None:
+def test_i16_no_token_leaves_the_environment(cycle: tuple[Path, str]) -> None:
     """Promise I16: neither what is said nor what is written holds it."""
     folder, said = cycle
     assert TOKEN not in said
@@ -164,7 +164,7 @@ def test_no_token_leaves_the_environment(cycle: tuple[Path, str]) -> None:
         assert TOKEN.encode() not in path.read_bytes(), path
 
 
-def test_every_output_says_where_it_came_from(cycle: tuple[Path, str]) -> None:
+def test_i19_every_output_says_where_it_came_from(cycle: tuple[Path, str]) -> None:
     """Promise I19: recipe as resolved, data, base, versions, seed; of a merge base, adapter and result."""
     folder, _ = cycle
     for output in (folder / "run", folder / "run/adapter"):
