@@ -101,8 +101,6 @@ def make_parser() -> argparse.ArgumentParser:
 
     doctor = verbs.add_parser("doctor", help="is this machine fit to train? also what a bug report needs")
     doctor.add_argument("--hub", action="store_true", help="ask the hub as well whether it can be reached")
-    doctor.add_argument("--crash", metavar="DIR", help="instead: kill small runs on the disk of DIR, compare bits")
-    doctor.add_argument("--trials", type=_positive, default=50, metavar="N", help="of --crash (default: 50)")
     doctor.add_argument("--json", action="store_true", help="what was found as JSON")
     for verb in verbs.choices.values():
         verb.set_defaults(parser=verb)

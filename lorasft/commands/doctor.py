@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from lorasft import __version__
-from lorasft.commands import crash as campaign
 from lorasft.errors import DeviceError
 from lorasft.hub import hub_fault
 from lorasft.terminal import harmless, redact
@@ -43,14 +42,8 @@ class Finding:
     mend: str | None = None
 
 
-def run(hub: bool, crash: str | None, trials: int, as_json: bool) -> None:
-    """Print what was found; with `crash` kill small runs on the disk of that folder instead.
-
-    Raises DeviceError when a check failed, CapacityError when the disk lost or tore what was saved.
-    """
-    if crash is not None:
-        campaign.run(crash, trials=trials, as_json=as_json)
-        return
+def run(hub: bool, as_json: bool) -> None:
+    """Print what was found. Raises DeviceError when a check failed."""
     findings = []
     for finding in examine(hub=hub):
         findings.append(finding)
