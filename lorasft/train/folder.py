@@ -17,7 +17,7 @@ from lorasft.errors import RecipeError
 from lorasft.files import LOCK, replace_file
 from lorasft.recipe import Recipe, dump_recipe, load_recipe, mathematics
 from lorasft.tensors import fingerprint
-from lorasft.train.checkpoint import State
+from lorasft.train.state import State
 
 _LEFT_BEHIND = {"tokens", LOCK, "checkpoints", "provenance.json"}  # by a start that failed
 
