@@ -64,8 +64,9 @@ from lorasft.model.base import load_base
 from lorasft.recipe import AdapterSettings
 from lorasft.train import loop, save, trackers
 from lorasft.train import run as runs
-from lorasft.train.checkpoint import Learner, list_checkpoints, newest_checkpoint, restore_checkpoint
+from lorasft.train.checkpoint import list_checkpoints, newest_checkpoint, restore_checkpoint
 from lorasft.train.optimizer import make_optimizer
+from lorasft.train.state import Learner, Run
 
 
 @dataclass(frozen=True)
@@ -387,11 +388,11 @@ def n1(ring: Ring) -> Iterator[Tally]:
         yield tally
 
 
-def before_step(number: int, act: Callable[[loop.Run], object]) -> None:
+def before_step(number: int, act: Callable[[Run], object]) -> None:
     """Do `act` once, before step `number`, in this process."""
     plain, done = loop.take_step, []
 
-    def take_step(run: loop.Run, step: Any, stop: Any) -> dict[str, Any]:
+    def take_step(run: Run, step: Any, stop: Any) -> dict[str, Any]:
         if step.number == number and not done:
             done.append(act(run))
         return plain(run, step, stop)
@@ -402,7 +403,7 @@ def before_step(number: int, act: Callable[[loop.Run], object]) -> None:
 def poison(number: int, where: str) -> None:
     plain_losses, plain_norm = loop.pair_losses, loop.get_total_norm
 
-    def put(run: loop.Run) -> None:
+    def put(run: Run) -> None:
         first = next(iter(run.learner.parameters.values()))
         if where == "weight":
             first.data.view(-1)[0] = float("inf")

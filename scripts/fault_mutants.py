@@ -25,6 +25,7 @@ from lorasft.faults.kills import Reference, Tally, open_bench
 from lorasft.faults.subject import KEEP
 from lorasft.faults.trial import Bench
 from lorasft.train import checkpoint, run, save
+from lorasft.train import state as state_module
 from lorasft.train.optimizer import optimizer_state
 
 
@@ -116,7 +117,7 @@ def resume_by_number() -> None:
         path = checkpoint.list_checkpoints(folder)[-1]
         fields = json.loads((path / "state.json").read_bytes())
         del fields["optimizer"]
-        state = checkpoint.State(**{**fields, "layout": checkpoint.Layout(**fields["layout"])})
+        state = state_module.State(**{**fields, "layout": state_module.Layout(**fields["layout"])})
         return path, state, [f"skipped {path.name}"]
 
     run.newest_checkpoint = newest

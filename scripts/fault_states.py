@@ -23,15 +23,13 @@ from lorasft.faults.trial import Fault, halved, kill_at
 from lorasft.files import sweep
 from lorasft.recipe import ModelSettings
 from lorasft.train.checkpoint import (
-    Layout,
-    Learner,
-    State,
     list_checkpoints,
     newest_checkpoint,
     read_state,
     retain,
     save_checkpoint,
 )
+from lorasft.train.state import Layout, Learner, State
 
 KEEP = 2
 RUN = "ours"

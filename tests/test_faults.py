@@ -41,9 +41,10 @@ from lorasft.model.adapter import attach_adapter, trainable
 from lorasft.model.base import load_base
 from lorasft.recipe import AdapterSettings, ModelSettings, OptimizerSettings, dump_recipe
 from lorasft.train import loop, run
-from lorasft.train.checkpoint import Learner, list_checkpoints
+from lorasft.train.checkpoint import list_checkpoints
 from lorasft.train.optimizer import make_optimizer
 from lorasft.train.schedule import learning_rate
+from lorasft.train.state import Learner
 
 TRIALS = {"K1": 6, "K2": 2, "K4": 2, "P1": 4, "D1": 5, "T1": 4, "T2": 4, "W2": 4, "S1": 4, "S2": 3, "S3": 1, "N1": 3,
           "N2": 4, "C1": 2, "C2": 3}  # fmt: skip

@@ -31,8 +31,8 @@ from lorasft.model.loss import Network, pair_losses
 from lorasft.model.scoring import Given, everything, log_probabilities
 from lorasft.model.selfcheck import verify
 from lorasft.model.varlen import measure_paths
-from lorasft.train.checkpoint import Layout, State
 from lorasft.train.layout import choose_sharing, widen
+from lorasft.train.state import Layout, State
 
 Write = Callable[..., str]
 

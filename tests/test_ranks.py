@@ -41,9 +41,9 @@ from lorasft.signals import StopRequest
 from lorasft.train import loop, trackers
 from lorasft.train import ranks as ranks_module
 from lorasft.train import run as runs
-from lorasft.train.checkpoint import Learner
 from lorasft.train.evaluate import evaluate
 from lorasft.train.ranks import ALONE, Ranks, join
+from lorasft.train.state import Learner, Run
 
 Write = Callable[..., str]
 
@@ -101,14 +101,12 @@ def some(count: int) -> Rows:
     return rows
 
 
-def step_run(model: Any, network: Any, rows: Rows, ranks: Ranks, **plan: Any) -> loop.Run:
+def step_run(model: Any, network: Any, rows: Rows, ranks: Ranks, **plan: Any) -> Run:
     """As much of a run as a step's losses and gradients need."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     whole = Plan(len(rows), len(rows), 1, seed=0, processes=ranks.count, **plan)
     nothing: Any = None
-    return loop.Run(
-        nothing, nothing, whole, nothing, nothing, network, Learner(model, parameters, nothing), nothing, ranks
-    )
+    return Run(nothing, nothing, whole, nothing, nothing, network, Learner(model, parameters, nothing), nothing, ranks)
 
 
 CASES = [

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from lorasft.errors import LorasftError
 from lorasft.faults.subject import KEEP, SAVE_EVERY
 from lorasft.files import HALF_DONE, sha256, verify_folder
-from lorasft.train.checkpoint import State, list_checkpoints, read_state
+from lorasft.train.checkpoint import list_checkpoints, read_state
+from lorasft.train.state import State
 
 _CLOCKS = ("seconds", "tokens_per_second", "memory_bytes")
 

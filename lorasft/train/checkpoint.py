@@ -12,58 +12,22 @@ import contextlib
 import json
 import re
 import secrets
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
 
-from pydantic import NonNegativeInt, PositiveInt, StringConstraints, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
-from lorasft.data.prefixes import Sharing
 from lorasft.errors import DivergedError, LorasftError, ModelError
 from lorasft.files import remove_folder, rename, staged_folder, verify_folder, write_file
 from lorasft.model.adapter import adapter_weights, give_weights, read_adapter_weights, write_adapter
 from lorasft.recipe import ModelSettings
 from lorasft.train.optimizer import optimizer_state, restore_optimizer
+from lorasft.train.state import Learner, State
 
 _NAME = re.compile(r"step-(\d{6,})")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What was chosen for the machine. It changes no result but the last bits, so a resumed run keeps it."""
-
-    dtype: Annotated[str, StringConstraints(pattern="^(float32|bfloat16)$")]
-    micro_batch_tokens: PositiveInt
-    recomputed_layers: NonNegativeInt  # the first ones of the model recompute their activations going backwards
-    segments: bool
-    share_prefixes: Sharing = False
-    processes: PositiveInt = 1
-
-
-@dataclass(frozen=True)
-class State:
-    """Where a run stands after a step. Order, learning rate and dropout follow from the step, so this is all."""
-
-    step: NonNegativeInt
-    data: str  # the key of the tokens that are trained on
-    metrics_bytes: NonNegativeInt  # length of metrics.jsonl: what a resumed run cuts it back to
-    layout: Layout
-    run: str = ""  # which run this is: another one's checkpoints are neither gone on from nor deleted
-    evaluation_due: bool = False  # a signal came first: what goes on begins with it
-    best_step: int | None = None
-    best_loss: float | None = None
-
-
-@dataclass(frozen=True)
-class Learner:
-    """What training changes: the adapter on its base, and the optimizer of the parameters that train."""
-
-    model: Any  # the PEFT model
-    parameters: dict[str, nn.Parameter]
-    optimizer: Any
 
 
 def save_checkpoint(folder: Path, state: State, learner: Learner, *, base: ModelSettings) -> Path:

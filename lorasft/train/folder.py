@@ -16,7 +16,7 @@ from lorasft.data.prepare import Prepared, read_ingredients
 from lorasft.errors import RecipeError
 from lorasft.files import LOCK, fingerprint, replace_file
 from lorasft.recipe import Recipe, dump_recipe, load_recipe, mathematics
-from lorasft.train.checkpoint import State
+from lorasft.train.state import State
 
 _LEFT_BEHIND = {"tokens", LOCK, "checkpoints", "provenance.json"}  # by a start that failed
 

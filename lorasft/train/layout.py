@@ -22,7 +22,7 @@ from lorasft.model.loss import Network
 from lorasft.model.memory import USABLE, Footprint, fewest_recomputed, fits, measure
 from lorasft.model.recompute import decoder_layers, recompute
 from lorasft.recipe import Recipe
-from lorasft.train.checkpoint import Layout, State
+from lorasft.train.state import Layout, State
 
 _TOKENS = {"cpu": 2048, "cuda": 4096}  # of a micro-batch: measured on CPU
 _FIXED = 240  # a micro-batch takes the time of so many tokens on top of its own: dequantizing, launches

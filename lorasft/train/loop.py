@@ -5,46 +5,23 @@ from __future__ import annotations
 import math
 import resource
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from lorasft.data.packing import Plan, Step, share
-from lorasft.data.store import TokenStore
+from lorasft.data.packing import Step, share
 from lorasft.errors import DivergedError, Stopped
-from lorasft.model.loss import Network, pair_losses
-from lorasft.recipe import Recipe
+from lorasft.model.loss import pair_losses
 from lorasft.signals import StopRequest, stop_signals
-from lorasft.train.checkpoint import Learner, State, list_checkpoints
+from lorasft.train.checkpoint import list_checkpoints
 from lorasft.train.evaluate import evaluate
-from lorasft.train.logbook import Logbook
-from lorasft.train.ranks import Ranks
 from lorasft.train.redo import naming_rows, within_memory
 from lorasft.train.save import Saves
 from lorasft.train.schedule import learning_rate
-
-
-@dataclass(frozen=True)
-class Run:
-    """All that a run works with. What changes while it runs is the learner and the state that `train` hands on."""
-
-    folder: Path
-    recipe: Recipe
-    plan: Plan
-    rows: TokenStore
-    held_out: TokenStore | None
-    network: Network
-    learner: Learner
-    logbook: Logbook
-    ranks: Ranks
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
+from lorasft.train.state import Run, State
 
 
 def take_step(run: Run, step: Step, stop: StopRequest) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -22,9 +22,7 @@ from lorasft.model.memory import count_holdings, heaviest_batch, measure
 from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
 from lorasft.model.room import free_memory, out_of_memory
 from lorasft.train.remedies import Shortage, find_remedies
-
-if TYPE_CHECKING:
-    from lorasft.train.loop import Run
+from lorasft.train.state import Run
 
 Result = TypeVar("Result")
 

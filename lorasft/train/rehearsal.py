@@ -19,9 +19,10 @@ from lorasft.model.meter import make_meter
 from lorasft.model.recompute import recomputed_layers
 from lorasft.terminal import size_text
 from lorasft.train.layout import Fit, find_heaviest, measure_fit
-from lorasft.train.loop import Run, add_gradients
+from lorasft.train.loop import add_gradients
 from lorasft.train.ranks import ALONE
 from lorasft.train.redo import within_memory
+from lorasft.train.state import Run
 
 _SHARE = 50  # micro-batches that a run must have for one of them to be run twice, unless memory is near
 _NEAR = 0.5  # of what is free

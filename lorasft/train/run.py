@@ -53,17 +53,17 @@ from lorasft.model.recompute import decoder_layers, recomputed_layers
 from lorasft.model.room import free_memory
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import Recipe, dump_recipe
-from lorasft.train.checkpoint import Learner, State, newest_checkpoint, restore_checkpoint
+from lorasft.train.checkpoint import newest_checkpoint, restore_checkpoint
 from lorasft.train.folder import claim, new_run_id, read_run_id, refuse_changes, write_start
 from lorasft.train.layout import choose_layout, choose_tokens
 from lorasft.train.logbook import Logbook
-from lorasft.train.loop import Run
 from lorasft.train.optimizer import make_optimizer
 from lorasft.train.ranks import ALONE, Ranks
 from lorasft.train.redo import plain_memory_errors
 from lorasft.train.rehearsal import rehearse
 from lorasft.train.save import current_layout, save
 from lorasft.train.schedule import warmup_steps
+from lorasft.train.state import Learner, Run, State
 from lorasft.train.trackers import Trackers, check_trackers
 
 

@@ -6,15 +6,12 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lorasft.errors import CapacityError, RecipeError
 from lorasft.model.recompute import recomputed_layers
-from lorasft.train.checkpoint import Layout, State, list_checkpoints, retain, save_checkpoint
+from lorasft.train.checkpoint import list_checkpoints, retain, save_checkpoint
 from lorasft.train.redo import plain_memory_errors
-
-if TYPE_CHECKING:
-    from lorasft.train.loop import Run
+from lorasft.train.state import Layout, Run, State
 
 
 def save(run: Run, state: State) -> State:

@@ -1,0 +1,72 @@
+"""What a run works with, and where it is: what the loop, its saves and its evaluations share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import NonNegativeInt, PositiveInt, StringConstraints
+from torch import nn
+
+from lorasft.data.packing import Plan
+from lorasft.data.prefixes import Sharing
+from lorasft.data.store import TokenStore
+from lorasft.model.loss import Network
+from lorasft.recipe import Recipe
+from lorasft.train.logbook import Logbook
+from lorasft.train.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What was chosen for the machine. It changes no result but the last bits, so a resumed run keeps it."""
+
+    dtype: Annotated[str, StringConstraints(pattern="^(float32|bfloat16)$")]
+    micro_batch_tokens: PositiveInt
+    recomputed_layers: NonNegativeInt  # the first ones of the model recompute their activations going backwards
+    segments: bool
+    share_prefixes: Sharing = False
+    processes: PositiveInt = 1
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands after a step. Order, learning rate and dropout follow from the step, so this is all."""
+
+    step: NonNegativeInt
+    data: str  # the key of the tokens that are trained on
+    metrics_bytes: NonNegativeInt  # length of metrics.jsonl: what a resumed run cuts it back to
+    layout: Layout
+    run: str = ""  # which run this is: another one's checkpoints are neither gone on from nor deleted
+    evaluation_due: bool = False  # a signal came first: what goes on begins with it
+    best_step: int | None = None
+    best_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What training changes: the adapter on its base, and the optimizer of the parameters that train."""
+
+    model: Any  # the PEFT model
+    parameters: dict[str, nn.Parameter]
+    optimizer: Any
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a run works with. What changes while it runs is the learner and the state that `train` hands on."""
+
+    folder: Path
+    recipe: Recipe
+    plan: Plan
+    rows: TokenStore
+    held_out: TokenStore | None
+    network: Network
+    learner: Learner
+    logbook: Logbook
+    ranks: Ranks
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
