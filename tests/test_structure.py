@@ -17,7 +17,7 @@ FLOORS = [
         "errors",
         "files",
         "hub",
-        "weight_files",
+        "tensors",
         "recipe",
         "recipe_faults",
         "strict_yaml",
