@@ -9,7 +9,7 @@ from typing import Any
 
 from lorasft.errors import ModelError
 from lorasft.merge.shards import Shard
-from lorasft.weight_files import INDEX
+from lorasft.tensors import INDEX
 
 CONFIG = "config.json"
 _ORIGINALS = ("base_model", "base_model_name_or_path", "original_model", "model_name_or_path", "_name_or_path")

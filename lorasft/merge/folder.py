@@ -14,7 +14,6 @@ from lorasft.adapter_files import WEIGHTS
 from lorasft.errors import ModelError, RecipeError
 from lorasft.files import (
     MANIFEST,
-    fingerprint,
     make_folder,
     need_space,
     refuse_existing,
@@ -29,7 +28,7 @@ from lorasft.merge.plan import Plan, plan_merge
 from lorasft.merge.source import Choice, Onto, Source
 from lorasft.merge.stream import Progress, write_weights
 from lorasft.recipe import DataSource
-from lorasft.weight_files import INDEX
+from lorasft.tensors import INDEX, fingerprint
 
 if TYPE_CHECKING:
     from lorasft.merge.blocks import Rows, Stored

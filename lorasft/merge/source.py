@@ -11,8 +11,9 @@ import torch
 
 from lorasft.adapter_files import CONFIG, read_adapter_config, refuse_remote
 from lorasft.errors import ModelError
-from lorasft.files import MANIFEST, fingerprint, verify_folder
+from lorasft.files import MANIFEST, verify_folder
 from lorasft.hub import find_hub, refuse_offline
+from lorasft.tensors import fingerprint
 
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
