@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,8 @@ def compare(before: dict[str, Any], now: dict[str, Any], *, most: int = 10) -> s
     lines = []
     for key in keys[:most]:
         texts = [" ".join(str(values.get(key)).split()) for values in (old, new)]
-        start = max(0, len(os.path.commonprefix(texts)) - 12) if max(map(len, texts)) > 60 else 0
+        same = next((place for place, (one, other) in enumerate(zip(*texts, strict=False)) if one != other), 0)
+        start = max(0, same - 12) if max(map(len, texts)) > 60 else 0
         parts = [f"{'...' * (start > 0)}{text[start:][:60]}{'...' * (len(text) > start + 60)}" for text in texts]
         lines.append(f"  {key}: {' -> '.join(parts)}")
     return "\n".join(lines + ([f"  and {len(keys) - most} more"] if len(keys) > most else []))
