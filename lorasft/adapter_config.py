@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lorasft.errors import ModelError, UnsafeError
-from lorasft.weight_files import read_header
+from lorasft.tensors import open_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -141,8 +141,7 @@ def check_weights(folder: Path) -> None:
             what = "the adapter is a pickle, which could run code when it is read"
             raise UnsafeError(what, where=str(folder), hint=f"convert it to {WEIGHTS}")
         raise ModelError(f"no {WEIGHTS}", where=str(folder), hint=_AGAIN)
-    _, fields = read_header(path, largest=LARGEST_HEADER)
-    tensors = {name: field["dtype"] for name, field in fields.items() if name != "__metadata__"}
+    tensors = {name: spec.dtype for name, spec in open_tensors(path, largest=LARGEST_HEADER).specs.items()}
     if len(tensors) > MOST_TENSORS:
         raise ModelError(f"{len(tensors):,} tensors are no adapter's", where=str(path), hint=_AGAIN)
     odd = next((name for name, dtype in tensors.items() if dtype not in _DTYPES), None)

@@ -11,9 +11,10 @@ from typing import Any
 
 from lorasft.adapter_config import CONFIG, read_adapter_config, refuse_remote
 from lorasft.errors import ModelError
-from lorasft.files import MANIFEST, fingerprint, verify_folder
+from lorasft.files import MANIFEST, verify_folder
 from lorasft.hub import find_hub, refuse_offline
 from lorasft.recipe import ChatSettings, ModelSettings, Recipe, load_recipe
+from lorasft.tensors import fingerprint
 
 MERGE_RECORD = "merge.json"
 GENERATION_CONFIG = "generation_config.json"

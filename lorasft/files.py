@@ -281,31 +281,6 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(model: Path) -> str:
-    """What tells model folders apart, in hex: SHA-256 over the config, and of the weights the names, sizes and headers
-    and the first 4 KiB of each tensor. A fine-tune of the same model differs in these; a whole read would take minutes.
-    """
-    digest = hashlib.sha256()
-    config = model / "config.json"
-    if config.is_file():
-        digest.update(config.read_bytes())
-    for path in sorted(model.glob("model*.safetensors")) or sorted(model.glob("*.safetensors")):
-        with open(path, "rb") as file:
-            digest.update(f"{path.name}\n{path.stat().st_size}\n".encode())
-            header = file.read(min(int.from_bytes(file.read(8), "little"), 100 << 20))
-            digest.update(header)
-            for start in _tensor_starts(header):
-                digest.update(os.pread(file.fileno(), 4096, 8 + len(header) + start))
-    return digest.hexdigest()
-
-
-def _tensor_starts(header: bytes) -> list[int]:
-    try:
-        return sorted(entry["data_offsets"][0] for name, entry in json.loads(header).items() if name != "__metadata__")
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError):
-        return [0]  # no weights that anything could load, which is said where they are
-
-
 def need_space(folder: Path, size: int) -> None:
     """Raise CapacityError unless `folder`'s file system has `size` bytes and 2 % free."""
     present = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())

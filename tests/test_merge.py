@@ -23,12 +23,13 @@ from transformers.pytorch_utils import Conv1D
 from lorasft.artifact import find_artifact
 from lorasft.cli import main
 from lorasft.errors import ModelError
-from lorasft.files import fingerprint, sha256, verify_folder
+from lorasft.files import sha256, verify_folder
 from lorasft.merge.fold import Update
 from lorasft.merge.folder import Merged
 from lorasft.merge.folder import merge as merge_source
 from lorasft.merge.shards import read_shard
 from lorasft.model.saved import load_artifact
+from lorasft.tensors import fingerprint
 
 
 def merge(base: Path, adapter: Path, out: Path) -> Merged:
@@ -196,7 +197,7 @@ def test_an_adapter_that_cannot_be_merged_leaves_nothing(
     [
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         (b"<html>login</html>", "web page"),
-        (None, "its header says"),
+        (None, "cannot read the weights"),
     ],
 )
 def test_a_broken_base_is_named(content: bytes | None, words: str, base: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ FLOORS = [
         "errors",
         "files",
         "hub",
-        "weight_files",
+        "tensors",
         "recipe",
         "recipe_faults",
         "strict_yaml",
@@ -114,7 +114,6 @@ WRITERS = {
     "export/gguf_file.py": {"open"},  # appends to the stage of staged_file
     "faults/subject.py": {"save_pretrained", "write_text"},  # a base that is made to be thrown away
     "faults/trial.py": {"open", "rmtree", "truncate", "unlink"},  # the faults themselves, and their words
-    "commands/crash.py": {"TemporaryDirectory"},
     "commands/export.py": {"TemporaryDirectory"},
     "merge/folder.py": {"copyfile", "rmtree"},  # in the stage of the merge
     "merge/requantize.py": {"save_pretrained", "chmod"},  # in the stage of the merge

@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterator
 from typing import Any
 
+from lorasft.commands.arguments import add_saved, whole_number
 from lorasft.terminal import harmless
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """What `lorasft chat` takes."""
+    add_saved(parser)
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this and stop")
+    parser.add_argument("--max-new-tokens", type=whole_number, default=512, metavar="N", help="default: 512")
+    parser.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default): the likeliest")
+
+
+def _temperature(text: str) -> float:
+    if not 0 <= float(text) < float("inf"):
+        raise ArgumentTypeError(f"{text} is not a number from 0 up")
+    return float(text)
 
 
 def run(saved: str, base: str | None, prompt: str | None, max_new_tokens: int, temperature: float) -> None:

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import json
+from argparse import ArgumentParser
 from pathlib import Path
 
+from lorasft.commands.arguments import add_columns, add_json, add_saved
 from lorasft.errors import RecipeError
 from lorasft.terminal import say
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """What `lorasft evaluate` takes."""
+    add_saved(parser)
+    parser.add_argument("--data", required=True, metavar="FILE", help="rows of any shape that a recipe takes")
+    add_columns(parser)
+    parser.add_argument("--per-example", metavar="OUT", help="write one JSON object for each answer to OUT")
+    add_json(parser, "the totals")
 
 
 def run(saved: str, base: str | None, data: str, columns: str | None, per_example: str | None, as_json: bool) -> None:

@@ -5,15 +5,35 @@ from __future__ import annotations
 import json
 import sys
 import time
+from argparse import ArgumentParser
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from lorasft.commands.arguments import add_columns, add_json, add_saved
 from lorasft.terminal import ByteProgress, say
 
 if TYPE_CHECKING:
     from lorasft.merge.folder import Merged
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """What `lorasft merge` takes."""
+    add_saved(parser, "RUN|ADAPTER")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet")
+    parser.add_argument(
+        "--onto",
+        choices=["auto", "original", "dequantized"],
+        default="auto",
+        help="the base's own weights, those that NF4 made of them, or what held-out rows speak for (default)",
+    )
+    parser.add_argument("--quantize", choices=["nf4"], help="write a 4-bit checkpoint instead of full weights")
+    parser.add_argument("--data", metavar="FILE", help="rows to compare answers on (default: held out in the run)")
+    add_columns(parser)
+    parser.add_argument("--no-check", action="store_true", help="compare no answers; onto auto is then the original")
+    parser.add_argument("--force-base", action="store_true", help="take a base that the run was not trained on")
+    add_json(parser, "what was done")
 
 
 def run(

@@ -9,7 +9,7 @@ from typing import Any
 
 from lorasft.artifact import Artifact
 from lorasft.merge.shards import Shard
-from lorasft.weight_files import INDEX
+from lorasft.tensors import INDEX
 
 CONFIG = "config.json"
 

@@ -27,7 +27,7 @@ from lorasft.merge.card import make_card
 from lorasft.merge.plan import Choice, Onto, Plan, plan_merge
 from lorasft.merge.stream import Progress, write_weights
 from lorasft.recipe import DataSource
-from lorasft.weight_files import INDEX
+from lorasft.tensors import INDEX
 
 if TYPE_CHECKING:
     from lorasft.merge.blocks import Rows, Stored
@@ -193,9 +193,7 @@ def _refuse_second_merge(artifact: Artifact) -> None:
 def _copy_sidecars(base: Path, adapter: Path, stage: Path, *, rewritten: Mapping[str, bytes]) -> None:
     """Config, tokenizer and generation config as the base has them, unless `rewritten`; the template of training."""
     changed = {"chat_template.jinja"} if (adapter / "chat_template.jinja").is_file() else set()
-    if set(read_stops(adapter)) - set(
-        read_stops(base)
-    ):  # training found that generation would run past the end of a turn
+    if set(read_stops(adapter)) - set(read_stops(base)):  # the base would run on past the end of a turn
         changed.add(GENERATION_CONFIG)
     for path in sorted(_sidecars(base)):
         if path.name in rewritten:

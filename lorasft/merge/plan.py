@@ -12,7 +12,7 @@ from lorasft.merge.config import rewrite_config
 from lorasft.merge.fold import Change
 from lorasft.merge.packed import Packed, find_packed, unpacked_forms
 from lorasft.merge.shards import Form, Shard, read_shard, reform_shard
-from lorasft.weight_files import find_weights
+from lorasft.tensors import find_weights
 
 Onto = Literal["original", "dequantized"]
 

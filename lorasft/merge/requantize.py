@@ -16,7 +16,7 @@ from lorasft.merge.blocks import Stored
 from lorasft.merge.shards import Shard, read_shard
 from lorasft.model.base import load_base, quiet_progress
 from lorasft.recipe import ModelSettings
-from lorasft.weight_files import find_weights
+from lorasft.tensors import find_weights
 
 _PART = 1 << 20  # numbers compared at once
 

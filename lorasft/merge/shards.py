@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from lorasft.errors import ModelError
-from lorasft.weight_files import read_header
+from lorasft.tensors import open_tensors
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -92,13 +91,10 @@ def reform_shard(shard: Shard, forms: Mapping[str, Form | None]) -> Shard:
 
 def read_shard(path: Path) -> Shard:
     """The header of a safetensors file. Raises ModelError when it is none, or is cut short."""
-    header, fields = read_header(path)
+    found = open_tensors(path)
+    size = 8 + len(found.header)
     entries = [
-        Entry(name, field["dtype"], tuple(field["shape"]), *field["data_offsets"])
-        for name, field in fields.items()
-        if name != "__metadata__"
+        Entry(name, spec.dtype, spec.shape, found.starts[name] - size, found.starts[name] - size + spec.size)
+        for name, spec in found.specs.items()
     ]
-    shard = Shard(path, header, tuple(sorted(entries, key=lambda entry: (entry.start, entry.end))))
-    if any(a.end != b.start for a, b in zip(shard.entries, shard.entries[1:], strict=False)):
-        raise ModelError("its tensors overlap, or leave gaps", where=str(path), hint="download it again")
-    return shard
+    return Shard(path, len(found.header).to_bytes(8, "little") + found.header, tuple(entries))

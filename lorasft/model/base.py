@@ -27,7 +27,7 @@ from lorasft.model.attention import default_attention
 from lorasft.model.cache import Keep, find_place, keep_base, read_kept
 from lorasft.model.room import out_of_memory
 from lorasft.recipe import ModelSettings
-from lorasft.weight_files import find_weights, read_header
+from lorasft.tensors import find_weights, open_tensors
 
 # Above this share of the linear weights left in 16 bits, a "4-bit" model is one in name only (fused experts).
 _MOST_UNQUANTIZED = 0.15
@@ -141,7 +141,7 @@ def check_files(base: str) -> None:
     """Look at the headers of a local base's weights: whole, and no pickles. Raises ModelError or UnsafeError."""
     if Path(base).is_dir():
         for path in find_weights(Path(base)):
-            read_header(path)
+            open_tensors(path)
 
 
 def nf4_scheme(dtype: torch.dtype) -> BitsAndBytesConfig:

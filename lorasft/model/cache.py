@@ -24,7 +24,6 @@ from transformers import BitsAndBytesConfig, GenerationConfig
 from lorasft.errors import LorasftError, ModelError
 from lorasft.files import (
     MANIFEST,
-    fingerprint,
     make_folder,
     need_space,
     remove_folder,
@@ -32,6 +31,7 @@ from lorasft.files import (
     verify_folder,
     write_file,
 )
+from lorasft.tensors import fingerprint
 from lorasft.terminal import say
 
 Keep = Literal["auto"] | bool

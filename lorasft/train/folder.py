@@ -14,8 +14,9 @@ import torch
 from lorasft import __version__
 from lorasft.data.prepare import Prepared, read_ingredients
 from lorasft.errors import RecipeError
-from lorasft.files import LOCK, fingerprint, replace_file
+from lorasft.files import LOCK, replace_file
 from lorasft.recipe import Recipe, dump_recipe, load_recipe, mathematics
+from lorasft.tensors import fingerprint
 from lorasft.train.state import State
 
 _LEFT_BEHIND = {"tokens", LOCK, "checkpoints", "provenance.json"}  # by a start that failed

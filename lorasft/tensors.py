@@ -1,0 +1,214 @@
+"""Safetensors files: which a folder has, whether they can be trusted, their tensors or some rows, and new ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from lorasft.errors import ModelError, UnsafeError
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+LARGEST_HEADER = 100 << 20  # bytes: safetensors' own limit
+# Types that are computed with, in the words of safetensors and of torch. Tensors of any type are copied.
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8", "I8": "int8"}
+_AGAIN = "download it again"
+_COPIED = 4 << 20  # bytes copied at once
+_WAITING = 2  # blocks in memory that are not written yet
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor of a file looks like."""
+
+    dtype: str  # in the words of safetensors, as BF16
+    shape: tuple[int, ...]
+    size: int  # bytes
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Raises KeyError for a type that is not in DTYPES."""
+        import torch
+
+        return getattr(torch, DTYPES[self.dtype])  # type: ignore[no-any-return]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the tensor seen as a matrix: all dimensions but the last; a vector is one row."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row."""
+        return self.shape[-1] if self.shape else 1
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file that was checked: its tensors in the order of their bytes."""
+
+    path: Path
+    specs: Mapping[str, TensorSpec]
+    starts: Mapping[str, int]  # where the bytes of each begin in the file
+    header: bytes  # the JSON
+    metadata: Mapping[str, str] | None
+
+    def read(self, name: str, first: int = 0, count: int | None = None) -> torch.Tensor:
+        """Rows `first` to `first + count` of a tensor seen as a matrix, (count, width), or all of it in its own shape.
+
+        Read and not mapped: the pages of a mapped file count in the size of the process. Raises KeyError for a type
+        that is not in DTYPES.
+        """
+        import torch
+
+        spec = self.specs[name]
+        tensor = torch.empty(spec.shape if count is None else (count, spec.width), dtype=spec.torch_dtype)
+        self._fill(tensor.view(-1).view(torch.uint8).numpy().data, name, first * spec.width * tensor.element_size())
+        return tensor
+
+    def read_bytes(self, name: str, start: int, size: int) -> bytearray:
+        """Bytes `start` to `start + size` of a tensor, or up to its end."""
+        content = bytearray(min(size, self.specs[name].size - start))
+        self._fill(content, name, start)
+        return content
+
+    def _fill(self, buffer: bytearray | memoryview, name: str, start: int) -> None:
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[name] + start)
+            if file.readinto(buffer) != len(buffer):
+                raise ModelError(f"{name} is cut short", where=str(self.path), hint=_AGAIN)
+
+
+class TensorWriter:
+    """Streams tensors to a safetensors file, in the order of `specs`; a thread writes one block while the next is made.
+
+    The system's errors are raised here.
+    """
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        specs: Mapping[str, TensorSpec],
+        *,
+        metadata: Mapping[str, str] | None,
+        thread: ThreadPoolExecutor,
+    ) -> None:
+        """Writes the header. `file`: new, and open for writing; `thread`: with one worker, for the order's sake."""
+        self._file, self._sha256, self._thread = file, hashlib.sha256(), thread
+        self._waiting: deque[Future[None]] = deque()
+        fields: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+        end = 0
+        for name, spec in specs.items():
+            fields[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (end, end + spec.size)}
+            end += spec.size
+        header = json.dumps(fields, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        self._append(len(header).to_bytes(8, "little") + header)
+
+    def write(self, block: torch.Tensor) -> None:
+        """Append the numbers of `block`, which must not change any more."""
+        import torch
+
+        self._submit(block.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def copy(self, source: TensorFile, name: str) -> None:
+        """Append a tensor of another file as its bytes are."""
+        for start in range(0, source.specs[name].size, _COPIED):
+            self._submit(source.read_bytes(name, start, _COPIED))
+
+    def finish(self) -> str:
+        """Wait until all is written. Returns the SHA-256 of the file, in hex."""
+        while self._waiting:
+            self._waiting.popleft().result()
+        return self._sha256.hexdigest()
+
+    def _submit(self, content: bytearray | memoryview) -> None:
+        self._waiting.append(self._thread.submit(self._append, content))
+        while len(self._waiting) > _WAITING:
+            self._waiting.popleft().result()
+
+    def _append(self, content: bytes | bytearray | memoryview) -> None:
+        self._file.write(content)
+        self._sha256.update(content)
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """The safetensors files that a loader reads: those of the index, else the single one. Others are left aside.
+
+    Raises ModelError when one is not there, UnsafeError when there are pickles only.
+    """
+    index = folder / INDEX
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values())) if index.is_file() else None
+        outside = [name for name in names or [] if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ModelError("this index names no shards", where=str(index), hint=_AGAIN) from None
+    if outside:
+        raise ModelError(f"the index names a file outside its folder: {outside[0]}", where=str(index), hint=_AGAIN)
+    for name in names or ["model.safetensors"]:
+        if not (folder / name).is_file():
+            pickles = [path.name for path in sorted(folder.glob("*.bin"))]
+            if pickles and not names:
+                what = f"the weights are a pickle ({pickles[0]}), which could run code when it is read"
+                raise UnsafeError(what, where=str(folder), hint="convert them to safetensors, or take another copy")
+            raise ModelError(f"{name} is missing", where=str(folder), hint="the base must be there as safetensors")
+    return [folder / name for name in names or ["model.safetensors"]]
+
+
+def open_tensors(path: Path, *, largest: int = LARGEST_HEADER) -> TensorFile:
+    """Check a safetensors file and find its tensors. Only its header is read.
+
+    Raises ModelError for what is none, is cut short, has tensors that overlap, or a header of over `largest` bytes.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(path.stat().st_size, largest):  # else these may be the bytes of any length
+            if prefix == b"version ":
+                raise ModelError("this is a Git LFS pointer, not the weights", where=str(path), hint="git lfs pull")
+            page = prefix.lstrip().startswith(b"<")
+            what = "a web page (HTML), not the weights" if page else "no safetensors file, or its header is too long"
+            raise ModelError(f"this is {what}", where=str(path), hint=_AGAIN)
+        header = file.read(length)
+    try:
+        with safe_open(path, "np"):  # refuses what is not to be trusted
+            fields = json.loads(header)
+    except (SafetensorError, OSError, ValueError) as fault:
+        raise ModelError(f"cannot read the weights: {fault}", where=str(path), hint=_AGAIN) from None
+    metadata = fields.pop("__metadata__", None)
+    ordered = sorted(fields.items(), key=lambda item: item[1]["data_offsets"])
+    specs, starts = {}, {}
+    for name, field in ordered:
+        start, end = field["data_offsets"]
+        specs[name] = TensorSpec(field["dtype"], tuple(field["shape"]), end - start)
+        starts[name] = 8 + length + start
+    return TensorFile(path, specs, starts, header, metadata)
+
+
+def fingerprint(model: Path) -> str:
+    """What tells model folders apart, in hex: SHA-256 over the config, and of the weights the names, sizes and headers
+    and the first 4 KiB of each tensor. A fine-tune of the same model differs in these; a whole read would take minutes.
+    """
+    digest = hashlib.sha256()
+    config = model / "config.json"
+    if config.is_file():
+        digest.update(config.read_bytes())
+    for path in sorted(model.glob("model*.safetensors")) or sorted(model.glob("*.safetensors")):
+        found = open_tensors(path)
+        digest.update(f"{path.name}\n{path.stat().st_size}\n".encode() + found.header)
+        with open(path, "rb") as file:
+            for start in found.starts.values():
+                digest.update(os.pread(file.fileno(), 4096, start))
+    return digest.hexdigest()
