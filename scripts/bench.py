@@ -867,10 +867,10 @@ def merge_way(way: str, folder: str) -> Measured:
     if way == "copy":
         shutil.copytree(base, out)
     elif way == "lorasft":
+        from lorasft.artifact import find_artifact
         from lorasft.merge.folder import merge
-        from lorasft.merge.source import Source
 
-        merge(Source(adapter, base, "base"), out, check=False)
+        merge(find_artifact(str(adapter)), out, check=False)
     else:
         import torch
         from peft import PeftModel

@@ -21,7 +21,8 @@ FLOORS = [
         "recipe",
         "recipe_faults",
         "strict_yaml",
-        "adapter_files",
+        "adapter_config",
+        "artifact",
         "signals",
         "terminal",
         "",
@@ -43,7 +44,7 @@ ROOMS = {
     "transformers": {"data", "model", "train", "merge", "export", "commands"},
     "gguf": {"export"},
     "yaml": {"strict_yaml"},
-    "pydantic": {"recipe", "recipe_faults", "adapter_files", "train"},
+    "pydantic": {"recipe", "recipe_faults", "adapter_config", "train"},
 }
 FORBIDDEN = {"pickle", "shelve", "marshal", "subprocess", "joblib"}
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lorasft.train import evaluate, loop, save, trackers
+from lorasft.train import evaluate, loop, metrics, save
 from lorasft.train import run as runs
 
 
@@ -66,8 +64,6 @@ def break_trackers(moment: str, way: str) -> None:
     def act(at: str) -> Any:
         if at == moment and way == "raise":
             raise RuntimeError("a tracker that raises")
-        if at == moment and way == "hang":
-            time.sleep(60)
         return object() if at == moment else None
 
     class Tracker:
@@ -82,7 +78,7 @@ def break_trackers(moment: str, way: str) -> None:
         act("start")
         return [Tracker()]
 
-    trackers.start_trackers, trackers._PATIENCE = start, 0.1
+    metrics.start_trackers = start
     runs.check_trackers = lambda names: None
 
 
@@ -106,4 +102,4 @@ def learn_nothing() -> None:
 def get_worse() -> None:
     """The held-out loss is best at step 3."""
     plain, losses = loop.evaluate, iter([5.0, 4.0, 3.0, 1.0, *map(float, range(2, 20))])
-    loop.evaluate = lambda *values, **named: replace(plain(*values, **named), loss=next(losses))
+    loop.evaluate = lambda *values, **named: (next(losses), plain(*values, **named)[1])

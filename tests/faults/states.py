@@ -1,7 +1,7 @@
 """H1: any sequence of saves, deaths, full disks, damage and copies in a folder of checkpoints; hypothesis shrinks it.
 
-Below the run itself, so that a step takes milliseconds: `save_checkpoint`, `retain`, `sweep` and `newest_checkpoint` on
-a real adapter.
+Below the run itself, so that a step takes milliseconds: `save_checkpoint`, `prune_checkpoints`, `sweep` and
+`newest_checkpoint` on a real adapter.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from faults.trial import fail_at, in_fork, kill_at, with_fault
 from lorasft.errors import CapacityError, ModelError
 from lorasft.files import sweep
 from lorasft.recipe import ModelSettings
-from lorasft.train.checkpoint import list_checkpoints, newest_checkpoint, read_state, retain, save_checkpoint
+from lorasft.train.checkpoint import (
+    list_checkpoints,
+    newest_checkpoint,
+    prune_checkpoints,
+    read_state,
+    save_checkpoint,
+)
 from lorasft.train.state import Layout, Learner, State
 
 RUN = "ours"
@@ -54,7 +60,7 @@ def state_machine(learner: Learner, base: ModelSettings) -> type[RuleBasedStateM
             """What a run does to its checkpoints at a step."""
             state = State(step=self.step, data="key", metrics_bytes=0, layout=layout, run=RUN)
             save_checkpoint(self.folder, state, learner, base=base)
-            retain(self.folder, run=RUN, keep=KEEP, best_step=None)
+            prune_checkpoints(self.folder, run=RUN, keep=KEEP, best_step=None)
 
         def meet(self, act: Callable[[], object]) -> None:
             """What was promised before is still there after a save that met a fault."""

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from faults.trial import Fault, fail_at, in_fork, kill_at, no_fault, with_fault
+from lorasft.artifact import find_artifact
 from lorasft.errors import CapacityError, ModelError
 from lorasft.files import sha256, verify_folder
 from lorasft.merge.folder import merge
-from lorasft.merge.source import Source
 from lorasft.model.adapter import attach_adapter, trainable, write_adapter
 from lorasft.model.base import load_base
 from lorasft.recipe import AdapterSettings, ModelSettings
-from lorasft.train.folder import compare
+from lorasft.train.run_folder import compare
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def merge_into(base: Path, adapter: Path, out: Path, fault: Fault = no_fault) -> int:
     """Merge while the disk has a fault; how many effects on it there were."""
     with with_fault(fault) as trace, contextlib.suppress(CapacityError, OSError):
-        merge(Source(adapter, base, str(base)), out, check=False)
+        merge(find_artifact(str(adapter), base=str(base)), out, check=False)
     return int(trace.effects)
 
 

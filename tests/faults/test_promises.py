@@ -27,11 +27,11 @@ from faults.damage import seal
 from faults.judge import judge_remains, read_metrics
 from faults.subject import SAVE_EVERY
 from faults.trial import Bench, full_in, in_fork, kill_at, open_bench
+from lorasft import recipe
 from lorasft.cli import main
 from lorasft.commands import train
 from lorasft.errors import RecipeError
 from lorasft.files import LOCK, MANIFEST, locked
-from lorasft.recipe import dump_recipe
 from lorasft.train import loop, run
 from lorasft.train.schedule import learning_rate
 
@@ -99,6 +99,13 @@ def test_i05_two_in_a_row_stop_it_with_all_before_intact(bench: Bench) -> None:
     code, said = bench.run(full_in("step-000004", "step-000006"))
     assert code == 6 and "--resume from step 2" in said
     assert judge_remains(bench.folder, commits=2, done=2) == ([], 0)
+    assert bench.run()[0] == 0 and not bench.judge()
+
+
+def test_i05_a_save_that_cannot_be_made_up_for_ends_the_run(bench: Bench) -> None:
+    bench.clear()
+    code, said = bench.run(full_in("step-000012", times=1))
+    assert code == 6 and "--resume from step 10" in said
     assert bench.run()[0] == 0 and not bench.judge()
 
 
@@ -177,10 +184,10 @@ def test_i10_the_learning_rate_is_a_closed_form_over_interruptions(bench: Bench)
     bench.half_way()
     assert bench.run()[0] == 0
     lines = [line for line in read_metrics(bench.folder) if "loss" in line]
-    recipe = bench.recipe
+    settings = bench.recipe
     for number, line in enumerate(lines, start=1):
-        peak = recipe.optimizer.learning_rate
-        assert line["learning_rate"] == learning_rate(number, steps=12, peak=peak, schedule=recipe.schedule)
+        peak = settings.optimizer.learning_rate
+        assert line["learning_rate"] == learning_rate(number, steps=12, peak=peak, schedule=settings.schedule)
 
 
 def test_i12_a_run_that_trains_nothing_does_not_exit_0(bench: Bench) -> None:
@@ -214,7 +221,7 @@ def test_sigusr1_before_the_first_step_ends_nothing(monkeypatch: pytest.MonkeyPa
         os.kill(os.getpid(), signal.SIGUSR1)
         raise EOFError
 
-    monkeypatch.setattr(train, "load_recipe", ask)
+    monkeypatch.setattr(recipe, "load_recipe", ask)
     with pytest.raises(EOFError):
         train.run("tiny", [], resume=False)
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
@@ -300,7 +307,7 @@ def test_nohup_holds(bench: Bench, command: list[str], monkeypatch: pytest.Monke
 def command(bench: Bench, tmp_path: Path) -> Iterator[list[str]]:
     """The command line of the run, where every signal is heard: a background job ignores Ctrl-C, nohup SIGHUP."""
     bench.clear()
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(bench.recipe), encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text(recipe.dump_recipe(bench.recipe), encoding="utf-8")
     stood = {number: signal.signal(number, signal.SIG_DFL) for number in campaigns.STOPPED}
     yield ["train", str(tmp_path / "recipe.yaml")]
     for number, handler in stood.items():
