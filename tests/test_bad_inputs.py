@@ -243,7 +243,7 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
     "34 nul template": (2, ["chat.template", "without a NUL"], of_recipe("", r'chat.template="a\0.jinja"')),
     "34 deep": (2, ["section.key=value"], of_recipe("", "train." + ".".join("a" * 99) + "=1")),
     "34 date": (2, ["expected a date like 2024-07-26"], of_recipe("", "chat.template_date=foo")),
-    "27 memory": (2, ["is no size"], of_recipe("", "--memory", "9" * 400 + "GiB", verb="plan")),
+    "27 memory": (2, ["a size like"], of_recipe("", "--memory", "9" * 400 + "GiB", verb="plan")),
     "33 root": (2, ["nothing is written there"], of_recipe("", "run.output=/")),
     "33 home": (2, ["nothing is written there"], of_recipe("", "run.output=HOME")),
     "33 tilde": (2, ["run.output", "got null"], of_recipe("", "run.output=~")),

@@ -41,16 +41,6 @@ def test_a_sound_machine_is_said_to_be_so(capsys: pytest.CaptureFixture[str], mo
     assert len(lines) == len(names) and all(line.startswith("ok    ") for line in lines)
 
 
-def test_a_crash_campaign_takes_a_relative_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(["doctor", "--crash", "here", "--trials", "1"]) == 0
-    assert not list((tmp_path / "here").iterdir())
-    out, err = capsys.readouterr()
-    assert "failures below     95.00% (95 % confidence)\n" in out and "\\x1b" not in err
-
-
 def test_the_floors_are_those_of_the_package() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for name, floor in doctor.FLOORS.items():

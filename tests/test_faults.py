@@ -469,14 +469,6 @@ def test_each_mutant_is_caught(name: str, ring: campaigns.Ring) -> None:
     assert found.wrong, f"{name} was not caught in {found.trials} trials"
 
 
-def test_doctor_kills_runs_and_says_what_became_of_them(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "--crash", str(tmp_path / "disk"), "--trials", "3", "--json"]) == 0
-    found = json.loads(capfd.readouterr().out.splitlines()[-1])
-    assert found["trials"] == found["bit_identical"] == 3 and found["torn_checkpoints"] == 0
-    assert found["most_steps_lost"] <= SAVE_EVERY and found["kills"] >= 3
-    assert not list((tmp_path / "disk").iterdir())
-
-
 def test_h1_any_sequence_of_saves_deaths_and_damage(base: Path) -> None:
     adapter = AdapterSettings(rank=1, targets=("q_proj",))
     model = attach_adapter(load_base(ModelSettings(base=str(base)), torch.device("cpu")), adapter, seed=0)

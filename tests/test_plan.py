@@ -18,7 +18,7 @@ from test_memory import Fills, losses_of, real_peak
 from tiny_tokenizer import save_tokenizer
 
 from lorasft.cli import main
-from lorasft.commands.plan import picture
+from lorasft.commands.plan import parse_bytes, picture
 from lorasft.data.packing import Step
 from lorasft.errors import ModelError
 from lorasft.model.adapter import attach_adapter, write_adapter
@@ -230,10 +230,8 @@ def test_the_picture_keeps_to_the_width_and_to_the_encoding(recipe: Write) -> No
     ("text", "size"), [("8GiB", 8 << 30), ("24gb", 24 * 10**9), ("1.5G", 1.5e9), ("8388608", 1 << 23)]
 )
 def test_sizes_are_read(text: str, size: float, capsys: pytest.CaptureFixture[str]) -> None:
-    from lorasft.cli import make_parser
-
-    assert make_parser().parse_args(["plan", "tiny", "--memory", text]).memory == size
-    for wrong, what in ((f"{text}x", "no size like 8GiB"), ("8", "give a unit, as in 8GiB")):
+    assert parse_bytes(text) == size
+    for wrong, what in ((f"{text}x", "a size like 8GiB"), ("8", "give a unit, as in 8GiB")):
         assert main(["plan", "tiny", "--memory", wrong]) == 2
         assert what in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from lorasft.cli import make_parser
+from lorasft.cli import read_command_line
 from lorasft.recipe import Recipe, load_recipe
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -37,4 +37,4 @@ def test_the_recipe_on_one_page_states_the_defaults(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("line", re.findall(r"^lorasft (.+?)(?: +#.*)?$", README, re.M))
 def test_the_command_lines_parse(line: str) -> None:
-    make_parser().parse_args(line.split())
+    read_command_line(line.split())

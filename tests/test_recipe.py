@@ -489,7 +489,7 @@ def test_copying_makes_paths_beside_the_recipe_absolute(
     folder.mkdir()
     (folder / "x.jsonl").write_text("")
     (folder / "own.yaml").write_text("# A recipe.\n# More.\n" + SMALLEST + "optimizer: {learning_rate: 2e-4}\n")
-    monkeypatch.setattr(recipes_command, "shipped_recipes", lambda: {"own": folder / "own.yaml"})
+    monkeypatch.setattr("lorasft.recipe.shipped_recipes", lambda: {"own": folder / "own.yaml"})
     recipes_command.run("copy", "own", "copy.yaml", as_json=False)
     text = (tmp_path / "copy.yaml").read_text()
     shipped = (folder / "own.yaml").read_text()
@@ -520,7 +520,6 @@ def test_list_show_and_schema_print_what_programs_can_read(capsys: pytest.Captur
         ("show", "gtp2", None, "did you mean gpt2?"),
         ("show", None, None, "no recipe named"),
         ("copy", "gpt2", "no/such/folder.yaml", "mkdir -p no/such"),
-        ("lst", None, None, "list, show, copy or schema"),
     ],
 )
 def test_the_command_refuses_in_plain_words(action: str, name: str | None, to: str | None, said: str) -> None:

@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterator
 from typing import Any
 
+from lorasft.commands.arguments import add_saved, whole_number
 from lorasft.terminal import harmless
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """What `lorasft chat` takes."""
+    add_saved(parser)
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this and stop")
+    parser.add_argument("--max-new-tokens", type=whole_number, default=512, metavar="N", help="default: 512")
+    parser.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default): the likeliest")
+
+
+def _temperature(text: str) -> float:
+    if not 0 <= float(text) < float("inf"):
+        raise ArgumentTypeError(f"{text} is not a number from 0 up")
+    return float(text)
 
 
 def run(saved: str, base: str | None, prompt: str | None, max_new_tokens: int, temperature: float) -> None:
     """Answer `prompt`, or what is typed line by line. Answers stream to stdout."""
     from accelerate import PartialState
 
+    from lorasft.artifact import find_artifact
     from lorasft.data.chat import Encoder
     from lorasft.data.report import Report
     from lorasft.model.generate import generate
-    from lorasft.model.saved import find_saved, load_saved
+    from lorasft.model.saved import load_saved
     from lorasft.recipe import DataSettings, DataSource
 
-    found = find_saved(saved, base=base)
+    found = find_artifact(saved, base=base)
     loaded = load_saved(found, PartialState().device)
     data = DataSettings(train=(DataSource(path="-"),))
     encoder = Encoder(loaded.tokenizer, found.chat, data=data, report=Report())

@@ -10,15 +10,15 @@ import platform
 import re
 import shutil
 import tempfile
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lorasft import __version__
-from lorasft.commands import crash as campaign
+from lorasft.commands.arguments import add_json
 from lorasft.errors import DeviceError
-from lorasft.hub import hub_fault
 from lorasft.terminal import harmless, redact
 
 FLOORS = {  # as in pyproject.toml
@@ -43,14 +43,14 @@ class Finding:
     mend: str | None = None
 
 
-def run(hub: bool, crash: str | None, trials: int, as_json: bool) -> None:
-    """Print what was found; with `crash` kill small runs on the disk of that folder instead.
+def add_arguments(parser: ArgumentParser) -> None:
+    """What `lorasft doctor` takes."""
+    parser.add_argument("--hub", action="store_true", help="ask the hub as well whether it can be reached")
+    add_json(parser, "what was found")
 
-    Raises DeviceError when a check failed, CapacityError when the disk lost or tore what was saved.
-    """
-    if crash is not None:
-        campaign.run(crash, trials=trials, as_json=as_json)
-        return
+
+def run(hub: bool, as_json: bool) -> None:
+    """Print what was found. Raises DeviceError when a check failed."""
     findings = []
     for finding in examine(hub=hub):
         findings.append(finding)
@@ -193,6 +193,8 @@ def _check_disk(name: str, folder: Path) -> Finding:
 
 
 def _check_hub() -> Finding:
+    from lorasft.hub import hub_fault
+
     fault = hub_fault()
     if fault:
         return Finding("hub", fault, "curl -I https://huggingface.co  # a proxy? export HTTPS_PROXY=...")

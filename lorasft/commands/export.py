@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,14 +13,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lorasft.adapter_files import CONFIG
+from lorasft.commands.arguments import add_json
 from lorasft.errors import ModelError
-from lorasft.files import STAGE, make_folder, refuse_existing
 from lorasft.terminal import ByteProgress, say
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """What `lorasft export` takes."""
+    parser.add_argument("model", metavar="RUN|DIR", help="a run or an adapter, merged first, or a model folder")
+    parser.add_argument("--to", choices=["gguf", "ollama"], required=True, help="a GGUF file, or that with a Modelfile")
+    parser.add_argument("--out", required=True, metavar="FILE", help="a file, or for ollama a folder, not there yet")
+    parser.add_argument("--type", choices=["f16", "q8_0"], default="f16", help="of the matrices (default: f16)")
+    add_json(parser, "what was done")
 
 
 def run(model: str, to: str, out: str, type: Any, as_json: bool) -> None:
     """Export the folder `model`, a run or an adapter merged first; the path of what was written on stdout."""
+    from lorasft.files import refuse_existing
+
     refuse_existing(Path(out))
     started = time.monotonic()
     with _full_weights(model, Path(out)) as folder:
@@ -45,18 +56,19 @@ def run(model: str, to: str, out: str, type: Any, as_json: bool) -> None:
 @contextmanager
 def _full_weights(name: str, out: Path) -> Iterator[Path]:
     """The model folder `name`; of a run or an adapter, one that is merged beside `out` and goes when it was read."""
-    folder = Path(name)
-    if (folder / CONFIG).is_file() or ((folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file()):
-        from lorasft.merge.folder import merge
-        from lorasft.merge.source import find_source
+    from lorasft.artifact import find_artifact
+    from lorasft.files import STAGE, make_folder
 
-        source = find_source(name)
-        make_folder(out.absolute().parent)
-        with TemporaryDirectory(prefix=STAGE, dir=out.absolute().parent) as scratch:
-            merged = merge(source, Path(scratch) / "merged")
-            say(f"merged first, onto the {merged.onto} weights ({merged.why})")
-            yield merged.folder
+    artifact = find_artifact(name)
+    if artifact.adapter is None:
+        if not (Path(name) / "config.json").is_file():
+            raise ModelError("no config.json: this is not a model folder", where=name, hint="name a folder")
+        yield Path(name)
         return
-    if not (folder / "config.json").is_file():
-        raise ModelError("no config.json: this is no model folder", where=str(folder))
-    yield folder
+    from lorasft.merge.merge import merge
+
+    make_folder(out.absolute().parent)
+    with TemporaryDirectory(prefix=STAGE, dir=out.absolute().parent) as scratch:
+        merged = merge(artifact, Path(scratch) / "merged")
+        say(f"merged first, onto the {merged.onto} weights ({merged.why})")
+        yield merged.folder

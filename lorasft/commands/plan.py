@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from lorasft.commands.arguments import add_json, add_recipe
 from lorasft.errors import CapacityError
-from lorasft.recipe import load_recipe
 from lorasft.terminal import say, size_text, time_text
 
 if TYPE_CHECKING:
@@ -18,8 +20,28 @@ if TYPE_CHECKING:
 _LABELS, _SIZES = 14, 9  # columns
 
 
+def add_arguments(parser: ArgumentParser) -> None:
+    """What `lorasft plan` takes."""
+    add_recipe(parser)
+    parser.add_argument("--memory", type=parse_bytes, metavar="SIZE", help="8GiB, 24GB, ... (default: what is free)")
+    add_json(parser, "the plan")
+
+
+def parse_bytes(text: str) -> int:
+    """The bytes that `8GiB` or `24GB` says."""
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]*)?) *(?:([KMGT])(i?)B?)?", text, re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise ArgumentTypeError(f"{text[:80]} is not a size like 8GiB or 24GB")
+    number, unit, binary = float(match[1]), (match[2] or "").upper(), match[3]
+    if not unit and number < 2**20:
+        raise ArgumentTypeError(f"{text} is {text} bytes: give a unit, as in {text}GiB")
+    return int(number * (1024 if binary else 1000) ** ("KMGT".index(unit) + 1 if unit else 0))
+
+
 def run(recipe: str, overrides: Sequence[str], memory: int | None, as_json: bool) -> None:
     """Print the outlook of `recipe` under `memory` bytes. Raises CapacityError when it does not fit."""
+    from lorasft.recipe import load_recipe
+
     settings = load_recipe(recipe, overrides)
     from lorasft.train.outlook import foresee
 

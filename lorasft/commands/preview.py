@@ -6,13 +6,12 @@ import json
 import math
 import os
 import sys
+from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasft import files
-from lorasft.commands.preview_page import make_page
-from lorasft.recipe import load_recipe
+from lorasft.commands.arguments import add_json, add_recipe, whole_number
 from lorasft.terminal import say
 
 if TYPE_CHECKING:
@@ -28,12 +27,26 @@ DROPPED_SHOWN = 10
 DIM, GREEN, MAGENTA, PLAIN = "\x1b[2m", "\x1b[32m", "\x1b[35m", "\x1b[0m"
 
 
+def add_arguments(parser: ArgumentParser) -> None:
+    """What `lorasft preview` takes."""
+    add_recipe(parser)
+    parser.add_argument(
+        "--rows", type=whole_number, metavar="N", help="examples to show (default: 3; with --html 1000)"
+    )
+    add_json(parser, "every example and a summary, a line each,")
+    parser.add_argument("--html", metavar="FILE", help="write a page to search instead")
+
+
 def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, html: str | None) -> None:
     """Print the first `rows` examples and a summary; `as_json`: every sequence as a line, then the summary.
 
     `html`: write a page to that file instead. Raises RecipeError, DataError or ModelError: DataError as well when
     nothing would be learned, when a special token to be learned was never trained, or when parity does not hold.
     """
+    from lorasft import files
+    from lorasft.commands.preview_page import make_page
+    from lorasft.recipe import load_recipe
+
     settings = load_recipe(recipe, overrides)
     if html:
         files.refuse_existing(Path(html))

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
-from lorasft import files
+from lorasft.commands.arguments import add_json
 from lorasft.errors import RecipeError
-from lorasft.recipe import portable_text, recipe_schema, shipped_recipes
-from lorasft.recipe_faults import nearest, printable
-from lorasft.strict_yaml import read_yaml
 from lorasft.terminal import say
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """What `lorasft recipes` takes."""
+    parser.add_argument("action", nargs="?", default="list", choices=["list", "show", "copy", "schema"])
+    parser.add_argument("name", nargs="?", help="of a shipped recipe")
+    parser.add_argument("to", nargs="?", help="file to copy to (default: ./NAME.yaml)")
+    add_json(parser, "the list")
 
 
 def run(action: str, name: str | None, to: str | None, as_json: bool) -> None:
     """`action`: list | show | copy | schema. Raises RecipeError for an unknown name and for a target that exists."""
+    from lorasft.recipe import recipe_schema
+    from lorasft.recipe_faults import printable
+    from lorasft.strict_yaml import read_yaml
+
     surplus = [word for word in (name, to) if word is not None][{"show": 1, "copy": 2}.get(action, 0) :]
     if surplus:
         what = f"recipes {action} does not take {', '.join(map(printable, surplus))}"
@@ -27,13 +37,13 @@ def run(action: str, name: str | None, to: str | None, as_json: bool) -> None:
         print(json.dumps(read_yaml(path).value, indent=2) if as_json else path.read_text(encoding="utf-8").rstrip())
     elif action == "copy":
         _copy(_shipped(name), Path(to or "."))
-    elif action == "schema":
-        print(json.dumps(recipe_schema(), indent=2))
     else:
-        raise RecipeError(f"no action {printable(action)}", hint="list, show, copy or schema")
+        print(json.dumps(recipe_schema(), indent=2))
 
 
 def _print_list(as_json: bool) -> None:
+    from lorasft.recipe import shipped_recipes
+
     rows = [_about(path) for path in shipped_recipes().values()]
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -44,12 +54,17 @@ def _print_list(as_json: bool) -> None:
 
 
 def _about(path: Path) -> dict[str, Any]:
+    from lorasft.strict_yaml import read_yaml
+
     first_line = path.read_text(encoding="utf-8").partition("\n")[0]
     base = read_yaml(path).value["model"]["base"]
     return {"name": path.stem, "base": base, "about": first_line.lstrip("# "), "path": str(path)}
 
 
 def _copy(source: Path, target: Path) -> None:
+    from lorasft import files
+    from lorasft.recipe import portable_text
+
     if target.is_dir():
         target = target / source.name
     files.refuse_existing(target)
@@ -60,6 +75,9 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _shipped(name: str | None) -> Path:
+    from lorasft.recipe import shipped_recipes
+    from lorasft.recipe_faults import nearest, printable
+
     recipes = shipped_recipes()
     if name is None:
         raise RecipeError("no recipe named", hint=f"one of {', '.join(recipes)}")

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import time
+from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasft.data.chat import Encoder
-from lorasft.data.report import Report
+from lorasft.commands.arguments import add_recipe
 from lorasft.errors import Stopped
-from lorasft.recipe import load_recipe
-from lorasft.recipe_faults import printable
-from lorasft.signals import Ended, save_signal_ignored
 from lorasft.terminal import say
-from lorasft.train.ranks import join
 
 if TYPE_CHECKING:
     from lorasft.train.run import Opened
 
 
+def add_arguments(parser: ArgumentParser) -> None:
+    """What `lorasft train` takes."""
+    add_recipe(parser)
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of run.output")
+
+
 def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
     """Train `recipe`; progress on stderr, the run folder on stdout."""
+    from lorasft.recipe import load_recipe
+    from lorasft.signals import save_signal_ignored
+    from lorasft.train.ranks import join
+
     with save_signal_ignored(), join() as ranks:
         settings = ranks.lead(lambda: load_recipe(recipe, overrides))
         from lorasft.train.loop import train
@@ -45,6 +51,8 @@ def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
 @contextmanager
 def _saying_what_is_saved(output: str) -> Iterator[None]:
     """Where a signal ends the run at once: before the first step, after the last, or for the second time."""
+    from lorasft.signals import Ended
+
     try:
         yield
     except Ended as signalled:
@@ -86,7 +94,10 @@ def _show_answers_within_memory(opened: Opened) -> None:
 
 def _show_answers(opened: Opened, most: int = 3) -> None:
     """Up to three held-out prompts, answered by the base and by the adapter."""
+    from lorasft.data.chat import Encoder
+    from lorasft.data.report import Report
     from lorasft.model.generate import generate
+    from lorasft.recipe_faults import printable
 
     run, tokenizer = opened.run, opened.tokenizer
     encoder = Encoder(tokenizer, run.recipe.chat, data=run.recipe.data, report=Report())

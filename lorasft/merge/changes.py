@@ -6,13 +6,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorasft.adapter_files import check_weights
+from lorasft.adapter_config import check_weights
+from lorasft.artifact import Artifact
 from lorasft.errors import ModelError
 from lorasft.merge.parameters import ParameterMap
 from lorasft.merge.updates import Change, LoraProduct
@@ -25,15 +25,13 @@ _PARTS = (_A, _B, _BIAS, _MAGNITUDE, _EMBEDDING_A, _EMBEDDING_B, _TOKENS)
 _PART = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _PARTS))})")
 
 
-def read_changes(
-    adapter: Path, config: Mapping[str, Any], places: ParameterMap, *, base_config: Mapping[str, Any]
-) -> dict[str, Change]:
-    """What the adapter in a folder does to the base's tensors, by their names in the files.
+def read_changes(artifact: Artifact, places: ParameterMap) -> dict[str, Change]:
+    """What the adapter does to the base's tensors, by their names in the files.
 
-    `config`: of the adapter. Every tensor of it is used exactly once. Raises ModelError, naming it, for anything else.
+    Every tensor of it is used exactly once. Raises ModelError, naming it, for anything else.
     """
-    reader = AdapterReader(adapter, config, places, conv1d=base_config["model_type"] in _CONV1D_MODELS)
-    vocabulary = {**base_config, **(base_config.get("text_config") or {})}.get("vocab_size")
+    reader, config = AdapterReader(artifact, places), artifact.base_config
+    vocabulary = {**config, **(config.get("text_config") or {})}.get("vocab_size")
     found: dict[str, list[Change]] = {}
     for parameter, change in reader.list_untied(vocabulary):
         for name, part in reader.find_tensors(parameter, change):
@@ -62,12 +60,13 @@ def match_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -
 class AdapterReader:
     """An adapter's tensors in fp32, by module and part, or by name if they are whole ones; and what they change."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], places: ParameterMap, *, conv1d: bool) -> None:
-        """`conv1d`: the base stores its linears (in, out). Raises ModelError for broken files."""
-        self.folder, self.config, self.places, self.conv1d = folder, config, places, conv1d
+    def __init__(self, artifact: Artifact, places: ParameterMap) -> None:
+        """Raises ModelError for broken files."""
+        self.folder, self.config, self.places = artifact.require_adapter(), artifact.adapter_config, places
+        self.conv1d = artifact.base_config["model_type"] in _CONV1D_MODELS
         self.modules: dict[str, dict[str, Tensor]] = {}
         self.tensors: dict[str, Tensor] = {}
-        file = check_weights(folder)
+        file = check_weights(self.folder)
         for name in file.specs:
             tensor, path = file.read(name), name.removeprefix(_PREFIX)
             if not tensor.isfinite().all():
@@ -78,10 +77,10 @@ class AdapterReader:
                 raise self.fault(f"the adapter has a tensor that is no part of LoRA or DoRA: {name}")
             else:
                 self.tensors[path] = tensor
-        for saved in config.get("modules_to_save") or []:
+        for saved in self.config.get("modules_to_save") or []:
             if not any(parent.endswith(saved) for path in self.tensors for parent in _parents(path)):
                 raise self.fault(f"modules_to_save names {saved}, of which the adapter has no tensor")
-        if config.get("trainable_token_indices") and not any(_TOKENS in parts for parts in self.modules.values()):
+        if self.config.get("trainable_token_indices") and not any(_TOKENS in parts for parts in self.modules.values()):
             raise self.fault("trainable_token_indices names tokens, of which the adapter has no tensor")
 
     def fault(self, what: str) -> ModelError:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lorasft import __version__
-from lorasft.adapter_files import WEIGHTS, read_adapter_config
+from lorasft.adapter_config import WEIGHTS
+from lorasft.artifact import GENERATION_CONFIG, MERGE_RECORD, Artifact, read_stops
 from lorasft.errors import ModelError, RecipeError
 from lorasft.files import (
     MANIFEST,
@@ -26,18 +27,14 @@ from lorasft.files import (
     staged_folder,
     write_file,
 )
-from lorasft.merge.source import Choice, Onto, Source
 from lorasft.merge.write import MergePlan, Progress, plan_merge, rewrite_config, write_weights
 from lorasft.recipe import DataSource
-from lorasft.tensors import INDEX, fingerprint
+from lorasft.tensors import INDEX
 
 if TYPE_CHECKING:
-    from lorasft.merge.check import MergeCheck
+    from lorasft.merge.check import MergeCheck, Onto
 
-RECORD = "merge.json"
 _SIDECARS = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
-_GENERATION = "generation_config.json"
-_ORIGINALS = ("base_model", "base_model_name_or_path", "original_model", "model_name_or_path", "_name_or_path")
 _LOCAL_PATH = re.compile(r"(?<![\w.<])/(?:[^\s/'\"]+/)+([^\s/'\"]+)")  # a path of this machine, and the name at its end
 
 
@@ -58,38 +55,42 @@ class Merged:
 
 
 def merge(
-    source: Source,
+    artifact: Artifact,
     out: Path,
     *,
     onto: Onto | Literal["auto"] = "auto",
     quantize: bool = False,
     check: bool = True,
     data: DataSource | None = None,
+    force_base: bool = False,
     on_progress: Progress | None = None,
 ) -> Merged:
-    """Write the base of `source` with its adapter folded in to the new folder `out`.
+    """Write the base of `artifact` with its adapter folded in to the new folder `out`.
 
     `onto`: which weights the update is added to: the base's own, the ones that NF4 made of them, or what the answers
     to held-out rows (or to `data`) speak for. `quantize`: write a checkpoint in NF4 instead of full weights.
-    Raises ModelError before anything is written when the adapter does not
-    fit, CapacityError when `out` has no room; a merge that fails, its check included, leaves nothing under `out`.
+    `force_base`: take a base that is not the one of training. Raises ModelError before anything is written when the
+    adapter does not fit, CapacityError when `out` has no room; a merge that fails, its check included, leaves nothing
+    under `out`.
     """
     refuse_existing(out)
-    refuse_overlap(out, source.base, source.adapter, *([source.run] if source.run else []))
+    artifact.verify(force_base=force_base)
+    base, adapter = artifact.base, artifact.require_adapter()
+    refuse_overlap(out, base, adapter, *([artifact.run] if artifact.run else []))
     if data is not None and not check:
         raise RecipeError("--data has no use with --no-check", where=data.path, hint="leave one of the two out")
-    adapter_hash = sha256(source.adapter / WEIGHTS)
-    _refuse_second_merge(source.base, adapter_hash)
-    config = read_base_config(source.base)
-    plan = plan_merge(source.base, source.adapter, base_config=config, adapter_config=read_adapter_config(source.adapter))
+    adapter_hash = sha256(adapter / WEIGHTS)
+    _refuse_second_merge(base, adapter_hash)
+    plan = plan_merge(artifact)
     if plan.packed and (onto == "original" or quantize):  # it has no original, and an update falls back onto its steps
         what = "--quantize" if quantize else "--onto original"
         raise ModelError(f"the base is stored in 4 bit: no {what}", hint="--base with the 16-bit original")
     need_space(out, plan.size * (2 if quantize else 1))
-    judge = _make_check(source, data, config) if check else None
-    choice = _choose("dequantized" if plan.packed else onto, judge, quantize=quantize)
-    onto_nf4 = choice.onto == "dequantized" and not plan.packed
-    quantized, dtype = _find_quantized(source, plan) if not plan.packed and (check or onto_nf4) else ([], torch.float32)
+    judge = _make_check(artifact, data) if check else None
+    chosen, why = _choose("dequantized" if plan.packed else onto, judge, quantize=quantize)
+    onto_nf4 = chosen == "dequantized" and not plan.packed
+    needed = not plan.packed and (check or onto_nf4)
+    quantized, dtype = _find_quantized(artifact, plan) if needed else ([], torch.float32)
     hashes: dict[str, str] = {}
     with staged_folder(out, hashes=hashes) as stage:
         weights = stage / "16-bit" if quantize else stage
@@ -100,21 +101,21 @@ def merge(
         unchanged = sum(not written[name].changed for name in plan.changes)
         if unchanged == len(plan.changes):
             what = "no weight changed: the adapter is empty, or too small for the base's dtype"
-            raise ModelError(what, where=str(source.adapter))
-        _copy_sidecars(source.base, source.adapter, weights, rewritten=rewrite_config(plan, config))
+            raise ModelError(what, where=str(adapter))
+        _copy_sidecars(base, adapter, weights, rewritten=rewrite_config(plan, artifact.base_config))
         if judge:
-            judge.verify(weights, choice.onto)
+            judge.verify(weights, chosen)
         if quantize:
             _quantize(weights, stage)
             if judge:
-                judge.note("merged, in 4 bit", stage)
+                judge.ask(stage, "merged, in 4 bit")
         else:
             hashes.update(found)
         result = {path.name: hashes.get(path.name) or sha256(path) for path in sorted(stage.glob("*.safetensors"))}
         merged = Merged(
             folder=out,
-            onto=choice.onto,
-            why=choice.why,
+            onto=chosen,
+            why=why,
             updated=len(plan.changes),
             unchanged=unchanged,
             copied=sum(map(len, plan.targets)) - len(written),
@@ -123,55 +124,40 @@ def merge(
             rows=judge.origin if judge else "",
             table={name: asdict(distance) for name, distance in judge.table.items()} if judge else {},
         )
-        base = {"name": source.base_name, "commit": source.commit, "fingerprint": fingerprint(source.base)}
-        record = {"lorasft": __version__, "base": {**base, "trained_on": source.trained_on}, "adapter": adapter_hash}
+        trained = artifact.provenance
+        origin = {
+            "name": artifact.model.base,
+            "commit": trained.commit if trained else None,
+            "fingerprint": artifact.base_fingerprint,
+            "trained_on": trained.fingerprint if trained else None,
+        }
+        record = {"lorasft": __version__, "base": origin, "adapter": adapter_hash}
         record |= {name: value for name, value in asdict(merged).items() if name != "folder"} | {"result": result}
-        write_file(stage / RECORD, json.dumps(record, indent=1).encode())
-        write_file(stage / "README.md", _make_card(source, record).encode())
+        write_file(stage / MERGE_RECORD, json.dumps(record, indent=1).encode())
+        write_file(stage / "README.md", _make_card(artifact, record).encode())
     return merged
-
-
-def read_base_config(base: Path) -> dict[str, Any]:
-    """config.json of a base. Raises ModelError when there is none, or it is quantized by another than bitsandbytes."""
-    path = base / "config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_bytes())
-        scheme = config.get("quantization_config") or {}
-        if not isinstance(config["model_type"], str) or not isinstance(scheme, dict):
-            raise TypeError("model_type or quantization_config is of another kind")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
-        what = f"cannot read the base's config: {fault!r}"
-        raise ModelError(what, where=str(path), hint="--base MODEL, or download it again") from None
-    if scheme and not (scheme.get("load_in_4bit") or scheme.get("_load_in_4bit")):
-        method = scheme.get("quant_method", "an unknown method")
-        fields = [given.get(key) for given in (scheme, config) for key in _ORIGINALS]
-        named = [name for name in fields if isinstance(name, str) and name and Path(name).name != base.name]
-        hint = f"merge into the 16-bit original: --base {named[0] if named else 'MODEL'}"
-        raise ModelError(f"the base is quantized with {method}", where=str(path), hint=hint)
-    return config
 
 
 # Models and quantizers take seconds and hundreds of megabytes to import: only where they are needed.
 
 
-def _make_check(source: Source, data: DataSource | None, config: Mapping[str, Any]) -> MergeCheck:
+def _make_check(artifact: Artifact, data: DataSource | None) -> MergeCheck:
     from lorasft.merge.check import make_check
 
-    return make_check(source, data, config=config)
+    return make_check(artifact, data)
 
 
-def _find_quantized(source: Source, plan: MergePlan) -> tuple[list[str], torch.dtype]:
+def _find_quantized(artifact: Artifact, plan: MergePlan) -> tuple[list[str], torch.dtype]:
     """The tensors that a 4-bit run had in NF4, by their names in the files, and its dtype; none for other runs."""
     from accelerate import PartialState
 
     from lorasft.model.base import compute_dtype, find_quantized, read_config
-    from lorasft.model.saved import find_saved
 
-    settings = find_saved(str(source.adapter), base=source.base_name).model
-    if settings.quantization != "nf4":
+    if artifact.model.quantization != "nf4":
         return [], torch.float32
-    names = [plan.places.find(f"{path}.weight") for path in find_quantized(read_config(str(source.base)))]
-    return names, source.dtype or compute_dtype(settings.dtype, PartialState().device)
+    names = [plan.places.find(f"{path}.weight") for path in find_quantized(read_config(str(artifact.base)))]
+    dtype = artifact.provenance.dtype if artifact.provenance else artifact.model.dtype
+    return names, compute_dtype(dtype, PartialState().device)
 
 
 def _quantize(weights: Path, stage: Path) -> None:
@@ -192,17 +178,17 @@ def _quantize(weights: Path, stage: Path) -> None:
     shutil.rmtree(weights)
 
 
-def _choose(onto: Onto | Literal["auto"], judge: MergeCheck | None, *, quantize: bool) -> Choice:
+def _choose(onto: Onto | Literal["auto"], judge: MergeCheck | None, *, quantize: bool) -> tuple[Onto, str]:
     if onto != "auto":
-        return Choice(onto, "as asked")
+        return onto, "as asked"
     if quantize:  # measured: of an update to weights that are on the grid already, most snaps back to it
-        return Choice("original", "weights that come from NF4 would fall back onto its steps")
-    return judge.choose() if judge else Choice("original", "nothing was measured")
+        return "original", "weights that come from NF4 would fall back onto its steps"
+    return judge.choose() if judge else ("original", "nothing was measured")
 
 
 def _refuse_second_merge(base: Path, adapter_hash: str) -> None:
     """Raise ModelError when the base is itself a merge of this very adapter."""
-    path = base / RECORD
+    path = base / MERGE_RECORD
     if path.is_file() and json.loads(path.read_bytes()).get("adapter") == adapter_hash:
         raise ModelError("this adapter is merged into this base already", where=str(path), hint="use the base as it is")
 
@@ -210,8 +196,10 @@ def _refuse_second_merge(base: Path, adapter_hash: str) -> None:
 def _copy_sidecars(base: Path, adapter: Path, stage: Path, *, rewritten: Mapping[str, bytes]) -> None:
     """Config, tokenizer and generation config as the base has them, unless `rewritten`; the template of training."""
     changed = {"chat_template.jinja"} if (adapter / "chat_template.jinja").is_file() else set()
-    if _read_stops(adapter) - _read_stops(base):  # training found that generation would run past the end of a turn
-        changed.add(_GENERATION)
+    if set(read_stops(adapter)) - set(
+        read_stops(base)
+    ):  # training found that generation would run past the end of a turn
+        changed.add(GENERATION_CONFIG)
     for path in sorted(_list_sidecars(base)):
         if path.name in rewritten:
             write_file(stage / path.name, rewritten[path.name])
@@ -221,29 +209,23 @@ def _copy_sidecars(base: Path, adapter: Path, stage: Path, *, rewritten: Mapping
         shutil.copyfile(adapter / name, stage / name)
 
 
-def _read_stops(folder: Path) -> set[int]:
-    """The tokens that end generation, by the folder's generation config."""
-    path = folder / _GENERATION
-    stops = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
-    return set(stops if isinstance(stops, list) else [] if stops is None else [stops])
-
-
 def _list_sidecars(base: Path) -> Iterator[Path]:
     """What lies beside the weights, but for the records of an earlier merge."""
-    records = {RECORD, MANIFEST}
+    records = {MERGE_RECORD, MANIFEST}
     return (p for p in base.iterdir() if p.is_file() and p.suffix in _SIDECARS and p.name not in records)
 
 
-def _make_card(source: Source, record: dict[str, Any]) -> str:
+def _make_card(artifact: Artifact, record: dict[str, Any]) -> str:
     """The model card, Markdown with the front matter that hubs read: what it was made of and what was measured.
 
     No row of the data and no path of this machine. `record`: what merge.json holds.
     """
-    name = Path(source.base_name).name if Path(source.base_name).is_dir() else source.base_name
+    given, trained = artifact.model.base, artifact.provenance
+    name = Path(given).name if Path(given).is_dir() else given
     parts = [
         f"---\nbase_model: {name}\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
         f"# {name}, fine-tuned\n\nA LoRA adapter merged into full weights by lorasft {record['lorasft']}.",
-        f"Base: commit {source.commit or 'unknown'}, fingerprint `{record['base']['fingerprint']}`.",
+        f"Base: commit {record['base']['commit'] or 'unknown'}, fingerprint `{record['base']['fingerprint']}`.",
         f"The update was added to the {record['onto']} weights: {record['why']}.",
     ]
     if record["table"]:
@@ -251,13 +233,12 @@ def _make_card(source: Source, record: dict[str, Any]) -> str:
         rows = [f"| {model} | {x['kl']:.1e} | {x['same_choice']:.1%} | {x['nll']:.4f} |"
                 for model, x in record["table"].items()]  # fmt: skip
         parts.append(f"## Answers, measured on {record['rows']}\n\n{head}" + "\n".join(rows))
-    if source.run:
-        parts.append(_describe_training(source.run))
+    if artifact.run and trained:
+        parts.append(_describe_training(artifact.run, trained.record))
     return "\n\n".join(parts) + "\n"
 
 
-def _describe_training(run: Path) -> str:
-    provenance = json.loads((run / "provenance.json").read_bytes())
+def _describe_training(run: Path, provenance: Mapping[str, Any]) -> str:
     report, metrics = provenance["report"], run / "metrics.jsonl"
     text = (
         f"## Training\n\n{report['train_examples']:,} examples, {report['held_out_examples']:,} held out, "

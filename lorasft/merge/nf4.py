@@ -49,7 +49,9 @@ def find_packed(files: Sequence[TensorFile]) -> dict[str, PackedWeight]:
             codes, suffixes = places[weight].specs[weight], {name.removeprefix(weight) for name in parts}
             if len(spec.shape) != 2 or codes.size != -(-math.prod(spec.shape) // 2):
                 raise ModelError(f"{weight} does not fit its own description", where=str(places[weight].path))
-            if not suffixes >= {".absmax", ".quant_map"} or any(f.specs[n].dtype not in DTYPES for n, f in parts.items()):
+            if not suffixes >= {".absmax", ".quant_map"} or any(
+                f.specs[n].dtype not in DTYPES for n, f in parts.items()
+            ):
                 raise ModelError(f"{weight} has no scales, or parts of unknown types", where=str(places[weight].path))
             found[weight] = PackedWeight(weight, spec, parts)
     return found

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorasft.artifact import Artifact
 from lorasft.errors import ModelError
 from lorasft.files import new_file
 from lorasft.merge.changes import read_changes
@@ -59,11 +60,9 @@ class WrittenTensor:
     quantization: float  # of what NF4 changed, where the weight was put into it
 
 
-def plan_merge(
-    base: Path, adapter: Path, *, base_config: Mapping[str, Any], adapter_config: Mapping[str, Any]
-) -> MergePlan:
-    """What a merge of `adapter` into `base` will write. Raises ModelError for what does not fit or is not supported."""
-    sources = [open_tensors(path) for path in find_weights(base)]
+def plan_merge(artifact: Artifact) -> MergePlan:
+    """What a merge of an adapter into its base will write. Raises ModelError for what does not fit or cannot be."""
+    sources = [open_tensors(path) for path in find_weights(artifact.base)]
     packed = find_packed(sources)
     parts = {name for weight in packed.values() for name in weight.files}  # of no use any more, but for the weights
     targets = [
@@ -71,8 +70,8 @@ def plan_merge(
          if name in packed or name not in parts}
         for file in sources
     ]  # fmt: skip
-    places = ParameterMap({name: spec for specs in targets for name, spec in specs.items()}, base=base)
-    changes = read_changes(adapter, adapter_config, places, base_config=base_config)
+    places = ParameterMap({name: spec for specs in targets for name, spec in specs.items()}, base=artifact.base)
+    changes = read_changes(artifact, places)
     for specs in targets:
         for name, spec in specs.items():
             if name in changes and changes[name].shape != spec.shape:
@@ -99,7 +98,9 @@ def rewrite_config(plan: MergePlan, base_config: Mapping[str, Any]) -> dict[str,
         content["weight_map"] = {name: file for name, file in content["weight_map"].items() if name in after}
         content.setdefault("metadata", {})["total_size"] = plan.size
         files[INDEX] = content
-    return {name: (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode() for name, content in files.items()}
+    return {
+        name: (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode() for name, content in files.items()
+    }
 
 
 def write_weights(

@@ -1,0 +1,38 @@
+"""Arguments that several commands take."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, ArgumentTypeError
+
+
+def add_recipe(parser: ArgumentParser) -> None:
+    """RECIPE and its overrides, as `recipe` and `overrides`."""
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="for example train.epochs=3"
+    )
+
+
+def add_saved(parser: ArgumentParser, kinds: str = "RUN|ADAPTER|MODEL") -> None:
+    """A path of one of `kinds` as `saved`, and where the base of an adapter is, as `base`."""
+    parser.add_argument("saved", metavar=kinds, help="a folder of one of these kinds; of a model, also its hub id")
+    parser.add_argument("--base", metavar="MODEL", help="the adapter's base, if it is not where it was trained")
+
+
+def add_columns(parser: ArgumentParser) -> None:
+    """The names of the columns in `--data`."""
+    parser.add_argument(
+        "--columns", metavar="MAPPING", help="of --data: '{prompt: question, completion: answer}', as in a recipe"
+    )
+
+
+def add_json(parser: ArgumentParser, about: str) -> None:
+    """`--json`, as `as_json`."""
+    parser.add_argument("--json", action="store_true", dest="as_json", help=f"{about} as JSON")
+
+
+def whole_number(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
