@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fault_states import in_fork, with_fault
 
+from faults.states import in_fork, with_fault
+from faults.trial import kill_at
 from lorasft.artifact import find_artifact
 from lorasft.errors import CapacityError, ModelError
-from lorasft.faults.trial import kill_at
 from lorasft.files import sha256, verify_folder
 from lorasft.merge.merge import merge
 from lorasft.model.adapter import attach_adapter, trainable, write_adapter
