@@ -1,4 +1,4 @@
-"""4-bit weights as numbers: those that a checkpoint of bitsandbytes stores, and a base's own as a 4-bit run saw them."""
+"""4-bit weights as numbers: those that checkpoints of bitsandbytes store, and a base's as a 4-bit run saw them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,8 +75,9 @@ def _dequantize(codes: Tensor, state: Any) -> Tensor:
 
 def _import_functional() -> Any:
     """bitsandbytes takes seconds and hundreds of megabytes to import: only where it is needed."""
-    import lorasft.model  # noqa: F401  # imports it without asking the hub
     from bitsandbytes import functional
+
+    import lorasft.model  # noqa: F401  # imports it without asking the hub
 
     return functional
 
