@@ -128,8 +128,8 @@ def test_evaluating_and_generating_do_not_change_gradients(base: Path) -> None:
     from lorasft.model.selfcheck import verify
     from lorasft.recipe import AdapterSettings
     from lorasft.signals import StopRequest
+    from lorasft.train.distributed import ALONE
     from lorasft.train.evaluate import evaluate
-    from lorasft.train.ranks import ALONE
 
     peft = attach_adapter(
         load_base(ModelSettings(base=str(base)), torch.device("cpu")), AdapterSettings(rank=4), seed=0

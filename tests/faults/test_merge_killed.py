@@ -22,7 +22,7 @@ from lorasft.merge.merge import merge
 from lorasft.model.adapter import attach_adapter, trainable, write_adapter
 from lorasft.model.base import load_base
 from lorasft.recipe import AdapterSettings, ModelSettings
-from lorasft.train.folder import compare
+from lorasft.train.run_folder import compare
 
 
 def killed_at(operation: int, act: Callable[[], None]) -> bool:
