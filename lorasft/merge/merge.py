@@ -79,9 +79,9 @@ def merge(
     refuse_overlap(out, base, adapter, *([artifact.run] if artifact.run else []))
     if data is not None and not check:
         raise RecipeError("--data has no use with --no-check", where=data.path, hint="leave one of the two out")
+    plan = plan_merge(artifact)
     adapter_hash = sha256(adapter / WEIGHTS)
     _refuse_second_merge(base, adapter_hash)
-    plan = plan_merge(artifact)
     if plan.packed and (onto == "original" or quantize):  # it has no original, and an update falls back onto its steps
         what = "--quantize" if quantize else "--onto original"
         raise ModelError(f"the base is stored in 4 bit: no {what}", hint="--base with the 16-bit original")
