@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Qwen3Mo
 from lorasft.artifact import find_artifact
 from lorasft.data.packing import cut, shuffle
 from lorasft.errors import LorasftError, ModelError, RecipeError, UnsafeError
-from lorasft.merge.plan import plan_merge
+from lorasft.merge.write import plan_merge
 from lorasft.model.adapter import attach_adapter, check_targets, load_adapter, trainable, write_adapter
 from lorasft.model.base import count_bytes, load_base, read_config
 from lorasft.model.loss import pair_losses
