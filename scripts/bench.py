@@ -868,7 +868,7 @@ def merge_way(way: str, folder: str) -> Measured:
         shutil.copytree(base, out)
     elif way == "lorasft":
         from lorasft.artifact import find_artifact
-        from lorasft.merge.folder import merge
+        from lorasft.merge.merge import merge
 
         merge(find_artifact(str(adapter)), out, check=False)
     else:

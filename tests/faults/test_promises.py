@@ -223,7 +223,7 @@ def test_sigusr1_before_the_first_step_ends_nothing(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(recipe, "load_recipe", ask)
     with pytest.raises(EOFError):
-        train.run("tiny", [], resume=False)
+        main(["train", "tiny"])
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
