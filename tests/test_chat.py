@@ -15,7 +15,7 @@ from tiny_tokenizer import TEMPLATE, save_tokenizer
 from lorasft.data.chat import Encoder
 from lorasft.data.examples import Example, normalize_message
 from lorasft.data.report import Report
-from lorasft.data.rows import Place
+from lorasft.data.sources import Place
 from lorasft.data.templates import render
 from lorasft.data.tokenizer import adds_bos, compare_with_file, load_tokenizer
 from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs

@@ -19,7 +19,7 @@ from lorasft.data.alignment import Aligner, Encoding
 from lorasft.data.examples import BLOCK, Example, Message
 from lorasft.data.reasoning import reasoning_of, without_reasoning
 from lorasft.data.report import BadRows, Report
-from lorasft.data.rows import Place
+from lorasft.data.sources import Place
 from lorasft.data.templates import merges_system, set_template, time_limit
 from lorasft.data.tokenizer import adds_bos
 from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs

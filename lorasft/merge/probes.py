@@ -7,13 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lorasft.data.chat import Encoder
-from lorasft.data.examples import read_examples
-from lorasft.data.prepare import open_prepared
-from lorasft.data.report import BadRows, Report
+from lorasft.data.prepare import encode_source, open_prepared
 from lorasft.data.tokens import UNSUPERVISED, Tokens
 from lorasft.errors import DataError
-from lorasft.model.answers import settle_format
 from lorasft.model.saved import Saved, read_tokenizer
 from lorasft.model.scoring import everything
 from lorasft.recipe import DataSettings, DataSource
@@ -58,10 +54,6 @@ def _rows_of_run(run: Path) -> tuple[list[Tokens], str]:
 
 def _rows_of_file(found: Saved, data: DataSource) -> Iterator[Tokens]:
     settings = found.recipe.data if found.recipe else DataSettings(train=(data,))
-    settings = settle_format(data, settings)
-    bad = BadRows(settings.on_bad_row, Report())
-    tokenizer = read_tokenizer(found)
-    encoder = Encoder(tokenizer, found.chat, data=settings, report=bad.report)
-    for _, sequences in encoder.encode_all(read_examples((data,), settings, bad=bad), bad=bad):
+    examples, _ = encode_source(data, settings, found.chat, tokenizer=read_tokenizer(found))
+    for _, sequences in examples:
         yield from sequences
-    bad.raise_all()
