@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from lorasft.artifact import Artifact
 from lorasft.data.prepare import encode_source, open_prepared
 from lorasft.data.tokens import UNSUPERVISED, Tokens
-from lorasft.errors import DataError
-from lorasft.model.saved import Saved, read_tokenizer
+from lorasft.errors import DataError, ModelError
+from lorasft.model.saved import read_tokenizer
 from lorasft.model.scoring import everything
 from lorasft.recipe import DataSettings, DataSource
 
@@ -19,17 +20,14 @@ _LONGEST = 1024  # tokens of a row
 _TEXT = "The quick brown fox jumps over the lazy dog. What is the answer to the question? It is 42, because"
 
 
-def read_probes(
-    found: Saved, *, run: Path | None, data: DataSource | None, vocabulary: int
-) -> tuple[list[Tokens], str]:
+def read_probes(artifact: Artifact, *, data: DataSource | None, vocabulary: int) -> tuple[list[Tokens], str]:
     """Rows with something learned in them, and where they come from. Raises DataError when `data` has none."""
     if data is not None:
-        rows, origin = list(_rows_of_file(found, data)), data.path
-    elif run is not None:
-        rows, origin = _rows_of_run(run)
+        rows, origin = list(_rows_of_file(artifact, data)), data.path
+    elif artifact.run is not None:
+        rows, origin = _rows_of_run(artifact, artifact.run)
     else:
-        tokenizer = read_tokenizer(found)
-        return [everything(np.array(tokenizer(_TEXT)["input_ids"], dtype=np.int32))], "a text of lorasft's own"
+        return _own_text(artifact), "a text of lorasft's own"
     most = max(1, min(_PAIRS, _BYTES // (4 * vocabulary)))
     kept: list[Tokens] = []
     pairs = 0
@@ -43,17 +41,24 @@ def read_probes(
     return kept, origin
 
 
-def _rows_of_run(run: Path) -> tuple[list[Tokens], str]:
+def _own_text(artifact: Artifact) -> list[Tokens]:
+    return [everything(np.array(read_tokenizer(artifact)(_TEXT)["input_ids"], dtype=np.int32))]
+
+
+def _rows_of_run(artifact: Artifact, run: Path) -> tuple[list[Tokens], str]:
     for folder in sorted((run / "tokens").glob("*/prepared.json")):
-        prepared = open_prepared(folder.parent)
+        try:
+            prepared = open_prepared(folder.parent)
+        except ModelError as error:  # damaged, or of another version
+            return _own_text(artifact), f"a text of lorasft's own ({error.what})"
         store = prepared.held_out if prepared.held_out else prepared.train
         rows = [tokens for example in range(min(len(store), _PAIRS)) for tokens in store.sequences(example)]
         return rows, "held-out rows" if prepared.held_out else "rows of the training set: none were held out"
     raise DataError("the tokens of this run are gone", where=str(run / "tokens"), hint="--data FILE")
 
 
-def _rows_of_file(found: Saved, data: DataSource) -> Iterator[Tokens]:
-    settings = found.recipe.data if found.recipe else DataSettings(train=(data,))
-    examples, _ = encode_source(data, settings, found.chat, tokenizer=read_tokenizer(found))
+def _rows_of_file(artifact: Artifact, data: DataSource) -> Iterator[Tokens]:
+    settings = artifact.recipe.data if artifact.recipe else DataSettings(train=(data,))
+    examples, _ = encode_source(data, settings, artifact.chat, tokenizer=read_tokenizer(artifact))
     for _, sequences in examples:
         yield from sequences

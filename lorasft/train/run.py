@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from lorasft.artifact import find_artifact
 from lorasft.data.packing import Plan, count_steps
 from lorasft.data.prepare import Prepared, prepare
 from lorasft.data.tokenizer import compare_with_file, load_tokenizer
@@ -46,7 +47,6 @@ from lorasft.model.base import (
     read_config,
     refuse_loose,
 )
-from lorasft.model.liger import require_liger, use_liger
 from lorasft.model.loss import Network
 from lorasft.model.memory import count_holdings
 from lorasft.model.recompute import decoder_layers, recomputed_layers
@@ -224,25 +224,19 @@ def load_model(recipe: Recipe, device: torch.device, *, saved: State | None) -> 
     settled = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     base = load_base(settled, device, keep=recipe.machine.cache_base)
     if recipe.adapter.start:
-        model = load_adapter(base, adapter_folder(recipe.adapter.start), trainable=True)
+        model = load_adapter(base, find_artifact(recipe.adapter.start, base=recipe.model.base), trainable=True)
     else:
         model = attach_adapter(base, recipe.adapter, seed=recipe.train.seed)
     return model, probe(recipe, model, saved=saved)
 
 
-def adapter_folder(start: str) -> Path:
-    """The adapter that `adapter.start` names: itself, or that of a run."""
-    folder = Path(start)
-    return folder / "adapter" if (folder / "recipe.yaml").is_file() else folder
-
-
 def probe(recipe: Recipe, model: Any, *, saved: State | None) -> Network:
-    """What is verified about the PEFT model `model`, under the attention and the kernels that the recipe wants."""
+    """What is verified about the PEFT model `model`, under the attention that the recipe wants."""
     own = recipe.machine.attention if recipe.machine.attention in ("eager", "sdpa") else None
     network = verify(model.get_base_model(), segments=saved.layout.segments if saved else own is None)
     if own:
         network.causal.set_attn_implementation(own)
-    return use_liger(network) if recipe.machine.kernels == "liger" else network
+    return network
 
 
 def finish(opened: Opened, state: State) -> Path:
@@ -298,8 +292,6 @@ def refuse_settings(recipe: Recipe, config: Any) -> None:
     if recipe.model.quantization == "nf4" and not hasattr(config, "quantization_config"):
         refuse_loose(skeleton)
     check_trackers(recipe.run.trackers)
-    if recipe.machine.kernels == "liger":
-        require_liger(PartialState().device)
 
 
 def refuse_ids(prepared: Prepared, config: Any) -> None:
