@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lorasft.data.chat import Encoder
+from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import read_examples
+from lorasft.data.labels import Labeler
 from lorasft.data.prepare import open_prepared
 from lorasft.data.report import BadRows, Report
 from lorasft.data.tokens import UNSUPERVISED, Tokens
@@ -61,7 +62,7 @@ def _rows_of_file(found: Saved, data: DataSource) -> Iterator[Tokens]:
     settings = settle_format(data, settings)
     bad = BadRows(settings.on_bad_row, Report())
     tokenizer = read_tokenizer(found)
-    encoder = Encoder(tokenizer, found.chat, data=settings, report=bad.report)
-    for _, sequences in encoder.encode_all(read_examples((data,), settings, bad=bad), bad=bad):
+    labeler = Labeler(ChatFormat(tokenizer, found.chat), settings)
+    for _, sequences in labeler.encode_all(read_examples((data,), settings, bad=bad), bad=bad):
         yield from sequences
     bad.raise_all()
