@@ -85,7 +85,7 @@ class ChatFormat:
         """What a server would feed the model for these messages, to be answered."""
         asked = self.complete(Example(tuple(messages), tuple(tools) if tools else None, None, Place("prompt", 1)))
         text = render(self.tokenizer, asked.messages, asked.tools, generation_prompt=True)
-        return list(self.encoder.encode([text])[text].ids)
+        return list(self.encoder.encode({text: ()})[text].ids)
 
     def complete(self, example: Example) -> Example:
         """The example with the recipe's system text, and placeholders for control tokens that are meant as text.
@@ -140,7 +140,7 @@ class AnswerLocator:
         if region is None:
             # The answer changes what is before it: take the answer, and keep the server's prompt.
             said = self._find_said(text, message["content"], 0, len(text))
-            if said is None:
+            if said is None or not message["content"].strip():
                 raise DataError(f"the chat template does not show the answer of message {target + 1}")
             region = text[said[0] :]
         if message.get("tool_calls"):
@@ -186,14 +186,14 @@ class AnswerLocator:
         return start, max(content_end, len(region.rstrip())) if end is None else end, end is None
 
     def _find_said(self, text: str, content: str, first: int, end: int) -> tuple[int, int] | None:
-        """Where `content`, maybe without the blanks around it, last is before `end`, best from `first` on and with
-        nothing but ends of turns after it: a word of the template, such as `n` in <|end|>, is not taken for it."""
+        """Where `content`, maybe without the blanks around it, is before `end`: best from `first` on and with nothing
+        but ends of turns after it, else the last time that it occurs."""
         ways = [said for said in dict.fromkeys((content, content.rstrip(), content.lstrip(), content.strip())) if said]
         for start in dict.fromkeys((first, 0)):
-            for said in ways:
-                at = text.rfind(said, start, end)
+            for said in ways if content.strip() or start == first else ():
+                at = text.find(said, start, end)
                 while at >= 0 and not self._only_ends.fullmatch(text, at + len(said), end):
-                    at = text.rfind(said, start, at + len(said) - 1)
+                    at = text.find(said, at + 1, end)
                 if at >= 0:
                     return at, at + len(said)
         at = text.rfind(ways[-1], 0, end) if content.strip() else -1

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from lorasft.data.chat_format import AnswerLocator, AnswerSpan, ChatFormat, MarkedText, name_of
-from lorasft.data.encoding import Encoded
+from lorasft.data.encoding import Encoded, Span
 from lorasft.data.examples import BLOCK, Example, Message
 from lorasft.data.markers import compare_markers, has_markers
 from lorasft.data.reasoning import FIELDS, reasoning_of, without_reasoning
@@ -48,7 +48,7 @@ class Labeler:
         stream = iter(examples)
         while block := list(islice(stream, BLOCK)):
             marked = self._mark_block(block, bad)
-            encoded = self.format.encoder.encode(text for _, texts in marked for text in _texts_of(texts))
+            encoded = self.format.encoder.encode(_texts_of(chain.from_iterable(texts for _, texts in marked)))
             for example, texts in marked:
                 try:
                     if texts[0].answers:
@@ -173,12 +173,13 @@ class Labeler:
         ids = np.array(whole.ids + (self.eos if marked.add_eos else []), dtype=np.int32)
         labels = np.full(len(ids), UNSUPERVISED, dtype=np.int32)
         for answer, prompt in zip(marked.answers, prompts, strict=True):
-            first, end = whole.tokens_between(answer.start, answer.end)
-            if first < end:
+            found = whole.tokens_between(answer.start, answer.end)
+            if found:
+                (first, end), (start, stop) = found
                 # A token that holds foreign text is not supervised, unless that is a blank, which SentencePiece makes
                 # part of the word after it.
-                before = bool(marked.text[whole.spans[first, 0] : answer.start].strip())
-                after = bool(marked.text[answer.end : whole.spans[end - 1, 1]].strip())
+                before = bool(marked.text[start : answer.start].strip())
+                after = bool(marked.text[answer.end : stop].strip())
                 report.straddling_tokens += before + after
                 supervised = slice(max(first + before, len(prompt)), end - after)
                 labels[supervised] = ids[supervised]
@@ -254,9 +255,14 @@ def parity_breaks(tokens: Tokens, prompts: Sequence[list[int]]) -> int:
     return breaks
 
 
-def _texts_of(texts: Sequence[MarkedText]) -> list[str]:
-    """All that has to be encoded: each text and its prompts."""
-    return [text for marked in texts for text in (marked.text, *(marked.text[: a.prompt] for a in marked.answers))]
+def _texts_of(texts: Iterable[MarkedText]) -> dict[str, list[Span]]:
+    """All that has to be encoded: each text with the characters of its answers, and its prompts."""
+    found: dict[str, list[Span]] = {}
+    for marked in texts:
+        for answer in marked.answers:
+            found.setdefault(marked.text[: answer.prompt], [])
+        found.setdefault(marked.text, []).extend((answer.start, answer.end) for answer in marked.answers)
+    return found
 
 
 def _drop_reasoning(example: Example, report: Report) -> Example:

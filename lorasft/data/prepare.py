@@ -257,7 +257,9 @@ class Encoded:
     learned_special: tuple[int, ...]
 
 
-def _write(stage: Path, data: DataSettings, labeler: Labeler, report: Report, workers: int) -> tuple[list[Example], set[int]]:
+def _write(
+    stage: Path, data: DataSettings, labeler: Labeler, report: Report, workers: int
+) -> tuple[list[Example], set[int]]:
     """Encode all examples into the stage's stores; the first few held-out conversations, the added tokens learned."""
     samples: list[Example] = []
     learned_special: set[int] = set()

@@ -176,9 +176,10 @@ def _multiply(sign: str, left: Any, right: Any) -> Any:
 def _join(pieces: Iterable[str]) -> str:
     """Jinja's own would hold what a template makes, however much that is."""
     found = list(islice(pieces, MOST_PIECES))
-    if len(found) == MOST_PIECES or sum(map(len, found)) > LARGEST_TEXT:
+    text = "".join(found)
+    if len(found) == MOST_PIECES or len(text) > LARGEST_TEXT:
         raise MemoryError("it makes text without end")
-    return "".join(found)
+    return text
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
