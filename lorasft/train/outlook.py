@@ -22,7 +22,7 @@ from lorasft.model.sample import make_sample
 from lorasft.recipe import AdapterSettings, Recipe
 from lorasft.train.layout import Fit, choose_layout, recompute_wish
 from lorasft.train.remedies import Shortage, find_remedies
-from lorasft.train.run import make_plan, probe, read_data, read_settled_config
+from lorasft.train.run import make_plan, probe, read_checked_config, read_data
 
 _LIBRARIES = 1 << 29  # bytes of a card of a given size that its driver and the libraries take
 _STEPS_TIMED = 16  # whose micro-batches stand for those of the run
@@ -77,7 +77,7 @@ def foresee(recipe: Recipe, *, memory: int | None) -> Outlook:
     Raises what a start of the run would raise before its weights are read, and ModelError for a model whose layers
     cannot be measured.
     """
-    config = read_settled_config(recipe)
+    config = read_checked_config(recipe)
     with tempfile.TemporaryDirectory() as folder:
         _, prepared = read_data(recipe, config, Path(folder))
         return _foresee(recipe, config, prepared, memory=memory)
