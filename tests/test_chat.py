@@ -318,7 +318,10 @@ def test_texts_are_cut_at_no_token_that_another_can_swallow(tmp_path: Path, adde
     encoder = make_encoder(tokenizer)
     assert encoder.format.encoder.restart == found
     for text in ("x<|start|>user\nab<|start|>dog", "", "<|start|>", "a<|start|><|start|> b"):
-        assert encoder.format.encoder.encode({text: ()})[text].ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert (
+            encoder.format.encoder.encode({text: ()})[text].ids
+            == tokenizer(text, add_special_tokens=False)["input_ids"]
+        )
 
 
 def test_control_tokens_in_the_data(tiny: Any) -> None:
@@ -386,7 +389,7 @@ def test_a_template_reads_the_recipes_date_and_serves_it(tmp_path: Path, tiny: A
         assert served.split("\n")[0] == heads[-1]
     assert heads == ["<|start|>26 Jul 2024, 2024", "<|start|>02 Jan 2025, 2025"]
     clock = make_encoder(load_tokenizer(tiny.name_or_path), chat={"template": str(file), "template_date": None})
-    assert "strftime_now" in clock.turns.tokenizer.chat_template
+    assert "strftime_now" in clock.format.tokenizer.chat_template
     with pytest.raises(ValueError, match="template_date"):
         ChatSettings(template_date="yesterday")
 

@@ -247,7 +247,7 @@ def test_a_template_does_not_leave_its_sandbox(
 def test_a_template_that_reaches_for_code_is_unsafe(base: Path) -> None:
     tokenizer = load_tokenizer(str(base))
     tokenizer.chat_template = ESCAPES[0]
-    with pytest.raises(UnsafeError, match="no data"):
+    with pytest.raises(UnsafeError, match="not data"):
         render(tokenizer, [{"role": "user", "content": "q"}])
 
 

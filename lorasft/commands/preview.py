@@ -65,7 +65,9 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
     labeler = Labeler(ChatFormat(tokenizer, settings.chat), settings.data)
     most = rows if rows is not None else 1000 if html else 3
     shown: list[Row] = []
-    for number, (example, sequences, held_out) in enumerate(encode_sources(settings.data, labeler=labeler, report=report)):
+    for number, (example, sequences, held_out) in enumerate(
+        encode_sources(settings.data, labeler=labeler, report=report)
+    ):
         if as_json:
             _print_json(example, sequences, tokenizer, held_out)
         elif number < most:

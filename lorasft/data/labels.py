@@ -121,7 +121,7 @@ class Labeler:
                 raise DataError("an answer with <think> or </think> alone, which the template would cut", hint=hint)
 
     def _count_losses(self, message: Message, target: int, text: str, answer: AnswerSpan, report: Report) -> None:
-        """Count what the template changed or left out of one answer. Raises DataError for lost reasoning that counts."""
+        """Count what the template changed or left out. Raises DataError for reasoning that must not be lost."""
         reasoning = reasoning_of(message)
         if reasoning and reasoning not in text[answer.start - answer.masked : answer.end]:
             if self.chat.thinking == "error":

@@ -190,14 +190,14 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def limits() -> Iterator[Callable[[], object]]:
-    """Raise TimeoutError in the block after SECONDS, MemoryError where it takes over ROOM bytes more than there are now.
+    """Raise TimeoutError in the block after SECONDS, and MemoryError where it takes over ROOM more bytes than now.
 
     What it gives sets the clock back. Only a main thread on a Unix can be interrupted; Linux alone counts the memory.
     """
     with ExitStack() as stack:
         if sys.platform.startswith("linux"):
             soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-            taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            taken = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
             if soft == resource.RLIM_INFINITY or soft > taken + ROOM:
                 resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM, hard))
                 stack.callback(resource.setrlimit, resource.RLIMIT_AS, (soft, hard))
