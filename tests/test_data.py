@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import socket
 from collections.abc import Iterator
@@ -14,8 +13,9 @@ import pytest
 from tiny_tokenizer import TEMPLATE, save_tokenizer
 
 from lorasft import cli
-from lorasft.data.chat import Encoder
+from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import Example, read_examples
+from lorasft.data.labels import Labeler
 from lorasft.data.prepare import held_out_below, list_ingredients, make_key, open_prepared, prepare
 from lorasft.data.report import BadRows, Report
 from lorasft.data.sources import LARGEST_ROW, Place
@@ -383,8 +383,7 @@ def test_every_ingredient_changes_the_key(
     data, chat = DataSettings(train=(str(rows),)), ChatSettings(template=str(template))
 
     def key(data: DataSettings = data, chat: ChatSettings = chat, folder: Path = tokenizer_folder) -> str:
-        encoder = Encoder(load_tokenizer(str(folder)), chat, data=data, report=Report())
-        return make_key(list_ingredients(data, chat, encoder=encoder))
+        return make_key(list_ingredients(data, ChatFormat(load_tokenizer(str(folder)), chat)))
 
     first = key()
     assert key() == first
@@ -443,13 +442,13 @@ def test_files_that_change_while_they_are_read_are_refused(
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(numbered(9))
-    plain = Encoder.encode_all
+    plain = Labeler.encode_all
 
-    def encode_all(self: Encoder, *given: Any, **named: Any) -> Any:
+    def encode_all(self: Labeler, *given: Any, **named: Any) -> Any:
         rows.write_bytes(numbered(10))
         return plain(self, *given, **named)
 
-    monkeypatch.setattr(Encoder, "encode_all", encode_all)
+    monkeypatch.setattr(Labeler, "encode_all", encode_all)
     data = DataSettings(train=(str(rows),), eval=None)
     with pytest.raises(DataError, match="changed while they were read"):
         prepare(data, ChatSettings(), tokenizer=tokenizer, folder=tmp_path / "cache", workers=1)
@@ -500,19 +499,6 @@ def test_rows_that_hold_keys_are_named(recipe: Path, capsys: Any, key: str) -> N
     array.write_text(json.dumps([{"prompt": "hf_x sk-learn", "completion": "AKIA"}]), encoding="utf-8")
     assert cli.main(["preview", str(recipe), f"data.train={array}"]) == 0
     assert "seem to hold" not in capsys.readouterr().out
-
-
-def test_preview_ends_with_the_code_of_its_fault(recipe: Path, tmp_path: Path, capsys: Any) -> None:
-    assert cli.main(["preview", str(recipe), "data.max_length=8"]) == 3
-    assert cli.main(["preview", str(recipe), f"model.base={tmp_path}"]) == 4
-    assert cli.main(["preview", str(recipe), f"data.train={tmp_path}/absent.jsonl"]) == 3
-    error = capsys.readouterr().err
-    assert "Traceback" not in error and "hint: " in error
-
-
-def test_values_are_frozen() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Place("f", 1).line = 2  # type: ignore[misc]
 
 
 def test_data_sets_of_the_hub_go_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,7 +207,8 @@ def _build_evenly(
     Less room is more even and, cut into more trees, repeats more of what `whole` shares.
     """
     fewest = sum(tree.tokens for tree in whole)
-    room = even_capacity(fewest, capacity, processes=processes)
+    rounds = max(1, math.ceil(fewest / (capacity * processes)))
+    room = min(capacity, math.ceil(1.03 * fewest / (rounds * processes)))  # equally many for each, 3 % to fit them in
     found: list[tuple[float, int, list[Tree]]] = []
     while True:
         trees = build_trees(sequences, capacity=room, share=share)
@@ -218,12 +219,6 @@ def _build_evenly(
         room = min(capacity, math.ceil(1.5 * room))
     _, room, trees = min(found, key=itemgetter(0))
     return room, trees
-
-
-def even_capacity(tokens: int, capacity: int, *, processes: int) -> int:
-    """The largest micro-batch of which `processes` need equally many for `tokens`, with 3 % of room to fit them in."""
-    rounds = math.ceil(tokens / (capacity * processes))
-    return min(capacity, math.ceil(1.03 * tokens / (max(1, rounds) * processes)))
 
 
 def share(batches: Sequence[MicroBatch], index: int, count: int) -> list[MicroBatch]:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lorasft.data.chat import Encoder
+from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import Example, RowBlock, read_blocks, shape_block
+from lorasft.data.labels import Labeler
 from lorasft.data.report import BadRows, Report
 from lorasft.data.sources import Place, load_hub, source_files
 from lorasft.data.store import Arrays, StoreWriter, TokenStore, map_store, pack_examples
@@ -75,8 +76,8 @@ def prepare(
     result is the same. Raises DataError (or Several) for rows, files and counts that the recipe does not allow,
     ModelError for a template that cannot be used, CapacityError when a process dies.
     """
-    encoder = Encoder(tokenizer, chat, data=data, report=Report())
-    ingredients = list_ingredients(data, chat, encoder=encoder)
+    labeler = Labeler(ChatFormat(tokenizer, chat), data)
+    ingredients = list_ingredients(data, labeler.format)
     key = make_key(ingredients)
     target = folder / key[:16]
     if target.exists():
@@ -86,11 +87,11 @@ def prepare(
             remove_folder(target)
     before = _file_states(data)
     with staged_folder(target) as stage:
-        record = _write_store(stage, data, encoder, workers or available_workers())
+        record = _write_store(stage, data, labeler, workers or available_workers())
         if _file_states(data) != before:
             what = "the files of the data changed while they were read"
             raise DataError(what, where=_paths(data), hint="start again when they are complete")
-        record |= {"key": key, "ingredients": ingredients, "stop_ids": encoder.stop_ids}
+        record |= {"key": key, "ingredients": ingredients, "stop_ids": labeler.format.stop_ids}
         write_file(stage / "prepared.json", json.dumps(record).encode())
     return _open(target)
 
@@ -142,17 +143,17 @@ def make_key(ingredients: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
 
-def list_ingredients(data: DataSettings, chat: ChatSettings, *, encoder: Encoder) -> dict[str, Any]:
+def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, Any]:
     """Everything that the tokens are made from, as JSON values. Raises DataError when a source is missing."""
-    tokenizer = encoder.turns.tokenizer
+    tokenizer = chat_format.tokenizer
     return {
         "schema": SCHEMA,
         "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "jinja2", "transformers")},
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "template": tokenizer.chat_template,
         "special": [tokenizer.bos_token, tokenizer.eos_token],
-        "probe": encoder.turns.probe_text,  # holds today's date where the template writes it
-        "chat": chat.model_dump(mode="json"),
+        "probe": chat_format.style.text,  # holds today's date where the template writes it
+        "chat": chat_format.chat.model_dump(mode="json"),
         "data": data.model_dump(mode="json"),
         "files": dict(entry for source in _sources(data) for entry in _source_hashes(source)),
     }
@@ -188,9 +189,8 @@ def encode_source(
         blocks = read_blocks((source,), data)
         first = next(blocks)
     bad = BadRows(data.on_bad_row, Report())
-    encoder = Encoder(tokenizer, chat, data=data, report=bad.report)
     rows = (example for block in chain([first], blocks) for example in shape_block(block, data, bad=bad))
-    examples = list(encoder.encode_all(rows, bad=bad))
+    examples = list(Labeler(ChatFormat(tokenizer, chat), data).encode_all(rows, bad=bad))
     bad.raise_all()
     return examples, bad.report
 
@@ -210,18 +210,17 @@ class PreparedBlock:
     learned_special: tuple[int, ...]
 
 
-def _prepare_block(work: tuple[RowBlock, bool, bool], data: DataSettings, encoder: Encoder) -> PreparedBlock:
+def _prepare_block(work: tuple[RowBlock, bool, bool], data: DataSettings, labeler: Labeler) -> PreparedBlock:
     """A block of rows, whether it is held out, and whether to encode it: done by itself, with a report of its own."""
     block, apart, encode = work
     bad = BadRows(data.on_bad_row, Report())
-    encoder.count_in(bad.report)
     examples: list[Example] = []
     encoded: list[tuple[Example, tuple[Tokens, ...]]] = []
     error = None
     try:
         examples.extend(shape_block(block, data, bad=bad))
         encode = encode and not bad.errors
-        encoded = list(encoder.encode_all(examples, bad=bad)) if encode else []
+        encoded = list(labeler.encode_all(examples, bad=bad)) if encode else []
     except LorasftError as raised:
         error = raised
     return PreparedBlock(
@@ -233,7 +232,7 @@ def _prepare_block(work: tuple[RowBlock, bool, bool], data: DataSettings, encode
         packed=pack_examples([(example.place.line, tokens) for example, tokens in encoded]) if encode else None,
         packed_digests=np.array([example.digest for example, _ in encoded], dtype=np.uint64),
         samples=_choose_samples({example.digest: example for example, _ in encoded if example.messages}),
-        learned_special=encoder.learned_special(),
+        learned_special=labeler.learned_special(),
     )
 
 
@@ -242,12 +241,12 @@ def _choose_samples(examples: dict[int, Example]) -> dict[int, Example]:
     return {digest: examples[digest] for digest in sorted(examples)[:SAMPLES]}
 
 
-def _write_store(stage: Path, data: DataSettings, encoder: Encoder, workers: int) -> dict[str, Any]:
+def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int) -> dict[str, Any]:
     """Write all examples into the stage's store; what else to record of them, as JSON values."""
-    report, encoding = encoder.report, True
+    report, encoding = Report(), True
     bad = BadRows(data.on_bad_row, report)
     blocks = ((block, apart, encoding) for block, apart in _read_all(data))  # `encoding` as it is at that time
-    work = partial(_prepare_block, data=data, encoder=encoder)
+    work = partial(_prepare_block, data=data, labeler=labeler)
     found: dict[bool, list[Digests]] = {False: [], True: []}
     packed: list[tuple[Digests, bool]] = []
     samples: dict[int, Example] = {}
