@@ -207,7 +207,6 @@ class PreparedBlock:
     packed: Arrays | None  # None: nothing was encoded, because of rows that cannot be read, here or before
     packed_digests: Digests
     samples: dict[int, Example]  # digest -> conversation
-    learned_special: tuple[int, ...]
 
 
 def _prepare_block(work: tuple[RowBlock, bool, bool], data: DataSettings, labeler: Labeler) -> PreparedBlock:
@@ -232,7 +231,6 @@ def _prepare_block(work: tuple[RowBlock, bool, bool], data: DataSettings, labele
         packed=pack_examples([(example.place.line, tokens) for example, tokens in encoded]) if encode else None,
         packed_digests=np.array([example.digest for example, _ in encoded], dtype=np.uint64),
         samples=_choose_samples({example.digest: example for example, _ in encoded if example.messages}),
-        learned_special=labeler.learned_special(),
     )
 
 
@@ -250,7 +248,7 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     found: dict[bool, list[Digests]] = {False: [], True: []}
     packed: list[tuple[Digests, bool]] = []
     samples: dict[int, Example] = {}
-    learned_special: set[int] = set()
+    supervised: set[int] = set()  # ids
     with StoreWriter(stage) as store, closing(map_blocks(work, blocks, workers=workers)) as results:
         for block in results:
             encoding = encoding and block.packed is not None
@@ -262,10 +260,10 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
             found[block.apart].append(block.digests)
             if block.packed is not None:
                 store.add(block.file, block.packed)
+                supervised.update(np.bincount(block.packed["ids"][block.packed["supervised"]]).nonzero()[0].tolist())
                 packed.append((block.packed_digests, block.apart))
             if block.apart or isinstance(data.eval, float):
                 samples = _choose_samples(samples | block.samples)
-            learned_special.update(block.learned_special)
         bad.raise_all()
         below = _split(data, *(np.concatenate([NO_DIGESTS, *found[apart]]) for apart in (False, True)), report=report)
         held_out = np.concatenate([np.zeros(0, dtype=bool), *(apart | (own < below) for own, apart in packed)])
@@ -277,7 +275,7 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     return {
         "samples": shown,
         "report": vars(report) | {"lengths": list(report.lengths)},
-        "learned_special": sorted(learned_special),
+        "learned_special": sorted(supervised & labeler.format.tokenizer.added_tokens_decoder.keys()),
     }
 
 
