@@ -191,14 +191,14 @@ def save_base(folder: Path, sizes: dict[str, Any], tokenizer: Path | None, *, co
     return str(folder)
 
 
-def make_recipe(base: str, data: str, **sections: Any) -> Any:
+def make_recipe(base: str, rows: str, **sections: Any) -> Any:
     """A recipe without held-out rows, into a folder of its own beside the base."""
     from lorasft.recipe import Recipe
 
     output = tempfile.mkdtemp(dir=Path(base).parent)
     fixed = {
         "model": {"base": base, "dtype": "bfloat16"},
-        "data": {"train": [{"path": data}], "eval": None},
+        "data": {"train": [{"path": rows}], "eval": None},
         "schedule": {"name": "constant", "warmup": 0},
         "run": {"output": output, "eval_every": None},
     }
@@ -1032,7 +1032,7 @@ COMMANDS: dict[str, tuple[Callable[[Bench], None], dict[str, dict[str, Any]]]] =
     "memory": (bench_memory, {"--data": MANY, "--tokenizer": {}}),
     "start": (bench_start, {"--base": {}, "--layers": {}}),
     "merge": (bench_merge, {"--layers": {}, "--skip": {}}),
-    "data": (bench_data, {"--data": NEEDED, "--tokenizer": {}, "--rows": {}, "--peers": {}}),
+    "data": (bench_data, {"--data": NEEDED, "--tokenizer": NEEDED, "--rows": {}, "--peers": {}}),
 }  # fmt: skip
 CELLS = {cell.__name__: cell for cell in (train_arm, flat_case, prefix_steps, head_loss, plan_and_run, load_and_run,
                                           merge_way, prepare_rows)}  # fmt: skip
