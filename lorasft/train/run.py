@@ -1,7 +1,7 @@
 """A run from its folder to its adapter: checked, prepared, started or resumed, exported.
 
 recipe.yaml        the resolved recipe; its presence makes a folder a run
-provenance.json    versions, layout, base and data that the run stands on
+provenance.json    versions, layout, base and data that the run is made of
 memory.json        what a step was predicted to need, and what the heaviest took when it was rehearsed
 tokens/            what is trained and evaluated on
 metrics.jsonl      one line a step
