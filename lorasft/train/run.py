@@ -160,11 +160,10 @@ def read_data(recipe: Recipe, config: Any, folder: Path) -> tuple[Any, Prepared]
     """The tokenizer, and the data prepared in `folder`. Raises ModelError for ids that the model has no row for."""
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
     prepared = prepare(recipe.data, recipe.chat, tokenizer=tokenizer, folder=folder)
-    rows = config.get_text_config().vocab_size
-    for store in (prepared.train, prepared.held_out):
-        if store is not None and len(store.ids) and int(store.ids.max()) >= rows:  # on which a GPU would only assert
-            what = f"the tokenizer gives id {int(store.ids.max())}, the model has {rows} embedding rows"
-            raise ModelError(what, where="model.base", hint="use the tokenizer that belongs to the model")
+    rows, most = config.get_text_config().vocab_size, int(prepared.store.arrays["ids"].max())
+    if most >= rows:  # on which a GPU would only assert
+        what = f"the tokenizer gives id {most}, the model has {rows} embedding rows"
+        raise ModelError(what, where="model.base", hint="use the tokenizer that belongs to the model")
     return tokenizer, prepared
 
 
