@@ -8,10 +8,13 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from lorasft.data.packing import cut
+from lorasft.data.packing import MicroBatch, Sequences, cut, share
 from lorasft.data.tokens import UNSUPERVISED, Tokens
 from lorasft.model.loss import Network, pair_losses
+
+_GROUP = 64  # examples cut together: enough to fill micro-batches well, few enough to bound what is held
 
 
 class Given:
@@ -36,7 +39,7 @@ def everything(ids: NDArray[np.int32]) -> Tokens:
 
 def score_batches(
     network: Network,
-    rows: Rows,
+    rows: Sequences,
     examples: Sequence[int],
     *,
     capacity: int,
@@ -55,9 +58,7 @@ def score_batches(
     try:
         for start in range(0, len(examples), _GROUP):
             group = examples[start : start + _GROUP]
-            batches = cut(
-                rows, group, capacity=room, processes=processes, share=network.share, horizon=network.horizon
-            )
+            batches = cut(rows, group, capacity=room, processes=processes, share=network.share, horizon=network.horizon)
             for batch in share(tuple(batches), index, processes):
                 with torch.no_grad(), explain(batch):
                     losses = pair_losses(network, batch)
