@@ -116,7 +116,7 @@ def test_transformers_reads_the_same_model_back(name: str, kind: Any, tmp_path: 
 
 
 def test_bfloat16_shards_and_small_blocks_make_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = save_model(tmp_path / "model", MODELS["mistral"](), torch.bfloat16)
+    model = save_model(tmp_path / "model", MODELS["llama"](), torch.bfloat16)
     write_gguf(tmp_path / "model", tmp_path / "one.gguf")
     embedding = model.get_input_embeddings().weight.detach().float().numpy()
     (tmp_path / "model/model.safetensors").unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ def score_batches(
     capacity: int,
     processes: int = 1,
     index: int = 0,
-    explain: Callable[[MicroBatch], AbstractContextManager[None]] = nullcontext,
+    explain: Callable[[MicroBatch], AbstractContextManager[Any]] = nullcontext,
 ) -> Iterator[tuple[MicroBatch, Tensor]]:
     """Micro-batches of `examples` and the losses of their pairs, (pairs,) each, with the model in evaluation mode.
 
