@@ -29,7 +29,6 @@ FLOORS = [
     {"data"},
     {"model"},
     {"train", "merge", "export"},
-    {"faults"},
     {"commands"},
     {"cli"},
     {"__main__"},
@@ -41,7 +40,7 @@ ROOMS = {
     "peft": {"model", "merge"},
     "bitsandbytes": {"model", "merge", "train"},
     "accelerate": {"train", "merge", "commands"},
-    "transformers": {"data", "model", "train", "merge", "export", "faults", "commands"},
+    "transformers": {"data", "model", "train", "merge", "export", "commands"},
     "gguf": {"export"},
     "yaml": {"strict_yaml"},
     "pydantic": {"recipe", "recipe_faults", "adapter_files", "train"},
@@ -111,8 +110,6 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 WRITERS = {
     "data/store.py": {"open", "mkdir", "write_text"},  # the flat files of a store, in the stage of prepare
     "export/gguf_file.py": {"open"},  # appends to the stage of staged_file
-    "faults/subject.py": {"save_pretrained", "write_text"},  # a base that is made to be thrown away
-    "faults/trial.py": {"open", "rmtree", "truncate", "unlink"},  # the faults themselves, and their words
     "commands/export.py": {"TemporaryDirectory"},
     "merge/folder.py": {"copyfile", "rmtree"},  # in the stage of the merge
     "merge/requantize.py": {"save_pretrained", "chmod"},  # in the stage of the merge

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fault_states import in_fork, with_fault
 
+from faults.states import in_fork, with_fault
+from faults.trial import kill_at
 from lorasft.errors import CapacityError, ModelError
-from lorasft.faults.trial import kill_at
 from lorasft.files import sha256, verify_folder
 from lorasft.merge.folder import merge
 from lorasft.merge.source import Source
