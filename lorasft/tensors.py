@@ -179,14 +179,14 @@ def open_tensors(path: Path, *, largest: int = LARGEST_HEADER) -> TensorFile:
             if prefix == b"version ":
                 raise ModelError("this is a Git LFS pointer, not the weights", where=str(path), hint="git lfs pull")
             page = prefix.lstrip().startswith(b"<")
-            what = "a web page (HTML), not the weights" if page else "no safetensors file, or its header is too long"
+            what = "a web page (HTML), not the weights" if page else "not a safetensors file, or its header is too long"
             raise ModelError(f"this is {what}", where=str(path), hint=_AGAIN)
         header = file.read(length)
     try:
         with safe_open(path, "np"):  # refuses what is not to be trusted
             fields = json.loads(header)
     except (SafetensorError, OSError, ValueError) as fault:
-        raise ModelError(f"cannot read the weights: {fault}", where=str(path), hint=_AGAIN) from None
+        raise ModelError(f"cannot read the weights: {str(fault)[:120]}", where=str(path), hint=_AGAIN) from None
     metadata = fields.pop("__metadata__", None)
     ordered = sorted(fields.items(), key=lambda item: item[1]["data_offsets"])
     specs, starts = {}, {}

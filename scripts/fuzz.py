@@ -35,18 +35,17 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
-from lorasft.adapter_files import CONFIG, WEIGHTS
-from lorasft.data.chat import Encoder
+from lorasft.adapter_config import CONFIG, WEIGHTS
+from lorasft.artifact import find_artifact
+from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import read_examples
+from lorasft.data.labels import Labeler
 from lorasft.data.report import BadRows, Report
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import LorasftError
-from lorasft.merge.config import read_config
-from lorasft.merge.plan import plan_merge
-from lorasft.merge.source import find_source
+from lorasft.merge.write import plan_merge
 from lorasft.model.adapter import attach_adapter, load_adapter, write_adapter
 from lorasft.model.base import load_base
-from lorasft.model.saved import find_saved
 from lorasft.recipe import AdapterSettings, ChatSettings, DataSettings, ModelSettings, load_recipe, shipped_recipes
 
 SECONDS = 5.0  # for one case
@@ -110,7 +109,7 @@ class Bench:
         self.trees = [load_recipe("tiny").model_dump(mode="json"), {"model": {"base": "x"}, "data": {"train": "y"}}]
         self.data = DataSettings(train=({"path": str(self.file.with_suffix(".jsonl"))},), eval=None)  # type: ignore[arg-type]
         self.report = Report()
-        self.encoder = Encoder(load_tokenizer(str(TINY / "base")), ChatSettings(), data=self.data, report=self.report)
+        self.labeler = Labeler(ChatFormat(load_tokenizer(str(TINY / "base")), ChatSettings()), self.data)
 
     def headers(self, draw: random.Random) -> None:
         (self.adapter / CONFIG).write_text(json.dumps(self.config), encoding="utf-8")
@@ -146,7 +145,7 @@ class Bench:
         path.write_bytes(draw.choice([b"\n", b"\n", b"\r\n", b""]).join(lines))
         bad = BadRows("error", self.report)
         source = self.data.train[0].model_copy(update={"path": str(path)})
-        for _ in self.encoder.encode_all(read_examples((source,), self.data, bad=bad), bad=bad):
+        for _ in self.labeler.encode_all(read_examples((source,), self.data, bad=bad), bad=bad):
             pass
         bad.raise_all()
 
@@ -162,18 +161,18 @@ class Bench:
             raise faults[0]
 
     def _load(self) -> None:
-        find_saved(str(self.adapter))
-        load_adapter(copy.deepcopy(self.model), self.adapter)
+        load_adapter(copy.deepcopy(self.model), find_artifact(str(self.adapter)))
 
     def _merge(self) -> None:
-        find_source(str(self.adapter), base=str(self.base))
-        plan_merge(self.base, self.adapter, config=read_config(self.base))
+        artifact = find_artifact(str(self.adapter), base=str(self.base))
+        artifact.verify()
+        plan_merge(artifact)
 
     def _load_base(self) -> None:
         load_base(ModelSettings(base=str(self.base), quantization="none"), torch.device("cpu"))
 
     def _tokenize(self) -> None:
-        Encoder(load_tokenizer(str(self.base)), ChatSettings(), data=self.data, report=Report())
+        ChatFormat(load_tokenizer(str(self.base)), ChatSettings())
 
 
 def mutate_bytes(content: bytes, draw: random.Random) -> bytes:

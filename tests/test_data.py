@@ -14,8 +14,9 @@ import pytest
 from tiny_tokenizer import TEMPLATE, save_tokenizer
 
 from lorasft import cli
-from lorasft.data.chat import Encoder
+from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import Example, held_out_below, read_examples
+from lorasft.data.labels import Labeler
 from lorasft.data.prepare import list_ingredients, make_key, open_prepared, prepare
 from lorasft.data.report import BadRows, Report
 from lorasft.data.rows import LARGEST_ROW, Place
@@ -380,8 +381,7 @@ def test_every_ingredient_changes_the_key(
     data, chat = DataSettings(train=(str(rows),)), ChatSettings(template=str(template))
 
     def key(data: DataSettings = data, chat: ChatSettings = chat, folder: Path = tokenizer_folder) -> str:
-        encoder = Encoder(load_tokenizer(str(folder)), chat, data=data, report=Report())
-        return make_key(list_ingredients(data, chat, encoder=encoder))
+        return make_key(list_ingredients(data, ChatFormat(load_tokenizer(str(folder)), chat)))
 
     first = key()
     assert key() == first
@@ -440,13 +440,13 @@ def test_files_that_change_while_they_are_read_are_refused(
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(numbered(9))
-    plain = Encoder.encode_all
+    plain = Labeler.encode_all
 
-    def encode_all(self: Encoder, *given: Any, **named: Any) -> Any:
+    def encode_all(self: Labeler, *given: Any, **named: Any) -> Any:
         rows.write_bytes(numbered(10))
         return plain(self, *given, **named)
 
-    monkeypatch.setattr(Encoder, "encode_all", encode_all)
+    monkeypatch.setattr(Labeler, "encode_all", encode_all)
     data = DataSettings(train=(str(rows),), eval=None)
     with pytest.raises(DataError, match="changed while they were read"):
         prepare(data, ChatSettings(), tokenizer=tokenizer, folder=tmp_path / "cache", workers=1)

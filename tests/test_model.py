@@ -17,9 +17,10 @@ from test_oracles import Rows, differences, packed_step
 from tiny_models import make_base, randomize_adapter, shape
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Qwen3MoeConfig, Qwen3NextConfig
 
+from lorasft.artifact import find_artifact
 from lorasft.data.packing import cut, shuffle
 from lorasft.errors import LorasftError, ModelError, RecipeError, UnsafeError
-from lorasft.merge.plan import plan_merge
+from lorasft.merge.write import plan_merge
 from lorasft.model.adapter import attach_adapter, check_targets, load_adapter, trainable, write_adapter
 from lorasft.model.base import count_bytes, load_base, read_config
 from lorasft.model.loss import pair_losses
@@ -152,7 +153,7 @@ def test_an_adapter_survives_the_disk_bit_for_bit(tmp_path: Path) -> None:
     model = attach_adapter(make_base("llama"), AdapterSettings(rank=4), seed=0)
     randomize_adapter(model)
     write_adapter(model, tmp_path, base=ModelSettings(base="x"))
-    again = load_adapter(make_base("llama"), tmp_path, trainable=True)
+    again = load_adapter(make_base("llama"), find_artifact(str(tmp_path)), trainable=True)
     assert all(torch.equal(p, trainable(again)[name]) for name, p in trainable(model).items())
     assert all(p.dtype == torch.float32 for p in trainable(again).values())
 
@@ -184,7 +185,7 @@ def _lose_a_tensor(folder: Path) -> None:
         (lambda folder: _edit(folder / "adapter_config.json", target_modules="(a+)+$"), UnsafeError, "patterns"),
         (lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"), UnsafeError,
          "pickle"),
-        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x" * 99), ModelError, "not a safetensors"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x" * 99), ModelError, "[Hh]eader"),
     ],
 )  # fmt: skip
 def test_an_adapter_that_does_not_fit_is_refused(
@@ -194,17 +195,17 @@ def test_an_adapter_that_does_not_fit_is_refused(
     write_adapter(model, tmp_path, base=ModelSettings(base="x"))
     harm(tmp_path)
     with pytest.raises(kind, match=words):
-        load_adapter(make_base("llama"), tmp_path)
+        load_adapter(make_base("llama"), find_artifact(str(tmp_path)))
     make_base("llama").save_pretrained(tmp_path / "base")
     with pytest.raises(LorasftError):
-        plan_merge(tmp_path / "base", tmp_path, config={"model_type": "llama"})
+        plan_merge(find_artifact(str(tmp_path), base=str(tmp_path / "base")))
 
 
 def test_an_adapter_initialized_in_a_special_way_loads_as_it_was_saved(tmp_path: Path) -> None:
     model = attach_adapter(make_base("llama"), AdapterSettings(rank=4), seed=0)
     write_adapter(model, tmp_path, base=ModelSettings(base="x"))
     _edit(tmp_path / "adapter_config.json", init_lora_weights="pissa")
-    again = load_adapter(make_base("llama"), tmp_path, trainable=True)
+    again = load_adapter(make_base("llama"), find_artifact(str(tmp_path)), trainable=True)
     assert all(torch.equal(p, trainable(again)[name]) for name, p in trainable(model).items())
 
 
@@ -218,10 +219,10 @@ def test_a_tied_head_is_not_trained_alone(name: str) -> None:
 @pytest.mark.parametrize(
     ("config", "kind", "words"),
     [
-        ({"model_type": "t5", "is_encoder_decoder": True}, ModelError, "no causal language model"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, ModelError, "causal language model"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ModelError, "gptq"),
         ({"model_type": "strange", "auto_map": {"AutoConfig": "a.B"}}, UnsafeError, "code"),
-        ({"model_type": "clip"}, ModelError, "no causal language model"),
+        ({"model_type": "clip"}, ModelError, "causal language model"),
     ],
 )
 def test_a_base_that_cannot_be_trained_is_refused_before_its_weights(
@@ -243,7 +244,7 @@ def test_an_adapter_given_as_base_is_told_apart(tmp_path: Path) -> None:
 def test_weights_that_are_not_there_are_not_made_up(tmp_path: Path) -> None:
     folder = save_base(tmp_path)
     _edit(folder / "config.json", num_hidden_layers=3)
-    with pytest.raises(ModelError, match=r"no model\.layers\.2\..* and no \d others"):
+    with pytest.raises(ModelError, match=r"model\.layers\.2\."):
         load_base(ModelSettings(base=str(folder), quantization="none"), CPU)
 
 

@@ -21,7 +21,8 @@ FLOORS = [
         "recipe",
         "recipe_faults",
         "strict_yaml",
-        "adapter_files",
+        "adapter_config",
+        "artifact",
         "signals",
         "terminal",
         "",
@@ -43,7 +44,7 @@ ROOMS = {
     "transformers": {"data", "model", "train", "merge", "export", "commands"},
     "gguf": {"export"},
     "yaml": {"strict_yaml"},
-    "pydantic": {"recipe", "recipe_faults", "adapter_files", "train"},
+    "pydantic": {"recipe", "recipe_faults", "adapter_config", "train"},
 }
 FORBIDDEN = {"pickle", "shelve", "marshal", "subprocess", "joblib"}
 
@@ -109,12 +110,10 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 # into a temporary folder that nobody keeps.
 WRITERS = {
     "data/store.py": {"open", "mkdir", "write_text"},  # the flat files of a store, in the stage of prepare
-    "export/gguf_file.py": {"open"},  # appends to the stage of staged_file
+    "export/gguf.py": {"open"},  # appends to the stage of staged_file
     "commands/export.py": {"TemporaryDirectory"},
-    "merge/folder.py": {"copyfile", "rmtree"},  # in the stage of the merge
-    "merge/requantize.py": {"save_pretrained", "chmod"},  # in the stage of the merge
+    "merge/merge.py": {"copyfile", "rmtree", "save_pretrained", "chmod"},  # in the stage of the merge
     "signals.py": {"write"},  # to stderr, from a signal's handler
-    "merge/writer.py": {"write"},  # into a file of files.new_file
     "model/base.py": {"TemporaryDirectory"},
     "model/cache.py": {"chmod", "save_pretrained", "unlink"},  # in the stage of a kept base, whose folder is private
     "train/outlook.py": {"TemporaryDirectory"},  # the data of a plan

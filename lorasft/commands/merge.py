@@ -15,7 +15,7 @@ from lorasft.commands.arguments import add_columns, add_json, add_saved
 from lorasft.terminal import ByteProgress, say
 
 if TYPE_CHECKING:
-    from lorasft.merge.folder import Merged
+    from lorasft.merge.merge import Merged
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -49,11 +49,11 @@ def run(
     as_json: bool,
 ) -> None:
     """Merge `saved` into the new folder `out`; what was done on stdout."""
-    from lorasft.merge.folder import merge
-    from lorasft.merge.source import find_source
+    from lorasft.artifact import find_artifact
+    from lorasft.merge.merge import merge
     from lorasft.recipe import read_source
 
-    source = find_source(saved, base=base, force_base=force_base)
+    artifact = find_artifact(saved, base=base)
     started = time.monotonic()
     progress = ByteProgress() if sys.stderr.isatty() else None
     if not no_check:
@@ -62,9 +62,10 @@ def run(
         "onto": onto,
         "quantize": quantize is not None,
         "check": not no_check,
+        "force_base": force_base,
         "data": read_source(data, columns) if data else None,
     }
-    merged = merge(source, Path(out), **options, on_progress=progress)
+    merged = merge(artifact, Path(out), **options, on_progress=progress)
     if as_json:
         print(json.dumps({**asdict(merged), "folder": out}))
         return
@@ -83,8 +84,6 @@ def _describe(merged: Merged, *, seconds: float) -> list[str]:
     if merged.quantization:
         ratios = sorted(merged.quantization.values())
         lines.append(f"NF4's error is {median(ratios):.2g} times the size of the update (median of tensors)")
-    if merged.changed_codes is not None:
-        lines.append(f"in 4 bit: the merge changed {merged.changed_codes:.2%} of the codes")
     if merged.table:
         lines += [f"on {merged.rows}:", f"{'':30}  {'KL a token':>10}  {'same choice':>11}  {'nats a token':>12}"]
         lines += [

@@ -50,7 +50,8 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
     settings = load_recipe(recipe, overrides)
     if html:
         files.refuse_existing(Path(html))
-    from lorasft.data.chat import Encoder
+    from lorasft.data.chat_format import ChatFormat
+    from lorasft.data.labels import Labeler
     from lorasft.data.prepare import encode_sources
     from lorasft.data.report import Report
     from lorasft.data.tokenizer import compare_with_file, load_tokenizer
@@ -61,16 +62,18 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
     if notice:
         say(f"note: {notice}")
     report = Report()
-    encoder = Encoder(tokenizer, settings.chat, data=settings.data, report=report)
+    labeler = Labeler(ChatFormat(tokenizer, settings.chat), settings.data)
     most = rows if rows is not None else 1000 if html else 3
     shown: list[Row] = []
-    for number, (example, sequences, held_out) in enumerate(encode_sources(settings.data, encoder=encoder)):
+    for number, (example, sequences, held_out) in enumerate(
+        encode_sources(settings.data, labeler=labeler, report=report)
+    ):
         if as_json:
             _print_json(example, sequences, tokenizer, held_out)
         elif number < most:
             shown.extend(_rows(example, sequences, tokenizer, held_out))
     if not settings.adapter.modules_to_save:
-        refuse_untrained(settings.model.base, tokenizer, learned=encoder.learned_special())
+        refuse_untrained(settings.model.base, tokenizer, learned=labeler.learned_special())
     facts = list(summary(report, batch_size=settings.train.batch_size))
     if html:
         files.write_file(Path(html), make_page(shown, facts).encode())

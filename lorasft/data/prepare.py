@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lorasft.data.chat import Encoder
+from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import Example, RowBlock, held_out_below, read_blocks, shape_block
+from lorasft.data.labels import Labeler
 from lorasft.data.report import BadRows, Report
 from lorasft.data.rows import Place, load_hub, source_files
 from lorasft.data.store import Packed, StoreWriter, TokenStore, map_store, pack_examples
@@ -71,8 +72,8 @@ def prepare(
     ModelError for a template that cannot be used, CapacityError when a process dies.
     """
     report = Report()
-    encoder = Encoder(tokenizer, chat, data=data, report=report)
-    ingredients = list_ingredients(data, chat, encoder=encoder)
+    labeler = Labeler(ChatFormat(tokenizer, chat), data)
+    ingredients = list_ingredients(data, labeler.format)
     key = make_key(ingredients)
     target = folder / key[:16]
     if target.exists():
@@ -82,7 +83,7 @@ def prepare(
             remove_folder(target)
     before = _file_states(data)
     with staged_folder(target) as stage:
-        samples, learned_special = _write(stage, data, encoder, workers or available_workers())
+        samples, learned_special = _write(stage, data, labeler, report, workers or available_workers())
         if _file_states(data) != before:
             what = "the files of the data changed while they were read"
             raise DataError(what, where=_paths(data), hint="start again when they are complete")
@@ -91,7 +92,7 @@ def prepare(
             "ingredients": ingredients,
             "samples": [asdict(sample) for sample in samples],
             "report": vars(report) | {"lengths": list(report.lengths)},
-            "stop_ids": encoder.stop_ids,
+            "stop_ids": labeler.format.stop_ids,
             "learned_special": sorted(learned_special),
         }
         write_file(stage / "prepared.json", json.dumps(record).encode())
@@ -135,17 +136,17 @@ def make_key(ingredients: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
 
-def list_ingredients(data: DataSettings, chat: ChatSettings, *, encoder: Encoder) -> dict[str, Any]:
+def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, Any]:
     """Everything that the tokens are made from, as JSON values. Raises DataError when a source is missing."""
-    tokenizer = encoder.turns.tokenizer
+    tokenizer = chat_format.tokenizer
     return {
         "schema": SCHEMA,
         "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "jinja2", "transformers")},
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "template": tokenizer.chat_template,
         "special": [tokenizer.bos_token, tokenizer.eos_token],
-        "probe": encoder.turns.probe_text,  # holds today's date where the template writes it
-        "chat": chat.model_dump(mode="json"),
+        "probe": chat_format.style.text,  # holds today's date where the template writes it
+        "chat": chat_format.chat.model_dump(mode="json"),
         "data": data.model_dump(mode="json"),
         "files": dict(entry for source in _sources(data) for entry in _source_hashes(source)),
     }
@@ -166,19 +167,21 @@ def _source_hashes(source: DataSource) -> list[tuple[str, str]]:
     return [(str(file), sha256(file)) for file in files] or [(name, str(load_hub(source)._fingerprint))]
 
 
-def encode_sources(data: DataSettings, *, encoder: Encoder) -> Iterator[tuple[Example, tuple[Tokens, ...], bool]]:
+def encode_sources(
+    data: DataSettings, *, labeler: Labeler, report: Report
+) -> Iterator[tuple[Example, tuple[Tokens, ...], bool]]:
     """All examples of the recipe that can be trained on, with their sequences, and whether they are held out.
 
-    The encoder's report counts. Raises DataError, or Several, before the first example for rows that cannot be
+    `report` counts. Raises DataError, or Several, before the first example for rows that cannot be
     read, after the last for those that cannot be encoded or when too many were dropped.
     """
-    held_out = _survey(data, encoder.report, available_workers())
-    bad = BadRows(data.on_bad_row, encoder.report)
+    held_out = _survey(data, report, available_workers())
+    bad = BadRows(data.on_bad_row, report)
     for (block, _), lines in zip(_blocks(data), held_out, strict=True):
-        yield from _encode_block(block, lines, data, encoder, bad=bad)
+        yield from _encode_block(block, lines, data, labeler, bad=bad)
         bad.raise_many()
     bad.raise_all()
-    _refuse_losses(data, encoder.report)
+    _refuse_losses(data, report)
 
 
 def _blocks(data: DataSettings) -> Iterator[tuple[RowBlock, bool]]:
@@ -189,10 +192,10 @@ def _blocks(data: DataSettings) -> Iterator[tuple[RowBlock, bool]]:
 
 
 def _encode_block(
-    block: RowBlock, held_out: set[int], data: DataSettings, encoder: Encoder, *, bad: BadRows
+    block: RowBlock, held_out: set[int], data: DataSettings, labeler: Labeler, *, bad: BadRows
 ) -> Iterator[tuple[Example, tuple[Tokens, ...], bool]]:
     """The block's examples; `held_out`: lines."""
-    for example, sequences in encoder.encode_all(shape_block(block, data, bad=bad), bad=bad):
+    for example, sequences in labeler.encode_all(shape_block(block, data, bad=bad), bad=bad):
         is_held_out = example.place.line in held_out
         bad.report.held_out_examples += is_held_out
         bad.report.train_examples += not is_held_out
@@ -254,13 +257,14 @@ class Encoded:
     learned_special: tuple[int, ...]
 
 
-def _write(stage: Path, data: DataSettings, encoder: Encoder, workers: int) -> tuple[list[Example], set[int]]:
+def _write(
+    stage: Path, data: DataSettings, labeler: Labeler, report: Report, workers: int
+) -> tuple[list[Example], set[int]]:
     """Encode all examples into the stage's stores; the first few held-out conversations, the added tokens learned."""
     samples: list[Example] = []
     learned_special: set[int] = set()
-    report = encoder.report
     bad = BadRows(data.on_bad_row, report)
-    work = partial(_encode_apart, data=data, encoder=encoder)
+    work = partial(_encode_apart, data=data, labeler=labeler)
     blocks = zip((block for block, _ in _blocks(data)), _survey(data, report, workers), strict=True)
     with (
         StoreWriter(stage / "train") as train,
@@ -279,20 +283,19 @@ def _write(stage: Path, data: DataSettings, encoder: Encoder, workers: int) -> t
     return samples, learned_special
 
 
-def _encode_apart(work: tuple[RowBlock, set[int]], data: DataSettings, encoder: Encoder) -> Encoded:
+def _encode_apart(work: tuple[RowBlock, set[int]], data: DataSettings, labeler: Labeler) -> Encoded:
     """A block of rows, and the lines to hold out, encoded by itself, with a report of its own."""
     block, lines = work
     bad = BadRows(data.on_bad_row, Report())
-    encoder.count_in(bad.report)
     rows: list[tuple[Example, tuple[Tokens, ...], bool]] = []
     with bad.keeping():
-        rows = list(_encode_block(block, lines, data, encoder, bad=bad))
+        rows = list(_encode_block(block, lines, data, labeler, bad=bad))
     train, held_out = (
         pack_examples([(example.place, sequences) for example, sequences, is_held_out in rows if is_held_out == side])
         for side in (False, True)
     )
     samples = [example for example, _, is_held_out in rows if is_held_out and example.messages]
-    return Encoded(bad, train, held_out, samples[:SAMPLES], encoder.learned_special())
+    return Encoded(bad, train, held_out, samples[:SAMPLES], labeler.learned_special())
 
 
 def _refuse_losses(data: DataSettings, report: Report) -> None:

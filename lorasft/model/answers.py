@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorasft.data.chat import Encoder
+from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import read_examples
+from lorasft.data.labels import Labeler
 from lorasft.data.report import BadRows, Report
 from lorasft.data.rows import Place
 from lorasft.data.tokens import supervised_runs
@@ -73,11 +74,11 @@ def read_answers(
     """
     report = Report()
     bad = BadRows(data.on_bad_row, report)
-    encoder = Encoder(tokenizer, chat, data=data, report=report)
+    labeler = Labeler(ChatFormat(tokenizer, chat), data)
     examples = read_examples((source,), settle_format(source, data), bad=bad)
     answers = [
         Answer(tokens.ids[:end], max(1, int(start)), example.place)
-        for example, sequences in encoder.encode_all(examples, bad=bad)
+        for example, sequences in labeler.encode_all(examples, bad=bad)
         for tokens in sequences
         for start, end in supervised_runs(tokens)
     ]

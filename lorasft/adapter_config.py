@@ -1,0 +1,152 @@
+"""An adapter's files, as PEFT writes them: their names, and a config that can be trusted before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lorasft.errors import ModelError, UnsafeError
+from lorasft.tensors import TensorFile, open_tensors
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+_AGAIN = "fetch the adapter again"
+LARGEST_HEADER, MOST_TENSORS = 16 << 20, 50_000
+_DTYPES = {"F32", "F16", "BF16"}
+# What names code, other files, or places that PEFT would read or write.
+_CODE = (
+    "auto_mapping auto_map megatron_config loftq_config eva_config corda_config lora_ga_config trust_remote_code "
+    "tokenizer_kwargs model_kwargs"
+)
+# Of no effect on a trained adapter.
+_IDLE = "task_type peft_version inference_mode init_lora_weights megatron_core runtime_config qalora_group_size"
+# Variants of LoRA that compute something else; replicated layers would also take any amount of memory.
+_VARIANTS = (
+    "layer_replication use_qalora alora_invocation_tokens arrow_config kasa_config velora_config monteclora_config "
+    "use_bdlora"
+)
+_Names = list[str] | None
+_Rank = Annotated[int, Field(ge=1, le=1024)]
+_Positive = Annotated[float, Field(gt=0)]
+_Index = Annotated[int, Field(ge=0)]
+
+
+class _Fields(BaseModel):
+    """The fields that are read."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    peft_type: str
+    base_model_name_or_path: str = Field(min_length=1)
+    revision: str | None = None
+    r: _Rank
+    lora_alpha: _Positive
+    lora_dropout: float | None = Field(default=None, ge=0, lt=1)
+    target_modules: _Names = None
+    exclude_modules: _Names = None
+    target_parameters: _Names = None
+    modules_to_save: _Names = None
+    layers_to_transform: _Index | list[_Index] | None = None
+    layers_pattern: str | _Names = None
+    rank_pattern: dict[str, _Rank] | None = None
+    alpha_pattern: dict[str, _Positive] | None = None
+    trainable_token_indices: list[_Index] | dict[str, list[_Index]] | None = None
+    bias: Literal["none", "all", "lora_only"] | None = None
+    fan_in_fan_out: bool | None = None
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    lora_bias: bool | None = None
+    ensure_weight_tying: bool | None = None
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """What adapter_config.json says, in PEFT's fields, checked; fields that are null or of no effect are left out.
+
+    Raises ModelError for what is no LoRA or not known, UnsafeError for what names code.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ModelError(f"no {CONFIG}: this is no adapter", where=str(folder), hint="name an adapter's folder")
+    try:
+        if path.stat().st_size > LARGEST_HEADER:
+            raise ValueError("too large")
+        config = json.loads(path.read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError("not a mapping")
+    except (ValueError, OSError, RecursionError) as fault:
+        raise ModelError(f"cannot read the adapter's config: {fault}", where=str(path), hint=_AGAIN) from None
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ModelError(f"peft_type {kind} is not LORA", where=str(path), hint="lorasft takes LoRA adapters only")
+    _refuse_code(config, str(path))
+    _refuse_unknown(config, str(path))
+    try:
+        _Fields.model_validate(config)
+    except ValidationError as fault:
+        first = fault.errors(include_url=False)[0]
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+        raise ModelError(what, where=str(path), hint=_AGAIN) from None
+    return {key: value for key, value in config.items() if key in _Fields.model_fields and value is not None}
+
+
+def _refuse_code(config: dict[str, Any], where: str) -> None:
+    named = [key for key in _CODE.split() if config.get(key)]
+    # A pattern from a file could be made to run for ever.
+    named += [key for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), str)]
+    for key in ("rank_pattern", "alpha_pattern", "layers_pattern"):
+        patterns = config.get(key) or ()
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        named += [key] if isinstance(patterns, (dict, list)) and any(_is_odd(str(one)) for one in patterns) else []
+    if named:
+        what = f"the adapter's config names code or patterns: {', '.join(named)}"
+        raise UnsafeError(what, where=where, hint="take these out if the adapter is of use without them")
+
+
+def _refuse_unknown(config: dict[str, Any], where: str) -> None:
+    variants = [key for key in _VARIANTS.split() if config.get(key)]
+    if variants:
+        what = f"cannot use an adapter with {', '.join(variants)}"
+        raise ModelError(what, where=where, hint="LoRA, rslora and DoRA are known")
+    known = {*_IDLE.split(), *_Fields.model_fields}
+    unknown = [key for key, value in config.items() if value and key not in known]
+    if unknown:
+        what = f"the adapter's config has fields that are not known here: {', '.join(unknown[:5])}"
+        raise ModelError(what, where=where, hint="take them out if the adapter is of use without them")
+
+
+def refuse_remote(base: str, where: Path) -> None:
+    """Raise UnsafeError when an adapter's files name its base by a URL or a network share."""
+    if ":" in base or base.startswith(("//", "\\\\")):
+        raise UnsafeError(f"the adapter names {base} as its base", where=str(where), hint="--base MODEL")
+
+
+def _is_odd(pattern: str) -> bool:
+    """Whether a pattern might take long: PEFT's own are paths, those of people say `.*` or `layers.[0-7].`."""
+    repeated = re.findall(r"[*+?{]", pattern)
+    return len(pattern) > 200 or len(repeated) > 2 or pattern.count("(") > 2 or bool(re.search(r"\)[*+?{]", pattern))
+
+
+def check_weights(folder: Path) -> TensorFile:
+    """Look at an adapter's weights before a tensor is read, and give the file.
+
+    Raises ModelError when there are none, or none that an adapter could have; UnsafeError when they are a pickle.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        if (folder / "adapter_model.bin").is_file():
+            what = "the adapter is a pickle, which could run code when it is read"
+            raise UnsafeError(what, where=str(folder), hint=f"convert it to {WEIGHTS}")
+        raise ModelError(f"no {WEIGHTS}", where=str(folder), hint=_AGAIN)
+    file = open_tensors(path, largest=LARGEST_HEADER)
+    tensors = {name: spec.dtype for name, spec in file.specs.items()}
+    if len(tensors) > MOST_TENSORS:
+        raise ModelError(f"{len(tensors):,} tensors are no adapter's", where=str(path), hint=_AGAIN)
+    odd = next((name for name, dtype in tensors.items() if dtype not in _DTYPES), None)
+    if odd is not None:
+        what = f"{odd} is {tensors[odd]}: an adapter's tensors are {', '.join(sorted(_DTYPES))}"
+        raise ModelError(what, where=str(path), hint="save the adapter in 16 or 32 bits")
+    return file

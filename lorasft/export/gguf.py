@@ -1,0 +1,203 @@
+"""A model folder into one GGUF file, a few rows at a time: names, order of rows and types as llama.cpp reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from lorasft.errors import DeviceError, ModelError
+from lorasft.export.families import Layout, read_layout, usual_converter
+from lorasft.export.tokenizer import describe_tokenizer
+from lorasft.files import need_space, refuse_existing, staged_file
+from lorasft.tensors import TensorFile, find_weights, open_tensors
+
+Kind = Literal["f16", "q8_0"]
+Progress = Callable[[int, int], None]  # bytes written, bytes in all
+_BLOCK = 4 << 20  # numbers held of a tensor at a time
+_PREFIXES = {
+    "model.language_model.": "model.",
+    "language_model.": "",
+    "model.vision_tower.": None,  # of a Gemma 3 with eyes the language model is exported
+    "model.multi_modal_projector.": None,
+    "vision_tower.": None,
+    "multi_modal_projector.": None,
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor on its way: where it lies, what it is called in the GGUF, and its type there."""
+
+    shard: TensorFile
+    source: str
+    name: str
+    type: Any  # gguf.GGMLQuantizationType
+    size: int  # bytes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it is stored."""
+        return self.shard.specs[self.source].shape
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an export did."""
+
+    file: Path
+    architecture: str
+    type: str
+    tensors: int
+    size: int  # bytes of the file
+
+
+def load_library() -> Any:
+    """The package gguf, which is an extra. Raises DeviceError when it is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        hint = "pip install 'lorasft[gguf]', or pip install gguf"
+        raise DeviceError("the export needs the package gguf, which is not installed", hint=hint) from None
+    return gguf
+
+
+def write_gguf(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progress | None = None) -> Written:
+    """Write the model in the folder `model`, with its tokenizer and chat template, to the new file `out`.
+
+    Matrices become `kind`, what is not a matrix fp32. Raises ModelError for what llama.cpp would not read or compute
+    alike, DeviceError without the package gguf, CapacityError when there is no room; then there is no `out`.
+    """
+    gguf = load_library()
+    refuse_existing(out)
+    layout = read_layout(model)
+    tokenizer = describe_tokenizer(model, layout.vocabulary)
+    tensors = list(_find_tensors(gguf, model, layout, kind))
+    _check_complete(tensors, layout, model)
+    total, done = sum(tensor.size for tensor in tensors), 0
+    need_space(out.parent, total)
+    with staged_file(out) as stage:
+        _write_header(gguf, stage, layout=layout, tokenizer=tokenizer, tensors=tensors, kind=kind)
+        with open(stage, "ab") as file:
+            _pad(file)
+            for values in layout.extra.values():
+                file.write(np.array(values, np.float32).tobytes())
+                _pad(file)
+            for tensor in tensors:
+                for block in _read_blocks(tensor, layout):
+                    file.write(_convert(gguf, block, tensor))
+                _pad(file)
+                done += tensor.size
+                if on_progress:
+                    on_progress(done, total)
+        size = stage.stat().st_size
+    return Written(out, layout.family.name, kind, len(tensors) + len(layout.extra), size)
+
+
+def _find_tensors(gguf: Any, model: Path, layout: Layout, kind: Kind) -> Iterator[Tensor]:
+    """Every tensor of the folder with its place in the GGUF. Raises ModelError for one that has none."""
+    architecture = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[layout.family.name]
+    names = gguf.get_tensor_name_map(architecture, layout.layers)
+    for shard in map(open_tensors, find_weights(model)):
+        for source, spec in sorted(shard.specs.items()):
+            prefix = next((prefix for prefix in _PREFIXES if source.startswith(prefix)), "")
+            start = _PREFIXES.get(prefix, "")
+            plain = f"{start}{source.removeprefix(prefix)}"
+            tied_head = layout.tied and plain == "lm_head.weight"
+            if start is None or tied_head or plain.endswith("rotary_emb.inv_freq"):
+                continue
+            name = names.get_name(plain, (".weight", ".bias"))
+            if name is None or (plain.endswith(".bias") and not layout.family.biases):
+                what = f"{source} has no place in a GGUF of {layout.family.name}"
+                raise ModelError(what, where=str(shard.path), hint=usual_converter(model))
+            if spec.dtype not in ("BF16", "F16", "F32"):
+                raise ModelError(f"{source} is {spec.dtype}", where=str(shard.path))
+            chosen = _choose_type(gguf, spec.shape, kind)
+            numbers, size = gguf.GGML_QUANT_SIZES[chosen]
+            yield Tensor(shard, source, name, chosen, int(np.prod(spec.shape)) // numbers * size)
+
+
+def _choose_type(gguf: Any, shape: tuple[int, ...], kind: Kind) -> Any:
+    """A matrix whose rows are not whole blocks of Q8_0 stays in fp16."""
+    types = gguf.GGMLQuantizationType
+    if len(shape) < 2:
+        return types.F32
+    return types.Q8_0 if kind == "q8_0" and not shape[-1] % 32 else types.F16
+
+
+def _check_complete(tensors: list[Tensor], layout: Layout, model: Path) -> None:
+    """Every layer has the tensors that the first one has, and there are embedding, last norm and head."""
+    names = [tensor.name for tensor in tensors]
+    needed = {"token_embd.weight", "output_norm.weight"} | (set() if layout.tied else {"output.weight"})
+    of_layer = {name.removeprefix("blk.0.") for name in names if name.startswith("blk.0.")}
+    needed |= {f"blk.{at}.{name}" for at in range(layout.layers) for name in of_layer or {"attn_norm.weight"}}
+    if missing := sorted(needed.difference(names)):
+        raise ModelError(f"the weights lack {missing[0]} ({len(missing)} missing)", where=str(model))
+    if len(names) != len(needed):
+        what = "tensors twice" if len(set(names)) < len(names) else "tensors that other layers lack"
+        raise ModelError(f"the weights have {what}", where=str(model))
+    shape = next(tensor.shape for tensor in tensors if tensor.name == "token_embd.weight")
+    if shape[0] != layout.vocabulary:
+        raise ModelError(f"the embedding has {shape[0]} rows, the config says {layout.vocabulary}", where=str(model))
+
+
+def _write_header(
+    gguf: Any, stage: Path, *, layout: Layout, tokenizer: dict[str, Any], tensors: list[Tensor], kind: Kind
+) -> None:
+    writer = gguf.GGUFWriter(None, layout.family.name)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if kind == "f16" else gguf.LlamaFileType.MOSTLY_Q8_0)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    own = {f"{layout.family.name}.{name}": value for name, value in layout.fields.items()}
+    for name, value in (own | tokenizer).items():
+        _add_field(writer, name, value)
+    for name, values in layout.extra.items():
+        writer.add_tensor_info(name, (len(values),), np.dtype(np.float32), 4 * len(values))
+    for tensor in tensors:
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.size, raw_dtype=tensor.type)
+    writer.write_header_to_file(stage)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+
+
+def _add_field(writer: Any, name: str, value: Any) -> None:
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    add.get(type(value), writer.add_array)(name, value)
+
+
+def _read_blocks(tensor: Tensor, layout: Layout) -> Iterator[torch.Tensor]:
+    """The tensor in fp32, some rows at a time, as llama.cpp wants it. Whole heads, where their rows change places."""
+    spec = tensor.shard.specs[tensor.source]
+    turns = layout.family.paired and (".attn_q." in tensor.name or ".attn_k." in tensor.name)
+    step = max(1, _BLOCK // spec.width)
+    step = max(layout.head_size, step - step % layout.head_size) if turns else step
+    for first in range(0, spec.rows, step):
+        block = tensor.shard.read(tensor.source, first, min(step, spec.rows - first)).float()
+        if turns:
+            heads = block.view(-1, 2, layout.head_size // 2, block.shape[-1] if len(spec.shape) > 1 else 1)
+            # Rows half a head apart, which transformers turns together, beside each other.
+            block = heads.transpose(1, 2).reshape(block.shape)
+        if layout.family.norm_offset and tensor.name.endswith("norm.weight"):
+            block = block + layout.family.norm_offset
+        yield block
+
+
+def _convert(gguf: Any, block: torch.Tensor, tensor: Tensor) -> bytes:
+    """Rows in the type of the GGUF. Raises ModelError for numbers that leave the range of fp16."""
+    with np.errstate(over="ignore"):
+        packed = gguf.quants.quantize(block.numpy(), tensor.type)
+    halves = packed.reshape(-1, 34)[:, :2].copy().view(np.float16) if packed.dtype == np.uint8 else packed
+    if not np.isfinite(halves).all():
+        raise ModelError(f"{tensor.source} leaves the range of fp16", where=str(tensor.shard.path))
+    content: bytes = packed.tobytes()
+    return content
+
+
+def _pad(file: Any) -> None:
+    """Tensors begin at multiples of 32 bytes."""
+    file.write(bytes(-file.tell() % 32))
