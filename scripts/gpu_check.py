@@ -5,7 +5,6 @@ adapter on all linears; rows as long as those of FILE (four bytes a token), else
 second half of each learned; micro-batches of 2,048 and 8,192 tokens; AdamW. Each case in a process of its own:
 
 lorasft    its loss and linears, as few layers recomputed as fit
-liger      the same with Liger's kernels, where they are installed and agree
 peft       transformers, PEFT and bitsandbytes as their guides say: padded, prepared, checkpointed, autocast to bf16
 
 and within a cap: the 8B at 2,048 tokens in 7 GiB, the shape of Llama 3.3 70B in 44 GiB. `of peak`: the work without
@@ -61,7 +60,7 @@ class Case:
 
 
 CASES = [Case(arm, shape, tokens) for shape in ("qwen3-4b", "llama-3.1-8b") for tokens in (2048, 8192)
-         for arm in ("lorasft", "liger", "peft")]  # fmt: skip
+         for arm in ("lorasft", "peft")]  # fmt: skip
 CASES += [Case("lorasft", "llama-3.1-8b", 2048, cap=7), Case("lorasft", "llama-3.3-70b", 2048, cap=44)]
 
 
@@ -204,7 +203,6 @@ def prepare_lorasft(case: Case, model: Any, device: Any) -> Learner:
     import torch
 
     from lorasft.model.adapter import attach_adapter
-    from lorasft.model.liger import require_liger, use_liger
     from lorasft.model.loss import pair_losses
     from lorasft.model.memory import fewest_recomputed, heaviest_batch, measure
     from lorasft.model.recompute import recompute
@@ -213,9 +211,6 @@ def prepare_lorasft(case: Case, model: Any, device: Any) -> Learner:
 
     peft = attach_adapter(model, AdapterSettings(rank=16), seed=0)
     network = verify(peft.get_base_model())
-    if case.arm == "liger":
-        require_liger(device)
-        network = use_liger(network)
     recomputed = 0
     if device.type == "cuda":
         footprint = measure(network, heaviest_batch(network, longest=case.tokens, capacity=case.tokens))

@@ -46,7 +46,6 @@ from lorasft.model.base import (
     read_config,
     refuse_loose,
 )
-from lorasft.model.liger import require_liger, use_liger
 from lorasft.model.loss import Network
 from lorasft.model.memory import count_holdings
 from lorasft.model.recompute import decoder_layers, recomputed_layers
@@ -237,12 +236,12 @@ def adapter_folder(start: str) -> Path:
 
 
 def probe(recipe: Recipe, model: Any, *, saved: State | None) -> Network:
-    """What is verified about the PEFT model `model`, under the attention and the kernels that the recipe wants."""
+    """What is verified about the PEFT model `model`, under the attention that the recipe wants."""
     own = recipe.machine.attention if recipe.machine.attention in ("eager", "sdpa") else None
     network = verify(model.get_base_model(), segments=saved.layout.segments if saved else own is None)
     if own:
         network.causal.set_attn_implementation(own)
-    return use_liger(network) if recipe.machine.kernels == "liger" else network
+    return network
 
 
 def finish(opened: Opened, state: State) -> Path:
@@ -298,8 +297,6 @@ def refuse_settings(recipe: Recipe, config: Any) -> None:
     if recipe.model.quantization == "nf4" and not hasattr(config, "quantization_config"):
         refuse_loose(skeleton)
     check_trackers(recipe.run.trackers)
-    if recipe.machine.kernels == "liger":
-        require_liger(PartialState().device)
 
 
 def refuse_ids(prepared: Prepared, config: Any) -> None:
