@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lorasft.commands.arguments import add_recipe
 from lorasft.errors import Stopped
-from lorasft.terminal import say
+from lorasft.terminal import say, shorten
 
 if TYPE_CHECKING:
     from lorasft.train.run import Opened
@@ -97,14 +97,13 @@ def _show_answers(opened: Opened, most: int = 3) -> None:
     from lorasft.data.chat import Encoder
     from lorasft.data.report import Report
     from lorasft.model.generate import generate
-    from lorasft.recipe_faults import printable
 
     run, tokenizer = opened.run, opened.tokenizer
     encoder = Encoder(tokenizer, run.recipe.chat, data=run.recipe.data, report=Report())
     for example in opened.prepared.samples[:most]:
         prompt = encoder.prompt_ids(example.messages[:-1], example.tools)
-        say(f"\nprompt: {printable(str(example.messages[-2]['content']))[:200]}")
+        say(f"\nprompt: {shorten(str(example.messages[-2]['content']))}")
         for name, context in (("before", run.learner.model.disable_adapter()), ("after", nullcontext())):
             with context:
                 ids = generate(run.network.causal, tokenizer, prompt, max_new_tokens=48, stops=encoder.stop_ids)
-            say(f"{name:>6}: {printable(tokenizer.decode(ids, skip_special_tokens=True))}")
+            say(f"{name:>6}: {shorten(tokenizer.decode(ids, skip_special_tokens=True))}")

@@ -67,7 +67,7 @@ def prepare(
     """The tokenized data of a recipe, from `folder/<key>` when it was made before and still verifies.
 
     Sets the recipe's template on `tokenizer`. `workers`: processes that share the work (null: as many as pay); the
-    result is the same. Raises DataError (or Several) for rows, files and counts that the recipe does not allow,
+    result is the same. Raises DataError (or ErrorGroup) for rows, files and counts that the recipe does not allow,
     ModelError for a template that cannot be used, CapacityError when a process dies.
     """
     report = Report()
@@ -169,7 +169,7 @@ def _source_hashes(source: DataSource) -> list[tuple[str, str]]:
 def encode_sources(data: DataSettings, *, encoder: Encoder) -> Iterator[tuple[Example, tuple[Tokens, ...], bool]]:
     """All examples of the recipe that can be trained on, with their sequences, and whether they are held out.
 
-    The encoder's report counts. Raises DataError, or Several, before the first example for rows that cannot be
+    The encoder's report counts. Raises DataError, or ErrorGroup, before the first example for rows that cannot be
     read, after the last for those that cannot be encoded or when too many were dropped.
     """
     held_out = _survey(data, encoder.report, available_workers())

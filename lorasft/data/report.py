@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lorasft.errors import DataError, LorasftError, Several
+from lorasft.errors import DataError, ErrorGroup, LorasftError
 
 NAMED = 1000  # dropped rows that are named; the rest is only counted
 
@@ -110,14 +110,14 @@ class BadRows:
         """Take one bad row."""
         self.report.bad_rows += 1
         self.report.note_dropped(fault.where, fault.what)
-        if self.policy == "error" and len(self.faults) < Several.most:
+        if self.policy == "error" and len(self.faults) < ErrorGroup.most:
             hint = fault.hint or "mend the row, or leave such rows out with data.on_bad_row=drop"
             self.faults.append(DataError(fault.what, where=fault.where, hint=hint))
 
     def join(self, later: BadRows) -> None:
-        """Take in what was found in rows that come behind. Raises Several from the 20th on, or what ended them."""
+        """Take in what was found in rows that come behind. Raises ErrorGroup from the 20th on, or what ended them."""
         self.report.join(later.report)
-        self.faults.extend(later.faults[: Several.most - len(self.faults)])
+        self.faults.extend(later.faults[: ErrorGroup.most - len(self.faults)])
         self.raise_many()
         if later.ended:
             raise later.ended
@@ -132,12 +132,12 @@ class BadRows:
 
     def raise_many(self) -> None:
         """Raise what was collected if there are 20 or more: more of the same help nobody."""
-        if len(self.faults) == Several.most:
+        if len(self.faults) == ErrorGroup.most:
             self.raise_all()
 
     def raise_all(self) -> None:
-        """Raise what was collected: the fault itself when it is alone, Several with the count otherwise."""
+        """Raise what was collected: the fault itself when it is alone, ErrorGroup with the count otherwise."""
         if len(self.faults) == 1:
             raise self.faults[0]
         if self.faults:
-            raise Several(self.faults, beyond=self.report.bad_rows - len(self.faults))
+            raise ErrorGroup(self.faults, beyond=self.report.bad_rows - len(self.faults))

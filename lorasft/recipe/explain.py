@@ -1,4 +1,4 @@
-"""What is wrong with a recipe: pydantic's findings with a place and a hint, and the names that users know from peers."""
+"""What is wrong with a recipe: pydantic's findings with places and hints, and names that users know from peers."""
 
 from __future__ import annotations
 
@@ -123,25 +123,26 @@ def _written_path(value: Any, loc: tuple[int | str, ...], *, missing: bool) -> K
 def _explain_key(path: KeyPath, details: list[Any], document: Document) -> LorasftError:
     where, name = place_of(path, document), shorten(".".join(map(str, path)))
     value, kind = value_at(path, document.value), details[0]["type"]
-    if any(word in str(path[-1]).lower() for word in ("attn", "attention", "experts_implementation")) and "/" in str(value):
-        what, hint = f"{name}: a kernel from a repository would be code", "machine.attention: auto"
-        return UnsafeError(what, where=where, hint=hint)
+    about_kernels = re.search("attn|attention|experts_implementation", str(path[-1]), re.IGNORECASE)
+    if about_kernels and isinstance(value, str) and "/" in value:
+        what = f"{name}: a kernel from a repository would be code"
+        return UnsafeError(what, where=where, hint="machine.attention=auto")
     if kind == "extra_forbidden":
         return _explain_unknown(path, where)
-    if path == ("data", "train") and value in (None, []):
-        return RecipeError("no data to train on", where=where, hint="data.train=FILE")
     if kind == "missing":
         return RecipeError(f"{name} is missing", where=where, hint=f"{name}=...")
     if path == ("optimizer", "learning_rate") and kind == "less_than_equal":
         what = f"optimizer.learning_rate: {value} is far outside 1e-6 ... 1e-2"
         return RecipeError(what, where=where, hint=f"did you mean {f'{value:e}'[0]}e-4?")
-    return RecipeError(in_words(details), where=where, hint=_hint_for_value(path, value))
+    return RecipeError(
+        in_words(details), where=where, hint=_hint_for_value(path, value, {detail["type"] for detail in details})
+    )
 
 
-def _hint_for_value(path: KeyPath, value: Any) -> str:
-    if isinstance(value, str) and not isinstance(read_scalar(value), str):
+def _hint_for_value(path: KeyPath, value: Any, kinds: set[str]) -> str:
+    if kinds & {"int_type", "float_type"} and isinstance(value, str) and not isinstance(read_scalar(value), str):
         return "write it without quotes"
-    if value in ("on", "off", "yes", "no"):
+    if "bool_type" in kinds and isinstance(value, str):
         return "true and false are the only truth values"
     known = SECTIONS[str(path[0])].model_fields.get(path[1]) if len(path) == 2 else None
     if known is None or known.default in (None, ()) or known.is_required():

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from lorasft.errors import ErrorGroup, LorasftError, RecipeError
 from lorasft.recipe.explain import check_together, explain, nearest, value_at
 from lorasft.recipe.schema import DataSource, Recipe
-from lorasft.recipe.yaml_reader import MOST_DEPTH, Document, dump_yaml, parse_yaml, read_text, read_yaml
+from lorasft.recipe.yaml_reader import MOST_DEPTH, Document, dump_yaml, parse_yaml, read_yaml
 from lorasft.terminal import shorten
 
 _PATHS = (("model", "base"), ("adapter", "start"), ("chat", "template"), ("data", "train"), ("data", "eval"))
@@ -27,7 +27,10 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     Paths in the file are looked up beside it, then in the working directory; those of overrides in the working
     directory only. What exists becomes absolute. Raises RecipeError, UnsafeError, or ErrorGroup for several errors.
     """
-    path = _find_recipe(source)
+    path = Path(source)
+    if not path.is_file() and (source in shipped_recipes() or not path.exists()):
+        beside = [str(other) for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        path = find_shipped(source, others=beside)
     document = read_yaml(path)
     raw = document.value
     if not isinstance(raw, dict):
@@ -75,11 +78,20 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*/*.yaml"))}
 
 
+def find_shipped(name: str, *, others: Sequence[str] = ()) -> Path:
+    """The file of the shipped recipe `name`. Raises RecipeError with the nearest name, which may be one of `others`."""
+    shipped = shipped_recipes()
+    if name not in shipped:
+        close = nearest(name, [*shipped, *others])
+        hint = f"did you mean {close}?" if close else "lorasft recipes list"
+        raise RecipeError(f"no recipe {shorten(name)}: neither a file nor a shipped recipe", hint=hint)
+    return shipped[name]
+
+
 def portable_text(path: Path) -> str:
     """The YAML of a recipe file for another folder: where it names paths beside itself, these become absolute."""
-    text = read_text(path)
-    document = parse_yaml(text, str(path))
-    absolute = parse_yaml(text, str(path)).value
+    text = path.read_text(encoding="utf-8")
+    document, absolute = read_yaml(path), read_yaml(path).value
     _absolute_paths(absolute, [path.parent])
     for place, (start, end) in reversed(document.spans.items()):
         new = value_at(place, absolute)
@@ -91,19 +103,6 @@ def portable_text(path: Path) -> str:
 def _raise(errors: list[LorasftError]) -> NoReturn:
     errors = sorted(errors, key=lambda error: -error.exit_code)  # what is unsafe decides the exit code
     raise errors[0] if len(errors) == 1 else ErrorGroup(errors)
-
-
-def _find_recipe(source: str) -> Path:
-    path = Path(source)
-    shipped = shipped_recipes()
-    if path.is_file() or (path.exists() and source not in shipped):
-        return path
-    if source in shipped:
-        return shipped[source]
-    beside = [str(other) for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-    close = nearest(source, [*shipped, *beside])
-    hint = f"did you mean {close}?" if close else "lorasft recipes list"
-    raise RecipeError(f"no recipe {shorten(source)}: neither a file nor a shipped recipe", hint=hint)
 
 
 def _absolute_paths(raw: dict[str, Any], folders: list[Path]) -> None:

@@ -40,32 +40,21 @@ class Document:
     errors: list[LorasftError] = field(default_factory=list)
 
 
-def read_text(path: Path) -> str:
-    """The text of a file of at most 1 MiB. Raises RecipeError (unreadable, no text) or UnsafeError (too large)."""
-    if path.is_dir():
-        raise RecipeError("this is a folder, not a recipe", where=str(path), hint="name a YAML file in it")
+def read_yaml(path: Path) -> Document:
+    """The YAML file `path`, of at most 1 MiB. Raises RecipeError (unreadable, not YAML) or UnsafeError (see below)."""
     try:
         with open(path, "rb") as file:
             content = file.read(MOST_BYTES + 1)
     except OSError as error:
         what = f"cannot read the recipe: {error.strerror}"
-        raise RecipeError(what, where=str(path), hint="name a file that you may read") from None
+        raise RecipeError(what, where=str(path), hint="name a YAML file that you may read") from None
     if len(content) > MOST_BYTES:
         what = f"larger than {MOST_BYTES} bytes, too large for a recipe"
         raise UnsafeError(what, where=str(path), hint="rows go into files of their own, named in data.train")
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        what = f"not text (byte 0x{content[error.start]:02x} at {error.start})"
-        raise RecipeError(what, where=str(path), hint="a recipe is a YAML file in UTF-8") from None
+    return parse_yaml(content, str(path))
 
 
-def read_yaml(path: Path) -> Document:
-    """The YAML file `path`. Raises what `read_text` and `parse_yaml` raise."""
-    return parse_yaml(read_text(path), str(path))
-
-
-def parse_yaml(text: str, name: str) -> Document:
+def parse_yaml(text: str | bytes, name: str) -> Document:
     """Parse one YAML document; `name` precedes the line in every place.
 
     Doubled keys and keys that are not text are collected. Raises RecipeError for text that is not YAML, UnsafeError
@@ -76,16 +65,12 @@ def parse_yaml(text: str, name: str) -> Document:
         loader = _Loader(text)
         loader.name = name
         node = loader.get_single_node()
-    except yaml.reader.ReaderError as error:
-        what = f"not text (character 0x{int(error.character):02x} at {error.position})"
-        raise RecipeError(what, where=name, hint="a recipe is a YAML file in UTF-8") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-        if error.problem and r"'\t'" in error.problem:
-            raise RecipeError("a tab where YAML wants spaces", where=where, hint="use spaces instead") from None
-        what, hint = f"this is not YAML: {error.problem or error.context}", "text with : # or brackets goes into quotes"
-        raise RecipeError(what, where=where, hint=hint) from None
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None)
+        hint = "UTF-8, spaces instead of tabs, and text with : # or brackets in quotes"
+        raise RecipeError(f"this is not YAML: {reason}", where=where, hint=hint) from None
     if node:
         document.value = _read_node(node, (), document)
     return document
@@ -129,7 +114,7 @@ class _Loader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         where = _place(event)
         if isinstance(event, yaml.AliasEvent):
             raise UnsafeError("aliases (*name) are not allowed", where=where, hint="write the value out")
@@ -151,6 +136,7 @@ def _read_node(node: yaml.Node, path: KeyPath, document: Document) -> Any:
         return [_read_node(item, (*path, number), document) for number, item in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):
         return _read_mapping(node, path, document)
+    assert isinstance(node, yaml.ScalarNode)
     document.spans[path] = node.start_mark.index, node.end_mark.index
     return _read_scalar_node(node)
 
@@ -172,7 +158,7 @@ def _read_mapping(node: yaml.MappingNode, path: KeyPath, document: Document) -> 
     return mapping
 
 
-def _read_scalar_node(node: yaml.Node) -> Any:
+def _read_scalar_node(node: yaml.ScalarNode) -> Any:
     try:  # JSON writes characters outside the basic plane as a pair of escapes
         text = node.value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
     except UnicodeDecodeError:
@@ -181,5 +167,5 @@ def _read_scalar_node(node: yaml.Node) -> Any:
     return read_scalar(text) if node.style is None else text
 
 
-def _place(marked: yaml.Event | yaml.Node) -> str:
+def _place(marked: Any) -> str:
     return f"{marked.start_mark.name}:{marked.start_mark.line + 1}"

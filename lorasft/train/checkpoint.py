@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from lorasft.errors import DivergedError, LorasftError, ModelError
+from lorasft.errors import DivergedError, LorasftError, ModelError, in_words
 from lorasft.files import remove_folder, rename, staged_folder, verify_folder, write_file
 from lorasft.model.adapter import adapter_weights, give_weights, read_adapter_weights, write_adapter
 from lorasft.recipe import ModelSettings
@@ -66,9 +66,7 @@ def read_state(path: Path, *, run: str | None) -> State:
         if path.name != f"step-{state.step:06d}":
             raise ModelError(f"a copy of step {state.step}", where=str(path))
     except ValidationError as fault:
-        first = fault.errors(include_url=False)[0]
-        what = f"state.json: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise ModelError(what, where=str(path)) from None
+        raise ModelError(f"state.json: {in_words(fault.errors()[:1])}", where=str(path)) from None
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as fault:
         raise ModelError(f"no readable state.json: {fault}", where=str(path)) from None
     if run is not None and state.run != run:
