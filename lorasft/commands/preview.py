@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasft.commands.arguments import add_json, add_recipe, whole_number
-from lorasft.terminal import harmless, say
+from lorasft.terminal import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -90,7 +90,7 @@ def painted(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> Iterator[Part
         # Decoded alone a part would lose the blank that it begins with, so the token before it is decoded too.
         before = _decode(tokenizer, tokens.ids[max(start - 1, 0) : start])
         text = _decode(tokenizer, tokens.ids[max(start - 1, 0) : end])
-        yield (harmless(text.removeprefix(before)), *kinds[start])
+        yield (_harmless(text.removeprefix(before)), *kinds[start])
 
 
 def summary(report: Report, *, batch_size: int) -> Iterator[str]:
@@ -134,8 +134,8 @@ def summary(report: Report, *, batch_size: int) -> Iterator[str]:
     }
     yield from (f"{count:,} {name}" for name, count in counts.items() if count)
     if warning := report.key_warning():
-        yield harmless(warning)
-    yield from (f"dropped: {harmless(row)}" for row in report.dropped[:DROPPED_SHOWN])
+        yield _harmless(warning)
+    yield from (f"dropped: {_harmless(row)}" for row in report.dropped[:DROPPED_SHOWN])
     if report.dropped_examples() > DROPPED_SHOWN:
         named = len(report.dropped)
         yield f"dropped: {report.dropped_examples() - DROPPED_SHOWN:,} more (--json names the first {named:,})"
@@ -160,7 +160,7 @@ def _rows(
 ) -> Iterator[Row]:
     for number, tokens in enumerate(sequences, start=1):
         part = f", sequence {number} of {len(sequences)}" if len(sequences) > 1 else ""
-        title = harmless(f"{example.place}{part}{' (held out)' if held_out else ''}")
+        title = _harmless(f"{example.place}{part}{' (held out)' if held_out else ''}")
         yield {"title": title, "parts": list(painted(tokens, tokenizer))}
 
 
@@ -189,3 +189,8 @@ def _bracketed(parts: Sequence[Part]) -> str:
 
 def _decode(tokenizer: PreTrainedTokenizerFast, ids: Any) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _harmless(text: str) -> str:
+    """Text that cannot move the cursor or change the terminal: control characters as escapes, but for newlines."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
