@@ -128,8 +128,8 @@ def test_evaluating_and_generating_do_not_change_gradients(base: Path) -> None:
     from lorasft.model.selfcheck import verify
     from lorasft.recipe import AdapterSettings
     from lorasft.signals import StopRequest
+    from lorasft.train.distributed import ALONE
     from lorasft.train.evaluate import evaluate
-    from lorasft.train.ranks import ALONE
 
     peft = attach_adapter(
         load_base(ModelSettings(base=str(base)), torch.device("cpu")), AdapterSettings(rank=4), seed=0
@@ -152,9 +152,10 @@ def test_the_adapter_loads_in_peft_and_gives_the_same_logits(recipe: Write, base
     fresh = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     theirs = PeftModel.from_pretrained(fresh, adapter, torch_device="cpu").eval()
 
-    from lorasft.model.saved import find_saved, load_saved
+    from lorasft.artifact import find_artifact
+    from lorasft.model.saved import load_saved
 
-    ours = load_saved(find_saved(str(run_folder(path))), torch.device("cpu"))
+    ours = load_saved(find_artifact(str(run_folder(path))), torch.device("cpu"))
     ids = torch.arange(5, 60).unsqueeze(0)
     from lorasft.model.attention import attention
 

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import cached_file
 
-from lorasft.adapter_files import read_adapter_config
+from lorasft.adapter_config import read_adapter_config
 from lorasft.errors import CapacityError, DeviceError, LorasftError, ModelError, UnsafeError
 from lorasft.hub import find_hub, refuse_offline
 from lorasft.model.attention import default_attention
@@ -93,7 +93,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     mend_linears(model, device, settings.base)
     model.requires_grad_(False)
     if settings.quantization == "nf4":
-        refuse_loose(model)
+        check_mostly_quantized(model)
     if folder and kept is None:
         found = find_place(folder, scheme, device)
         if found and place in (None, found):  # a hub's weights are there by now; others changed meanwhile
@@ -248,7 +248,7 @@ def _constants(state: Any) -> list[torch.Tensor]:
     return [tensor for tensor in (state.absmax, state.code, state.offset) if tensor is not None] + nested
 
 
-def refuse_loose(model: Any) -> None:
+def check_mostly_quantized(model: Any) -> None:
     """Raise ModelError for a "4-bit" model, or the skeleton of one, whose weights are mostly not.
 
     transformers leaves fused experts in 16 bits, silently.

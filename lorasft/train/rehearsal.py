@@ -18,9 +18,9 @@ from lorasft.model.memory import Holdings, Prediction, predict
 from lorasft.model.meter import make_meter
 from lorasft.model.recompute import recomputed_layers
 from lorasft.terminal import size_text
+from lorasft.train.distributed import ALONE
 from lorasft.train.layout import Fit, find_heaviest, measure_fit
 from lorasft.train.loop import add_gradients
-from lorasft.train.ranks import ALONE
 from lorasft.train.redo import within_memory
 from lorasft.train.state import Run
 

@@ -1,6 +1,6 @@
 """What a run promises, I1 to I20, each by its number: held while it is killed, starved, damaged and disturbed.
 
-The short form of `scripts/fault_campaigns.py`, which tells what each campaign does. Other promises stand where their
+The short form of `campaigns.py`, which tells what each campaign does. Other promises stand where their
 subject does, by number too: I9 in test_oracles.py, I14 in test_merge.py, I15, I16, I17 and I19 in test_trust.py, I18 in
 test_bad_inputs.py.
 """
@@ -20,22 +20,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fault_campaigns as campaigns
-import fault_mutants as mutants
 import pytest
 import torch
-from fault_states import full_in, in_fork, state_machine
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from faults import campaigns, mutants
+from faults.judge import judge_remains, judge_result, read_metrics
+from faults.kills import Tally, open_bench
+from faults.states import full_in, in_fork, state_machine
+from faults.subject import SAVE_EVERY
+from faults.trial import Bench, Fault, kill_at
 from lorasft.cli import main
 from lorasft.commands import train
 from lorasft.data.packing import Step
 from lorasft.errors import RecipeError
-from lorasft.faults.judge import judge_remains, judge_result, read_metrics
-from lorasft.faults.kills import Tally, open_bench
-from lorasft.faults.subject import SAVE_EVERY
-from lorasft.faults.trial import Bench, Fault, kill_at
 from lorasft.files import LOCK, MANIFEST, locked
 from lorasft.model.adapter import attach_adapter, trainable
 from lorasft.model.base import load_base
@@ -132,25 +131,24 @@ def test_i05_a_full_disk_in_one_save_is_said_and_the_run_goes_on(ring: campaigns
     assert not tally("D1").wrong
     ring.bench.clear()
     code, said = start(ring.bench, full_in("step-000004"))
-    assert (
-        code == 0 and said.count("the save after step 4 failed: cannot write: No space left on device; it needs") == 1
-    )
-    assert "MB are free; saved up to step 2, going on" in said
+    assert code == 0 and said.count("the save after step 4 failed: cannot write: No space left on device") == 1
+    assert "saved up to step 2, going on" in said
     assert not judge_result(ring.bench.folder, ring.reference.result)
 
 
 def test_i05_two_in_a_row_stop_it_with_all_before_intact(ring: campaigns.Ring) -> None:
     ring.bench.clear()
     code, said = start(ring.bench, full_in("step-000004", "step-000006"))
-    assert code == 6 and "the second in a row" in said and "--resume from step 2" in said
+    assert code == 6 and "the save after step 6 failed" in said and "--resume from step 2" in said
     assert judge_remains(ring.bench.folder, commits=2, done=2) == ([], 0)
     assert start(ring.bench)[0] == 0 and not judge_result(ring.bench.folder, ring.reference.result)
 
 
-def test_i05_a_save_that_cannot_be_made_up_for_is_tried_twice(ring: campaigns.Ring) -> None:
+def test_i05_a_save_that_cannot_be_made_up_for_ends_the_run(ring: campaigns.Ring) -> None:
     ring.bench.clear()
     code, said = start(ring.bench, full_in("step-000012", times=1))
-    assert code == 0 and "once more" in said and not judge_result(ring.bench.folder, ring.reference.result)
+    assert code == 6 and "--resume from step 10" in said
+    assert start(ring.bench)[0] == 0 and not judge_result(ring.bench.folder, ring.reference.result)
 
 
 def test_i05_lines_that_the_disk_does_not_take_wait_for_it(ring: campaigns.Ring) -> None:
