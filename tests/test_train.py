@@ -269,7 +269,7 @@ def test_keep_best_gives_the_best_adapter(recipe: Write) -> None:
         ({"schedule": {"warmup": 9}}, [], 2, ["warm-up of 9 steps", "run of 9 steps"]),
         ({"data": {"max_length": 4096}}, [], 2, ["128 positions", "data.max_length=128"]),
         ({"adapter": {"targets": ["q_prj"]}}, [], 2, ["q_prj", "did you mean q_proj?"]),
-        ({"adapter": {"targets": ["norm"]}}, [], 2, ["norm is no linear"]),
+        ({"adapter": {"targets": ["norm"]}}, [], 2, ["norm is not a linear"]),
         ({"adapter": {"targets": []}}, [], 2, ["no targets", "all-linear"]),
         ({"adapter": {"modules_to_save": ["lm_haed"]}}, [], 2, ["lm_haed", "did you mean lm_head?"]),
         ({"adapter": {"start": "runs/x"}}, [], 2, ["no effect with adapter.start"]),

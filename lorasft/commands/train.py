@@ -26,10 +26,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
     """Train `recipe`; progress on stderr, the run folder on stdout."""
     from lorasft.recipe import load_recipe
-    from lorasft.signals import save_signal_ignored
     from lorasft.train.distributed import join
 
-    with save_signal_ignored(), join() as ranks:
+    with join() as ranks:
         settings = ranks.on_main(lambda: load_recipe(recipe, overrides))
         from lorasft.train.loop import train
         from lorasft.train.run import export_adapter, open_run

@@ -117,46 +117,45 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        rows = min(len(targets), _chunk_pairs(hidden.device, len(head.weight)))
-        narrow = hidden.new_empty(rows, len(head.weight))  # one memory for the logits of all chunks
-        wide = narrow if hidden.dtype == torch.float32 else torch.empty_like(narrow, dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        most = _CHUNK_PAIRS if hidden.is_cpu else max(_CHUNK_PAIRS, _CHUNK_ELEMENTS // len(head.weight))
+        rows = min(len(targets), most)
+        logits_lowp = hidden.new_empty(rows, len(head.weight))  # one memory for the logits of all chunks
+        logits_fp32 = (
+            logits_lowp if hidden.dtype == torch.float32 else torch.empty_like(logits_lowp, dtype=torch.float32)
+        )
         for start in range(0, len(targets), rows):
             part = slice(start, min(start + rows, len(targets)))
-            logits = _read_logits(hidden[part], head, narrow=narrow, wide=wide)
-            damping = None if head.softcap is None else 1 - (logits / head.softcap) ** 2
+            logits = _read_logits(hidden[part], head, logits_lowp=logits_lowp, logits_fp32=logits_fp32)
+            softcap_grad = None if head.softcap is None else 1 - (logits / head.softcap) ** 2
             wanted = targets[part].unsqueeze(1)
             peak, chosen = logits.amax(dim=-1, keepdim=True), logits.gather(1, wanted)
             total = logits.sub_(peak).exp_().sum(dim=-1, keepdim=True)
             losses[part] = (total.log() + peak - chosen).squeeze(1)
-            if slopes is None:
+            if grad_hidden is None:
                 continue
-            slope = logits.div_(total)  # the softmax, then minus 1 at the target
-            slope.scatter_add_(1, wanted, torch.full_like(total, -1.0))
-            if damping is not None:
-                slope.mul_(damping)
+            grad_logits = logits.div_(total)  # the softmax, then minus 1 at the target
+            grad_logits.scatter_add_(1, wanted, torch.full_like(total, -1.0))
+            if softcap_grad is not None:
+                grad_logits.mul_(softcap_grad)
             if head.scale != 1:
-                slope.mul_(head.scale)
-            torch.mm(narrow[: len(slope)].copy_(slope), head.weight, out=slopes[part])
-        ctx.save_for_backward(slopes)
+                grad_logits.mul_(head.scale)
+            torch.mm(logits_lowp[: len(grad_logits)].copy_(grad_logits), head.weight, out=grad_hidden[part])
+        ctx.save_for_backward(grad_hidden)
         return losses
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
-        (slopes,) = ctx.saved_tensors
-        return slopes * upstream[0].unsqueeze(1).to(slopes.dtype), None, None
+        (grad_hidden,) = ctx.saved_tensors
+        return grad_hidden * upstream[0].unsqueeze(1).to(grad_hidden.dtype), None, None
 
 
-def _chunk_pairs(device: torch.device, vocabulary: int) -> int:
-    return _CHUNK_PAIRS if device.type == "cpu" else max(_CHUNK_PAIRS, _CHUNK_ELEMENTS // vocabulary)
-
-
-def _read_logits(hidden: Tensor, head: Head, *, narrow: Tensor, wide: Tensor) -> Tensor:
-    """The model's logits for `hidden` (pairs, hidden) in the fp32 memory `wide`, by way of `narrow`."""
-    product = torch.mm(hidden, head.weight.t(), out=narrow[: len(hidden)])
+def _read_logits(hidden: Tensor, head: Head, *, logits_lowp: Tensor, logits_fp32: Tensor) -> Tensor:
+    """The model's logits for `hidden` (pairs, hidden) in the fp32 memory `logits_fp32`, by way of `logits_lowp`."""
+    product = torch.mm(hidden, head.weight.t(), out=logits_lowp[: len(hidden)])
     if head.bias is not None:
         product.add_(head.bias)
-    logits = wide[: len(hidden)].copy_(product)
+    logits = logits_fp32[: len(hidden)].copy_(product)
     if head.scale != 1:
         logits.mul_(head.scale)
     if head.softcap is not None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lorasft.model.adapter import attach_adapter
 from lorasft.model.attention import default_attention
-from lorasft.model.base import compute_dtype, mend_linears, quantize_skeleton
+from lorasft.model.base import compute_dtype, patch_linear4bit, quantize_skeleton
 from lorasft.model.memory import layer_kind
 from lorasft.model.recompute import decoder_layers
 from lorasft.recipe import AdapterSettings, ModelSettings
@@ -68,7 +68,7 @@ def _fill(base: Any, modules: list[nn.Module], *, device: torch.device) -> None:
                 made[id(old)] = _quantize(module, device) if _is_packed(old) else _draw(old, device)
             setattr(module, name, made[id(old)])
         if isinstance(module, bnb.nn.Linear4bit):
-            mend_linears(module, device, base.name_or_path)
+            patch_linear4bit(module, device, base.name_or_path)
             module.quant_state = module.weight.quant_state
         else:
             owners[id(module)]._init_weights(module)
