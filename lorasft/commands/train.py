@@ -82,20 +82,19 @@ def _show_answers(ready: ReadyRun, most: int = 3) -> None:
 
     The result is written: memory that runs out here takes nothing from it.
     """
-    from lorasft.data.chat import Encoder
-    from lorasft.data.report import Report
+    from lorasft.data.chat_format import ChatFormat
     from lorasft.model.generate import generate
     from lorasft.model.room import out_of_memory
 
     run, tokenizer = ready.run, ready.tokenizer
-    encoder = Encoder(tokenizer, run.recipe.chat, data=run.recipe.data, report=Report())
+    chat_format = ChatFormat(tokenizer, run.recipe.chat)
     try:
         for example in ready.prepared.samples[:most]:
-            prompt = encoder.prompt_ids(example.messages[:-1], example.tools)
+            prompt = chat_format.prompt_ids(example.messages[:-1], example.tools)
             say(f"\nprompt: {shorten(str(example.messages[-2]['content']))}")
             for name, context in (("before", run.learner.model.disable_adapter()), ("after", nullcontext())):
                 with context:
-                    ids = generate(run.network.causal, tokenizer, prompt, max_new_tokens=48, stops=encoder.stop_ids)
+                    ids = generate(run.network.causal, tokenizer, prompt, max_new_tokens=48, stops=chat_format.stop_ids)
                 say(f"{name:>6}: {shorten(tokenizer.decode(ids, skip_special_tokens=True))}")
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
