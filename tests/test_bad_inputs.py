@@ -338,7 +338,7 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
     "78 doubled": (4, ["too much memory"],
                    of_base(lambda m: write(m / "chat_template.jinja", "{% set n = namespace(s='x') %}"
                            "{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}"), verb="preview")),
-    "78 code": (8, ["no data", "__class__"],
+    "78 code": (8, ["__class__"],
                 of_base(lambda m: write(m / "chat_template.jinja", "{{ ''.__class__.__mro__[1] }}"), verb="preview")),
     "79": (4, ["tokenizer.json"], of_base(lambda model: (model / "tokenizer.json").unlink(), verb="preview")),
     "80": (4, ["id", "embedding rows"], of_base(lambda model: edit(model / "config.json", vocab_size=20), whole=True)),
