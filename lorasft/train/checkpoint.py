@@ -77,8 +77,8 @@ def newest_checkpoint(folder: Path, *, run: str | None) -> tuple[Path, State, li
     for path in reversed(list_checkpoints(folder)):
         try:
             return path, read_state(path, run=run), skipped
-        except LorasftError as fault:
-            skipped.append(f"{path.name}: {fault.what}")
+        except LorasftError as error:
+            skipped.append(f"{path.name}: {error.what}")
     what = f"no checkpoint to resume from ({'; '.join(skipped) or 'there is none'})"
     raise ModelError(what, where=str(folder), hint="start anew with another run.output=FOLDER")
 

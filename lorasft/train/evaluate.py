@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
-
-from lorasft.data.packing import cut, share
 from lorasft.data.store import TokenStore
-from lorasft.model.loss import Network, pair_losses
+from lorasft.model.loss import Network
+from lorasft.model.scoring import score_batches
 from lorasft.signals import StopRequest
 from lorasft.train.distributed import Ranks
 from lorasft.train.redo import naming_rows
-
-_GROUP = 64  # examples cut together: enough to fill micro-batches well, few enough to bound what is held
 
 
 def evaluate(
@@ -21,25 +17,15 @@ def evaluate(
 ) -> tuple[float, int] | None:
     """The mean loss per supervised token of held-out `rows`, in nats, and how many tokens; None after a signal.
 
-    Each process scores its share. The model is put back into the mode that it was in. Raises MicroBatchTooLarge when
-    memory runs out.
+    Each process scores its share. Raises MicroBatchTooLarge when memory runs out.
     """
-    training = network.causal.training
-    network.causal.eval()
     total, tokens = 0.0, 0
-    cut_all = partial(cut, rows, capacity=capacity, processes=ranks.count, share=network.share, horizon=network.horizon)
-    try:
-        with ranks.sync_errors(), torch.no_grad():
-            for start in range(0, len(rows), _GROUP):
-                batches = tuple(cut_all(range(start, min(start + _GROUP, len(rows)))))
-                for batch in share(batches, ranks.index, ranks.count):
-                    if stop.signal:  # of several processes none, before they agree on it in a step
-                        return None
-                    with naming_rows(rows, batch):
-                        losses = pair_losses(network, batch)
-                    total += float(losses.double().sum())
-                    tokens += len(batch.targets)
-    finally:
-        network.causal.train(training)
+    score = partial(score_batches, network, rows, range(len(rows)), capacity=capacity)
+    with ranks.sync_errors():
+        for batch, losses in score(processes=ranks.count, index=ranks.index, explain=partial(naming_rows, rows)):
+            if stop.signal:  # of several processes none, before they agree on it in a step
+                return None
+            total += float(losses.double().sum())
+            tokens += len(batch.targets)
     totals, counts = zip(*ranks.gather((total, tokens)), strict=True)
     return sum(totals) / sum(counts), sum(counts)
