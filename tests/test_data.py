@@ -23,7 +23,7 @@ from lorasft.data.sources import LARGEST_ROW, Place
 from lorasft.data.store import StoreWriter, example_lengths, map_store, pack_examples
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.data.tokens import UNSUPERVISED, Tokens
-from lorasft.errors import DataError, LorasftError, ModelError, Several
+from lorasft.errors import DataError, ErrorGroup, LorasftError, ModelError
 from lorasft.recipe import ChatSettings, DataSettings, DataSource
 
 SHARED = Path(__file__).parents[2] / "shared/data"
@@ -179,12 +179,12 @@ def test_bad_rows_are_dropped_and_counted_or_reported_together(tmp_path: Path) -
     bad = BadRows("drop", Report())
     assert [example.place.line for example in read_examples(data.train, data, bad=bad)] == [1, 3, 5]
     assert bad.report.bad_rows == 2
-    with pytest.raises(Several) as several:
+    with pytest.raises(ErrorGroup) as several:
         read(tmp_path / "rows.jsonl")
-    assert [fault.where for fault in several.value.faults] == [f"{tmp_path}/rows.jsonl:{n}" for n in ("2:2", "4")]
-    with pytest.raises(Several) as many:
+    assert [fault.where for fault in several.value.errors] == [f"{tmp_path}/rows.jsonl:{n}" for n in ("2:2", "4")]
+    with pytest.raises(ErrorGroup) as many:
         read_bytes(tmp_path, CHAT_ROW.encode() + b"\n" + b"{\n" * 99)
-    assert len(many.value.faults) == 20 and str(many.value).endswith("... and at least 80 more")
+    assert len(many.value.errors) == 20 and str(many.value).endswith("... and at least 80 more")
     assert len(str(many.value).splitlines()) == 20
 
 

@@ -44,7 +44,6 @@ from lorasft.train import loop
 from lorasft.train import metrics as metrics_module
 from lorasft.train import run as runs
 from lorasft.train.distributed import ALONE, Ranks, join
-from lorasft.train.evaluate import evaluate
 from lorasft.train.state import Learner, Run
 
 Write = Callable[..., str]
@@ -150,7 +149,7 @@ def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> N
 
 def held_out(network: Any, ranks: Ranks) -> list[float]:
     """Losses and tokens of held-out sets of every size."""
-    results = [evaluate(network, some(size), capacity=20, ranks=ranks, stop=StopRequest()) for size in range(1, 7)]
+    results = [loop.evaluate(network, some(size), capacity=20, ranks=ranks, stop=StopRequest()) for size in range(1, 7)]
     return [number for result in results if result for number in result]
 
 

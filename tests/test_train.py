@@ -33,7 +33,7 @@ from lorasft.signals import Ended, StopRequest
 from lorasft.train import loop
 from lorasft.train import run as runs
 from lorasft.train.distributed import ALONE
-from lorasft.train.evaluate import evaluate
+from lorasft.train.loop import evaluate
 from lorasft.train.schedule import learning_rate
 
 Write = Callable[..., str]

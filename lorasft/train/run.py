@@ -55,7 +55,7 @@ from lorasft.model.recompute import decoder_layers, recomputed_layers
 from lorasft.model.room import free_memory
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import Recipe, dump_recipe
-from lorasft.train.checkpoint import newest_checkpoint, restore_checkpoint
+from lorasft.train.checkpoint import current_layout, newest_checkpoint, restore_checkpoint, save
 from lorasft.train.distributed import ALONE, Ranks
 from lorasft.train.layout import choose_layout, choose_tokens
 from lorasft.train.metrics import Metrics, check_trackers
@@ -63,7 +63,6 @@ from lorasft.train.optimizer import make_optimizer
 from lorasft.train.redo import plain_memory_errors
 from lorasft.train.rehearsal import rehearse
 from lorasft.train.run_folder import check_run_folder, read_run_id, refuse_changes, write_start
-from lorasft.train.save import current_layout, save
 from lorasft.train.schedule import warmup_steps
 from lorasft.train.state import Learner, Run, State
 
