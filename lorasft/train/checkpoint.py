@@ -19,9 +19,10 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from lorasft.adapter_config import read_adapter_weights
 from lorasft.errors import DivergedError, LorasftError, ModelError
 from lorasft.files import remove_folder, rename, staged_folder, verify_folder, write_file
-from lorasft.model.adapter import adapter_weights, give_weights, read_adapter_weights, write_adapter
+from lorasft.model.adapter import adapter_weights, give_weights, write_adapter
 from lorasft.recipe import ModelSettings
 from lorasft.train.optimizer import optimizer_state, restore_optimizer
 from lorasft.train.state import Learner, State
