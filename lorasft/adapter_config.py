@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lorasft.errors import ModelError, UnsafeError
+from lorasft.errors import ModelError, UnsafeError, in_words
 from lorasft.tensors import open_tensors
 
 if TYPE_CHECKING:
@@ -84,9 +84,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         _Fields.model_validate(config)
     except ValidationError as fault:
-        first = fault.errors(include_url=False)[0]
-        what = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
-        raise ModelError(what, where=str(path), hint=_AGAIN) from None
+        raise ModelError(in_words(fault.errors()[:1]), where=str(path), hint=_AGAIN) from None
     return {key: value for key, value in config.items() if key in _Fields.model_fields and value is not None}
 
 

@@ -82,21 +82,6 @@ def test_output_and_gradients_are_pefts_and_the_definitions(kind: str) -> None:
     assert all(value.abs().max() > 0.1 for value in got.values())  # else nothing was compared
 
 
-@pytest.mark.parametrize("kind", BASES)
-def test_derivatives_are_the_numerical_ones(kind: str) -> None:
-    layer = make_layer(kind).double()
-    if "nf4" not in kind:
-        layer.base_layer.double()
-    x = torch.randn(2, 3, IN, dtype=torch.float64, requires_grad=True)
-    names, values = zip(*((n, p) for n, p in layer.named_parameters() if "lora" in n), strict=True)
-
-    def call(x: Tensor, *adapters: Tensor) -> Tensor:
-        y: Tensor = torch.func.functional_call(layer, dict(zip(names, adapters, strict=True)), (x,))
-        return y
-
-    assert torch.autograd.gradcheck(call, (x, *values), fast_mode=True)
-
-
 def test_nothing_is_kept_but_the_input_once_and_what_is_small() -> None:
     """Three layers that read the same input, as queries, keys and values do."""
     layers = [make_layer("nf4-double") for _ in range(3)]

@@ -73,7 +73,7 @@ def prepare(
     """The tokenized data of a recipe, from `folder/<key>` when it was made before and still verifies.
 
     Sets the recipe's template on `tokenizer`. `workers`: processes that share the work (null: as many as pay); the
-    result is the same. Raises DataError (or Several) for rows, files and counts that the recipe does not allow,
+    result is the same. Raises DataError (or ErrorGroup) for rows, files and counts that the recipe does not allow,
     ModelError for a template that cannot be used, CapacityError when a process dies.
     """
     labeler = Labeler(ChatFormat(tokenizer, chat), data)
@@ -180,7 +180,7 @@ def encode_source(
     """The examples of one source that is not trained on, with their sequences, and what became of its rows.
 
     The format and columns of `data` hold if `source` states its own columns or begins with a row that has them, else
-    they are found. Raises DataError, or Several, for what cannot be read or encoded.
+    they are found. Raises DataError, or ErrorGroup, for what cannot be read or encoded.
     """
     blocks = read_blocks((source,), data)
     first = next(blocks)

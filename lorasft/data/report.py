@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lorasft.errors import DataError, LorasftError, Several
+from lorasft.errors import DataError, ErrorGroup, LorasftError
 
 NAMED = 1000  # dropped rows that are named; the rest is only counted
 HINT = "fix the row (fetch the file again if it is cut off), or leave such rows out with data.on_bad_row=drop"
@@ -106,21 +106,21 @@ class BadRows:
         """Take one bad row."""
         self.report.bad_rows += 1
         self.report.note_dropped(error.where, error.what)
-        if self.policy == "error" and len(self.errors) < Several.most:
+        if self.policy == "error" and len(self.errors) < ErrorGroup.most:
             self.errors.append(DataError(error.what, where=error.where, hint=error.hint or HINT))
 
     def join(self, later: BadRows) -> None:
-        """Take in what was found in rows that come after. Raises Several from the 20th on: more help nobody."""
+        """Take in what was found in rows that come after. Raises ErrorGroup from the 20th on: more help nobody."""
         self.report.join(later.report)
-        self.errors.extend(later.errors[: Several.most - len(self.errors)])
-        if len(self.errors) == Several.most:
+        self.errors.extend(later.errors[: ErrorGroup.most - len(self.errors)])
+        if len(self.errors) == ErrorGroup.most:
             self.raise_all()
 
     def raise_all(self, last: LorasftError | None = None) -> None:
         """Raise what was collected, and `last`, after which nothing can be read: the error itself when it is alone,
-        Several with the count otherwise."""
+        ErrorGroup with the count otherwise."""
         errors = [*self.errors, last] if last else self.errors
         if len(errors) == 1:
             raise errors[0]
         if errors:
-            raise Several(errors, beyond=self.report.bad_rows - len(self.errors))
+            raise ErrorGroup(errors, beyond=self.report.bad_rows - len(self.errors))
