@@ -224,9 +224,10 @@ def load_model(recipe: Recipe, device: torch.device, *, saved: State | None) -> 
     """The PEFT model, in the dtype of the checkpoint where there is one, and what was verified about it."""
     dtype = compute_dtype(saved.layout.dtype if saved else recipe.model.dtype, device)
     settings = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    start = find_artifact(recipe.adapter.start, base=recipe.model.base) if recipe.adapter.start else None
     base = load_base(settings, device, keep=recipe.machine.cache_base)
-    if recipe.adapter.start:
-        model = load_adapter(base, find_artifact(recipe.adapter.start, base=recipe.model.base), trainable=True)
+    if start:
+        model = load_adapter(base, start, trainable=True)
     else:
         model = attach_adapter(base, recipe.adapter, seed=recipe.train.seed)
     return model, probe(recipe, model, saved=saved)
