@@ -976,14 +976,16 @@ def bench_data(bench: Bench) -> None:
     TRL prepares in one process, lorasft in one per core; the third arm is a bare batched call of the tokenizer on the
     finished text.
     """
-    from lorasft.data.examples import read_examples
+    from lorasft.data.examples import read_blocks, shape_block
     from lorasft.data.report import BadRows, Report
     from lorasft.recipe import DataSettings
 
     options = bench.options
     settings = DataSettings(train=(str(options.data),), on_bad_row="drop")  # type: ignore[arg-type]
     bad = BadRows("drop", Report())
-    found = [example.messages for example in read_examples(settings.train, settings, bad=bad) if example.messages]
+    blocks = (block for source in settings.train for block in read_blocks(source, settings))
+    examples = (example for block in blocks for example in shape_block(block, settings, bad=bad))
+    found = [example.messages for example in examples if example.messages]
     file = bench.folder / "rows.jsonl"
     with open(file, "w", encoding="utf-8") as stream:
         for number in range(options.rows):

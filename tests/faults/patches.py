@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from lorasft.train import evaluate, loop, metrics, save
+from lorasft.model import scoring
+from lorasft.train import checkpoint, loop, metrics
 from lorasft.train import run as runs
 
 
@@ -47,9 +48,9 @@ def starve(number: int, part: str) -> None:
     module, name = {
         "forward": (loop, "pair_losses"),
         "backward": (torch.Tensor, "backward"),
-        "evaluation": (evaluate, "pair_losses"),
+        "evaluation": (scoring, "pair_losses"),
         "update": (torch.optim.AdamW, "step"),
-        "save": (save, "save_checkpoint"),
+        "save": (checkpoint, "save_checkpoint"),
     }[part]
     plain = getattr(module, name)
 
