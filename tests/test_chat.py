@@ -14,7 +14,7 @@ from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import Example, normalize_message
 from lorasft.data.labels import Labeler
 from lorasft.data.report import BadRows, Report
-from lorasft.data.rows import Place
+from lorasft.data.sources import Place
 from lorasft.data.templates import render
 from lorasft.data.tokenizer import adds_bos, compare_with_file, load_tokenizer
 from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs

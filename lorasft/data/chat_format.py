@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lorasft.data.encoding import FIRST, MARK, TextEncoder
 from lorasft.data.examples import Example, Message
 from lorasft.data.reasoning import reasoning_of, without_reasoning
-from lorasft.data.rows import Place
+from lorasft.data.sources import Place
 from lorasft.data.templates import render, render_within_limits, set_template
 from lorasft.data.tokenizer import control_tokens
 from lorasft.errors import DataError, ModelError

@@ -36,8 +36,6 @@ class Labeler:
         self.locator = AnswerLocator(tokenizer, chat_format.style, mask_reasoning=self.chat.thinking == "mask")
         self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self.eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        self._special = np.array(sorted(tokenizer.added_tokens_decoder), dtype=np.int64)
-        self._seen = np.zeros(max(len(tokenizer), *(self._special + 1), 1), dtype=bool)
         template = str(tokenizer.chat_template)
         self._merges_system = merges_system(tokenizer)
         self._reads_thinking = "</think>" in template
@@ -61,10 +59,6 @@ class Labeler:
                     continue
                 if kept := self._keep_supervised(sequences, example, bad.report):
                     yield example, kept
-
-    def learned_special(self) -> tuple[int, ...]:
-        """The ids of the added tokens that were supervised so far."""
-        return tuple(self._special[self._seen[self._special]].tolist())
 
     def _mark_block(self, block: list[Example], bad: BadRows) -> list[tuple[Example, tuple[MarkedText, ...]]]:
         marked = []
@@ -229,7 +223,6 @@ class Labeler:
             targets = tokens.labels[tokens.labels != UNSUPERVISED]
             if len(targets):
                 kept.append(tokens)
-                self._seen[targets] = True
                 report.tokens += len(tokens)
                 report.supervised_tokens += len(targets)
         if sequences and not kept:
