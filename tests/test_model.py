@@ -123,7 +123,7 @@ def test_the_self_check_sees_a_leak_and_an_unknown_head(monkeypatch: pytest.Monk
     from lorasft.model.loss import read_head
 
     model = make_base("gemma2").requires_grad_(False)
-    head = read_head(model)
+    head = read_head(model, torch.device("cpu"))
     assert head is not None
     monkeypatch.setattr("lorasft.model.selfcheck.read_head", lambda model: replace(head, softcap=None))
     network = verify(model)

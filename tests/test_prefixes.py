@@ -270,7 +270,7 @@ def test_one_kernel_for_all_segments_is_fed_the_same_paths(monkeypatch: pytest.M
     query, key, value = (torch.randn(1, heads, 31, 8) for heads in (4, 2, 2))
     varlen = measure_paths(lengths, ancestors, device=query.device)
     got, want = (
-        attend(torch.nn.Module(), query, key, value, None, segments=Paths(lengths, ancestors, kernel))[0]
+        attend(torch.nn.Module(), query, key, value, None, segments=Paths(lengths, ancestors, kernel is None, kernel))[0]
         for kernel in (varlen, None)
     )
     assert torch.allclose(got, want, atol=1e-6)

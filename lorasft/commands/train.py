@@ -82,7 +82,7 @@ def _introduce(opened: Opened) -> None:
 
 def _show_answers_within_memory(opened: Opened) -> None:
     """The result is written: memory that runs out here takes nothing from it."""
-    from lorasft.model.room import out_of_memory
+    from lorasft.model.free_memory import out_of_memory
 
     try:
         _show_answers(opened)

@@ -22,7 +22,7 @@ from lorasft.data.tokens import UNSUPERVISED, Tokens
 from lorasft.errors import ModelError
 from lorasft.merge.probes import read_probes
 from lorasft.merge.source import Choice, Onto, Source
-from lorasft.model.room import free_memory
+from lorasft.model.free_memory import free_memory
 from lorasft.model.saved import Saved, find_saved, load_model
 from lorasft.recipe import DataSource
 

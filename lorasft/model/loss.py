@@ -35,10 +35,11 @@ class Head:
     bias: Tensor | None  # (vocabulary,)
     scale: float
     softcap: float | None
+    chunk: int = _CHUNK_PAIRS  # pairs whose logits exist at a time
 
 
-def read_head(model: Any) -> Head | None:
-    """The head as the config states it, to be checked against the model's own logits.
+def read_head(model: Any, device: torch.device) -> Head | None:
+    """The head as the config states it, for work on `device`, to be checked against the model's own logits.
 
     None if it is adapted or 4-bit, or if the model does not say what stands below it (Llama 4).
     """
@@ -48,7 +49,8 @@ def read_head(model: Any) -> Head | None:
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     scale = scale / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
-    return Head(linear.weight, linear.bias, float(scale), getattr(config, "final_logit_softcapping", None))
+    chunk = _CHUNK_PAIRS if device.type == "cpu" else max(_CHUNK_PAIRS, _CHUNK_ELEMENTS // len(linear.weight))
+    return Head(linear.weight, linear.bias, float(scale), getattr(config, "final_logit_softcapping", None), chunk)
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,17 @@ class Network:
     varlen: bool = False  # attention of all segments in one kernel
     horizon: int | None = None  # sequences up to this length never stand in a row with longer ones
     notices: tuple[str, ...] = ()  # what a person should know about a slower way that was taken
+    planned: torch.device | None = None  # where a model on the meta device would run
 
     @property
     def device(self) -> torch.device:
         device: torch.device = self.causal.get_input_embeddings().weight.device
         return device
+
+    @property
+    def runs_on(self) -> torch.device:
+        """The device whose ways of computing are taken."""
+        return self.planned or self.device
 
 
 def pair_losses(network: Network, batch: MicroBatch) -> Tensor:
@@ -75,13 +83,14 @@ def pair_losses(network: Network, batch: MicroBatch) -> Tensor:
     The model must run under segment attention if the network can, else the batch holds one sequence.
     """
     model, device, pairs = network.causal, network.device, len(batch.sources)
-    if network.segments and device.type == "cpu" and model.dtype.itemsize == 2:
+    on_cpu = network.runs_on.type == "cpu"
+    if network.segments and on_cpu and model.dtype.itemsize == 2:
         batch = round_up(batch)
     sources = torch.as_tensor(batch.sources, device=device)
     targets = torch.as_tensor(batch.targets, device=device)
     inputs: dict[str, Any] = {"input_ids": torch.as_tensor(batch.ids, device=device).unsqueeze(0), "use_cache": False}
     if network.segments:
-        paths = read_paths(batch.segments, varlen=network.varlen, device=device)
+        paths = read_paths(batch.segments, cascade=on_cpu, varlen=network.varlen, device=device)
         positions = torch.as_tensor(batch.positions, device=device).unsqueeze(0)
         inputs |= {"position_ids": positions, "segments": paths}
     elif len(batch.segments) > 1:
@@ -118,7 +127,7 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        rows = min(len(targets), _chunk_pairs(hidden.device, len(head.weight)))
+        rows = min(len(targets), head.chunk)
         narrow = hidden.new_empty(rows, len(head.weight))  # one memory for the logits of all chunks
         wide = narrow if hidden.dtype == torch.float32 else torch.empty_like(narrow, dtype=torch.float32)
         for start in range(0, len(targets), rows):
@@ -145,10 +154,6 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
         (slopes,) = ctx.saved_tensors
         return slopes * upstream[0].unsqueeze(1).to(slopes.dtype), None, None
-
-
-def _chunk_pairs(device: torch.device, vocabulary: int) -> int:
-    return _CHUNK_PAIRS if device.type == "cpu" else max(_CHUNK_PAIRS, _CHUNK_ELEMENTS // vocabulary)
 
 
 def _read_logits(hidden: Tensor, head: Head, *, narrow: Tensor, wide: Tensor) -> Tensor:

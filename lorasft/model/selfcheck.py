@@ -99,7 +99,7 @@ def _try_sharing(network: Network) -> Network:
 
 def _try_head(network: Network) -> Network:
     """The chunked loss equals the loss from the model's own logits."""
-    head = read_head(network.causal)
+    head = read_head(network.causal, network.device)
     if head is None:
         return network
     row = _row(_probe(_EARLY, network.causal.config.get_text_config().vocab_size, seed=1))

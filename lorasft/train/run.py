@@ -49,7 +49,7 @@ from lorasft.model.base import (
 from lorasft.model.loss import Network
 from lorasft.model.memory import count_holdings
 from lorasft.model.recompute import decoder_layers, recomputed_layers
-from lorasft.model.room import free_memory
+from lorasft.model.free_memory import free_memory
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import Recipe, dump_recipe
 from lorasft.train.checkpoint import newest_checkpoint, restore_checkpoint
