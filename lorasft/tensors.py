@@ -186,7 +186,7 @@ def open_tensors(path: Path, *, largest: int = LARGEST_HEADER) -> TensorFile:
         with safe_open(path, "np"):  # refuses what is not to be trusted
             fields = json.loads(header)
     except (SafetensorError, OSError, ValueError) as fault:
-        raise ModelError(f"cannot read the weights: {fault}", where=str(path), hint=_AGAIN) from None
+        raise ModelError(f"cannot read the weights: {str(fault)[:120]}", where=str(path), hint=_AGAIN) from None
     metadata = fields.pop("__metadata__", None)
     ordered = sorted(fields.items(), key=lambda item: item[1]["data_offsets"])
     specs, starts = {}, {}

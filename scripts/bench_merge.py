@@ -97,10 +97,10 @@ def copy(folder: Path, out: Path) -> Callable[[], object]:
 
 
 def ours(folder: Path, out: Path) -> Callable[[], object]:
+    from lorasft.artifact import find_artifact
     from lorasft.merge.folder import merge
-    from lorasft.merge.source import Source
 
-    return lambda: merge(Source(folder / "adapter", folder / "base", "base"), out, check=False)
+    return lambda: merge(find_artifact(str(folder / "adapter")), out, check=False)
 
 
 def peft(folder: Path, out: Path) -> Callable[[], object]:

@@ -35,18 +35,16 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
-from lorasft.adapter_files import CONFIG, WEIGHTS
+from lorasft.adapter_config import CONFIG, WEIGHTS
+from lorasft.artifact import find_artifact
 from lorasft.data.chat import Encoder
 from lorasft.data.examples import read_examples
 from lorasft.data.report import BadRows, Report
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import LorasftError
-from lorasft.merge.config import read_config
 from lorasft.merge.plan import plan_merge
-from lorasft.merge.source import find_source
 from lorasft.model.adapter import attach_adapter, load_adapter, write_adapter
 from lorasft.model.base import load_base
-from lorasft.model.saved import find_saved
 from lorasft.recipe import AdapterSettings, ChatSettings, DataSettings, ModelSettings, load_recipe, shipped_recipes
 
 SECONDS = 5.0  # for one case
@@ -162,12 +160,12 @@ class Bench:
             raise faults[0]
 
     def _load(self) -> None:
-        find_saved(str(self.adapter))
-        load_adapter(copy.deepcopy(self.model), self.adapter)
+        load_adapter(copy.deepcopy(self.model), find_artifact(str(self.adapter)))
 
     def _merge(self) -> None:
-        find_source(str(self.adapter), base=str(self.base))
-        plan_merge(self.base, self.adapter, config=read_config(self.base))
+        artifact = find_artifact(str(self.adapter), base=str(self.base))
+        artifact.verify()
+        plan_merge(artifact)
 
     def _load_base(self) -> None:
         load_base(ModelSettings(base=str(self.base), quantization="none"), torch.device("cpu"))

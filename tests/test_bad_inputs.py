@@ -5,13 +5,13 @@ The numbers are those of a list of 94 inputs that break fine-tuning tools. The r
 13      there are no includes: the key is unknown, like any other
 19, 23  one batch size, in examples; targets are linears, never fused experts
 22      a vision tower: test_families.py
-32, 90  a locked folder, a run that ended without a word: test_crash.py
+32, 90  a locked folder, a run that ended without a word: faults
 34      adapters have no names; `run.output` is a path of the user's
 54      a template that refuses system texts gets them in the first user turn: test_chat.py
 62, 64, 66, 67, 70  rows of over 8 MiB, without target, held out twice, that change meanwhile, with keys: test_data.py
 73, 76  there are no flags that allow pickles or remote code: both are refused for good
 87      without a GPU everything runs on the CPU; `lorasft doctor` says what is there: test_doctor.py
-89, 91 - 94  memory, disk, signals, divergence, closed pipes: test_memory.py, test_crash.py, test_train.py
+89, 91 - 94  memory, disk, signals, divergence, closed pipes: test_memory.py, faults, test_train.py
 """
 
 from __future__ import annotations

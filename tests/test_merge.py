@@ -20,6 +20,7 @@ from tiny_models import CONFIGS, randomize_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from lorasft.artifact import find_artifact
 from lorasft.cli import main
 from lorasft.errors import ModelError
 from lorasft.files import sha256, verify_folder
@@ -27,14 +28,13 @@ from lorasft.merge.fold import Update
 from lorasft.merge.folder import Merged
 from lorasft.merge.folder import merge as merge_source
 from lorasft.merge.shards import read_shard
-from lorasft.merge.source import Source, find_source
-from lorasft.model.saved import find_saved, load_model
+from lorasft.model.saved import load_artifact
 from lorasft.tensors import fingerprint
 
 
 def merge(base: Path, adapter: Path, out: Path) -> Merged:
     """The weights alone, nothing measured."""
-    return merge_source(Source(adapter, base, str(base)), out, check=False)
+    return merge_source(find_artifact(str(adapter), base=str(base)), out, check=False)
 
 
 def save_adapter(base: Path, folder: Path, *, rslora: bool = False) -> Path:
@@ -253,7 +253,7 @@ def test_a_run_in_4_bit_is_merged_onto_what_it_saw(
 @pytest.mark.parametrize("dtype", [torch.float32])
 def test_dequantized_is_the_trained_function(trained: Path, base: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     """An oracle without our quantizer: transformers' 4-bit model with PEFT's adapter, and PEFT's arithmetic."""
-    merge_source(find_source(str(trained)), tmp_path / "out", onto="dequantized", check=False)
+    merge_source(find_artifact(str(trained)), tmp_path / "out", onto="dequantized", check=False)
     scheme = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     live = AutoModelForCausalLM.from_pretrained(base, quantization_config=scheme, dtype=dtype)
     seen = {
@@ -272,12 +272,12 @@ def test_dequantized_is_the_trained_function(trained: Path, base: Path, tmp_path
 
 def test_a_model_that_does_not_fit_is_streamed(trained: Path) -> None:
     """The same bits, with its adapter on it and without, while no weight of it is in memory."""
-    found = find_saved(str(trained))
+    found = find_artifact(str(trained))
     own = replace(found, model=found.model.model_copy(update={"quantization": "none"}))
     ids = torch.arange(5, 60).unsqueeze(0)
     answers = []
     for streamed in (False, True):
-        model = load_model(own, torch.device("cpu"), streamed=streamed)
+        model = load_artifact(own, torch.device("cpu"), streamed=streamed)
         assert any(parameter.is_meta for parameter in model.parameters()) == streamed
         with torch.no_grad():
             answers.append(model(input_ids=ids).logits)
@@ -292,7 +292,7 @@ def test_a_merge_that_answers_otherwise_gets_no_name(
 ) -> None:
     monkeypatch.setattr(Update, "apply", lambda self, rows, start: rows.add_(0.3))
     with pytest.raises(ModelError, match="does not answer like"):
-        merge_source(find_source(str(trained)), tmp_path / "out", onto="original")
+        merge_source(find_artifact(str(trained)), tmp_path / "out", onto="original")
     assert list(tmp_path.iterdir()) == []
 
 

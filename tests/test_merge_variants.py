@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from lorasft.artifact import find_artifact
 from lorasft.errors import ModelError, UnsafeError
 from lorasft.merge import stream
 from lorasft.merge.fold import Dora, Replacement, Series, Shift, Stack, Tokens, Update
@@ -34,7 +35,6 @@ from lorasft.merge.folder import merge as merge_source
 from lorasft.merge.packed import find_packed
 from lorasft.merge.products import CPU, bring, time_update
 from lorasft.merge.shards import read_shard
-from lorasft.merge.source import Source
 from lorasft.model.adapter import load_adapter
 from lorasft.model.base import load_base
 from lorasft.recipe import ModelSettings
@@ -56,7 +56,7 @@ MORE: dict[str, Callable[[], Any]] = {
 
 def merge(base: Path, adapter: Path, out: Path) -> Merged:
     """The weights alone, nothing measured."""
-    return merge_source(Source(adapter, base, str(base)), out, check=False)
+    return merge_source(find_artifact(str(adapter), base=str(base)), out, check=False)
 
 
 def save_model(folder: Path, name: str, dtype: torch.dtype) -> Path:
@@ -200,7 +200,7 @@ def test_a_merge_answers_like_its_adapter(kind: str, tmp_path: Path) -> None:
     assert merged.get_input_embeddings().num_embeddings == merged.config.get_text_config().vocab_size
     ids = torch.arange(3, 13).unsqueeze(0)
     answers, without = merged(input_ids=ids).logits, load(base)(input_ids=ids).logits
-    live = load_adapter(load(base), adapter).eval()(input_ids=ids).logits
+    live = load_adapter(load(base), find_artifact(str(adapter))).eval()(input_ids=ids).logits
     torch.testing.assert_close(live, answers, atol=1e-4, rtol=1e-4)
     assert (answers[..., : without.shape[-1]] - without).abs().max() > 0.01
 
@@ -284,7 +284,7 @@ def test_what_a_streamed_base_cannot_carry_is_refused(kind: str, tmp_path: Path)
     adapter = save_adapter(base, tmp_path / "adapter", **settings)
     streamed = load_base(ModelSettings(base=str(base), quantization="none"), torch.device("cpu"), streamed=True)
     with pytest.raises(ModelError, match="does not fit into memory"):
-        load_adapter(streamed, adapter)
+        load_adapter(streamed, find_artifact(str(adapter)))
 
 
 Harm = Callable[[dict[str, Tensor], dict[str, Any]], object]

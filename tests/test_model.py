@@ -17,6 +17,7 @@ from test_oracles import Rows, differences, packed_step
 from tiny_models import make_base, randomize_adapter, shape
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Qwen3MoeConfig, Qwen3NextConfig
 
+from lorasft.artifact import find_artifact
 from lorasft.data.packing import cut, shuffle
 from lorasft.errors import LorasftError, ModelError, RecipeError, UnsafeError
 from lorasft.merge.plan import plan_merge
@@ -152,7 +153,7 @@ def test_an_adapter_survives_the_disk_bit_for_bit(tmp_path: Path) -> None:
     model = attach_adapter(make_base("llama"), AdapterSettings(rank=4), seed=0)
     randomize_adapter(model)
     write_adapter(model, tmp_path, base=ModelSettings(base="x"))
-    again = load_adapter(make_base("llama"), tmp_path, trainable=True)
+    again = load_adapter(make_base("llama"), find_artifact(str(tmp_path)), trainable=True)
     assert all(torch.equal(p, trainable(again)[name]) for name, p in trainable(model).items())
     assert all(p.dtype == torch.float32 for p in trainable(again).values())
 
@@ -194,17 +195,17 @@ def test_an_adapter_that_does_not_fit_is_refused(
     write_adapter(model, tmp_path, base=ModelSettings(base="x"))
     harm(tmp_path)
     with pytest.raises(kind, match=words):
-        load_adapter(make_base("llama"), tmp_path)
+        load_adapter(make_base("llama"), find_artifact(str(tmp_path)))
     make_base("llama").save_pretrained(tmp_path / "base")
     with pytest.raises(LorasftError):
-        plan_merge(tmp_path / "base", tmp_path, config={"model_type": "llama"})
+        plan_merge(find_artifact(str(tmp_path), base=str(tmp_path / "base")))
 
 
 def test_an_adapter_initialized_in_a_special_way_loads_as_it_was_saved(tmp_path: Path) -> None:
     model = attach_adapter(make_base("llama"), AdapterSettings(rank=4), seed=0)
     write_adapter(model, tmp_path, base=ModelSettings(base="x"))
     _edit(tmp_path / "adapter_config.json", init_lora_weights="pissa")
-    again = load_adapter(make_base("llama"), tmp_path, trainable=True)
+    again = load_adapter(make_base("llama"), find_artifact(str(tmp_path)), trainable=True)
     assert all(torch.equal(p, trainable(again)[name]) for name, p in trainable(model).items())
 
 

@@ -21,7 +21,8 @@ FLOORS = [
         "recipe",
         "recipe_faults",
         "strict_yaml",
-        "adapter_files",
+        "adapter_config",
+        "artifact",
         "signals",
         "terminal",
         "",
@@ -29,7 +30,6 @@ FLOORS = [
     {"data"},
     {"model"},
     {"train", "merge", "export"},
-    {"faults"},
     {"commands"},
     {"cli"},
     {"__main__"},
@@ -41,10 +41,10 @@ ROOMS = {
     "peft": {"model", "merge"},
     "bitsandbytes": {"model", "merge", "train"},
     "accelerate": {"train", "merge", "commands"},
-    "transformers": {"data", "model", "train", "merge", "export", "faults", "commands"},
+    "transformers": {"data", "model", "train", "merge", "export", "commands"},
     "gguf": {"export"},
     "yaml": {"strict_yaml"},
-    "pydantic": {"recipe", "recipe_faults", "adapter_files", "train"},
+    "pydantic": {"recipe", "recipe_faults", "adapter_config", "train"},
 }
 FORBIDDEN = {"pickle", "shelve", "marshal", "subprocess", "joblib"}
 
@@ -111,8 +111,6 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 WRITERS = {
     "data/store.py": {"open", "mkdir", "write_text"},  # the flat files of a store, in the stage of prepare
     "export/gguf_file.py": {"open"},  # appends to the stage of staged_file
-    "faults/subject.py": {"save_pretrained", "write_text"},  # a base that is made to be thrown away
-    "faults/trial.py": {"open", "rmtree", "truncate", "unlink"},  # the faults themselves, and their words
     "commands/export.py": {"TemporaryDirectory"},
     "merge/folder.py": {"copyfile", "rmtree"},  # in the stage of the merge
     "merge/requantize.py": {"save_pretrained", "chmod"},  # in the stage of the merge

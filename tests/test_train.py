@@ -152,9 +152,10 @@ def test_the_adapter_loads_in_peft_and_gives_the_same_logits(recipe: Write, base
     fresh = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     theirs = PeftModel.from_pretrained(fresh, adapter, torch_device="cpu").eval()
 
-    from lorasft.model.saved import find_saved, load_saved
+    from lorasft.artifact import find_artifact
+    from lorasft.model.saved import load_saved
 
-    ours = load_saved(find_saved(str(run_folder(path))), torch.device("cpu"))
+    ours = load_saved(find_artifact(str(run_folder(path))), torch.device("cpu"))
     ids = torch.arange(5, 60).unsqueeze(0)
     from lorasft.model.attention import attention
 

@@ -29,13 +29,14 @@ def run(saved: str, base: str | None, prompt: str | None, max_new_tokens: int, t
     """Answer `prompt`, or what is typed line by line. Answers stream to stdout."""
     from accelerate import PartialState
 
+    from lorasft.artifact import find_artifact
     from lorasft.data.chat import Encoder
     from lorasft.data.report import Report
     from lorasft.model.generate import generate
-    from lorasft.model.saved import find_saved, load_saved
+    from lorasft.model.saved import load_saved
     from lorasft.recipe import DataSettings, DataSource
 
-    found = find_saved(saved, base=base)
+    found = find_artifact(saved, base=base)
     loaded = load_saved(found, PartialState().device)
     data = DataSettings(train=(DataSource(path="-"),))
     encoder = Encoder(loaded.tokenizer, found.chat, data=data, report=Report())

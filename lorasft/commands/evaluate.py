@@ -24,16 +24,17 @@ def run(saved: str, base: str | None, data: str, columns: str | None, per_exampl
     """Score the answers in `data`; totals on stdout, one JSON object for each answer to `per_example`."""
     from accelerate import PartialState
 
+    from lorasft.artifact import find_artifact
     from lorasft.files import refuse_existing, write_file
     from lorasft.model.answers import read_answers, score_answers, summarize
-    from lorasft.model.saved import find_saved, load_saved
+    from lorasft.model.saved import load_saved
     from lorasft.recipe import DataSettings, read_source
 
     if per_example:
         refuse_existing(Path(per_example))
         if not Path(per_example).parent.is_dir():
             raise RecipeError("there is no such folder", where=str(Path(per_example).parent), hint="name another file")
-    found = find_saved(saved, base=base)
+    found = find_artifact(saved, base=base)
     source = read_source(data, columns)
     settings = found.recipe.data if found.recipe else DataSettings(train=(source,))
     loaded = load_saved(found, PartialState().device)

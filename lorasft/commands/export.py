@@ -56,21 +56,19 @@ def run(model: str, to: str, out: str, type: Any, as_json: bool) -> None:
 @contextmanager
 def _full_weights(name: str, out: Path) -> Iterator[Path]:
     """The model folder `name`; of a run or an adapter, one that is merged beside `out` and goes when it was read."""
-    from lorasft.adapter_files import CONFIG
+    from lorasft.artifact import find_artifact
     from lorasft.files import STAGE, make_folder
 
-    folder = Path(name)
-    if (folder / CONFIG).is_file() or ((folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file()):
-        from lorasft.merge.folder import merge
-        from lorasft.merge.source import find_source
-
-        source = find_source(name)
-        make_folder(out.absolute().parent)
-        with TemporaryDirectory(prefix=STAGE, dir=out.absolute().parent) as scratch:
-            merged = merge(source, Path(scratch) / "merged")
-            say(f"merged first, onto the {merged.onto} weights ({merged.why})")
-            yield merged.folder
+    artifact = find_artifact(name)
+    if artifact.adapter is None:
+        if not (Path(name) / "config.json").is_file():
+            raise ModelError("no config.json: this is not a model folder", where=name, hint="name a folder")
+        yield Path(name)
         return
-    if not (folder / "config.json").is_file():
-        raise ModelError("no config.json: this is no model folder", where=str(folder))
-    yield folder
+    from lorasft.merge.folder import merge
+
+    make_folder(out.absolute().parent)
+    with TemporaryDirectory(prefix=STAGE, dir=out.absolute().parent) as scratch:
+        merged = merge(artifact, Path(scratch) / "merged")
+        say(f"merged first, onto the {merged.onto} weights ({merged.why})")
+        yield merged.folder

@@ -49,11 +49,11 @@ def run(
     as_json: bool,
 ) -> None:
     """Merge `saved` into the new folder `out`; what was done on stdout."""
+    from lorasft.artifact import find_artifact
     from lorasft.merge.folder import merge
-    from lorasft.merge.source import find_source
     from lorasft.recipe import read_source
 
-    source = find_source(saved, base=base, force_base=force_base)
+    artifact = find_artifact(saved, base=base)
     started = time.monotonic()
     progress = ByteProgress() if sys.stderr.isatty() else None
     if not no_check:
@@ -62,9 +62,10 @@ def run(
         "onto": onto,
         "quantize": quantize is not None,
         "check": not no_check,
+        "force_base": force_base,
         "data": read_source(data, columns) if data else None,
     }
-    merged = merge(source, Path(out), **options, on_progress=progress)
+    merged = merge(artifact, Path(out), **options, on_progress=progress)
     if as_json:
         print(json.dumps({**asdict(merged), "folder": out}))
         return

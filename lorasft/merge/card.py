@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorasft.merge.source import Source
+from lorasft.artifact import Artifact
 
 _ON_THIS_MACHINE = re.compile(r"(?<![\w.<])/(?:[^\s/'\"]+/)+([^\s/'\"]+)")  # a path, and the name at its end
 
 
-def make_card(source: Source, record: dict[str, Any]) -> str:
+def make_card(artifact: Artifact, record: dict[str, Any]) -> str:
     """Markdown, with the front matter that hubs read. `record`: what merge.json holds."""
-    name = (
-        Path(source.base_name).name if Path(source.base_name).is_dir() else source.base_name
-    )  # no path of this machine
+    given = artifact.model.base
+    name = Path(given).name if Path(given).is_dir() else given  # no path of this machine
+    trained = artifact.provenance
     parts = [
         f"---\nbase_model: {name}\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
         f"# {name}, fine-tuned\n\nA LoRA adapter merged into full weights by lorasft {record['lorasft']}.",
-        f"Base: commit {source.commit or 'unknown'}, fingerprint `{record['base']['fingerprint']}`.",
+        f"Base: commit {(trained and trained.commit) or 'unknown'}, fingerprint `{record['base']['fingerprint']}`.",
         f"The update was added to the {record['onto']} weights: {record['why']}.",
     ]
     if record["table"]:
@@ -30,13 +31,12 @@ def make_card(source: Source, record: dict[str, Any]) -> str:
         ]
         head = "| model | KL to what was trained | same likeliest token | nats a token |\n|---|---|---|---|\n"
         parts.append(f"## Answers, measured on {record['rows']}\n\n{head}" + "\n".join(rows))
-    if source.run:
-        parts.append(_training(source.run))
+    if artifact.run and trained:
+        parts.append(_training(artifact.run, trained.record))
     return "\n\n".join(parts) + "\n"
 
 
-def _training(run: Path) -> str:
-    provenance = json.loads((run / "provenance.json").read_bytes())
+def _training(run: Path, provenance: Mapping[str, Any]) -> str:
     report = provenance["report"]
     text = (
         f"## Training\n\n{report['train_examples']:,} examples, {report['held_out_examples']:,} held out, "

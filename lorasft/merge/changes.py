@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lorasft.adapter_files import WEIGHTS, check_weights, read_adapter_config
+from lorasft.adapter_config import WEIGHTS, check_weights
+from lorasft.artifact import Artifact
 from lorasft.errors import ModelError
 from lorasft.merge.fold import Change, Dora, Replacement, Series, Shift, Stack, Tokens, Update, scale, split_experts
 from lorasft.merge.names import Places
@@ -27,13 +28,14 @@ _PARTS = re.compile(
 )
 
 
-def read_changes(adapter: Path, shards: Sequence[Shard], *, config: Mapping[str, Any]) -> dict[str, Change]:
-    """What the adapter does to the base's tensors, by their names in the files. `config`: the base's config.json.
+def read_changes(artifact: Artifact, shards: Sequence[Shard]) -> dict[str, Change]:
+    """What the adapter does to the base's tensors, by their names in the files.
 
     Every tensor of the adapter is used exactly once. Raises ModelError, naming it, for anything else.
     """
     places = Places(shards, base=shards[0].path.parent)
-    given = read_adapter(adapter, conv1d=config["model_type"] in _CONV1D_MODELS)
+    adapter, config = artifact.require_adapter(), artifact.base_config
+    given = read_adapter(artifact)
     vocabulary = {**config, **(config.get("text_config") or {})}.get("vocab_size")
     found: dict[str, list[Change]] = {}
     for parameter, change in _untie(given, places, vocabulary=vocabulary):
@@ -71,10 +73,10 @@ class Adapter:
         return ModelError(what, where=str(self.folder), hint="--base with what it was trained on, or fetch it again")
 
 
-def read_adapter(folder: Path, *, conv1d: bool) -> Adapter:
+def read_adapter(artifact: Artifact) -> Adapter:
     """An adapter's files, checked. Raises ModelError for a variant that cannot be merged, or broken files."""
-    config = read_adapter_config(folder)
-    adapter = Adapter(folder, config, conv1d)
+    folder, config = artifact.require_adapter(), artifact.adapter_config
+    adapter = Adapter(folder, config, artifact.base_config["model_type"] in _CONV1D_MODELS)
     for name, tensor in _read_tensors(folder).items():
         if not name.startswith(_PREFIX):
             raise adapter.fault(f"the adapter has a tensor of another kind: {name}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from lorasft.artifact import Artifact, find_artifact
 from lorasft.data.tokens import UNSUPERVISED, Tokens
 from lorasft.errors import ModelError
+from lorasft.merge.plan import Choice, Onto
 from lorasft.merge.probes import read_probes
-from lorasft.merge.source import Choice, Onto, Source
 from lorasft.model.free_memory import free_memory
-from lorasft.model.saved import Saved, find_saved, load_model
+from lorasft.model.saved import load_artifact
 from lorasft.recipe import DataSource
 
 _ROUNDING = 1e-2  # nats: more than bf16 ever does to an answer
@@ -56,12 +57,12 @@ class Distance:
 class Judge:
     """Compares candidates with what was trained, on the given rows."""
 
-    def __init__(self, found: Saved, rows: Sequence[Tokens], device: torch.device, *, origin: str) -> None:
+    def __init__(self, artifact: Artifact, rows: Sequence[Tokens], device: torch.device, *, origin: str) -> None:
         """Loads what was trained, asks it and lets it go. `origin`: where the rows come from."""
-        self.found, self.rows, self.device, self.origin = found, rows, device, origin
+        self.artifact, self.rows, self.device, self.origin = artifact, rows, device, origin
         self.table: dict[str, Distance] = {}
-        self.four_bit = found.model.quantization == "nf4"
-        model = _load(found, device)
+        self.four_bit = artifact.model.quantization == "nf4"
+        model = _load(artifact, device)
         self.trained = ask(model, rows)
         with model.disable_adapter():
             untuned = ask(model, rows)
@@ -88,7 +89,7 @@ class Judge:
         """Ask the merged weights. Raises ModelError when they differ from base and adapter by more than rounding."""
         if onto == "original" and onto not in self.wanted:
             self._ask_original()
-        answers = ask(_load(find_saved(str(merged)), self.device), self.rows)
+        answers = ask(_load(find_artifact(str(merged)), self.device), self.rows)
         self.table["merged"] = Distance.between(self.trained, answers)
         off = Distance.between(self.wanted.get(onto, self.trained), answers).kl
         learned = self.table["without the adapter"].kl
@@ -98,24 +99,23 @@ class Judge:
 
     def note(self, name: str, folder: Path) -> None:
         """Put the model in `folder` into the table."""
-        self.table[name] = Distance.between(self.trained, ask(_load(find_saved(str(folder)), self.device), self.rows))
+        self.table[name] = Distance.between(
+            self.trained, ask(_load(find_artifact(str(folder)), self.device), self.rows)
+        )
 
     def _ask_original(self) -> Answers:
-        own = replace(self.found, model=self.found.model.model_copy(update={"quantization": "none"}))
+        own = replace(self.artifact, model=self.artifact.model.model_copy(update={"quantization": "none"}))
         self.wanted["original"] = ask(_load(own, self.device), self.rows)
         self.table["onto original, before rounding"] = Distance.between(self.trained, self.wanted["original"])
         return self.wanted["original"]
 
 
-def make_judge(source: Source, data: DataSource | None, *, config: Mapping[str, Any]) -> Judge:
-    """A judge on the held-out rows of the run or on those in `data`. `config`: the base's config.json.
-
-    Raises DataError when there are no rows.
-    """
-    found = find_saved(str(source.adapter), base=source.base_name)
+def make_judge(artifact: Artifact, data: DataSource | None) -> Judge:
+    """A judge on the held-out rows of the run or on those in `data`. Raises DataError when there are no rows."""
+    config = artifact.base_config
     vocabulary = config.get("vocab_size") or config["text_config"]["vocab_size"]
-    rows, origin = read_probes(found, run=source.run, data=data, vocabulary=vocabulary)
-    return Judge(found, rows, PartialState().device, origin=origin)
+    rows, origin = read_probes(artifact, data=data, vocabulary=vocabulary)
+    return Judge(artifact, rows, PartialState().device, origin=origin)
 
 
 def ask(model: Any, rows: Sequence[Tokens]) -> Answers:
@@ -134,11 +134,9 @@ def ask(model: Any, rows: Sequence[Tokens]) -> Answers:
     return Answers(torch.cat(logs), torch.stack(nll))
 
 
-def _load(found: Saved, device: torch.device) -> Any:
+def _load(artifact: Artifact, device: torch.device) -> Any:
     """The model on `device`, or streamed from its files where it does not fit."""
     gc.collect()
-    folder = Path(found.model.base)
-    size = (
-        sum(file.stat().st_size for file in folder.glob("*.safetensors")) if found.model.quantization == "none" else 0
-    )
-    return load_model(found, device, streamed=size > 0.8 * free_memory(device))
+    whole = artifact.model.quantization == "none"
+    size = sum(file.stat().st_size for file in artifact.base.glob("*.safetensors")) if whole else 0
+    return load_artifact(artifact, device, streamed=size > 0.8 * free_memory(device))

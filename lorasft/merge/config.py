@@ -2,43 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from lorasft.errors import ModelError
+from lorasft.artifact import Artifact
 from lorasft.merge.shards import Shard
 from lorasft.tensors import INDEX
 
 CONFIG = "config.json"
-_ORIGINALS = ("base_model", "base_model_name_or_path", "original_model", "model_name_or_path", "_name_or_path")
-
-
-def read_config(base: Path) -> dict[str, Any]:
-    """config.json of a base. Raises ModelError when there is none, or it is quantized by another than bitsandbytes."""
-    path = base / CONFIG
-    if not path.is_file():
-        raise ModelError("no config.json: this is no model folder", where=str(base), hint="--base MODEL")
-    try:
-        config: dict[str, Any] = json.loads(path.read_bytes())
-        scheme = config.get("quantization_config") or {}
-        if not isinstance(config["model_type"], str) or not isinstance(scheme, dict):
-            raise TypeError("model_type or quantization_config is of another kind")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
-        what = f"cannot read the base's config: {fault!r}"
-        raise ModelError(what, where=str(path), hint="download it again") from None
-    if scheme and not (scheme.get("load_in_4bit") or scheme.get("_load_in_4bit")):
-        method = scheme.get("quant_method", "an unknown method")
-        fields = [given.get(key) for given in (scheme, config) for key in _ORIGINALS]
-        named = [name for name in fields if isinstance(name, str) and name and Path(name).name != base.name]
-        hint = f"merge into the 16-bit original: --base {named[0] if named else 'MODEL'}"
-        raise ModelError(f"the base is quantized with {method}", where=str(path), hint=hint)
-    return config
 
 
 def rewrite_config(
-    base: Path, shards: Sequence[Shard], targets: Sequence[Shard], *, vocabulary: int | None
+    artifact: Artifact, shards: Sequence[Shard], targets: Sequence[Shard], *, vocabulary: int | None
 ) -> dict[str, bytes]:
     """The base's config and index where its tensors get other forms or names; else nothing.
 
@@ -46,7 +23,7 @@ def rewrite_config(
     """
     if list(shards) == list(targets):
         return {}
-    config = json.loads((base / CONFIG).read_text(encoding="utf-8"))
+    base, config = artifact.base, copy.deepcopy(dict(artifact.base_config))
     config.pop("quantization_config", None)
     if vocabulary is not None:
         config.get("text_config", config)["vocab_size"] = vocabulary

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorasft import __version__
-from lorasft.adapter_files import WEIGHTS
+from lorasft.adapter_config import WEIGHTS
+from lorasft.artifact import GENERATION_CONFIG, MERGE_RECORD, Artifact, read_stops
 from lorasft.errors import ModelError, RecipeError
 from lorasft.files import (
     MANIFEST,
@@ -23,20 +24,16 @@ from lorasft.files import (
     write_file,
 )
 from lorasft.merge.card import make_card
-from lorasft.merge.config import read_config
-from lorasft.merge.plan import Plan, plan_merge
-from lorasft.merge.source import Choice, Onto, Source
+from lorasft.merge.plan import Choice, Onto, Plan, plan_merge
 from lorasft.merge.stream import Progress, write_weights
 from lorasft.recipe import DataSource
-from lorasft.tensors import INDEX, fingerprint
+from lorasft.tensors import INDEX
 
 if TYPE_CHECKING:
     from lorasft.merge.blocks import Rows, Stored
     from lorasft.merge.check import Judge
 
-RECORD = "merge.json"
 _SIDECARS = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
-_GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -57,34 +54,37 @@ class Merged:
 
 
 def merge(
-    source: Source,
+    artifact: Artifact,
     out: Path,
     *,
     onto: Onto | Literal["auto"] = "auto",
     quantize: bool = False,
     check: bool = True,
     data: DataSource | None = None,
+    force_base: bool = False,
     on_progress: Progress | None = None,
 ) -> Merged:
-    """Write the base of `source` with its adapter folded in to the new folder `out`.
+    """Write the base of `artifact` with its adapter folded in to the new folder `out`.
 
     `onto`: which weights the update is added to: the base's own, the ones that NF4 made of them, or what the answers
     to held-out rows (or to `data`) speak for. `quantize`: write a checkpoint in NF4 instead of full weights.
-    Raises ModelError before anything is written when the adapter does not
-    fit, CapacityError when `out` has no room; a merge that fails, its check included, leaves nothing under `out`.
+    `force_base`: take a base that is not the one of training. Raises ModelError before anything is written when the
+    adapter does not fit, CapacityError when `out` has no room; a merge that fails, its check included, leaves nothing
+    under `out`.
     """
     refuse_existing(out)
-    refuse_overlap(out, source.base, source.adapter, *([source.run] if source.run else []))
+    artifact.verify(force_base=force_base)
+    adapter = artifact.require_adapter()
+    refuse_overlap(out, artifact.base, adapter, *([artifact.run] if artifact.run else []))
     if data is not None and not check:
         raise RecipeError("--data has no use with --no-check", where=data.path, hint="leave one of the two out")
-    _refuse_second_merge(source)
-    config = read_config(source.base)
-    plan = plan_merge(source.base, source.adapter, config=config)
+    _refuse_second_merge(artifact)
+    plan = plan_merge(artifact)
     _refuse_other_grid(plan, onto, quantize=quantize)
     need_space(out, plan.size * (2 if quantize else 1))
-    judge = _ask(source, data, config=config) if check else None
+    judge = _ask(artifact, data) if check else None
     choice = _choose("dequantized" if plan.packed else onto, judge, quantize=quantize)
-    grid = _find_grid(source, plan) if not plan.packed and (check or choice.onto == "dequantized") else {}
+    grid = _find_grid(artifact, plan) if not plan.packed and (check or choice.onto == "dequantized") else {}
     hashes: dict[str, str] = {}
     with staged_folder(out, hashes=hashes) as stage:
         weights = stage / "16-bit" if quantize else stage
@@ -95,11 +95,11 @@ def merge(
             hashes.update(found)
         if not any(written[name].changed for name in plan.changes):
             what = "no weight changed: the adapter is empty, or too small for the base's dtype"
-            raise ModelError(what, where=str(source.adapter))
-        _copy_sidecars(source.base, source.adapter, weights, rewritten=plan.files)
+            raise ModelError(what, where=str(adapter))
+        _copy_sidecars(artifact.base, adapter, weights, rewritten=plan.files)
         if judge:
             judge.verify(weights, choice.onto)
-        changed_codes = _quantize(weights, stage, source, plan, judge) if quantize else None
+        changed_codes = _quantize(weights, stage, artifact, plan, judge) if quantize else None
         merged = Merged(
             folder=out,
             onto=choice.onto,
@@ -114,35 +114,35 @@ def merge(
             changed_codes=changed_codes,
         )
         result = {path.name: hashes.get(path.name) or sha256(path) for path in sorted(stage.glob("*.safetensors"))}
-        record = _make_record(source, merged) | {"result": result}
-        write_file(stage / RECORD, json.dumps(record, indent=1).encode())
-        write_file(stage / "README.md", make_card(source, record).encode())
+        record = _make_record(artifact, merged) | {"result": result}
+        write_file(stage / MERGE_RECORD, json.dumps(record, indent=1).encode())
+        write_file(stage / "README.md", make_card(artifact, record).encode())
     return merged
 
 
 # Models and quantizers take seconds and hundreds of megabytes to import: only where they are needed.
 
 
-def _ask(source: Source, data: DataSource | None, *, config: Mapping[str, Any]) -> Judge:
+def _ask(artifact: Artifact, data: DataSource | None) -> Judge:
     from lorasft.merge.check import make_judge
 
-    return make_judge(source, data, config=config)
+    return make_judge(artifact, data)
 
 
-def _find_grid(source: Source, plan: Plan) -> Mapping[str, Callable[[Stored], Rows]]:
+def _find_grid(artifact: Artifact, plan: Plan) -> Mapping[str, Callable[[Stored], Rows]]:
     import lorasft.model  # noqa: F401  # imports bitsandbytes, which grid needs, without asking the hub
     from lorasft.merge.grid import find_grid
 
-    return find_grid(source, plan.shards)
+    return find_grid(artifact, plan.shards)
 
 
-def _quantize(weights: Path, stage: Path, source: Source, plan: Plan, judge: Judge | None) -> float:
+def _quantize(weights: Path, stage: Path, artifact: Artifact, plan: Plan, judge: Judge | None) -> float:
     """Turn the full weights into a 4-bit checkpoint in `stage`, with everything that stands beside them."""
     import lorasft.model  # noqa: F401  # see above
     from lorasft.merge.grid import find_quantized_tensors
     from lorasft.merge.requantize import write_quantized
 
-    share = write_quantized(weights, stage, base=plan.shards, tensors=find_quantized_tensors(source, plan.shards))
+    share = write_quantized(weights, stage, base=plan.shards, tensors=find_quantized_tensors(artifact, plan.shards))
     for path in _sidecars(weights):
         if not (stage / path.name).exists() and path.name != INDEX:
             shutil.copyfile(path, stage / path.name)
@@ -167,33 +167,34 @@ def _choose(onto: Onto | Literal["auto"], judge: Judge | None, *, quantize: bool
     return judge.choose() if judge else Choice("original", "nothing was measured")
 
 
-def _make_record(source: Source, merged: Merged) -> dict[str, Any]:
+def _make_record(artifact: Artifact, merged: Merged) -> dict[str, Any]:
     """What merge.json keeps of where the merge came from and how it was made."""
+    trained = artifact.provenance
     return {
         "lorasft": __version__,
         "base": {
-            "name": source.base_name,
-            "commit": source.commit,
-            "fingerprint": fingerprint(source.base),
-            "trained_on": source.trained_on,
+            "name": artifact.model.base,
+            "commit": trained and trained.commit,
+            "fingerprint": artifact.base_fingerprint,
+            "trained_on": trained and trained.fingerprint,
         },
-        "adapter": sha256(source.adapter / WEIGHTS),
+        "adapter": sha256(artifact.require_adapter() / WEIGHTS),
         **{name: value for name, value in asdict(merged).items() if name != "folder"},
     }
 
 
-def _refuse_second_merge(source: Source) -> None:
+def _refuse_second_merge(artifact: Artifact) -> None:
     """Raise ModelError when the base is itself a merge of this very adapter."""
-    path = source.base / RECORD
-    if path.is_file() and json.loads(path.read_bytes()).get("adapter") == sha256(source.adapter / WEIGHTS):
+    path = artifact.base / MERGE_RECORD
+    if path.is_file() and json.loads(path.read_bytes()).get("adapter") == sha256(artifact.require_adapter() / WEIGHTS):
         raise ModelError("this adapter is merged into this base already", where=str(path), hint="use the base as it is")
 
 
 def _copy_sidecars(base: Path, adapter: Path, stage: Path, *, rewritten: Mapping[str, bytes]) -> None:
     """Config, tokenizer and generation config as the base has them, unless `rewritten`; the template of training."""
     changed = {"chat_template.jinja"} if (adapter / "chat_template.jinja").is_file() else set()
-    if _stops(adapter) - _stops(base):  # training found that generation would run past the end of a turn
-        changed.add(_GENERATION)
+    if set(read_stops(adapter)) - set(read_stops(base)):  # the base would run on past the end of a turn
+        changed.add(GENERATION_CONFIG)
     for path in sorted(_sidecars(base)):
         if path.name in rewritten:
             write_file(stage / path.name, rewritten[path.name])
@@ -203,14 +204,7 @@ def _copy_sidecars(base: Path, adapter: Path, stage: Path, *, rewritten: Mapping
         shutil.copyfile(adapter / name, stage / name)
 
 
-def _stops(folder: Path) -> set[int]:
-    """The tokens that end generation, by the folder's generation config."""
-    path = folder / _GENERATION
-    stops = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
-    return set(stops if isinstance(stops, list) else [] if stops is None else [stops])
-
-
 def _sidecars(base: Path) -> Iterator[Path]:
     """What stands beside the weights, but for the records of an earlier merge."""
-    records = {RECORD, MANIFEST}
+    records = {MERGE_RECORD, MANIFEST}
     return (p for p in base.iterdir() if p.is_file() and p.suffix in _SIDECARS and p.name not in records)

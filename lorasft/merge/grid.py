@@ -21,30 +21,29 @@ from bitsandbytes.functional import (
 )
 from torch import Tensor
 
+from lorasft.artifact import Artifact
 from lorasft.merge.blocks import Rows, Stored
 from lorasft.merge.names import Places
 from lorasft.merge.shards import Shard
-from lorasft.merge.source import Source
 from lorasft.model.base import compute_dtype, find_quantized, read_config
-from lorasft.model.saved import find_saved
 
 _GROUP = 64  # numbers that share a scale: what bitsandbytes does, and the loader with it
 _PART = 1 << 18  # numbers quantized at once
 
 
-def find_grid(source: Source, shards: Sequence[Shard]) -> dict[str, Callable[[Stored], Rows]]:
+def find_grid(artifact: Artifact, shards: Sequence[Shard]) -> dict[str, Callable[[Stored], Rows]]:
     """How a 4-bit run saw the tensors that it had in NF4, by their names in the files; none for other runs."""
-    found = find_saved(str(source.adapter), base=source.base_name)
-    if found.model.quantization != "nf4":
+    if artifact.model.quantization != "nf4":
         return {}
-    dtype = source.dtype or compute_dtype(found.model.dtype, PartialState().device)
-    return {name: partial(Requantized, dtype=dtype) for name in find_quantized_tensors(source, shards)}
+    trained = artifact.provenance.dtype if artifact.provenance else artifact.model.dtype
+    dtype = compute_dtype(trained, PartialState().device)
+    return {name: partial(Requantized, dtype=dtype) for name in find_quantized_tensors(artifact, shards)}
 
 
-def find_quantized_tensors(source: Source, shards: Sequence[Shard]) -> list[str]:
+def find_quantized_tensors(artifact: Artifact, shards: Sequence[Shard]) -> list[str]:
     """The tensors that NF4 takes of the base, by their names in the files."""
-    places = Places(shards, base=source.base)
-    return [places.find(f"{path}.weight").name for path in find_quantized(read_config(str(source.base)))]
+    places = Places(shards, base=artifact.base)
+    return [places.find(f"{path}.weight").name for path in find_quantized(read_config(str(artifact.base)))]
 
 
 class Requantized:

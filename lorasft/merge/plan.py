@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Literal
 
+from lorasft.artifact import Artifact
 from lorasft.merge.changes import read_changes
 from lorasft.merge.config import rewrite_config
 from lorasft.merge.fold import Change
 from lorasft.merge.packed import Packed, find_packed, unpacked_forms
 from lorasft.merge.shards import Form, Shard, read_shard, reform_shard
 from lorasft.tensors import find_weights
+
+Onto = Literal["original", "dequantized"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which base the update is added to, and why in one line."""
+
+    onto: Onto
+    why: str
 
 
 @dataclass(frozen=True)
@@ -31,16 +41,16 @@ class Plan:
         return sum(shard.size for shard in self.targets)
 
 
-def plan_merge(base: Path, adapter: Path, *, config: Mapping[str, Any]) -> Plan:
-    """What a merge of `adapter` into `base` will write. Raises ModelError for what does not fit or is not supported."""
-    shards = tuple(read_shard(path) for path in find_weights(base))
+def plan_merge(artifact: Artifact) -> Plan:
+    """What a merge of `artifact` will write. Raises ModelError for what does not fit or is not supported."""
+    shards = tuple(read_shard(path) for path in find_weights(artifact.base))
     packed = find_packed(shards)
     forms = unpacked_forms(packed)
     unpacked = [reform_shard(shard, forms) for shard in shards]
-    changes = read_changes(adapter, unpacked, config=config)
+    changes = read_changes(artifact, unpacked)
     entries = [entry for shard in unpacked for entry in shard.entries if entry.name in changes]
     resized = {entry.name: Form(entry.dtype, changes[entry.name].shape) for entry in entries
                if changes[entry.name].shape != entry.shape}  # fmt: skip
     targets = tuple(reform_shard(shard, resized) for shard in unpacked)
     vocabulary = next((form.shape[0] for form in resized.values()), None)
-    return Plan(shards, targets, changes, packed, rewrite_config(base, shards, targets, vocabulary=vocabulary))
+    return Plan(shards, targets, changes, packed, rewrite_config(artifact, shards, targets, vocabulary=vocabulary))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lorasft.artifact import Artifact
 from lorasft.data.chat import Encoder
 from lorasft.data.examples import read_examples
 from lorasft.data.prepare import open_prepared
@@ -14,7 +15,7 @@ from lorasft.data.report import BadRows, Report
 from lorasft.data.tokens import UNSUPERVISED, Tokens
 from lorasft.errors import DataError
 from lorasft.model.answers import settle_format
-from lorasft.model.saved import Saved, read_tokenizer
+from lorasft.model.saved import read_tokenizer
 from lorasft.model.scoring import everything
 from lorasft.recipe import DataSettings, DataSource
 
@@ -23,16 +24,14 @@ _LONGEST = 1024  # tokens of a row
 _TEXT = "The quick brown fox jumps over the lazy dog. What is the answer to the question? It is 42, because"
 
 
-def read_probes(
-    found: Saved, *, run: Path | None, data: DataSource | None, vocabulary: int
-) -> tuple[list[Tokens], str]:
+def read_probes(artifact: Artifact, *, data: DataSource | None, vocabulary: int) -> tuple[list[Tokens], str]:
     """Rows with something learned in them, and where they come from. Raises DataError when `data` has none."""
     if data is not None:
-        rows, origin = list(_rows_of_file(found, data)), data.path
-    elif run is not None:
-        rows, origin = _rows_of_run(run)
+        rows, origin = list(_rows_of_file(artifact, data)), data.path
+    elif artifact.run is not None:
+        rows, origin = _rows_of_run(artifact.run)
     else:
-        tokenizer = read_tokenizer(found)
+        tokenizer = read_tokenizer(artifact)
         return [everything(np.array(tokenizer(_TEXT)["input_ids"], dtype=np.int32))], "a text of lorasft's own"
     most = max(1, min(_PAIRS, _BYTES // (4 * vocabulary)))
     kept: list[Tokens] = []
@@ -56,12 +55,12 @@ def _rows_of_run(run: Path) -> tuple[list[Tokens], str]:
     raise DataError("the tokens of this run are gone", where=str(run / "tokens"), hint="--data FILE")
 
 
-def _rows_of_file(found: Saved, data: DataSource) -> Iterator[Tokens]:
-    settings = found.recipe.data if found.recipe else DataSettings(train=(data,))
+def _rows_of_file(artifact: Artifact, data: DataSource) -> Iterator[Tokens]:
+    settings = artifact.recipe.data if artifact.recipe else DataSettings(train=(data,))
     settings = settle_format(data, settings)
     bad = BadRows(settings.on_bad_row, Report())
-    tokenizer = read_tokenizer(found)
-    encoder = Encoder(tokenizer, found.chat, data=settings, report=bad.report)
+    tokenizer = read_tokenizer(artifact)
+    encoder = Encoder(tokenizer, artifact.chat, data=settings, report=bad.report)
     for _, sequences in encoder.encode_all(read_examples((data,), settings, bad=bad), bad=bad):
         yield from sequences
     bad.raise_all()

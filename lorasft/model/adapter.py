@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorasft.adapter_files import CONFIG, WEIGHTS, check_weights, read_adapter_config
+from lorasft.adapter_config import CONFIG, WEIGHTS, check_weights
+from lorasft.artifact import Artifact
 from lorasft.errors import ModelError, RecipeError
 from lorasft.files import write_file
 from lorasft.model.linear import use_lean_linears
@@ -40,9 +41,10 @@ def attach_adapter(base: Any, settings: AdapterSettings, *, seed: int) -> Any:
     return _wrap(base, config)
 
 
-def load_adapter(base: Any, folder: Path, *, trainable: bool = False) -> Any:
-    """The adapter in `folder` on `base`. Raises ModelError unless its tensors are those that its config implies."""
-    fields, weights = read_adapter_config(folder), read_adapter_weights(folder)
+def load_adapter(base: Any, artifact: Artifact, *, trainable: bool = False) -> Any:
+    """The adapter of `artifact` on `base`. Raises ModelError unless its tensors are those that its config implies."""
+    folder, fields = artifact.require_adapter(), artifact.adapter_config
+    weights = read_adapter_weights(folder)
     _refuse_streamed(base, weights, fields, where=str(folder))
     _take_embeddings(base, weights, saved=fields.get("modules_to_save") or (), where=str(folder))
     known = fields.keys() - {"peft_type", "base_model_name_or_path", "revision"}  # `base` is what it is put on

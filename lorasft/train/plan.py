@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 
-from lorasft.adapter_files import read_adapter_config
+from lorasft.artifact import find_artifact
 from lorasft.data.packing import MicroBatch, cost
 from lorasft.data.prepare import Prepared
 from lorasft.errors import ModelError, RecipeError
@@ -22,7 +22,7 @@ from lorasft.model.sample import make_sample
 from lorasft.recipe import AdapterSettings, Recipe
 from lorasft.train.layout import Fit, choose_layout, recompute_wish
 from lorasft.train.remedies import Shortage, find_remedies
-from lorasft.train.run import adapter_folder, make_plan, probe, read_data, read_settled_config
+from lorasft.train.run import make_plan, probe, read_data, read_settled_config
 
 _LIBRARIES = 1 << 29  # bytes of a card of a given size that its driver and the libraries take
 _STEPS_TIMED = 16  # whose micro-batches stand for those of the run
@@ -135,7 +135,9 @@ def started_adapter(settings: AdapterSettings) -> AdapterSettings:
     """`settings` with the sizes of the adapter that they begin from, where there is one."""
     if settings.start is None:
         return settings
-    fields = read_adapter_config(adapter_folder(settings.start))
+    artifact = find_artifact(settings.start, base="-")  # its base is the recipe's
+    artifact.require_adapter()
+    fields = artifact.adapter_config
     targets, saved = fields["target_modules"], fields.get("modules_to_save") or ()
     update = {"rank": fields["r"], "dropout": fields.get("lora_dropout", 0.0), "dora": fields.get("use_dora", False)}
     update |= {"targets": targets if isinstance(targets, str) else tuple(targets), "modules_to_save": tuple(saved)}

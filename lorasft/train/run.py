@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from lorasft.artifact import find_artifact
 from lorasft.data.packing import Plan, count_steps
 from lorasft.data.prepare import Prepared, prepare
 from lorasft.data.tokenizer import compare_with_file, load_tokenizer
@@ -223,16 +224,10 @@ def load_model(recipe: Recipe, device: torch.device, *, saved: State | None) -> 
     settled = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     base = load_base(settled, device, keep=recipe.machine.cache_base)
     if recipe.adapter.start:
-        model = load_adapter(base, adapter_folder(recipe.adapter.start), trainable=True)
+        model = load_adapter(base, find_artifact(recipe.adapter.start, base=recipe.model.base), trainable=True)
     else:
         model = attach_adapter(base, recipe.adapter, seed=recipe.train.seed)
     return model, probe(recipe, model, saved=saved)
-
-
-def adapter_folder(start: str) -> Path:
-    """The adapter that `adapter.start` names: itself, or that of a run."""
-    folder = Path(start)
-    return folder / "adapter" if (folder / "recipe.yaml").is_file() else folder
 
 
 def probe(recipe: Recipe, model: Any, *, saved: State | None) -> Network:

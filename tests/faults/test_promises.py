@@ -1,6 +1,6 @@
 """What a run promises, I1 to I20, each by its number: held while it is killed, starved, damaged and disturbed.
 
-The short form of `scripts/fault_campaigns.py`, which tells what each campaign does. Other promises stand where their
+The short form of `campaigns.py`, which tells what each campaign does. Other promises stand where their
 subject does, by number too: I9 in test_oracles.py, I14 in test_merge.py, I15, I16, I17 and I19 in test_trust.py, I18 in
 test_bad_inputs.py.
 """
@@ -20,22 +20,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fault_campaigns as campaigns
-import fault_mutants as mutants
 import pytest
 import torch
-from fault_states import full_in, in_fork, state_machine
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from faults import campaigns, mutants
+from faults.judge import judge_remains, judge_result, read_metrics
+from faults.kills import Tally, open_bench
+from faults.states import full_in, in_fork, state_machine
+from faults.subject import SAVE_EVERY
+from faults.trial import Bench, Fault, kill_at
 from lorasft.cli import main
 from lorasft.commands import train
 from lorasft.data.packing import Step
 from lorasft.errors import RecipeError
-from lorasft.faults.judge import judge_remains, judge_result, read_metrics
-from lorasft.faults.kills import Tally, open_bench
-from lorasft.faults.subject import SAVE_EVERY
-from lorasft.faults.trial import Bench, Fault, kill_at
 from lorasft.files import LOCK, MANIFEST, locked
 from lorasft.model.adapter import attach_adapter, trainable
 from lorasft.model.base import load_base

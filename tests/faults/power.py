@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lorasft.faults.trial import Fault
+from faults.trial import Fault
 
 ROOT = 0  # the inode of the folder that everything is in
 

@@ -1,10 +1,10 @@
 """Fault campaigns: a byte-sized run is killed, starved, damaged and disturbed; its result must stay the same bits.
 
-    python scripts/fault_campaigns.py [--trials 20] [--only K1,P1] [--seed 0] [--dir FOLDER] [--out docs/faults.md]
+    python -m faults [--trials 20] [--only K1,P1] [--seed 0] [--dir FOLDER] [--out docs/faults.md]
 
-Each trial runs in forks of this process: the run meets a fault, one judge looks at what it leaves (`lorasft/faults/
-judge.py`), then it is resumed without faults, and every logged number and the adapter must be those of a run that was
-left alone. `--trials` is the most trials of a campaign; those that go through all cases stop earlier.
+Each trial runs in forks of this process: the run meets a fault, one judge looks at what it leaves (`judge.py`), then
+it is resumed without faults, and every logged number and the adapter must be those of a run that was left alone.
+`--trials` is the most trials of a campaign; those that go through all cases stop earlier. Started in the folder tests.
 
     K1  SIGKILL before, in and after each effect on the disk        S1  SIGINT, SIGTERM or SIGHUP at a random moment
     K2  SIGKILL at random moments, also of the resumed run          S2  a second signal soon after, or a storm of 20
@@ -18,20 +18,16 @@ left alone. `--trials` is the most trials of a campaign; those that go through a
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
-import datetime
 import errno
 import itertools
 import json
 import os
-import platform
 import random
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -40,24 +36,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fault_power as power
 import hypothesis
 import torch
-from fault_states import state_machine
 from hypothesis.stateful import run_state_machine_as_test
 
-from lorasft.errors import LorasftError
-from lorasft.faults.judge import judge_remains, judge_result
-from lorasft.faults.kills import (
+from faults import power as power
+from faults.judge import judge_remains, judge_result
+from faults.kills import (
     Reference,
     Tally,
     bring_to_end,
     kill_in_slow_effects,
     kill_in_time,
-    open_bench,
     try_once,
 )
-from lorasft.faults.trial import Bench, Fault, Phase, halved, kill_at
+from faults.states import state_machine
+from faults.trial import Bench, Fault, Phase, halved, kill_at
+from lorasft.errors import LorasftError
 from lorasft.files import MANIFEST, STAGE, sha256
 from lorasft.model.adapter import attach_adapter, trainable
 from lorasft.model.base import load_base
@@ -437,7 +432,7 @@ def n2(ring: Ring) -> Iterator[Tally]:
 
 def judge_steps(ring: Ring) -> list[str]:
     """What is wrong with the steps of a run whose losses may be others."""
-    from lorasft.faults.judge import read_metrics
+    from faults.judge import read_metrics
 
     keys = ("step", "epoch", "learning_rate", "supervised_tokens", "eval_tokens")
     want, have = ([[line.get(key) for key in keys] for line in lines]
@@ -527,7 +522,7 @@ def c2(ring: Ring) -> Iterator[Tally]:
 
 
 def h1(ring: Ring) -> Iterator[Tally]:
-    """`trials` sequences of up to 30 actions; see fault_states.py."""
+    """`trials` sequences of up to 30 actions; see states.py."""
     settings = hypothesis.settings(
         max_examples=ring.trials,
         stateful_step_count=30,
@@ -639,50 +634,3 @@ def run_campaign(name: str, ring: Ring, *, most_wrong: int = 5) -> Tally:
         if len(total.wrong) >= most_wrong:
             break
     return total
-
-
-HEAD = (
-    "| campaign | trials | kills in start, save, retention, resume, all | torn | steps lost, at most "
-    "| bit-identical | failures below (95 %) | s a trial |"
-)
-
-
-def row(name: str, tally: Tally, seconds: float) -> str:
-    kills = [tally.kills[phase] for phase in ("start", "save", "retain", "resume")]
-    hits = " ".join(map(str, [*kills, sum(tally.kills.values())])) if tally.kills else "-"
-    bound = f"{100 * tally.bound:.2g} %" if not tally.wrong else f"{len(tally.wrong)} WRONG"
-    cells = [name, tally.trials, hits, tally.torn, tally.lost, f"{tally.identical} of {tally.trials}", bound]
-    return f"| {' | '.join(map(str, cells))} | {seconds / max(1, tally.trials):.2f} |"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--only", default=",".join(CAMPAIGNS))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dir", type=Path, help="on the disk to be tried; default: the system's temporary folder")
-    parser.add_argument("--out", type=Path, help="a Markdown file for the table")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    lines = [HEAD, "|" + "---|" * (HEAD.count("|") - 1)]
-    print("\n".join(lines))
-    failed = False
-    with tempfile.TemporaryDirectory(prefix="lorasft-faults-", dir=options.dir) as place:
-        bench, reference = open_bench(Path(place))
-        for name in options.only.split(","):
-            started = time.monotonic()
-            tally = run_campaign(name, Ring(bench, reference, options.trials, options.seed))
-            lines.append(row(name, tally, time.monotonic() - started))
-            print(lines[-1], flush=True)
-            for reason in tally.wrong:
-                print(f"    {reason}", file=sys.stderr)
-            failed = failed or bool(tally.wrong)
-    if options.out:
-        about = f"{datetime.date.today()}, {platform.system()} {platform.release()}, torch {torch.__version__}"
-        text = "\n".join(["# Fault campaigns", "", f"`python {' '.join(sys.argv)}`, {about}.", "", *lines, ""])
-        options.out.write_text(text, encoding="utf-8")
-    sys.exit(failed)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,8 +9,8 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from faults.subject import KEEP, SAVE_EVERY
 from lorasft.errors import LorasftError
-from lorasft.faults.subject import KEEP, SAVE_EVERY
 from lorasft.files import HALF_DONE, sha256, verify_folder
 from lorasft.train.checkpoint import list_checkpoints, read_state
 from lorasft.train.state import State

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from fault_states import in_fork, with_fault
 
+from faults.states import in_fork, with_fault
+from faults.trial import kill_at
+from lorasft.artifact import find_artifact
 from lorasft.errors import CapacityError, ModelError
-from lorasft.faults.trial import kill_at
 from lorasft.files import sha256, verify_folder
 from lorasft.merge.folder import merge
-from lorasft.merge.source import Source
 from lorasft.model.adapter import attach_adapter, trainable, write_adapter
 from lorasft.model.base import load_base
 from lorasft.recipe import AdapterSettings, ModelSettings
@@ -38,7 +38,7 @@ def killed_at(operation: int, act: Callable[[], None]) -> bool:
 
 
 def merge_into(base: Path, adapter: Path, out: Path) -> None:
-    merge(Source(adapter, base, str(base)), out, check=False)
+    merge(find_artifact(str(adapter), base=str(base)), out, check=False)
 
 
 @pytest.fixture(scope="module")

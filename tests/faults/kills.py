@@ -6,14 +6,13 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
-from lorasft.faults.judge import Result, judge_remains, judge_result, read_result
-from lorasft.faults.subject import make_subject
-from lorasft.faults.trial import Bench, Child, Phase, kill_at, slow
+from faults.judge import Result, judge_remains, judge_result, read_result
+from faults.subject import make_subject
+from faults.trial import Bench, Child, Phase, slow
 
 Way = Callable[[Bench, int], Child]  # starts a run that has committed so often, and sees to its end
 
@@ -64,15 +63,6 @@ def open_bench(folder: Path) -> tuple[Bench, Reference]:
     return bench, Reference(read_result(bench.folder), time.monotonic() - started, child.trace.effects)
 
 
-def kill_randomly(bench: Bench, reference: Reference, *, trials: int, seed: int) -> Iterator[Tally]:
-    """One tally a trial: killed at a random time, or among slow effects, or at a random effect; one to three times."""
-    for number in range(trials):
-        dice = random.Random(f"{seed}-{number}")
-        way = (kill_in_time, kill_in_slow_effects, kill_at_effect)[number % 3]
-        ways = [partial(way, dice=dice, reference=reference)] * dice.choice((1, 2, 3))
-        yield try_once(bench, reference, ways)
-
-
 def kill_in_time(bench: Bench, commits: int, *, dice: random.Random, reference: Reference) -> Child:
     """SIGKILL at a random moment: of the clock, or a little after a random effect, for machines that are busy."""
     child = bench.start(commits=commits)
@@ -99,12 +89,6 @@ def kill_in_slow_effects(bench: Bench, commits: int, *, dice: random.Random, ref
     time.sleep(dice.uniform(0, 0.02))
     child.kill()
     return child
-
-
-def kill_at_effect(bench: Bench, commits: int, *, dice: random.Random, reference: Reference) -> Child:
-    """SIGKILL before, after or in the middle of a random effect on the disk."""
-    number = dice.randint(1, reference.effects // (4 if commits else 1))
-    return bench.start(kill_at(number, moment=dice.choice(("before", "half", "after"))), commits=commits)
 
 
 def try_once(bench: Bench, reference: Reference, ways: Sequence[Way]) -> Tally:

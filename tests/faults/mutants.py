@@ -1,6 +1,6 @@
 """Eight ways to get the commit of a checkpoint wrong, and the campaign that catches each: proof that they can fail.
 
-    python scripts/fault_mutants.py [--trials 60]
+    python -m faults.mutants [--trials 60]
 
 A mutant is a patch in the fork of a trial; no file of the package knows of it. There is no pointer file that could be
 written before the rename; the fifth instead writes state.json after it.
@@ -17,13 +17,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import fault_campaigns as campaigns
 from safetensors.torch import save as pack
 
+from faults import campaigns
+from faults.kills import Reference, Tally, open_bench
+from faults.subject import KEEP
+from faults.trial import Bench
 from lorasft import files
-from lorasft.faults.kills import Reference, Tally, open_bench
-from lorasft.faults.subject import KEEP
-from lorasft.faults.trial import Bench
 from lorasft.train import checkpoint, run, save
 from lorasft.train import state as state_module
 from lorasft.train.optimizer import optimizer_state

@@ -17,9 +17,9 @@ from typing import Any
 from hypothesis import strategies
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from faults.trial import Fault, halved, kill_at
 from lorasft import files
 from lorasft.errors import CapacityError, ModelError
-from lorasft.faults.trial import Fault, halved, kill_at
 from lorasft.files import sweep
 from lorasft.recipe import ModelSettings
 from lorasft.train.checkpoint import (

@@ -1,0 +1,186 @@
+"""What a path names (a run, an adapter, a checkpoint, a model folder or a hub id), resolved once for every command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lorasft.adapter_config import CONFIG, read_adapter_config, refuse_remote
+from lorasft.errors import ModelError
+from lorasft.files import MANIFEST, verify_folder
+from lorasft.hub import find_hub, refuse_offline
+from lorasft.recipe import ChatSettings, ModelSettings, Recipe, load_recipe
+from lorasft.tensors import fingerprint
+
+MERGE_RECORD = "merge.json"
+GENERATION_CONFIG = "generation_config.json"
+_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+_ORIGINALS = ("base_model", "base_model_name_or_path", "original_model", "model_name_or_path", "_name_or_path")
+_NO_ADAPTER_YET = "this run has no adapter yet"
+_RESUME = "finish it with lorasft train ... --resume"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a run recorded of how it was made."""
+
+    base: str  # the name
+    fingerprint: str  # of the base's files
+    commit: str | None  # of the base on the hub
+    dtype: str  # of the computation, such as bfloat16
+    record: Mapping[str, Any]  # the whole of provenance.json
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A model with or without an adapter, where its files are, and how it was trained.
+
+    The base's files are looked for, and fetched from the hub if need be, when they are first asked for.
+    """
+
+    name: str  # as it was given
+    model: ModelSettings  # the base, and how it was loaded in training
+    adapter: Path | None = None  # the folder
+    adapter_config: Mapping[str, Any] = field(default_factory=dict)  # checked; PEFT's fields
+    recipe: Recipe | None = None  # of the run that the adapter came from
+
+    @property
+    def chat(self) -> ChatSettings:
+        """How prompts are made: the template was saved with the adapter; the system message and the date are left."""
+        chat = self.recipe.chat if self.recipe else ChatSettings()
+        return ChatSettings(system=chat.system, template_date=chat.template_date)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the tokenizer was saved with the adapter: another tool's adapter may have none."""
+        return self.adapter is not None and (self.adapter / "tokenizer.json").is_file()
+
+    @property
+    def run(self) -> Path | None:
+        """The run folder that the adapter lies in."""
+        parents = self.adapter.resolve().parents[:2] if self.adapter else ()
+        return next((parent for parent in parents if (parent / "provenance.json").is_file()), None)
+
+    @cached_property
+    def provenance(self) -> Provenance | None:
+        """What the run recorded, where there is a run. Raises ModelError for a record that cannot be read."""
+        if self.run is None:
+            return None
+        path = self.run / "provenance.json"
+        try:
+            record = json.loads(path.read_bytes())
+            base, dtype = record["base"], record["layout"]["dtype"]
+            if dtype not in ("bfloat16", "float16", "float32"):
+                raise ValueError(f"dtype {dtype}")
+            return Provenance(base["name"], base["fingerprint"], base["commit"], dtype, record)
+        except (ValueError, KeyError, TypeError, RecursionError) as fault:
+            what = f"the run's record cannot be read: {fault}"
+            raise ModelError(what, where=str(path), hint="name the adapter's folder alone") from None
+
+    @cached_property
+    def base(self) -> Path:
+        """The folder of the base on this machine, downloaded if need be. Raises ModelError or DeviceError."""
+        name = self.model.base
+        if Path(name).is_dir():
+            return Path(name)
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise ModelError("there is no such base folder", where=name, hint="--base MODEL")
+        find_hub()
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(name, revision=self.model.revision, allow_patterns=_FILES))
+        except Exception as fault:  # the hub raises a dozen kinds
+            refuse_offline(fault, name)
+            reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+            raise ModelError(f"cannot get the base: {reason}", where=name, hint="--base FOLDER") from None
+
+    @cached_property
+    def base_config(self) -> Mapping[str, Any]:
+        """config.json of the base. Raises ModelError for one that is quantized by another than bitsandbytes."""
+        path = self.base / "config.json"
+        if not path.is_file():
+            raise ModelError("no config.json: this is not a model folder", where=str(self.base), hint="--base MODEL")
+        try:
+            config: dict[str, Any] = json.loads(path.read_bytes())
+            scheme = config.get("quantization_config") or {}
+            if not isinstance(config["model_type"], str) or not isinstance(scheme, dict):
+                raise TypeError("model_type or quantization_config is of another kind")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
+            what = f"cannot read the base's config: {fault!r}"
+            raise ModelError(what, where=str(path), hint="download it again") from None
+        if scheme and not (scheme.get("load_in_4bit") or scheme.get("_load_in_4bit")):
+            named = [given.get(key) for given in (scheme, config) for key in _ORIGINALS]
+            named = [name for name in named if isinstance(name, str) and name and Path(name).name != self.base.name]
+            hint = f"merge into the 16-bit original: --base {named[0] if named else 'MODEL'}"
+            what = f"the base is quantized with {scheme.get('quant_method', 'an unknown method')}"
+            raise ModelError(what, where=str(path), hint=hint)
+        return config
+
+    @cached_property
+    def base_fingerprint(self) -> str:
+        """What tells the base's files from those of other models."""
+        return fingerprint(self.base)
+
+    def require_adapter(self) -> Path:
+        """The adapter's folder. Raises ModelError when there is no adapter."""
+        if self.adapter is not None:
+            return self.adapter
+        if not Path(self.name).exists():
+            raise ModelError("there is no such folder", where=self.name, hint="name a run or an adapter folder")
+        what = "this is a model, and merged already" if (self.base / MERGE_RECORD).is_file() else "this is a model"
+        hint = "name the run, or the adapter's folder"
+        raise ModelError(f"{what}: there is no adapter in it", where=self.name, hint=hint)
+
+    def verify(self, *, force_base: bool = False) -> None:
+        """Raise ModelError when there is no adapter, when it was changed after its run or, but for `force_base`, when
+        the base is not the one of training."""
+        adapter = self.require_adapter()
+        if (adapter / MANIFEST).is_file():
+            verify_folder(adapter)
+        trained = self.provenance
+        if trained and trained.fingerprint and not force_base and trained.fingerprint != self.base_fingerprint:
+            what = "this base is not the one that the adapter was trained on"
+            hint = f"--base FOLDER with the files of {trained.base}, or --force-base"
+            raise ModelError(what, where=str(self.base), hint=hint)
+
+
+def find_artifact(name: str, *, base: str | None = None) -> Artifact:
+    """Resolve a run folder, an adapter folder, a model folder or a hub id. `base` replaces the adapter's base.
+
+    Raises ModelError for a run that is not finished or an adapter that is not LoRA, UnsafeError for an adapter that
+    names code, or a base by something else than a folder or a hub id.
+    """
+    folder = Path(name)
+    if (folder / "recipe.yaml").is_file() and not (folder / CONFIG).is_file():
+        folder = folder / "adapter"
+        if not (folder / CONFIG).is_file():
+            raise ModelError(_NO_ADAPTER_YET, where=name, hint=_RESUME)
+    if not (folder / CONFIG).is_file():
+        if (folder / "checkpoints").is_dir():
+            raise ModelError(_NO_ADAPTER_YET, where=name, hint=_RESUME)
+        if folder.exists() and not (folder / "config.json").is_file():
+            what = "this is no run, no adapter and no model"
+            raise ModelError(what, where=name, hint="name a run folder, an adapter, a model folder or a hub id")
+        return Artifact(name, ModelSettings(base=name, quantization="none"))
+    config = read_adapter_config(folder)
+    places = [parent / "recipe.yaml" for parent in (folder, *folder.resolve().parents[:2])]
+    recipe = next((load_recipe(str(path)) for path in places if path.is_file()), None)
+    trained = recipe.model if recipe else ModelSettings(base=config["base_model_name_or_path"])
+    if base is None:
+        for named in (trained.base, config["base_model_name_or_path"]):
+            refuse_remote(named, folder / CONFIG)
+    where = {"base": config["base_model_name_or_path"], "revision": config.get("revision")}
+    model = trained.model_copy(update={"base": base, "revision": None} if base else where)
+    return Artifact(name, model, folder, config, recipe)
+
+
+def read_stops(folder: Path) -> list[int]:
+    """The tokens that end generation, by the generation config in `folder`, where there is one."""
+    path = folder / GENERATION_CONFIG
+    stops = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
+    return stops if isinstance(stops, list) else [] if stops is None else [stops]
