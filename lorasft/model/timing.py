@@ -42,18 +42,23 @@ class Timing:
         return float(np.sum(np.maximum(seconds[0] + slope * (np.array(costs) - self.costs[0]), 0.0)))
 
 
-def time_sample(network: Network, sample: Sample, *, length: int, supervised: float) -> Timing:
-    """Time `sample`, which `network` computes, on rows of `length` tokens of which a share is supervised."""
+def time_sample(network: Network, sample: Sample, *, length: int, supervised: float, vocabulary: int) -> Timing:
+    """Time `sample`, which `network` computes, on rows of `length` tokens of which a share is supervised.
+
+    `vocabulary`: of the whole model; what is around the layers takes as much longer as it is larger.
+    """
     causal = network.causal
     causal.train()
     recompute(causal, 0)
     causal.enable_input_require_grads()  # a layer that is not the first gives its gradient on
     weights = sum(parameter.numel() for layer in sample.live.values() for parameter in layer.parameters())
-    weights += causal.get_output_embeddings().weight.numel()
+    head = causal.get_output_embeddings().weight
+    wider = vocabulary / len(head)
+    weights += head.numel()
     tokens = int(min(max(_WORK / 8 / weights, _TOKENS[0]), _TOKENS[1]))
     batches = [_thin(heaviest_batch(network, longest=min(length, size), capacity=size), supervised)
                for size in (tokens, 3 * tokens)]  # fmt: skip
-    forward, both, layers = zip(*(_time_batch(network, sample, batch) for batch in batches), strict=True)
+    forward, both, layers = zip(*(_time_batch(network, sample, batch, wider=wider) for batch in batches), strict=True)
     sample.run_only(*sample.live)
     return Timing(tuple(map(cost, batches)), forward, both, layers)
 
@@ -65,7 +70,7 @@ def _thin(batch: MicroBatch, share: float) -> MicroBatch:
     return replace(batch, **{name: getattr(batch, name)[kept] for name in names})
 
 
-def _time_batch(network: Network, sample: Sample, batch: MicroBatch) -> tuple[float, float, float]:
+def _time_batch(network: Network, sample: Sample, batch: MicroBatch, *, wider: float) -> tuple[float, float, float]:
     """Seconds forwards, both ways, and of all layers forwards."""
     sample.run_only()
     around = _time_rounds(network, batch)
@@ -73,7 +78,7 @@ def _time_batch(network: Network, sample: Sample, batch: MicroBatch) -> tuple[fl
     for kind, count in Counter(sample.kinds).items():
         sample.run_only(kind)
         layers += count * np.maximum(0.0, _time_rounds(network, batch) - around)
-    forward, both = (around + layers).tolist()
+    forward, both = (wider * around + layers).tolist()
     return forward, both, float(layers[0])
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import bitsandbytes as bnb
@@ -25,19 +27,32 @@ def make_weightless(config: Any, settings: ModelSettings, adapter: AdapterSettin
         base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=default_attention(config))
         if settings.quantization == "nf4" or hasattr(config, "quantization_config"):
             quantize_skeleton(base, dtype)
-            for linear in base.modules():
-                if isinstance(linear, bnb.nn.Linear4bit):
-                    _quantize(linear, torch.empty(linear.out_features, linear.in_features, dtype=dtype))
-        base.requires_grad_(False)
+    _quantize_nothing()
+    for linear in base.modules():
+        if isinstance(linear, bnb.nn.Linear4bit):
+            _quantize(linear, torch.empty(linear.out_features, linear.in_features, dtype=dtype, device="meta"))
+    base.requires_grad_(False)
+    with torch.device("meta"):
         return attach_adapter(base, adapter, seed=0)
 
 
-def plan_network(network: Network, model: Any, device: torch.device) -> Network:
-    """What was verified as `network`, for the `model` without weights that stands for one on `device`."""
+def plan_network(network: Network, model: Any) -> Network:
+    """`network`, as it was verified, with the `model` without numbers in place of its own."""
     base = model.get_base_model()
     base.set_attn_implementation(network.causal.config._attn_implementation)
-    head = read_head(base, device) if network.head else None
-    return replace(network, causal=base, head=head, planned=device, varlen=False)
+    head = read_head(base, network.runs_on) if network.head else None
+    return replace(network, causal=base, head=head, planned=network.runs_on, varlen=False)
+
+
+def shrink_vocabulary(config: Any, most: int = 8192) -> Any:
+    """`config` with at most so many tokens: embedding and head are large, and the time of a head grows with them."""
+    config = copy.deepcopy(config)
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name in ("vocab_size", "vocab_size_per_layer_input"):
+            if getattr(part, name, None):
+                setattr(part, name, min(most, getattr(part, name)))
+        part.pad_token_id = None  # an embedding refuses one beyond its end
+    return config
 
 
 class Sample:
@@ -51,7 +66,7 @@ class Sample:
         self.layers = decoder_layers(model.get_base_model())
         self.kinds = [layer_kind(layer) for layer in self.layers]
         self._output: Any = None  # of the layer that ran last
-        first = {kind: layer for kind, layer in reversed(list(zip(self.kinds, self.layers, strict=True)))}
+        first = dict(reversed(list(zip(self.kinds, self.layers, strict=True))))
         self.live = first  # by kind
         idle = {id(module) for layer in self.layers if layer not in first.values() for module in layer.modules()}
         base = model.get_base_model()
@@ -106,6 +121,12 @@ def _fill(base: Any, modules: list[nn.Module], *, device: torch.device) -> None:
                 made[id(old)] = nn.Parameter(values, requires_grad=old.requires_grad)
             setattr(module, name, made[id(old)])
         owners[id(module)]._init_weights(module)
+
+
+@cache
+def _quantize_nothing() -> None:
+    """Let bitsandbytes make its tables with numbers in them: it keeps those of its first call for all others."""
+    bnb.functional.quantize_4bit(torch.zeros(64), compress_statistics=True, quant_type="nf4")
 
 
 def _quantize(linear: Any, weight: Tensor) -> None:

@@ -10,8 +10,8 @@ from lorasft.data.packing import cut, share
 from lorasft.data.store import TokenStore
 from lorasft.model.loss import Network, pair_losses
 from lorasft.signals import StopRequest
+from lorasft.train.oom import oom_context
 from lorasft.train.ranks import Ranks
-from lorasft.train.redo import naming_rows
 
 _GROUP = 64  # examples cut together: enough to fill micro-batches well, few enough to bound what is held
 
@@ -49,7 +49,7 @@ def evaluate(network: Network, rows: TokenStore, *, capacity: int, ranks: Ranks,
                 for batch in share(batches, ranks.index, ranks.count):
                     if stop.signal:  # of several processes none, before they agree on it in a step
                         return None
-                    with naming_rows(rows, batch):
+                    with oom_context(rows, batch):
                         losses = pair_losses(network, batch)
                     total += float(losses.double().sum())
                     tokens += len(batch.targets)

@@ -18,7 +18,7 @@ from lorasft.model.loss import pair_losses
 from lorasft.signals import StopRequest, stop_signals
 from lorasft.train.checkpoint import list_checkpoints
 from lorasft.train.evaluate import evaluate
-from lorasft.train.redo import naming_rows, within_memory
+from lorasft.train.oom import oom_context, retry_on_oom
 from lorasft.train.save import Saves
 from lorasft.train.schedule import learning_rate
 from lorasft.train.state import Run, State
@@ -71,7 +71,7 @@ def add_gradients(run: Run, step: Step) -> float:
     loss = 0.0
     for batch in share(step.micro_batches, run.ranks.index, run.ranks.count):
         weights = torch.as_tensor(batch.weights, device=run.network.device)
-        with naming_rows(run.rows, batch):
+        with oom_context(run.rows, batch):
             part = (pair_losses(run.network, batch) * weights).sum() / step.divisor
             part.backward()  # type: ignore[no-untyped-call]
         loss += float(part.detach())
@@ -84,19 +84,19 @@ def train(run: Run, state: State) -> State:
     run.network.causal.train()
     with stop_signals(alone=run.ranks.count == 1) as stop:
         if state.step == 0 or state.evaluation_due:
-            state, run = within_memory(run, partial(evaluate_and_note, state=state, stop=stop))
+            state, run = retry_on_oom(run, partial(evaluate_and_note, state=state, stop=stop))
             if stop.signal:
                 raise Stopped(stop.exit_code, f"stopped before step {state.step + 1}")
         for number in range(state.step + 1, run.plan.steps + 1):
             if run.ranks.is_main and saves.overdue():
                 stop.want_save()
-            metrics, run = within_memory(run, partial(take_numbered_step, number=number, stop=stop))
+            metrics, run = retry_on_oom(run, partial(take_numbered_step, number=number, stop=stop))
             if run.ranks.is_main:
                 run.logbook.step(metrics)
             state = replace(state, step=number)
             last = number == run.plan.steps
             if last or (settings.eval_every and number % settings.eval_every == 0):
-                state, run = within_memory(run, partial(evaluate_and_note, state=state, stop=stop))
+                state, run = retry_on_oom(run, partial(evaluate_and_note, state=state, stop=stop))
             planned = settings.save_every and number % settings.save_every == 0
             best = settings.keep_best and state.best_step == number
             if last or planned or best or stop.save or stop.signal:

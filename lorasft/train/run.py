@@ -47,20 +47,20 @@ from lorasft.model.base import (
     read_config,
     refuse_loose,
 )
-from lorasft.model.loss import Network
-from lorasft.model.memory import count_holdings
-from lorasft.model.recompute import decoder_layers, recomputed_layers
 from lorasft.model.free_memory import free_memory
+from lorasft.model.loss import Network
+from lorasft.model.memory import static_bytes
+from lorasft.model.recompute import decoder_layers, recomputed_layers
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import Recipe, dump_recipe
 from lorasft.train.checkpoint import newest_checkpoint, restore_checkpoint
 from lorasft.train.folder import claim, new_run_id, read_run_id, refuse_changes, write_start
-from lorasft.train.layout import choose_layout, choose_tokens
+from lorasft.train.layout import choose_layout, choose_tokens, without_weights
 from lorasft.train.logbook import Logbook
+from lorasft.train.oom import plain_oom_errors
 from lorasft.train.optimizer import make_optimizer
 from lorasft.train.ranks import ALONE, Ranks
-from lorasft.train.redo import plain_memory_errors
-from lorasft.train.rehearsal import rehearse
+from lorasft.train.rehearsal import run_heaviest_batch
 from lorasft.train.save import current_layout, save
 from lorasft.train.schedule import warmup_steps
 from lorasft.train.state import Learner, Run, State
@@ -99,7 +99,7 @@ def open_run(recipe: Recipe, *, resume: bool, ranks: Ranks = ALONE) -> Iterator[
     taken, and ModelError when nothing can be resumed.
     """
     folder = Path(recipe.run.output)
-    with ExitStack() as held, plain_memory_errors(folder):
+    with ExitStack() as held, plain_oom_errors(folder):
         settled = ranks.lead(lambda: _settle(recipe, folder, resume=resume, held=held))
         yield _load(recipe, folder, settled, ranks=ranks)
 
@@ -152,14 +152,16 @@ def _load(recipe: Recipe, folder: Path, settled: Settled, *, ranks: Ranks) -> Op
     prepared, tokenizer, plan, saved = settled.prepared, settled.tokenizer, settled.plan, settled.saved
     with ranks.agreed():
         model, network = load_model(recipe, device, saved=saved)
-        holdings = count_holdings([model], recipe.optimizer.name)
+        static = static_bytes(model, recipe.optimizer.name)
+        weightless = without_weights(recipe, settled.config, model, device)
         network, layout, fit = choose_layout(
             recipe,
             network,
+            weightless,
             plan=replace(plan, processes=ranks.count),
             rows=prepared.train,
             saved=saved,
-            spare=free_memory(device) - holdings.upcoming,
+            spare=free_memory(device) - static.upcoming,
         )
     # All processes must cut a step in the same way.
     layout = replace(layout, micro_batch_tokens=min(ranks.gather(layout.micro_batch_tokens)), processes=ranks.count)
@@ -190,7 +192,7 @@ def _load(recipe: Recipe, folder: Path, settled: Settled, *, ranks: Ranks) -> Op
         ranks=ranks,
     )
     with ranks.agreed():
-        memory, run = rehearse(run, fit, holdings)
+        memory, run = run_heaviest_batch(run, weightless, fit, static)
         layout = current_layout(run, layout)
         state = replace(state, layout=layout)
         if ranks.is_main and not saved:  # from here on there is something to resume: this makes the folder a run

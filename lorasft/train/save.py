@@ -10,7 +10,7 @@ from pathlib import Path
 from lorasft.errors import CapacityError, RecipeError
 from lorasft.model.recompute import recomputed_layers
 from lorasft.train.checkpoint import list_checkpoints, retain, save_checkpoint
-from lorasft.train.redo import plain_memory_errors
+from lorasft.train.oom import plain_oom_errors
 from lorasft.train.state import Layout, Run, State
 
 
@@ -48,7 +48,7 @@ class Saves:
         """
         self.time = time.monotonic()
         try:
-            with plain_memory_errors(run.folder):
+            with plain_oom_errors(run.folder):
                 self.last = save(run, state)
         except (OSError, CapacityError, RecipeError) as fault:
             reason = getattr(fault, "what", fault)
