@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lorasft.errors import ModelError, UnsafeError
-from lorasft.tensors import open_tensors
+from lorasft.tensors import TensorFile, open_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -130,8 +130,8 @@ def _is_odd(pattern: str) -> bool:
     return len(pattern) > 200 or len(repeated) > 2 or pattern.count("(") > 2 or bool(re.search(r"\)[*+?{]", pattern))
 
 
-def check_weights(folder: Path) -> None:
-    """Look at an adapter's weights before a tensor is read.
+def check_weights(folder: Path) -> TensorFile:
+    """Look at an adapter's weights before a tensor is read, and give the file.
 
     Raises ModelError when there are none, or none that an adapter could have; UnsafeError when they are a pickle.
     """
@@ -141,10 +141,12 @@ def check_weights(folder: Path) -> None:
             what = "the adapter is a pickle, which could run code when it is read"
             raise UnsafeError(what, where=str(folder), hint=f"convert it to {WEIGHTS}")
         raise ModelError(f"no {WEIGHTS}", where=str(folder), hint=_AGAIN)
-    tensors = {name: spec.dtype for name, spec in open_tensors(path, largest=LARGEST_HEADER).specs.items()}
+    file = open_tensors(path, largest=LARGEST_HEADER)
+    tensors = {name: spec.dtype for name, spec in file.specs.items()}
     if len(tensors) > MOST_TENSORS:
         raise ModelError(f"{len(tensors):,} tensors are no adapter's", where=str(path), hint=_AGAIN)
     odd = next((name for name, dtype in tensors.items() if dtype not in _DTYPES), None)
     if odd is not None:
         what = f"{odd} is {tensors[odd]}: an adapter's tensors are {', '.join(sorted(_DTYPES))}"
         raise ModelError(what, where=str(path), hint="save the adapter in 16 or 32 bits")
+    return file

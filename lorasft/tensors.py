@@ -179,7 +179,7 @@ def open_tensors(path: Path, *, largest: int = LARGEST_HEADER) -> TensorFile:
             if prefix == b"version ":
                 raise ModelError("this is a Git LFS pointer, not the weights", where=str(path), hint="git lfs pull")
             page = prefix.lstrip().startswith(b"<")
-            what = "a web page (HTML), not the weights" if page else "no safetensors file, or its header is too long"
+            what = "a web page (HTML), not the weights" if page else "not a safetensors file, or its header is too long"
             raise ModelError(f"this is {what}", where=str(path), hint=_AGAIN)
         header = file.read(length)
     try:

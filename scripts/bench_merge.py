@@ -98,7 +98,7 @@ def copy(folder: Path, out: Path) -> Callable[[], object]:
 
 def ours(folder: Path, out: Path) -> Callable[[], object]:
     from lorasft.artifact import find_artifact
-    from lorasft.merge.folder import merge
+    from lorasft.merge.merge import merge
 
     return lambda: merge(find_artifact(str(folder / "adapter")), out, check=False)
 

@@ -42,7 +42,7 @@ from lorasft.data.examples import read_examples
 from lorasft.data.report import BadRows, Report
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import LorasftError
-from lorasft.merge.plan import plan_merge
+from lorasft.merge.write import plan_merge
 from lorasft.model.adapter import attach_adapter, load_adapter, write_adapter
 from lorasft.model.base import load_base
 from lorasft.recipe import AdapterSettings, ChatSettings, DataSettings, ModelSettings, load_recipe, shipped_recipes

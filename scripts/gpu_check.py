@@ -356,11 +356,11 @@ def train_tiny(folder: str, *settings: str, resume: bool = False) -> tuple[list[
     from lorasft.recipe import load_recipe
     from lorasft.train.checkpoint import newest_checkpoint
     from lorasft.train.loop import train
-    from lorasft.train.run import finish, open_run
+    from lorasft.train.run import export_adapter, open_run
 
     fixed = [f"run.output={folder}", "run.save_every=2", "train.steps=4", "data.eval=null", "run.eval_every=null"]
     with open_run(load_recipe("tiny", [*fixed, *settings]), resume=resume) as opened:
-        finish(opened, train(opened.run, opened.state))
+        export_adapter(opened, train(opened.run, opened.state))
     lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     _, state, _ = newest_checkpoint(Path(folder, "checkpoints"), run=None)
     return [line["loss"] for line in lines if "loss" in line], state.layout.micro_batch_tokens

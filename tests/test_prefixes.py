@@ -30,7 +30,6 @@ from lorasft.model.attention import SEGMENTS, Paths, attend, default_attention
 from lorasft.model.loss import Network, pair_losses
 from lorasft.model.scoring import Given, everything, log_probabilities
 from lorasft.model.selfcheck import verify
-from lorasft.model.varlen import measure_paths
 from lorasft.train.layout import choose_sharing, widen
 from lorasft.train.state import Layout, State
 
@@ -214,7 +213,7 @@ def test_the_self_check_sees_a_branch_that_looks_at_its_sibling() -> None:
         network = verify(make_base("llama"))
     finally:
         AttentionInterface.register(SEGMENTS, attend)
-    assert network.segments and network.share is False and "another branch" in network.notices[0]
+    assert network.segments and network.share is False and "shared prefixes" in network.notices[0]
 
 
 def test_scores_stay_with_their_examples() -> None:
@@ -268,10 +267,9 @@ def test_one_kernel_for_all_segments_is_fed_the_same_paths(monkeypatch: pytest.M
     lengths, ancestors = [9, 5, 4, 7, 6], [(), (0,), (0, 1), (0,), ()]
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, 31, 8) for heads in (4, 2, 2))
-    varlen = measure_paths(lengths, ancestors, device=query.device)
     got, want = (
-        attend(torch.nn.Module(), query, key, value, None, segments=Paths(lengths, ancestors, kernel is None, kernel))[0]
-        for kernel in (varlen, None)
+        attend(torch.nn.Module(), query, key, value, None, segments=Paths(lengths, ancestors, kernel, kernel is None))[0]
+        for kernel in (query.device, None)
     )
     assert torch.allclose(got, want, atol=1e-6)
 

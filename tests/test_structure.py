@@ -112,10 +112,8 @@ WRITERS = {
     "data/store.py": {"open", "mkdir", "write_text"},  # the flat files of a store, in the stage of prepare
     "export/gguf_file.py": {"open"},  # appends to the stage of staged_file
     "commands/export.py": {"TemporaryDirectory"},
-    "merge/folder.py": {"copyfile", "rmtree"},  # in the stage of the merge
-    "merge/requantize.py": {"save_pretrained", "chmod"},  # in the stage of the merge
+    "merge/merge.py": {"copyfile", "rmtree", "save_pretrained", "chmod"},  # in the stage of the merge
     "signals.py": {"write"},  # to stderr, from a signal's handler
-    "merge/writer.py": {"write"},  # into a file of files.new_file
     "model/base.py": {"TemporaryDirectory"},
     "model/cache.py": {"chmod", "save_pretrained", "unlink"},  # in the stage of a kept base, whose folder is private
     "train/plan.py": {"TemporaryDirectory"},  # the data of a plan

@@ -128,8 +128,8 @@ def test_evaluating_and_generating_do_not_change_gradients(base: Path) -> None:
     from lorasft.model.selfcheck import verify
     from lorasft.recipe import AdapterSettings
     from lorasft.signals import StopRequest
+    from lorasft.train.distributed import ALONE
     from lorasft.train.evaluate import evaluate
-    from lorasft.train.ranks import ALONE
 
     peft = attach_adapter(
         load_base(ModelSettings(base=str(base)), torch.device("cpu")), AdapterSettings(rank=4), seed=0
@@ -269,7 +269,7 @@ def test_keep_best_gives_the_best_adapter(recipe: Write) -> None:
         ({"schedule": {"warmup": 9}}, [], 2, ["warm-up of 9 steps", "run of 9 steps"]),
         ({"data": {"max_length": 4096}}, [], 2, ["128 positions", "data.max_length=128"]),
         ({"adapter": {"targets": ["q_prj"]}}, [], 2, ["q_prj", "did you mean q_proj?"]),
-        ({"adapter": {"targets": ["norm"]}}, [], 2, ["norm is no linear"]),
+        ({"adapter": {"targets": ["norm"]}}, [], 2, ["norm is not a linear"]),
         ({"adapter": {"targets": []}}, [], 2, ["no targets", "all-linear"]),
         ({"adapter": {"modules_to_save": ["lm_haed"]}}, [], 2, ["lm_haed", "did you mean lm_head?"]),
         ({"adapter": {"start": "runs/x"}}, [], 2, ["no effect with adapter.start"]),

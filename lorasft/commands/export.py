@@ -65,7 +65,7 @@ def _full_weights(name: str, out: Path) -> Iterator[Path]:
             raise ModelError("no config.json: this is not a model folder", where=name, hint="name a folder")
         yield Path(name)
         return
-    from lorasft.merge.folder import merge
+    from lorasft.merge.merge import merge
 
     make_folder(out.absolute().parent)
     with TemporaryDirectory(prefix=STAGE, dir=out.absolute().parent) as scratch:

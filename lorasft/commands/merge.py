@@ -15,7 +15,7 @@ from lorasft.commands.arguments import add_columns, add_json, add_saved
 from lorasft.terminal import ByteProgress, say
 
 if TYPE_CHECKING:
-    from lorasft.merge.folder import Merged
+    from lorasft.merge.merge import Merged
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -50,7 +50,7 @@ def run(
 ) -> None:
     """Merge `saved` into the new folder `out`; what was done on stdout."""
     from lorasft.artifact import find_artifact
-    from lorasft.merge.folder import merge
+    from lorasft.merge.merge import merge
     from lorasft.recipe import read_source
 
     artifact = find_artifact(saved, base=base)
@@ -84,8 +84,6 @@ def _describe(merged: Merged, *, seconds: float) -> list[str]:
     if merged.quantization:
         ratios = sorted(merged.quantization.values())
         lines.append(f"NF4's error is {median(ratios):.2g} times the size of the update (median of tensors)")
-    if merged.changed_codes is not None:
-        lines.append(f"in 4 bit: the merge changed {merged.changed_codes:.2%} of the codes")
     if merged.table:
         lines += [f"on {merged.rows}:", f"{'':30}  {'KL a token':>10}  {'same choice':>11}  {'nats a token':>12}"]
         lines += [

@@ -14,7 +14,7 @@ from lorasft.errors import Stopped
 from lorasft.terminal import say
 
 if TYPE_CHECKING:
-    from lorasft.train.run import Opened
+    from lorasft.train.run import ReadyRun
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -27,29 +27,29 @@ def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
     """Train `recipe`; progress on stderr, the run folder on stdout."""
     from lorasft.recipe import load_recipe
     from lorasft.signals import save_signal_ignored
-    from lorasft.train.ranks import join
+    from lorasft.train.distributed import join
 
     with save_signal_ignored(), join() as ranks:
-        settings = ranks.lead(lambda: load_recipe(recipe, overrides))
+        settings = ranks.on_main(lambda: load_recipe(recipe, overrides))
         from lorasft.train.loop import train
-        from lorasft.train.run import finish, open_run
+        from lorasft.train.run import export_adapter, open_run
 
-        started = time.monotonic()
-        with _saying_what_is_saved(settings.run.output), open_run(settings, resume=resume, ranks=ranks) as opened:
+        started, output = time.monotonic(), settings.run.output
+        with _saying_what_is_saved(Path(output)), open_run(settings, resume=resume, ranks=ranks) as ready:
             if ranks.is_main:
-                _introduce(opened)
-            state = train(opened.run, opened.state)
-            with ranks.agreed():
-                adapter = finish(opened, state) if ranks.is_main else None
+                _introduce(ready)
+            state = train(ready.run, ready.state)
+            with ranks.sync_errors():
+                adapter = export_adapter(ready, state) if ranks.is_main else None
             if ranks.is_main:
-                _show_answers_within_memory(opened)
+                _show_answers(ready)
                 say(f"done in {time.monotonic() - started:.0f} s; adapter in {adapter}")
-                say(f"next: lorasft chat {settings.run.output}    lorasft merge {settings.run.output} --out merged")
-                print(settings.run.output)
+                say(f"next: lorasft chat {output}    lorasft merge {output} --out merged")
+                print(output)
 
 
 @contextmanager
-def _saying_what_is_saved(output: str) -> Iterator[None]:
+def _saying_what_is_saved(folder: Path) -> Iterator[None]:
     """Where a signal ends the run at once: before the first step, after the last, or for the second time."""
     from lorasft.signals import Ended
 
@@ -58,53 +58,48 @@ def _saying_what_is_saved(output: str) -> Iterator[None]:
     except Ended as signalled:
         from lorasft.train.checkpoint import list_checkpoints
 
-        folder, code = Path(output), signalled.exit_code
-        saved = list_checkpoints(folder / "checkpoints")
+        what, hint = "stopped before the first step", "start it again"
         if (folder / "adapter").is_dir():
-            raise Stopped(code, f"stopped; the adapter is whole: {folder / 'adapter'}", hint=None) from None
-        if not saved or not (folder / "recipe.yaml").is_file():
-            raise Stopped(code, "stopped before the first step", hint="start it again") from None
-        step = int(saved[-1].name.removeprefix("step-"))
-        raise Stopped(code, f"stopped at once, not saved since step {step}") from None
+            what, hint = f"stopped; the adapter is whole: {folder / 'adapter'}", ""
+        elif (folder / "recipe.yaml").is_file() and (saved := list_checkpoints(folder / "checkpoints")):
+            what = f"stopped at once, not saved since step {int(saved[-1].name.removeprefix('step-'))}"
+            hint = "continue with --resume"
+        raise Stopped(signalled.exit_code, what, hint=hint) from None
 
 
-def _introduce(opened: Opened) -> None:
+def _introduce(ready: ReadyRun) -> None:
     """What was found and made ready, before the first step."""
-    report, plan = opened.prepared.report, opened.run.plan
-    for note in (*opened.notes, report.key_warning()):
-        if note:
-            say(note)
+    report, plan = ready.prepared.report, ready.run.plan
+    for note in filter(None, (*ready.notes, report.key_warning())):
+        say(note)
     say(
         f"{report.train_examples:,} examples, {report.held_out_examples:,} held out, {report.tokens:,} tokens, "
-        f"{report.supervised_tokens:,} of them learned; {plan.steps} steps of {plan.batch_size} examples"
+        f"{report.supervised_tokens:,} of them supervised; {plan.steps} steps of {plan.batch_size} examples"
     )
 
 
-def _show_answers_within_memory(opened: Opened) -> None:
-    """The result is written: memory that runs out here takes nothing from it."""
-    from lorasft.model.free_memory import out_of_memory
+def _show_answers(ready: ReadyRun, most: int = 3) -> None:
+    """Up to three held-out prompts, answered by the base and by the adapter.
 
-    try:
-        _show_answers(opened)
-    except (RuntimeError, MemoryError) as fault:
-        if not out_of_memory(fault):
-            raise
-        say("out of memory: no more answers are shown")
-
-
-def _show_answers(opened: Opened, most: int = 3) -> None:
-    """Up to three held-out prompts, answered by the base and by the adapter."""
+    The result is written: memory that runs out here takes nothing from it.
+    """
     from lorasft.data.chat import Encoder
     from lorasft.data.report import Report
+    from lorasft.model.free_memory import out_of_memory
     from lorasft.model.generate import generate
     from lorasft.recipe_faults import printable
 
-    run, tokenizer = opened.run, opened.tokenizer
+    run, tokenizer = ready.run, ready.tokenizer
     encoder = Encoder(tokenizer, run.recipe.chat, data=run.recipe.data, report=Report())
-    for example in opened.prepared.samples[:most]:
-        prompt = encoder.prompt_ids(example.messages[:-1], example.tools)
-        say(f"\nprompt: {printable(str(example.messages[-2]['content']))[:200]}")
-        for name, context in (("before", run.learner.model.disable_adapter()), ("after", nullcontext())):
-            with context:
-                ids = generate(run.network.causal, tokenizer, prompt, max_new_tokens=48, stops=encoder.stop_ids)
-            say(f"{name:>6}: {printable(tokenizer.decode(ids, skip_special_tokens=True))}")
+    try:
+        for example in ready.prepared.samples[:most]:
+            prompt = encoder.prompt_ids(example.messages[:-1], example.tools)
+            say(f"\nprompt: {printable(str(example.messages[-2]['content']))[:200]}")
+            for name, context in (("before", run.learner.model.disable_adapter()), ("after", nullcontext())):
+                with context:
+                    ids = generate(run.network.causal, tokenizer, prompt, max_new_tokens=48, stops=encoder.stop_ids)
+                say(f"{name:>6}: {printable(tokenizer.decode(ids, skip_special_tokens=True))}")
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        say("out of memory: no more answers are shown")

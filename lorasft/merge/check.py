@@ -12,131 +12,167 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
 
 from lorasft.artifact import Artifact, find_artifact
+from lorasft.data.prepare import open_prepared
 from lorasft.data.tokens import UNSUPERVISED, Tokens
-from lorasft.errors import ModelError
-from lorasft.merge.plan import Choice, Onto
-from lorasft.merge.probes import read_probes
+from lorasft.errors import DataError, ModelError
+from lorasft.model.answers import read_answers
 from lorasft.model.free_memory import free_memory
-from lorasft.model.saved import load_artifact
-from lorasft.recipe import DataSource
+from lorasft.model.saved import load_artifact, read_tokenizer
+from lorasft.model.scoring import everything
+from lorasft.recipe import DataSettings, DataSource
+
+Onto = Literal["original", "dequantized"]  # the weights that an update is added to
 
 _ROUNDING = 1e-2  # nats: more than bf16 ever does to an answer
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a model says where something was learned: log-probabilities, fp32 on the CPU."""
-
-    logs: Tensor  # (pairs, vocabulary)
-    nll: Tensor  # (sequences,) summed over the pairs of each
+_PAIRS, _BYTES = 512, 256 << 20  # supervised tokens that are compared, and what their log-probabilities may take
+_LONGEST = 1024  # tokens of a row
+_TEXT = "The quick brown fox jumps over the lazy dog. What is the answer to the question? It is 42, because"
+_ORIGINAL = "onto original, before rounding"
 
 
 @dataclass(frozen=True)
 class Distance:
-    """How far a model is from what was trained, over the learned tokens of held-out rows."""
+    """How far a model is from what was trained, over the supervised tokens of held-out rows."""
 
     kl: float  # mean KL(trained || model), nats a token
     same_choice: float  # share of tokens at which the likeliest one is the same
     nll: float  # of the model, nats a token
 
-    @classmethod
-    def between(cls, trained: Answers, model: Answers) -> Distance:
-        a, b = trained.logs, model.logs
-        kl = float((a.exp() * (a - b)).sum(dim=-1).double().mean())
-        same = float((a.argmax(-1) == b.argmax(-1)).double().mean())
-        return cls(kl, same, float(model.nll.sum()) / len(b))
 
-
-class Judge:
+class MergeCheck:
     """Compares candidates with what was trained, on the given rows."""
 
-    def __init__(self, artifact: Artifact, rows: Sequence[Tokens], device: torch.device, *, origin: str) -> None:
+    def __init__(self, artifact: Artifact, rows: Sequence[Tokens], *, origin: str) -> None:
         """Loads what was trained, asks it and lets it go. `origin`: where the rows come from."""
-        self.artifact, self.rows, self.device, self.origin = artifact, rows, device, origin
+        self.artifact, self.rows, self.origin = artifact, rows, origin
         self.table: dict[str, Distance] = {}
         self.four_bit = artifact.model.quantization == "nf4"
-        model = _load(artifact, device)
-        self.trained = ask(model, rows)
+        model = _load(artifact)
+        self.trained = log_probs(model, rows)
         with model.disable_adapter():
-            untuned = ask(model, rows)
+            untuned = log_probs(model, rows)
         del model
-        self.table["trained"] = Distance.between(self.trained, self.trained)
-        self.table["without the adapter"] = Distance.between(self.trained, untuned)
-        self.wanted: dict[Onto, Answers] = {"dequantized" if self.four_bit else "original": self.trained}
+        self._compare("trained", self.trained)
+        self._compare("without the adapter", untuned)
+        self.wanted: dict[Onto, Tensor] = {"dequantized" if self.four_bit else "original": self.trained}
 
-    def choose(self) -> Choice:
-        """The base whose answers to held-out rows are likelier; between equals the one nearer to what was trained."""
+    def choose(self) -> tuple[Onto, str]:
+        """The base whose answers to held-out rows are likelier; between equals the one nearer to what was trained.
+
+        And why, in one line.
+        """
         if not self.four_bit:
-            return Choice("original", "the run was not in 4 bit")
-        original = self._ask_original()
-        gains = (self.trained.nll - original.nll).double() / (len(self.trained.logs) / len(self.rows))
+            return "original", "the run was not in 4 bit"
+        gains = self._nll(self.trained) - self._nll(self._ask_original())
+        gains /= len(self.trained) / len(self.rows)
         gain, error = float(gains.mean()), float(gains.std()) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
         if gain > 2 * error:
-            return Choice(
-                "original", f"its answers to held-out rows are likelier by {gain:.4f} ± {error:.4f} nats a token"
-            )
-        kl = self.table["onto original, before rounding"].kl
-        return Choice("dequantized", f"the original is {kl:.1e} nats a token away from what was trained")
+            return "original", f"its answers to held-out rows are likelier by {gain:.4f} ± {error:.4f} nats a token"
+        kl = self.table[_ORIGINAL].kl
+        return "dequantized", f"the original is {kl:.1e} nats a token away from what was trained"
 
     def verify(self, merged: Path, onto: Onto) -> None:
         """Ask the merged weights. Raises ModelError when they differ from base and adapter by more than rounding."""
         if onto == "original" and onto not in self.wanted:
             self._ask_original()
-        answers = ask(_load(find_artifact(str(merged)), self.device), self.rows)
-        self.table["merged"] = Distance.between(self.trained, answers)
-        off = Distance.between(self.wanted.get(onto, self.trained), answers).kl
+        answers = self.ask(merged, "merged")
+        off = mean_kl(self.wanted.get(onto, self.trained), answers)
         learned = self.table["without the adapter"].kl
         if not off <= max(learned, _ROUNDING):
             what = f"the merged model does not answer like its base with the adapter: {off:.1e} nats a token apart"
             raise ModelError(what, where=str(merged), hint=f"the adapter moves the base by {learned:.1e}")
 
-    def note(self, name: str, folder: Path) -> None:
-        """Put the model in `folder` into the table."""
-        self.table[name] = Distance.between(
-            self.trained, ask(_load(find_artifact(str(folder)), self.device), self.rows)
-        )
+    def ask(self, folder: Path, name: str) -> Tensor:
+        """Ask the model in `folder` and put it into the table. Returns its log-probabilities."""
+        return self._compare(name, log_probs(_load(find_artifact(str(folder))), self.rows))
 
-    def _ask_original(self) -> Answers:
+    def _ask_original(self) -> Tensor:
         own = replace(self.artifact, model=self.artifact.model.model_copy(update={"quantization": "none"}))
-        self.wanted["original"] = ask(_load(own, self.device), self.rows)
-        self.table["onto original, before rounding"] = Distance.between(self.trained, self.wanted["original"])
+        self.wanted["original"] = self._compare(_ORIGINAL, log_probs(_load(own), self.rows))
         return self.wanted["original"]
 
+    def _compare(self, name: str, logs: Tensor) -> Tensor:
+        same = float((self.trained.argmax(-1) == logs.argmax(-1)).double().mean())
+        nll = float(self._nll(logs).sum()) / len(logs)
+        self.table[name] = Distance(mean_kl(self.trained, logs), same, nll)
+        return logs
 
-def make_judge(artifact: Artifact, data: DataSource | None) -> Judge:
-    """A judge on the held-out rows of the run or on those in `data`. Raises DataError when there are no rows."""
+    def _nll(self, logs: Tensor) -> Tensor:
+        """Of each row, summed over its supervised tokens: (rows,) fp64."""
+        targets = [torch.from_numpy(row.labels[row.labels != UNSUPERVISED].astype("int64")) for row in self.rows]
+        parts = torch.split(logs.double(), [len(part) for part in targets])
+        return torch.stack([-part.gather(1, ids.unsqueeze(1)).sum() for part, ids in zip(parts, targets, strict=True)])
+
+
+def make_check(artifact: Artifact, data: DataSource | None) -> MergeCheck:
+    """A check on the held-out rows of the run, on those in `data`, or on a text. Raises DataError without rows."""
     config = artifact.base_config
     vocabulary = config.get("vocab_size") or config["text_config"]["vocab_size"]
-    rows, origin = read_probes(artifact, data=data, vocabulary=vocabulary)
-    return Judge(artifact, rows, PartialState().device, origin=origin)
+    most = max(1, min(_PAIRS, _BYTES // (4 * vocabulary)))
+    rows, origin = _find_rows(artifact, data)
+    kept: list[Tokens] = []
+    pairs = 0
+    for row in (Tokens(row.ids[:_LONGEST], row.labels[:_LONGEST]) for row in rows):
+        supervised = int((row.labels != UNSUPERVISED).sum())
+        if supervised and (not kept or pairs + supervised <= most):
+            kept.append(row)
+            pairs += supervised
+    if not kept:
+        raise DataError("no row has anything to compare answers on", where=origin)
+    return MergeCheck(artifact, kept, origin=origin)
 
 
-def ask(model: Any, rows: Sequence[Tokens]) -> Answers:
-    """The log-probabilities of all tokens wherever `rows` learn one, from the model's own logits."""
+def log_probs(model: Any, rows: Sequence[Tokens]) -> Tensor:
+    """The log-probabilities of all tokens wherever `rows` have a supervised one, from the model's own logits.
+
+    (pairs, vocabulary) fp32 on the CPU, row after row.
+    """
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-    logs, nll = [], []
+    logs = []
     with torch.no_grad():
         for row in rows:
-            places = torch.from_numpy((row.labels != UNSUPERVISED).nonzero()[0])
-            ids = torch.from_numpy(row.ids.astype("int64"))
-            inputs = {"input_ids": ids.unsqueeze(0).to(device), "logits_to_keep": (places - 1).to(device)}
-            logits = model(**inputs, use_cache=False).logits[0]
-            said = logits.float().log_softmax(-1).cpu()
-            logs.append(said)
-            nll.append(-said.gather(1, ids[places].unsqueeze(1)).sum())
-    return Answers(torch.cat(logs), torch.stack(nll))
+            sources = torch.from_numpy((row.labels != UNSUPERVISED).nonzero()[0] - 1)
+            ids = torch.from_numpy(row.ids.astype("int64")).unsqueeze(0)
+            given = {"input_ids": ids.to(device), "logits_to_keep": sources.to(device), "use_cache": False}
+            logs.append(model(**given).logits[0].float().log_softmax(-1).cpu())
+    return torch.cat(logs)
 
 
-def _load(artifact: Artifact, device: torch.device) -> Any:
-    """The model on `device`, or streamed from its files where it does not fit."""
+def mean_kl(a: Tensor, b: Tensor) -> float:
+    """The mean of KL(a || b) over pairs, in nats. a, b: log-probabilities (pairs, vocabulary)."""
+    return float((a.exp() * (a - b)).sum(dim=-1).double().mean())
+
+
+def _find_rows(artifact: Artifact, data: DataSource | None) -> tuple[Sequence[Tokens], str]:
+    """Rows to compare answers on, and where they come from."""
+    if data is not None:
+        settings = artifact.recipe.data if artifact.recipe else DataSettings(train=(data,))
+        answers, _ = read_answers(data, settings, artifact.chat, tokenizer=read_tokenizer(artifact))
+        places = [(answer.ids, np.arange(len(answer.ids)) < answer.start) for answer in answers]
+        return [Tokens(ids, np.where(given, UNSUPERVISED, ids)) for ids, given in places], data.path
+    if artifact.run is None:
+        tokenizer = read_tokenizer(artifact)
+        return [everything(np.array(tokenizer(_TEXT)["input_ids"], dtype=np.int32))], "a text of lorasft's own"
+    for folder in sorted((artifact.run / "tokens").glob("*/prepared.json")):
+        prepared = open_prepared(folder.parent)
+        store = prepared.held_out if prepared.held_out else prepared.train
+        rows = [tokens for example in range(min(len(store), _PAIRS)) for tokens in store.sequences(example)]
+        return rows, "held-out rows" if prepared.held_out else "rows of the training set: none were held out"
+    raise DataError("the tokens of this run are gone", where=str(artifact.run / "tokens"), hint="--data FILE")
+
+
+def _load(artifact: Artifact) -> Any:
+    """The model on the device, or streamed from its files where it does not fit."""
     gc.collect()
+    device = PartialState().device
     whole = artifact.model.quantization == "none"
     size = sum(file.stat().st_size for file in artifact.base.glob("*.safetensors")) if whole else 0
     return load_artifact(artifact, device, streamed=size > 0.8 * free_memory(device))

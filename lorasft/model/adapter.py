@@ -122,11 +122,8 @@ def give_weights(model: Any, weights: dict[str, Tensor], *, where: str) -> None:
     own = adapter_weights(model)
     missing, surplus = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or surplus:
-        raise ModelError(
-            f"the adapter does not fit this base: missing {missing[:5]}, not known {surplus[:5]}",
-            where=where,
-            hint="use the base that it was trained on",
-        )
+        what = f"the adapter does not fit this base: missing {missing[:5]}, not known {surplus[:5]}"
+        raise ModelError(what, where=where, hint="use the base that it was trained on")
     odd = [name for name, tensor in weights.items() if tensor.shape != own[name].shape]
     if odd:
         raise ModelError(f"{odd[0]} is {list(weights[odd[0]].shape)}, not {list(own[odd[0]].shape)}", where=where)
@@ -170,36 +167,39 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def check_targets(base: Any, settings: AdapterSettings) -> None:
-    """Raise RecipeError for a target that is no linear, a module to save that does not exist, or a tied head.
+    """Raise RecipeError for a target that is not a linear, a module to save that does not exist, or a tied head.
 
     `base` may be a skeleton without weights. A tied head or embedding that is trained would leave its twin behind.
     """
     modules = dict(base.named_modules())
-    targets = () if settings.targets == "all-linear" else settings.targets
-    if not targets and settings.targets != "all-linear":
+    if not settings.targets:
         raise RecipeError("no targets: nothing would train", where="adapter.targets", hint="use all-linear")
     embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
     language = {id(module) for module in (*base.get_decoder().modules(), *embeddings)}
     tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
-    for key, names in (("adapter.targets", targets), ("adapter.modules_to_save", settings.modules_to_save)):
+    linears = {path: module for path, module in modules.items() if isinstance(module, (nn.Linear, Conv1D))}
+    targets = () if settings.targets == "all-linear" else settings.targets
+    for key, names, fitting in (
+        ("adapter.targets", targets, linears),
+        ("adapter.modules_to_save", settings.modules_to_save, modules),
+    ):
         for name in names:
-            found = [module for path, module in modules.items() if path == name or path.endswith(f".{name}")]
-            linear = all(isinstance(module, (nn.Linear, Conv1D)) for module in found)
-            if not found or (key == "adapter.targets" and not linear):
-                known = sorted({path.rpartition(".")[2] for path, module in modules.items()
-                                if path and not path[-1].isdigit()
-                                and (key != "adapter.targets" or isinstance(module, (nn.Linear, Conv1D)))})  # fmt: skip
+            found = {path: module for path, module in modules.items() if path == name or path.endswith(f".{name}")}
+            outside = sum(id(module) not in language for module in found.values()) if key == "adapter.targets" else 0
+            if not found or not found.keys() <= fitting.keys():
+                known = sorted({path.rpartition(".")[2] for path in fitting if path and not path[-1].isdigit()})
                 near = difflib.get_close_matches(name, known, n=1)
-                what = f"{name} is no linear of this model" if found else f"no module is called {name}"
+                what = f"{name} is not a linear of this model" if found else f"no module is called {name}"
                 hint = f"did you mean {near[0]}?" if near else f"names: {', '.join(known[:12])}"
-                raise RecipeError(f"{key}: {what}", where=key, hint=hint)
-            outside = sum(id(module) not in language for module in found)
-            if outside and key == "adapter.targets":
+            elif outside:
                 what = f"{outside} of {len(found)} linears called {name} are not of the language model"
-                raise RecipeError(f"{key}: {what}", where=key, hint="all-linear, or full paths")
-            if tied and any(module in embeddings for module in found):
+                hint = "all-linear, or full paths"
+            elif tied and any(module in embeddings for module in found.values()):
                 what = f"{name} is tied to its twin, which would not be trained along"
-                raise RecipeError(f"{key}: {what}", where=key, hint="leave it out, or use a base that is not tied")
+                hint = "leave it out, or use a base that is not tied"
+            else:
+                continue
+            raise RecipeError(f"{key}: {what}", where=key, hint=hint)
 
 
 def _wrap(base: Any, config: LoraConfig) -> Any:

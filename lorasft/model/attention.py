@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, Attent
 
 from lorasft.data.packing import Segment
 from lorasft.model.cascade import CascadeAttention, Stretch, read_stretches
-from lorasft.model.varlen import Varlen, attend_at_once, measure_paths
 
 SEGMENTS = "lorasft_segments"
 
@@ -30,8 +30,8 @@ class Paths:
 
     lengths: list[int]  # tokens of each segment
     ancestors: list[tuple[int, ...]]  # numbers of segments
+    varlen: torch.device | None = None  # where one kernel takes all segments
     cascade: bool = True  # by cascade.py: it is for CPUs
-    varlen: Varlen | None = None  # where one kernel takes all segments
 
     @cached_property
     def stretches(self) -> list[Stretch]:
@@ -39,10 +39,16 @@ class Paths:
         return read_stretches(self.lengths, self.ancestors)
 
     @cached_property
-    def most_keys(self) -> int:
-        """How many keys the segment sees that sees most."""
+    def key_counts(self) -> list[int]:
+        """How many keys each segment sees: its ancestors' and its own."""
         each = zip(self.lengths, self.ancestors, strict=True)
-        return max(own + sum(self.lengths[number] for number in before) for own, before in each)
+        return [own + sum(self.lengths[number] for number in before) for own, before in each]
+
+    @cached_property
+    def starts(self) -> list[Tensor]:
+        """Where each segment's queries begin, and its gathered keys: (segments + 1,) int32 each."""
+        sizes = (self.lengths, self.key_counts)
+        return [torch.tensor([0, *accumulate(one)], dtype=torch.int32, device=self.varlen) for one in sizes]
 
     def split(self, row: Tensor) -> list[Tensor]:
         """Each segment's own part of `row` (1, heads, tokens, head size)."""
@@ -61,7 +67,7 @@ def read_paths(segments: Sequence[Segment], *, cascade: bool, varlen: bool, devi
     """The segments of a micro-batch for attention; `varlen` where the device's kernel for it was verified."""
     lengths = [segment.end - segment.start for segment in segments]
     ancestors = [segment.ancestors for segment in segments]
-    return Paths(lengths, ancestors, cascade, measure_paths(lengths, ancestors, device=device) if varlen else None)
+    return Paths(lengths, ancestors, device if varlen else None, cascade)
 
 
 def attend(
@@ -87,19 +93,19 @@ def attend(
         raise RuntimeError("segment attention was called without segments")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     open_scores = softcap is not None or s_aux is not None
-    windowed = sliding_window is not None and segments.most_keys > sliding_window
+    windowed = sliding_window is not None and max(segments.key_counts) > sliding_window
     plain = not (open_scores or windowed or dropout)
     if plain and segments.cascade and query.shape[-1] == value.shape[-1]:
         output: Tensor = CascadeAttention.apply(query, key, value, segments.stretches, scale)  # type: ignore[no-untyped-call]
         return output, None
     keys, values = segments.gather(key), segments.gather(value)
     if plain and segments.varlen:
-        return attend_at_once(query, torch.cat(keys, dim=2), torch.cat(values, dim=2), segments.varlen, scale), None
+        return _attend_at_once(query, torch.cat(keys, dim=2), torch.cat(values, dim=2), segments, scale), None
     outputs = []
     for q, k, v in zip(segments.split(query), keys, values, strict=True):
         if open_scores:
             seen = _causal(q, k, window=sliding_window)
-            outputs.append(_attend_openly(q, k, v, seen, scale=scale, dropout=dropout, softcap=softcap, sinks=s_aux))
+            outputs.append(_attend_openly(q, k, v, seen, scale, dropout=dropout, softcap=softcap, sinks=s_aux))
             continue
         square = q.shape[2] == k.shape[2] and (sliding_window is None or k.shape[2] <= sliding_window)
         mask = None if square else _causal(q, k, window=sliding_window)
@@ -108,25 +114,34 @@ def attend(
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
+def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, segments: Paths, scale: float) -> Tensor:
+    """query (1, heads, tokens, size), key and value (1, key heads, gathered, size) -> (1, tokens, heads, size).
+
+    torch's own FlashAttention over sequences of unequal lengths (CUDA), causal from the bottom right; `verify` compares
+    it with attention segment by segment before it is used. Raises RuntimeError or ValueError where torch or the device
+    cannot do it.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (row[0].transpose(0, 1) for row in (query, key, value))  # (tokens, heads, size)
+    most = max(segments.lengths), max(segments.key_counts)
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0), "enable_gqa": q.shape[1] != k.shape[1]}
+    output = varlen_attn(q, k, v, segments.starts[0], segments.starts[1], most[0], most[1], **options)
+    assert isinstance(output, Tensor)
+    return output.unsqueeze(0)
+
+
 def _causal(query: Tensor, key: Tensor, *, window: int | None) -> Tensor:
     """(queries, keys) bool, causal from the bottom right; a window counts along the keys, ancestors included."""
-    ahead = torch.arange(key.shape[2], device=key.device) - torch.arange(
-        key.shape[2] - query.shape[2], key.shape[2], device=key.device
-    ).unsqueeze(1)
+    keys = torch.arange(key.shape[2], device=key.device)
+    ahead = keys - keys[key.shape[2] - query.shape[2] :].unsqueeze(1)
     return (ahead <= 0) if window is None else (ahead <= 0) & (ahead > -window)
 
 
 def _attend_openly(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    *,
-    scale: float,
-    dropout: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float,
+    *, dropout: float, softcap: float | None, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
     """The general path: scores in the open, for soft caps (Gemma 2) and sinks (gpt-oss)."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -153,14 +168,13 @@ def default_attention(config: Any) -> str:
 def attention(model: Any, name: str) -> Iterator[None]:
     """Run `model` under the attention `name` and restore the one that it had."""
     before = model.config._attn_implementation
-    if before == name:
-        yield
-        return
-    model.set_attn_implementation(name)
+    if before != name:
+        model.set_attn_implementation(name)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        if before != name:
+            model.set_attn_implementation(before)
 
 
 AttentionInterface.register(SEGMENTS, attend)

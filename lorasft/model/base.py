@@ -43,13 +43,8 @@ class ByteTable:
     adapter: int
 
     def __str__(self) -> str:
-        kinds = [
-            ("4-bit", self.four_bit),
-            ("16-bit", self.sixteen_bit),
-            ("32-bit", self.full),
-            ("adapter", self.adapter),
-        ]
-        return ", ".join(f"{kind} {size / 1e6:,.1f} MB" for kind, size in kinds if size)
+        kinds = {"4-bit": self.four_bit, "16-bit": self.sixteen_bit, "32-bit": self.full, "adapter": self.adapter}
+        return ", ".join(f"{kind} {size / 1e6:,.1f} MB" for kind, size in kinds.items() if size)
 
 
 def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool = False, keep: Keep = False) -> Any:
@@ -67,7 +62,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
 
     def read(source: str, config: Any = config, **how: Any) -> Any:
         # Only weights that are no safetensors would be written to the scratch folder: there are none.
-        with quiet_progress(), _loading_faults(settings.base), tempfile.TemporaryDirectory() as scratch:
+        with quiet_progress(), _loading_errors(settings.base), tempfile.TemporaryDirectory() as scratch:
             model, found = AutoModelForCausalLM.from_pretrained(
                 source,
                 # As it was read and cleared: what its file says of attention would win over the argument.
@@ -81,19 +76,27 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
                 use_safetensors=True,
                 attn_implementation=default_attention(config),
             )
-        _refuse_missing(sorted(found["missing_keys"]), settings.base)
+        if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers
+            what = f"the weights lack {missing[0]} and {len(missing) - 1} others"
+            raise ModelError(what, where=settings.base, hint="download the base again; is config.json its own?")
         return model
 
-    folder = _find_folder(settings.base, config) if quantize and keep else None
-    place = find_place(folder, scheme, device) if folder else None
-    kept = read_kept(place, partial(read, config=_quantized(config, scheme))) if place else None
+    folder = place = kept = None
+    if quantize and keep:
+        commit = getattr(config, "_commit_hash", None)
+        folder = Path(cached_file(settings.base, "config.json", revision=commit)).parent
+        place = find_place(folder, scheme, device)
+    if place:
+        packed = copy.deepcopy(config)
+        packed.quantization_config = scheme.to_dict()
+        kept = read_kept(place, partial(read, config=packed))
     how = {"quantization_config": scheme} if quantize else {}  # None would hide the config's own
     model = read(settings.base, revision=settings.revision, **how) if kept is None else kept
     model.name_or_path = model.config._name_or_path = settings.base
-    mend_linears(model, device, settings.base)
+    patch_linear4bit(model, device, settings.base)
     model.requires_grad_(False)
     if settings.quantization == "nf4":
-        refuse_loose(model)
+        check_mostly_quantized(model)
     if folder and kept is None:
         found = find_place(folder, scheme, device)
         if found and place in (None, found):  # a hub's weights are there by now; others changed meanwhile
@@ -102,14 +105,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     return model
 
 
-def _refuse_missing(names: list[str], base: str) -> None:
-    """Raise ModelError for weights that the files do not have: transformers would go on with random numbers."""
-    if names:
-        what = f"the weights have no {names[0]}" + (f" and no {len(names) - 1} others" if names[1:] else "")
-        raise ModelError(what, where=base, hint="download the base again; is config.json that of its weights?")
-
-
-def mend_linears(model: nn.Module, device: torch.device, base: str) -> None:
+def patch_linear4bit(model: nn.Module, device: torch.device, base: str) -> None:
     """Keep bitsandbytes from changing weights that are computed with. Raises ModelError where it computes wrongly."""
     for layer in model.modules():
         if isinstance(layer, bnb.nn.Linear4bit):
@@ -118,23 +114,8 @@ def mend_linears(model: nn.Module, device: torch.device, base: str) -> None:
             layer.support_avx512bf16_for_cpu = False
             if device.type == "cpu" and layer.in_features % layer.weight.quant_state.blocksize:
                 # bitsandbytes 0.50 restarts its constants in every row there: 25 % off, where NF4 costs 9 %.
-                raise ModelError(
-                    f"a linear of {layer.in_features} inputs cannot be 4-bit on a CPU",
-                    where=base,
-                    hint="use model.quantization=none",
-                )
-
-
-def _quantized(config: Any, scheme: BitsAndBytesConfig) -> Any:
-    """The config of a checkpoint in which the base is in 4 bit already."""
-    config = copy.deepcopy(config)
-    config.quantization_config = scheme.to_dict()
-    return config
-
-
-def _find_folder(base: str, config: Any) -> Path:
-    """The folder that the base is read from: its own, or where the hub's client puts it."""
-    return Path(cached_file(base, "config.json", revision=getattr(config, "_commit_hash", None))).parent
+                what = f"a linear of {layer.in_features} inputs cannot be 4-bit on a CPU"
+                raise ModelError(what, where=base, hint="use model.quantization=none")
 
 
 def check_files(base: str) -> None:
@@ -175,22 +156,18 @@ def read_config(base: str, revision: str | None = None) -> Any:
         raise ModelError("no config.json: this is no model folder", where=base, hint="name a model folder or a hub id")
     if not folder.is_dir():
         find_hub()
-    with _loading_faults(base):
+    with _loading_errors(base):
         config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
     if config.is_encoder_decoder or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(
-            f"{config.model_type} is no causal language model", where=base, hint="lorasft trains decoder-only models"
-        )
+        what = f"{config.model_type} is not a causal language model"
+        raise ModelError(what, where=base, hint="lorasft trains decoder-only models")
     _refuse_kernels(config, base)
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:
         quantized = quantized if isinstance(quantized, dict) else quantized.to_dict()
         if not (quantized.get("load_in_4bit") or quantized.get("_load_in_4bit")):
-            raise ModelError(
-                f"the base is already quantized with {quantized.get('quant_method', 'an unknown method')}",
-                where=base,
-                hint="name its 16-bit original as model.base",
-            )
+            what = f"the base is already quantized with {quantized.get('quant_method', 'an unknown method')}"
+            raise ModelError(what, where=base, hint="name its 16-bit original as model.base")
     return config
 
 
@@ -207,7 +184,7 @@ def _refuse_kernels(config: Any, base: str) -> None:
 
 def make_skeleton(config: Any) -> nn.Module:
     """The model of `config` without weights, to look names up in."""
-    with torch.device("meta"), _loading_faults(config.name_or_path):
+    with torch.device("meta"), _loading_errors(config.name_or_path):
         skeleton: nn.Module = AutoModelForCausalLM.from_config(config)
     return skeleton
 
@@ -218,14 +195,14 @@ def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
     The capability is tested, not `is_bf16_supported()`, which also answers yes where bf16 is emulated.
     """
     if wanted == "float16":
-        raise DeviceError(
-            "training in float16 needs loss scaling, which lorasft does not do",
-            where="model.dtype",
-            hint="use auto, bfloat16 or float32",
-        )
-    if wanted != "auto":
-        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[wanted]
-    return torch.bfloat16 if _has_native_bfloat16(device) else torch.float32
+        what = "training in float16 needs loss scaling, which lorasft does not do"
+        raise DeviceError(what, where="model.dtype", hint="use auto, bfloat16 or float32")
+    native = False
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        native = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if wanted == "bfloat16" or (wanted == "auto" and native) else torch.float32
 
 
 def count_bytes(model: nn.Module) -> ByteTable:
@@ -248,7 +225,7 @@ def _constants(state: Any) -> list[torch.Tensor]:
     return [tensor for tensor in (state.absmax, state.code, state.offset) if tensor is not None] + nested
 
 
-def refuse_loose(model: Any) -> None:
+def check_mostly_quantized(model: Any) -> None:
     """Raise ModelError for a "4-bit" model, or the skeleton of one, whose weights are mostly not.
 
     transformers leaves fused experts in 16 bits, silently.
@@ -269,20 +246,9 @@ def refuse_loose(model: Any) -> None:
             largest.append((parameter.numel(), name))
     if loose > _MOST_UNQUANTIZED * (packed + loose):
         names = ", ".join(name for _, name in sorted(largest, reverse=True)[:3])
-        raise ModelError(
-            f"{loose / (packed + loose):.0%} of the weights are not 4-bit: {names}",
-            where="model.quantization",
-            hint="use model.quantization=none, or a model whose experts are separate linears",
-        )
-
-
-def _has_native_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        abilities = torch.cpu.get_capabilities()
-        return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16") or abilities.get("bf16"))
-    return False
+        what = f"{loose / (packed + loose):.0%} of the weights are not 4-bit: {names}"
+        hint = "use model.quantization=none, or a model whose experts are separate linears"
+        raise ModelError(what, where="model.quantization", hint=hint)
 
 
 @contextlib.contextmanager
@@ -301,24 +267,21 @@ def quiet_progress() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _loading_faults(base: str) -> Iterator[None]:
+def _loading_errors(base: str) -> Iterator[None]:
     """Say in plain words what transformers could not load."""
     try:
         yield
     except LorasftError:
         raise
-    except Exception as fault:  # what a broken config makes transformers raise is of any kind
-        if out_of_memory(fault) or "Cannot allocate memory" in str(fault):
-            raise CapacityError(
-                "out of memory while loading", where=base, hint="free memory, or a smaller base"
-            ) from fault
-        reason = " ".join(str(fault).split())[:200] or type(fault).__name__
+    except Exception as error:  # what a broken config makes transformers raise is of any kind
+        if out_of_memory(error) or "Cannot allocate memory" in str(error):
+            hint = "free memory, or a smaller base"
+            raise CapacityError("out of memory while loading", where=base, hint=hint) from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         if not Path(base).is_dir():
-            refuse_offline(fault, base)
-        if "trust_remote_code" in str(fault):
-            raise UnsafeError(
-                "this model needs code from its own folder", where=base, hint="lorasft runs no code from files"
-            ) from None
-        raise ModelError(
-            f"cannot load the model: {reason}", where=base, hint="name a model folder or a hub id that can be reached"
-        ) from fault
+            refuse_offline(error, base)
+        if "trust_remote_code" in str(error):
+            what = "this model needs code from its own folder"
+            raise UnsafeError(what, where=base, hint="lorasft runs no code from files") from None
+        hint = "name a model folder or a hub id that can be reached"
+        raise ModelError(f"cannot load the model: {reason}", where=base, hint=hint) from error

@@ -21,16 +21,9 @@ from typing import Any, Literal
 import torch
 from transformers import BitsAndBytesConfig, GenerationConfig
 
+from lorasft.artifact import GENERATION_CONFIG
 from lorasft.errors import LorasftError, ModelError
-from lorasft.files import (
-    MANIFEST,
-    make_folder,
-    need_space,
-    remove_folder,
-    staged_folder,
-    verify_folder,
-    write_file,
-)
+from lorasft.files import MANIFEST, make_folder, need_space, remove_folder, staged_folder, verify_folder, write_file
 from lorasft.tensors import fingerprint
 from lorasft.terminal import say
 
@@ -38,7 +31,6 @@ Keep = Literal["auto"] | bool
 
 _LEAST = 64 << 20  # bytes of weights below which quantizing takes no time that anyone would see
 _UNUSED_DAYS = 30  # after which a kept base goes when another comes
-_GENERATION = "generation_config.json"
 
 
 def find_place(base: Path, scheme: BitsAndBytesConfig, device: torch.device) -> Path | None:
@@ -50,10 +42,11 @@ def find_place(base: Path, scheme: BitsAndBytesConfig, device: torch.device) -> 
     root = _find_root()
     if not files or root is None:
         return None
+    generation = base / GENERATION_CONFIG
     facts = {
         "base": fingerprint(base),
         "files": [(path.name, path.stat().st_mtime_ns) for path in files],
-        "generation": _read_if_there(base / _GENERATION),
+        "generation": generation.read_text(encoding="utf-8", errors="replace") if generation.is_file() else None,
         "scheme": scheme.to_dict(),
         "device": device.type,
         "versions": {name: importlib.metadata.version(name) for name in ("transformers", "bitsandbytes")},
@@ -103,7 +96,15 @@ def keep_base(model: Any, place: Path, *, base: Path, wanted: Keep) -> None:
             raise ModelError(f"it must be yours alone: chmod 700 {place.parent}")
         need_space(place.parent, 2 * size)
         with staged_folder(place) as stage:
-            _save(model, stage, base)
+            # Its generation config comes from the base: transformers might refuse to save it.
+            own, model.generation_config = model.generation_config, GenerationConfig()
+            try:
+                model.save_pretrained(stage, max_shard_size="500MB")
+            finally:
+                model.generation_config = own
+            (stage / GENERATION_CONFIG).unlink(missing_ok=True)
+            if (base / GENERATION_CONFIG).is_file():
+                write_file(stage / GENERATION_CONFIG, (base / GENERATION_CONFIG).read_bytes())
         _forget_unused(place.parent)
     except (LorasftError, OSError) as fault:
         if not (_is_private(place.parent) and place.exists()):
@@ -112,26 +113,11 @@ def keep_base(model: Any, place: Path, *, base: Path, wanted: Keep) -> None:
     say(f"the 4-bit base is kept for the next start: {size / 1e9:.2f} GB in {place} (machine.cache_base=false: never)")
 
 
-def _save(model: Any, stage: Path, base: Path) -> None:
-    """bitsandbytes' own checkpoint, with the base's own generation config, which transformers might not save."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        model.save_pretrained(stage, max_shard_size="500MB")
-    finally:
-        model.generation_config = own
-    (stage / _GENERATION).unlink(missing_ok=True)
-    if (base / _GENERATION).is_file():
-        write_file(stage / _GENERATION, (base / _GENERATION).read_bytes())
-
-
 def _find_root() -> Path | None:
-    places = [os.environ.get("LORASFT_CACHE"), os.environ.get("XDG_CACHE_HOME")]
-    if places[0]:
-        return Path(places[0]) / "bases"
-    try:
-        return (Path(places[1]) if places[1] else Path.home() / ".cache") / "lorasft" / "bases"
-    except RuntimeError:  # nobody's home
-        return None
+    own, shared = os.environ.get("LORASFT_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    with suppress(RuntimeError):  # nobody's home
+        return Path(own) / "bases" if own else Path(shared or Path.home() / ".cache") / "lorasft" / "bases"
+    return None
 
 
 def _is_private(folder: Path) -> bool:
@@ -148,7 +134,3 @@ def _forget_unused(root: Path) -> None:
         ours = re.fullmatch(r"(\.(stage|trash)-)?[0-9a-f]{32}(-.*)?", path.name) and not path.is_symlink()
         if ours and time.time() - path.stat().st_mtime > _UNUSED_DAYS * 86400:
             remove_folder(path)
-
-
-def _read_if_there(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None

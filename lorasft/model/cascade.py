@@ -59,7 +59,7 @@ class CascadeAttention(torch.autograd.Function):
     ) -> Tensor:
         output = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
         rows = output.transpose(1, 2)
-        logs = query.new_empty(query.shape[:3], dtype=_exact(query))
+        logs = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
         for queries, keys, causal in stretches:
             part, log = _attend(query[:, :, queries], key[:, :, keys], value[:, :, keys], 0.0, causal, scale=scale)
             if causal:  # the first that these queries see
@@ -77,19 +77,15 @@ class CascadeAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, logs = ctx.saved_tensors
-        slopes = [torch.empty_like(tensor) for tensor in (query, key, value)]
+        gradients = [torch.empty_like(tensor) for tensor in (query, key, value)]
         for queries, keys, causal in ctx.stretches:
             places = (queries, queries, keys, keys, queries)
             rows = (upstream.transpose(1, 2), query, key, value, output.transpose(1, 2))
             exact = [row[:, :, place].to(logs.dtype) for row, place in zip(rows, places, strict=True)]
             parts = _attend_back(*exact, logs[:, :, queries], 0.0, causal, scale=ctx.scale)
-            for slope, place, part in zip(slopes, (queries, keys, keys), parts, strict=True):
+            for gradient, place, part in zip(gradients, (queries, keys, keys), parts, strict=True):
                 if causal:  # each token's own segment comes first
-                    slope[:, :, place] = part
+                    gradient[:, :, place] = part
                 else:
-                    slope[:, :, place] += part
-        return *slopes, None, None
-
-
-def _exact(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+                    gradient[:, :, place] += part
+        return *gradients, None, None

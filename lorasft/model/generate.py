@@ -12,6 +12,12 @@ from lorasft.errors import DataError
 from lorasft.model.attention import attention, default_attention
 
 
+def own_stops(causal: Any) -> list[int]:
+    """The tokens at which generation with `causal` stops by its own config."""
+    stops = causal.generation_config.eos_token_id
+    return stops if isinstance(stops, list) else [] if stops is None else [stops]
+
+
 def generate(
     causal: Any,
     tokenizer: Any,
@@ -34,8 +40,7 @@ def generate(
     max_new_tokens = min(max_new_tokens, positions - len(prompt)) if positions else max_new_tokens
     training = causal.training
     causal.eval()
-    own = causal.generation_config.eos_token_id
-    stops = sorted({*stops, *(own if isinstance(own, list) else [own] if own is not None else [])})
+    stops = sorted({*stops, *own_stops(causal)})
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,

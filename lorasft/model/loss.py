@@ -38,9 +38,10 @@ class Head:
     chunk: int = _CHUNK_PAIRS  # pairs whose logits exist at a time
 
 
-def read_head(model: Any, device: torch.device) -> Head | None:
-    """The head as the config states it, for work on `device`, to be checked against the model's own logits.
+def read_head(model: Any, device: torch.device | None = None) -> Head | None:
+    """The head as the config states it, to be checked against the model's own logits.
 
+    `device`: where it is used, if not where it is.
     None if it is adapted or 4-bit, or if the model does not say what stands below it (Llama 4).
     """
     linear = model.get_output_embeddings()
@@ -49,7 +50,8 @@ def read_head(model: Any, device: torch.device) -> Head | None:
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     scale = scale / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
-    chunk = _CHUNK_PAIRS if device.type == "cpu" else max(_CHUNK_PAIRS, _CHUNK_ELEMENTS // len(linear.weight))
+    on_cpu = (device or linear.weight.device).type == "cpu"
+    chunk = _CHUNK_PAIRS if on_cpu else max(_CHUNK_PAIRS, _CHUNK_ELEMENTS // len(linear.weight))
     return Head(linear.weight, linear.bias, float(scale), getattr(config, "final_logit_softcapping", None), chunk)
 
 
@@ -126,42 +128,44 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         rows = min(len(targets), head.chunk)
-        narrow = hidden.new_empty(rows, len(head.weight))  # one memory for the logits of all chunks
-        wide = narrow if hidden.dtype == torch.float32 else torch.empty_like(narrow, dtype=torch.float32)
+        logits_lowp = hidden.new_empty(rows, len(head.weight))  # one memory for the logits of all chunks
+        logits_fp32 = (
+            logits_lowp if hidden.dtype == torch.float32 else torch.empty_like(logits_lowp, dtype=torch.float32)
+        )
         for start in range(0, len(targets), rows):
             part = slice(start, min(start + rows, len(targets)))
-            logits = _read_logits(hidden[part], head, narrow=narrow, wide=wide)
-            damping = None if head.softcap is None else 1 - (logits / head.softcap) ** 2
+            logits = _read_logits(hidden[part], head, logits_lowp=logits_lowp, logits_fp32=logits_fp32)
+            softcap_grad = None if head.softcap is None else 1 - (logits / head.softcap) ** 2
             wanted = targets[part].unsqueeze(1)
             peak, chosen = logits.amax(dim=-1, keepdim=True), logits.gather(1, wanted)
             total = logits.sub_(peak).exp_().sum(dim=-1, keepdim=True)
             losses[part] = (total.log() + peak - chosen).squeeze(1)
-            if slopes is None:
+            if grad_hidden is None:
                 continue
-            slope = logits.div_(total)  # the softmax, then minus 1 at the target
-            slope.scatter_add_(1, wanted, torch.full_like(total, -1.0))
-            if damping is not None:
-                slope.mul_(damping)
+            grad_logits = logits.div_(total)  # the softmax, then minus 1 at the target
+            grad_logits.scatter_add_(1, wanted, torch.full_like(total, -1.0))
+            if softcap_grad is not None:
+                grad_logits.mul_(softcap_grad)
             if head.scale != 1:
-                slope.mul_(head.scale)
-            torch.mm(narrow[: len(slope)].copy_(slope), head.weight, out=slopes[part])
-        ctx.save_for_backward(slopes)
+                grad_logits.mul_(head.scale)
+            torch.mm(logits_lowp[: len(grad_logits)].copy_(grad_logits), head.weight, out=grad_hidden[part])
+        ctx.save_for_backward(grad_hidden)
         return losses
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
-        (slopes,) = ctx.saved_tensors
-        return slopes * upstream[0].unsqueeze(1).to(slopes.dtype), None, None
+        (grad_hidden,) = ctx.saved_tensors
+        return grad_hidden * upstream[0].unsqueeze(1).to(grad_hidden.dtype), None, None
 
 
-def _read_logits(hidden: Tensor, head: Head, *, narrow: Tensor, wide: Tensor) -> Tensor:
-    """The model's logits for `hidden` (pairs, hidden) in the fp32 memory `wide`, by way of `narrow`."""
-    product = torch.mm(hidden, head.weight.t(), out=narrow[: len(hidden)])
+def _read_logits(hidden: Tensor, head: Head, *, logits_lowp: Tensor, logits_fp32: Tensor) -> Tensor:
+    """The model's logits for `hidden` (pairs, hidden) in the fp32 memory `logits_fp32`, by way of `logits_lowp`."""
+    product = torch.mm(hidden, head.weight.t(), out=logits_lowp[: len(hidden)])
     if head.bias is not None:
         product.add_(head.bias)
-    logits = wide[: len(hidden)].copy_(product)
+    logits = logits_fp32[: len(hidden)].copy_(product)
     if head.scale != 1:
         logits.mul_(head.scale)
     if head.softcap is not None:

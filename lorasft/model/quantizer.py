@@ -32,11 +32,11 @@ def install_quantizer() -> Library | None:
     own = torch.library.get_kernel("bitsandbytes::quantize_4bit", "CPU")
 
     def quantize(keys: Any, numbers: Tensor, size: int, kind: str, storage: torch.dtype) -> tuple[Tensor, Tensor]:
-        if kind == "nf4" and storage == torch.uint8:
+        if kind == "nf4" and storage == torch.uint8 and numbers.numel() % size == 0:
             return _quantize(numbers.reshape(-1), size, below=below, bound=bound)
         return own.call_boxed(keys, numbers, size, kind, storage)  # type: ignore[no-any-return]
 
-    probe = torch.cat([torch.linspace(-1, 1, 4095), torch.zeros(64), torch.tensor([-2e-39, 3e4, 0.0, 1.0])])
+    probe = torch.cat([torch.linspace(-1, 1, 4095), torch.zeros(64), torch.tensor([-2e-39])])
     wanted = torch.ops.bitsandbytes.quantize_4bit.default(probe, 64, "nf4", torch.uint8)
     if not all(map(torch.equal, wanted, _quantize(probe, 64, below=below, bound=bound))):
         return None
@@ -50,20 +50,15 @@ def install_quantizer() -> Library | None:
 
 
 def _quantize(flat: Tensor, size: int, *, below: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
-    """flat (n,) in blocks of `size` -> codes (ceil(n / 2), 1), two in a byte, and the blocks' largest magnitudes."""
-    count, whole = flat.numel(), flat.numel() // size * size
-    packed, largest = torch.empty(-(-count // 2), 1, dtype=torch.uint8), torch.empty(-(-count // size))
-    for start in range(0, whole, _PART):
-        part = flat[start : min(start + _PART, whole)].view(-1, size).float()
+    """flat (n,) in whole blocks of `size` -> codes (n / 2, 1), two in a byte, and the blocks' largest magnitudes."""
+    count = flat.numel()
+    packed, largest = torch.empty(count // 2, 1, dtype=torch.uint8), torch.empty(count // size)
+    for start in range(0, count, _PART):
+        part = flat[start : start + _PART].view(-1, size).float()
         top = part.abs().amax(dim=1)
         largest[start // size :][: len(top)] = top
         scaled = part * (1.0 / top.clamp(min=1e-38)).unsqueeze(1)
         packed[start // 2 :, 0][: part.numel() // 2] = _find_codes(scaled.view(-1), below, bound)
-    if whole < count:  # bitsandbytes divides here, and pads an odd number with a zero
-        rest = flat[whole:].float()
-        largest[-1] = rest.abs().amax().clamp(min=1e-38)
-        scaled = torch.nn.functional.pad(rest / largest[-1], (0, count % 2))
-        packed[whole // 2 :, 0] = _find_codes(scaled, below, bound)
     return packed, largest
 
 

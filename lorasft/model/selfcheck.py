@@ -6,11 +6,13 @@ ones do) is run one sequence at a time; a head that does more than is known here
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lorasft.data.packing import MicroBatch, cut
 from lorasft.data.tokens import Tokens
@@ -43,39 +45,41 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
 
 def probe(network: Network) -> MicroBatch:
     """A micro-batch of random tokens, of two sequences where the network takes several."""
-    vocabulary = network.causal.config.get_text_config().vocab_size
-    early, late = (_probe(length, vocabulary, seed=1) for length in (_EARLY, _LATE))
+    early, late = _random(_EARLY, network, seed=1), _random(_LATE, network, seed=1)
     return _row(early, late) if network.segments else _row(early)
 
 
 def _try_segments(plain: Network) -> Network:
     """Packed equals alone, and another first sequence leaves the losses of the second untouched."""
-    vocabulary = plain.causal.config.get_text_config().vocab_size
-    early, other = (_probe(_EARLY, vocabulary, seed=seed) for seed in (1, 2))
-    late = _probe(_LATE, vocabulary, seed=3)
-    alone = torch.cat([pair_losses(plain, _row(early)), pair_losses(plain, _row(late))])
+    early, other, late = (_random(length, plain, seed=seed) for length, seed in ((_EARLY, 1), (_EARLY, 2), (_LATE, 3)))
     packed = replace(plain, segments=True)
     try:
         with attention(plain.causal, SEGMENTS):
-            company = pair_losses(packed, _row(early, late))
-            elsewhere = pair_losses(packed, _row(other, late))
-    except (TypeError, ValueError, RuntimeError) as fault:
-        return replace(plain, notices=(f"sequences go one at a time: no segment attention ({fault})",))
-    # The same shapes run the same kernels, so what does not look at the first sequence has the same bits.
-    leak = float((company - elsewhere)[_EARLY - 1 :].abs().max())
-    drift = float((company - alone).abs().mean())
-    if leak > 1e-6 or not drift <= _tolerance(plain.causal, alone):
-        reason = f"losses move by {leak:.1e} with another neighbour and by {drift:.1e} in company"
-        return replace(plain, notices=(f"sequences go one at a time: {reason}",))
-    return packed
+            losses = [pair_losses(packed, row) for row in (_row(early, late), _row(other, late))]
+    except (TypeError, ValueError, RuntimeError) as error:
+        return replace(plain, notices=(f"sequences go one at a time: no segment attention ({error})",))
+    reason = _find_leak(plain, losses, _row(early, late), alone=(early, late))
+    return replace(plain, notices=(f"sequences go one at a time: {reason}",)) if reason else packed
+
+
+def _find_leak(plain: Network, losses: Sequence[Tensor], row: MicroBatch, *, alone: Sequence[Tokens]) -> str | None:
+    """What is wrong with the `losses` of `row`, and of a row with another first sequence; None: nothing.
+
+    The same shapes run the same kernels, so what does not look at the first sequence has the same bits.
+    """
+    own = torch.cat([pair_losses(plain, _row(sequence)) for sequence in alone])
+    leak = float((losses[0] - losses[1])[row.examples == 1].abs().max())
+    drift = float((losses[0] - own).abs().mean())
+    if leak <= 1e-6 and drift <= _tolerance(plain.causal, own):
+        return None
+    return f"losses move by {leak:.1e} with another neighbour and by {drift:.1e} in company"
 
 
 def _try_varlen(network: Network) -> Network:
     """One kernel for all segments gives what each segment alone gives. It is CUDA's, and not on every device."""
     if network.device.type != "cuda":
         return network
-    row = _tree(1, network)
-    at_once = replace(network, varlen=True)
+    row, at_once = _tree(_branches(1, network)), replace(network, varlen=True)
     own = pair_losses(network, row)
     try:
         drift = float((pair_losses(at_once, row) - own).abs().mean())
@@ -86,13 +90,10 @@ def _try_varlen(network: Network) -> Network:
 
 def _try_sharing(network: Network) -> Network:
     """A stem computed once for two branches equals both alone, and another first branch leaves the second untouched."""
-    row, elsewhere = (_tree(first, network) for first in (1, 2))
-    company = pair_losses(network, row)
-    leak = float((company - pair_losses(network, elsewhere))[row.examples == 1].abs().max())
-    alone = torch.cat([pair_losses(network, _row(branch)) for branch in _branches(1, network)])
-    drift = float((company - alone).abs().mean())
-    if leak > 1e-6 or not drift <= _tolerance(network.causal, alone):
-        reason = f"losses move by {leak:.1e} with another branch and by {drift:.1e} behind a shared stem"
+    rows = [_tree(_branches(first, network)) for first in (1, 2)]
+    losses = [pair_losses(network, row) for row in rows]
+    reason = _find_leak(network, losses, rows[0], alone=_branches(1, network))
+    if reason:
         return replace(network, notices=(*network.notices, f"shared prefixes are computed for each example: {reason}"))
     return replace(network, share="auto")
 
@@ -102,7 +103,7 @@ def _try_head(network: Network) -> Network:
     head = read_head(network.causal, network.device)
     if head is None:
         return network
-    row = _row(_probe(_EARLY, network.causal.config.get_text_config().vocab_size, seed=1))
+    row = _row(_random(_EARLY, network, seed=1))
     own = pair_losses(network, row)
     drift = float((own - pair_losses(replace(network, head=head), row)).abs().mean())
     if not drift <= _tolerance(network.causal, own):
@@ -111,25 +112,25 @@ def _try_head(network: Network) -> Network:
     return replace(network, head=head)
 
 
-def _tolerance(causal: Any, losses: torch.Tensor) -> float:
+def _tolerance(causal: Any, losses: Tensor) -> float:
     """How far mean losses may differ by rounding alone, in the model's own precision."""
     return (1e-4 if causal.dtype == torch.float32 else 3e-2) * max(1.0, float(losses.abs().mean()))
 
 
-def _probe(length: int, vocabulary: int, *, seed: int) -> Tokens:
+def _random(length: int, network: Network, *, seed: int) -> Tokens:
+    vocabulary = network.causal.config.get_text_config().vocab_size
     return everything(np.random.default_rng(seed).integers(0, vocabulary, length).astype(np.int32))
 
 
 def _branches(first: int, network: Network) -> tuple[Tokens, Tokens]:
     """Two sequences with a common stem; the first goes on with the token `first`, below the second's."""
-    vocabulary = network.causal.config.get_text_config().vocab_size
-    stem, tail, other = (_probe(_LATE, vocabulary, seed=seed).ids for seed in (4, 4 + first, 7))
+    stem, tail, other = (_random(_LATE, network, seed=seed).ids for seed in (4, 4 + first, 7))
     ids = [np.concatenate([stem, [first], tail]), np.concatenate([stem, [3], other[:9]])]
     return everything(ids[0].astype(np.int32)), everything(ids[1].astype(np.int32))
 
 
-def _tree(first: int, network: Network) -> MicroBatch:
-    (batch,) = cut(Given(_branches(first, network)), range(2), capacity=4 * _LATE, share=True)
+def _tree(sequences: tuple[Tokens, Tokens]) -> MicroBatch:
+    (batch,) = cut(Given(sequences), range(2), capacity=4 * _LATE, share=True)
     return batch
 
 

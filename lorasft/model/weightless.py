@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lorasft.model.adapter import attach_adapter
 from lorasft.model.attention import default_attention
-from lorasft.model.base import compute_dtype, mend_linears, quantize_skeleton
+from lorasft.model.base import compute_dtype, patch_linear4bit, quantize_skeleton
 from lorasft.model.loss import Network, read_head
 from lorasft.model.recompute import decoder_layers
 from lorasft.recipe import AdapterSettings, ModelSettings
@@ -113,7 +113,7 @@ def _fill(base: Any, modules: list[nn.Module], *, device: torch.device) -> None:
         if isinstance(module, bnb.nn.Linear4bit):
             shape, dtype = (module.out_features, module.in_features), module.compute_dtype
             _quantize(module, torch.randn(shape, dtype=dtype, device=device).mul_(0.02))
-            mend_linears(module, device, base.name_or_path)
+            patch_linear4bit(module, device, base.name_or_path)
             continue
         for name, old in list(module.named_parameters(recurse=False)):
             if id(old) not in made:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -10,42 +10,28 @@ from lorasft.data.packing import cut, share
 from lorasft.data.store import TokenStore
 from lorasft.model.loss import Network, pair_losses
 from lorasft.signals import StopRequest
+from lorasft.train.distributed import Ranks
 from lorasft.train.oom import oom_context
-from lorasft.train.ranks import Ranks
 
 _GROUP = 64  # examples cut together: enough to fill micro-batches well, few enough to bound what is held
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """The mean loss of held-out rows per supervised token, in nats."""
+def evaluate(
+    network: Network, rows: TokenStore, *, capacity: int, ranks: Ranks, stop: StopRequest
+) -> tuple[float, int] | None:
+    """The mean loss per supervised token of held-out `rows`, in nats, and how many tokens; None after a signal.
 
-    loss: float
-    tokens: int
-
-
-def evaluate(network: Network, rows: TokenStore, *, capacity: int, ranks: Ranks, stop: StopRequest) -> HeldOut | None:
-    """The held-out loss over all `rows`, of which each process scores its share; None where a signal cuts it short.
-
-    The model is put back into the mode that it was in. Raises MicroBatchTooLarge when memory runs out.
+    Each process scores its share. The model is put back into the mode that it was in. Raises MicroBatchTooLarge when
+    memory runs out.
     """
     training = network.causal.training
     network.causal.eval()
     total, tokens = 0.0, 0
+    cut_all = partial(cut, rows, capacity=capacity, processes=ranks.count, share=network.share, horizon=network.horizon)
     try:
-        with ranks.agreed(), torch.no_grad():
+        with ranks.sync_errors(), torch.no_grad():
             for start in range(0, len(rows), _GROUP):
-                group = range(start, min(start + _GROUP, len(rows)))
-                batches = tuple(
-                    cut(
-                        rows,
-                        group,
-                        capacity=capacity,
-                        processes=ranks.count,
-                        share=network.share,
-                        horizon=network.horizon,
-                    )
-                )
+                batches = tuple(cut_all(range(start, min(start + _GROUP, len(rows)))))
                 for batch in share(batches, ranks.index, ranks.count):
                     if stop.signal:  # of several processes none, before they agree on it in a step
                         return None
@@ -56,4 +42,4 @@ def evaluate(network: Network, rows: TokenStore, *, capacity: int, ranks: Ranks,
     finally:
         network.causal.train(training)
     totals, counts = zip(*ranks.gather((total, tokens)), strict=True)
-    return HeldOut(sum(totals) / sum(counts), sum(counts))
+    return sum(totals) / sum(counts), sum(counts)

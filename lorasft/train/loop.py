@@ -19,7 +19,7 @@ from lorasft.signals import StopRequest, stop_signals
 from lorasft.train.checkpoint import list_checkpoints
 from lorasft.train.evaluate import evaluate
 from lorasft.train.oom import oom_context, retry_on_oom
-from lorasft.train.save import Saves
+from lorasft.train.save import CheckpointSaver
 from lorasft.train.schedule import learning_rate
 from lorasft.train.state import Run, State
 
@@ -33,14 +33,17 @@ def take_step(run: Run, step: Step, stop: StopRequest) -> dict[str, Any]:
     started = time.monotonic()
     parameters, optimizer = run.learner.parameters, run.learner.optimizer
     loss = run.ranks.sum_step(lambda: add_gradients(run, step), list(parameters.values()), stop=stop)
-    refuse_unreached(run)
-    norm = get_total_norm(parameter.grad for parameter in parameters.values() if parameter.grad is not None)
+    gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+    unreached = [name for name, parameter in parameters.items() if parameter.grad is None]
+    if unreached:
+        what = f"no gradient reaches {unreached[0]} and {len(unreached) - 1} more"
+        raise DivergedError(what, hint="leave these modules out of adapter.targets")
+    norm = get_total_norm(gradients)
     refuse_non_finite(run, step, loss=loss, norm=float(norm))
     if run.recipe.train.max_grad_norm is not None:
         clip_grads_with_norm_(parameters.values(), run.recipe.train.max_grad_norm, norm)
-    rate = learning_rate(
-        step.number, steps=run.plan.steps, peak=run.recipe.optimizer.learning_rate, schedule=run.recipe.schedule
-    )
+    peak = run.recipe.optimizer.learning_rate
+    rate = learning_rate(step.number, steps=run.plan.steps, peak=peak, schedule=run.recipe.schedule)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
@@ -60,11 +63,6 @@ def take_step(run: Run, step: Step, stop: StopRequest) -> dict[str, Any]:
     }
 
 
-def take_numbered_step(run: Run, *, number: int, stop: StopRequest) -> dict[str, Any]:
-    """Step `number` of the plan, cut as the run's layout says."""
-    return take_step(run, run.plan.step(number, run.rows), stop)
-
-
 def add_gradients(run: Run, step: Step) -> float:
     """Forward and backward over this process's share of the step. Returns its part of the step's loss."""
     torch.manual_seed(run.plan.seed * 1_000_003 + step.number + (run.ranks.index << 40))  # dropout: step and process
@@ -80,7 +78,7 @@ def add_gradients(run: Run, step: Step) -> float:
 
 def train(run: Run, state: State) -> State:
     """Run from `state` to the end of the plan. Returns the last state; raises Stopped after a signal, saved."""
-    settings, saves = run.recipe.run, Saves(state, minutes=run.recipe.run.save_minutes)
+    settings, saver = run.recipe.run, CheckpointSaver(state, minutes=run.recipe.run.save_minutes)
     run.network.causal.train()
     with stop_signals(alone=run.ranks.count == 1) as stop:
         if state.step == 0 or state.evaluation_due:
@@ -88,9 +86,10 @@ def train(run: Run, state: State) -> State:
             if stop.signal:
                 raise Stopped(stop.exit_code, f"stopped before step {state.step + 1}")
         for number in range(state.step + 1, run.plan.steps + 1):
-            if run.ranks.is_main and saves.overdue():
+            if run.ranks.is_main and saver.overdue():
                 stop.want_save()
-            metrics, run = retry_on_oom(run, partial(take_numbered_step, number=number, stop=stop))
+            one_step = lambda run, number=number: take_step(run, run.plan.step(number, run.rows), stop)  # noqa: E731
+            metrics, run = retry_on_oom(run, one_step)
             if run.ranks.is_main:
                 run.logbook.step(metrics)
             state = replace(state, step=number)
@@ -100,9 +99,9 @@ def train(run: Run, state: State) -> State:
             planned = settings.save_every and number % settings.save_every == 0
             best = settings.keep_best and state.best_step == number
             if last or planned or best or stop.save or stop.signal:
-                with run.ranks.agreed():
+                with run.ranks.sync_errors():
                     if run.ranks.is_main:
-                        state = saves.attempt(run, state, final=bool(last or stop.signal))
+                        state = saver.attempt(run, state, final=bool(last or stop.signal))
             if stop.signal and (not last or state.evaluation_due):
                 raise Stopped(stop.exit_code, f"stopped after step {number} of {run.plan.steps}, saved")
     return state
@@ -117,21 +116,12 @@ def evaluate_and_note(run: Run, *, state: State, stop: StopRequest) -> State:
     result = evaluate(run.network, run.held_out, capacity=capacity, ranks=run.ranks, stop=stop)
     if result is None:
         return replace(state, evaluation_due=True)
+    loss, tokens = result
     if run.ranks.is_main:
-        run.logbook.evaluation(step=state.step, loss=result.loss, tokens=result.tokens)
-    if state.best_loss is not None and state.best_loss <= result.loss:
+        run.logbook.evaluation(step=state.step, loss=loss, tokens=tokens)
+    if state.best_loss is not None and state.best_loss <= loss:
         return state
-    return replace(state, best_step=state.step, best_loss=result.loss)
-
-
-def refuse_unreached(run: Run) -> None:
-    """Raise DivergedError when a parameter that should train gets no gradient at all."""
-    unreached = [name for name, parameter in run.learner.parameters.items() if parameter.grad is None]
-    if unreached:
-        raise DivergedError(
-            f"no gradient reaches {unreached[0]} and {len(unreached) - 1} more",
-            hint="leave these modules out of adapter.targets",
-        )
+    return replace(state, best_step=state.step, best_loss=loss)
 
 
 def refuse_non_finite(run: Run, step: Step, *, loss: float, norm: float) -> None:
@@ -141,11 +131,9 @@ def refuse_non_finite(run: Run, step: Step, *, loss: float, norm: float) -> None
     places = [str(run.rows.place(int(example))) for example in step.examples]
     saved = list_checkpoints(run.checkpoints)
     shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
-    raise DivergedError(
-        f"step {step.number} is not finite (loss {loss}, gradient norm {norm}); nothing was updated",
-        where=shown,
-        hint=f"look at these rows or lower optimizer.learning_rate; last good: {saved[-1] if saved else 'none yet'}",
-    )
+    what = f"step {step.number} is not finite (loss {loss}, gradient norm {norm}); nothing was updated"
+    hint = f"look at these rows or lower optimizer.learning_rate; last good: {saved[-1] if saved else 'none yet'}"
+    raise DivergedError(what, where=shown, hint=hint)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,46 +12,37 @@ from torch import Tensor, nn
 from lorasft.recipe import OptimizerSettings
 
 
-def make_optimizer(settings: OptimizerSettings, parameters: dict[str, nn.Parameter]) -> Any:
+def make_optimizer(settings: OptimizerSettings, parameters: Mapping[str, nn.Parameter]) -> Any:
     """AdamW over exactly `parameters`; `adamw8bit` keeps its moments in 8 bit (bitsandbytes)."""
     kind = {"adamw": torch.optim.AdamW, "adamw8bit": AdamW8bit}[settings.name]
-    return kind(
-        list(parameters.values()),
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-    )
+    rate, decay = settings.learning_rate, settings.weight_decay
+    return kind(list(parameters.values()), lr=rate, betas=settings.betas, weight_decay=decay)
 
 
-def optimizer_state(optimizer: Any, parameters: dict[str, nn.Parameter]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state by `parameter/key`: tensors as they are, bit for bit, and numbers beside them."""
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, Any] = {}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state[parameter].items():
-            if isinstance(value, Tensor):
-                # A copy each: 8-bit states share their code tables, and a file may not hold a tensor twice.
-                tensors[f"{name}/{key}"] = value.detach().cpu().clone().contiguous()
-            else:
-                numbers[f"{name}/{key}"] = value
-    return tensors, numbers
+def optimizer_state(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The state by `parameter/key`, bit for bit; a number becomes a tensor of no dimension."""
+    return {
+        # A copy each: 8-bit states share their code tables, and a file may not hold a tensor twice.
+        f"{name}/{key}": torch.as_tensor(value).detach().cpu().clone().contiguous()
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state[parameter].items()
+    }
 
 
-def restore_optimizer(
-    optimizer: Any, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], numbers: dict[str, Any]
-) -> None:
+def restore_optimizer(optimizer: Any, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
     """Put a saved state back, bit for bit. Raises ValueError when it belongs to other parameters."""
-    owners = {key.rpartition("/")[0] for key in (*tensors, *numbers)}
-    if owners and owners != parameters.keys():
-        raise ValueError(f"{sorted(owners ^ parameters.keys())[0]} is in one of model and checkpoint only")
-    for name, parameter in parameters.items():
-        state: dict[str, Any] = {}
-        for key, value in {**tensors, **numbers}.items():
-            owner, _, field = key.rpartition("/")
-            if owner == name:
-                # The step count of torch's AdamW stays on the CPU.
-                move = isinstance(value, Tensor) and field != "step"
-                if field in ("exp_avg", "exp_avg_sq", "state1", "state2") and value.shape != parameter.shape:
-                    raise ValueError(f"{key} is {list(value.shape)}, not {list(parameter.shape)}")
-                state[field] = value.to(parameter.device) if move else value
-        optimizer.state[parameter] = state
+    states: dict[str, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        name, _, field = key.rpartition("/")
+        parameter = parameters.get(name)
+        moment = field in ("exp_avg", "exp_avg_sq", "state1", "state2")
+        if parameter is None or (moment and value.shape != parameter.shape):
+            raise ValueError(f"{key} {list(value.shape)} is not of this model")
+        if field == "step":  # torch counts in a tensor that stays on the CPU, bitsandbytes in a number
+            states.setdefault(name, {})[field] = value if value.is_floating_point() else int(value)
+        else:
+            states.setdefault(name, {})[field] = value.to(parameter.device)
+    if states and (states.keys() != parameters.keys() or not all("step" in state for state in states.values())):
+        raise ValueError("it lacks the state of some parameters")
+    for name, state in states.items():
+        optimizer.state[parameters[name]] = state

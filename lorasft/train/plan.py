@@ -21,7 +21,7 @@ from lorasft.model.timing import Timing, time_sample
 from lorasft.model.weightless import Sample, make_weightless, shrink_vocabulary
 from lorasft.recipe import Recipe
 from lorasft.train.layout import Fit, choose_layout, recompute_wish, started_adapter
-from lorasft.train.run import make_plan, probe, read_data, read_settled_config
+from lorasft.train.run import make_plan, probe, read_checked_config, read_data
 from lorasft.train.suggestions import Case, find_suggestions
 
 _LIBRARIES = 1 << 29  # bytes of a card of a given size that its driver and the libraries take
@@ -77,7 +77,7 @@ def plan_run(recipe: Recipe, *, memory: int | None) -> RunPlan:
     Raises what a start of the run would raise before its weights are read, and ModelError for a model that cannot be
     run without them.
     """
-    config = read_settled_config(recipe)
+    config = read_checked_config(recipe)
     with tempfile.TemporaryDirectory() as folder:
         _, prepared = read_data(recipe, config, Path(folder))
         return _plan_prepared(recipe, config, prepared, memory=memory)

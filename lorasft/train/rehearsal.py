@@ -19,10 +19,10 @@ from lorasft.model.memory import Prediction, StaticBytes, StorageMeter
 from lorasft.model.recompute import recomputed_layers
 from lorasft.model.weightless import plan_network
 from lorasft.terminal import size_text
+from lorasft.train.distributed import ALONE
 from lorasft.train.layout import Fit, find_heaviest, measure_fit
 from lorasft.train.loop import add_gradients
 from lorasft.train.oom import retry_on_oom
-from lorasft.train.ranks import ALONE
 from lorasft.train.state import Run
 
 

@@ -1,8 +1,8 @@
-"""A run from its folder to its adapter: claimed, prepared, started or resumed, finished.
+"""A run from its folder to its adapter: checked, prepared, started or resumed, exported.
 
 recipe.yaml        the resolved recipe; its presence makes a folder a run
 provenance.json    versions, layout, base and data that the run stands on
-memory.json        what a step was predicted to need, and what the heaviest took when it was rehearsed
+memory.json        what a step was predicted to need, and what the heaviest took where it was run beforehand
 tokens/            what is trained and evaluated on
 metrics.jsonl      one line a step
 checkpoints/       see checkpoint.py
@@ -12,6 +12,7 @@ adapter/           the result: a plain PEFT adapter with tokenizer and template
 from __future__ import annotations
 
 import copy
+import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -40,35 +41,35 @@ from lorasft.files import (
 from lorasft.model.adapter import attach_adapter, check_targets, load_adapter, trainable, write_adapter
 from lorasft.model.base import (
     check_files,
+    check_mostly_quantized,
     compute_dtype,
     count_bytes,
     load_base,
     make_skeleton,
     read_config,
-    refuse_loose,
 )
 from lorasft.model.free_memory import free_memory
+from lorasft.model.generate import own_stops
 from lorasft.model.loss import Network
 from lorasft.model.memory import static_bytes
 from lorasft.model.recompute import decoder_layers, recomputed_layers
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import Recipe, dump_recipe
 from lorasft.train.checkpoint import newest_checkpoint, restore_checkpoint
-from lorasft.train.folder import claim, new_run_id, read_run_id, refuse_changes, write_start
+from lorasft.train.distributed import ALONE, Ranks
 from lorasft.train.layout import choose_layout, choose_tokens, without_weights
-from lorasft.train.logbook import Logbook
+from lorasft.train.metrics import Metrics, check_trackers
 from lorasft.train.oom import plain_oom_errors
 from lorasft.train.optimizer import make_optimizer
-from lorasft.train.ranks import ALONE, Ranks
 from lorasft.train.rehearsal import run_heaviest_batch
+from lorasft.train.run_folder import check_run_folder, read_run_id, refuse_changes, write_start
 from lorasft.train.save import current_layout, save
 from lorasft.train.schedule import warmup_steps
 from lorasft.train.state import Learner, Run, State
-from lorasft.train.trackers import Trackers, check_trackers
 
 
 @dataclass(frozen=True)
-class Opened:
+class ReadyRun:
     """A run that is ready to train, and what a person wants to see of it."""
 
     run: Run
@@ -79,45 +80,44 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class Settled:
-    """What is settled before any weight is read: by the first process, which then tells the others."""
+class RunInputs:
+    """What is known before any weight is read: to the first process, which then tells the others."""
 
     config: Any
     tokenizer: Any
     prepared: Prepared
     plan: Plan
-    checkpoint: Path | None  # to go on from
+    checkpoint: Path | None  # to resume from
     saved: State | None  # its state
     notices: list[str]
 
 
 @contextmanager
-def open_run(recipe: Recipe, *, resume: bool, ranks: Ranks = ALONE) -> Iterator[Opened]:
-    """Claim the run folder of `recipe`, prepare its data, load its model; start, or go on where it stopped.
+def open_run(recipe: Recipe, *, resume: bool, ranks: Ranks = ALONE) -> Iterator[ReadyRun]:
+    """Lock the run folder of `recipe`, prepare its data, load its model; start, or resume where it stopped.
 
     All that can be known before the weights are loaded is refused before. Raises RecipeError for a folder that is
     taken, and ModelError when nothing can be resumed.
     """
     folder = Path(recipe.run.output)
     with ExitStack() as held, plain_oom_errors(folder):
-        settled = ranks.lead(lambda: _settle(recipe, folder, resume=resume, held=held))
-        yield _load(recipe, folder, settled, ranks=ranks)
+        inputs = ranks.on_main(lambda: _prepare_inputs(recipe, folder, resume=resume, held=held))
+        yield _load(recipe, folder, inputs, ranks=ranks)
 
 
-def _settle(recipe: Recipe, folder: Path, *, resume: bool, held: ExitStack) -> Settled:
-    """Claim the folder, which stays locked while `held` is open; prepare the data; find what to go on from."""
+def _prepare_inputs(recipe: Recipe, folder: Path, *, resume: bool, held: ExitStack) -> RunInputs:
+    """Take the folder, which stays locked while `held` is open; prepare the data; find what to resume from."""
     refuse_overlap(folder, *(path for path in [Path(recipe.model.base)] if path.is_dir()))
-    claim(folder, resume=resume)
+    check_run_folder(folder, resume=resume)
     make_folder(folder)
     left = held.enter_context(locked(folder))
-    claim(folder, resume=resume)  # it may have become a run before the lock was ours
+    check_run_folder(folder, resume=resume)  # it may have become a run before the lock was ours
     sweep(folder)
     sweep(folder / "checkpoints")
-    if not resume:  # what a start that failed has left
-        for name in ("tokens", "checkpoints"):
-            if (folder / name).is_dir():
-                remove_folder(folder / name)
-    config = read_settled_config(recipe)
+    for name in () if resume else ("tokens", "checkpoints"):  # what a start that failed has left
+        if (folder / name).is_dir():
+            remove_folder(folder / name)
+    config = read_checked_config(recipe)
     check_files(recipe.model.base)
     tokenizer, prepared = read_data(recipe, config, folder / "tokens")
     checkpoint, saved = None, None
@@ -129,10 +129,10 @@ def _settle(recipe: Recipe, folder: Path, *, resume: bool, held: ExitStack) -> S
     plan = make_plan(recipe, examples=len(prepared.train), device=PartialState().device, saved=saved)
     if not recipe.adapter.modules_to_save:
         refuse_untrained(recipe.model.base, tokenizer, learned=prepared.learned_special)
-    return Settled(config, tokenizer, prepared, plan, checkpoint, saved, notices)
+    return RunInputs(config, tokenizer, prepared, plan, checkpoint, saved, notices)
 
 
-def read_settled_config(recipe: Recipe) -> Any:
+def read_checked_config(recipe: Recipe) -> Any:
     """The config of the base; what `recipe` wants of it and of this machine is refused here if it cannot be."""
     config = read_config(recipe.model.base, recipe.model.revision)
     refuse_settings(recipe, config)
@@ -147,73 +147,56 @@ def read_data(recipe: Recipe, config: Any, folder: Path) -> tuple[Any, Prepared]
     return tokenizer, prepared
 
 
-def _load(recipe: Recipe, folder: Path, settled: Settled, *, ranks: Ranks) -> Opened:
-    device = PartialState().device
-    prepared, tokenizer, plan, saved = settled.prepared, settled.tokenizer, settled.plan, settled.saved
-    with ranks.agreed():
+def _load(recipe: Recipe, folder: Path, inputs: RunInputs, *, ranks: Ranks) -> ReadyRun:
+    device, prepared, saved = PartialState().device, inputs.prepared, inputs.saved
+    with ranks.sync_errors():
         model, network = load_model(recipe, device, saved=saved)
         static = static_bytes(model, recipe.optimizer.name)
-        weightless = without_weights(recipe, settled.config, model, device)
+        weightless = without_weights(recipe, inputs.config, model, device)
         network, layout, fit = choose_layout(
             recipe,
             network,
             weightless,
-            plan=replace(plan, processes=ranks.count),
+            plan=replace(inputs.plan, processes=ranks.count),
             rows=prepared.train,
             saved=saved,
             spare=free_memory(device) - static.upcoming,
         )
     # All processes must cut a step in the same way.
     layout = replace(layout, micro_batch_tokens=min(ranks.gather(layout.micro_batch_tokens)), processes=ranks.count)
+    plan = replace(fit.plan, micro_batch_tokens=layout.micro_batch_tokens)
     parameters = trainable(model)
     ranks.copy_first(list(parameters.values()))
     learner = Learner(model, parameters, make_optimizer(recipe.optimizer, parameters))
-    state = State(step=0, data=prepared.key, metrics_bytes=0, layout=layout, run=new_run_id())
-    if settled.checkpoint and saved:
-        with ranks.agreed():
-            restore_checkpoint(settled.checkpoint, learner)
+    state = State(step=0, data=prepared.key, metrics_bytes=0, layout=layout, run=secrets.token_hex(8))
+    if inputs.checkpoint and saved:
+        with ranks.sync_errors():
+            restore_checkpoint(inputs.checkpoint, learner)
         state = replace(saved, layout=layout)
-    run = Run(
-        folder=folder,
-        recipe=recipe,
-        plan=replace(fit.plan, micro_batch_tokens=layout.micro_batch_tokens),
-        rows=prepared.train,
-        held_out=prepared.held_out,
-        network=network,
-        learner=learner,
-        logbook=Logbook(
-            folder,
-            log_every=recipe.run.log_every,
-            steps=plan.steps,
-            first_step=state.step + 1,
-            metrics_bytes=state.metrics_bytes,
-            trackers=Trackers(recipe, folder) if recipe.run.trackers and ranks.is_main else None,
-        ),
-        ranks=ranks,
-    )
-    with ranks.agreed():
+    known = {"steps": plan.steps, "done": state.step, "metrics_bytes": state.metrics_bytes}
+    logbook = Metrics(folder, recipe, **known, quiet=not ranks.is_main)
+    run = Run(folder, recipe, plan, prepared.train, prepared.held_out, network, learner, logbook, ranks)
+    with ranks.sync_errors():
         memory, run = run_heaviest_batch(run, weightless, fit, static)
         layout = current_layout(run, layout)
         state = replace(state, layout=layout)
         if ranks.is_main and not saved:  # from here on there is something to resume: this makes the folder a run
             save(run, state)
-            write_start(folder, recipe, prepared, state=state, config=settled.config)
+            write_start(folder, recipe, prepared, state=state, config=inputs.config)
         if ranks.is_main:
             memory.write(run)
-    notes = (*_notes(run, settled), f"model on {device} in {layout.dtype}: {count_bytes(model)}", str(memory))
-    return Opened(run, state, tokenizer, prepared, notes)
+    notes = (*_notes(run, inputs), f"model on {device} in {layout.dtype}: {count_bytes(model)}", str(memory))
+    return ReadyRun(run, state, inputs.tokenizer, prepared, notes)
 
 
-def _notes(run: Run, settled: Settled) -> Iterator[str]:
+def _notes(run: Run, inputs: RunInputs) -> Iterator[str]:
     """What a person should know before the first step."""
     causal = run.network.causal
-    if notice := compare_with_file(settled.tokenizer):
+    if notice := compare_with_file(inputs.tokenizer):
         yield notice
-    unstopped = missing_stop(settled.prepared, causal)
-    if unstopped is not None:
-        token = settled.tokenizer.convert_ids_to_tokens(unstopped)
+    for token in inputs.tokenizer.convert_ids_to_tokens(missing_stops(inputs.prepared, causal)):
         yield f"generation of this base does not stop at {token}: the adapter's generation_config.json will"
-    yield from settled.notices
+    yield from inputs.notices
     yield from run.network.notices
     if run.held_out is None and run.recipe.data.eval is not None:
         yield "no rows are held out: data.eval=FILE names some"
@@ -223,8 +206,8 @@ def _notes(run: Run, settled: Settled) -> Iterator[str]:
 def load_model(recipe: Recipe, device: torch.device, *, saved: State | None) -> tuple[Any, Network]:
     """The PEFT model, in the dtype of the checkpoint where there is one, and what was verified about it."""
     dtype = compute_dtype(saved.layout.dtype if saved else recipe.model.dtype, device)
-    settled = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
-    base = load_base(settled, device, keep=recipe.machine.cache_base)
+    settings = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    base = load_base(settings, device, keep=recipe.machine.cache_base)
     if recipe.adapter.start:
         model = load_adapter(base, find_artifact(recipe.adapter.start, base=recipe.model.base), trainable=True)
     else:
@@ -241,37 +224,35 @@ def probe(recipe: Recipe, model: Any, *, saved: State | None) -> Network:
     return network
 
 
-def finish(opened: Opened, state: State) -> Path:
+def export_adapter(ready: ReadyRun, state: State) -> Path:
     """Write the result, the last adapter or the best one, to `adapter/`. Returns its folder.
 
     Raises DivergedError when nothing was trained, ModelError when the best checkpoint is damaged.
     """
-    run = opened.run
+    run = ready.run
     if run.recipe.run.keep_best and state.best_step not in (None, state.step):
         best = run.checkpoints / f"step-{state.best_step:06d}"
         verify_folder(best)
         restore_checkpoint(best, run.learner)
-    refuse_zero(run.learner)
+    trained = (one for name, one in run.learner.parameters.items() if "lora_" not in name or "_B" in name)
+    if not any(one.any() for one in trained):
+        hint = "see metrics.jsonl; if no step was better than the base, run.keep_best=false takes the last"
+        raise DivergedError("nothing was trained: the adapter is zero", hint=hint)
     target = run.folder / "adapter"
     if not target.exists():
         with staged_folder(target) as stage:
             write_adapter(run.learner.model, stage, base=run.recipe.model)
-            opened.tokenizer.save_pretrained(stage)
-            write_generation_config(stage, opened.prepared, run.network.causal)
+            ready.tokenizer.save_pretrained(stage)
+            generation = copy.deepcopy(run.network.causal.generation_config)
+            if stops := missing_stops(ready.prepared, run.network.causal):
+                generation.eos_token_id = [*stops, *own_stops(run.network.causal)]
+            generation.save_pretrained(stage)
             # Whoever copies the adapter elsewhere takes along how it was made, its base quantized and prompts written.
             write_file(stage / "recipe.yaml", dump_recipe(run.recipe).encode())
-            if (record := run.folder / "provenance.json").is_file():  # who lost it goes on without
+            if (record := run.folder / "provenance.json").is_file():  # who lost it continues without
                 write_file(stage / record.name, record.read_bytes())
     run.logbook.close()
     return target
-
-
-def refuse_zero(learner: Learner) -> None:
-    """Raise DivergedError for an adapter that changes nothing."""
-    trained = (tensor for name, tensor in learner.parameters.items() if "lora_" not in name or "_B" in name)
-    if not any(tensor.any() for tensor in trained):
-        hint = "see metrics.jsonl; if no step was better than the base, run.keep_best=false takes the last"
-        raise DivergedError("nothing was trained: the adapter is zero", hint=hint)
 
 
 def refuse_settings(recipe: Recipe, config: Any) -> None:
@@ -292,7 +273,7 @@ def refuse_settings(recipe: Recipe, config: Any) -> None:
         raise RecipeError(what, where=f"adapter.{decided[0]}", hint="leave one of the two out")
     compute_dtype(recipe.model.dtype, PartialState().device)
     if recipe.model.quantization == "nf4" and not hasattr(config, "quantization_config"):
-        refuse_loose(skeleton)
+        check_mostly_quantized(skeleton)
     check_trackers(recipe.run.trackers)
 
 
@@ -301,47 +282,29 @@ def refuse_ids(prepared: Prepared, config: Any) -> None:
     rows = config.get_text_config().vocab_size
     for store in (prepared.train, prepared.held_out):
         if store is not None and len(store.ids) and int(store.ids.max()) >= rows:
-            raise ModelError(
-                f"the tokenizer gives id {int(store.ids.max())}, the model has {rows} embedding rows",
-                where="model.base",
-                hint="use the tokenizer that belongs to the model",
-            )
+            what = f"the tokenizer gives id {int(store.ids.max())}, the model has {rows} embedding rows"
+            raise ModelError(what, where="model.base", hint="use the tokenizer that belongs to the model")
 
 
-def missing_stop(prepared: Prepared, causal: Any) -> int | None:
+def missing_stops(prepared: Prepared, causal: Any) -> list[int]:
     """The token that ends the answers of the data, when generation with this base would run on past it."""
-    own = causal.generation_config.eos_token_id
-    stop = prepared.stop_ids[0]
-    return None if prepared.report.answers == 0 or stop in (own if isinstance(own, list) else [own]) else stop
-
-
-def write_generation_config(folder: Path, prepared: Prepared, causal: Any) -> None:
-    """The base's generation config, which stops where the answers of the data end."""
-    config = copy.deepcopy(causal.generation_config)
-    stop = missing_stop(prepared, causal)
-    if stop is not None:
-        own = config.eos_token_id
-        config.eos_token_id = [stop, *(own if isinstance(own, list) else [] if own is None else [own])]
-    config.save_pretrained(folder)
+    ends = prepared.stop_ids[:1] if prepared.report.answers else ()
+    return [stop for stop in ends if stop not in own_stops(causal)]
 
 
 def make_plan(recipe: Recipe, *, examples: int, device: torch.device, saved: State | None) -> Plan:
     """The run as a function of the step. Raises RecipeError when there are fewer rows than one batch."""
     if examples < recipe.train.batch_size:
-        raise RecipeError(
-            f"{examples} rows are fewer than one batch of {recipe.train.batch_size}",
-            where="train.batch_size",
-            hint=f"train.batch_size={examples}",
-        )
-    steps = count_steps(
-        examples, batch_size=recipe.train.batch_size, epochs=recipe.train.epochs, steps=recipe.train.steps
-    )
+        what = f"{examples} rows are fewer than one batch of {recipe.train.batch_size}"
+        raise RecipeError(what, where="train.batch_size", hint=f"train.batch_size={examples}")
+    wanted = recipe.train
+    steps = count_steps(examples, batch_size=wanted.batch_size, epochs=wanted.epochs, steps=wanted.steps)
     warmup_steps(steps, recipe.schedule)
     return Plan(
         examples=examples,
-        batch_size=recipe.train.batch_size,
+        batch_size=wanted.batch_size,
         steps=steps,
-        seed=recipe.train.seed,
-        loss=recipe.train.loss,
+        seed=wanted.seed,
+        loss=wanted.loss,
         micro_batch_tokens=choose_tokens(recipe.machine.micro_batch_tokens, device, saved=saved),
     )

@@ -14,8 +14,8 @@ from lorasft.data.prefixes import Sharing
 from lorasft.data.store import TokenStore
 from lorasft.model.loss import Network
 from lorasft.recipe import Recipe
-from lorasft.train.logbook import Logbook
-from lorasft.train.ranks import Ranks
+from lorasft.train.distributed import Ranks
+from lorasft.train.metrics import Metrics
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Run:
     held_out: TokenStore | None
     network: Network
     learner: Learner
-    logbook: Logbook
+    logbook: Metrics
     ranks: Ranks
 
     @property

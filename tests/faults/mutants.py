@@ -75,12 +75,12 @@ def manifest_first() -> None:
 
 def state_after_rename() -> None:
     def save_checkpoint(folder: Path, state: Any, learner: Any, *, base: Any) -> Path:
-        tensors, numbers = optimizer_state(learner.optimizer, learner.parameters)
+        tensors = optimizer_state(learner.optimizer, learner.parameters)
         target = folder / f"step-{state.step:06d}"
         with files.staged_folder(target) as stage:
             checkpoint.write_adapter(learner.model, stage, base=base)
             files.write_file(stage / "optimizer.safetensors", pack(tensors))
-        files.write_file(target / "state.json", json.dumps({**asdict(state), "optimizer": numbers}).encode())
+        files.write_file(target / "state.json", json.dumps(asdict(state)).encode())
         return target
 
     save.save_checkpoint = save_checkpoint
@@ -95,7 +95,7 @@ def retain_unverified() -> None:
             files.remove_folder(path)
         return plain(folder, *values, **named)
 
-    save.save_checkpoint, save.retain = save_checkpoint, lambda *values, **named: None
+    save.save_checkpoint, save.prune_checkpoints = save_checkpoint, lambda *values, **named: None
 
 
 def overwrite_in_place() -> None:
@@ -116,7 +116,6 @@ def resume_by_number() -> None:
     def newest(folder: Path, *, run: str | None) -> Any:
         path = checkpoint.list_checkpoints(folder)[-1]
         fields = json.loads((path / "state.json").read_bytes())
-        del fields["optimizer"]
         state = state_module.State(**{**fields, "layout": state_module.Layout(**fields["layout"])})
         return path, state, [f"skipped {path.name}"]
 

@@ -1,7 +1,7 @@
 """H1: any sequence of saves, deaths, full disks, damage and copies in a folder of checkpoints; hypothesis shrinks it.
 
-Below the run itself, so that a step takes milliseconds: `save_checkpoint`, `retain`, `sweep` and `newest_checkpoint` on
-a real adapter. `state_machine(learner, base)` is what the test runs, with the settings of its caller.
+Below the run itself, so that a step takes milliseconds: `save_checkpoint`, `prune_checkpoints`, `sweep` and
+`newest_checkpoint` on a real adapter. `state_machine(learner, base)` is what the test runs, with its settings.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from lorasft.recipe import ModelSettings
 from lorasft.train.checkpoint import (
     list_checkpoints,
     newest_checkpoint,
+    prune_checkpoints,
     read_state,
-    retain,
     save_checkpoint,
 )
 from lorasft.train.state import Layout, Learner, State
@@ -41,7 +41,7 @@ def save_and_retain(folder: Path, learner: Learner, base: ModelSettings, step: i
     layout = Layout(dtype="bfloat16", micro_batch_tokens=64, recomputed_layers=0, segments=True)
     state = State(step=step, data="key", metrics_bytes=0, layout=layout, run=RUN)
     save_checkpoint(folder, state, learner, base=base)
-    retain(folder, run=RUN, keep=KEEP, best_step=None)
+    prune_checkpoints(folder, run=RUN, keep=KEEP, best_step=None)
 
 
 @contextlib.contextmanager

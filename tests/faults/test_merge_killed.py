@@ -18,11 +18,11 @@ from faults.trial import kill_at
 from lorasft.artifact import find_artifact
 from lorasft.errors import CapacityError, ModelError
 from lorasft.files import sha256, verify_folder
-from lorasft.merge.folder import merge
+from lorasft.merge.merge import merge
 from lorasft.model.adapter import attach_adapter, trainable, write_adapter
 from lorasft.model.base import load_base
 from lorasft.recipe import AdapterSettings, ModelSettings
-from lorasft.train.folder import compare
+from lorasft.train.run_folder import compare
 
 
 def killed_at(operation: int, act: Callable[[], None]) -> bool:

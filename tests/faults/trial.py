@@ -25,7 +25,7 @@ from lorasft.errors import LorasftError
 from lorasft.recipe import Recipe
 from lorasft.signals import Ended, end_at_once, ended_in_order, exit_signals
 from lorasft.train.loop import train
-from lorasft.train.run import finish, open_run
+from lorasft.train.run import export_adapter, open_run
 
 Fault = Callable[[int, str, tuple[Path, ...]], AbstractContextManager[None]]  # around effect number n of a process
 
@@ -161,7 +161,7 @@ def train_to_the_end(recipe: Recipe, trace: Any) -> None:
         trace.phase = Phase.TRAIN
         state = train(opened.run, opened.state)
         trace.phase = Phase.FINISH
-        finish(opened, state)
+        export_adapter(opened, state)
 
 
 def observe(trace: Any, fault: Fault) -> Callable[..., Any]:

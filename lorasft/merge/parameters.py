@@ -6,36 +6,36 @@ prefixes, old names), transformers' own rules for loading say what becomes of ea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lorasft.errors import ModelError
-from lorasft.merge.shards import DTYPES, Entry, Shard
+from lorasft.tensors import TensorSpec
+
+_READABLE = {"BF16", "F16", "F32"}
 
 
-class Places:
+class ParameterMap:
     """Where the parameters of a model lie in its checkpoint."""
 
-    def __init__(self, shards: Sequence[Shard], *, base: Path) -> None:
-        """`base`: the folder of the checkpoint, whose config says which model it is."""
-        self.base = base
-        self.entries = {entry.name: entry for shard in shards for entry in shard.entries}
+    def __init__(self, specs: Mapping[str, TensorSpec], *, base: Path) -> None:
+        """`specs`: of all tensors in the files; `base`: their folder, whose config says which model it is."""
+        self.specs, self.base = specs, base
 
-    def find(self, parameter: str) -> Entry:
+    def find(self, parameter: str) -> str:
         """The tensor of a parameter by its path in the model. Raises ModelError when the files have none like it."""
         # A checkpoint may have been saved from the backbone (GPT-2's is), without the first part of the name.
-        names = [parameter, parameter.partition(".")[2]]
-        name = next((name for name in names if name in self.entries), None)
-        if name is not None:
-            return self._readable(self.entries[name])
+        for name in (parameter, parameter.partition(".")[2]):
+            if name in self.specs:
+                return self._readable(name)
         [parts] = self.find_experts(parameter) or [[]]
         if len(parts) != 1:
             raise ModelError(f"the base has no tensor for {parameter}", hint="is it the right base?")
         return parts[0]
 
-    def find_experts(self, parameter: str) -> list[list[Entry]]:
+    def find_experts(self, parameter: str) -> list[list[str]]:
         """The tensors that loading stacks into a parameter: for each matrix of the stack those that are joined to it.
 
         One list with one tensor for a parameter that is stored as it is, none for what the files do not have.
@@ -44,21 +44,20 @@ class Places:
         sources = self._sources.get(parameter, [])
         patterns = list(dict.fromkeys(pattern for pattern, _ in sources))
         if patterns == [None]:
-            return [[self._readable(entry) for _, entry in sources]]
-        columns = [[self._readable(entry) for found, entry in sources if found == pattern] for pattern in patterns]
+            return [[self._readable(name) for _, name in sources]]
+        columns = [[self._readable(name) for found, name in sources if found == pattern] for pattern in patterns]
         return [list(parts) for parts in zip(*columns, strict=True)]
 
     @cached_property
     def tied(self) -> tuple[str, ...]:
         """The embedding and the head where they are one tensor, by their paths; else nothing."""
-        if not getattr(self.model.config.get_text_config(), "tie_word_embeddings", False):
-            return ()
-        return self.embeddings
+        config = self.model.config.get_text_config()
+        return self.embeddings if getattr(config, "tie_word_embeddings", False) else ()
 
     @cached_property
     def stored_twins(self) -> tuple[str, ...]:
         """Those of a tied embedding and head that the files have: the embedding, and some have both."""
-        return tuple(path for path in self.tied if path in self.entries or self._sources.get(path))
+        return tuple(path for path in self.tied if path in self.specs or self._sources.get(path))
 
     @cached_property
     def parameters(self) -> dict[str, Any]:
@@ -80,7 +79,7 @@ class Places:
         return make_skeleton(read_config(str(self.base)))
 
     @cached_property
-    def _sources(self) -> dict[str, list[tuple[str | None, Entry]]]:
+    def _sources(self) -> dict[str, list[tuple[str | None, str]]]:
         """For each parameter its tensors, with the pattern of the conversion that takes them, in their order."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
@@ -96,26 +95,22 @@ class Places:
         rules = get_model_conversion_mapping(self.model)
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        stacked = {
-            pattern
-            for rule in converters
-            if [type(step) for step in rule.operations] in ([MergeModulelist], [MergeModulelist, Concatenate])
-            and [step.dim for step in rule.operations] in ([0], [0, 1])
-            for pattern in rule.source_patterns
-        }
+        known = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+        stacks = [rule for rule in converters if [(type(step), step.dim) for step in rule.operations] in known]
+        stacked = {pattern for rule in stacks for pattern in rule.source_patterns}
         order = {pattern: place for rule in converters for place, pattern in enumerate(rule.source_patterns)}
-        sources: dict[str, list[tuple[str | None, Entry]]] = {}
-        for name in sorted(self.entries, key=dot_natural_key):
+        sources: dict[str, list[tuple[str | None, str]]] = {}
+        for name in sorted(self.specs, key=dot_natural_key):
             target, pattern = rename_source_key(name, renamings, converters, prefix, state)
             if target not in state and name in state:
                 target, pattern = name, None
             if pattern is None or pattern in stacked:
-                sources.setdefault(target, []).append((pattern, self.entries[name]))
+                sources.setdefault(target, []).append((pattern, name))
         for found in sources.values():
             found.sort(key=lambda source: order.get(source[0] or "", 0))  # stable: experts stay in their order
         return sources
 
-    def _readable(self, entry: Entry) -> Entry:
-        if entry.dtype not in DTYPES:
-            raise ModelError(f"{entry.name} is {entry.dtype}", hint="merge into the 16-bit original")
-        return entry
+    def _readable(self, name: str) -> str:
+        if self.specs[name].dtype not in _READABLE:
+            raise ModelError(f"{name} is {self.specs[name].dtype}", hint="merge into the 16-bit original")
+        return name

@@ -1,0 +1,253 @@
+"""A merge from an adapter to a folder that deploys: weights, config, tokenizer, template, and what was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from lorasft import __version__
+from lorasft.adapter_config import WEIGHTS
+from lorasft.artifact import GENERATION_CONFIG, MERGE_RECORD, Artifact, read_stops
+from lorasft.errors import ModelError, RecipeError
+from lorasft.files import (
+    MANIFEST,
+    make_folder,
+    need_space,
+    refuse_existing,
+    refuse_overlap,
+    sha256,
+    staged_folder,
+    write_file,
+)
+from lorasft.merge.write import MergePlan, Progress, plan_merge, rewrite_config, write_weights
+from lorasft.recipe import DataSource
+from lorasft.tensors import INDEX
+
+if TYPE_CHECKING:
+    from lorasft.merge.check import MergeCheck, Onto
+
+_SIDECARS = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+_LOCAL_PATH = re.compile(r"(?<![\w.<])/(?:[^\s/'\"]+/)+([^\s/'\"]+)")  # a path of this machine, and the name at its end
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge did, and what was measured."""
+
+    folder: Path
+    onto: str  # original | dequantized: the weights that the update was added to
+    why: str
+    updated: int  # tensors that the adapter changes
+    unchanged: int  # of these, how many the rounding left as they were
+    copied: int  # tensors copied as they are
+    size: int  # bytes of weights
+    quantization: dict[str, float] = field(default_factory=dict)  # tensor -> |error of NF4| / |update|
+    rows: str = ""  # what the answers were compared on
+    table: dict[str, dict[str, float]] = field(default_factory=dict)  # model -> kl, same_choice, nll
+
+
+def merge(
+    artifact: Artifact,
+    out: Path,
+    *,
+    onto: Onto | Literal["auto"] = "auto",
+    quantize: bool = False,
+    check: bool = True,
+    data: DataSource | None = None,
+    force_base: bool = False,
+    on_progress: Progress | None = None,
+) -> Merged:
+    """Write the base of `artifact` with its adapter folded in to the new folder `out`.
+
+    `onto`: which weights the update is added to: the base's own, the ones that NF4 made of them, or what the answers
+    to held-out rows (or to `data`) speak for. `quantize`: write a checkpoint in NF4 instead of full weights.
+    `force_base`: take a base that is not the one of training. Raises ModelError before anything is written when the
+    adapter does not fit, CapacityError when `out` has no room; a merge that fails, its check included, leaves nothing
+    under `out`.
+    """
+    refuse_existing(out)
+    artifact.verify(force_base=force_base)
+    base, adapter = artifact.base, artifact.require_adapter()
+    refuse_overlap(out, base, adapter, *([artifact.run] if artifact.run else []))
+    if data is not None and not check:
+        raise RecipeError("--data has no use with --no-check", where=data.path, hint="leave one of the two out")
+    plan = plan_merge(artifact)
+    adapter_hash = sha256(adapter / WEIGHTS)
+    _refuse_second_merge(base, adapter_hash)
+    if plan.packed and (onto == "original" or quantize):  # it has no original, and an update falls back onto its steps
+        what = "--quantize" if quantize else "--onto original"
+        raise ModelError(f"the base is stored in 4 bit: no {what}", hint="--base with the 16-bit original")
+    need_space(out, plan.size * (2 if quantize else 1))
+    judge = _make_check(artifact, data) if check else None
+    chosen, why = _choose("dequantized" if plan.packed else onto, judge, quantize=quantize)
+    onto_nf4 = chosen == "dequantized" and not plan.packed
+    needed = not plan.packed and (check or onto_nf4)
+    quantized, dtype = _find_quantized(artifact, plan) if needed else ([], torch.float32)
+    hashes: dict[str, str] = {}
+    with staged_folder(out, hashes=hashes) as stage:
+        weights = stage / "16-bit" if quantize else stage
+        make_folder(weights)
+        written, found = write_weights(
+            weights, plan, quantized=quantized, dtype=dtype, onto_nf4=onto_nf4, on_progress=on_progress
+        )
+        unchanged = sum(not written[name].changed for name in plan.changes)
+        if unchanged == len(plan.changes):
+            what = "no weight changed: the adapter is empty, or too small for the base's dtype"
+            raise ModelError(what, where=str(adapter))
+        _copy_sidecars(base, adapter, weights, rewritten=rewrite_config(plan, artifact.base_config))
+        if judge:
+            judge.verify(weights, chosen)
+        if quantize:
+            _quantize(weights, stage)
+            if judge:
+                judge.ask(stage, "merged, in 4 bit")
+        else:
+            hashes.update(found)
+        result = {path.name: hashes.get(path.name) or sha256(path) for path in sorted(stage.glob("*.safetensors"))}
+        merged = Merged(
+            folder=out,
+            onto=chosen,
+            why=why,
+            updated=len(plan.changes),
+            unchanged=unchanged,
+            copied=sum(map(len, plan.targets)) - len(written),
+            size=sum((stage / name).stat().st_size for name in result),
+            quantization={n: w.quantization / w.update for n, w in written.items() if n in quantized and w.update},
+            rows=judge.origin if judge else "",
+            table={name: asdict(distance) for name, distance in judge.table.items()} if judge else {},
+        )
+        trained = artifact.provenance
+        origin = {
+            "name": artifact.model.base,
+            "commit": trained.commit if trained else None,
+            "fingerprint": artifact.base_fingerprint,
+            "trained_on": trained.fingerprint if trained else None,
+        }
+        record = {"lorasft": __version__, "base": origin, "adapter": adapter_hash}
+        record |= {name: value for name, value in asdict(merged).items() if name != "folder"} | {"result": result}
+        write_file(stage / MERGE_RECORD, json.dumps(record, indent=1).encode())
+        write_file(stage / "README.md", _make_card(artifact, record).encode())
+    return merged
+
+
+# Models and quantizers take seconds and hundreds of megabytes to import: only where they are needed.
+
+
+def _make_check(artifact: Artifact, data: DataSource | None) -> MergeCheck:
+    from lorasft.merge.check import make_check
+
+    return make_check(artifact, data)
+
+
+def _find_quantized(artifact: Artifact, plan: MergePlan) -> tuple[list[str], torch.dtype]:
+    """The tensors that a 4-bit run had in NF4, by their names in the files, and its dtype; none for other runs."""
+    from accelerate import PartialState
+
+    from lorasft.model.base import compute_dtype, find_quantized, read_config
+
+    if artifact.model.quantization != "nf4":
+        return [], torch.float32
+    names = [plan.places.find(f"{path}.weight") for path in find_quantized(read_config(str(artifact.base)))]
+    dtype = artifact.provenance.dtype if artifact.provenance else artifact.model.dtype
+    return names, compute_dtype(dtype, PartialState().device)
+
+
+def _quantize(weights: Path, stage: Path) -> None:
+    """Turn the full weights into a 4-bit checkpoint in `stage`, with everything that stands beside them."""
+    from lorasft.model.base import load_base, quiet_progress
+    from lorasft.recipe import ModelSettings
+
+    model = load_base(ModelSettings(base=str(weights)), torch.device("cpu"))
+    with quiet_progress():
+        model.save_pretrained(stage)
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in stage.glob("*.safetensors"):  # safetensors lets nobody else read them
+        path.chmod(0o666 & ~mask)
+    for path in _list_sidecars(weights):
+        if not (stage / path.name).exists() and path.name != INDEX:
+            shutil.copyfile(path, stage / path.name)
+    shutil.rmtree(weights)
+
+
+def _choose(onto: Onto | Literal["auto"], judge: MergeCheck | None, *, quantize: bool) -> tuple[Onto, str]:
+    if onto != "auto":
+        return onto, "as asked"
+    if quantize:  # measured: of an update to weights that are on the grid already, most snaps back to it
+        return "original", "weights that come from NF4 would fall back onto its steps"
+    return judge.choose() if judge else ("original", "nothing was measured")
+
+
+def _refuse_second_merge(base: Path, adapter_hash: str) -> None:
+    """Raise ModelError when the base is itself a merge of this very adapter."""
+    path = base / MERGE_RECORD
+    if path.is_file() and json.loads(path.read_bytes()).get("adapter") == adapter_hash:
+        raise ModelError("this adapter is merged into this base already", where=str(path), hint="use the base as it is")
+
+
+def _copy_sidecars(base: Path, adapter: Path, stage: Path, *, rewritten: Mapping[str, bytes]) -> None:
+    """Config, tokenizer and generation config as the base has them, unless `rewritten`; the template of training."""
+    changed = {"chat_template.jinja"} if (adapter / "chat_template.jinja").is_file() else set()
+    if set(read_stops(adapter)) - set(
+        read_stops(base)
+    ):  # training found that generation would run past the end of a turn
+        changed.add(GENERATION_CONFIG)
+    for path in sorted(_list_sidecars(base)):
+        if path.name in rewritten:
+            write_file(stage / path.name, rewritten[path.name])
+        elif path.name not in changed:
+            shutil.copyfile(path, stage / path.name)
+    for name in sorted(changed):
+        shutil.copyfile(adapter / name, stage / name)
+
+
+def _list_sidecars(base: Path) -> Iterator[Path]:
+    """What lies beside the weights, but for the records of an earlier merge."""
+    records = {MERGE_RECORD, MANIFEST}
+    return (p for p in base.iterdir() if p.is_file() and p.suffix in _SIDECARS and p.name not in records)
+
+
+def _make_card(artifact: Artifact, record: dict[str, Any]) -> str:
+    """The model card, Markdown with the front matter that hubs read: what it was made of and what was measured.
+
+    No row of the data and no path of this machine. `record`: what merge.json holds.
+    """
+    given, trained = artifact.model.base, artifact.provenance
+    name = Path(given).name if Path(given).is_dir() else given
+    parts = [
+        f"---\nbase_model: {name}\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
+        f"# {name}, fine-tuned\n\nA LoRA adapter merged into full weights by lorasft {record['lorasft']}.",
+        f"Base: commit {record['base']['commit'] or 'unknown'}, fingerprint `{record['base']['fingerprint']}`.",
+        f"The update was added to the {record['onto']} weights: {record['why']}.",
+    ]
+    if record["table"]:
+        head = "| model | KL to what was trained | same likeliest token | nats a token |\n|---|---|---|---|\n"
+        rows = [f"| {model} | {x['kl']:.1e} | {x['same_choice']:.1%} | {x['nll']:.4f} |"
+                for model, x in record["table"].items()]  # fmt: skip
+        parts.append(f"## Answers, measured on {record['rows']}\n\n{head}" + "\n".join(rows))
+    if artifact.run and trained:
+        parts.append(_describe_training(artifact.run, trained.record))
+    return "\n\n".join(parts) + "\n"
+
+
+def _describe_training(run: Path, provenance: Mapping[str, Any]) -> str:
+    report, metrics = provenance["report"], run / "metrics.jsonl"
+    text = (
+        f"## Training\n\n{report['train_examples']:,} examples, {report['held_out_examples']:,} held out, "
+        f"{report['supervised_tokens']:,} learned tokens; data `{provenance['data']}`."
+    )
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    evaluations = [json.loads(line) for line in lines if line.endswith("}") and '"eval_loss"' in line]
+    if evaluations:
+        last = evaluations[-1]
+        text += f" Held-out loss {last['eval_loss']:.4f} nats a token after step {last['step']}."
+    recipe = _LOCAL_PATH.sub(r"\1", (run / "recipe.yaml").read_text(encoding="utf-8")).strip()
+    return f"{text}\n\n```yaml\n{recipe}\n```"

@@ -1,0 +1,91 @@
+"""4-bit weights as numbers: those that checkpoints of bitsandbytes store, and a base's as a 4-bit run saw them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorasft.errors import ModelError
+from lorasft.tensors import DTYPES, TensorFile, TensorSpec
+
+_STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
+_NAMES = {DTYPES[name]: name for name in ("BF16", "F16", "F32")}
+_MOST = 1 << 16  # bytes of a description; real ones have 200
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight of which a checkpoint stores codes of 4 bits, in groups that share a scale, and how to read them."""
+
+    name: str
+    spec: TensorSpec  # of the numbers
+    files: Mapping[str, TensorFile]  # of the codes, the scales and the tables, by the names of their tensors
+
+    def read(self) -> Tensor:
+        """The numbers, in the dtype that they were quantized from: the same bits as bitsandbytes' own."""
+        parts = {name.removeprefix(f"{self.name}."): file.read(name) for name, file in self.files.items()}
+        codes = parts.pop(self.name)
+        state = _import_functional().QuantState.from_dict(parts, device=torch.device("cpu"))
+        return _dequantize(codes, state).view(self.spec.shape)
+
+
+def find_packed(files: Sequence[TensorFile]) -> dict[str, PackedWeight]:
+    """The 4-bit weights of a checkpoint by their names. Raises ModelError where their description makes no sense."""
+    places = {name: file for file in files for name in file.specs}
+    found = {}
+    for state in places:
+        if (match := _STATE.fullmatch(state)) and match[1] in places:
+            weight = match[1]
+            spec = _read_spec(places[state], state)
+            parts = {name: file for name, file in places.items() if name == weight or name.startswith(f"{weight}.")}
+            codes, suffixes = places[weight].specs[weight], {name.removeprefix(weight) for name in parts}
+            if len(spec.shape) != 2 or codes.size != -(-math.prod(spec.shape) // 2):
+                raise ModelError(f"{weight} does not fit its own description", where=str(places[weight].path))
+            if not suffixes >= {".absmax", ".quant_map"} or any(
+                f.specs[n].dtype not in DTYPES for n, f in parts.items()
+            ):
+                raise ModelError(f"{weight} has no scales, or parts of unknown types", where=str(places[weight].path))
+            found[weight] = PackedWeight(weight, spec, parts)
+    return found
+
+
+def nf4_view(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight put into NF4 and taken out again, in `dtype`, that of training: what a 4-bit run computed with.
+
+    The same bits as `bitsandbytes.nn.Linear4bit` with double quantization, which the loader uses (a test compares).
+    """
+    quantize = _import_functional().quantize_4bit
+    codes, state = quantize(weight.to(dtype), blocksize=64, compress_statistics=True, quant_type="nf4")
+    return _dequantize(codes, state).view(weight.shape)
+
+
+def _dequantize(codes: Tensor, state: Any) -> Tensor:
+    """As one row: bitsandbytes 0.50 is wrong on a CPU where its groups go over the ends of rows."""
+    state.shape = torch.Size([math.prod(state.shape)])
+    numbers: Tensor = _import_functional().dequantize_4bit(codes.view(-1).view(torch.uint8).unsqueeze(1), state)
+    return numbers.view(-1)
+
+
+def _import_functional() -> Any:
+    """bitsandbytes takes seconds and hundreds of megabytes to import: only where it is needed."""
+    from bitsandbytes import functional
+
+    import lorasft.model  # noqa: F401  # imports it without asking the hub
+
+    return functional
+
+
+def _read_spec(file: TensorFile, name: str) -> TensorSpec:
+    try:
+        state = json.loads(file.read_bytes(name, 0, _MOST))
+        dtype, shape = _NAMES[state["dtype"]], tuple(int(size) for size in state["shape"])
+        return TensorSpec(dtype, shape, math.prod(shape) * (4 if dtype == "F32" else 2))
+    except (ValueError, KeyError, TypeError, RecursionError) as fault:
+        raise ModelError(f"{name} is not what bitsandbytes writes: {fault}", where=str(file.path)) from None

@@ -1,0 +1,216 @@
+"""Full weights, shard by shard: a checkpoint's own layout with some tensors changed, one product of matrices at a time.
+
+Only names, dtypes and shapes of the files count, never the modules that transformers makes of them. A tensor that
+nothing changes is copied as its bytes are. All that will be written is settled before the first byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorasft.artifact import Artifact
+from lorasft.errors import ModelError
+from lorasft.files import new_file
+from lorasft.merge.changes import read_changes
+from lorasft.merge.nf4 import PackedWeight, find_packed, nf4_view
+from lorasft.merge.parameters import ParameterMap
+from lorasft.merge.updates import Change
+from lorasft.tensors import INDEX, TensorFile, TensorSpec, TensorWriter, find_weights, open_tensors
+
+_SLICE = 1 << 27  # numbers of a product at a time: 512 MiB
+_BLOCK = 1 << 18  # numbers that are cast, added to and rounded at a time: few enough for a core's cache
+
+Progress = Callable[[int, int], None]  # bytes written, bytes in all
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A checkpoint as it is and as it is to be."""
+
+    sources: Sequence[TensorFile]  # as they are
+    targets: Sequence[Mapping[str, TensorSpec]]  # the tensors of the same files as they are to be
+    changes: Mapping[str, Change]  # what becomes of tensors, by their names in the files
+    packed: Mapping[str, PackedWeight]  # the weights that the base stores in 4 bit, and that are written in 16
+    places: ParameterMap
+
+    @property
+    def size(self) -> int:
+        """Bytes of weights."""
+        return sum(spec.size for specs in self.targets for spec in specs.values())
+
+
+@dataclass(frozen=True)
+class WrittenTensor:
+    """What became of one tensor. The sizes are Euclidean norms."""
+
+    changed: bool  # any of its bytes
+    update: float  # of what the adapter changed
+    quantization: float  # of what NF4 changed, where the weight was put into it
+
+
+def plan_merge(artifact: Artifact) -> MergePlan:
+    """What a merge of an adapter into its base will write. Raises ModelError for what does not fit or cannot be."""
+    sources = [open_tensors(path) for path in find_weights(artifact.base)]
+    packed = find_packed(sources)
+    parts = {name for weight in packed.values() for name in weight.files}  # of no use any more, but for the weights
+    targets = [
+        {name: packed[name].spec if name in packed else spec for name, spec in file.specs.items()
+         if name in packed or name not in parts}
+        for file in sources
+    ]  # fmt: skip
+    places = ParameterMap({name: spec for specs in targets for name, spec in specs.items()}, base=artifact.base)
+    changes = read_changes(artifact, places)
+    for specs in targets:
+        for name, spec in specs.items():
+            if name in changes and changes[name].shape != spec.shape:
+                shape = changes[name].shape
+                specs[name] = TensorSpec(spec.dtype, shape, math.prod(shape) * spec.torch_dtype.itemsize)
+    return MergePlan(sources, targets, changes, packed, places)
+
+
+def rewrite_config(plan: MergePlan, base_config: Mapping[str, Any]) -> dict[str, bytes]:
+    """The base's config and index where its tensors get other forms or names; else nothing."""
+    before = {name: spec for file in plan.sources for name, spec in file.specs.items()}
+    after = {name: spec for specs in plan.targets for name, spec in specs.items()}
+    if before == after:
+        return {}
+    config = copy.deepcopy(dict(base_config))
+    config.pop("quantization_config", None)
+    resized = [spec for name, spec in after.items() if spec.shape != plan.places.specs[name].shape]
+    if resized:
+        config.get("text_config", config)["vocab_size"] = resized[0].shape[0]
+    files = {"config.json": config}
+    index = plan.sources[0].path.with_name(INDEX)
+    if index.is_file():
+        content = json.loads(index.read_bytes())
+        content["weight_map"] = {name: file for name, file in content["weight_map"].items() if name in after}
+        content.setdefault("metadata", {})["total_size"] = plan.size
+        files[INDEX] = content
+    return {
+        name: (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode() for name, content in files.items()
+    }
+
+
+def write_weights(
+    stage: Path,
+    plan: MergePlan,
+    *,
+    quantized: Collection[str],
+    dtype: torch.dtype,
+    onto_nf4: bool,
+    on_progress: Progress | None = None,
+) -> tuple[dict[str, WrittenTensor], dict[str, str]]:
+    """Write the checkpoint of `plan` to the folder `stage`. Returns what became of each tensor in question, and the
+    SHA-256 of each file.
+
+    `quantized`: the tensors that training had in NF4, taken out in `dtype`; with `onto_nf4` they are written so, else
+    as they are stored. Raises ModelError when a number leaves its dtype's range.
+    """
+    done = 0
+    written: dict[str, WrittenTensor] = {}
+    hashes: dict[str, str] = {}
+    buffer = torch.empty(max(_slice_rows(change) * change.shape[-1] for change in plan.changes.values()))
+    with _one_thread(), ThreadPoolExecutor(1) as thread:
+        for source, specs in zip(plan.sources, plan.targets, strict=True):
+            path = stage / source.path.name
+            with new_file(path) as file:
+                writer = TensorWriter(file, specs, metadata=source.metadata, thread=thread)
+                for name, spec in specs.items():
+                    change = plan.changes.get(name)
+                    if change or name in plan.packed or (onto_nf4 and name in quantized):
+                        weight = _read_weight(plan, source, name, spec)
+                        seen = nf4_view(weight(0, spec.rows), dtype) if name in quantized else None
+                        written[name] = _merge_tensor(
+                            writer, weight, seen, change, name=name, spec=spec, onto_nf4=onto_nf4, buffer=buffer
+                        )
+                    else:
+                        writer.copy(source, name)
+                    done += spec.size
+                    if on_progress:
+                        on_progress(done, plan.size)
+                hashes[path.name] = writer.finish()
+            if open_tensors(path).specs != specs:
+                raise ModelError("the written shard is not what it was to be", where=str(path))
+    return written, hashes
+
+
+def _slice_rows(change: Change) -> int:
+    """Rows of a tensor of which the product is computed at once: all where they are not too many."""
+    rows, unit = math.prod(change.shape[:-1]), change.product.unit if change.product else 64
+    return rows if change.needs_all_rows else min(rows, max(1, _SLICE // (change.shape[-1] * unit)) * unit)
+
+
+def _read_weight(plan: MergePlan, source: TensorFile, name: str, spec: TensorSpec) -> Callable[[int, int], Tensor]:
+    """The base's own weight: gives rows `first` to `first + count`, (count, width)."""
+    if name in plan.packed:
+        numbers = plan.packed[name].read()
+        return lambda first, count: numbers[first : first + count]
+    if source.specs[name].shape != spec.shape:  # what is of another shape takes its place
+        return lambda first, count: torch.zeros(count, spec.width, dtype=spec.torch_dtype)
+    return partial(source.read, name)
+
+
+def _merge_tensor(
+    writer: TensorWriter,
+    weight: Callable[[int, int], Tensor],
+    seen: Tensor | None,
+    change: Change | None,
+    *,
+    name: str,
+    spec: TensorSpec,
+    onto_nf4: bool,
+    buffer: Tensor,
+) -> WrittenTensor:
+    """Write one tensor: its change added in fp32, a block of rows at a time, then rounded once."""
+    changed, update, error = False, 0.0, 0.0
+    step = _slice_rows(change) if change else spec.rows
+    for first in range(0, spec.rows, step):
+        given = weight(first, min(step, spec.rows - first))
+        product = change.product.compute(first, len(given), buffer) if change and change.product else None
+        rows = len(given) if change and change.needs_all_rows else max(1, _BLOCK // spec.width)
+        for start in range(0, len(given), rows):
+            before = given[start : start + rows]
+            total = before.to(torch.float32, copy=True)
+            if seen is not None:
+                quantized = seen[first + start :][: len(before)].float()
+                error += _square(quantized - total)
+                total = quantized if onto_nf4 else total
+            base = total.clone() if seen is not None else None
+            if change:
+                change.apply(total, first + start, product[start : start + rows] if product is not None else None)
+            if base is not None:
+                update += _square(base.sub_(total))
+            after = total.to(before.dtype)
+            low, high = torch.aminmax(after)  # a third of what isfinite costs; not-a-number shows in both
+            if not math.isfinite(low) or not math.isfinite(high):
+                raise ModelError(f"{name} leaves the range of {spec.dtype}")
+            changed = changed or not torch.equal(before, after)
+            writer.write(after)
+    return WrittenTensor(changed, math.sqrt(update), math.sqrt(error))
+
+
+def _square(block: Tensor) -> float:
+    return float(block.view(-1).dot(block.view(-1)))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread of torch: blocks are small, and threads that wait for the next would keep the writer from its core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,251 @@
+"""The processes that train together: which one this is, what they add up, what the first tells the others.
+
+torchrun or accelerate starts them, on one machine. Each holds the whole model and takes its share of a step's
+micro-batches; one sum over the processes joins their gradients. The first process speaks and writes. An error that all
+of them meet, or that one of them can still tell, is said once and ends all with its exit code; a process that is gone
+without a word is named by the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+from lorasft.errors import DeviceError, LorasftError
+from lorasft.signals import StopRequest
+from lorasft.terminal import say
+
+if TYPE_CHECKING:  # torch is imported only where it is needed: what is wrong with a recipe is said at once
+    from torch import Tensor, nn
+
+T = TypeVar("T")
+_GRACE = 10.0  # seconds in which a process may find out by itself that another is gone, and end in order
+
+
+class Watch:
+    """Notices that another process of this machine has ended, whatever this one is busy with.
+
+    A collective over gloo fails at once, but one over NCCL waits for ever, and a long computation asks nobody.
+    Where the system has no pidfd (before Linux 5.3) nothing is watched and no lost process is named.
+    """
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self.pids = pids
+        self.leaving = False
+        self._ranks: dict[int, int] = {}
+        with contextlib.suppress(OSError, AttributeError):
+            self._ranks = {os.pidfd_open(pid): rank for rank, pid in enumerate(pids) if pid != os.getpid()}
+        if self._ranks:
+            threading.Thread(target=self._end_with_them, daemon=True).start()
+
+    def ended(self, seconds: float | None, *, speaker: int | None = None) -> list[int]:
+        """Which processes (or only the `speaker`) have ended; waits up to `seconds` for the first, None: for ever."""
+        poll = select.poll()
+        for descriptor, rank in self._ranks.items():
+            if speaker in (None, rank):
+                poll.register(descriptor, select.POLLIN)
+        found = poll.poll(None if seconds is None else int(1000 * seconds)) if self._ranks else []
+        return sorted(self._ranks[descriptor] for descriptor, _ in found)
+
+    def name_lost(self, ranks: Sequence[int]) -> None:
+        """Say which processes were lost, if this is the first of those that are left."""
+        if self.pids[min(set(range(len(self.pids))) - set(ranks))] != os.getpid():
+            return
+        names = " and ".join(f"rank {rank} (process {self.pids[rank]})" for rank in ranks) or "another process"
+        hint = "its own last words or the system's log (out of memory?) say why; continue with --resume"
+        say(str(DeviceError(f"{names} of {len(self.pids)} was lost", hint=hint)))
+
+    def _end_with_them(self) -> None:
+        ranks = self.ended(None)
+        time.sleep(_GRACE)
+        if not self.leaving:
+            self.name_lost(ranks)
+            os._exit(DeviceError.exit_code)  # safe at any time: what is on the disk is whole or not there
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process, number `index` of `count`."""
+
+    index: int = 0
+    count: int = 1
+    watch: Watch | None = None  # of the others, where there are any
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks and writes."""
+        return self.index == 0
+
+    def gather(self, value: T) -> list[T]:
+        """The small `value` of every process, in their order."""
+        if self.count == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        with self._collective():
+            values: list[T] = gather_object([value])
+        return values
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What `work` gives the first process, told to the others, which wait. Its error ends them all."""
+        if self.count == 1:
+            return work()
+        from accelerate.utils import broadcast_object_list
+
+        told: list[T] = []
+        with self.sync_errors():
+            told = [work()] if self.is_main else [None]  # type: ignore[list-item]
+        with self._collective():
+            broadcast_object_list(told)
+        return told[0]
+
+    @contextlib.contextmanager
+    def sync_errors(self) -> Iterator[None]:
+        """Wait here for all processes. If one of them failed within, all end with the error of the first that did."""
+        error: BaseException | None = None
+        try:
+            yield
+        except BaseException as caught:
+            if self.count == 1 or (self.watch and self.watch.leaving):
+                raise
+            error = caught
+        self._end_on(self.gather(_exit_code(error)), error)
+
+    def copy_first(self, tensors: Sequence[Tensor]) -> None:
+        """Make `tensors` those of the first process: unlike devices draw unlike random numbers."""
+        from torch import distributed
+
+        for tensor in tensors if self.count > 1 else ():
+            with self._collective():
+                distributed.broadcast(tensor.detach(), src=0)
+
+    def sum_step(self, work: Callable[[], float], parameters: Sequence[nn.Parameter], *, stop: StopRequest) -> float:
+        """Do `work`, this process's share of a step; leave the gradients of all in `parameters`, return their loss.
+
+        `stop` then holds what any of them was asked for: by which signal to stop, and to save.
+        """
+        with self.sync_errors():
+            loss = work()
+        told = self.gather((loss, stop.received, stop.tell_save()))
+        stop.save = any(save for _, _, save in told)
+        if self.count > 1:
+            stop.agreed = max(number for _, number, _ in told)
+            self._sum_gradients(parameters)
+        return sum(loss for loss, _, _ in told)
+
+    def _sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Add up the gradients over the processes, in one flat fp32 buffer; None stays where all of them have None."""
+        import torch
+
+        gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
+        reached = torch.tensor([float(one.grad is not None) for one in parameters], device=gradients[0].device)
+        flat = torch.cat([*(gradient.reshape(-1).float() for gradient in gradients), reached])
+        with self._collective():
+            torch.distributed.all_reduce(flat)
+            *sums, reached = torch.split(flat, [*(one.numel() for one in parameters), len(parameters)])
+            counts = reached.tolist()
+        for parameter, total, count in zip(parameters, sums, counts, strict=True):
+            parameter.grad = total.view_as(parameter).to(parameter.dtype) if count else None
+
+    def _end_on(self, codes: Sequence[int], error: BaseException | None) -> None:
+        """End when one of `codes` by process is not 0: the first such process says its `error`, the others wait."""
+        speaker = next((index for index, code in enumerate(codes) if code), None)
+        if speaker is None:
+            return
+        self.leave()
+        if speaker != self.index:
+            if self.watch:
+                self.watch.ended(_GRACE, speaker=speaker)
+        elif error is not None and (self.is_main or not isinstance(error, LorasftError)):
+            raise error
+        else:
+            say(str(error))
+        raise SystemExit(codes[speaker]) from None
+
+    def leave(self) -> None:
+        """From here on this process ends by itself: a launcher ends all of them as soon as one has ended."""
+        if self.count > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if self.watch:
+            self.watch.leaving = True
+
+    @contextlib.contextmanager
+    def _collective(self) -> Iterator[None]:
+        """What torch raises when another process is gone, in plain words, by the first that is left."""
+        try:
+            yield
+        except RuntimeError:
+            if self.watch is None:
+                raise
+            self.leave()
+            self.watch.name_lost(self.watch.ended(5.0))
+            raise SystemExit(DeviceError.exit_code) from None
+
+
+ALONE = Ranks()
+
+
+@contextlib.contextmanager
+def join() -> Iterator[Ranks]:
+    """Meet the other processes that the launcher started, if any; at the end they wait for each other.
+
+    Raises DeviceError where they cannot work together.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    from accelerate import PartialState
+
+    ranks = _connect()
+    try:
+        with ranks.sync_errors():
+            _check_machine(ranks)
+        yield ranks
+        ranks.gather(None)
+        PartialState().destroy_process_group()
+    except LorasftError as error:  # all have met it, or the first has told it
+        ranks._end_on([error.exit_code], error)
+    finally:
+        ranks.leave()
+
+
+def _connect() -> Ranks:
+    import torch
+    from accelerate import PartialState
+
+    cuda = torch.cuda.is_available()
+    # Gradients go from card to card, small objects over gloo. The long limit is for the others while the first
+    # prepares the data; who is gone is found out by the watch.
+    backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
+    try:
+        state = PartialState(cpu=not cuda, backend=backend, timeout=timedelta(days=1))
+    except RuntimeError as error:
+        raise DeviceError(f"the processes cannot meet: {str(error).strip().splitlines()[0]}") from error
+    if not cuda and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's own choice, whatever the machine
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // state.num_processes))
+    alone = Ranks(state.process_index, state.num_processes)
+    return Ranks(alone.index, alone.count, Watch(alone.gather(os.getpid())))
+
+
+def _check_machine(ranks: Ranks) -> None:
+    import torch
+
+    if int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count)) != ranks.count:
+        raise DeviceError("the processes are on several machines", hint="start all of them on one")
+    cards = torch.cuda.device_count()
+    if 0 < cards < ranks.count:
+        raise DeviceError(f"{ranks.count} processes for {cards} GPUs", hint=f"torchrun --nproc-per-node {cards}")
+
+
+def _exit_code(error: BaseException | None) -> int:
+    if error is None:
+        return 0
+    return int(getattr(error, "exit_code", None) or getattr(error, "code", None) or 1)

@@ -1,0 +1,112 @@
+"""What a run says: progress with time left, metrics.jsonl, which is the record, and trackers beside it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lorasft.errors import DeviceError, LorasftError
+from lorasft.files import append, sync_log
+from lorasft.recipe import Recipe, mathematics
+from lorasft.terminal import say, time_text
+
+
+class Metrics:
+    """Writes a run's metrics and shows its progress on stderr: a line that moves, or plain lines without a terminal.
+
+    `metrics_bytes`: how much of metrics.jsonl is kept; what follows is of steps that are done again. Lines that the
+    disk does not take wait for the next try, and no checkpoint is saved without them. `quiet`: without trackers.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, *, steps: int, done: int, metrics_bytes: int, quiet: bool) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.written = min(metrics_bytes, self.path.stat().st_size if self.path.exists() else 0)
+        self.waiting = b""
+        self.steps = steps
+        self.done = done
+        self.log_every = recipe.run.log_every
+        self.started = time.monotonic()
+        self.terminal = sys.stderr.isatty()
+        self.trackers: list[Any] = []
+        if recipe.run.trackers and not quiet:
+            self._try_trackers(lambda: self.trackers.extend(start_trackers(recipe, folder)))
+
+    def note(self, text: str) -> None:
+        """One line for the reader."""
+        say(text, over=self.terminal)
+
+    def step(self, values: dict[str, Any]) -> None:
+        """The metrics of one optimizer step."""
+        self._record(values)
+        number = values["step"]
+        if number % self.log_every and number != self.steps:
+            return
+        left = (time.monotonic() - self.started) / (number - self.done) * (self.steps - number)
+        line = (
+            f"step {number}/{self.steps}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
+            f"{values['tokens_per_second']:,.0f} tokens/s  {time_text(left)} left"
+        )
+        say(line, end="" if self.terminal and number < self.steps else "\n", over=self.terminal)
+
+    def evaluation(self, *, step: int, loss: float, tokens: int) -> None:
+        """A held-out loss."""
+        self._record({"step": step, "eval_loss": loss, "eval_tokens": tokens})
+        self.note(f"step {step}/{self.steps}  held-out loss {loss:.4f} over {tokens:,} tokens")
+
+    def secure(self) -> int:
+        """Put all lines on the disk, for sure; their bytes. Raises CapacityError where the disk does not take them."""
+        self._write()
+        if self.path.exists():
+            sync_log(self.path)
+        return self.written
+
+    def close(self) -> None:
+        """Let the trackers finish, one by one: accelerate's end_training parts the processes as well."""
+        self._try_trackers(lambda: [tracker.finish() for tracker in self.trackers])
+
+    def _record(self, values: dict[str, Any]) -> None:
+        said = bool(self.waiting)
+        self.waiting += json.dumps(values).encode() + b"\n"
+        try:
+            self._write()
+        except LorasftError as error:
+            if not said:
+                self.note(f"metrics.jsonl: {error.what}; its lines wait in memory")
+        self._try_trackers(lambda: [tracker.log(dict(values), step=values["step"]) for tracker in self.trackers])
+
+    def _write(self) -> None:
+        if self.waiting:
+            append(self.path, self.waiting, at=self.written)
+            self.written += len(self.waiting)
+            self.waiting = b""
+
+    def _try_trackers(self, work: Callable[[], object]) -> None:
+        """What a tracker raises never reaches the run: trackers are off from then on."""
+        try:
+            work()
+        except Exception as error:
+            say(f"trackers are off: {type(error).__name__}: {error}")
+            self.trackers = []
+
+
+def start_trackers(recipe: Recipe, folder: Path) -> list[Any]:
+    """The recipe's trackers, as accelerate starts them."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(log_with=list(recipe.run.trackers), project_dir=folder)
+    accelerator.init_trackers("lorasft", config={key: str(value) for key, value in mathematics(recipe).items()})
+    return list(accelerator.trackers)
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raise DeviceError when one of the trackers is not installed."""
+    from accelerate.tracking import get_available_trackers
+
+    installed = {str(getattr(name, "value", name)) for name in get_available_trackers()}
+    missing = " ".join(name for name in names if name not in installed)
+    if missing:
+        raise DeviceError(f"not installed: {missing}", where="run.trackers", hint=f"pip install {missing}")
