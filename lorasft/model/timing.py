@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lorasft.data.packing import MicroBatch, cost
 from lorasft.model.loss import Network, pair_losses
@@ -82,7 +83,7 @@ def _time_batch(network: Network, sample: Sample, batch: MicroBatch, *, wider: f
     return forward, both, float(layers[0])
 
 
-def _time_rounds(network: Network, batch: MicroBatch) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _time_rounds(network: Network, batch: MicroBatch) -> NDArray[np.float64]:
     """Seconds forwards, and both ways, of the faster round."""
     rounds = []
     for _ in range(_ROUNDS):
@@ -91,7 +92,7 @@ def _time_rounds(network: Network, batch: MicroBatch) -> np.ndarray[tuple[int], 
         forward = _seconds_since(started, network.device)
         loss.backward()  # type: ignore[no-untyped-call]
         rounds.append((forward, _seconds_since(started, network.device)))
-    return np.array(rounds).min(axis=0)
+    return np.minimum.reduce(rounds)
 
 
 def _seconds_since(started: float, device: torch.device) -> float:

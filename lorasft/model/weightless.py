@@ -23,6 +23,7 @@ from lorasft.recipe import AdapterSettings, ModelSettings
 def make_weightless(config: Any, settings: ModelSettings, adapter: AdapterSettings, device: torch.device) -> Any:
     """The PEFT model that `load_base` and `attach_adapter` would make for `device`, on the meta device."""
     dtype = compute_dtype(settings.dtype, device)
+    config = copy.deepcopy(config)  # transformers notes the attention in it
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=default_attention(config))
         if settings.quantization == "nf4" or hasattr(config, "quantization_config"):
@@ -81,7 +82,7 @@ class Sample:
         for layer in self.layers:
             vars(layer).pop("forward", None)
             if layer not in [self.live[kind] for kind in kinds]:
-                layer.forward = self._hand_on  # type: ignore[method-assign]
+                layer.forward = self._hand_on
 
     def _remember(self, layer: nn.Module, given: Any, output: Any) -> None:
         self._output = output if isinstance(output, Tensor) else output[1:]

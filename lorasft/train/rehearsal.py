@@ -62,7 +62,7 @@ def run_heaviest_batch(run: Run, weightless: Any, fit: Fit, static: StaticBytes)
     Raises CapacityError when it fits in no layout.
     """
     measured = None
-    if fit.needs is None or run.network.device.type == "cuda":
+    if sees_too_little(run, fit):
         measured, run = retry_on_oom(run, partial(_measure_heaviest, fit=fit, static=static))
     recomputed = recomputed_layers(run.network.causal)
     if (run.plan.micro_batch_tokens, recomputed) != (fit.plan.micro_batch_tokens, fit.recomputed):
@@ -70,6 +70,11 @@ def run_heaviest_batch(run: Run, weightless: Any, fit: Fit, static: StaticBytes)
         fit = measure_fit(network, run.plan, run.rows, wanted=recomputed, spare=fit.spare)
     prediction = Prediction(static, fit.needs) if fit.needs else None
     return MemoryRecord(fit, prediction, measured, early=0 if run.learner.optimizer.state else static.optimizer), run
+
+
+def sees_too_little(run: Run, fit: Fit) -> bool:
+    """Whether the prediction may miss something: the work space of a GPU's operations, or all of it."""
+    return fit.needs is None or run.network.device.type == "cuda"
 
 
 def _measure_heaviest(run: Run, *, fit: Fit, static: StaticBytes) -> int:
