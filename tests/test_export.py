@@ -29,7 +29,7 @@ from transformers import (
 
 from lorasft.cli import main
 from lorasft.errors import DeviceError, ModelError
-from lorasft.export.gguf_file import write_gguf
+from lorasft.export.gguf import write_gguf
 from lorasft.files import sha256
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
@@ -138,7 +138,7 @@ def test_bfloat16_and_shards_are_read(tmp_path: Path) -> None:
 def test_rows_in_several_blocks_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(tmp_path / "model", MODELS["mistral"]())
     write_gguf(tmp_path / "model", tmp_path / "one.gguf", kind="q8_0")
-    monkeypatch.setattr("lorasft.export.gguf_file._BLOCK", 7 * 64)
+    monkeypatch.setattr("lorasft.export.gguf._BLOCK", 7 * 64)
     write_gguf(tmp_path / "model", tmp_path / "many.gguf", kind="q8_0")
     assert sha256(tmp_path / "one.gguf") == sha256(tmp_path / "many.gguf")
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from lorasft.data.templates import CLOCK, render
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import DataError, ModelError
-from lorasft.export.gguf_file import Kind, Progress, Written, write_gguf
+from lorasft.export.gguf import Kind, Progress, Written, write_gguf
 from lorasft.export.tokenizer import starts_with_bos
 from lorasft.files import staged_folder, write_file
 

@@ -12,10 +12,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasft.data.report import Report
+from lorasft.data.chat_format import read_style
 from lorasft.data.templates import render
 from lorasft.data.tokenizer import adds_bos, load_tokenizer
-from lorasft.data.turns import TurnFinder
 from lorasft.errors import ModelError
 from lorasft.export.families import usual_converter
 
@@ -179,6 +178,6 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int | None:
     """The token that ends an answer under the template, if it is one."""
     if not tokenizer.chat_template:
         return None
-    end = TurnFinder(tokenizer, Report(), thinking="follow_template").habits.end.strip()
+    end = read_style(tokenizer).end_of_turn.strip()
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     return vocabulary.get(end)

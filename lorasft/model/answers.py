@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorasft.data.chat import Encoder
-from lorasft.data.examples import read_examples
-from lorasft.data.report import BadRows, Report
-from lorasft.data.rows import Place
+from lorasft.data.prepare import encode_source
+from lorasft.data.report import Report
+from lorasft.data.sources import Place
 from lorasft.data.tokens import supervised_runs
-from lorasft.errors import DataError, LorasftError
+from lorasft.errors import DataError
 from lorasft.model.loss import Network
 from lorasft.model.scoring import log_probabilities
 from lorasft.recipe import ChatSettings, DataSettings, DataSource
@@ -71,33 +70,16 @@ def read_answers(
 
     Raises DataError when there are no answers.
     """
-    report = Report()
-    bad = BadRows(data.on_bad_row, report)
-    encoder = Encoder(tokenizer, chat, data=data, report=report)
-    examples = read_examples((source,), settle_format(source, data), bad=bad)
+    examples, report = encode_source(source, data, chat, tokenizer=tokenizer)
     answers = [
         Answer(tokens.ids[:end], max(1, int(start)), example.place)
-        for example, sequences in encoder.encode_all(examples, bad=bad)
+        for example, sequences in examples
         for tokens in sequences
         for start, end in supervised_runs(tokens)
     ]
-    bad.raise_all()
     if not answers:
         raise DataError("no answers to score", where=source.path)
     return answers, report
-
-
-def settle_format(source: DataSource, data: DataSettings) -> DataSettings:
-    """The format and columns of `data` if `source` states its own or begins with such a row, else none."""
-    if source.columns is not None:
-        return data
-    try:
-        next(iter(read_examples((source,), data, bad=BadRows("error", Report()))))
-    except LorasftError:
-        return data.model_copy(update={"format": "auto", "columns": None})
-    except StopIteration:
-        pass
-    return data
 
 
 def score_answers(network: Network, answers: Sequence[Answer]) -> list[Score]:

@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from lorasft.data.packing import Step, share
 from lorasft.errors import DivergedError, Stopped
 from lorasft.model.loss import pair_losses
-from lorasft.signals import StopRequest, stop_signals
+from lorasft.signals import StopRequest, exit_code, stop_signals
 from lorasft.train.checkpoint import list_checkpoints
 from lorasft.train.evaluate import evaluate
 from lorasft.train.oom import oom_context, retry_on_oom
@@ -84,10 +84,10 @@ def train(run: Run, state: State) -> State:
         if state.step == 0 or state.evaluation_due:
             state, run = retry_on_oom(run, partial(evaluate_and_note, state=state, stop=stop))
             if stop.signal:
-                raise Stopped(stop.exit_code, f"stopped before step {state.step + 1}")
+                raise Stopped(exit_code(stop.signal), f"stopped before step {state.step + 1}")
         for number in range(state.step + 1, run.plan.steps + 1):
             if run.ranks.is_main and saver.overdue():
-                stop.want_save()
+                stop.save_wanted = True
             one_step = lambda run, number=number: take_step(run, run.plan.step(number, run.rows), stop)  # noqa: E731
             metrics, run = retry_on_oom(run, one_step)
             if run.ranks.is_main:
@@ -103,7 +103,7 @@ def train(run: Run, state: State) -> State:
                     if run.ranks.is_main:
                         state = saver.attempt(run, state, final=bool(last or stop.signal))
             if stop.signal and (not last or state.evaluation_due):
-                raise Stopped(stop.exit_code, f"stopped after step {number} of {run.plan.steps}, saved")
+                raise Stopped(exit_code(stop.signal), f"stopped after step {number} of {run.plan.steps}, saved")
     return state
 
 

@@ -118,7 +118,7 @@ def _plan_prepared(recipe: Recipe, config: Any, prepared: Prepared, *, memory: i
     timing = time_sample(
         network,
         sample,
-        length=max(1, len(rows.ids) // len(rows)),
+        length=max(1, rows.count_tokens() // len(rows)),
         supervised=supervised,
         vocabulary=config.get_text_config().vocab_size,
     )
@@ -148,7 +148,7 @@ def predict_duration(recipe: Recipe, timing: Timing, fit: Fit, prepared: Prepare
     steps = [fit.plan.step(number, prepared.train) for number in range(1, min(_STEPS_TIMED, fit.plan.steps) + 1)]
     costs = [cost(batch) for step in steps for batch in step.micro_batches]
     per_step = timing.training(costs, recomputed=fit.recomputed / max(1, fit.layers)) / len(steps)
-    held_out = 0 if prepared.held_out is None else len(prepared.held_out.ids)
+    held_out = 0 if prepared.held_out is None else prepared.held_out.count_tokens()
     every = recipe.run.eval_every
     evaluations = 2 + (fit.plan.steps // every if every else 0)
     return Duration(

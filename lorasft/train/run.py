@@ -280,10 +280,10 @@ def refuse_settings(recipe: Recipe, config: Any) -> None:
 def refuse_ids(prepared: Prepared, config: Any) -> None:
     """Raise ModelError when the data has token ids that the model has no row for: a GPU would only assert."""
     rows = config.get_text_config().vocab_size
-    for store in (prepared.train, prepared.held_out):
-        if store is not None and len(store.ids) and int(store.ids.max()) >= rows:
-            what = f"the tokenizer gives id {int(store.ids.max())}, the model has {rows} embedding rows"
-            raise ModelError(what, where="model.base", hint="use the tokenizer that belongs to the model")
+    most = int(prepared.store.arrays["ids"].max())
+    if most >= rows:
+        what = f"the tokenizer gives id {most}, the model has {rows} embedding rows"
+        raise ModelError(what, where="model.base", hint="use the tokenizer that belongs to the model")
 
 
 def missing_stops(prepared: Prepared, causal: Any) -> list[int]:
