@@ -39,8 +39,9 @@ class Timing:
         return self._sum(self.both, costs) + recomputed * self._sum(self.layers, costs)
 
     def _sum(self, seconds: tuple[float, ...], costs: list[float]) -> float:
-        slope = max(0.0, (seconds[1] - seconds[0]) / (self.costs[1] - self.costs[0]))
-        return float(np.sum(np.maximum(seconds[0] + slope * (np.array(costs) - self.costs[0]), 0.0)))
+        slope = (seconds[1] - seconds[0]) / (self.costs[1] - self.costs[0])
+        slope = min(max(0.0, slope), seconds[1] / self.costs[1])  # a disturbed clock: nothing costs less than nothing
+        return sum(seconds[1] + slope * (cost - self.costs[1]) for cost in costs)
 
 
 def time_sample(network: Network, sample: Sample, *, length: int, supervised: float, vocabulary: int) -> Timing:

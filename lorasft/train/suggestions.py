@@ -101,7 +101,9 @@ def _settings(case: Case) -> Iterator[list[tuple[str, Case]]]:
 def _lengths(case: Case, rows: TokenStore) -> list[tuple[str, Case]]:
     """Shorter sequences, and what else it takes where more rows would be dropped than the recipe allows."""
     lengths, changes = example_lengths(rows), []
-    for length in (int(share * case.longest) // 8 * 8 for share in _SHORTER):
+    for length in (int(share * lengths.max()) // 8 * 8 for share in _SHORTER):
+        if length >= case.longest:
+            continue
         longer = int((lengths > length).sum())
         if length < 8 or longer > len(lengths) // 2:  # hardly a row would be what it was
             break
