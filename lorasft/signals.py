@@ -2,7 +2,7 @@
 
 Everywhere else the first one stops at once: it unwinds, and what was begun is cleared away. SIGHUP changes nothing
 under nohup; SIGINT is heard in a shell's background job too, where shells have it ignored: nothing is lost by it.
-SIGUSR1 saves after the step, and the run goes on; before and after the steps it changes nothing.
+SIGUSR1 saves after the step, and the run continues; before and after the steps it changes nothing.
 """
 
 from __future__ import annotations

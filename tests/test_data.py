@@ -13,6 +13,7 @@ import pytest
 from tiny_tokenizer import TEMPLATE, save_tokenizer
 
 from lorasft import cli
+from lorasft.data import sources
 from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import Example, read_examples
 from lorasft.data.labels import Labeler
@@ -22,7 +23,7 @@ from lorasft.data.sources import LARGEST_ROW, Place
 from lorasft.data.store import StoreWriter, example_lengths, map_store, pack_examples
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.data.tokens import UNSUPERVISED, Tokens
-from lorasft.errors import DataError, LorasftError, ModelError, Several
+from lorasft.errors import DataError, ErrorGroup, LorasftError, ModelError
 from lorasft.recipe import ChatSettings, DataSettings, DataSource
 
 SHARED = Path(__file__).parents[2] / "shared/data"
@@ -178,12 +179,12 @@ def test_bad_rows_are_dropped_and_counted_or_reported_together(tmp_path: Path) -
     bad = BadRows("drop", Report())
     assert [example.place.line for example in read_examples(data.train, data, bad=bad)] == [1, 3, 5]
     assert bad.report.bad_rows == 2
-    with pytest.raises(Several) as several:
+    with pytest.raises(ErrorGroup) as several:
         read(tmp_path / "rows.jsonl")
-    assert [fault.where for fault in several.value.faults] == [f"{tmp_path}/rows.jsonl:{n}" for n in ("2:2", "4")]
-    with pytest.raises(Several) as many:
+    assert [fault.where for fault in several.value.errors] == [f"{tmp_path}/rows.jsonl:{n}" for n in ("2:2", "4")]
+    with pytest.raises(ErrorGroup) as many:
         read_bytes(tmp_path, CHAT_ROW.encode() + b"\n" + b"{\n" * 99)
-    assert len(many.value.faults) == 20 and str(many.value).endswith("... and at least 80 more")
+    assert len(many.value.errors) == 20 and str(many.value).endswith("... and at least 80 more")
     assert len(str(many.value).splitlines()) == 20
 
 
@@ -354,7 +355,6 @@ def test_prepare_splits_counts_and_reuses(tmp_path: Path, tokenizer: Any) -> Non
         {tokenizer.decode(store.sequences(n)[0].ids) for n in range(len(store))} for store in (first.train, held_out)
     ]
     assert len(decoded[0]) == 45 and len(decoded[1]) == 5 and not decoded[0] & decoded[1]
-    assert first.samples and turns(first.samples[0])[0][1].startswith("What is")
     for index in range(len(held_out)):
         line = rows.read_text().split("\n")[held_out.place(index).line - 1]
         assert json.loads(line)["prompt"] in tokenizer.decode(held_out.sequences(index)[0].ids)
@@ -362,7 +362,7 @@ def test_prepare_splits_counts_and_reuses(tmp_path: Path, tokenizer: Any) -> Non
     (folder,) = (tmp_path / "cache").iterdir()
     before = (folder / "manifest.json").stat().st_ino
     again = prepare(data, ChatSettings(), tokenizer=tokenizer, folder=tmp_path / "cache")
-    assert (again.key, again.report, again.samples) == (first.key, report, first.samples)
+    assert (again.key, again.report) == (first.key, report)
     assert (folder / "manifest.json").stat().st_ino == before  # opened, not made again
     written = first.store.arrays["ids"].copy()
     ids = folder / "ids"
@@ -371,6 +371,29 @@ def test_prepare_splits_counts_and_reuses(tmp_path: Path, tokenizer: Any) -> Non
         open_prepared(folder)
     mended = prepare(data, ChatSettings(), tokenizer=tokenizer, folder=tmp_path / "cache")
     assert (mended.store.arrays["ids"] == written).all()
+
+
+def test_rows_are_parsed_once_and_split_by_their_content_alone(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the kind of file, nor lines, nor what is dropped for its length moves a row to the other side."""
+    lines = numbered(40).decode().splitlines()
+    lines += [json.dumps({"prompt": "long" * 50, "completion": str(n)}) for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    (tmp_path / "rows.json").write_text(json.dumps([json.loads(line) for line in lines]))  # on one line
+    plain, parsed = sources.parse_strict, []
+    monkeypatch.setattr(sources, "parse_strict", lambda text: parsed.append(text) or plain(text))
+
+    def held_out(name: str, **settings: Any) -> set[int]:
+        data = DataSettings(train=(str(tmp_path / name),), eval=0.3, max_dropped=1.0, **settings)
+        store = prepare(data, ChatSettings(), tokenizer=tokenizer, folder=tmp_path / "cache").held_out
+        assert store is not None
+        return {store.place(example).line for example in range(len(store))}
+
+    whole = held_out("rows.jsonl")
+    assert len(parsed) == 60 and len(whole) == 18 and whole & set(range(41, 61))
+    assert held_out("rows.json") == whole and len(parsed) == 61
+    assert held_out("rows.jsonl", max_length=100) == {line for line in whole if line <= 40}
 
 
 def test_every_ingredient_changes_the_key(

@@ -92,7 +92,7 @@ def test_a_head_with_an_adapter_or_in_4_bit_goes_through_the_model() -> None:
         model = attach_adapter(base, AdapterSettings(rank=4, targets=targets), seed=0)
         randomize_adapter(model)
         network = verify(model.get_base_model())
-        assert network.head is None is read_head(network.causal, network.device) and network.segments
+        assert network.head is None is read_head(network.causal) and network.segments
         (batch,) = cut(rows, range(len(rows)), capacity=1000)
         losses = pair_losses(network, batch)
         (losses.sum() / len(losses)).backward()

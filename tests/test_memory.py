@@ -24,6 +24,7 @@ from tiny_models import make_base, randomize_adapter
 from torch.profiler import ProfilerActivity, profile
 
 from lorasft.cli import main
+from lorasft.model import scoring
 from lorasft.model.adapter import attach_adapter
 from lorasft.model.base import load_base
 from lorasft.model.free_memory import cgroup_free
@@ -34,7 +35,6 @@ from lorasft.model.selfcheck import verify
 from lorasft.model.weightless import Sample, make_weightless, plan_network, shrink_vocabulary
 from lorasft.recipe import AdapterSettings, ModelSettings, OptimizerSettings
 from lorasft.signals import Ended
-from lorasft.train import evaluate as evaluation
 from lorasft.train import layout as layouts
 from lorasft.train import loop
 from lorasft.train import run as runs
@@ -336,7 +336,7 @@ def test_memory_that_ends_around_the_steps(
         assert main(["train", path]) == 6
     said = capsys.readouterr().err
     assert "start again" in said and "--resume" not in said
-    monkeypatch.setattr("lorasft.commands.train._show_answers", fill_later)
+    monkeypatch.setattr("lorasft.model.generate.generate", fill_later)
     assert main(["train", path]) == 0
     assert "no more answers" in capsys.readouterr().err
 
@@ -394,7 +394,7 @@ def test_a_run_survives_running_out_of_memory_with_the_same_losses(
 ) -> None:  # fmt: skip
     settings: dict[str, Any] = {"adapter": {"dropout": 0.0}, "train": {"steps": 4}}
     assert main(["train", recipe(**settings, run={"output": str(tmp_path / "roomy")})]) == 0
-    monkeypatch.setattr(loop if where == "step" else evaluation, "pair_losses", fills)
+    monkeypatch.setattr(loop if where == "step" else scoring, "pair_losses", fills)
     path = recipe(**settings, run={"output": str(tmp_path / "tight")})
     assert main(["train", path]) == 0
     said = capsys.readouterr().err

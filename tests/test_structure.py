@@ -19,8 +19,6 @@ FLOORS = [
         "hub",
         "tensors",
         "recipe",
-        "recipe_faults",
-        "strict_yaml",
         "adapter_config",
         "artifact",
         "signals",
@@ -43,8 +41,8 @@ ROOMS = {
     "accelerate": {"train", "merge", "commands"},
     "transformers": {"data", "model", "train", "merge", "export", "commands"},
     "gguf": {"export"},
-    "yaml": {"strict_yaml"},
-    "pydantic": {"recipe", "recipe_faults", "adapter_config", "train"},
+    "yaml": {"recipe"},
+    "pydantic": {"recipe", "adapter_config", "train"},
 }
 FORBIDDEN = {"pickle", "shelve", "marshal", "subprocess", "joblib"}
 

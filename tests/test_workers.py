@@ -68,8 +68,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("flagged", [False, True])
-def test_processes_make_the_same_store(tmp_path: Path, tokenizer: Any, settings: dict[str, Any], flagged: bool) -> None:
+def test_processes_make_the_same_store(tmp_path: Path, tokenizer: Any, settings: dict[str, Any]) -> None:
     (tmp_path / "rows").mkdir()
     files = write_files(tmp_path / "rows", BAD)
     (tmp_path / "apart.jsonl").write_text("".join(json.dumps(row(n)) + "\n" for n in range(900, 910)))
@@ -77,9 +76,9 @@ def test_processes_make_the_same_store(tmp_path: Path, tokenizer: Any, settings:
         settings = settings | {"eval": (str(tmp_path / "apart.jsonl"),)}
     sources = ({"path": files[0], "share": 0.5}, *files[1:])
     data = DataSettings(train=sources, on_bad_row="drop", **{"max_length": 120, "max_dropped": 1.0, **settings})
-    chat = ChatSettings(supervise="flagged" if flagged else "all")
     made = [
-        prepare(data, chat, tokenizer=tokenizer, folder=tmp_path / str(workers), workers=workers) for workers in (1, 3)
+        prepare(data, ChatSettings(), tokenizer=tokenizer, folder=tmp_path / str(workers), workers=workers)
+        for workers in (1, 3)
     ]
     alone, shared = (
         {p.relative_to(m.folder): p.read_bytes() for p in m.folder.rglob("*") if p.is_file()} for m in made

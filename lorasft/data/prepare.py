@@ -8,7 +8,7 @@ import json
 from array import array
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -21,7 +21,7 @@ from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import Example, RowBlock, read_blocks, shape_block
 from lorasft.data.labels import Labeler
 from lorasft.data.report import BadRows, Report
-from lorasft.data.sources import Place, load_hub, source_files
+from lorasft.data.sources import load_hub, source_files
 from lorasft.data.store import Arrays, StoreWriter, TokenStore, map_store, pack_examples
 from lorasft.data.tokens import Tokens
 from lorasft.data.workers import available_workers, map_blocks
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from lorasft.recipe import ChatSettings, DataSettings, DataSource
 
 SCHEMA = 3  # raised whenever the same ingredients give other tokens, or the same tokens lie otherwise in the folder
-SAMPLES = 8  # held-out examples kept as messages, to show answers before and after
 
 Digests = npt.NDArray[np.uint64]
 NO_DIGESTS: Digests = np.zeros(0, dtype=np.uint64)
@@ -52,7 +51,6 @@ class Prepared:
     train: TokenStore
     held_out: TokenStore | None
     report: Report
-    samples: tuple[Example, ...]
     key: str
     stop_ids: tuple[int, ...]
     learned_special: tuple[int, ...]
@@ -73,7 +71,7 @@ def prepare(
     """The tokenized data of a recipe, from `folder/<key>` when it was made before and still verifies.
 
     Sets the recipe's template on `tokenizer`. `workers`: processes that share the work (null: as many as pay); the
-    result is the same. Raises DataError (or Several) for rows, files and counts that the recipe does not allow,
+    result is the same. Raises DataError (or ErrorGroup) for rows, files and counts that the recipe does not allow,
     ModelError for a template that cannot be used, CapacityError when a process dies.
     """
     labeler = Labeler(ChatFormat(tokenizer, chat), data)
@@ -117,16 +115,10 @@ def _open(folder: Path) -> Prepared:
         train=store.split(held_out=False),
         held_out=held_out if len(held_out) else None,
         report=Report(**record["report"] | {"lengths": array("q", record["report"]["lengths"])}),
-        samples=tuple(map(_read_sample, record["samples"])),
         key=record["key"],
         stop_ids=tuple(record["stop_ids"]),
         learned_special=tuple(record["learned_special"]),
     )
-
-
-def _read_sample(sample: dict[str, Any]) -> Example:
-    tools = tuple(sample["tools"]) if sample["tools"] else None
-    return Example(tuple(sample["messages"]), tools, sample["text"], Place(**sample["place"]))
 
 
 def read_ingredients(folder: Path, key: str) -> dict[str, Any]:
@@ -180,7 +172,7 @@ def encode_source(
     """The examples of one source that is not trained on, with their sequences, and what became of its rows.
 
     The format and columns of `data` hold if `source` states its own columns or begins with a row that has them, else
-    they are found. Raises DataError, or Several, for what cannot be read or encoded.
+    they are found. Raises DataError, or ErrorGroup, for what cannot be read or encoded.
     """
     blocks = read_blocks((source,), data)
     first = next(blocks)
@@ -206,7 +198,6 @@ class PreparedBlock:
     digests: Digests  # of all examples that could be read
     packed: Arrays | None  # None: nothing was encoded, because of rows that cannot be read, here or before
     packed_digests: Digests
-    samples: dict[int, Example]  # digest -> conversation
 
 
 def _prepare_block(work: tuple[RowBlock, bool, bool], data: DataSettings, labeler: Labeler) -> PreparedBlock:
@@ -230,13 +221,7 @@ def _prepare_block(work: tuple[RowBlock, bool, bool], data: DataSettings, labele
         digests=np.array([example.digest for example in examples], dtype=np.uint64),
         packed=pack_examples([(example.place.line, tokens) for example, tokens in encoded]) if encode else None,
         packed_digests=np.array([example.digest for example, _ in encoded], dtype=np.uint64),
-        samples=_choose_samples({example.digest: example for example, _ in encoded if example.messages}),
     )
-
-
-def _choose_samples(examples: dict[int, Example]) -> dict[int, Example]:
-    """Those with the smallest digests, because these are held out."""
-    return {digest: examples[digest] for digest in sorted(examples)[:SAMPLES]}
 
 
 def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int) -> dict[str, Any]:
@@ -247,7 +232,6 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     work = partial(_prepare_block, data=data, labeler=labeler)
     found: dict[bool, list[Digests]] = {False: [], True: []}
     packed: list[tuple[Digests, bool]] = []
-    samples: dict[int, Example] = {}
     supervised: set[int] = set()  # ids
     with StoreWriter(stage) as store, closing(map_blocks(work, blocks, workers=workers)) as results:
         for block in results:
@@ -262,8 +246,6 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
                 store.add(block.file, block.packed)
                 supervised.update(np.bincount(block.packed["ids"][block.packed["supervised"]]).nonzero()[0].tolist())
                 packed.append((block.packed_digests, block.apart))
-            if block.apart or isinstance(data.eval, float):
-                samples = _choose_samples(samples | block.samples)
         bad.raise_all()
         below = _split(data, *(np.concatenate([NO_DIGESTS, *found[apart]]) for apart in (False, True)), report=report)
         held_out = np.concatenate([np.zeros(0, dtype=bool), *(apart | (own < below) for own, apart in packed)])
@@ -271,9 +253,7 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     report.held_out_examples = int(held_out.sum())
     report.train_examples = len(held_out) - report.held_out_examples
     _refuse_losses(data, report)
-    shown = [asdict(example) for digest, example in samples.items() if digest < below or isinstance(data.eval, tuple)]
     return {
-        "samples": shown,
         "report": vars(report) | {"lengths": list(report.lengths)},
         "learned_special": sorted(supervised & labeler.format.tokenizer.added_tokens_decoder.keys()),
     }

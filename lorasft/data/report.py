@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from array import array
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lorasft.errors import DataError, LorasftError, Several
+from lorasft.errors import DataError, ErrorGroup, LorasftError
 
 NAMED = 1000  # dropped rows that are named; the rest is only counted
 HINT = "fix the row (fetch the file again if it is cut off), or leave such rows out with data.on_bad_row=drop"
@@ -49,10 +48,9 @@ class Report:
     lengths: array[int] = field(default_factory=lambda: array("q"), repr=False)  # the longest sequence of each example
 
     def as_dict(self) -> dict[str, Any]:
-        """The counts, for a program to read; of the lengths only quantiles and a histogram."""
+        """The counts, for a program to read; of the lengths only quantiles."""
         counts = {name: value for name, value in vars(self).items() if name != "lengths"}
-        histogram = {str(most): count for most, count in self.length_histogram()}
-        return counts | {"length_quantiles": self.length_quantiles(), "length_histogram": histogram}
+        return counts | {"length_quantiles": self.length_quantiles()}
 
     def length_quantiles(self) -> dict[str, int]:
         """Tokens of the longest sequence of an example: median, 90 %, 99 % and most."""
@@ -61,12 +59,6 @@ class Report:
         ordered = sorted(self.lengths)
         shares = {"50%": 0.5, "90%": 0.9, "99%": 0.99, "100%": 1.0}
         return {name: ordered[min(int(share * len(ordered)), len(ordered) - 1)] for name, share in shares.items()}
-
-    def length_histogram(self) -> list[tuple[int, int]]:
-        """(most tokens, examples) for each doubling of the length, from the shortest that occurs to the longest."""
-        bins = Counter(1 << max(length - 1, 0).bit_length() for length in self.lengths)
-        edges = (1 << power for power in range(min(bins).bit_length() - 1, max(bins).bit_length())) if bins else ()
-        return [(edge, bins[edge]) for edge in edges]
 
     def note_dropped(self, place: object, why: str) -> None:
         """Name a row that is not trained on; who calls this counts it."""
@@ -106,21 +98,21 @@ class BadRows:
         """Take one bad row."""
         self.report.bad_rows += 1
         self.report.note_dropped(error.where, error.what)
-        if self.policy == "error" and len(self.errors) < Several.most:
+        if self.policy == "error" and len(self.errors) < ErrorGroup.most:
             self.errors.append(DataError(error.what, where=error.where, hint=error.hint or HINT))
 
     def join(self, later: BadRows) -> None:
-        """Take in what was found in rows that come after. Raises Several from the 20th on: more help nobody."""
+        """Take in what was found in rows that come after. Raises ErrorGroup from the 20th on: more help nobody."""
         self.report.join(later.report)
-        self.errors.extend(later.errors[: Several.most - len(self.errors)])
-        if len(self.errors) == Several.most:
+        self.errors.extend(later.errors[: ErrorGroup.most - len(self.errors)])
+        if len(self.errors) == ErrorGroup.most:
             self.raise_all()
 
     def raise_all(self, last: LorasftError | None = None) -> None:
         """Raise what was collected, and `last`, after which nothing can be read: the error itself when it is alone,
-        Several with the count otherwise."""
+        ErrorGroup with the count otherwise."""
         errors = [*self.errors, last] if last else self.errors
         if len(errors) == 1:
             raise errors[0]
         if errors:
-            raise Several(errors, beyond=self.report.bad_rows - len(self.errors))
+            raise ErrorGroup(errors, beyond=self.report.bad_rows - len(self.errors))

@@ -125,7 +125,7 @@ def _describe_sentencepiece(
     """Scores stand for merges: a piece's is the rank of the first merge that makes it, counted downwards."""
     ranks: dict[str, int] = {}
     last = 0
-    for rank, (left, right) in enumerate(map(_pair, spec["model"]["merges"])):
+    for rank, (left, right) in enumerate(spec["model"]["merges"]):
         first = ranks.setdefault(left + right, rank)
         # Runs of spaces have merges of their own order, which a score cannot follow; one run, one piece all the same.
         if first < last and set(left + right) != {_SPACE}:
@@ -137,10 +137,6 @@ def _describe_sentencepiece(
         "tokenizer.ggml.scores": [-float(ranks.get(token, 0)) for token in tokens],
         "tokenizer.ggml.add_space_prefix": _adds_space(tokenizer),
     }
-
-
-def _pair(merge: Any) -> list[str]:
-    return merge.split(" ") if isinstance(merge, str) else merge
 
 
 def _adds_space(tokenizer: PreTrainedTokenizerFast) -> bool:

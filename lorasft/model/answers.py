@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,27 +40,9 @@ class Answer:
 class Score:
     """Log-probabilities of one answer, natural, summed over tokens. The first token of all has no source."""
 
-    answer: float  # log Pr(y|x), read off the pass over [x, y]
-    prompt: float  # log Pr(x), from a pass of its own
-    whole: float  # log Pr([x, y])
-    tokens: int  # |y|
-
-    def as_dict(self) -> dict[str, float]:
-        """Under the names of the objective."""
-        return {"log_prob_y_given_x": self.answer, "log_prob_x": self.prompt, "log_prob_xy": self.whole}
-
-
-@dataclass(frozen=True)
-class Total:
-    """The mean over all tokens of all answers."""
-
-    loss: float  # nats a token
-    perplexity: float
-    tokens: int
-    answers: int
-
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+    log_prob_y_given_x: float  # read off the pass over [x, y]
+    log_prob_x: float  # from a pass of its own
+    log_prob_xy: float
 
 
 def read_answers(
@@ -88,13 +70,13 @@ def score_answers(network: Network, answers: Sequence[Answer]) -> list[Score]:
     wholes = log_probabilities(network, [answer.ids for answer in answers], capacity=_CAPACITY)
     prompts = log_probabilities(network, [answer.ids[: answer.start] for answer in answers], capacity=_CAPACITY)
     return [
-        Score(float(whole[answer.start - 1 :].sum()), float(prompt.sum()), float(whole.sum()), answer.length)
+        Score(float(whole[answer.start - 1 :].sum()), float(prompt.sum()), float(whole.sum()))
         for answer, whole, prompt in zip(answers, wholes, prompts, strict=True)
     ]
 
 
-def summarize(scores: Sequence[Score]) -> Total:
-    """The mean negative log-likelihood per token of the answers, and its perplexity."""
-    tokens = sum(score.tokens for score in scores)
-    loss = -sum(score.answer for score in scores) / tokens
-    return Total(loss, math.exp(loss), tokens, len(scores))
+def summarize(answers: Sequence[Answer], scores: Sequence[Score]) -> dict[str, float]:
+    """The mean negative log-likelihood per token of the answers, in nats, its perplexity, and the counts."""
+    tokens = sum(answer.length for answer in answers)
+    loss = -sum(score.log_prob_y_given_x for score in scores) / tokens
+    return {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens, "answers": len(scores)}

@@ -13,13 +13,14 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lorasft.data.packing import Step, share
+from lorasft.data.store import TokenStore
 from lorasft.errors import DivergedError, Stopped
-from lorasft.model.loss import pair_losses
+from lorasft.model.loss import Network, pair_losses
+from lorasft.model.scoring import score_batches
 from lorasft.signals import StopRequest, exit_code, stop_signals
-from lorasft.train.checkpoint import list_checkpoints
-from lorasft.train.evaluate import evaluate
+from lorasft.train.checkpoint import CheckpointSaver, list_checkpoints
+from lorasft.train.distributed import Ranks
 from lorasft.train.oom import oom_context, retry_on_oom
-from lorasft.train.save import CheckpointSaver
 from lorasft.train.schedule import learning_rate
 from lorasft.train.state import Run, State
 
@@ -122,6 +123,25 @@ def evaluate_and_note(run: Run, *, state: State, stop: StopRequest) -> State:
     if state.best_loss is not None and state.best_loss <= loss:
         return state
     return replace(state, best_step=state.step, best_loss=loss)
+
+
+def evaluate(
+    network: Network, rows: TokenStore, *, capacity: int, ranks: Ranks, stop: StopRequest
+) -> tuple[float, int] | None:
+    """The mean loss per supervised token of held-out `rows`, in nats, and how many tokens; None after a signal.
+
+    Each process scores its share. Raises MicroBatchTooLarge when memory runs out.
+    """
+    total, tokens = 0.0, 0
+    score = partial(score_batches, network, rows, range(len(rows)), capacity=capacity)
+    with ranks.sync_errors():
+        for batch, losses in score(processes=ranks.count, index=ranks.index, explain=partial(oom_context, rows)):
+            if stop.signal:  # of several processes none, before they agree on it in a step
+                return None
+            total += float(losses.double().sum())
+            tokens += len(batch.targets)
+    totals, counts = zip(*ranks.gather((total, tokens)), strict=True)
+    return sum(totals) / sum(counts), sum(counts)
 
 
 def refuse_non_finite(run: Run, step: Step, *, loss: float, norm: float) -> None:
