@@ -94,12 +94,13 @@ class BadRows:
     report: Report
     errors: list[LorasftError] = field(default_factory=list)
 
-    def add(self, error: DataError) -> None:
-        """Take one bad row."""
+    def add(self, error: DataError, place: object) -> None:
+        """Take one bad row, of this place where the error does not name one itself."""
+        where = error.where or str(place)
         self.report.bad_rows += 1
-        self.report.note_dropped(error.where, error.what)
+        self.report.note_dropped(where, error.what)
         if self.policy == "error" and len(self.errors) < ErrorGroup.most:
-            self.errors.append(DataError(error.what, where=error.where, hint=error.hint or HINT))
+            self.errors.append(DataError(error.what, where=where, hint=error.hint or HINT))
 
     def join(self, later: BadRows) -> None:
         """Take in what was found in rows that come after. Raises ErrorGroup from the 20th on: more help nobody."""

@@ -41,7 +41,7 @@ FAMILIES = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class GgufLayout:
     """A model as GGUF describes it. `fields` lack the architecture's name in front; `extra`: tensors of its own."""
 
     family: Family
@@ -58,7 +58,7 @@ def usual_converter(model: Path) -> str:
     return f"llama.cpp's converter: python convert_hf_to_gguf.py {model} --outfile FILE"
 
 
-def read_layout(model: Path) -> Layout:
+def read_layout(model: Path) -> GgufLayout:
     """Describe the model in the folder `model`. Raises ModelError for what llama.cpp would not compute alike."""
     config = _read_config(model)
     family = FAMILIES.get(config.model_type)
@@ -70,7 +70,7 @@ def read_layout(model: Path) -> Layout:
         raise ModelError(f"llama.cpp does not compute {fault}", where=str(model / "config.json"))
     fields = _sizes(config, family, head_size)
     positions, extra = _positions(config, family, head_size, model)
-    return Layout(
+    return GgufLayout(
         family=family,
         layers=config.num_hidden_layers,
         head_size=head_size,

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorasft.adapter_config import CONFIG, WEIGHTS, check_weights
+from lorasft.adapter_config import CONFIG, WEIGHTS, read_adapter_weights
 from lorasft.artifact import Artifact
 from lorasft.errors import ModelError, RecipeError
 from lorasft.files import write_file
@@ -99,22 +99,12 @@ def _take_embeddings(base: Any, weights: dict[str, Tensor], *, saved: Sequence[s
         if module not in embeddings or name is None or any(path.endswith(end) for end in saved):
             continue
         tensor = weights.pop(name)
-        if tensor.dim() != 2 or tensor.shape[1:] != module.weight.shape[1:] or not tensor.isfinite().all():
-            raise ModelError(f"{name} is {list(tensor.shape)}, or not finite", where=where)
+        if tensor.dim() != 2 or tensor.shape[1:] != module.weight.shape[1:]:
+            raise ModelError(f"{name} is {list(tensor.shape)}", where=where)
         if len(tensor) != base.get_input_embeddings().weight.shape[0]:
             base.resize_token_embeddings(len(tensor), mean_resizing=False)
         with torch.no_grad():
             base.get_submodule(path).weight.copy_(tensor)
-
-
-def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
-    """The adapter's tensors by their names on disk; safetensors only."""
-    check_weights(folder)
-    try:
-        return load_file(folder / WEIGHTS)
-    except Exception as error:  # safetensors raises its own error type, and OSError
-        what = f"cannot read the adapter: {error}"
-        raise ModelError(what, where=str(folder / WEIGHTS), hint="fetch the adapter again") from None
 
 
 def give_weights(model: Any, weights: dict[str, Tensor], *, where: str) -> None:
@@ -127,9 +117,6 @@ def give_weights(model: Any, weights: dict[str, Tensor], *, where: str) -> None:
     odd = [name for name, tensor in weights.items() if tensor.shape != own[name].shape]
     if odd:
         raise ModelError(f"{odd[0]} is {list(weights[odd[0]].shape)}, not {list(own[odd[0]].shape)}", where=where)
-    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
-    if broken:
-        raise ModelError(f"{broken[0]} is not finite", where=where, hint="train it again, or take an earlier one")
     if any(tensor.is_meta for tensor in own.values()):
         _put_weights(model, weights)
     else:

@@ -21,9 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
+from lorasft.adapter_config import read_adapter_weights
 from lorasft.errors import CapacityError, DivergedError, LorasftError, ModelError, RecipeError
 from lorasft.files import remove_folder, rename, staged_folder, verify_folder, write_file
-from lorasft.model.adapter import adapter_weights, give_weights, read_adapter_weights, write_adapter
+from lorasft.model.adapter import adapter_weights, give_weights, write_adapter
 from lorasft.model.recompute import recomputed_layers
 from lorasft.recipe import ModelSettings
 from lorasft.train.oom import plain_oom_errors
