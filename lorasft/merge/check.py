@@ -24,7 +24,7 @@ from lorasft.data.prepare import open_prepared
 from lorasft.data.tokens import UNSUPERVISED, Tokens
 from lorasft.errors import DataError, ModelError
 from lorasft.model.adapter import load_artifact, read_tokenizer
-from lorasft.model.room import free_memory
+from lorasft.model.free_memory import free_memory
 from lorasft.model.scoring import everything, read_answers
 from lorasft.recipe import DataSettings, DataSource
 
