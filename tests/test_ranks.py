@@ -21,7 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
@@ -33,10 +32,8 @@ from test_train import metrics, run_folder
 
 from lorasft.cli import main
 from lorasft.data.packing import Plan, cut, share
-from lorasft.data.tokens import Tokens
 from lorasft.errors import ModelError
 from lorasft.files import verify_folder
-from lorasft.model.scoring import Given
 from lorasft.recipe import load_recipe
 from lorasft.signals import StopRequest
 from lorasft.train import distributed as ranks_module
@@ -165,16 +162,6 @@ def test_shares_are_a_balanced_partition(count: int) -> None:
     assert max(len(batch.ids) for batch in batches) <= 64
     few = tuple(cut(many, range(6), capacity=4096, processes=count))  # one micro-batch would hold them all
     assert len(few) >= min(count, 4)
-
-
-def test_processes_share_long_prefixes_in_small_steps() -> None:
-    """Eight rows of 310 tokens, 280 of them the same: two processes compute the prefix twice, not eight times."""
-    ids = np.arange(8 * 310).reshape(8, 310) % 97
-    ids[:, :280] = np.arange(280)
-    rows = Given([Tokens(row.astype(np.int32), row.astype(np.int32)) for row in ids])
-    batches = tuple(cut(rows, range(8), capacity=4096, processes=2, share=True))
-    shares = [sum(len(batch.ids) for batch in share(batches, index, 2)) for index in range(2)]
-    assert max(shares) < 280 + 5 * 30 and min(shares) > 0
 
 
 def test_a_run_through_torchrun_is_the_run_of_one_process(recipe: Write, tmp_path: Path) -> None:

@@ -132,10 +132,6 @@ def summary(report: Report, *, batch_size: int) -> Iterator[str]:
     if report.dropped_examples() > DROPPED_SHOWN:
         named = len(report.dropped)
         yield f"dropped: {report.dropped_examples() - DROPPED_SHOWN:,} more (--json names the first {named:,})"
-    histogram = report.length_histogram()
-    most = max((count for _, count in histogram), default=1)
-    for edge, count in histogram:
-        yield f"up to {edge:>7,} tokens: {count:>9,} {'█' * math.ceil(30 * count / most)}"
 
 
 def _print_json(store: TokenStore, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -82,19 +82,22 @@ def _show_answers(ready: ReadyRun, most: int = 3) -> None:
 
     The result is written: memory that runs out here takes nothing from it.
     """
-    from lorasft.data.chat_format import ChatFormat
+    from lorasft.data.tokens import supervised_runs
+    from lorasft.model.free_memory import out_of_memory
     from lorasft.model.generate import generate
-    from lorasft.model.room import out_of_memory
 
     run, tokenizer = ready.run, ready.tokenizer
-    chat_format = ChatFormat(tokenizer, run.recipe.chat)
+    held_out, stops = ready.prepared.held_out, ready.prepared.stop_ids
+    if held_out is None:
+        return
     try:
-        for example in ready.prepared.samples[:most]:
-            prompt = chat_format.prompt_ids(example.messages[:-1], example.tools)
-            say(f"\nprompt: {shorten(str(example.messages[-2]['content']))}")
+        for example in range(min(most, len(held_out))):
+            tokens = held_out.sequences(example)[-1]
+            prompt = tokens.ids[: supervised_runs(tokens)[-1, 0]].tolist()
+            say(f"\nprompt: {shorten(tokenizer.decode(prompt, skip_special_tokens=True)[-80:])}")
             for name, context in (("before", run.learner.model.disable_adapter()), ("after", nullcontext())):
                 with context:
-                    ids = generate(run.network.causal, tokenizer, prompt, max_new_tokens=48, stops=chat_format.stop_ids)
+                    ids = generate(run.network.causal, tokenizer, prompt, max_new_tokens=48, stops=stops)
                 say(f"{name:>6}: {shorten(tokenizer.decode(ids, skip_special_tokens=True))}")
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):

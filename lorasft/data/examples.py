@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -71,12 +71,11 @@ class RowBlock:
     error: DataError | None = None
 
 
-def read_blocks(sources: Iterable[DataSource], settings: DataSettings) -> Iterator[RowBlock]:
-    """The rows of all sources in order, hardly looked at; raises nothing for what a file holds."""
-    for source in sources:
-        files = [(str(file), read_file(file)) for file in source_files(source.path)]
-        for name, rows in files or [(f"{source.path}/{source.split}", read_hub(source))]:
-            yield from _cut_blocks(rows, name, source, settings)
+def read_blocks(source: DataSource, settings: DataSettings) -> Iterator[RowBlock]:
+    """The rows of a source in order, hardly looked at; raises nothing for what a file holds."""
+    files = [(str(file), read_file(file)) for file in source_files(source.path)]
+    for name, rows in files or [(f"{source.path}/{source.split}", read_hub(source))]:
+        yield from _cut_blocks(rows, name, source, settings)
 
 
 def _cut_blocks(
@@ -129,21 +128,12 @@ def shape_block(block: RowBlock, settings: DataSettings, *, bad: BadRows) -> Ite
             mapped = row | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
             example = shape_row(mapped, block.kind, place)
         except DataError as error:
-            bad.add(error)
+            bad.add(error, place)
             continue
         if share == 1 or example.digest < share * 2**64:
             yield example
     if block.error:
         raise block.error
-
-
-def read_examples(sources: Iterable[DataSource], settings: DataSettings, *, bad: BadRows) -> Iterator[Example]:
-    """The examples of all sources in order, one at a time; nothing is kept.
-
-    Bad rows go to `bad`, whose report counts them. Raises DataError when a file or a data set cannot be read.
-    """
-    for block in read_blocks(sources, settings):
-        yield from shape_block(block, settings, bad=bad)
 
 
 def detect_format(row: Row, place: Place) -> str:
@@ -159,19 +149,16 @@ def detect_format(row: Row, place: Place) -> str:
 
 
 def shape_row(row: Row, kind: str, place: Place) -> Example:
-    """One row of a known format as an Example. Raises DataError with the place."""
+    """One row of a known format as an Example. Raises DataError."""
     missing = [name for name in NEEDED[kind] if row.get(name) is None]
     if missing:
         what = f"no {' and no '.join(map(repr, missing))} in this row of format {kind}"
-        raise DataError(what, where=str(place), hint=f"columns seen: {', '.join(map(str, row))}")
-    try:
-        if kind == "text":
-            return Example((), None, _expect(row["text"], str, "text"), place)
-        messages = tuple(normalize_message(message) for message in _list_messages(row, kind))
-        _refuse_untrainable(messages)
-        return Example(messages, normalize_tools(row.get("tools")), None, place)
-    except DataError as error:
-        raise DataError(error.what, where=str(place), hint=error.hint) from None
+        raise DataError(what, hint=f"columns seen: {', '.join(map(str, row))}")
+    if kind == "text":
+        return Example((), None, _expect(row["text"], str, "text"), place)
+    messages = tuple(normalize_message(message) for message in _list_messages(row, kind))
+    _refuse_untrainable(messages)
+    return Example(messages, normalize_tools(row.get("tools")), None, place)
 
 
 def normalize_message(message: Any) -> Message:

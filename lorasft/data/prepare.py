@@ -6,9 +6,8 @@ import hashlib
 import importlib.metadata
 import json
 from array import array
-from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -21,7 +20,7 @@ from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import Example, RowBlock, read_blocks, shape_block
 from lorasft.data.labels import Labeler
 from lorasft.data.report import BadRows, Report
-from lorasft.data.sources import Place, load_hub, source_files
+from lorasft.data.sources import load_hub, source_files
 from lorasft.data.store import Arrays, StoreWriter, TokenStore, map_store, pack_examples
 from lorasft.data.tokens import Tokens
 from lorasft.data.workers import available_workers, map_blocks
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from lorasft.recipe import ChatSettings, DataSettings, DataSource
 
 SCHEMA = 3  # raised whenever the same ingredients give other tokens, or the same tokens lie otherwise in the folder
-SAMPLES = 8  # held-out examples kept as messages, to show answers before and after
 
 Digests = npt.NDArray[np.uint64]
 NO_DIGESTS: Digests = np.zeros(0, dtype=np.uint64)
@@ -52,7 +50,6 @@ class Prepared:
     train: TokenStore
     held_out: TokenStore | None
     report: Report
-    samples: tuple[Example, ...]
     key: str
     stop_ids: tuple[int, ...]
     learned_special: tuple[int, ...]
@@ -117,16 +114,10 @@ def _open(folder: Path) -> Prepared:
         train=store.split(held_out=False),
         held_out=held_out if len(held_out) else None,
         report=Report(**record["report"] | {"lengths": array("q", record["report"]["lengths"])}),
-        samples=tuple(map(_read_sample, record["samples"])),
         key=record["key"],
         stop_ids=tuple(record["stop_ids"]),
         learned_special=tuple(record["learned_special"]),
     )
-
-
-def _read_sample(sample: dict[str, Any]) -> Example:
-    tools = tuple(sample["tools"]) if sample["tools"] else None
-    return Example(tuple(sample["messages"]), tools, sample["text"], Place(**sample["place"]))
 
 
 def read_ingredients(folder: Path, key: str) -> dict[str, Any]:
@@ -155,16 +146,18 @@ def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, A
         "probe": chat_format.style.text,  # holds today's date where the template writes it
         "chat": chat_format.chat.model_dump(mode="json"),
         "data": data.model_dump(mode="json"),
-        "files": dict(entry for source in _sources(data) for entry in _source_hashes(source)),
+        "files": dict(entry for source, _ in _sources(data) for entry in _source_hashes(source)),
     }
 
 
-def _sources(data: DataSettings) -> tuple[DataSource, ...]:
-    return (*data.train, *(data.eval if isinstance(data.eval, tuple) else ()))
+def _sources(data: DataSettings) -> list[tuple[DataSource, bool]]:
+    """All sources of the recipe, and whether they are held out."""
+    apart = data.eval if isinstance(data.eval, tuple) else ()
+    return [*((source, False) for source in data.train), *((source, True) for source in apart)]
 
 
 def _file_states(data: DataSettings) -> list[tuple[str, int, int]]:
-    files = [file for source in _sources(data) for file in source_files(source.path)]
+    files = [file for source, _ in _sources(data) for file in source_files(source.path)]
     return [(str(file), (state := file.stat()).st_size, state.st_mtime_ns) for file in files]
 
 
@@ -182,11 +175,11 @@ def encode_source(
     The format and columns of `data` hold if `source` states its own columns or begins with a row that has them, else
     they are found. Raises DataError, or ErrorGroup, for what cannot be read or encoded.
     """
-    blocks = read_blocks((source,), data)
+    blocks = read_blocks(source, data)
     first = next(blocks)
     if source.columns is None and first.error and not first.kind:
         data = data.model_copy(update={"format": "auto", "columns": None})
-        blocks = read_blocks((source,), data)
+        blocks = read_blocks(source, data)
         first = next(blocks)
     bad = BadRows(data.on_bad_row, Report())
     rows = (example for block in chain([first], blocks) for example in shape_block(block, data, bad=bad))
@@ -206,7 +199,6 @@ class PreparedBlock:
     digests: Digests  # of all examples that could be read
     packed: Arrays | None  # None: nothing was encoded, because of rows that cannot be read, here or before
     packed_digests: Digests
-    samples: dict[int, Example]  # digest -> conversation
 
 
 def _prepare_block(work: tuple[RowBlock, bool, bool], data: DataSettings, labeler: Labeler) -> PreparedBlock:
@@ -230,24 +222,18 @@ def _prepare_block(work: tuple[RowBlock, bool, bool], data: DataSettings, labele
         digests=np.array([example.digest for example in examples], dtype=np.uint64),
         packed=pack_examples([(example.place.line, tokens) for example, tokens in encoded]) if encode else None,
         packed_digests=np.array([example.digest for example, _ in encoded], dtype=np.uint64),
-        samples=_choose_samples({example.digest: example for example, _ in encoded if example.messages}),
     )
-
-
-def _choose_samples(examples: dict[int, Example]) -> dict[int, Example]:
-    """Those with the smallest digests, because these are held out."""
-    return {digest: examples[digest] for digest in sorted(examples)[:SAMPLES]}
 
 
 def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int) -> dict[str, Any]:
     """Write all examples into the stage's store; what else to record of them, as JSON values."""
     report, encoding = Report(), True
     bad = BadRows(data.on_bad_row, report)
-    blocks = ((block, apart, encoding) for block, apart in _read_all(data))  # `encoding` as it is at that time
+    # `encoding` as it is when a block is read.
+    blocks = ((block, apart, encoding) for source, apart in _sources(data) for block in read_blocks(source, data))
     work = partial(_prepare_block, data=data, labeler=labeler)
     found: dict[bool, list[Digests]] = {False: [], True: []}
     packed: list[tuple[Digests, bool]] = []
-    samples: dict[int, Example] = {}
     supervised: set[int] = set()  # ids
     with StoreWriter(stage) as store, closing(map_blocks(work, blocks, workers=workers)) as results:
         for block in results:
@@ -262,8 +248,6 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
                 store.add(block.file, block.packed)
                 supervised.update(np.bincount(block.packed["ids"][block.packed["supervised"]]).nonzero()[0].tolist())
                 packed.append((block.packed_digests, block.apart))
-            if block.apart or isinstance(data.eval, float):
-                samples = _choose_samples(samples | block.samples)
         bad.raise_all()
         below = _split(data, *(np.concatenate([NO_DIGESTS, *found[apart]]) for apart in (False, True)), report=report)
         held_out = np.concatenate([np.zeros(0, dtype=bool), *(apart | (own < below) for own, apart in packed)])
@@ -271,19 +255,10 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     report.held_out_examples = int(held_out.sum())
     report.train_examples = len(held_out) - report.held_out_examples
     _refuse_losses(data, report)
-    shown = [asdict(example) for digest, example in samples.items() if digest < below or isinstance(data.eval, tuple)]
     return {
-        "samples": shown,
         "report": vars(report) | {"lengths": list(report.lengths)},
         "learned_special": sorted(supervised & labeler.format.tokenizer.added_tokens_decoder.keys()),
     }
-
-
-def _read_all(data: DataSettings) -> Iterator[tuple[RowBlock, bool]]:
-    """All rows of the recipe, and whether they are of a source that is held out."""
-    for sources, apart in ((data.train, False), (data.eval if isinstance(data.eval, tuple) else (), True)):
-        for block in read_blocks(sources, data):
-            yield block, apart
 
 
 def _split(data: DataSettings, train: Digests, apart: Digests, *, report: Report) -> int:

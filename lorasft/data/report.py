@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -49,10 +48,9 @@ class Report:
     lengths: array[int] = field(default_factory=lambda: array("q"), repr=False)  # the longest sequence of each example
 
     def as_dict(self) -> dict[str, Any]:
-        """The counts, for a program to read; of the lengths only quantiles and a histogram."""
+        """The counts, for a program to read; of the lengths only quantiles."""
         counts = {name: value for name, value in vars(self).items() if name != "lengths"}
-        histogram = {str(most): count for most, count in self.length_histogram()}
-        return counts | {"length_quantiles": self.length_quantiles(), "length_histogram": histogram}
+        return counts | {"length_quantiles": self.length_quantiles()}
 
     def length_quantiles(self) -> dict[str, int]:
         """Tokens of the longest sequence of an example: median, 90 %, 99 % and most."""
@@ -61,12 +59,6 @@ class Report:
         ordered = sorted(self.lengths)
         shares = {"50%": 0.5, "90%": 0.9, "99%": 0.99, "100%": 1.0}
         return {name: ordered[min(int(share * len(ordered)), len(ordered) - 1)] for name, share in shares.items()}
-
-    def length_histogram(self) -> list[tuple[int, int]]:
-        """(most tokens, examples) for each doubling of the length, from the shortest that occurs to the longest."""
-        bins = Counter(1 << max(length - 1, 0).bit_length() for length in self.lengths)
-        edges = (1 << power for power in range(min(bins).bit_length() - 1, max(bins).bit_length())) if bins else ()
-        return [(edge, bins[edge]) for edge in edges]
 
     def note_dropped(self, place: object, why: str) -> None:
         """Name a row that is not trained on; who calls this counts it."""
@@ -102,12 +94,13 @@ class BadRows:
     report: Report
     errors: list[LorasftError] = field(default_factory=list)
 
-    def add(self, error: DataError) -> None:
-        """Take one bad row."""
+    def add(self, error: DataError, place: object) -> None:
+        """Take one bad row, of this place where the error does not name one itself."""
+        where = error.where or str(place)
         self.report.bad_rows += 1
-        self.report.note_dropped(error.where, error.what)
+        self.report.note_dropped(where, error.what)
         if self.policy == "error" and len(self.errors) < ErrorGroup.most:
-            self.errors.append(DataError(error.what, where=error.where, hint=error.hint or HINT))
+            self.errors.append(DataError(error.what, where=where, hint=error.hint or HINT))
 
     def join(self, later: BadRows) -> None:
         """Take in what was found in rows that come after. Raises ErrorGroup from the 20th on: more help nobody."""
