@@ -133,9 +133,10 @@ def give_weights(model: Any, weights: dict[str, Tensor], *, where: str) -> None:
     if missing or surplus:
         what = f"the adapter does not fit this base: missing {missing[:5]}, not known {surplus[:5]}"
         raise ModelError(what, where=where, hint="use the base that it was trained on")
-    odd = [name for name, tensor in weights.items() if tensor.shape != own[name].shape]
-    if odd:
-        raise ModelError(f"{odd[0]} is {list(weights[odd[0]].shape)}, not {list(own[odd[0]].shape)}", where=where)
+    for name, tensor in weights.items():
+        if tensor.shape != own[name].shape or not tensor.isfinite().all():
+            what = f"{name} is {list(tensor.shape)} and not {list(own[name].shape)}, or not finite"
+            raise ModelError(what, where=where, hint="train it again, or take an earlier one")
     if any(tensor.is_meta for tensor in own.values()):
         _put_weights(model, weights)
     else:
