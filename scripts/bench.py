@@ -689,7 +689,7 @@ PLANNED: dict[str, tuple[str, dict[str, Any]]] = {
 
 def plan_and_run(base: str, data: str, quantization: str, recompute: bool) -> Measured:
     """Predicted and measured bytes and speeds of a run."""
-    from lorasft.train.outlook import foresee
+    from lorasft.train.plan import plan_run
     from lorasft.train.run import open_run
 
     recipe = make_recipe(
@@ -700,8 +700,8 @@ def plan_and_run(base: str, data: str, quantization: str, recompute: bool) -> Me
         chat={"template": "plain"},
         machine={"activation_checkpointing": recompute},
     )
-    outlook = foresee(recipe, memory=None)
-    loaded = outlook.prediction.holdings.loaded
+    outlook = plan_run(recipe, memory=None)
+    loaded = outlook.prediction.static.loaded
     with open_run(recipe, resume=False) as opened:
         measured = real_peak(partial(work_twice, opened.run))
         taken = [time_step(opened.run, number) for number in range(1, 4)][1:]

@@ -1,36 +1,34 @@
 """Special tokens that the data asks to learn although the base never trained them: LoRA on linears cannot.
 
-A base without chat has rows for its chat markers that are zero, tiny, or all alike. Read from the safetensors' own
-bytes, a row at a time; where there are none to read, as in a folder with a tokenizer only, nothing is said.
+A base without chat has rows for its chat markers that are zero, tiny, or all alike. Where there are no weights to read,
+as in a folder with a tokenizer only, nothing is said.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from lorasft.errors import DataError
+from lorasft.errors import DataError, LorasftError
+from lorasft.tensors import TensorFile, find_weights, open_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TABLES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "lm_head.weight")
-KINDS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+KINDS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # as numpy reads them; it has no bfloat16
 SMALL, ALIKE = 0.02, 0.01  # of an ordinary row's norm; of the row's own norm
-Rows = npt.NDArray[np.float32]
 
 
 def refuse_untrained(base: str, tokenizer: PreTrainedTokenizerFast, *, learned: Sequence[int]) -> None:
     """Raise DataError when special tokens among `learned` (token ids) look untrained in the weights of `base`."""
     added = sorted(tokenizer.added_tokens_decoder)
-    tables = [table for name in TABLES if (table := _find_table(base, name))]
-    found = sorted({token for table in tables for token in untrained_rows(table, learned, added=added)})
+    tables = list(_find_tables(base)) if learned else []
+    found = sorted({token for file, name in tables for token in untrained_rows(file, name, learned, added=added)})
     if found:
         names = ", ".join(tokenizer.convert_ids_to_tokens(found)[:10])
         raise DataError(
@@ -40,68 +38,45 @@ def refuse_untrained(base: str, tokenizer: PreTrainedTokenizerFast, *, learned: 
         )
 
 
-@dataclass(frozen=True)
-class Table:
-    """A matrix inside a safetensors file: where its bytes are."""
-
-    file: Path
-    start: int
-    rows: int
-    width: int
-    kind: str
-
-    def read(self, ids: Sequence[int]) -> Rows:
-        """The rows `ids` in fp32: (ids, width)."""
-        raw: npt.NDArray[Any] = np.memmap(
-            self.file, KINDS[self.kind], "r", offset=self.start, shape=(self.rows, self.width)
-        )
-        rows: npt.NDArray[Any] = raw[np.asarray(ids, dtype=np.int64)]
-        if self.kind == "BF16":
-            rows = (rows.astype(np.uint32) << np.uint32(16)).view(np.float32)
-        return np.asarray(rows, dtype=np.float32)
-
-
-def untrained_rows(table: Table, learned: Sequence[int], *, added: Sequence[int]) -> list[int]:
-    """The ids of `learned` whose rows are empty next to ordinary ones, or equal to those of `added` that stand idle."""
-    learned = [token for token in learned if token < table.rows]
-    ordinary = np.setdiff1d(np.linspace(0, table.rows - 1, 256).astype(np.int64), added)
-    if not learned or not len(ordinary):
+def untrained_rows(file: TensorFile, name: str, learned: Sequence[int], *, added: Sequence[int]) -> list[int]:
+    """The ids of `learned` whose rows are empty next to ordinary ones, or equal to those of `added` that are idle."""
+    count = file.specs[name].rows
+    learned = [token for token in learned if token < count]
+    ordinary = np.setdiff1d(np.linspace(0, count - 1, 256).astype(np.int64), added).tolist()
+    if not learned or not ordinary:
         return []
-    usual = float(np.median(np.linalg.norm(table.read(ordinary.tolist()), axis=1)))
-    idle = table.read([token for token in added if token < table.rows and token not in learned][:64])
+    usual = float(np.median(np.linalg.norm(_read_rows(file, name, ordinary), axis=1)))
+    idle = _read_rows(file, name, [token for token in added if token < count and token not in learned][:64])
     found = []
-    for token, row in zip(learned, table.read(learned), strict=True):
+    for token, row in zip(learned, _read_rows(file, name, learned), strict=True):
         norm = float(np.linalg.norm(row))
-        alike = np.count_nonzero(np.linalg.norm(idle - row, axis=1) <= ALIKE * norm) if len(idle) else 0
+        alike = np.count_nonzero(np.linalg.norm(idle - row, axis=1) <= ALIKE * norm)
         if norm < SMALL * usual or alike >= 2:
             found.append(token)
     return found
 
 
-def _find_table(base: str, name: str) -> Table | None:
-    """The matrix whose name ends in `name`, in the shards of a folder or of the hub's cache."""
-    index = _local_file(base, "model.safetensors.index.json")
-    if index:
-        shards = json.loads(index.read_bytes())["weight_map"]
-        file = next((_local_file(base, shard) for key, shard in shards.items() if key.endswith(name)), None)
-    else:
-        file = _local_file(base, "model.safetensors")
-    if file is None:
-        return None
-    with file.open("rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        header: dict[str, Any] = json.loads(opened.read(size))
-    entry = next((value for key, value in header.items() if key.endswith(name)), None)
-    if entry is None or entry["dtype"] not in KINDS or len(entry["shape"]) != 2:
-        return None
-    rows, width = entry["shape"]
-    return Table(file, 8 + size + entry["data_offsets"][0], rows, width, entry["dtype"])
+def _read_rows(file: TensorFile, name: str, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Some rows of a matrix in fp32: (ids, width)."""
+    spec = file.specs[name]
+    size = spec.size // spec.rows
+    parts = [np.frombuffer(file.read_bytes(name, token * size, size), dtype=KINDS[spec.dtype]) for token in ids]
+    rows = np.array(parts).reshape(len(ids), spec.width)
+    if spec.dtype == "BF16":
+        rows = (rows.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return rows.astype(np.float32)
 
 
-def _local_file(base: str, name: str) -> Path | None:
-    if Path(base).is_dir():
-        return Path(base) / name if (Path(base) / name).is_file() else None
+def _find_tables(base: str) -> Iterator[tuple[TensorFile, str]]:
+    """The embedding and the head in a folder or in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(base, name)
-    return Path(found) if isinstance(found, str) else None
+    config = str(Path(base) / "config.json") if Path(base).is_dir() else try_to_load_from_cache(base, "config.json")
+    try:
+        files = find_weights(Path(str(config)).parent)
+    except LorasftError:  # none here
+        return
+    for file in map(open_tensors, files):
+        for name, spec in file.specs.items():
+            if name.endswith(TABLES) and spec.dtype in KINDS and len(spec.shape) == 2:
+                yield file, name
