@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lorasft.errors import ModelError, UnsafeError
+from lorasft.errors import ModelError, UnsafeError, in_words
 from lorasft.tensors import TensorFile, open_tensors
 
 WEIGHTS = "adapter_model.safetensors"
@@ -24,11 +24,6 @@ _CODE = (
 )
 # Of no effect on a trained adapter.
 _IDLE = "task_type peft_version inference_mode init_lora_weights megatron_core runtime_config qalora_group_size"
-# Variants of LoRA that compute something else; replicated layers would also take any amount of memory.
-_VARIANTS = (
-    "layer_replication use_qalora alora_invocation_tokens arrow_config kasa_config velora_config monteclora_config "
-    "use_bdlora"
-)
 _Names = list[str] | None
 _Rank = Annotated[int, Field(ge=1, le=1024)]
 _Positive = Annotated[float, Field(gt=0)]
@@ -87,9 +82,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         _Fields.model_validate(config)
     except ValidationError as fault:
-        first = fault.errors(include_url=False)[0]
-        what = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
-        raise ModelError(what, where=str(path), hint=_AGAIN) from None
+        raise ModelError(in_words(fault.errors()[:1]), where=str(path), hint=_AGAIN) from None
     return {key: value for key, value in config.items() if key in _Fields.model_fields and value is not None}
 
 
@@ -107,15 +100,12 @@ def _refuse_code(config: dict[str, Any], where: str) -> None:
 
 
 def _refuse_unknown(config: dict[str, Any], where: str) -> None:
-    variants = [key for key in _VARIANTS.split() if config.get(key)]
-    if variants:
-        what = f"cannot use an adapter with {', '.join(variants)}"
-        raise ModelError(what, where=where, hint="LoRA, rslora and DoRA are known")
+    """What is not known may compute something else, as variants of LoRA do, or take any amount of memory."""
     known = {*_IDLE.split(), *_Fields.model_fields}
     unknown = [key for key, value in config.items() if value and key not in known]
     if unknown:
-        what = f"the adapter's config has fields that are not known here: {', '.join(unknown[:5])}"
-        raise ModelError(what, where=where, hint="take them out if the adapter is of use without them")
+        what = f"cannot use an adapter with {', '.join(unknown[:5])}: LoRA, rslora and DoRA are known"
+        raise ModelError(what, where=where, hint="take these out if the adapter is of use without them")
 
 
 def refuse_remote(base: str, where: Path) -> None:

@@ -55,11 +55,6 @@ class Artifact:
         return ChatSettings(system=chat.system, template_date=chat.template_date)
 
     @property
-    def has_tokenizer(self) -> bool:
-        """Whether the tokenizer was saved with the adapter: another tool's adapter may have none."""
-        return self.adapter is not None and (self.adapter / "tokenizer.json").is_file()
-
-    @property
     def run(self) -> Path | None:
         """The run folder that the adapter lies in."""
         parents = self.adapter.resolve().parents[:2] if self.adapter else ()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from lorasft.terminal import harmless, redact
 
 
@@ -19,7 +22,9 @@ class LorasftError(Exception):
     def __str__(self) -> str:
         """A line each. What came from files and rows neither moves the cursor nor begins a line nor shows a token."""
         parts = {"error": self.what, "where": self.where, "hint": self.hint}
-        return "\n".join(f"{name}: {_tame(text)}" for name, text in parts.items() if text)
+        # An indented line cannot be taken for one of ours.
+        safe = {name: redact(harmless(text)).replace("\n", "\n  ") for name, text in parts.items() if text}
+        return "\n".join(f"{name}: {text}" for name, text in safe.items())
 
 
 class RecipeError(LorasftError):
@@ -72,34 +77,31 @@ class Stopped(LorasftError):
         self.exit_code = exit_code
 
 
-class Several(LorasftError):
-    """Faults of one kind, found in one go: a line each, at most 20. `beyond`: how many more there are at least."""
+class ErrorGroup(LorasftError):
+    """Errors of one kind, found in one go: a line each, at most 20. `beyond`: how many more there are at least."""
 
     most = 20
 
-    def __init__(self, faults: list[LorasftError], *, beyond: int = 0) -> None:
-        super().__init__(f"{len(faults)} faults")
-        self.faults = faults
+    def __init__(self, errors: Sequence[LorasftError], *, beyond: int = 0) -> None:
+        super().__init__(f"{len(errors)} errors")
+        self.errors = errors
         self.beyond = beyond
-        self.exit_code = faults[0].exit_code
+        self.exit_code = errors[0].exit_code
 
     def __str__(self) -> str:
-        """A hint that several have stands once, behind the last of them."""
-        all_fit = len(self.faults) + (self.beyond > 0) <= self.most
-        shown = self.faults if all_fit else self.faults[: self.most - 1]
-        left = len(self.faults) - len(shown) + self.beyond
-        last = {fault.hint: fault for fault in shown}
-        lines = [
-            _line(LorasftError(fault.what, where=fault.where, hint=fault.hint if last[fault.hint] is fault else None))
-            for fault in shown
-        ]
+        all_fit = len(self.errors) + (self.beyond > 0) <= self.most
+        shown = self.errors if all_fit else self.errors[: self.most - 1]
+        left = len(self.errors) - len(shown) + self.beyond
+        last = {error.hint: error for error in shown}  # a hint that several have appears once, after the last of them
+        lines = []
+        for error in shown:
+            hint = error.hint if last[error.hint] is error else None
+            text = str(LorasftError(error.what, where=error.where, hint=hint))
+            lines.append(" | ".join(" ".join(line.split()) for line in text.splitlines()))
         return "\n".join([*lines, f"... and {'at least ' if self.beyond else ''}{left:,} more"] if left else lines)
 
 
-def _line(fault: LorasftError) -> str:
-    return " | ".join(" ".join(line.split()) for line in str(fault).splitlines())
-
-
-def _tame(text: str) -> str:
-    """Lines after the first are indented: none of them can be taken for a line of ours."""
-    return redact(harmless(text)).replace("\n", "\n  ")
+def in_words(details: Sequence[Mapping[str, Any]]) -> str:
+    """What pydantic found about one key, whose branches of a union may each say something: `key: this or that`."""
+    said = dict.fromkeys(detail["msg"].removeprefix("Value error, ") for detail in details)
+    return f"{'.'.join(map(str, details[0]['loc']))}: {', or '.join(said)}"

@@ -2,7 +2,7 @@
 
 Everywhere else the first one stops at once: it unwinds, and what was begun is cleared away. SIGHUP changes nothing
 under nohup; SIGINT is heard in a shell's background job too, where shells have it ignored: nothing is lost by it.
-SIGUSR1 saves after the step, and the run goes on; before and after the steps it changes nothing.
+SIGUSR1 saves after the step, and the run continues; before and after the steps it changes nothing.
 """
 
 from __future__ import annotations
@@ -41,14 +41,8 @@ class StopRequest:
 
     @property
     def signal(self) -> int:
+        """The signal to stop by."""
         return self.received if self.agreed is None else self.agreed
-
-    @property
-    def exit_code(self) -> int:
-        return exit_code(self.signal)
-
-    def want_save(self, number: int = 0, frame: FrameType | None = None) -> None:
-        self.save_wanted = True
 
     def tell_save(self) -> bool:
         """Whether this process wants a save: asked once, done once."""
@@ -56,9 +50,12 @@ class StopRequest:
         return wanted
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
+        if number == signal.SIGUSR1:
+            self.save_wanted = True
+        elif self.received:
             _unwind(number, frame)
-        self.received = number
+        else:
+            self.received = number
 
 
 def exit_signals() -> list[signal.Signals]:
@@ -71,14 +68,17 @@ def exit_signals() -> list[signal.Signals]:
 def stop_signals(*, alone: bool) -> Iterator[StopRequest]:
     """Take SIGINT, SIGTERM and SIGHUP as a request to stop, SIGUSR1 to save."""
     stop = StopRequest(agreed=None if alone else 0)
-    with _answered({**dict.fromkeys(exit_signals(), stop), signal.SIGUSR1: stop.want_save}):
+    with _answered(dict.fromkeys([*exit_signals(), signal.SIGUSR1], stop)):
         yield stop
 
 
 @contextmanager
 def ended_in_order() -> Iterator[None]:
-    """Signals that ask to end raise Ended; one that comes meanwhile, or while something is imported, ends at once."""
-    with _answered(dict.fromkeys(exit_signals(), _unwind)):
+    """Signals that ask to end raise Ended; one that comes meanwhile, or while something is imported, ends at once.
+
+    SIGUSR1, which ends a process by default, ends nothing where there is nothing to save.
+    """
+    with _answered({**dict.fromkeys(exit_signals(), _unwind), signal.SIGUSR1: signal.SIG_IGN}):
         yield
 
 
@@ -86,13 +86,6 @@ def end_at_once() -> None:
     """From here on signals that ask to end do so at once, with their exit code: there is nothing to put in order."""
     for number in exit_signals():
         signal.signal(number, _end)
-
-
-@contextmanager
-def save_signal_ignored() -> Iterator[None]:
-    """SIGUSR1, which ends a process by default, ends nothing where there is nothing to save."""
-    with _answered({signal.SIGUSR1: signal.SIG_IGN}):
-        yield
 
 
 @contextmanager
@@ -110,8 +103,10 @@ def _answered(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
 
 
 def _unwind(number: int, frame: FrameType | None) -> None:
-    if _is_importing(frame):  # half a library is left behind, and whoever catches what is raised goes on with that
-        _end(number, frame)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            _end(number, frame)  # half a library is left, and whoever catches what is raised continues with that
+        frame = frame.f_back
     end_at_once()
     raise Ended(number)
 
@@ -119,11 +114,3 @@ def _unwind(number: int, frame: FrameType | None) -> None:
 def _end(number: int, frame: FrameType | None) -> NoReturn:
     os.write(2, b"stopped\n")
     os._exit(exit_code(number))
-
-
-def _is_importing(frame: FrameType | None) -> bool:
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
-        frame = frame.f_back
-    return False

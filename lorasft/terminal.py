@@ -36,6 +36,11 @@ def harmless(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def shorten(text: str) -> str:
+    """`text` on one line of at most 80 characters, with nothing in it that a terminal would obey."""
+    return harmless(text if len(text) <= 80 else f"{text[:77]}...").replace("\n", "\\n")
+
+
 def redact(text: str) -> str:
     """`text` without what looks like a token, a password in a URL, or a key."""
     return _SECRETS.sub(lambda found: (found[found.lastgroup or 0]) + "..." + "@" * (found["url"] is not None), text)

@@ -37,8 +37,9 @@ from transformers.utils import logging
 
 from lorasft.adapter_config import CONFIG, WEIGHTS
 from lorasft.artifact import find_artifact
-from lorasft.data.chat import Encoder
+from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import read_examples
+from lorasft.data.labels import Labeler
 from lorasft.data.report import BadRows, Report
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import LorasftError
@@ -108,7 +109,7 @@ class Bench:
         self.trees = [load_recipe("tiny").model_dump(mode="json"), {"model": {"base": "x"}, "data": {"train": "y"}}]
         self.data = DataSettings(train=({"path": str(self.file.with_suffix(".jsonl"))},), eval=None)  # type: ignore[arg-type]
         self.report = Report()
-        self.encoder = Encoder(load_tokenizer(str(TINY / "base")), ChatSettings(), data=self.data, report=self.report)
+        self.labeler = Labeler(ChatFormat(load_tokenizer(str(TINY / "base")), ChatSettings()), self.data)
 
     def headers(self, draw: random.Random) -> None:
         (self.adapter / CONFIG).write_text(json.dumps(self.config), encoding="utf-8")
@@ -144,7 +145,7 @@ class Bench:
         path.write_bytes(draw.choice([b"\n", b"\n", b"\r\n", b""]).join(lines))
         bad = BadRows("error", self.report)
         source = self.data.train[0].model_copy(update={"path": str(path)})
-        for _ in self.encoder.encode_all(read_examples((source,), self.data, bad=bad), bad=bad):
+        for _ in self.labeler.encode_all(read_examples((source,), self.data, bad=bad), bad=bad):
             pass
         bad.raise_all()
 
@@ -171,7 +172,7 @@ class Bench:
         load_base(ModelSettings(base=str(self.base), quantization="none"), torch.device("cpu"))
 
     def _tokenize(self) -> None:
-        Encoder(load_tokenizer(str(self.base)), ChatSettings(), data=self.data, report=Report())
+        ChatFormat(load_tokenizer(str(self.base)), ChatSettings())
 
 
 def mutate_bytes(content: bytes, draw: random.Random) -> bytes:

@@ -195,14 +195,6 @@ def test_a_folder_that_others_may_use_is_not_used(
     assert place.is_symlink() and "damaged" not in capsys.readouterr().err
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
-def test_a_strangers_folder_is_not_used(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root.mkdir(parents=True, mode=0o700)
-    os.chown(root, 12345, 12345)
-    load_base(make(tmp_path / "base"), CPU, keep=True)
-    assert "not kept" in capsys.readouterr().err and not list(root.iterdir())
-
-
 def test_no_room_is_no_error(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

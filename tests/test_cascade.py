@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorasft.model import attention
-from lorasft.model.attention import Paths
-from lorasft.model.cascade import CascadeAttention, read_stretches
+from lorasft.model.attention import CascadeAttention, Paths
 
 TREES = {
     "one segment": ([37], [()]),
@@ -91,12 +90,12 @@ def test_only_the_row_and_a_number_for_each_head_are_kept() -> None:
     inputs = [tensor.requires_grad_() for tensor in make_inputs(50, torch.bfloat16)]
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        output = CascadeAttention.apply(*inputs, read_stretches([20, 30], [(), (0,)]), 0.25)
+        output = CascadeAttention.apply(*inputs, Paths([20, 30], [(), (0,)]).stretches, 0.25)
     assert [tensor.data_ptr() for tensor in kept[:4]] == [tensor.data_ptr() for tensor in (*inputs, output)]
     assert [tuple(tensor.shape) for tensor in kept[4:]] == [(1, 4, 50)]
 
 
 def test_answers_to_one_prompt_read_it_together() -> None:
-    stretches = read_stretches(*TREES["answers to one prompt"])
+    stretches = Paths(*TREES["answers to one prompt"]).stretches
     assert [(run.queries, run.keys) for run in stretches if not run.causal] == [(slice(30, 338), slice(0, 30))]
-    assert not any(run for run in read_stretches(*TREES["neighbours"]) if not run.causal)
+    assert not any(run for run in Paths(*TREES["neighbours"]).stretches if not run.causal)

@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import TEMPLATE, save_tokenizer
 
-from lorasft.data.chat import Encoder
+from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import Example, normalize_message
-from lorasft.data.report import Report
-from lorasft.data.rows import Place
+from lorasft.data.labels import Labeler
+from lorasft.data.report import BadRows, Report
+from lorasft.data.sources import Place
 from lorasft.data.templates import render
 from lorasft.data.tokenizer import adds_bos, compare_with_file, load_tokenizer
 from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs
@@ -53,9 +54,24 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load_tokenizer(str(save_tokenizer(tmp_path_factory.mktemp("tokenizer"))))
 
 
+class Encoder:
+    """A labeler of one recipe, its report, and the sequences of one example."""
+
+    def __init__(self, tokenizer: Any, chat: dict[str, Any], data: dict[str, Any]) -> None:
+        settings = DataSettings(train=("rows.jsonl",), **{"max_length": 100_000, **data})
+        self.format = ChatFormat(tokenizer, ChatSettings(**chat))
+        self.labeler = Labeler(self.format, settings)
+        self.report = Report()
+
+    def encode(self, example: Example) -> tuple[Tokens, ...]:
+        bad = BadRows("error", self.report)
+        found = [sequences for _, sequences in self.labeler.encode_all([example], bad=bad)]
+        bad.raise_all()
+        return found[0] if found else ()
+
+
 def make_encoder(tokenizer: Any, *, chat: dict[str, Any] | None = None, **data: Any) -> Encoder:
-    settings = DataSettings(train=("rows.jsonl",), **{"max_length": 100_000, **data})
-    return Encoder(tokenizer, ChatSettings(**chat or {}), data=settings, report=Report())
+    return Encoder(tokenizer, chat or {}, data)
 
 
 def conversation(*texts: str, system: str | None = None, tools: list[dict[str, Any]] | None = None) -> Example:
@@ -300,33 +316,12 @@ def test_texts_are_cut_at_no_token_that_another_can_swallow(tmp_path: Path, adde
     tokenizer = load_tokenizer(str(save_tokenizer(tmp_path)))
     tokenizer.add_tokens([added] if added else [], special_tokens=True)
     encoder = make_encoder(tokenizer)
-    assert encoder.aligner.restart == found
+    assert encoder.format.encoder.restart == found
     for text in ("x<|start|>user\nab<|start|>dog", "", "<|start|>", "a<|start|><|start|> b"):
-        assert encoder.aligner.encode([text])[0].ids == tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-@needs_shared
-@pytest.mark.parametrize(("name", "template"), PAIRS)
-def test_ids_alone_tell_what_offsets_tell(name: str, template: str | None) -> None:
-    file = str(SHARED / "templates" / f"{template}.jinja") if template else None
-    by_ids, by_offsets = (make_encoder(shared_tokenizer(name), chat={"template": file}) for _ in range(2))
-    by_offsets.aligner.end = None
-    odd = conversation("e\u0301\n", "\u0301e\n\n", "\ud7a3 ", "\n", "x", "👩‍👩‍👧 \u00a0")
-    for example in (odd, *(conversation(*texts) for texts in CHATS.values())):
-        for one, other in zip(by_ids.encode(example), by_offsets.encode(example), strict=True):
-            assert one.ids.tolist() == other.ids.tolist() and one.labels.tolist() == other.labels.tolist()
-    assert by_ids.report == by_offsets.report
-
-
-def test_an_answer_behind_its_prompt_needs_no_offsets(tiny: Any) -> None:
-    encoder = make_encoder(tiny)
-    (draft,) = encoder.turns.draft(conversation("q", "A", "r", "é B"), [1, 3])
-    for answer in draft.answers:
-        whole, prompt = encoder.aligner.encode([draft.text, draft.text[: answer.prompt]])
-        characters = (answer.start, answer.end)
-        found = encoder.aligner.span_from_ids(whole, *characters, prompt=(answer.prompt, len(prompt.ids)))
-        first, last = (look(whole, *characters) for look in (encoder.aligner.first_token, encoder.aligner.last_token))
-        assert first is not None and found == (first, last + 1)
+        assert (
+            encoder.format.encoder.encode({text: ()})[text].ids
+            == tokenizer(text, add_special_tokens=False)["input_ids"]
+        )
 
 
 def test_control_tokens_in_the_data(tiny: Any) -> None:
@@ -394,7 +389,7 @@ def test_a_template_reads_the_recipes_date_and_serves_it(tmp_path: Path, tiny: A
         assert served.split("\n")[0] == heads[-1]
     assert heads == ["<|start|>26 Jul 2024, 2024", "<|start|>02 Jan 2025, 2025"]
     clock = make_encoder(load_tokenizer(tiny.name_or_path), chat={"template": str(file), "template_date": None})
-    assert "strftime_now" in clock.turns.tokenizer.chat_template
+    assert "strftime_now" in clock.format.tokenizer.chat_template
     with pytest.raises(ValueError, match="template_date"):
         ChatSettings(template_date="yesterday")
 
@@ -410,7 +405,7 @@ def test_templates_without_end_or_measure_are_stopped(
         make_encoder(load_tokenizer(tiny.name_or_path), chat={"template": str(file)})
     monkeypatch.undo()
     file.write_text(TEMPLATE + "{{ 'x' * 99000000 }}")
-    with pytest.raises(ModelError, match="characters of one conversation"):
+    with pytest.raises(ModelError, match="text without end"):
         make_encoder(load_tokenizer(tiny.name_or_path), chat={"template": str(file)})
     file.write_text(TEMPLATE + " " * (1 << 20))
     with pytest.raises(ModelError, match="a chat template of over"):
@@ -441,7 +436,7 @@ def test_chatml_where_the_tokenizer_knows_it() -> None:
     encoder = make_encoder(tokenizer, chat={"template": "chatml"})
     (tokens,) = encoder.encode(conversation("Q", "A"))
     assert tokenizer.decode(tokens.ids) == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
-    assert encoder.stop_ids[0] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert encoder.format.stop_ids[0] == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
 def test_template_options_are_saved_as_defaults(tmp_path: Path, tiny: Any) -> None:
@@ -549,7 +544,7 @@ def test_over_long_text_in_windows_learns_each_token_once(tmp_path: Path, bos: b
 def test_the_recipes_system_message_and_the_servers_prompt(tiny: Any) -> None:
     encoder = make_encoder(tiny, chat={"system": "Be brief."})
     (tokens,) = encoder.encode(conversation("Q", "A"))
-    prompt = encoder.prompt_ids([{"role": "user", "content": "Q"}])
+    prompt = encoder.format.prompt_ids([{"role": "user", "content": "Q"}])
     assert tokens.ids[: len(prompt)].tolist() == prompt
     assert tiny.decode(prompt) == "<s><|start|>system\nBe brief.<|end|>\n<|start|>user\nQ<|end|>\n<|start|>assistant\n"
     (own,) = encoder.encode(conversation("Q", "A", system="Be long."))

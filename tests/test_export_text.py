@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from lorasft.data.templates import set_template
 from lorasft.data.tokenizer import PROBES, load_tokenizer
 from lorasft.errors import ModelError
-from lorasft.export.gguf_file import write_gguf
+from lorasft.export.gguf import write_gguf
 from lorasft.export.ollama import find_joints, go_template, write_ollama
 from lorasft.export.tokenizer import describe_tokenizer, name_splitter
 from lorasft.recipe import ChatSettings

@@ -14,11 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quirks import QUIRKS
-from test_chat import PAIRS, PLACE, SHARED, conversation, make_encoder, server_ids
+from test_chat import PAIRS, PLACE, SHARED, Encoder, conversation, make_encoder, server_ids
 from tiny_tokenizer import save_tokenizer
 
 from lorasft.commands.preview import _bracketed, painted
-from lorasft.data.chat import Encoder
 from lorasft.data.examples import Example, normalize_message
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.data.tokens import supervised_runs
@@ -57,7 +56,7 @@ SIX = {
 
 def describe(encoder: Encoder) -> str:
     """The six conversations as one page of text."""
-    tokenizer = encoder.turns.tokenizer
+    tokenizer = encoder.format.tokenizer
     pages = []
     for name, example in SIX.items():
         before = dict(vars(encoder.report))
@@ -123,13 +122,13 @@ TALKS = st.lists(st.tuples(SAID, SAID), min_size=1, max_size=3)
 
 
 def check_talk(encoder: Encoder, pairs: list[tuple[str, str]]) -> None:
-    tokenizer = encoder.turns.tokenizer
+    tokenizer = encoder.format.tokenizer
     example = conversation(*(text for asked, said in pairs for text in (f"{asked}{ASKED}", said)))
     runs = [
         (tokens, int(start), int(end)) for tokens in encoder.encode(example) for start, end in supervised_runs(tokens)
     ]
     assert len(runs) == len(pairs) and encoder.report.parity_breaks == 0
-    ends = {tokenizer.convert_ids_to_tokens(token) for token in encoder.stop_ids}
+    ends = {tokenizer.convert_ids_to_tokens(token) for token in encoder.format.stop_ids}
     for (tokens, start, end), index in zip(runs, range(1, 2 * len(pairs), 2), strict=True):
         prompt = server_ids(tokenizer, example, index)
         assert tokens.ids[: len(prompt)].tolist() == prompt and start >= len(prompt)

@@ -82,21 +82,6 @@ def test_output_and_gradients_are_pefts_and_the_definitions(kind: str) -> None:
     assert all(value.abs().max() > 0.1 for value in got.values())  # else nothing was compared
 
 
-@pytest.mark.parametrize("kind", BASES)
-def test_derivatives_are_the_numerical_ones(kind: str) -> None:
-    layer = make_layer(kind).double()
-    if "nf4" not in kind:
-        layer.base_layer.double()
-    x = torch.randn(2, 3, IN, dtype=torch.float64, requires_grad=True)
-    names, values = zip(*((n, p) for n, p in layer.named_parameters() if "lora" in n), strict=True)
-
-    def call(x: Tensor, *adapters: Tensor) -> Tensor:
-        y: Tensor = torch.func.functional_call(layer, dict(zip(names, adapters, strict=True)), (x,))
-        return y
-
-    assert torch.autograd.gradcheck(call, (x, *values), fast_mode=True)
-
-
 def test_nothing_is_kept_but_the_input_once_and_what_is_small() -> None:
     """Three layers that read the same input, as queries, keys and values do."""
     layers = [make_layer("nf4-double") for _ in range(3)]
@@ -157,19 +142,6 @@ def test_large_weights_are_dequantized_by_blocks_to_the_same_bits(
     assert torch.equal(got, want)
     smaller = weights.read(nf4(nested=nested), want.dtype)
     assert smaller.data_ptr() == got.data_ptr()  # the same memory
-
-
-def test_what_needs_no_gradient_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An input without gradient: the weight is not read backwards; without autograd, the base computes as ever."""
-    layer, reads = make_layer("nf4"), []
-    x, dy = torch.randn(5, IN), torch.randn(5, OUT)
-    own = FrozenWeights.read
-    monkeypatch.setattr(FrozenWeights, "read", lambda *args: reads.append(1) or own(*args))
-    layer(x).backward(dy)
-    assert len(reads) == 1 and gradients(layer).keys() == {"lora_A.default.weight", "lora_B.default.weight"}
-    with torch.no_grad():
-        without = layer(x)
-    assert len(reads) == 1 and torch.allclose(without, layer(x), atol=1e-5)
 
 
 def test_a_layer_that_is_disabled_dropping_or_partly_trained_takes_the_plain_way() -> None:

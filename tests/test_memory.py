@@ -22,6 +22,7 @@ from tiny_models import make_base, randomize_adapter
 from torch.profiler import ProfilerActivity, profile
 
 from lorasft.cli import main
+from lorasft.model import scoring
 from lorasft.model.adapter import attach_adapter
 from lorasft.model.base import load_base
 from lorasft.model.loss import Network, pair_losses
@@ -40,7 +41,6 @@ from lorasft.model.room import group_rooms
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import AdapterSettings, ModelSettings, OptimizerSettings
 from lorasft.signals import Ended
-from lorasft.train import evaluate as evaluation
 from lorasft.train import layout as layouts
 from lorasft.train import loop
 from lorasft.train import run as runs
@@ -371,7 +371,7 @@ def test_a_run_survives_running_out_of_memory_with_the_same_losses(
 ) -> None:  # fmt: skip
     settings: dict[str, Any] = {"adapter": {"dropout": 0.0}, "train": {"steps": 4}}
     assert main(["train", recipe(**settings, run={"output": str(tmp_path / "roomy")})]) == 0
-    monkeypatch.setattr(loop if where == "step" else evaluation, "pair_losses", fills)
+    monkeypatch.setattr(loop if where == "step" else scoring, "pair_losses", fills)
     path = recipe(**settings, run={"output": str(tmp_path / "tight")})
     assert main(["train", path]) == 0
     said = capsys.readouterr().err

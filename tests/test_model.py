@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ from conftest import save_base
 from safetensors.torch import load_file, save_file
 from test_oracles import Rows, differences, packed_step
 from tiny_models import make_base, randomize_adapter, shape
-from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Qwen3MoeConfig, Qwen3NextConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Qwen3MoeConfig
 
 from lorasft.artifact import find_artifact
 from lorasft.data.packing import cut, shuffle
 from lorasft.errors import LorasftError, ModelError, RecipeError, UnsafeError
 from lorasft.merge.write import plan_merge
+from lorasft.model import attention
 from lorasft.model.adapter import attach_adapter, check_targets, load_adapter, trainable, write_adapter
 from lorasft.model.base import count_bytes, load_base, read_config
-from lorasft.model.loss import pair_losses
+from lorasft.model.loss import pair_losses, read_head
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import AdapterSettings, ModelSettings
 
@@ -66,26 +68,11 @@ def test_fused_experts_left_in_16_bit_are_refused(tmp_path: Path) -> None:
     assert "experts" in caught.value.what
 
 
-HYBRIDS: dict[str, Callable[[], Any]] = {
-    "mamba": lambda: MambaConfig(vocab_size=97, hidden_size=32, state_size=4, num_hidden_layers=2),
-    "qwen3-next": lambda: Qwen3NextConfig(
-        **shape(),
-        layer_types=["linear_attention", "full_attention"],
-        linear_num_key_heads=2,
-        linear_num_value_heads=2,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        num_experts=0,
-        mlp_only_layers=[0, 1],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", HYBRIDS)
-def test_models_that_cannot_do_segments_go_one_sequence_at_a_time(name: str) -> None:
+def test_models_that_cannot_do_segments_go_one_sequence_at_a_time() -> None:
     """State-space layers carry one sequence into the next: the self-check sees it, and the loss stays right."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(HYBRIDS[name](), dtype=torch.float32).eval()
+    config = MambaConfig(vocab_size=97, hidden_size=32, state_size=4, num_hidden_layers=2)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     network = verify(model)
     assert not network.segments and "one at a time" in network.notices[0]
     rows = Rows()
@@ -101,8 +88,6 @@ def test_models_that_cannot_do_segments_go_one_sequence_at_a_time(name: str) -> 
 
 
 def test_the_self_check_sees_a_leak_and_an_unknown_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorasft.model import attention
-
     plain = attention.attend
 
     def leaky(*args: Any, segments: attention.Paths, **kwargs: Any) -> Any:
@@ -114,14 +99,6 @@ def test_the_self_check_sees_a_leak_and_an_unknown_head(monkeypatch: pytest.Monk
     finally:
         attention.AttentionInterface.register(attention.SEGMENTS, plain)
     assert not network.segments
-
-    model = make_base("gemma2").requires_grad_(False)
-    monkeypatch.setattr("lorasft.model.selfcheck.read_head", lambda model: None)
-    assert verify(model).head is None
-    monkeypatch.undo()
-    from dataclasses import replace
-
-    from lorasft.model.loss import read_head
 
     model = make_base("gemma2").requires_grad_(False)
     head = read_head(model)
@@ -175,12 +152,8 @@ def _lose_a_tensor(folder: Path) -> None:
         (lambda folder: _edit(folder / "adapter_config.json", r=8), ModelError, "not"),
         (lambda folder: _edit(folder / "adapter_config.json", peft_type="IA3"), ModelError, "IA3"),
         (lambda folder: _edit(folder / "adapter_config.json", lora_alpha=None), ModelError, "lora_alpha"),
-        (lambda folder: _edit(folder / "adapter_config.json", r=0), ModelError, "r: "),
-        (lambda folder: _edit(folder / "adapter_config.json", target_modules=5), ModelError, "target_modules"),
         (lambda folder: _edit(folder / "adapter_config.json", base_model_name_or_path=None), ModelError, "base_model"),
         (lambda folder: (folder / "adapter_config.json").write_bytes(b"{oops"), ModelError, "cannot read"),
-        (lambda folder: (folder / "adapter_config.json").write_bytes(b"\xff\xfe"), ModelError, "cannot read"),
-        (lambda folder: (folder / "adapter_config.json").write_bytes(b"[]"), ModelError, "not a mapping"),
         (lambda folder: _edit(folder / "adapter_config.json", auto_mapping={"a": 1}), UnsafeError, "auto_mapping"),
         (lambda folder: _edit(folder / "adapter_config.json", target_modules="(a+)+$"), UnsafeError, "patterns"),
         (lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"), UnsafeError,

@@ -11,12 +11,12 @@ import pytest
 from test_chat import conversation, make_encoder
 from tiny_tokenizer import save_tokenizer
 
-from lorasft.data.chat import Encoder, parity_breaks
-from lorasft.data.prepare import encode_sources
+from lorasft.data.labels import Labeler, parity_breaks
+from lorasft.data.prepare import prepare
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.data.tokens import UNSUPERVISED, Tokens
 from lorasft.errors import DataError
-from lorasft.recipe import DataSettings
+from lorasft.recipe import ChatSettings, DataSettings
 
 THREE = conversation("a", "A", "b", "B", "c", "C")
 
@@ -48,8 +48,8 @@ def bos_twice(tokens: Tokens) -> Tokens:
 def test_mutants_break_parity(tiny: Any, mutant: Callable[[Tokens], Tokens], monkeypatch: pytest.MonkeyPatch) -> None:
     sound = make_encoder(tiny)
     assert sound.encode(THREE) and (sound.report.answers, sound.report.parity_breaks) == (3, 0)
-    learn = Encoder._learn
-    monkeypatch.setattr(Encoder, "_learn", lambda *args: mutant(learn(*args)))
+    learn = Labeler._supervise_answers
+    monkeypatch.setattr(Labeler, "_supervise_answers", lambda *args: mutant(learn(*args)))
     broken = make_encoder(tiny)
     broken.encode(THREE)
     assert broken.report.parity_breaks == 3
@@ -58,12 +58,11 @@ def test_mutants_break_parity(tiny: Any, mutant: Callable[[Tokens], Tokens], mon
 def test_broken_parity_stops_the_run(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n')
-    encoder = make_encoder(tiny)
     data = DataSettings(train=(str(rows),), eval=None)
-    learn = Encoder._learn
-    monkeypatch.setattr(Encoder, "_learn", lambda *args: one_earlier(learn(*args)))
-    with pytest.raises(DataError, match="1 of 1 answers do not stand behind") as fault:
-        list(encode_sources(data, encoder=encoder))
+    learn = Labeler._supervise_answers
+    monkeypatch.setattr(Labeler, "_supervise_answers", lambda *args: one_earlier(learn(*args)))
+    with pytest.raises(DataError, match="1 of 1 answers do not follow") as fault:
+        prepare(data, ChatSettings(), tokenizer=tiny, folder=tmp_path / "tokens")
     assert fault.value.exit_code == 3
 
 

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_architectures import make_model, siblings
-from test_families import ARCHITECTURES
+from test_families import find_config
 from test_oracles import Rows, differences, oracle, ours, packed_step, plain_step
 from tiny_models import CONFIGS, make_base
 from torch import Tensor
@@ -226,7 +226,7 @@ def test_scores_stay_with_their_examples() -> None:
 
 def test_positions_by_the_longest_of_a_row_keep_short_and_long_apart() -> None:
     """Phi-3's longrope turns all positions of a row by other factors once one is past 64."""
-    model = make_model(ARCHITECTURES["phi-3.5-mini"]())
+    model = make_model(find_config("phi-3.5-mini"))
     random = np.random.default_rng(1)
     stem = random.integers(3, 90, 30)
     rows = Given(

@@ -5,6 +5,7 @@ The processes are forks of this one, which has imported everything; one test goe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -20,7 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
@@ -32,10 +32,8 @@ from test_train import metrics, run_folder
 
 from lorasft.cli import main
 from lorasft.data.packing import Plan, cut, share
-from lorasft.data.tokens import Tokens
 from lorasft.errors import ModelError
 from lorasft.files import verify_folder
-from lorasft.model.scoring import Given
 from lorasft.recipe import load_recipe
 from lorasft.signals import StopRequest
 from lorasft.train import distributed as ranks_module
@@ -43,7 +41,6 @@ from lorasft.train import loop
 from lorasft.train import metrics as metrics_module
 from lorasft.train import run as runs
 from lorasft.train.distributed import ALONE, Ranks, join
-from lorasft.train.evaluate import evaluate
 from lorasft.train.state import Learner, Run
 
 Write = Callable[..., str]
@@ -149,7 +146,7 @@ def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> N
 
 def held_out(network: Any, ranks: Ranks) -> list[float]:
     """Losses and tokens of held-out sets of every size."""
-    results = [evaluate(network, some(size), capacity=20, ranks=ranks, stop=StopRequest()) for size in range(1, 7)]
+    results = [loop.evaluate(network, some(size), capacity=20, ranks=ranks, stop=StopRequest()) for size in range(1, 7)]
     return [number for result in results if result for number in result]
 
 
@@ -165,16 +162,6 @@ def test_shares_are_a_balanced_partition(count: int) -> None:
     assert max(len(batch.ids) for batch in batches) <= 64
     few = tuple(cut(many, range(6), capacity=4096, processes=count))  # one micro-batch would hold them all
     assert len(few) >= min(count, 4)
-
-
-def test_processes_share_long_prefixes_in_small_steps() -> None:
-    """Eight rows of 310 tokens, 280 of them the same: two processes compute the prefix twice, not eight times."""
-    ids = np.arange(8 * 310).reshape(8, 310) % 97
-    ids[:, :280] = np.arange(280)
-    rows = Given([Tokens(row.astype(np.int32), row.astype(np.int32)) for row in ids])
-    batches = tuple(cut(rows, range(8), capacity=4096, processes=2, share=True))
-    shares = [sum(len(batch.ids) for batch in share(batches, index, 2)) for index in range(2)]
-    assert max(shares) < 280 + 5 * 30 and min(shares) > 0
 
 
 def test_a_run_through_torchrun_is_the_run_of_one_process(recipe: Write, tmp_path: Path) -> None:
@@ -279,8 +266,8 @@ def no_model(*args: Any, **options: Any) -> Any:
     ("arguments", "broken", "code", "words"),
     [
         (["train.batch=3"], None, 2, "did you mean batch_size"),
-        (["train.batch_size=64"], None, 2, "fewer than one batch"),
         (["data.train=missing.jsonl"], None, 3, "missing.jsonl"),
+        (["run.save_every=2"], "disk", 6, "--resume from step 2"),
         ([], "model", 4, "cannot load"),
         ([], "nan", 7, "is not finite"),
         ([], "memory", 6, "out of memory"),
@@ -289,7 +276,7 @@ def no_model(*args: Any, **options: Any) -> Any:
 def test_a_fault_ends_all_with_its_code_and_is_said_once(
     arguments: list[str], broken: str | None, code: int, words: str, recipe: Write, tmp_path: Path
 ) -> None:
-    """The last three happen in the second process alone."""
+    """The last three happen in the second process alone, a full disk in the first."""
     path = recipe()
     plain = loop.pair_losses
 
@@ -300,7 +287,8 @@ def test_a_fault_ends_all_with_its_code_and_is_said_once(
             runs.load_base = no_model  # type: ignore[assignment]
         if rank == 1 and broken == "memory":
             loop.pair_losses = out_of_memory
-        return main(["train", path, *arguments])
+        with with_fault(full_in("step-000004", "step-000006")) if broken == "disk" else contextlib.nullcontext():
+            return main(["train", path, *arguments])
 
     launch = Launch(tmp_path, act)
     assert launch.codes(30) == [code, code], launch.said()
@@ -308,39 +296,27 @@ def test_a_fault_ends_all_with_its_code_and_is_said_once(
     assert said.count("error:") == 1 and words in said and "Traceback" not in said, said
 
 
-def test_a_signal_to_one_stops_all_after_the_same_step(recipe: Write, tmp_path: Path) -> None:
-    path = recipe(train={"epochs": 100})
-    launch = Launch(tmp_path, lambda rank: main(["train", path]))
-    log = run_folder(path) / "metrics.jsonl"
-    while not log.exists() or log.read_bytes().count(b"\n") < 5:
-        time.sleep(0.002)
-    os.kill(launch.pids[1], signal.SIGTERM)
-    assert launch.codes(30) == [143, 143], launch.said()
-    stopped = re.findall(r"stopped after step (\d+) of", launch.said())
-    assert len(stopped) == 1
-    verify_folder(run_folder(path) / f"checkpoints/step-{int(stopped[0]):06d}")
-
-
-def test_sigusr1_to_one_saves_once_and_all_go_on(recipe: Write) -> None:
-    path = recipe(train={"epochs": 30}, run={"save_every": None, "save_minutes": None, "keep": 9})
+def launch_and_signal(path: str, number: signal.Signals) -> Launch:
+    """A run of two processes, of which the second gets a signal after some steps."""
     launch = Launch(run_folder(path).parent, lambda rank: main(["train", path]))
     log = run_folder(path) / "metrics.jsonl"
     while not log.exists() or log.read_bytes().count(b"\n") < 5:
         time.sleep(0.002)
-    os.kill(launch.pids[1], signal.SIGUSR1)
+    os.kill(launch.pids[1], number)
+    return launch
+
+
+def test_a_signal_to_one_stops_all_after_the_same_step(recipe: Write) -> None:
+    path = recipe(train={"epochs": 100})
+    launch = launch_and_signal(path, signal.SIGTERM)
+    assert launch.codes(30) == [143, 143], launch.said()
+    (stopped,) = re.findall(r"stopped after step (\d+) of", launch.said())
+    verify_folder(run_folder(path) / f"checkpoints/step-{int(stopped):06d}")
+
+
+def test_sigusr1_to_one_saves_once_and_all_go_on(recipe: Write) -> None:
+    path = recipe(train={"epochs": 30}, run={"save_every": None, "save_minutes": None, "keep": 9})
+    launch = launch_and_signal(path, signal.SIGUSR1)
     assert launch.codes(60) == [0, 0], launch.said()
     saved = sorted(folder.name for folder in (run_folder(path) / "checkpoints").iterdir())
     assert len(saved) == 3 and saved[0] == "step-000000" and saved[-1] == "step-000090"
-
-
-def test_a_disk_that_fails_twice_in_the_first_process_ends_both_with_its_words(recipe: Write) -> None:
-    path = recipe(run={"save_every": 2})
-
-    def act(rank: int) -> int:
-        with with_fault(full_in("step-000004", "step-000006")):
-            return main(["train", path])
-
-    launch = Launch(run_folder(path).parent, act)
-    assert launch.codes(30) == [6, 6], launch.said()
-    assert launch.said().count("error:") == 1 and "--resume from step 2" in launch.said()
-    verify_folder(run_folder(path) / "checkpoints/step-000002")

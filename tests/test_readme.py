@@ -1,4 +1,4 @@
-"""What the README tells a reader to type."""
+"""What the README and the pages of docs/ tell a reader to type."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import re
 from pathlib import Path
 
 import pytest
+import recipe_reference
 from transformers import AutoModelForCausalLM
 
 from lorasft.cli import read_command_line
 from lorasft.recipe import Recipe, load_recipe
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+REFERENCE = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_the_python_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,7 +27,7 @@ def test_the_python_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_recipe_on_one_page_states_the_defaults(tmp_path: Path) -> None:
-    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.S)
+    (text,) = re.findall(r"```yaml\n(.*?)```", REFERENCE, re.S)
     path = tmp_path / "support.yaml"
     path.write_text(text, encoding="utf-8")
     shown = load_recipe(str(path)).model_dump()
@@ -35,6 +39,19 @@ def test_the_recipe_on_one_page_states_the_defaults(tmp_path: Path) -> None:
     assert keys == {f"{s}.{k}" for s, f in Recipe.model_fields.items() for k in f.annotation.model_fields}  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("line", re.findall(r"^lorasft (.+?)(?: +#.*)?$", README, re.M))
+def test_the_reference_of_the_recipe_is_that_of_its_schema() -> None:
+    assert recipe_reference.page() == REFERENCE, "python scripts/recipe_reference.py --write"
+
+
+LINES = [line for page in PAGES for line in re.findall(r"^lorasft (.+?)(?: +#.*)?$", page.read_text("utf-8"), re.M)]
+
+
+@pytest.mark.parametrize("line", dict.fromkeys(LINES))
 def test_the_command_lines_parse(line: str) -> None:
     read_command_line(line.split())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).exists(), link

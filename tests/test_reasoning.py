@@ -97,7 +97,7 @@ def test_markers_that_agree(tmp_path: Path) -> None:
     for template in (MARKED, MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")):
         encoder = make_encoder(tiny(tmp_path, template))
         (tokens,) = encoder.encode(CHAT)
-        assert learned_text(encoder.turns.tokenizer, tokens) == ["A<|end|>", "B<|end|>"]
+        assert learned_text(encoder.format.tokenizer, tokens) == ["A<|end|>", "B<|end|>"]
         assert encoder.report.marker_differences == 0
 
 
@@ -124,7 +124,7 @@ def test_markers_that_differ_in_the_templates_own_text_are_counted(tmp_path: Pat
     [
         (MARKED.replace("{{ m.content }}<|end|>\n{% endif %}",
                         "{% generation %}{{ m.content }}{% endgeneration %}<|end|>\n{% endif %}"),
-         "mark what is no answer: 'q'"),
+         "mark what is not an answer: 'q'"),
         (MARKED.replace("'assistant' %}{% gen", "'assistant' and loop.last %}{% gen"), "leave out an answer: 'A"),
         (MARKED.replace("{% generation %}{{ m.content }}<|end|>", "{{ m.content }}{% generation %}<|end|>"),
          "leave out"),
@@ -145,7 +145,7 @@ def test_the_markers_of_trls_training_templates(name: str) -> None:
     file = SHARED / f"templates/trl-{short}_training.jinja"
     encoder = make_encoder(shared_tokenizer(name), chat={"template": str(file)})
     (tokens,) = encoder.encode(conversation("q", "A" * 9, "r", "  B"))
-    assert len(learned_text(encoder.turns.tokenizer, tokens)) == 2
+    assert len(learned_text(encoder.format.tokenizer, tokens)) == 2
     assert encoder.report.marker_differences == (name != "llama-3.1")  # those two mark the newline behind the turn
 
 
@@ -156,6 +156,6 @@ def test_a_prompt_that_closes_the_thought_leaves_reasoning_no_place(tmp_path: Pa
     )
     encoder = make_encoder(tiny(tmp_path, template))
     (tokens,) = encoder.encode(FIELD)
-    assert learned_text(encoder.turns.tokenizer, tokens) == ["A<|end|>"]
+    assert learned_text(encoder.format.tokenizer, tokens) == ["A<|end|>"]
     assert encoder.report.dropped_reasoning == 2
-    check_prompts(encoder.turns.tokenizer, FIELD, (tokens,))
+    check_prompts(encoder.format.tokenizer, FIELD, (tokens,))

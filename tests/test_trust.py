@@ -230,16 +230,13 @@ ESCAPES = [
 def test_a_template_does_not_leave_its_sandbox(
     template: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorasft.data.templates import time_limit
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lorasft.data.templates.SECONDS", 0.5)
     tokenizer = load_tokenizer(str(base))
     tokenizer.chat_template = template
     said = ""
     try:
-        with time_limit():
-            said = render(tokenizer, [{"role": "user", "content": "q"}])
+        said = render(tokenizer, [{"role": "user", "content": "q"}])
     except LorasftError as fault:
         said = fault.what
     assert not Path("canary").exists()
@@ -250,7 +247,7 @@ def test_a_template_does_not_leave_its_sandbox(
 def test_a_template_that_reaches_for_code_is_unsafe(base: Path) -> None:
     tokenizer = load_tokenizer(str(base))
     tokenizer.chat_template = ESCAPES[0]
-    with pytest.raises(UnsafeError, match="no data"):
+    with pytest.raises(UnsafeError, match="not data"):
         render(tokenizer, [{"role": "user", "content": "q"}])
 
 

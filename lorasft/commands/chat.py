@@ -30,16 +30,13 @@ def run(saved: str, base: str | None, prompt: str | None, max_new_tokens: int, t
     from accelerate import PartialState
 
     from lorasft.artifact import find_artifact
-    from lorasft.data.chat import Encoder
-    from lorasft.data.report import Report
+    from lorasft.data.chat_format import ChatFormat
     from lorasft.model.generate import generate
     from lorasft.model.saved import load_saved
-    from lorasft.recipe import DataSettings, DataSource
 
     found = find_artifact(saved, base=base)
     loaded = load_saved(found, PartialState().device)
-    data = DataSettings(train=(DataSource(path="-"),))
-    encoder = Encoder(loaded.tokenizer, found.chat, data=data, report=Report())
+    chat_format = ChatFormat(loaded.tokenizer, found.chat)
     messages: list[dict[str, Any]] = []
     for question in [prompt] if prompt is not None else _questions():
         question = question.encode(errors="replace").decode()  # an argument may be no UTF-8
@@ -47,9 +44,9 @@ def run(saved: str, base: str | None, prompt: str | None, max_new_tokens: int, t
         ids = generate(
             loaded.network.causal,
             loaded.tokenizer,
-            encoder.prompt_ids(messages),
+            chat_format.prompt_ids(messages),
             max_new_tokens=max_new_tokens,
-            stops=encoder.stop_ids,
+            stops=chat_format.stop_ids,
             temperature=temperature,
             on_text=lambda text: print(harmless(text), end="", flush=True),
         )

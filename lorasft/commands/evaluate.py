@@ -52,16 +52,16 @@ def run(saved: str, base: str | None, data: str, columns: str | None, per_exampl
     if per_example:
         lines = [
             {"source": {"file": answer.place.file, "line": answer.place.line}, "tokens": answer.length}
-            | {name: rows[index].as_dict() for name, rows in scores.items()}
+            | {name: vars(rows[index]) for name, rows in scores.items()}
             for index, answer in enumerate(answers)
         ]
         write_file(Path(per_example), "".join(json.dumps(line) + "\n" for line in lines).encode())
         say(f"wrote {per_example}")
-    totals = {name: summarize(rows) for name, rows in scores.items()}
+    totals = {name: summarize(answers, rows) for name, rows in scores.items()}
     if as_json:
-        print(json.dumps({name: total.as_dict() for name, total in totals.items()}))
+        print(json.dumps(totals))
         return
     print(f"{len(answers)} answers in {data}")
     print(f"{'':8}  {'nats a token':>12}  {'perplexity':>10}  {'tokens':>8}")
     for name, total in totals.items():
-        print(f"{name:8}  {total.loss:12.4f}  {total.perplexity:10.2f}  {total.tokens:8,}")
+        print(f"{name:8}  {total['loss']:12.4f}  {total['perplexity']:10.2f}  {total['tokens']:8,}")

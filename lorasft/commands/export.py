@@ -42,7 +42,7 @@ def run(model: str, to: str, out: str, type: Any, as_json: bool) -> None:
             if not system:
                 say("the chat template takes no system messages: Ollama will leave them out")
         else:
-            from lorasft.export.gguf_file import write_gguf
+            from lorasft.export.gguf import write_gguf
 
             written = write_gguf(folder, Path(out), kind=type, on_progress=progress)
     what = f"{written.tensors} tensors of {written.architecture} as {written.type}, {written.size / 1e9:.3f} GB"

@@ -9,6 +9,7 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from lorasft.commands.arguments import add_json, add_recipe, whole_number
@@ -17,14 +18,34 @@ from lorasft.terminal import say
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from lorasft.data.examples import Example
     from lorasft.data.report import Report
+    from lorasft.data.store import TokenStore
     from lorasft.data.tokens import Tokens
 
 Part = tuple[str, bool, bool]  # text, whether it is learned, whether it is a special token
 Row = dict[str, Any]  # title, parts
 DROPPED_SHOWN = 10
 DIM, GREEN, MAGENTA, PLAIN = "\x1b[2m", "\x1b[32m", "\x1b[35m", "\x1b[0m"
+COUNTS = {  # of the report, in words
+    "bad_rows": "bad rows dropped",
+    "duplicate_rows": "duplicates",
+    "over_long_examples": "over-long, dropped",
+    "truncated_examples": "over-long, truncated",
+    "windowed_texts": "over-long texts, learned in windows",
+    "over_long_lost_tokens": "learned tokens lost to the over-long policy",
+    "answers_cut": "answers cut before the token that ends them",
+    "examples_without_target": "with nothing to learn, dropped",
+    "split_conversations": "conversations in one sequence per answer",
+    "led_answers": "answers after text that only the template adds (an empty thought?); see chat.template_options",
+    "straddling_tokens": "tokens across the border of prompt and answer",
+    "merged_systems": "system texts put into the first user turn, as does the template saved with the adapter",
+    "trimmed_characters": "blanks that the template trims",
+    "dropped_characters": "characters of answers that the template drops",
+    "dropped_reasoning": "characters of reasoning among what is dropped",
+    "masked_reasoning": "characters of reasoning that are context (chat.thinking=mask)",
+    "marker_differences": "conversations whose {% generation %} markers differ in the template's own text",
+    "tools_left_out": "examples whose tools the template does not show",
+}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -43,16 +64,14 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
     `html`: write a page to that file instead. Raises RecipeError, DataError or ModelError: DataError as well when
     nothing would be learned, when a special token to be learned was never trained, or when parity does not hold.
     """
-    from lorasft import files
     from lorasft.commands.preview_page import make_page
+    from lorasft.files import refuse_existing, write_file
     from lorasft.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides)
     if html:
-        files.refuse_existing(Path(html))
-    from lorasft.data.chat import Encoder
-    from lorasft.data.prepare import encode_sources
-    from lorasft.data.report import Report
+        refuse_existing(Path(html))
+    from lorasft.data.prepare import prepare
     from lorasft.data.tokenizer import compare_with_file, load_tokenizer
     from lorasft.data.untrained import refuse_untrained
 
@@ -60,23 +79,19 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
     notice = compare_with_file(tokenizer)
     if notice:
         say(f"note: {notice}")
-    report = Report()
-    encoder = Encoder(tokenizer, settings.chat, data=settings.data, report=report)
-    most = rows if rows is not None else 1000 if html else 3
-    shown: list[Row] = []
-    for number, (example, sequences, held_out) in enumerate(encode_sources(settings.data, encoder=encoder)):
+    with TemporaryDirectory(prefix="lorasft-") as folder:
+        prepared = prepare(settings.data, settings.chat, tokenizer=tokenizer, folder=Path(folder))
+        if not settings.adapter.modules_to_save:
+            refuse_untrained(settings.model.base, tokenizer, learned=prepared.learned_special)
         if as_json:
-            _print_json(example, sequences, tokenizer, held_out)
-        elif number < most:
-            shown.extend(_rows(example, sequences, tokenizer, held_out))
-    if not settings.adapter.modules_to_save:
-        refuse_untrained(settings.model.base, tokenizer, learned=encoder.learned_special())
-    facts = list(summary(report, batch_size=settings.train.batch_size))
+            _print_json(prepared.store, tokenizer)
+            print(json.dumps({"summary": prepared.report.as_dict()}))
+            return
+        shown = list(_rows(prepared.store, tokenizer, most=rows if rows is not None else 1000 if html else 3))
+    facts = list(summary(prepared.report, batch_size=settings.train.batch_size))
     if html:
-        files.write_file(Path(html), make_page(shown, facts).encode())
+        write_file(Path(html), make_page(shown, facts).encode())
         print(html)
-    elif as_json:
-        print(json.dumps({"summary": report.as_dict()}))
     else:
         _print_text(shown, facts)
 
@@ -88,8 +103,10 @@ def painted(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> Iterator[Part
     cuts = [at for at in range(1, len(kinds)) if kinds[at] != kinds[at - 1]]
     for start, end in zip([0, *cuts], [*cuts, len(kinds)], strict=True):
         # Decoded alone a part would lose the blank that it begins with, so the token before it is decoded too.
-        before = _decode(tokenizer, tokens.ids[max(start - 1, 0) : start])
-        text = _decode(tokenizer, tokens.ids[max(start - 1, 0) : end])
+        before, text = (
+            str(tokenizer.decode(tokens.ids[max(start - 1, 0) : stop], clean_up_tokenization_spaces=False))
+            for stop in (start, end)
+        )
         yield (_harmless(text.removeprefix(before)), *kinds[start])
 
 
@@ -105,63 +122,35 @@ def summary(report: Report, *, batch_size: int) -> Iterator[str]:
     yield f"{steps:,} steps an epoch, about {report.tokens * batch_size // examples:,} tokens a step of {batch_size}"
     if report.answers:
         held = report.answers - report.parity_breaks
-        yield f"parity: {held:,} of {report.answers:,} answers stand behind the very ids that a server feeds"
+        yield f"parity: {held:,} of {report.answers:,} answers follow the very ids that a server feeds"
     lengths = ", ".join(f"{name}: {length:,}" for name, length in report.length_quantiles().items())
     yield f"tokens of the longest sequence of an example: {lengths}"
-    counts = {
-        "bad rows dropped": report.bad_rows,
-        "duplicates": report.duplicate_rows,
-        "over-long, dropped": report.over_long_examples,
-        "over-long, truncated": report.truncated_examples,
-        "over-long texts, learned in windows": report.windowed_texts,
-        "learned tokens lost to the over-long policy": report.over_long_lost_tokens,
-        "answers cut before the token that ends them": report.answers_cut,
-        "with nothing to learn, dropped": report.examples_without_target,
-        "conversations in one sequence per answer": report.split_conversations,
-        "answers behind text that only the template adds (an empty thought?); see chat.template_options": (
-            report.led_answers
-        ),
-        "tokens across the border of prompt and answer": report.straddling_tokens,
-        "system texts put into the first user turn, which the template saved with the adapter does as well": (
-            report.merged_systems
-        ),
-        "blanks that the template trims": report.trimmed_characters,
-        "characters of answers that the template drops": report.dropped_characters,
-        "characters of reasoning among what is dropped": report.dropped_reasoning,
-        "characters of reasoning that are context (chat.thinking=mask)": report.masked_reasoning,
-        "conversations whose {% generation %} markers differ in the template's own text": report.marker_differences,
-        "examples whose tools the template does not show": report.tools_left_out,
-    }
-    yield from (f"{count:,} {name}" for name, count in counts.items() if count)
+    yield from (f"{count:,} {words}" for name, words in COUNTS.items() if (count := getattr(report, name)))
     if warning := report.key_warning():
         yield _harmless(warning)
     yield from (f"dropped: {_harmless(row)}" for row in report.dropped[:DROPPED_SHOWN])
     if report.dropped_examples() > DROPPED_SHOWN:
         named = len(report.dropped)
         yield f"dropped: {report.dropped_examples() - DROPPED_SHOWN:,} more (--json names the first {named:,})"
-    histogram = report.length_histogram()
-    most = max((count for _, count in histogram), default=1)
-    for edge, count in histogram:
-        yield f"up to {edge:>7,} tokens: {count:>9,} {'█' * math.ceil(30 * count / most)}"
 
 
-def _print_json(
-    example: Example, sequences: Sequence[Tokens], tokenizer: PreTrainedTokenizerFast, held_out: bool
-) -> None:
-    source = {"file": example.place.file, "line": example.place.line}
-    for tokens in sequences:
-        spans = [{"text": text, "learned": learned} for text, learned, _ in painted(tokens, tokenizer)]
-        line = {"source": source, "ids": tokens.ids.tolist(), "labels": tokens.labels.tolist(), "spans": spans}
-        print(json.dumps(line | {"held_out": held_out}))
+def _print_json(store: TokenStore, tokenizer: PreTrainedTokenizerFast) -> None:
+    for example in range(len(store)):
+        place, held_out = store.place(example), bool(store.arrays["held_out"][example])
+        for tokens in store.sequences(example):
+            spans = [{"text": text, "learned": learned} for text, learned, _ in painted(tokens, tokenizer)]
+            line = {"source": vars(place), "ids": tokens.ids.tolist(), "labels": tokens.labels.tolist(), "spans": spans}
+            print(json.dumps(line | {"held_out": held_out}))
 
 
-def _rows(
-    example: Example, sequences: Sequence[Tokens], tokenizer: PreTrainedTokenizerFast, held_out: bool
-) -> Iterator[Row]:
-    for number, tokens in enumerate(sequences, start=1):
-        part = f", sequence {number} of {len(sequences)}" if len(sequences) > 1 else ""
-        title = _harmless(f"{example.place}{part}{' (held out)' if held_out else ''}")
-        yield {"title": title, "parts": list(painted(tokens, tokenizer))}
+def _rows(store: TokenStore, tokenizer: PreTrainedTokenizerFast, *, most: int) -> Iterator[Row]:
+    for example in range(min(most, len(store))):
+        sequences = store.sequences(example)
+        for number, tokens in enumerate(sequences, start=1):
+            part = f", sequence {number} of {len(sequences)}" if len(sequences) > 1 else ""
+            held_out = " (held out)" if store.arrays["held_out"][example] else ""
+            title = _harmless(f"{store.place(example)}{part}{held_out}")
+            yield {"title": title, "parts": list(painted(tokens, tokenizer))}
 
 
 def _print_text(shown: Sequence[Row], facts: Sequence[str]) -> None:
@@ -185,10 +174,6 @@ def _bracketed(parts: Sequence[Part]) -> str:
         text += ("⟦" if learned else "⟧") * (learned != opened) + part
         opened = learned
     return text + "⟧" * opened
-
-
-def _decode(tokenizer: PreTrainedTokenizerFast, ids: Any) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _harmless(text: str) -> str:

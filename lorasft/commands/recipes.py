@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser
 from pathlib import Path
-from typing import Any
 
 from lorasft.commands.arguments import add_json
 from lorasft.errors import RecipeError
-from lorasft.terminal import say
+from lorasft.terminal import say, shorten
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -22,43 +21,43 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(action: str, name: str | None, to: str | None, as_json: bool) -> None:
     """`action`: list | show | copy | schema. Raises RecipeError for an unknown name and for a target that exists."""
-    from lorasft.recipe import recipe_schema
-    from lorasft.recipe_faults import printable
-    from lorasft.strict_yaml import read_yaml
+    from lorasft.recipe import find_shipped, recipe_schema
+    from lorasft.recipe.yaml_reader import read_yaml
 
     surplus = [word for word in (name, to) if word is not None][{"show": 1, "copy": 2}.get(action, 0) :]
     if surplus:
-        what = f"recipes {action} does not take {', '.join(map(printable, surplus))}"
+        what = f"recipes {action} does not take {', '.join(map(shorten, surplus))}"
         raise RecipeError(what, hint=f"lorasft recipes {action}")
     if action == "list":
         _print_list(as_json)
     elif action == "show":
-        path = _shipped(name)
+        path = find_shipped(name or "")
         print(json.dumps(read_yaml(path).value, indent=2) if as_json else path.read_text(encoding="utf-8").rstrip())
     elif action == "copy":
-        _copy(_shipped(name), Path(to or "."))
+        _copy(find_shipped(name or ""), Path(to or "."))
     else:
         print(json.dumps(recipe_schema(), indent=2))
 
 
 def _print_list(as_json: bool) -> None:
     from lorasft.recipe import shipped_recipes
+    from lorasft.recipe.yaml_reader import read_yaml
 
-    rows = [_about(path) for path in shipped_recipes().values()]
+    rows = [
+        {
+            "name": name,
+            "base": read_yaml(path).value["model"]["base"],
+            "about": path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# "),
+            "path": str(path),
+        }
+        for name, path in shipped_recipes().items()
+    ]
     if as_json:
         print(json.dumps(rows, indent=2))
         return
     widths = [max(len(row[key]) for row in rows) for key in ("name", "base")]
     for row in rows:
         print(f"{row['name']:{widths[0]}}  {row['base']:{widths[1]}}  {row['about']}")
-
-
-def _about(path: Path) -> dict[str, Any]:
-    from lorasft.strict_yaml import read_yaml
-
-    first_line = path.read_text(encoding="utf-8").partition("\n")[0]
-    base = read_yaml(path).value["model"]["base"]
-    return {"name": path.stem, "base": base, "about": first_line.lstrip("# "), "path": str(path)}
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -72,17 +71,3 @@ def _copy(source: Path, target: Path) -> None:
         raise RecipeError(f"there is no folder {target.parent}", hint=f"mkdir -p {target.parent}")
     files.write_file(target, portable_text(source).encode())
     say(f"wrote {target}")
-
-
-def _shipped(name: str | None) -> Path:
-    from lorasft.recipe import shipped_recipes
-    from lorasft.recipe_faults import nearest, printable
-
-    recipes = shipped_recipes()
-    if name is None:
-        raise RecipeError("no recipe named", hint=f"one of {', '.join(recipes)}")
-    if name not in recipes:
-        close = nearest(name, recipes)
-        hint = f"did you mean {close}?" if close else f"one of {', '.join(recipes)}"
-        raise RecipeError(f"no shipped recipe {printable(name)}", hint=hint)
-    return recipes[name]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lorasft.commands.arguments import add_recipe
 from lorasft.errors import Stopped
-from lorasft.terminal import say
+from lorasft.terminal import say, shorten
 
 if TYPE_CHECKING:
     from lorasft.train.run import ReadyRun
@@ -26,10 +26,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
     """Train `recipe`; progress on stderr, the run folder on stdout."""
     from lorasft.recipe import load_recipe
-    from lorasft.signals import save_signal_ignored
     from lorasft.train.distributed import join
 
-    with save_signal_ignored(), join() as ranks:
+    with join() as ranks:
         settings = ranks.on_main(lambda: load_recipe(recipe, overrides))
         from lorasft.train.loop import train
         from lorasft.train.run import export_adapter, open_run
@@ -83,22 +82,23 @@ def _show_answers(ready: ReadyRun, most: int = 3) -> None:
 
     The result is written: memory that runs out here takes nothing from it.
     """
-    from lorasft.data.chat import Encoder
-    from lorasft.data.report import Report
+    from lorasft.data.tokens import supervised_runs
     from lorasft.model.generate import generate
     from lorasft.model.room import out_of_memory
-    from lorasft.recipe_faults import printable
 
     run, tokenizer = ready.run, ready.tokenizer
-    encoder = Encoder(tokenizer, run.recipe.chat, data=run.recipe.data, report=Report())
+    held_out, stops = ready.prepared.held_out, ready.prepared.stop_ids
+    if held_out is None:
+        return
     try:
-        for example in ready.prepared.samples[:most]:
-            prompt = encoder.prompt_ids(example.messages[:-1], example.tools)
-            say(f"\nprompt: {printable(str(example.messages[-2]['content']))[:200]}")
+        for example in range(min(most, len(held_out))):
+            tokens = held_out.sequences(example)[-1]
+            prompt = tokens.ids[: supervised_runs(tokens)[-1, 0]].tolist()
+            say(f"\nprompt: {shorten(tokenizer.decode(prompt, skip_special_tokens=True)[-80:])}")
             for name, context in (("before", run.learner.model.disable_adapter()), ("after", nullcontext())):
                 with context:
-                    ids = generate(run.network.causal, tokenizer, prompt, max_new_tokens=48, stops=encoder.stop_ids)
-                say(f"{name:>6}: {printable(tokenizer.decode(ids, skip_special_tokens=True))}")
+                    ids = generate(run.network.causal, tokenizer, prompt, max_new_tokens=48, stops=stops)
+                say(f"{name:>6}: {shorten(tokenizer.decode(ids, skip_special_tokens=True))}")
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise

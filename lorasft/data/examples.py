@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from lorasft.data.report import NAMED, BadRows
-from lorasft.data.rows import Place, Raw, Row, holds_key, parse_row, parse_strict, read_file, read_hub, source_files
+from lorasft.data.sources import Place, Raw, Row, holds_key, parse_row, parse_strict, read_file, read_hub, source_files
 from lorasft.errors import DataError
 
 if TYPE_CHECKING:
     from lorasft.recipe import DataSettings, DataSource
-
-__all__ = ["Example", "Place", "RowBlock", "held_out_below", "read_blocks", "read_examples", "shape_block"]
 
 Message = dict[str, Any]
 BLOCK = 512  # rows that are prepared at once
@@ -54,8 +50,9 @@ class Example:
     text: str | None
     place: Place
 
+    @cached_property
     def digest(self) -> int:
-        """64 bits of a hash of the content: equal rows have equal digests, wherever they stand."""
+        """64 bits of a hash of the content: equal rows have equal digests, wherever they are."""
         content = CANONICAL.encode([self.messages, self.tools, self.text])
         return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big")
 
@@ -64,18 +61,18 @@ class Example:
 class RowBlock:
     """Rows of one file (or data set) as they were read, in order, each with its line.
 
-    `kind`: their format, empty while no row of the file could be parsed; `fault`: why the file cannot be read on.
+    `kind`: their format, empty while no row of the file could be parsed; `error`: why the file cannot be read further.
     """
 
     source: DataSource
     file: str
     kind: str
     rows: list[tuple[int, Raw]]
-    fault: DataError | None = None
+    error: DataError | None = None
 
 
 def read_blocks(sources: Iterable[DataSource], settings: DataSettings) -> Iterator[RowBlock]:
-    """The rows of all sources in order, hardly looked at; raises nothing for what stands in a file."""
+    """The rows of all sources in order, hardly looked at; raises nothing for what a file holds."""
     for source in sources:
         files = [(str(file), read_file(file)) for file in source_files(source.path)]
         for name, rows in files or [(f"{source.path}/{source.split}", read_hub(source))]:
@@ -88,39 +85,37 @@ def _cut_blocks(
     block, size = RowBlock(source, file, "", []), 0
     try:
         for line, raw in rows:
-            block.kind = block.kind or _find_kind(raw, Place(file, line), source, settings)
-            block.rows.append((line, raw))
             size += len(raw) if isinstance(raw, bytes) else 0
+            if not block.kind:
+                raw, block.kind = _find_format(raw, Place(file, line), source, settings)
+            block.rows.append((line, raw))
             if len(block.rows) == BLOCK or size > BLOCK_BYTES:
                 yield block
                 block, size = RowBlock(source, file, block.kind, []), 0
-    except DataError as fault:
-        block.fault = fault
+    except DataError as error:
+        block.error = error
     yield block
 
 
-def _find_kind(raw: Raw, place: Place, source: DataSource, settings: DataSettings) -> str:
-    """The format that the first row of a file shows, if it can be parsed. Raises DataError when it has none."""
+def _find_format(raw: Raw, place: Place, source: DataSource, settings: DataSettings) -> tuple[Raw, str]:
+    """The first row of a file, parsed, and the format that it shows; empty if it cannot be parsed.
+
+    Raises DataError when it has no format, or not the columns that the recipe names.
+    """
     try:
         row = parse_row(raw, place)
-    except DataError:
-        return ""
+    except DataError as error:
+        return error, ""
     stated, columns = source.format or settings.format, source.columns or settings.columns or {}
-    _refuse_missing_columns(row, columns, place)
-    return stated if stated != "auto" else detect_format({**row, **columns}, place)
-
-
-def read_examples(sources: Iterable[DataSource], settings: DataSettings, *, bad: BadRows) -> Iterator[Example]:
-    """The examples of all sources in order, one at a time; nothing is kept.
-
-    Bad rows go to `bad`, whose report counts them. Raises DataError when a file or a data set cannot be read.
-    """
-    for block in read_blocks(sources, settings):
-        yield from shape_block(block, settings, bad=bad)
+    absent = [theirs for theirs in columns.values() if theirs not in row]
+    if absent:
+        what = f"data.columns names {', '.join(map(repr, absent))}, not in the data"
+        raise DataError(what, where=str(place), hint=f"columns seen: {', '.join(map(str, row))}")
+    return row, stated if stated != "auto" else detect_format({**row, **columns}, place)
 
 
 def shape_block(block: RowBlock, settings: DataSettings, *, bad: BadRows) -> Iterator[Example]:
-    """The examples of a block, within their source's share. Raises DataError behind them when the file ends wrong."""
+    """The examples of a block, within their source's share. Raises DataError after them when the file ends wrong."""
     columns, share = block.source.columns or settings.columns or {}, block.source.share
     if block.kind:
         bad.report.formats[block.file] = block.kind
@@ -133,27 +128,22 @@ def shape_block(block: RowBlock, settings: DataSettings, *, bad: BadRows) -> Ite
                 bad.report.with_keys.append(str(place))
             mapped = row | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
             example = shape_row(mapped, block.kind, place)
-        except DataError as fault:
-            bad.add(fault)
+        except DataError as error:
+            bad.add(error)
             continue
-        if share == 1 or example.digest() < share * 2**64:
+        if share == 1 or example.digest < share * 2**64:
             yield example
-    if block.fault:
-        raise block.fault
+    if block.error:
+        raise block.error
 
 
-def held_out_below(digests: npt.NDArray[np.uint64], share: float) -> int:
-    """The digest below which an example is held out, so that about `share` of the distinct contents are.
+def read_examples(sources: Iterable[DataSource], settings: DataSettings, *, bad: BadRows) -> Iterator[Example]:
+    """The examples of all sources in order, one at a time; nothing is kept.
 
-    At least one is held out and one is not; equal rows fall on the same side, in whatever order they stand.
-    Raises DataError when all rows are equal.
+    Bad rows go to `bad`, whose report counts them. Raises DataError when a file or a data set cannot be read.
     """
-    distinct = np.unique(digests)
-    if len(distinct) < 2:
-        what = f"{len(distinct)} different rows: none can be held out"
-        raise DataError(what, where="data.eval", hint="data.eval=null")
-    count = min(max(1, round(share * len(distinct))), len(distinct) - 1)
-    return int(distinct[count])
+    for block in read_blocks(sources, settings):
+        yield from shape_block(block, settings, bad=bad)
 
 
 def detect_format(row: Row, place: Place) -> str:
@@ -176,12 +166,12 @@ def shape_row(row: Row, kind: str, place: Place) -> Example:
         raise DataError(what, where=str(place), hint=f"columns seen: {', '.join(map(str, row))}")
     try:
         if kind == "text":
-            return Example((), None, _text(row["text"], "text"), place)
-        messages = tuple(normalize_message(message) for message in SHAPES[kind](row))
+            return Example((), None, _expect(row["text"], str, "text"), place)
+        messages = tuple(normalize_message(message) for message in _list_messages(row, kind))
         _refuse_untrainable(messages)
         return Example(messages, normalize_tools(row.get("tools")), None, place)
-    except DataError as fault:
-        raise DataError(fault.what, where=str(place), hint=fault.hint) from None
+    except DataError as error:
+        raise DataError(error.what, where=str(place), hint=error.hint) from None
 
 
 def normalize_message(message: Any) -> Message:
@@ -191,16 +181,11 @@ def normalize_message(message: Any) -> Message:
     clean = {key: value for key, value in message.items() if value is not None}
     role = clean.get("role")
     if not isinstance(role, str) or role not in ROLES:
-        hint = (
-            "format: sharegpt has other names"
-            if isinstance(role, str) and role in SHAREGPT_ROLES
-            else f"known: {', '.join(ROLES)}"
-        )
-        raise DataError(f"unknown role {role!r}", hint=hint)
+        raise DataError(f"unknown role {role!r}", hint=f"known: {', '.join(ROLES)}; format: sharegpt has other names")
     if not isinstance(clean.get("train", True), bool):
         raise DataError(f"`train` of a message is true or false, not {clean['train']!r}")
     if clean.get("tool_calls"):
-        clean["tool_calls"] = [_normalize_call(call) for call in _list(clean["tool_calls"], "tool_calls")]
+        clean["tool_calls"] = [_normalize_call(call) for call in _expect(clean["tool_calls"], list, "tool_calls")]
     else:
         clean.pop("tool_calls", None)
     if "content" not in clean and "tool_calls" not in clean:
@@ -215,20 +200,35 @@ def normalize_tools(tools: Any) -> tuple[dict[str, Any], ...] | None:
     if not tools:
         return None
     wrapped = []
-    for tool in _list(tools, "tools"):
+    for tool in _expect(tools, list, "tools"):
         if not isinstance(tool, dict):
             raise DataError("a tool must be an object")
         wrapped.append(tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool})
     return tuple(wrapped)
 
 
-def _chat(row: Row) -> list[Any]:
-    return _list(row["messages"], "messages")
-
-
-def _sharegpt(row: Row) -> list[Any]:
-    messages = [_from_sharegpt(turn) for turn in _list(row["conversations"], "conversations")]
+def _list_messages(row: Row, kind: str) -> list[Any]:
+    """The messages of a row of any format but text, not looked at yet."""
+    messages: list[Any]
+    if kind == "chat":
+        messages = _expect(row["messages"], list, "messages")
+        return messages
+    if kind == "sharegpt":
+        messages = [_from_sharegpt(turn) for turn in _expect(row["conversations"], list, "conversations")]
+    elif kind == "alpaca":
+        question = _expect(row["instruction"], str, "instruction")
+        question += "\n\n" + _expect(row["input"], str, "input") if row.get("input") else ""
+        messages = _question_and_answer(question, _expect(row["output"], str, "output"))
+    elif isinstance(row["prompt"], list) and isinstance(row["completion"], list):
+        return [*row["prompt"], *row["completion"]]
+    else:
+        prompt, completion = (_expect(row[name], str, name) for name in ("prompt", "completion"))
+        return _question_and_answer(prompt, completion)
     return [{"role": "system", "content": row["system"]}, *messages] if row.get("system") else messages
+
+
+def _question_and_answer(question: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _from_sharegpt(turn: Any) -> Message:
@@ -244,30 +244,6 @@ def _from_sharegpt(turn: Any) -> Message:
         calls = calls if isinstance(calls, list) else [calls]
         message |= {"content": "", "tool_calls": [{"type": "function", "function": call} for call in calls]}
     return message
-
-
-def _alpaca(row: Row) -> list[Any]:
-    question = _text(row["instruction"], "instruction")
-    if row.get("input"):
-        question += "\n\n" + _text(row["input"], "input")
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": _text(row["output"], "output")}]
-    return [{"role": "system", "content": row["system"]}, *messages] if row.get("system") else messages
-
-
-def _prompt_completion(row: Row) -> list[Any]:
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return prompt + completion
-    user, answer = _text(prompt, "prompt"), _text(completion, "completion")
-    return [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
-
-
-SHAPES: dict[str, Callable[[Row], list[Any]]] = {
-    "chat": _chat,
-    "sharegpt": _sharegpt,
-    "alpaca": _alpaca,
-    "prompt-completion": _prompt_completion,
-}
 
 
 def _normalize_call(call: Any) -> dict[str, Any]:
@@ -286,15 +262,11 @@ def _join_parts(content: Any) -> str:
     if isinstance(content, str):
         return content
     texts = []
-    if not isinstance(content, list):
-        raise DataError(f"'content' must be text or a list of parts, this is {type(content).__name__}")
-    for part in content:
+    for part in _expect(content, list, "content"):
         kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
         if kind != "text":
             raise DataError(f"a content part of type {kind}", hint="only text can be trained on")
-        if not isinstance(part.get("text"), str):
-            raise DataError("a content part of type text has its words under `text`")
-        texts.append(part["text"])
+        texts.append(_expect(part.get("text"), str, "text"))
     return "".join(texts)
 
 
@@ -310,27 +282,15 @@ def _refuse_untrainable(messages: tuple[Message, ...]) -> None:
             raise DataError(f"an assistant turn without text (roles: {roles})", hint=hint)
 
 
-def _refuse_missing_columns(row: Row, columns: dict[str, str], place: Place) -> None:
-    absent = [theirs for theirs in columns.values() if theirs not in row]
-    if absent:
-        what = f"data.columns names {', '.join(map(repr, absent))}, not in the data"
-        raise DataError(what, where=str(place), hint=f"columns seen: {', '.join(map(str, row))}")
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{name!r} must be text, this is {type(value).__name__}")
-    return value
-
-
-def _list(value: Any, name: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise DataError(f"{name!r} must be a list, this is {type(value).__name__}")
+def _expect(value: Any, kind: type, name: str) -> Any:
+    if not isinstance(value, kind):
+        wanted = "text" if kind is str else "a list"
+        raise DataError(f"{name!r} must be {wanted}, this is {type(value).__name__}")
     return value
 
 
 def _parse(text: str, name: str) -> Any:
     try:
         return parse_strict(text)
-    except ValueError as fault:
-        raise DataError(f"{name}: not JSON: {fault}") from None
+    except ValueError as error:
+        raise DataError(f"{name}: not JSON: {error}") from None

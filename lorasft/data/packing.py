@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lorasft.data.prefixes import Run, Sharing, Tree, grow, plant
+from lorasft.data.prefixes import Sharing, Tree, branch_ends, build_trees
 from lorasft.data.tokens import Tokens
 
 Integers = NDArray[np.int64]
@@ -166,10 +166,10 @@ def cut(
     short = [piece for piece in pieces if horizon is None or len(piece.ids) <= horizon]
     for kind in (short, long):
         ids, room = [piece.ids for piece in kind], capacity
-        trees = plant(ids, capacity=room, share=share)
+        trees = build_trees(ids, capacity=room, share=share)
         if processes > 1:
-            room, trees = _plant_evenly(ids, trees, capacity=capacity, processes=processes, share=share)
-        yield from (_join(kind, trees) for trees in _fill(trees, capacity=room))
+            room, trees = _build_evenly(ids, trees, capacity=capacity, processes=processes, share=share)
+        yield from (layout_segments(kind, trees) for trees in best_fit_decreasing(trees, capacity=room))
 
 
 def merge_pairs(batch: MicroBatch) -> MicroBatch:
@@ -183,23 +183,23 @@ def merge_pairs(batch: MicroBatch) -> MicroBatch:
     return replace(batch, sources=sources, targets=targets, weights=weights, examples=batch.examples[first])
 
 
-def _fill(trees: list[Tree], *, capacity: int) -> list[list[Tree]]:
+def best_fit_decreasing(trees: list[Tree], *, capacity: int) -> list[list[Tree]]:
     """Best fit in order of falling size."""
     bins: list[list[Tree]] = []
     free: list[int] = []
     for tree in sorted(trees, key=lambda tree: -tree.tokens):
         fits = [index for index, room in enumerate(free) if room >= tree.tokens]
-        if fits:
-            best = min(fits, key=lambda index: free[index])
-            bins[best].append(tree)
-            free[best] -= tree.tokens
-        else:
-            bins.append([tree])
-            free.append(capacity - tree.tokens)
+        if not fits:
+            fits = [len(bins)]
+            bins.append([])
+            free.append(capacity)
+        best = min(fits, key=free.__getitem__)
+        bins[best].append(tree)
+        free[best] -= tree.tokens
     return bins
 
 
-def _plant_evenly(
+def _build_evenly(
     sequences: Sequence[Integers], whole: list[Tree], *, capacity: int, processes: int, share: Sharing
 ) -> tuple[int, list[Tree]]:
     """The room of a micro-batch, and trees, with which `processes` have as little to do as they can.
@@ -207,10 +207,11 @@ def _plant_evenly(
     Less room is more even and, cut into more trees, repeats more of what `whole` shares.
     """
     fewest = sum(tree.tokens for tree in whole)
-    room = even_capacity(fewest, capacity, processes=processes)
+    rounds = max(1, math.ceil(fewest / (capacity * processes)))
+    room = min(capacity, math.ceil(1.03 * fewest / (rounds * processes)))  # equally many for each, 3 % to fit them in
     found: list[tuple[float, int, list[Tree]]] = []
     while True:
-        trees = plant(sequences, capacity=room, share=share)
+        trees = build_trees(sequences, capacity=room, share=share)
         tokens = sum(tree.tokens for tree in trees)
         found.append((max([tokens / processes, *(tree.tokens for tree in trees)]), room, trees))
         if tokens == fewest or room >= capacity:
@@ -218,12 +219,6 @@ def _plant_evenly(
         room = min(capacity, math.ceil(1.5 * room))
     _, room, trees = min(found, key=itemgetter(0))
     return room, trees
-
-
-def even_capacity(tokens: int, capacity: int, *, processes: int) -> int:
-    """The largest micro-batch of which `processes` need equally many for `tokens`, with 3 % of room to fit them in."""
-    rounds = math.ceil(tokens / (capacity * processes))
-    return min(capacity, math.ceil(1.03 * tokens / (max(1, rounds) * processes)))
 
 
 def share(batches: Sequence[MicroBatch], index: int, count: int) -> list[MicroBatch]:
@@ -270,35 +265,35 @@ def _pieces(sequences: tuple[Tokens, ...], example: int, loss: str) -> Iterator[
         yield _Piece(ids[: places[-1]], places - 1, ids[places], weight, example)
 
 
-def _join(pieces: list[_Piece], trees: list[Tree]) -> MicroBatch:
-    """Lay trees out in a row, run after run, and point the pairs of each member at the tokens it is made of."""
-    lengths = [len(piece.ids) for piece in pieces]
-    runs: list[Run] = []
+def layout_segments(pieces: list[_Piece], trees: list[Tree]) -> MicroBatch:
+    """Lay trees out in a row, segment after segment, and point the pairs of each piece at the tokens it is made of."""
     segments: list[Segment] = []
     members: list[_Piece] = []
+    ids: list[Integers] = []
+    positions: list[Integers] = []
     sources: list[Integers] = []
-    end = 0
     for tree in trees:
-        before = len(segments)
-        grown, paths = grow(tree, lengths)
-        for run in grown:
-            ancestors = tuple(before + number for number in run.ancestors)
-            segments.append(Segment(end, end + run.end - run.start, ancestors))
-            end = segments[-1].end
-        runs += grown
-        for member, path in zip(tree.members, paths, strict=True):
-            own = [segments[before + number] for number in path]
-            places = np.concatenate([np.arange(segment.start, segment.end) for segment in own])
-            members.append(pieces[member])
-            sources.append(places[pieces[member].sources])
-    weights = [np.full(len(piece.targets), piece.weight, dtype=np.float32) for piece in members]
+        path: list[tuple[int, int]] = []  # of the last piece: number of a segment, tokens of the piece up to its end
+        for place, (member, start) in enumerate(zip(tree.members, tree.common, strict=True)):
+            piece = pieces[member]
+            path = [(number, end) for number, end in path if end <= start]
+            for end in branch_ends(tree.common, place, len(piece.ids)):
+                begin = segments[-1].end if segments else 0
+                segments.append(Segment(begin, begin + end - start, tuple(number for number, _ in path)))
+                ids.append(piece.ids[start:end])
+                positions.append(np.arange(start, end))
+                path.append((len(segments) - 1, end))
+                start = end
+            row = np.concatenate([np.arange(segments[number].start, segments[number].end) for number, _ in path])
+            members.append(piece)
+            sources.append(row[piece.sources])
     return MicroBatch(
-        ids=np.concatenate([pieces[run.owner].ids[run.start : run.end] for run in runs]),
-        positions=np.concatenate([np.arange(run.start, run.end) for run in runs]),
+        ids=np.concatenate(ids),
+        positions=np.concatenate(positions),
         segments=tuple(segments),
         sources=np.concatenate(sources),
         targets=np.concatenate([piece.targets for piece in members]),
-        weights=np.concatenate(weights),
+        weights=np.concatenate([np.full(len(piece.targets), piece.weight, dtype=np.float32) for piece in members]),
         examples=np.concatenate([np.full(len(piece.targets), piece.example, dtype=np.int64) for piece in members]),
         learned=sum(len(piece.targets) for piece in members),
     )

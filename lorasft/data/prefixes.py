@@ -33,17 +33,7 @@ class Tree:
     tokens: int  # computed
 
 
-@dataclass(frozen=True)
-class Run:
-    """A node of a tree: tokens `start` to `end` of the sequence `owner`, behind those of its ancestors."""
-
-    owner: int
-    start: int  # in the owner, so also the position of the first token
-    end: int
-    ancestors: tuple[int, ...]  # numbers of runs of the tree, the root first
-
-
-def plant(sequences: Sequence[NDArray[np.int64]], *, capacity: int, share: Sharing) -> list[Tree]:
+def build_trees(sequences: Sequence[NDArray[np.int64]], *, capacity: int, share: Sharing) -> list[Tree]:
     """Trees over `sequences`, each of at most max(capacity, longest sequence) tokens, in the order of first members.
 
     A tree that is too large is cut where that repeats the fewest tokens.
@@ -54,33 +44,19 @@ def plant(sequences: Sequence[NDArray[np.int64]], *, capacity: int, share: Shari
     # Big-endian bytes compare as their numbers do.
     order = sorted(range(len(sequences)), key=[ids.astype(">i4").tobytes() for ids in sequences].__getitem__)
     common = [0, *(_count_common(sequences[a], sequences[b]) for a, b in pairwise(order))]
-    common = prune(common, cost=_SEGMENT_COST if share == "auto" else 0)
+    common = drop_small_nodes(common, cost=_SEGMENT_COST if share == "auto" else 0)
     roots = [place for place, shared in enumerate(common) if shared == 0] + [len(order)]
     trees = []
     for first, last in pairwise(roots):
         sizes = [lengths[index] for index in order[first:last]]
-        for start, end in divide(sizes, common[first:last], limit=max(capacity, *lengths)):
+        for start, end in split_tree(sizes, common[first:last], limit=max(capacity, *lengths)):
             part = slice(first + start, first + end)
             shared = (0, *common[part][1:])
             trees.append(Tree(tuple(order[part]), shared, sum(sizes[start:end]) - sum(shared)))
     return sorted(trees, key=lambda tree: min(tree.members))
 
 
-def grow(tree: Tree, lengths: Sequence[int]) -> tuple[list[Run], list[tuple[int, ...]]]:
-    """The runs of a tree, parents first, and for each member the numbers of the runs that it is made of."""
-    runs: list[Run] = []
-    paths: list[tuple[int, ...]] = []
-    for place, (member, start) in enumerate(zip(tree.members, tree.common, strict=True)):
-        path = tuple(number for number in (paths[-1] if paths else ()) if runs[number].end <= start)
-        for end in _ends(tree.common, place, lengths[member]):
-            runs.append(Run(member, start, end, path))
-            path = (*path, len(runs) - 1)
-            start = end
-        paths.append(path)
-    return runs, paths
-
-
-def prune(common: Sequence[int], *, cost: int) -> list[int]:
+def drop_small_nodes(common: Sequence[int], *, cost: int) -> list[int]:
     """`common` without the nodes that are not worth their segments.
 
     A run of L tokens with c branches saves (c - 1) L tokens and makes one more segment, and c that look back.
@@ -104,7 +80,7 @@ def prune(common: Sequence[int], *, cost: int) -> list[int]:
     return kept
 
 
-def divide(lengths: Sequence[int], common: Sequence[int], *, limit: int) -> list[tuple[int, int]]:
+def split_tree(lengths: Sequence[int], common: Sequence[int], *, limit: int) -> list[tuple[int, int]]:
     """Cut a tree into stretches of members of at most `limit` tokens, with the fewest tokens computed in all.
 
     Of two ways that compute as many the one in fewer stretches. A member alone is always allowed.
@@ -126,7 +102,7 @@ def divide(lengths: Sequence[int], common: Sequence[int], *, limit: int) -> list
     return list(zip(cuts[:0:-1], cuts[-2::-1], strict=True))
 
 
-def _ends(common: Sequence[int], place: int, length: int) -> list[int]:
+def branch_ends(common: Sequence[int], place: int, length: int) -> list[int]:
     """Where the tokens that the member at `place` adds are cut: where a later member leaves them, and at its end."""
     start, ends, lowest = common[place], {length}, length
     for shared in common[place + 1 :]:

@@ -1,17 +1,15 @@
-"""What became of the rows: counts that a command prints, and the faults of bad rows, collected."""
+"""What became of the rows: counts that a command prints, and the errors of bad rows, collected."""
 
 from __future__ import annotations
 
 from array import array
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lorasft.errors import DataError, LorasftError, Several
+from lorasft.errors import DataError, ErrorGroup, LorasftError
 
 NAMED = 1000  # dropped rows that are named; the rest is only counted
+HINT = "fix the row (fetch the file again if it is cut off), or leave such rows out with data.on_bad_row=drop"
 
 
 @dataclass
@@ -50,10 +48,9 @@ class Report:
     lengths: array[int] = field(default_factory=lambda: array("q"), repr=False)  # the longest sequence of each example
 
     def as_dict(self) -> dict[str, Any]:
-        """The counts, for a program to read; of the lengths only quantiles and a histogram."""
+        """The counts, for a program to read; of the lengths only quantiles."""
         counts = {name: value for name, value in vars(self).items() if name != "lengths"}
-        histogram = {str(most): count for most, count in self.length_histogram()}
-        return counts | {"length_quantiles": self.length_quantiles(), "length_histogram": histogram}
+        return counts | {"length_quantiles": self.length_quantiles()}
 
     def length_quantiles(self) -> dict[str, int]:
         """Tokens of the longest sequence of an example: median, 90 %, 99 % and most."""
@@ -63,24 +60,16 @@ class Report:
         shares = {"50%": 0.5, "90%": 0.9, "99%": 0.99, "100%": 1.0}
         return {name: ordered[min(int(share * len(ordered)), len(ordered) - 1)] for name, share in shares.items()}
 
-    def length_histogram(self) -> list[tuple[int, int]]:
-        """(most tokens, examples) for each doubling of the length, from the shortest that occurs to the longest."""
-        bins = Counter(1 << max(length - 1, 0).bit_length() for length in self.lengths)
-        edges = (1 << power for power in range(min(bins).bit_length() - 1, max(bins).bit_length())) if bins else ()
-        return [(edge, bins[edge]) for edge in edges]
-
     def note_dropped(self, place: object, why: str) -> None:
         """Name a row that is not trained on; who calls this counts it."""
         if len(self.dropped) < NAMED:
             self.dropped.append(f"{place}: {why}")
 
     def join(self, later: Report) -> None:
-        """Take in the counts of rows that come behind."""
+        """Take in the counts of rows that come after."""
         for name, value in vars(later).items():
             if isinstance(value, dict):
                 getattr(self, name).update(value)
-            elif not isinstance(value, int):
-                getattr(self, name).extend(value)
             else:
                 setattr(self, name, getattr(self, name) + value)
         del self.dropped[NAMED:], self.with_keys[NAMED:]
@@ -99,45 +88,31 @@ class Report:
 
 @dataclass
 class BadRows:
-    """What `data.on_bad_row` says: collect the faults and raise them together, or count and go on."""
+    """What `data.on_bad_row` says: collect the errors and raise them together, or count and continue."""
 
     policy: Literal["error", "drop"]
     report: Report
-    faults: list[LorasftError] = field(default_factory=list)
-    ended: LorasftError | None = None
+    errors: list[LorasftError] = field(default_factory=list)
 
-    def add(self, fault: DataError) -> None:
+    def add(self, error: DataError) -> None:
         """Take one bad row."""
         self.report.bad_rows += 1
-        self.report.note_dropped(fault.where, fault.what)
-        if self.policy == "error" and len(self.faults) < Several.most:
-            hint = fault.hint or "mend the row, or leave such rows out with data.on_bad_row=drop"
-            self.faults.append(DataError(fault.what, where=fault.where, hint=hint))
+        self.report.note_dropped(error.where, error.what)
+        if self.policy == "error" and len(self.errors) < ErrorGroup.most:
+            self.errors.append(DataError(error.what, where=error.where, hint=error.hint or HINT))
 
     def join(self, later: BadRows) -> None:
-        """Take in what was found in rows that come behind. Raises Several from the 20th on, or what ended them."""
+        """Take in what was found in rows that come after. Raises ErrorGroup from the 20th on: more help nobody."""
         self.report.join(later.report)
-        self.faults.extend(later.faults[: Several.most - len(self.faults)])
-        self.raise_many()
-        if later.ended:
-            raise later.ended
-
-    @contextmanager
-    def keeping(self) -> Iterator[None]:
-        """Keep the fault that ends the block of code, for `join` to raise when these rows' turn comes."""
-        try:
-            yield
-        except LorasftError as fault:
-            self.ended = fault
-
-    def raise_many(self) -> None:
-        """Raise what was collected if there are 20 or more: more of the same help nobody."""
-        if len(self.faults) == Several.most:
+        self.errors.extend(later.errors[: ErrorGroup.most - len(self.errors)])
+        if len(self.errors) == ErrorGroup.most:
             self.raise_all()
 
-    def raise_all(self) -> None:
-        """Raise what was collected: the fault itself when it is alone, Several with the count otherwise."""
-        if len(self.faults) == 1:
-            raise self.faults[0]
-        if self.faults:
-            raise Several(self.faults, beyond=self.report.bad_rows - len(self.faults))
+    def raise_all(self, last: LorasftError | None = None) -> None:
+        """Raise what was collected, and `last`, after which nothing can be read: the error itself when it is alone,
+        ErrorGroup with the count otherwise."""
+        errors = [*self.errors, last] if last else self.errors
+        if len(errors) == 1:
+            raise errors[0]
+        if errors:
+            raise ErrorGroup(errors, beyond=self.report.bad_rows - len(self.errors))

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -101,46 +101,49 @@ def render(
 
     Raises DataError with the roles and the template's own words when it refuses, ModelError when it is broken.
     """
+    with limits():
+        return render_within_limits(tokenizer, messages, tools, generation_prompt=generation_prompt)
+
+
+def render_within_limits(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]] | None = None,
+    *,
+    generation_prompt: bool = False,
+) -> str:
+    """As `render`, for many conversations in one block of `limits`."""
     import jinja2
 
     given = list(tools) if tools else None
+    where = tokenizer.name_or_path
+    plain = PLAIN.removeprefix("{{ BOS }}") in str(tokenizer.chat_template)
+    hint = "chat.template=FILE with another" if plain else "chat.template=plain, or FILE with another"
     try:
         # What apply_chat_template does with messages of plain JSON types, at half its price; a test compares the two.
-        with _bounded_memory():
-            text = _compile(tokenizer.get_chat_template(None, given)).render(
-                messages=[_with_reasoning(message) for message in messages],
-                tools=given,
-                documents=None,
-                add_generation_prompt=generation_prompt,
-                **tokenizer.special_tokens_map,
-            )
-    except MemoryError as fault:
-        what = "the chat template takes too much memory" + (f": {fault}" if str(fault) else "")
-        raise ModelError(what, where=tokenizer.name_or_path, hint=_other_template(tokenizer)) from None
+        return _compile(tokenizer.get_chat_template(None, given)).render(
+            messages=[_with_reasoning(message) for message in messages],
+            tools=given,
+            documents=None,
+            add_generation_prompt=generation_prompt,
+            **tokenizer.special_tokens_map,
+        )
+    except MemoryError as error:
+        reason = f": {error}" if str(error) else ""
+        raise ModelError(f"the chat template takes too much memory{reason}", where=where, hint=hint) from None
     except TimeoutError:
-        what = f"the chat template took over {SECONDS} s"
-        raise ModelError(what, where=tokenizer.name_or_path, hint=_other_template(tokenizer)) from None
-    except jinja2.exceptions.SecurityError as fault:
-        what = f"the chat template reaches for what is no data: {fault}"
-        raise UnsafeError(what, where=tokenizer.name_or_path, hint=_other_template(tokenizer)) from None
-    except jinja2.TemplateSyntaxError as fault:
-        what = f"the chat template does not parse: {fault.message}"
-        raise ModelError(what, where=f"line {fault.lineno}", hint=_other_template(tokenizer)) from None
-    except Exception as fault:  # a template is a program: it raises what its operators raise
+        raise ModelError(f"the chat template took over {SECONDS} s", where=where, hint=hint) from None
+    except jinja2.exceptions.SecurityError as error:
+        what = f"the chat template reaches for what is not data: {error}"
+        raise UnsafeError(what, where=where, hint=hint) from None
+    except jinja2.TemplateSyntaxError as error:
+        what = f"the chat template does not parse: {error.message}"
+        raise ModelError(what, where=f"line {error.lineno}", hint=hint) from None
+    except Exception as error:  # a template is a program: it raises what its operators raise
         roles = ", ".join(message["role"] for message in messages)
-        hint = _other_template(tokenizer)
-        if "system" in str(fault).lower() and "system" in roles:
+        if "system" in str(error).lower() and "system" in roles:
             hint = "put the system text into the first user message, or " + hint
-        raise DataError(f"the chat template refuses this conversation ({roles}): {fault}", hint=hint) from None
-    if len(text) > LARGEST_TEXT:
-        what = f"the chat template made over {LARGEST_TEXT:,} characters of one conversation"
-        raise ModelError(what, where=tokenizer.name_or_path, hint=_other_template(tokenizer))
-    return str(text)
-
-
-def _other_template(tokenizer: PreTrainedTokenizerFast) -> str:
-    plain = PLAIN.removeprefix("{{ BOS }}") in str(tokenizer.chat_template)
-    return "chat.template=FILE with another" if plain else "chat.template=plain, or FILE with another"
+        raise DataError(f"the chat template refuses this conversation ({roles}): {error}", hint=hint) from None
 
 
 @lru_cache(maxsize=8)
@@ -170,29 +173,13 @@ def _multiply(sign: str, left: Any, right: Any) -> Any:
     return _OPERATORS[sign](left, right)
 
 
-@contextmanager
-def _bounded_memory() -> Iterator[None]:
-    """Raise MemoryError where the block takes over ROOM bytes more than this process has; Linux alone counts them."""
-    if not sys.platform.startswith("linux"):
-        yield
-        return
-    with open("/proc/self/statm", "rb") as file:
-        taken = int(file.read().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if soft == resource.RLIM_INFINITY or soft > taken + ROOM:
-        resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
 def _join(pieces: Iterable[str]) -> str:
     """Jinja's own would hold what a template makes, however much that is."""
     found = list(islice(pieces, MOST_PIECES))
-    if len(found) == MOST_PIECES:
+    text = "".join(found)
+    if len(found) == MOST_PIECES or len(text) > LARGEST_TEXT:
         raise MemoryError("it makes text without end")
-    return "".join(found)
+    return text
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
@@ -202,22 +189,25 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def time_limit() -> Iterator[Callable[[], object]]:
-    """Raise TimeoutError in the block after SECONDS; what it gives sets the clock back.
+def limits() -> Iterator[Callable[[], object]]:
+    """Raise TimeoutError in the block after SECONDS, and MemoryError where it takes over ROOM more bytes than now.
 
-    Only a main thread on a Unix can be interrupted so.
+    What it gives sets the clock back. Only a main thread on a Unix can be interrupted; Linux alone counts the memory.
     """
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    before = signal.signal(signal.SIGALRM, _stop)
-    start = partial(signal.setitimer, signal.ITIMER_REAL, SECONDS)
-    start()
-    try:
+    with ExitStack() as stack:
+        if sys.platform.startswith("linux"):
+            soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+            taken = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+            if soft == resource.RLIM_INFINITY or soft > taken + ROOM:
+                resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM, hard))
+                stack.callback(resource.setrlimit, resource.RLIMIT_AS, (soft, hard))
+        start: Callable[[], object] = int
+        if threading.current_thread() is threading.main_thread():
+            stack.callback(signal.signal, signal.SIGALRM, signal.signal(signal.SIGALRM, _stop))
+            stack.callback(signal.setitimer, signal.ITIMER_REAL, 0)
+            start = partial(signal.setitimer, signal.ITIMER_REAL, SECONDS)
+        start()
         yield start
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _stop(*_: object) -> None:
@@ -235,8 +225,7 @@ def _freeze_clock(template: str, date: str | None) -> str:
 def _refuses_system(tokenizer: PreTrainedTokenizerFast) -> bool:
     question = {"role": "user", "content": "q"}
     try:
-        with time_limit():
-            render(tokenizer, [question])
+        render(tokenizer, [question])
     except DataError:  # it refuses more than that; its words come when a conversation is rendered
         return False
     try:

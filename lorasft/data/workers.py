@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from multiprocessing.connection import Connection, wait
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from lorasft.errors import CapacityError
 
@@ -22,6 +22,7 @@ Result = TypeVar("Result")
 FEW = 4  # blocks, which are done before a process has started
 MOST = 8  # processes: each needs memory, and reading and writing are left to one
 AHEAD = 4  # blocks for each process that may be done before one that takes long
+DEAF = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}  # what this process hears too, and then ends its children
 
 
 def available_workers() -> int:
@@ -62,80 +63,60 @@ def _in_order(blocks: Iterator[Block], processes: Processes) -> Iterator[Any]:
         room = AHEAD * len(processes) - len(busy) - len(done)
         for number, block in islice(numbered, min(room, len(idle))):
             line = idle.pop()
-            _send(line, block, processes[line])
+            with _alive(processes[line]):
+                line.send(block)
             busy[line] = number
         if turn in done:
             yield done.pop(turn)
             turn += 1
         elif busy:
             for ready in wait(list(busy)):
-                assert isinstance(ready, Connection)
-                done[busy.pop(ready)] = _receive(ready, processes[ready])
-                idle.append(ready)
+                line = cast(Connection, ready)
+                with _alive(processes[line]):
+                    done[busy.pop(line)], error = line.recv()
+                if error:
+                    raise RuntimeError(f"in a process that prepares data:\n{error}")
+                idle.append(line)
         else:
             return
 
 
-def _send(line: Connection, block: object, process: Any) -> None:
+@contextmanager
+def _alive(process: Any) -> Iterator[None]:
+    """Raises CapacityError when the process at the other end of a pipe is gone."""
     try:
-        line.send(block)
-    except OSError:
-        raise _death(process) from None
-
-
-def _receive(line: Connection, process: Any) -> Any:
-    try:
-        result, fault = line.recv()
+        yield
     except (EOFError, OSError):
-        raise _death(process) from None
-    if fault:
-        raise RuntimeError(f"in a process that prepares data:\n{fault}")
-    return result
-
-
-def _death(process: Any) -> CapacityError:
-    process.join(1)
-    hint = "if it was killed for want of memory, the kernel's log says so"
-    return CapacityError(f"a process that prepares data died (exit code {process.exitcode})", hint=hint)
+        process.join(1)
+        what = f"a process that prepares data died (exit code {process.exitcode})"
+        raise CapacityError(what, hint="if it ran out of memory, the kernel's log says so") from None
 
 
 @contextmanager
 def _forked(work: Callable[[Any], Any], count: int) -> Iterator[Processes]:
-    """`count` processes that wait for blocks; they end with the block, and when this process does."""
+    """`count` processes that wait for blocks; they end with the block of code, and when this process does."""
     fork = multiprocessing.get_context("fork")
     processes: Processes = {}
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread each; set before, or tokenizers warns
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, DEAF)  # as children inherit it
     try:
-        with _ready_to_fork():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: other threads do not run in a child
             for _ in range(count):
                 ours, theirs = fork.Pipe()
                 process = fork.Process(target=_serve, args=(work, theirs, [*processes, ours]), daemon=True)
                 process.start()
                 theirs.close()  # else its end would not be seen here
                 processes[ours] = process
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         yield processes
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for process in processes.values():
             process.terminate()
         for line, process in processes.items():
             process.join()
             line.close()
-
-
-@contextmanager
-def _ready_to_fork() -> Iterator[None]:
-    """Children are deaf to Ctrl-C and to SIGHUP, which this process hears too, and their tokenizers use one thread."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # set before, or tokenizers warns of the fork
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: other threads stand still in a child
-            yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        del os.environ["TOKENIZERS_PARALLELISM"]
-        if before is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 def _serve(work: Callable[[Any], Any], line: Connection, others: list[Connection]) -> None:
@@ -149,18 +130,14 @@ def _serve(work: Callable[[Any], Any], line: Connection, others: list[Connection
     while True:
         try:
             block = line.recv()
-        except (EOFError, OSError):
-            return
-        answer: tuple[Any, str | None]
-        try:
-            answer = work(block), None
-        except MemoryError:
-            sys.exit(CapacityError.exit_code)
-        except Exception:
-            answer = None, traceback.format_exc()
-        try:
+            try:
+                answer: tuple[Any, str | None] = work(block), None
+            except MemoryError:
+                sys.exit(CapacityError.exit_code)
+            except Exception:
+                answer = None, traceback.format_exc()
             line.send(answer)
-        except OSError:
+        except (EOFError, OSError):  # the parent is gone
             return
         del block, answer
         gc.collect()

@@ -68,7 +68,7 @@ def read_layout(model: Path) -> Layout:
     fault = _fault(config, family, head_size)
     if fault:
         raise ModelError(f"llama.cpp does not compute {fault}", where=str(model / "config.json"))
-    fields = _sizes(config, head_size) | _own_fields(config, family)
+    fields = _sizes(config, family, head_size)
     positions, extra = _positions(config, family, head_size, model)
     return Layout(
         family=family,
@@ -118,10 +118,10 @@ def _fault(config: Any, family: Family, head_size: int) -> str | None:
     return f"soft caps {caps} in {family.name}" if capped else None
 
 
-def _sizes(config: Any, head_size: int) -> dict[str, Field]:
+def _sizes(config: Any, family: Family, head_size: int) -> dict[str, Field]:
     # llama.cpp has no window in llama: within it the model is the same, so a longer context is not promised.
     window = config.sliding_window if config.model_type == "mistral" else None
-    return {
+    fields: dict[str, Field] = {
         "vocab_size": config.vocab_size,
         "context_length": min(config.max_position_embeddings, window or config.max_position_embeddings),
         "block_count": config.num_hidden_layers,
@@ -133,10 +133,6 @@ def _sizes(config: Any, head_size: int) -> dict[str, Field]:
         "attention.value_length": head_size,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
     }
-
-
-def _own_fields(config: Any, family: Family) -> dict[str, Field]:
-    fields: dict[str, Field] = {}
     if family.full_every or family.name == "phi3":  # llama.cpp takes Phi-3 without the field for an old broken file
         fields["attention.sliding_window"] = config.sliding_window or 0
     if family.name == "gemma2":
@@ -165,7 +161,11 @@ def _positions(
     if kind == "llama3":
         extra["rope_freqs.weight"] = _slowdowns(config, turned)
     if kind == "longrope":
-        fields |= _long_positions(config, rope)
+        short = int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
+        growth = config.max_position_embeddings / short
+        usual = math.sqrt(1 + math.log(growth) / math.log(short)) if growth > 1 else 1.0
+        fields["rope.scaling.original_context_length"] = short
+        fields["rope.scaling.attn_factor"] = float(rope.get("attention_factor") or usual)
         for name in ("long", "short"):
             extra[f"rope_factors_{name}.weight"] = [float(factor) for factor in rope[f"{name}_factor"]]
     places = {"default": True, "linear": True, "yarn": _plain_yarn(rope), "llama3": family.name == "llama"}
@@ -190,13 +190,3 @@ def _slowdowns(config: Any, turned: int) -> list[float]:
     slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     theta = float(config.rope_parameters["rope_theta"])
     return [theta ** (-2 * at / turned) / float(frequency) for at, frequency in enumerate(slowed)]
-
-
-def _long_positions(config: Any, rope: dict[str, Any]) -> dict[str, Field]:
-    short = int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
-    growth = config.max_position_embeddings / short
-    usual = math.sqrt(1 + math.log(growth) / math.log(short)) if growth > 1 else 1.0
-    return {
-        "rope.scaling.original_context_length": short,
-        "rope.scaling.attn_factor": float(rope.get("attention_factor") or usual),
-    }

@@ -8,16 +8,16 @@ compared with the chat template on conversations of several shapes; where it doe
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorasft.artifact import read_stops
 from lorasft.data.templates import CLOCK, render
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import DataError, ModelError
-from lorasft.export.gguf_file import Kind, Progress, Written, write_gguf
+from lorasft.export.gguf import Kind, Progress, Written, write_gguf
 from lorasft.export.tokenizer import starts_with_bos
 from lorasft.files import staged_folder, write_file
 
@@ -54,9 +54,8 @@ def write_ollama(
     tokenizer = load_tokenizer(str(model))
     joints = find_joints(tokenizer, where=str(model))
     modelfile = f'FROM ./{WEIGHTS}\nTEMPLATE """{go_template(joints)}"""\n'
-    modelfile += "".join(
-        f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}\n" for stop in _stops(model, tokenizer)
-    )
+    for stop in _stop_texts(model, tokenizer):
+        modelfile += f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}\n"
     with staged_folder(out) as stage:
         written = write_gguf(model, stage / WEIGHTS, kind=kind, on_progress=on_progress)
         write_file(stage / MODELFILE, modelfile.encode())
@@ -139,9 +138,7 @@ def _literal(text: str) -> str:
     return text if plain else _do(json.dumps(text, ensure_ascii=False))
 
 
-def _stops(model: Path, tokenizer: PreTrainedTokenizerFast) -> Sequence[str]:
+def _stop_texts(model: Path, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """The texts of the tokens that end generation, by the model's generation config and its tokenizer."""
-    path = model / "generation_config.json"
-    ids = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
-    ids = [*(ids if isinstance(ids, list) else [] if ids is None else [ids]), tokenizer.eos_token_id]
+    ids = [*read_stops(model), tokenizer.eos_token_id]
     return list(dict.fromkeys(str(tokenizer.convert_ids_to_tokens(at)) for at in ids if at is not None))

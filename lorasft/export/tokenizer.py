@@ -12,10 +12,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasft.data.report import Report
+from lorasft.data.chat_format import read_style
 from lorasft.data.templates import render
 from lorasft.data.tokenizer import adds_bos, load_tokenizer
-from lorasft.data.turns import TurnFinder
 from lorasft.errors import ModelError
 from lorasft.export.families import usual_converter
 
@@ -126,7 +125,7 @@ def _describe_sentencepiece(
     """Scores stand for merges: a piece's is the rank of the first merge that makes it, counted downwards."""
     ranks: dict[str, int] = {}
     last = 0
-    for rank, (left, right) in enumerate(map(_pair, spec["model"]["merges"])):
+    for rank, (left, right) in enumerate(spec["model"]["merges"]):
         first = ranks.setdefault(left + right, rank)
         # Runs of spaces have merges of their own order, which a score cannot follow; one run, one piece all the same.
         if first < last and set(left + right) != {_SPACE}:
@@ -138,10 +137,6 @@ def _describe_sentencepiece(
         "tokenizer.ggml.scores": [-float(ranks.get(token, 0)) for token in tokens],
         "tokenizer.ggml.add_space_prefix": _adds_space(tokenizer),
     }
-
-
-def _pair(merge: Any) -> list[str]:
-    return merge.split(" ") if isinstance(merge, str) else merge
 
 
 def _adds_space(tokenizer: PreTrainedTokenizerFast) -> bool:
@@ -179,6 +174,6 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int | None:
     """The token that ends an answer under the template, if it is one."""
     if not tokenizer.chat_template:
         return None
-    end = TurnFinder(tokenizer, Report(), thinking="follow_template").habits.end.strip()
+    end = read_style(tokenizer).end_of_turn.strip()
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     return vocabulary.get(end)

@@ -159,14 +159,20 @@ def _find_rows(artifact: Artifact, data: DataSource | None) -> tuple[Sequence[To
         places = [(answer.ids, np.arange(len(answer.ids)) < answer.start) for answer in answers]
         return [Tokens(ids, np.where(given, UNSUPERVISED, ids)) for ids, given in places], data.path
     if artifact.run is None:
-        tokenizer = read_tokenizer(artifact)
-        return [everything(np.array(tokenizer(_TEXT)["input_ids"], dtype=np.int32))], "a text of lorasft's own"
+        return _own_text(artifact), "a text of lorasft's own"
     for folder in sorted((artifact.run / "tokens").glob("*/prepared.json")):
-        prepared = open_prepared(folder.parent)
+        try:
+            prepared = open_prepared(folder.parent)
+        except ModelError as error:  # damaged, or of another version
+            return _own_text(artifact), f"a text of lorasft's own ({error.what})"
         store = prepared.held_out if prepared.held_out else prepared.train
         rows = [tokens for example in range(min(len(store), _PAIRS)) for tokens in store.sequences(example)]
         return rows, "held-out rows" if prepared.held_out else "rows of the training set: none were held out"
     raise DataError("the tokens of this run are gone", where=str(artifact.run / "tokens"), hint="--data FILE")
+
+
+def _own_text(artifact: Artifact) -> list[Tokens]:
+    return [everything(np.array(read_tokenizer(artifact)(_TEXT)["input_ids"], dtype=np.int32))]
 
 
 def _load(artifact: Artifact) -> Any:

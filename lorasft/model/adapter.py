@@ -50,8 +50,8 @@ def load_adapter(base: Any, artifact: Artifact, *, trainable: bool = False) -> A
     known = fields.keys() - {"peft_type", "base_model_name_or_path", "revision"}  # `base` is what it is put on
     try:
         model = _wrap(base, LoraConfig(task_type="CAUSAL_LM", **{key: fields[key] for key in known}))
-    except (TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as fault:
-        what = f"PEFT cannot make this adapter: {fault}"
+    except (TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
+        what = f"PEFT cannot make this adapter: {error}"
         raise ModelError(what, where=str(folder / CONFIG), hint="use the base that it was trained on") from None
     give_weights(model, weights, where=str(folder))
     model.requires_grad_(False)
@@ -112,8 +112,8 @@ def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
     check_weights(folder)
     try:
         return load_file(folder / WEIGHTS)
-    except Exception as fault:  # safetensors raises its own error type, and OSError
-        what = f"cannot read the adapter: {fault}"
+    except Exception as error:  # safetensors raises its own error type, and OSError
+        what = f"cannot read the adapter: {error}"
         raise ModelError(what, where=str(folder / WEIGHTS), hint="fetch the adapter again") from None
 
 

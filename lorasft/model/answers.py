@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lorasft.data.chat import Encoder
-from lorasft.data.examples import read_examples
-from lorasft.data.report import BadRows, Report
-from lorasft.data.rows import Place
+from lorasft.data.prepare import encode_source
+from lorasft.data.report import Report
+from lorasft.data.sources import Place
 from lorasft.data.tokens import supervised_runs
-from lorasft.errors import DataError, LorasftError
+from lorasft.errors import DataError
 from lorasft.model.loss import Network
 from lorasft.model.scoring import log_probabilities
 from lorasft.recipe import ChatSettings, DataSettings, DataSource
@@ -41,27 +40,9 @@ class Answer:
 class Score:
     """Log-probabilities of one answer, natural, summed over tokens. The first token of all has no source."""
 
-    answer: float  # log Pr(y|x), read off the pass over [x, y]
-    prompt: float  # log Pr(x), from a pass of its own
-    whole: float  # log Pr([x, y])
-    tokens: int  # |y|
-
-    def as_dict(self) -> dict[str, float]:
-        """Under the names of the objective."""
-        return {"log_prob_y_given_x": self.answer, "log_prob_x": self.prompt, "log_prob_xy": self.whole}
-
-
-@dataclass(frozen=True)
-class Total:
-    """The mean over all tokens of all answers."""
-
-    loss: float  # nats a token
-    perplexity: float
-    tokens: int
-    answers: int
-
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+    log_prob_y_given_x: float  # read off the pass over [x, y]
+    log_prob_x: float  # from a pass of its own
+    log_prob_xy: float
 
 
 def read_answers(
@@ -71,33 +52,16 @@ def read_answers(
 
     Raises DataError when there are no answers.
     """
-    report = Report()
-    bad = BadRows(data.on_bad_row, report)
-    encoder = Encoder(tokenizer, chat, data=data, report=report)
-    examples = read_examples((source,), settle_format(source, data), bad=bad)
+    examples, report = encode_source(source, data, chat, tokenizer=tokenizer)
     answers = [
         Answer(tokens.ids[:end], max(1, int(start)), example.place)
-        for example, sequences in encoder.encode_all(examples, bad=bad)
+        for example, sequences in examples
         for tokens in sequences
         for start, end in supervised_runs(tokens)
     ]
-    bad.raise_all()
     if not answers:
         raise DataError("no answers to score", where=source.path)
     return answers, report
-
-
-def settle_format(source: DataSource, data: DataSettings) -> DataSettings:
-    """The format and columns of `data` if `source` states its own or begins with such a row, else none."""
-    if source.columns is not None:
-        return data
-    try:
-        next(iter(read_examples((source,), data, bad=BadRows("error", Report()))))
-    except LorasftError:
-        return data.model_copy(update={"format": "auto", "columns": None})
-    except StopIteration:
-        pass
-    return data
 
 
 def score_answers(network: Network, answers: Sequence[Answer]) -> list[Score]:
@@ -106,13 +70,13 @@ def score_answers(network: Network, answers: Sequence[Answer]) -> list[Score]:
     wholes = log_probabilities(network, [answer.ids for answer in answers], capacity=_CAPACITY)
     prompts = log_probabilities(network, [answer.ids[: answer.start] for answer in answers], capacity=_CAPACITY)
     return [
-        Score(float(whole[answer.start - 1 :].sum()), float(prompt.sum()), float(whole.sum()), answer.length)
+        Score(float(whole[answer.start - 1 :].sum()), float(prompt.sum()), float(whole.sum()))
         for answer, whole, prompt in zip(answers, wholes, prompts, strict=True)
     ]
 
 
-def summarize(scores: Sequence[Score]) -> Total:
-    """The mean negative log-likelihood per token of the answers, and its perplexity."""
-    tokens = sum(score.tokens for score in scores)
-    loss = -sum(score.answer for score in scores) / tokens
-    return Total(loss, math.exp(loss), tokens, len(scores))
+def summarize(answers: Sequence[Answer], scores: Sequence[Score]) -> dict[str, float]:
+    """The mean negative log-likelihood per token of the answers, in nats, its perplexity, and the counts."""
+    tokens = sum(answer.length for answer in answers)
+    loss = -sum(score.log_prob_y_given_x for score in scores) / tokens
+    return {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens, "answers": len(scores)}

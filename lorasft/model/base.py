@@ -76,7 +76,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
                 use_safetensors=True,
                 attn_implementation=default_attention(config),
             )
-        if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers
+        if missing := sorted(found["missing_keys"]):  # transformers would continue with random numbers
             what = f"the weights lack {missing[0]} and {len(missing) - 1} others"
             raise ModelError(what, where=settings.base, hint="download the base again; is config.json its own?")
         return model

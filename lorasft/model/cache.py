@@ -66,8 +66,8 @@ def read_kept(place: Path, read: Callable[[str], Any]) -> Any | None:
         try:
             model = read(str(place))
             check.result()
-        except Exception as fault:  # from bytes that are damaged, anything
-            reason = check.exception() or fault
+        except Exception as error:  # from bytes that are damaged, anything
+            reason = check.exception() or error
             if not isinstance(reason, (ModelError, OSError)):
                 raise
             say(f"the kept 4-bit base in {place} is damaged ({getattr(reason, 'what', reason)}): it is made again")
@@ -106,9 +106,9 @@ def keep_base(model: Any, place: Path, *, base: Path, wanted: Keep) -> None:
             if (base / GENERATION_CONFIG).is_file():
                 write_file(stage / GENERATION_CONFIG, (base / GENERATION_CONFIG).read_bytes())
         _forget_unused(place.parent)
-    except (LorasftError, OSError) as fault:
+    except (LorasftError, OSError) as error:
         if not (_is_private(place.parent) and place.exists()):
-            say(f"the 4-bit base is not kept in {place.parent}: {getattr(fault, 'what', fault)}")
+            say(f"the 4-bit base is not kept in {place.parent}: {getattr(error, 'what', error)}")
         return
     say(f"the 4-bit base is kept for the next start: {size / 1e9:.2f} GB in {place} (machine.cache_base=false: never)")
 

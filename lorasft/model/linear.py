@@ -150,7 +150,7 @@ def _is_plain(layer: Any) -> bool:
 
 
 def _forward_saved(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
-    """A module trained in full, computed in the dtype of the one that it stands for."""
+    """A module trained in full, computed in the dtype of the one that it replaces."""
     original = wrapper.original_module
     if wrapper.disable_adapters:
         return original(*args, **kwargs)

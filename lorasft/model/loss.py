@@ -40,7 +40,7 @@ class Head:
 def read_head(model: Any) -> Head | None:
     """The head as the config states it, to be checked against the model's own logits.
 
-    None if it is adapted or 4-bit, or if the model does not say what stands below it (Llama 4).
+    None if it is adapted or 4-bit, or if the model does not say what is below it (Llama 4).
     """
     linear = model.get_output_embeddings()
     if type(linear) is not nn.Linear or linear.weight.requires_grad or model.base_model is model:
@@ -60,7 +60,7 @@ class Network:
     segments: bool  # False: sequences go alone, under transformers' own attention
     share: Sharing = False  # whether what sequences begin with in common is computed once
     varlen: bool = False  # attention of all segments in one kernel
-    horizon: int | None = None  # sequences up to this length never stand in a row with longer ones
+    horizon: int | None = None  # sequences up to this length are never in a row with longer ones
     notices: tuple[str, ...] = ()  # what a person should know about a slower way that was taken
 
     @property

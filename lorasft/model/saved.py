@@ -33,8 +33,8 @@ def load_saved(artifact: Artifact, device: torch.device) -> Loaded:
 
 
 def read_tokenizer(artifact: Artifact) -> Any:
-    """The tokenizer that was saved with the adapter, else the base's."""
-    if artifact.has_tokenizer:
+    """The tokenizer that was saved with the adapter, else the base's: another tool's adapter may have none."""
+    if artifact.adapter and (artifact.adapter / "tokenizer.json").is_file():
         return load_tokenizer(str(artifact.adapter))
     return load_tokenizer(artifact.model.base, artifact.model.revision)
 

@@ -20,7 +20,7 @@ from lorasft.model.attention import SEGMENTS, attention
 from lorasft.model.loss import Network, pair_losses, read_head
 from lorasft.model.scoring import Given, everything
 
-# Lengths of the probe sequences. The longer one stands first in a row, so it is what the other must not see.
+# Lengths of the probe sequences. The longer one is first in a row, so it is what the other must not see.
 _EARLY, _LATE = 24, 17
 
 
@@ -123,7 +123,7 @@ def _random(length: int, network: Network, *, seed: int) -> Tokens:
 
 
 def _branches(first: int, network: Network) -> tuple[Tokens, Tokens]:
-    """Two sequences with a common stem; the first goes on with the token `first`, below the second's."""
+    """Two sequences with a common stem; the first continues with the token `first`, below the second's."""
     stem, tail, other = (_random(_LATE, network, seed=seed).ids for seed in (4, 4 + first, 7))
     ids = [np.concatenate([stem, [first], tail]), np.concatenate([stem, [3], other[:9]])]
     return everything(ids[0].astype(np.int32)), everything(ids[1].astype(np.int32))

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, verified, restored.
+"""Checkpoints of a run: written whole or not at all, verified, restored; what a disk does not take costs one save.
 
 checkpoints/step-000200/   adapter_model.safetensors, adapter_config.json   the adapter, in PEFT's format
                            optimizer.safetensors                            its moments, by parameter
@@ -12,19 +12,23 @@ import contextlib
 import json
 import re
 import secrets
-from dataclasses import asdict
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 
-from lorasft.errors import DivergedError, LorasftError, ModelError
+from lorasft.errors import CapacityError, DivergedError, LorasftError, ModelError, RecipeError
 from lorasft.files import remove_folder, rename, staged_folder, verify_folder, write_file
 from lorasft.model.adapter import adapter_weights, give_weights, read_adapter_weights, write_adapter
+from lorasft.model.recompute import recomputed_layers
 from lorasft.recipe import ModelSettings
 from lorasft.train.optimizer import optimizer_state, restore_optimizer
-from lorasft.train.state import Learner, State
+from lorasft.train.redo import plain_memory_errors
+from lorasft.train.state import Layout, Learner, Run, State
 
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -40,7 +44,7 @@ def save_checkpoint(folder: Path, state: State, learner: Learner, *, base: Model
         rename(target, target.with_name(f"{target.name}.aside-{secrets.token_hex(4)}"))
     with staged_folder(target) as stage:
         write_adapter(learner.model, stage, base=base)
-        write_file(stage / "optimizer.safetensors", save(tensors))
+        write_file(stage / "optimizer.safetensors", to_bytes(tensors))
         write_file(stage / "state.json", json.dumps(asdict(state), indent=1).encode())
     return target
 
@@ -77,8 +81,8 @@ def newest_checkpoint(folder: Path, *, run: str | None) -> tuple[Path, State, li
     for path in reversed(list_checkpoints(folder)):
         try:
             return path, read_state(path, run=run), skipped
-        except LorasftError as fault:
-            skipped.append(f"{path.name}: {fault.what}")
+        except LorasftError as error:
+            skipped.append(f"{path.name}: {error.what}")
     what = f"no checkpoint to resume from ({'; '.join(skipped) or 'there is none'})"
     raise ModelError(what, where=str(folder), hint="start anew with another run.output=FOLDER")
 
@@ -102,3 +106,52 @@ def prune_checkpoints(folder: Path, *, run: str, keep: int, best_step: int | Non
     for path, step in own[:-keep]:
         if step != best_step:
             remove_folder(path)
+
+
+def save(run: Run, state: State) -> State:
+    """Secure the metrics, commit a checkpoint, then let go of the ones that are no longer kept."""
+    state = replace(state, metrics_bytes=run.logbook.secure(), layout=current_layout(run, state.layout))
+    save_checkpoint(run.checkpoints, state, run.learner, base=run.recipe.model)
+    best = state.best_step if run.recipe.run.keep_best else None
+    prune_checkpoints(run.checkpoints, run=state.run, keep=run.recipe.run.keep, best_step=best)
+    return state
+
+
+def current_layout(run: Run, layout: Layout) -> Layout:
+    """`layout` as a lack of memory may have changed it meanwhile."""
+    recomputed = recomputed_layers(run.network.causal)
+    return replace(layout, micro_batch_tokens=run.plan.micro_batch_tokens, recomputed_layers=recomputed)
+
+
+class CheckpointSaver:
+    """The saves of a run: since when, and whether the last one failed."""
+
+    def __init__(self, state: State, *, minutes: float | None) -> None:
+        self.last = state
+        self.minutes = minutes
+        self.time = time.monotonic()
+        self.failed = False
+
+    def overdue(self) -> bool:
+        """Whether `run.save_minutes` have passed since the last save."""
+        return self.minutes is not None and time.monotonic() - self.time > 60 * self.minutes
+
+    def attempt(self, run: Run, state: State, *, final: bool) -> State:
+        """Save. When disk or memory does not allow it, say so and continue with what was saved before.
+
+        Raises CapacityError when that happens twice in a row, or in the `final` save of a run.
+        """
+        self.time = time.monotonic()
+        try:
+            with plain_memory_errors(run.folder):
+                self.last = save(run, state)
+        except (OSError, CapacityError, RecipeError) as error:
+            what = f"the save after step {state.step} failed: {getattr(error, 'what', error)}"
+            if self.failed or final:
+                hint = f"make room on the disk and continue with --resume from step {self.last.step}"
+                raise CapacityError(what, where=str(run.checkpoints), hint=hint) from error
+            self.failed = True
+            run.logbook.note(f"{what}; saved up to step {self.last.step}, going on")
+            return replace(state, best_step=self.last.best_step, best_loss=self.last.best_loss)
+        self.failed = False
+        return self.last

@@ -46,14 +46,10 @@ class Watch:
         if self._ranks:
             threading.Thread(target=self._end_with_them, daemon=True).start()
 
-    def ended(self, seconds: float | None, *, speaker: int | None = None) -> list[int]:
-        """Which processes (or only the `speaker`) have ended; waits up to `seconds` for the first, None: for ever."""
-        poll = select.poll()
-        for descriptor, rank in self._ranks.items():
-            if speaker in (None, rank):
-                poll.register(descriptor, select.POLLIN)
-        found = poll.poll(None if seconds is None else int(1000 * seconds)) if self._ranks else []
-        return sorted(self._ranks[descriptor] for descriptor, _ in found)
+    def ended(self, seconds: float | None) -> list[int]:
+        """Which processes have ended; waits up to `seconds` for the first, None: for ever."""
+        found = select.select(self._ranks, [], [], seconds)[0] if self._ranks else []
+        return sorted(self._ranks[descriptor] for descriptor in found)
 
     def name_lost(self, ranks: Sequence[int]) -> None:
         """Say which processes were lost, if this is the first of those that are left."""
@@ -156,17 +152,14 @@ class Ranks:
             parameter.grad = total.view_as(parameter).to(parameter.dtype) if count else None
 
     def _end_on(self, codes: Sequence[int], error: BaseException | None) -> None:
-        """End when one of `codes` by process is not 0: the first such process says its `error`, the others wait."""
+        """End when one of `codes` by process is not 0: the first such process says its `error`."""
         speaker = next((index for index, code in enumerate(codes) if code), None)
         if speaker is None:
             return
         self.leave()
-        if speaker != self.index:
-            if self.watch:
-                self.watch.ended(_GRACE, speaker=speaker)
-        elif error is not None and (self.is_main or not isinstance(error, LorasftError)):
-            raise error
-        else:
+        if speaker == self.index and error is not None:
+            if self.is_main or not isinstance(error, LorasftError):
+                raise error
             say(str(error))
         raise SystemExit(codes[speaker]) from None
 
@@ -207,7 +200,8 @@ def join() -> Iterator[Ranks]:
     ranks = _connect()
     try:
         with ranks.sync_errors():
-            _check_machine(ranks)
+            if int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count)) != ranks.count:
+                raise DeviceError("the processes are on several machines", hint="start all of them on one")
         yield ranks
         ranks.gather(None)
         PartialState().destroy_process_group()
@@ -233,16 +227,6 @@ def _connect() -> Ranks:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // state.num_processes))
     alone = Ranks(state.process_index, state.num_processes)
     return Ranks(alone.index, alone.count, Watch(alone.gather(os.getpid())))
-
-
-def _check_machine(ranks: Ranks) -> None:
-    import torch
-
-    if int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count)) != ranks.count:
-        raise DeviceError("the processes are on several machines", hint="start all of them on one")
-    cards = torch.cuda.device_count()
-    if 0 < cards < ranks.count:
-        raise DeviceError(f"{ranks.count} processes for {cards} GPUs", hint=f"torchrun --nproc-per-node {cards}")
 
 
 def _exit_code(error: BaseException | None) -> int:

@@ -13,13 +13,14 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lorasft.data.packing import Step, share
+from lorasft.data.store import TokenStore
 from lorasft.errors import DivergedError, Stopped
-from lorasft.model.loss import pair_losses
-from lorasft.signals import StopRequest, stop_signals
-from lorasft.train.checkpoint import list_checkpoints
-from lorasft.train.evaluate import evaluate
+from lorasft.model.loss import Network, pair_losses
+from lorasft.model.scoring import score_batches
+from lorasft.signals import StopRequest, exit_code, stop_signals
+from lorasft.train.checkpoint import CheckpointSaver, list_checkpoints
+from lorasft.train.distributed import Ranks
 from lorasft.train.redo import naming_rows, within_memory
-from lorasft.train.save import CheckpointSaver
 from lorasft.train.schedule import learning_rate
 from lorasft.train.state import Run, State
 
@@ -84,10 +85,10 @@ def train(run: Run, state: State) -> State:
         if state.step == 0 or state.evaluation_due:
             state, run = within_memory(run, partial(evaluate_and_note, state=state, stop=stop))
             if stop.signal:
-                raise Stopped(stop.exit_code, f"stopped before step {state.step + 1}")
+                raise Stopped(exit_code(stop.signal), f"stopped before step {state.step + 1}")
         for number in range(state.step + 1, run.plan.steps + 1):
             if run.ranks.is_main and saver.overdue():
-                stop.want_save()
+                stop.save_wanted = True
             one_step = lambda run, number=number: take_step(run, run.plan.step(number, run.rows), stop)  # noqa: E731
             metrics, run = within_memory(run, one_step)
             if run.ranks.is_main:
@@ -103,7 +104,7 @@ def train(run: Run, state: State) -> State:
                     if run.ranks.is_main:
                         state = saver.attempt(run, state, final=bool(last or stop.signal))
             if stop.signal and (not last or state.evaluation_due):
-                raise Stopped(stop.exit_code, f"stopped after step {number} of {run.plan.steps}, saved")
+                raise Stopped(exit_code(stop.signal), f"stopped after step {number} of {run.plan.steps}, saved")
     return state
 
 
@@ -122,6 +123,25 @@ def evaluate_and_note(run: Run, *, state: State, stop: StopRequest) -> State:
     if state.best_loss is not None and state.best_loss <= loss:
         return state
     return replace(state, best_step=state.step, best_loss=loss)
+
+
+def evaluate(
+    network: Network, rows: TokenStore, *, capacity: int, ranks: Ranks, stop: StopRequest
+) -> tuple[float, int] | None:
+    """The mean loss per supervised token of held-out `rows`, in nats, and how many tokens; None after a signal.
+
+    Each process scores its share. Raises MicroBatchTooLarge when memory runs out.
+    """
+    total, tokens = 0.0, 0
+    score = partial(score_batches, network, rows, range(len(rows)), capacity=capacity)
+    with ranks.sync_errors():
+        for batch, losses in score(processes=ranks.count, index=ranks.index, explain=partial(naming_rows, rows)):
+            if stop.signal:  # of several processes none, before they agree on it in a step
+                return None
+            total += float(losses.double().sum())
+            tokens += len(batch.targets)
+    totals, counts = zip(*ranks.gather((total, tokens)), strict=True)
+    return sum(totals) / sum(counts), sum(counts)
 
 
 def refuse_non_finite(run: Run, step: Step, *, loss: float, norm: float) -> None:

@@ -152,7 +152,7 @@ def foresee_duration(recipe: Recipe, network: Any, fit: Fit, prepared: Prepared)
     pace = time_layers(network, typical)
     seconds = [0.0, *(one.step(fit.recomputed) for one in (pace, time_layers(network, heavy)))]
     per_step = float(np.interp([*map(cost, batches)], [0.0, cost(typical), cost(heavy)], seconds).sum()) / len(steps)
-    held_out = 0 if prepared.held_out is None else len(prepared.held_out.ids)
+    held_out = 0 if prepared.held_out is None else prepared.held_out.count_tokens()
     every = recipe.run.eval_every
     evaluations = 2 + (fit.plan.steps // every if every else 0)
     return Duration(

@@ -1,7 +1,7 @@
 """A run from its folder to its adapter: checked, prepared, started or resumed, exported.
 
 recipe.yaml        the resolved recipe; its presence makes a folder a run
-provenance.json    versions, layout, base and data that the run stands on
+provenance.json    versions, layout, base and data that the run is made of
 memory.json        what a step was predicted to need, and what the heaviest took when it was rehearsed
 tokens/            what is trained and evaluated on
 metrics.jsonl      one line a step
@@ -55,7 +55,7 @@ from lorasft.model.recompute import decoder_layers, recomputed_layers
 from lorasft.model.room import free_memory
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import Recipe, dump_recipe
-from lorasft.train.checkpoint import newest_checkpoint, restore_checkpoint
+from lorasft.train.checkpoint import current_layout, newest_checkpoint, restore_checkpoint, save
 from lorasft.train.distributed import ALONE, Ranks
 from lorasft.train.layout import choose_layout, choose_tokens
 from lorasft.train.metrics import Metrics, check_trackers
@@ -63,7 +63,6 @@ from lorasft.train.optimizer import make_optimizer
 from lorasft.train.redo import plain_memory_errors
 from lorasft.train.rehearsal import rehearse
 from lorasft.train.run_folder import check_run_folder, read_run_id, refuse_changes, write_start
-from lorasft.train.save import current_layout, save
 from lorasft.train.schedule import warmup_steps
 from lorasft.train.state import Learner, Run, State
 
@@ -133,17 +132,37 @@ def _prepare_inputs(recipe: Recipe, folder: Path, *, resume: bool, held: ExitSta
 
 
 def read_checked_config(recipe: Recipe) -> Any:
-    """The config of the base; what `recipe` wants of it and of this machine is refused here if it cannot be."""
+    """The config of the base. Raises RecipeError or DeviceError for what it or this machine cannot do for `recipe`.
+
+    A setting is never ignored: what is not built yet is refused.
+    """
     config = read_config(recipe.model.base, recipe.model.revision)
-    refuse_settings(recipe, config)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions and recipe.data.max_length > positions:
+        what = f"data.max_length is {recipe.data.max_length}, the model has {positions} positions"
+        raise RecipeError(what, where="data.max_length", hint=f"data.max_length={positions}")
+    skeleton = make_skeleton(config)
+    if recipe.adapter.targets != "all-linear" or recipe.adapter.modules_to_save:
+        check_targets(skeleton, recipe.adapter)
+    decided = sorted(recipe.adapter.model_fields_set - {"start"})
+    if recipe.adapter.start and decided:
+        what = f"adapter.{decided[0]} has no effect with adapter.start, whose own config decides"
+        raise RecipeError(what, where=f"adapter.{decided[0]}", hint="leave one of the two out")
+    compute_dtype(recipe.model.dtype, PartialState().device)
+    if recipe.model.quantization == "nf4" and not hasattr(config, "quantization_config"):
+        check_mostly_quantized(skeleton)
+    check_trackers(recipe.run.trackers)
     return config
 
 
 def read_data(recipe: Recipe, config: Any, folder: Path) -> tuple[Any, Prepared]:
-    """The tokenizer, and the data prepared in `folder`."""
+    """The tokenizer, and the data prepared in `folder`. Raises ModelError for ids that the model has no row for."""
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
     prepared = prepare(recipe.data, recipe.chat, tokenizer=tokenizer, folder=folder)
-    refuse_ids(prepared, config)
+    rows, most = config.get_text_config().vocab_size, int(prepared.store.arrays["ids"].max())
+    if most >= rows:  # on which a GPU would only assert
+        what = f"the tokenizer gives id {most}, the model has {rows} embedding rows"
+        raise ModelError(what, where="model.base", hint="use the tokenizer that belongs to the model")
     return tokenizer, prepared
 
 
@@ -205,9 +224,10 @@ def load_model(recipe: Recipe, device: torch.device, *, saved: State | None) -> 
     """The PEFT model, in the dtype of the checkpoint where there is one, and what was verified about it."""
     dtype = compute_dtype(saved.layout.dtype if saved else recipe.model.dtype, device)
     settings = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    start = find_artifact(recipe.adapter.start, base=recipe.model.base) if recipe.adapter.start else None
     base = load_base(settings, device, keep=recipe.machine.cache_base)
-    if recipe.adapter.start:
-        model = load_adapter(base, find_artifact(recipe.adapter.start, base=recipe.model.base), trainable=True)
+    if start:
+        model = load_adapter(base, start, trainable=True)
     else:
         model = attach_adapter(base, recipe.adapter, seed=recipe.train.seed)
     return model, probe(recipe, model, saved=saved)
@@ -251,37 +271,6 @@ def export_adapter(ready: ReadyRun, state: State) -> Path:
                 write_file(stage / record.name, record.read_bytes())
     run.logbook.close()
     return target
-
-
-def refuse_settings(recipe: Recipe, config: Any) -> None:
-    """Raise RecipeError or DeviceError for what this version, this model or this machine cannot do.
-
-    A setting is never ignored: what is not built yet is refused.
-    """
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions and recipe.data.max_length > positions:
-        what = f"data.max_length is {recipe.data.max_length}, the model has {positions} positions"
-        raise RecipeError(what, where="data.max_length", hint=f"data.max_length={positions}")
-    skeleton = make_skeleton(config)
-    if recipe.adapter.targets != "all-linear" or recipe.adapter.modules_to_save:
-        check_targets(skeleton, recipe.adapter)
-    decided = sorted(recipe.adapter.model_fields_set - {"start"})
-    if recipe.adapter.start and decided:
-        what = f"adapter.{decided[0]} has no effect with adapter.start, whose own config decides"
-        raise RecipeError(what, where=f"adapter.{decided[0]}", hint="leave one of the two out")
-    compute_dtype(recipe.model.dtype, PartialState().device)
-    if recipe.model.quantization == "nf4" and not hasattr(config, "quantization_config"):
-        check_mostly_quantized(skeleton)
-    check_trackers(recipe.run.trackers)
-
-
-def refuse_ids(prepared: Prepared, config: Any) -> None:
-    """Raise ModelError when the data has token ids that the model has no row for: a GPU would only assert."""
-    rows = config.get_text_config().vocab_size
-    for store in (prepared.train, prepared.held_out):
-        if store is not None and len(store.ids) and int(store.ids.max()) >= rows:
-            what = f"the tokenizer gives id {int(store.ids.max())}, the model has {rows} embedding rows"
-            raise ModelError(what, where="model.base", hint="use the tokenizer that belongs to the model")
 
 
 def missing_stops(prepared: Prepared, causal: Any) -> list[int]:

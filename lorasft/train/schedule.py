@@ -24,12 +24,10 @@ def learning_rate(step: int, *, steps: int, peak: float, schedule: ScheduleSetti
 
 
 def warmup_steps(steps: int, schedule: ScheduleSettings) -> int:
-    """Steps of the warm-up: a whole number as it stands, a share of `steps` rounded. Raises RecipeError if too long."""
+    """Steps of the warm-up: a whole number as it is, a share of `steps` rounded. Raises RecipeError if too long."""
     warmup = schedule.warmup if isinstance(schedule.warmup, int) else round(schedule.warmup * steps)
     if warmup >= steps and warmup > 0:
-        raise RecipeError(
-            f"the warm-up of {warmup} steps leaves nothing of a run of {steps} steps",
-            where="schedule.warmup",
-            hint="use a smaller schedule.warmup, more train.epochs or a smaller train.batch_size",
-        )
+        what = f"the warm-up of {warmup} steps leaves nothing of a run of {steps} steps"
+        hint = "use a smaller schedule.warmup, more train.epochs or a smaller train.batch_size"
+        raise RecipeError(what, where="schedule.warmup", hint=hint)
     return warmup

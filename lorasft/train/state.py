@@ -32,14 +32,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class State:
-    """Where a run stands after a step. Order, learning rate and dropout follow from the step, so this is all."""
+    """Where a run is after a step. Order, learning rate and dropout follow from the step, so this is all."""
 
     step: NonNegativeInt
     data: str  # the key of the tokens that are trained on
     metrics_bytes: NonNegativeInt  # length of metrics.jsonl: what a resumed run cuts it back to
     layout: Layout
-    run: str = ""  # which run this is: another one's checkpoints are neither gone on from nor deleted
-    evaluation_due: bool = False  # a signal came first: what goes on begins with it
+    run: str = ""  # which run this is: another one's checkpoints are neither resumed from nor deleted
+    evaluation_due: bool = False  # a signal came first: a resumed run begins with it
     best_step: int | None = None
     best_loss: float | None = None
 

@@ -27,7 +27,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -54,10 +53,11 @@ from faults.states import state_machine
 from faults.trial import Bench, Fault, Phase, halved, kill_at
 from lorasft.errors import LorasftError
 from lorasft.files import MANIFEST, STAGE, sha256
+from lorasft.model import scoring
 from lorasft.model.adapter import attach_adapter, trainable
 from lorasft.model.base import load_base
 from lorasft.recipe import AdapterSettings
-from lorasft.train import loop, metrics, save
+from lorasft.train import checkpoint, loop, metrics
 from lorasft.train import run as runs
 from lorasft.train.checkpoint import list_checkpoints, newest_checkpoint, restore_checkpoint
 from lorasft.train.optimizer import make_optimizer
@@ -445,9 +445,9 @@ def starve(number: int, part: str) -> None:
     module, name = {
         "forward": (loop, "pair_losses"),
         "backward": (torch.Tensor, "backward"),
-        "evaluation": (sys.modules["lorasft.train.evaluate"], "pair_losses"),
+        "evaluation": (scoring, "pair_losses"),
         "update": (torch.optim.AdamW, "step"),
-        "save": (save, "save_checkpoint"),
+        "save": (checkpoint, "save_checkpoint"),
     }[part]
     plain = getattr(module, name)
 

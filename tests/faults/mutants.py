@@ -24,7 +24,7 @@ from faults.kills import Reference, Tally, open_bench
 from faults.subject import KEEP
 from faults.trial import Bench
 from lorasft import files
-from lorasft.train import checkpoint, run, save
+from lorasft.train import checkpoint, run
 from lorasft.train import state as state_module
 from lorasft.train.optimizer import optimizer_state
 
@@ -83,19 +83,19 @@ def state_after_rename() -> None:
         files.write_file(target / "state.json", json.dumps(asdict(state)).encode())
         return target
 
-    save.save_checkpoint = save_checkpoint
+    checkpoint.save_checkpoint = save_checkpoint
 
 
 def retain_unverified() -> None:
     """The newest count as kept, whole or not, and the rest goes before the new one is there."""
-    plain = save.save_checkpoint
+    plain = checkpoint.save_checkpoint
 
     def save_checkpoint(folder: Path, *values: Any, **named: Any) -> Path:
         for path in checkpoint.list_checkpoints(folder)[: 1 - KEEP]:
             files.remove_folder(path)
         return plain(folder, *values, **named)
 
-    save.save_checkpoint, save.prune_checkpoints = save_checkpoint, lambda *values, **named: None
+    checkpoint.save_checkpoint, checkpoint.prune_checkpoints = save_checkpoint, lambda *values, **named: None
 
 
 def overwrite_in_place() -> None:

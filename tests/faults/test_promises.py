@@ -285,9 +285,9 @@ def test_sigusr1_before_the_first_step_ends_nothing(monkeypatch: pytest.MonkeyPa
         os.kill(os.getpid(), signal.SIGUSR1)
         raise EOFError
 
-    monkeypatch.setattr(train, "load_recipe", ask)
+    monkeypatch.setattr("lorasft.recipe.load_recipe", ask)
     with pytest.raises(EOFError):
-        train.run("tiny", [], resume=False)
+        main(["train", "tiny"])
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 

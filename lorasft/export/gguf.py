@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +14,18 @@ from lorasft.errors import DeviceError, ModelError
 from lorasft.export.families import Layout, read_layout, usual_converter
 from lorasft.export.tokenizer import describe_tokenizer
 from lorasft.files import need_space, refuse_existing, staged_file
+from lorasft.tensors import TensorFile, find_weights, open_tensors
 
 Kind = Literal["f16", "q8_0"]
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 _BLOCK = 4 << 20  # numbers held of a tensor at a time
-_READ = (torch.bfloat16, torch.float16, torch.float32)
-_NOT_TEXT = ("vision_tower.", "multi_modal_projector.")  # of a Gemma 3 with eyes: its language model is exported
 _PREFIXES = {
     "model.language_model.": "model.",
     "language_model.": "",
-    "model.vision_tower.": "vision_tower.",
-    "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.vision_tower.": None,  # of a Gemma 3 with eyes the language model is exported
+    "model.multi_modal_projector.": None,
+    "vision_tower.": None,
+    "multi_modal_projector.": None,
 }
 
 
@@ -33,12 +33,16 @@ _PREFIXES = {
 class Tensor:
     """A tensor on its way: where it lies, what it is called in the GGUF, and its type there."""
 
-    shard: Path
+    shard: TensorFile
     source: str
     name: str
-    shape: tuple[int, ...]
     type: Any  # gguf.GGMLQuantizationType
     size: int  # bytes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it is stored."""
+        return self.shard.specs[self.source].shape
 
 
 @dataclass(frozen=True)
@@ -65,26 +69,27 @@ def load_library() -> Any:
 def write_gguf(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progress | None = None) -> Written:
     """Write the model in the folder `model`, with its tokenizer and chat template, to the new file `out`.
 
-    Matrices become `kind`, what is no matrix fp32. Raises ModelError for what llama.cpp would not read or compute
+    Matrices become `kind`, what is not a matrix fp32. Raises ModelError for what llama.cpp would not read or compute
     alike, DeviceError without the package gguf, CapacityError when there is no room; then there is no `out`.
     """
     gguf = load_library()
     refuse_existing(out)
     layout = read_layout(model)
     tokenizer = describe_tokenizer(model, layout.vocabulary)
-    tensors = list(_plan(gguf, model, layout, kind))
+    tensors = list(_find_tensors(gguf, model, layout, kind))
     _check_complete(tensors, layout, model)
-    total = sum(tensor.size for tensor in tensors)
+    total, done = sum(tensor.size for tensor in tensors), 0
     need_space(out.parent, total)
     with staged_file(out) as stage:
         _write_header(gguf, stage, layout=layout, tokenizer=tokenizer, tensors=tensors, kind=kind)
         with open(stage, "ab") as file:
-            done = 0
+            _pad(file)
             for values in layout.extra.values():
-                _write_padded(file, np.array(values, np.float32))
+                file.write(np.array(values, np.float32).tobytes())
+                _pad(file)
             for tensor in tensors:
-                for block in _blocks(tensor, layout):
-                    _write(gguf, file, block, tensor)
+                for block in _read_blocks(tensor, layout):
+                    file.write(_convert(gguf, block, tensor))
                 _pad(file)
                 done += tensor.size
                 if on_progress:
@@ -93,57 +98,35 @@ def write_gguf(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progr
     return Written(out, layout.family.name, kind, len(tensors) + len(layout.extra), size)
 
 
-def _shards(model: Path) -> list[Path]:
-    index = model / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    for name in names:
-        if Path(name).name != name or not (model / name).is_file():
-            raise ModelError(f"{name} is missing", where=str(model), hint="the weights must be there as safetensors")
-    return [model / name for name in names]
-
-
-def _plan(gguf: Any, model: Path, layout: Layout, kind: Kind) -> Iterator[Tensor]:
+def _find_tensors(gguf: Any, model: Path, layout: Layout, kind: Kind) -> Iterator[Tensor]:
     """Every tensor of the folder with its place in the GGUF. Raises ModelError for one that has none."""
-    from safetensors import SafetensorError, safe_open
-
     architecture = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[layout.family.name]
     names = gguf.get_tensor_name_map(architecture, layout.layers)
-    for shard in _shards(model):
-        try:
-            with safe_open(shard, "pt") as file:
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as fault:
-            raise ModelError(f"cannot read the weights: {fault}", where=str(shard)) from None
-        for source, shape in shapes.items():
-            plain = _without_prefix(source)
+    for shard in map(open_tensors, find_weights(model)):
+        for source, spec in sorted(shard.specs.items()):
+            prefix = next((prefix for prefix in _PREFIXES if source.startswith(prefix)), "")
+            start = _PREFIXES.get(prefix, "")
+            plain = f"{start}{source.removeprefix(prefix)}"
             tied_head = layout.tied and plain == "lm_head.weight"
-            if plain.startswith(_NOT_TEXT) or tied_head or plain.endswith("rotary_emb.inv_freq"):
+            if start is None or tied_head or plain.endswith("rotary_emb.inv_freq"):
                 continue
             name = names.get_name(plain, (".weight", ".bias"))
             if name is None or (plain.endswith(".bias") and not layout.family.biases):
                 what = f"{source} has no place in a GGUF of {layout.family.name}"
-                raise ModelError(what, where=str(shard), hint=usual_converter(model))
-            yield _placed(gguf, Tensor(shard, source, name, shape, None, 0), kind)
+                raise ModelError(what, where=str(shard.path), hint=usual_converter(model))
+            if spec.dtype not in ("BF16", "F16", "F32"):
+                raise ModelError(f"{source} is {spec.dtype}", where=str(shard.path))
+            chosen = _choose_type(gguf, spec.shape, kind)
+            numbers, size = gguf.GGML_QUANT_SIZES[chosen]
+            yield Tensor(shard, source, name, chosen, int(np.prod(spec.shape)) // numbers * size)
 
 
-def _without_prefix(name: str) -> str:
-    for prefix, plain in _PREFIXES.items():
-        if name.startswith(prefix):
-            return plain + name[len(prefix) :]
-    return name
-
-
-def _placed(gguf: Any, tensor: Tensor, kind: Kind) -> Tensor:
-    """The tensor with its type and size: a matrix whose rows are no whole blocks of Q8_0 stays in fp16."""
+def _choose_type(gguf: Any, shape: tuple[int, ...], kind: Kind) -> Any:
+    """A matrix whose rows are not whole blocks of Q8_0 stays in fp16."""
     types = gguf.GGMLQuantizationType
-    chosen = types.F32
-    if len(tensor.shape) > 1:
-        chosen = types.Q8_0 if kind == "q8_0" and not tensor.shape[-1] % 32 else types.F16
-    numbers, bytes_each = gguf.GGML_QUANT_SIZES[chosen]
-    size = int(np.prod(tensor.shape)) // numbers * bytes_each
-    return Tensor(tensor.shard, tensor.source, tensor.name, tensor.shape, chosen, size)
+    if len(shape) < 2:
+        return types.F32
+    return types.Q8_0 if kind == "q8_0" and not shape[-1] % 32 else types.F16
 
 
 def _check_complete(tensors: list[Tensor], layout: Layout, model: Path) -> None:
@@ -180,8 +163,6 @@ def _write_header(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
-    with open(stage, "ab") as file:
-        _pad(file)
 
 
 def _add_field(writer: Any, name: str, value: Any) -> None:
@@ -189,45 +170,32 @@ def _add_field(writer: Any, name: str, value: Any) -> None:
     add.get(type(value), writer.add_array)(name, value)
 
 
-def _blocks(tensor: Tensor, layout: Layout) -> Iterator[np.ndarray[Any, Any]]:
+def _read_blocks(tensor: Tensor, layout: Layout) -> Iterator[torch.Tensor]:
     """The tensor in fp32, some rows at a time, as llama.cpp wants it. Whole heads, where their rows change places."""
-    from safetensors import safe_open
-
+    spec = tensor.shard.specs[tensor.source]
     turns = layout.family.paired and (".attn_q." in tensor.name or ".attn_k." in tensor.name)
-    step = max(1, _BLOCK // int(np.prod(tensor.shape[1:], dtype=int)))
+    step = max(1, _BLOCK // spec.width)
     step = max(layout.head_size, step - step % layout.head_size) if turns else step
-    with safe_open(tensor.shard, "pt") as file:
-        rows = file.get_slice(tensor.source)
-        for start in range(0, tensor.shape[0], step):
-            block = rows[start : start + step]
-            if block.dtype not in _READ:
-                raise ModelError(f"{tensor.source} is {block.dtype}", where=str(tensor.shard))
-            numbers = block.float()
-            if turns:
-                numbers = _pair_rows(numbers, layout.head_size)
-            if layout.family.norm_offset and tensor.name.endswith("norm.weight"):
-                numbers = numbers + layout.family.norm_offset
-            yield numbers.numpy()
+    for first in range(0, spec.rows, step):
+        block = tensor.shard.read(tensor.source, first, min(step, spec.rows - first)).float()
+        if turns:
+            heads = block.view(-1, 2, layout.head_size // 2, block.shape[-1] if len(spec.shape) > 1 else 1)
+            # Rows half a head apart, which transformers turns together, beside each other.
+            block = heads.transpose(1, 2).reshape(block.shape)
+        if layout.family.norm_offset and tensor.name.endswith("norm.weight"):
+            block = block + layout.family.norm_offset
+        yield block
 
 
-def _pair_rows(rows: torch.Tensor, head_size: int) -> torch.Tensor:
-    """Rows half a head apart, which transformers turns together, beside each other. rows: (heads * head_size, ...)."""
-    heads = rows.reshape(-1, 2, head_size // 2, *rows.shape[1:])
-    return heads.transpose(1, 2).reshape(rows.shape)
-
-
-def _write(gguf: Any, file: Any, block: np.ndarray[Any, Any], tensor: Tensor) -> None:
+def _convert(gguf: Any, block: torch.Tensor, tensor: Tensor) -> bytes:
+    """Rows in the type of the GGUF. Raises ModelError for numbers that leave the range of fp16."""
     with np.errstate(over="ignore"):
-        packed = gguf.quants.quantize(block, tensor.type)
+        packed = gguf.quants.quantize(block.numpy(), tensor.type)
     halves = packed.reshape(-1, 34)[:, :2].copy().view(np.float16) if packed.dtype == np.uint8 else packed
     if not np.isfinite(halves).all():
-        raise ModelError(f"{tensor.source} leaves the range of fp16", where=str(tensor.shard))
-    file.write(packed.tobytes())
-
-
-def _write_padded(file: Any, values: np.ndarray[Any, Any]) -> None:
-    file.write(values.tobytes())
-    _pad(file)
+        raise ModelError(f"{tensor.source} leaves the range of fp16", where=str(tensor.shard.path))
+    content: bytes = packed.tobytes()
+    return content
 
 
 def _pad(file: Any) -> None:

@@ -1,0 +1,295 @@
+"""How a tokenizer with its chat template writes a conversation: prompts, what ends an answer, and where answers are.
+
+The prompt of an answer is what a server would render (`add_generation_prompt=True`). What the template puts between
+that prompt and the answer, such as an empty think block, is context; the answer is the text of the row and what ends
+the turn. Nothing is known of any template: its style is read off a rendering of a probe, and each conversation is
+checked against it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from lorasft.data.encoding import FIRST, MARK, TextEncoder
+from lorasft.data.examples import Example, Message
+from lorasft.data.reasoning import reasoning_of, without_reasoning
+from lorasft.data.sources import Place
+from lorasft.data.templates import render, render_within_limits, set_template
+from lorasft.data.tokenizer import control_tokens
+from lorasft.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from lorasft.recipe import ChatSettings
+
+PLAIN_KEYS = {"role", "content", "name", "train"}
+QUESTION, ANSWER = "Which word comes first?", "lorasftProbeAnswer"  # nothing a template would trim or rewrite
+
+
+@dataclass(frozen=True)
+class TemplateStyle:
+    """What a template does with the last answer, read off the rendering of one question and its answer."""
+
+    prompt: str  # of the probe's question
+    text: str  # of the question and its answer
+    answer_prefix: str  # between prompt and answer
+    end_of_turn: str  # after an answer, up to and with the first token that can end a turn
+    prompt_only: str  # in the generation prompt, and not before a rendered answer
+
+
+@dataclass(frozen=True)
+class AnswerSpan:
+    """Characters of a text: the prompt ends at `prompt`; `start` to `end` is supervised.
+
+    `masked`: characters of reasoning before `start`, which are context.
+    """
+
+    prompt: int
+    start: int
+    end: int
+    masked: int = 0
+
+
+@dataclass(frozen=True)
+class MarkedText:
+    """The text of one sequence, and its answers; `add_eos`: the template ends the last one with no token of its own."""
+
+    text: str
+    answers: tuple[AnswerSpan, ...]
+    add_eos: bool = False
+
+
+class ChatFormat:
+    """A tokenizer and the template of a recipe: what a server feeds, and what ends an answer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, chat: ChatSettings) -> None:
+        """Sets the recipe's template on `tokenizer`. Raises ModelError when they do not go together."""
+        set_template(tokenizer, chat)
+        self.tokenizer = tokenizer
+        self.chat = chat
+        self.style = read_style(tokenizer)
+        self.encoder = TextEncoder(tokenizer, prompt=self.style.prompt)
+        self._control = re.compile("|".join(map(re.escape, (*self.encoder.control, MARK))))
+        end = tokenizer.backend_tokenizer.encode(self.style.end_of_turn.strip(), add_special_tokens=False).ids[-1:]
+        eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self.stop_ids = tuple(dict.fromkeys([*end, *eos]))  # what ends an answer, the usual one first
+        if not self.stop_ids:
+            hint = "chat.template=FILE with one that ends answers, or an eos_token in the tokenizer's config"
+            raise ModelError("neither the chat template nor the tokenizer has a token that ends an answer", hint=hint)
+
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
+        """What a server would feed the model for these messages, to be answered."""
+        asked = self.complete(Example(tuple(messages), tuple(tools) if tools else None, None, Place("prompt", 1)))
+        text = render(self.tokenizer, asked.messages, asked.tools, generation_prompt=True)
+        return list(self.encoder.encode({text: ()})[text].ids)
+
+    def complete(self, example: Example) -> Example:
+        """The example with the recipe's system text, and placeholders for control tokens that are meant as text.
+
+        Raises DataError for control tokens that the recipe does not allow.
+        """
+        messages, system = example.messages, self.chat.system
+        if system is not None and messages and all(message["role"] != "system" for message in messages):
+            messages = ({"role": "system", "content": system}, *messages)
+        content = [example.text, list(messages), list(example.tools or ())]
+        text, settled, tools = _map_texts(content, lambda text: self._control.sub(self._replace_control, text))
+        return replace(example, text=text, messages=tuple(settled), tools=tuple(tools) or None)
+
+    def _replace_control(self, found: re.Match[str]) -> str:
+        token = found.group()
+        if token == MARK:
+            raise DataError("the text holds U+FFFFE, which is not a character")
+        if self.chat.control_tokens == "error":
+            hint = "if it is meant as plain text: chat.control_tokens=as_text"
+            raise DataError(f"the content holds the control token {token}", hint=hint)
+        return MARK + chr(FIRST + self.encoder.control.index(token))
+
+
+class AnswerLocator:
+    """Renders conversations with a tokenizer's template, within the caller's limits, and finds the answers in them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, style: TemplateStyle, *, mask_reasoning: bool) -> None:
+        """`mask_reasoning`: reasoning is context, not supervised."""
+        self._tokenizer = tokenizer
+        self._style = style
+        self._mask_reasoning = mask_reasoning
+        self._end = style.end_of_turn.strip()
+        self._ends = (*control_tokens(tokenizer), *([self._end] if self._end else ()))
+        self._only_ends = re.compile("|".join([r"\s", *map(re.escape, _turn_ends(tokenizer))]).join(("(?:", ")*")))
+
+    def mark(self, example: Example, targets: Sequence[int]) -> tuple[MarkedText, ...]:
+        """One text that holds all answers (`targets`: message indices), or one per answer where that is not exact."""
+        together = self._mark_together(example, targets) if len(targets) > 1 else None
+        return (together,) if together else tuple(self.mark_last(example, target) for target in targets)
+
+    def mark_last(self, example: Example, target: int) -> MarkedText:
+        """The conversation up to one answer, exactly as it is when that answer is the last."""
+        message = example.messages[target]
+        text, prompt = self.render(example, target + 1), self._prompt(example, target)
+        base = prompt.removesuffix(self._style.prompt_only)
+        if not text.startswith(base) and reasoning_of(message):
+            bare = _with_message(example, target, without_reasoning(message))
+            if self.render(bare, target + 1).startswith(base):
+                # A prompt that closes the thought, such as enable_thinking=false, leaves reasoning no place.
+                return self.mark_last(bare, target)
+        region = next((text[len(head) :] for head in (prompt, base) if text.startswith(head)), None)
+        if region is None:
+            # The answer changes what is before it: take the answer, and keep the server's prompt.
+            said = self._find_said(text, message["content"], 0, len(text))
+            if said is None or not message["content"].strip():
+                raise DataError(f"the chat template does not show the answer of message {target + 1}")
+            region = text[said[0] :]
+        if message.get("tool_calls"):
+            self._refuse_lost_calls(example, target, text, region)
+        start, end, add_eos = self._locate(region, message)
+        masked = self._count_reasoning(region[start:end], example, target) if self._masks(message) else 0
+        answer = AnswerSpan(len(prompt), len(prompt) + start + masked, len(prompt) + end, masked)
+        return MarkedText(prompt + (region[:end] if add_eos else region), (answer,), add_eos)
+
+    def _mark_together(self, example: Example, targets: Sequence[int]) -> MarkedText | None:
+        last = self.mark_last(example, targets[-1])
+        answers = []
+        for target in targets[:-1]:
+            prompt = self._prompt(example, target)
+            fits = last.text.startswith(prompt)
+            answer = self._locate_inside(last.text, len(prompt), example, target) if fits else None
+            if answer is None:
+                return None
+            answers.append(answer)
+        return MarkedText(last.text, (*answers, *last.answers), last.add_eos)
+
+    def _locate_inside(self, text: str, prompt: int, example: Example, target: int) -> AnswerSpan | None:
+        """An earlier answer within the whole conversation, if it is there as it would be as the last."""
+        message, style = example.messages[target], self._style
+        if style.end_of_turn and not message.get("tool_calls") and not self._masks(message):
+            start = prompt + len(style.answer_prefix)
+            end = start + len(message["content"]) + len(style.end_of_turn)
+            if text[prompt:end] == style.answer_prefix + message["content"] + style.end_of_turn:
+                return AnswerSpan(prompt, start, end)
+        alone = self.mark_last(example, target)
+        end = alone.answers[0].end
+        return alone.answers[0] if not alone.add_eos and text.startswith(alone.text[:end]) else None
+
+    def _locate(self, region: str, message: Message) -> tuple[int, int, bool]:
+        """Start and end of what is supervised in the text after the prompt, and whether an EOS has to be added."""
+        end = self._end_of_turn(region)
+        stop = len(region) if end is None else len(region[:end].removesuffix(self._end))
+        prefix = len(self._style.answer_prefix) if region.startswith(self._style.answer_prefix) else 0
+        # Whatever is before a row's own text is the template's. Rewritten content, reasoning, tool calls: all of it
+        # comes from the row, but for the template's usual prefix.
+        said = self._find_said(region, message["content"], prefix, stop) if message.keys() <= PLAIN_KEYS else None
+        start, content_end = said or (prefix, 0)
+        return start, max(content_end, len(region.rstrip())) if end is None else end, end is None
+
+    def _find_said(self, text: str, content: str, first: int, end: int) -> tuple[int, int] | None:
+        """Where `content`, maybe without the blanks around it, is before `end`: best from `first` on and with nothing
+        but ends of turns after it, else the last time that it occurs."""
+        ways = [said for said in dict.fromkeys((content, content.rstrip(), content.lstrip(), content.strip())) if said]
+        for start in dict.fromkeys((first, 0)):
+            for said in ways if content.strip() or start == first else ():
+                at = text.find(said, start, end)
+                while at >= 0 and not self._only_ends.fullmatch(text, at + len(said), end):
+                    at = text.find(said, at + 1, end)
+                if at >= 0:
+                    return at, at + len(said)
+        at = text.rfind(ways[-1], 0, end) if content.strip() else -1
+        return (at, at + len(ways[-1])) if at >= 0 else None
+
+    def _end_of_turn(self, region: str) -> int | None:
+        """Where the run of special tokens at the region's end ends the turn: at the usual one, else after the last."""
+        text, after_last = region.rstrip(), None
+        while text.endswith(self._ends):
+            after_last = after_last or len(text)
+            if self._end and text.endswith(self._end):
+                return len(text)
+            text = text.removesuffix(next(token for token in self._ends if text.endswith(token))).rstrip()
+        return after_last
+
+    def _masks(self, message: Message) -> bool:
+        return self._mask_reasoning and bool(reasoning_of(message))
+
+    def _count_reasoning(self, said: str, example: Example, target: int) -> int:
+        """How many characters of an answer are its reasoning: it ends as it would had there been none."""
+        bare = without_reasoning(example.messages[target])
+        alone = self.mark_last(_with_message(example, target, bare), target)
+        rest = alone.text[alone.answers[0].start : alone.answers[0].end]
+        if not said.endswith(rest):
+            hint = "chat.thinking=follow_template or drop"
+            raise DataError(f"the reasoning of message {target + 1} cannot be told from its answer", hint=hint)
+        return len(said) - len(rest)
+
+    def _refuse_lost_calls(self, example: Example, target: int, text: str, region: str) -> None:
+        """Raise DataError when the template renders a message's tool calls not at all, or only some of them."""
+        calls = example.messages[target]["tool_calls"]
+        fewer = [[], *([*calls[:at], *calls[at + 1 :]] for at in range(len(calls) if len(calls) > 1 else 0))]
+        if not all(name_of(call) in region for call in calls) or any(
+            self._same_without(example, target, text, kept) for kept in fewer
+        ):
+            what = f"the chat template leaves out the tool calls of message {target + 1}"
+            raise DataError(what, hint="chat.template=FILE with a template that renders them")
+
+    def _same_without(self, example: Example, target: int, text: str, calls: list[dict[str, Any]]) -> bool:
+        """Whether the template renders the same text when the message has no more than `calls`."""
+        message = {**example.messages[target], "tool_calls": calls}
+        if not calls:
+            del message["tool_calls"]
+        try:
+            return self.render(_with_message(example, target, message), target + 1) == text
+        except DataError:  # it looks for the calls, then
+            return False
+
+    def _prompt(self, example: Example, target: int) -> str:
+        """What a server would render before the message `target`."""
+        return render_within_limits(self._tokenizer, example.messages[:target], example.tools, generation_prompt=True)
+
+    def render(self, example: Example, upto: int) -> str:
+        """The conversation up to a message, nothing to be answered."""
+        return render_within_limits(self._tokenizer, example.messages[:upto], example.tools)
+
+
+def read_style(tokenizer: PreTrainedTokenizerFast) -> TemplateStyle:
+    """The style of the tokenizer's template. Raises ModelError when it is broken."""
+    asked = [{"role": "user", "content": QUESTION}]
+    answered = [*asked, {"role": "assistant", "content": ANSWER}]
+    try:
+        prompt = render(tokenizer, asked, generation_prompt=True)
+        text = render(tokenizer, answered)
+    except DataError as error:
+        hint = "chat.template_options sets its variables; chat.template=plain does without it"
+        raise ModelError(error.what, where="a probe", hint=hint) from None
+    at = text.rfind(ANSWER)
+    if at < 0:
+        raise ModelError("the chat template does not show an assistant's answer", hint="chat.template=plain")
+    tail = text[at + len(ANSWER) :]
+    ends = [(tail.find(token), -len(token), token) for token in _turn_ends(tokenizer) if token in tail]
+    end = tail[: min(ends)[0]] + min(ends)[2] if ends else ""
+    shared = next(size for size in range(len(prompt), -1, -1) if text[:at].startswith(prompt[:size]))
+    return TemplateStyle(prompt, text, answer_prefix=text[shared:at], end_of_turn=end, prompt_only=prompt[shared:])
+
+
+def name_of(tool: dict[str, Any]) -> str:
+    """The name of a tool or of a tool call."""
+    return str(tool.get("function", tool).get("name", ""))
+
+
+def _turn_ends(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    return sorted(token for token in added.union(control_tokens(tokenizer)) if token.strip())  # Gemma adds newlines
+
+
+def _with_message(example: Example, index: int, message: Message) -> Example:
+    """The example up to `index`, with another message there."""
+    return replace(example, messages=(*example.messages[:index], message))
+
+
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy of a value of JSON with all its strings changed, keys too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): _map_texts(item, change) for key, item in value.items()}
+    return [_map_texts(item, change) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,319 @@
+"""Example -> Tokens: which tokens of a conversation are supervised, and what becomes of over-long examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain, islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from lorasft.data.chat_format import AnswerLocator, AnswerSpan, ChatFormat, MarkedText, name_of
+from lorasft.data.encoding import Encoded, Span
+from lorasft.data.examples import BLOCK, Example, Message
+from lorasft.data.markers import compare_markers, has_markers
+from lorasft.data.reasoning import FIELDS, reasoning_of, without_reasoning
+from lorasft.data.report import BadRows, Report
+from lorasft.data.templates import limits, merges_system
+from lorasft.data.tokenizer import adds_bos
+from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs
+from lorasft.errors import DataError
+
+if TYPE_CHECKING:
+    from lorasft.recipe import DataSettings
+
+
+class Labeler:
+    """Examples -> sequences in one chat format, under one recipe's settings. Counts in the report of its caller."""
+
+    def __init__(self, chat_format: ChatFormat, data: DataSettings) -> None:
+        self.format = chat_format
+        self.chat = chat_format.chat
+        self.data = data
+        tokenizer = chat_format.tokenizer
+        self.locator = AnswerLocator(tokenizer, chat_format.style, mask_reasoning=self.chat.thinking == "mask")
+        self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+        self.eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        template = str(tokenizer.chat_template)
+        self._merges_system = merges_system(tokenizer)
+        self._reads_thinking = "</think>" in template
+        self._has_markers = has_markers(template)
+
+    def encode_all(self, examples: Iterable[Example], *, bad: BadRows) -> Iterator[tuple[Example, tuple[Tokens, ...]]]:
+        """Each example with its sequences. Dropped ones are left out, bad ones go to `bad`, whose report counts."""
+        stream = iter(examples)
+        while block := list(islice(stream, BLOCK)):
+            marked = self._mark_block(block, bad)
+            encoded = self.format.encoder.encode(_texts_of(chain.from_iterable(texts for _, texts in marked)))
+            for example, texts in marked:
+                try:
+                    if texts[0].answers:
+                        sequences = self._label(texts, encoded, bad.report)
+                    else:
+                        sequences = [self._supervise_text(encoded[texts[0].text], example)]
+                    sequences = self._fit(sequences, example, bad.report)
+                except DataError as error:
+                    bad.add(DataError(error.what, where=str(example.place), hint=error.hint))
+                    continue
+                if kept := self._keep_supervised(sequences, example, bad.report):
+                    yield example, kept
+
+    def _mark_block(self, block: list[Example], bad: BadRows) -> list[tuple[Example, tuple[MarkedText, ...]]]:
+        marked = []
+        with limits() as start_again:
+            for example in block:
+                start_again()
+                try:
+                    if texts := self._mark(example, bad.report):
+                        marked.append((example, texts))
+                except DataError as error:
+                    bad.add(DataError(error.what, where=str(example.place), hint=error.hint))
+        return marked
+
+    def _mark(self, example: Example, report: Report) -> tuple[MarkedText, ...]:
+        example = self.format.complete(example)
+        if example.text is not None:
+            return (MarkedText(example.text, ()),)
+        self._refuse_half_thoughts(example)
+        if self.chat.thinking == "drop":
+            example = _drop_reasoning(example, report)
+        report.merged_systems += self._merges_system and example.messages[0]["role"] == "system"
+        if self.chat.supervise == "everything":
+            return (MarkedText(self.locator.render(example, len(example.messages)), ()),)
+        targets = self._targets(example.messages)
+        if not targets:
+            _drop_without_target(example, report)
+        texts = self.locator.mark(example, targets)
+        report.split_conversations += len(texts) > 1
+        answers = ((marked, answer) for marked in texts for answer in marked.answers)
+        for target, (marked, answer) in zip(targets, answers, strict=True):
+            self._count_losses(example.messages[target], target, marked.text, answer, report)
+        if self._has_markers and targets:
+            tokenizer, style = self.format.tokenizer, self.format.style
+            report.marker_differences += compare_markers(tokenizer, style, example, targets=targets, texts=texts)
+        if example.tools and not any(name_of(tool) in marked.text for tool in example.tools for marked in texts):
+            report.tools_left_out += 1
+        return texts
+
+    def _targets(self, messages: tuple[Message, ...]) -> list[int]:
+        """The indices of the messages that are supervised."""
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if self.chat.supervise == "last":
+            return answers[-1:]
+        if self.chat.supervise == "flagged":
+            some = any(messages[index].get("train") for index in answers)
+            return [index for index in answers if messages[index].get("train", not some)]
+        return answers
+
+    def _refuse_half_thoughts(self, example: Example) -> None:
+        for message in example.messages if self._reads_thinking else ():
+            content = message["content"]
+            if message["role"] == "assistant" and content.count("<think>") != content.count("</think>"):
+                hint = "write <think>...</think>answer, or give reasoning_content"
+                raise DataError("an answer with <think> or </think> alone, which the template would cut", hint=hint)
+
+    def _count_losses(self, message: Message, target: int, text: str, answer: AnswerSpan, report: Report) -> None:
+        """Count what the template changed or left out. Raises DataError for reasoning that must not be lost."""
+        reasoning = reasoning_of(message)
+        if reasoning and reasoning not in text[answer.start - answer.masked : answer.end]:
+            if self.chat.thinking == "error":
+                what = f"the template drops the reasoning of message {target + 1}"
+                raise DataError(what, hint="chat.thinking=follow_template or drop")
+            report.dropped_reasoning += len(reasoning)
+            report.dropped_characters += len(reasoning) if message.get("tool_calls") else 0
+        report.masked_reasoning += answer.masked
+        report.led_answers += bool(text[answer.prompt : answer.start - answer.masked].strip())
+        if message.get("tool_calls"):  # their content is rewritten altogether; the locator looks after the calls
+            return
+        shown = answer.end - answer.start + answer.masked - len(self.format.style.end_of_turn)
+        content, field = message["content"], reasoning if any(message.get(name) for name in FIELDS) else ""
+        kept = len(content.strip()) + len(field)
+        report.dropped_characters += max(0, kept - shown)
+        if kept <= shown < len(content):
+            report.trimmed_characters += len(content) - shown
+
+    def _label(self, texts: Sequence[MarkedText], encoded: Mapping[str, Encoded], report: Report) -> list[Tokens]:
+        """Ids and labels; `encoded`: each text, and each prompt."""
+        labelled: list[Tokens] = []
+        for marked in texts:
+            whole, prompts = encoded[marked.text], [encoded[marked.text[: a.prompt]].ids for a in marked.answers]
+            fits = all(whole.ids[: len(prompt)] == prompt for prompt in prompts)
+            if not fits and len(prompts) > 1:
+                # A token holds the end of a prompt and the start of its answer: no one sequence has every prompt right.
+                report.split_conversations += 1
+                alone = [MarkedText(marked.text[: answer.end], (answer,)) for answer in marked.answers[:-1]]
+                alone.append(replace(marked, answers=marked.answers[-1:]))
+                return self._label(alone, self.format.encoder.encode(_texts_of(alone)), report)
+            if not fits:
+                report.straddling_tokens += 1
+                cut = marked.answers[0].prompt
+                whole, count = self.format.encoder.encode_apart(marked.text[:cut], marked.text[cut:])
+                prompts = [whole.ids[:count]]
+            tokens = self._supervise_answers(marked, whole, prompts, report)
+            report.answers += len(prompts)
+            report.parity_breaks += parity_breaks(tokens, prompts)
+            labelled.append(tokens)
+        return labelled
+
+    def _supervise_text(self, text: Encoded, example: Example) -> Tokens:
+        """All of a raw text, or all that the template makes of a conversation."""
+        return _supervise_all(text.ids if example.text is None else self.bos + text.ids + self.eos)
+
+    def _supervise_answers(
+        self, marked: MarkedText, whole: Encoded, prompts: Sequence[list[int]], report: Report
+    ) -> Tokens:
+        ids = np.array(whole.ids + (self.eos if marked.add_eos else []), dtype=np.int32)
+        labels = np.full(len(ids), UNSUPERVISED, dtype=np.int32)
+        for answer, prompt in zip(marked.answers, prompts, strict=True):
+            found = whole.tokens_between(answer.start, answer.end)
+            if found:
+                (first, end), (start, stop) = found
+                # A token that holds foreign text is not supervised, unless that is a blank, which SentencePiece makes
+                # part of the word after it.
+                before = bool(marked.text[start : answer.start].strip())
+                after = bool(marked.text[answer.end : stop].strip())
+                report.straddling_tokens += before + after
+                supervised = slice(max(first + before, len(prompt)), end - after)
+                labels[supervised] = ids[supervised]
+        if marked.add_eos:
+            labels[-1] = ids[-1]
+        labels[0] = UNSUPERVISED  # nothing comes before it that it could be predicted from
+        return Tokens(ids, labels)
+
+    def _fit(self, sequences: list[Tokens], example: Example, report: Report) -> list[Tokens]:
+        """The sequences of one example within `max_length`, by the over-long policy; none when it is dropped."""
+        limit = self.data.max_length
+        longest = max(map(len, sequences))
+        report.lengths.append(longest)
+        if longest <= limit:
+            return sequences
+        sequences = [_without_tail(tokens) for tokens in sequences]  # what the template writes after the last answer
+        if max(map(len, sequences)) <= limit:
+            return sequences
+        if self.data.overlong == "error":
+            hint = "raise data.max_length, or state data.overlong"
+            raise DataError(f"{longest:,} tokens, over data.max_length ({limit:,})", hint=hint)
+        fitted = self._shorten(sequences, example, report)
+        lost = sum(map(_count_supervised, sequences)) - sum(map(_count_supervised, fitted))
+        report.over_long_lost_tokens += max(lost, 0)  # windows of text supervise again what each begins with
+        return fitted
+
+    def _shorten(self, sequences: list[Tokens], example: Example, report: Report) -> list[Tokens]:
+        limit, policy, is_text = self.data.max_length, self.data.overlong, example.text is not None
+        if policy == "split" and is_text:
+            report.windowed_texts += 1
+            return [window for tokens in sequences for window in _windows(tokens, limit, self.bos)]
+        if policy == "truncate":
+            report.truncated_examples += 1
+            if is_text:
+                return [_slice(tokens, 0, limit) for tokens in sequences]
+            cut = [_cut_context(tokens, limit, self.bos) for tokens in sequences]
+            report.answers_cut += sum(_loses_end(old, new) for old, new in zip(sequences, cut, strict=True))
+            return cut
+        report.over_long_examples += 1
+        report.note_dropped(example.place, f"{max(map(len, sequences)):,} tokens, over data.max_length ({limit:,})")
+        return []
+
+    def _keep_supervised(self, sequences: list[Tokens], example: Example, report: Report) -> tuple[Tokens, ...]:
+        """Those sequences in which anything is supervised, counted."""
+        kept = []
+        for tokens in sequences:
+            targets = tokens.labels[tokens.labels != UNSUPERVISED]
+            if len(targets):
+                kept.append(tokens)
+                report.tokens += len(tokens)
+                report.supervised_tokens += len(targets)
+        if sequences and not kept:
+            _drop_without_target(example, report)
+        report.sequences += len(kept)
+        return tuple(kept)
+
+
+def parity_breaks(tokens: Tokens, prompts: Sequence[list[int]]) -> int:
+    """How many of a sequence's prompts (the ids that a server feeds, in turn) are not those before its labels.
+
+    Looks at nothing but the finished ids and labels, whatever made them.
+    """
+    supervised = tokens.labels != UNSUPERVISED
+    breaks, before = 0, 0
+    for prompt in prompts:
+        count = len(prompt)
+        same = tokens.ids[:count].tolist() == prompt
+        # The last token of a prompt is context, whoever answered before; of the first prompt, all are.
+        context = supervised[count - 1 : count] if before else supervised[:count]
+        breaks += not same or count <= before or bool(context.any())
+        before = count
+    return breaks
+
+
+def _texts_of(texts: Iterable[MarkedText]) -> dict[str, list[Span]]:
+    """All that has to be encoded: each text with the characters of its answers, and its prompts."""
+    found: dict[str, list[Span]] = {}
+    for marked in texts:
+        for answer in marked.answers:
+            found.setdefault(marked.text[: answer.prompt], [])
+        found.setdefault(marked.text, []).extend((answer.start, answer.end) for answer in marked.answers)
+    return found
+
+
+def _drop_reasoning(example: Example, report: Report) -> Example:
+    bare = tuple(without_reasoning(m) if m["role"] == "assistant" else m for m in example.messages)
+    for before, after in zip(example.messages, bare, strict=True):
+        if before["content"].strip() and not after["content"].strip() and "tool_calls" not in after:
+            raise DataError("an answer that is nothing but reasoning", hint="chat.thinking=follow_template")
+        report.dropped_reasoning += len(reasoning_of(before)) if after is not before else 0
+    return replace(example, messages=bare)
+
+
+def _drop_without_target(example: Example, report: Report) -> None:
+    report.examples_without_target += 1
+    report.note_dropped(example.place, "nothing to learn")
+
+
+def _supervise_all(ids: npt.ArrayLike) -> Tokens:
+    """Every token but the first."""
+    array = np.array(ids, dtype=np.int32)
+    return _slice(Tokens(array, array), 0, len(array))
+
+
+def _count_supervised(tokens: Tokens) -> int:
+    return int(np.count_nonzero(tokens.labels != UNSUPERVISED))
+
+
+def _loses_end(before: Tokens, after: Tokens) -> bool:
+    """Whether the last answer lost the token that ends it, and so teaches no stop."""
+    return bool(after.labels[-1] != before.labels[supervised_runs(before)[-1, 1] - 1])
+
+
+def _slice(tokens: Tokens, start: int, end: int) -> Tokens:
+    labels = tokens.labels[start:end].copy()
+    labels[:1] = UNSUPERVISED
+    return Tokens(tokens.ids[start:end], labels)
+
+
+def _without_tail(tokens: Tokens) -> Tokens:
+    runs = supervised_runs(tokens)
+    return _slice(tokens, 0, int(runs[-1, 1])) if len(runs) else tokens
+
+
+def _windows(tokens: Tokens, limit: int, bos: list[int]) -> Iterator[Tokens]:
+    """Text in windows that supervise each token once: each begins with BOS, or with the token before its first."""
+    for start in range(1, len(tokens), limit - 1):
+        head = bos or tokens.ids[start - 1 : start]
+        yield _supervise_all(np.concatenate([head, tokens.ids[start : start + limit - 1]]))
+
+
+def _cut_context(tokens: Tokens, limit: int, bos: list[int]) -> Tokens:
+    """Cut the context from the left, but for BOS; an answer that is itself too long loses its end, and its stop."""
+    if len(tokens) <= limit:
+        return tokens
+    head = int(tokens.ids[:1].tolist() == bos)
+    start, end = (int(at) for at in supervised_runs(tokens)[-1])
+    first = min(start - 1, end - limit) + head  # one token, or BOS, stays before the answer
+    stop = min(end, first + limit - head)
+    ids = np.concatenate([tokens.ids[:head], tokens.ids[first:stop]])
+    labels = np.concatenate([tokens.labels[:head], tokens.labels[first:stop]])
+    labels[0] = UNSUPERVISED
+    return Tokens(ids, labels)

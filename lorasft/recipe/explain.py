@@ -1,0 +1,170 @@
+"""What is wrong with a recipe: pydantic's findings with places and hints, and names that users know from peers."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import ValidationError
+
+from lorasft.errors import LorasftError, RecipeError, UnsafeError, in_words
+from lorasft.recipe.schema import DataSource, Recipe
+from lorasft.recipe.yaml_reader import Document, KeyPath, read_scalar
+from lorasft.terminal import shorten
+
+# What TRL, transformers, PEFT, Axolotl, LLaMA-Factory, Unsloth and torchtune call it -> what it is here.
+PEERS = {
+    "model.base": "base_model model_name_or_path model_name model_id pretrained_model_name_or_path",
+    "model.revision": "model_revision",
+    "model.quantization (nf4 or none)": "load_in_4bit load_in_8bit quantization_bit quantization_config",
+    "model.dtype": "bf16 fp16 tf32 torch_dtype bnb_4bit_compute_dtype compute_dtype",
+    "adapter.rank": "r lora_r lora_rank lora_dim",
+    "adapter.alpha": "lora_alpha",
+    "adapter.dropout": "lora_dropout",
+    "adapter.targets": "lora_target target_modules lora_target_modules lora_target_linear lora_attn_modules",
+    "adapter.rslora": "use_rslora peft_use_rslora",
+    "adapter.dora": "use_dora peft_use_dora",
+    "adapter.modules_to_save": "lora_modules_to_save additional_target",
+    "adapter.start": "lora_model_dir adapter_name_or_path",
+    "data.train": "dataset datasets dataset_name dataset_path train_file data_files",
+    "data.eval": "val_set_size eval_dataset test_datasets eval_split validation_file",
+    "data.format": "dataset_format dataset_type",
+    "data.max_length": "sequence_len max_seq_length max_seq_len cutoff_len model_max_length",
+    "chat.template": "chat_template chat_template_path chat_template_jinja",
+    "chat.template_options": "chat_template_kwargs",
+    "chat.system": "system_prompt default_system system_message",
+    "chat.supervise": "train_on_inputs assistant_only_loss completion_only_loss roles_to_train mask_history",
+    "train.epochs": "num_train_epochs num_epochs",
+    "train.steps": "max_steps max_steps_per_epoch",
+    "train.batch_size (examples per optimizer step, over all devices; the machine cuts it)": (
+        "gradient_accumulation_steps per_device_train_batch_size micro_batch_size train_batch_size global_batch_size"
+    ),
+    "train.max_grad_norm": "gradient_clipping clip_grad_norm",
+    "train.seed": "data_seed random_state",
+    "optimizer.learning_rate": "lr",
+    "optimizer.name (adamw or adamw8bit)": "optim",
+    "optimizer.betas": "adam_beta1 adam_beta2",
+    "schedule.name": "lr_scheduler lr_scheduler_type",
+    "schedule.warmup (a whole number is steps, a fraction a share)": "warmup_ratio warmup_steps num_warmup_steps",
+    "schedule.min_ratio": "cosine_min_lr_ratio min_lr_rate",
+    "run.output": "output_dir",
+    "run.log_every": "logging_steps log_every_n_steps",
+    "run.eval_every": "eval_steps evals_per_epoch eval_strategy",
+    "run.save_every": "save_steps saves_per_epoch save_strategy",
+    "run.keep": "save_total_limit",
+    "run.keep_best": "load_best_model_at_end",
+    "run.trackers": "report_to use_wandb wandb_project",
+    "machine.activation_checkpointing": "gradient_checkpointing use_gradient_checkpointing",
+    "machine.attention": "flash_attention flash_attn attn_implementation sdp_attention use_flash_attention_2",
+    "nothing: sequences are always packed, without padding": "packing sample_packing pad_to_sequence_len eval_packing",
+    "nothing: torch's own kernels are used": "kernels liger use_liger use_liger_kernel",
+}
+SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Recipe.model_fields.items()}
+
+
+def explain(error: ValidationError, document: Document) -> list[LorasftError]:
+    """One error for each key that pydantic refused, with the place where it was written."""
+    found: dict[KeyPath, list[Any]] = {}
+    for detail in error.errors(include_url=False, include_input=False):
+        path = _written_path(document.value, detail["loc"], missing=detail["type"] == "missing")
+        found.setdefault(path, []).append({**detail, "loc": path})
+    # A union reports every branch: the branch that got deepest is the one that was meant.
+    above = {path[:end] for path in found for end in range(len(path))}
+    return [_explain_key(path, details, document) for path, details in found.items() if path not in above]
+
+
+def check_together(recipe: Recipe, document: Document) -> list[LorasftError]:
+    """Errors between keys that are each fine."""
+    errors: list[LorasftError] = []
+    if recipe.data.eval is None and recipe.run.eval_every is not None:
+        hint = "run.eval_every=null, or data.eval=FILE to have something to evaluate on"
+        where = place_of(("run", "eval_every"), document)
+        errors.append(RecipeError("run.eval_every without held-out data", where=where, hint=hint))
+    if recipe.run.keep_best and (recipe.data.eval is None or recipe.run.eval_every is None):
+        hint = "data.eval=0.02" if recipe.data.eval is None else "run.eval_every=100"
+        where = place_of(("run", "keep_best"), document)
+        errors.append(RecipeError(f"run.keep_best needs {hint.partition('=')[0]}", where=where, hint=hint))
+    return errors
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The most similar of `names`, or None when none is similar."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)), None)
+
+
+def value_at(path: KeyPath, value: Any) -> Any:
+    """What is at `path` in a tree of mappings and lists, or None."""
+    for part in path:
+        try:
+            value = value[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
+
+
+def place_of(path: KeyPath, document: Document) -> str:
+    """Where `path` was written, or else what contains it."""
+    return next(document.places[path[:end]] for end in range(len(path), -1, -1) if path[:end] in document.places)
+
+
+def _written_path(value: Any, loc: tuple[int | str, ...], *, missing: bool) -> KeyPath:
+    """The part of pydantic's location that is in the recipe: without the names of union branches."""
+    path: list[int | str] = []
+    for part in loc:
+        keys: Any = range(len(value)) if isinstance(value, list) else value if isinstance(value, dict) else ()
+        if part in keys:
+            value = value[part]
+            path.append(part)
+    return (*path, loc[-1]) if missing else tuple(path)
+
+
+def _explain_key(path: KeyPath, details: list[Any], document: Document) -> LorasftError:
+    where, name = place_of(path, document), shorten(".".join(map(str, path)))
+    value, kind = value_at(path, document.value), details[0]["type"]
+    about_kernels = re.search("attn|attention|experts_implementation", str(path[-1]), re.IGNORECASE)
+    if about_kernels and isinstance(value, str) and "/" in value:
+        what = f"{name}: a kernel from a repository would be code"
+        return UnsafeError(what, where=where, hint="machine.attention=auto")
+    if kind == "extra_forbidden":
+        return _explain_unknown(path, where)
+    if kind == "missing":
+        return RecipeError(f"{name} is missing", where=where, hint=f"{name}=...")
+    if path == ("optimizer", "learning_rate") and kind == "less_than_equal":
+        what = f"optimizer.learning_rate: {value} is far outside 1e-6 ... 1e-2"
+        return RecipeError(what, where=where, hint=f"did you mean {f'{value:e}'[0]}e-4?")
+    return RecipeError(
+        in_words(details), where=where, hint=_hint_for_value(path, value, {detail["type"] for detail in details})
+    )
+
+
+def _hint_for_value(path: KeyPath, value: Any, kinds: set[str]) -> str:
+    if kinds & {"int_type", "float_type"} and isinstance(value, str) and not isinstance(read_scalar(value), str):
+        return "write it without quotes"
+    if "bool_type" in kinds and isinstance(value, str):
+        return "true and false are the only truth values"
+    known = SECTIONS[str(path[0])].model_fields.get(path[1]) if len(path) == 2 else None
+    if known is None or known.default in (None, ()) or known.is_required():
+        return "lorasft recipes schema"
+    return f"for example {path[0]}.{path[1]}={known.default}"
+
+
+def _explain_unknown(path: KeyPath, where: str) -> LorasftError:
+    key, name = str(path[-1]), shorten(".".join(map(str, path)))
+    if re.search(r"(token|secret|password|api_key)$", key, re.IGNORECASE):
+        what = f"tokens do not belong in recipes: {name}"
+        return RecipeError(what, where=where, hint="set HF_TOKEN in the environment, or run `hf auth login`")
+    if key == "trust_remote_code":
+        return UnsafeError(f"{name}: lorasft runs no code from model repositories", where=where, hint="remove the key")
+    return RecipeError(f"unknown key {name}", where=where, hint=_hint_for_name(key, path))
+
+
+def _hint_for_name(key: str, path: KeyPath) -> str:
+    ours = [ours for ours, theirs in PEERS.items() if key.lower() in theirs.split()]
+    ours += [f"{name}.{key}" for name, section in SECTIONS.items() if key in section.model_fields]
+    if ours:
+        return f"here it is {' or '.join(ours)}"
+    parent = Recipe if len(path) == 1 else SECTIONS[str(path[0])] if len(path) == 2 else DataSource
+    close = nearest(key, parent.model_fields)
+    return f"did you mean {close}?" if close else f"known here: {', '.join(parent.model_fields)}"

@@ -1,0 +1,171 @@
+"""YAML 1.2 as plain values, with the line of every key; no tags, aliases or doubled keys; size and depth bounded.
+
+PyYAML composes the nodes; values are made from them here, because PyYAML's own constructors follow YAML 1.1
+(`2e-4` is text, `no` is false, `1:30` is 90), let the last of two equal keys win, and forget the lines.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lorasft.errors import LorasftError, RecipeError, UnsafeError
+
+KeyPath = tuple[str | int, ...]
+
+MOST_BYTES = 1 << 20
+MOST_DEPTH = 32
+
+_WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
+_INTEGER = re.compile(r"[-+]?[0-9]{1,80}")
+_PREFIXED = re.compile(r"0o[0-7]{1,80}|0x[0-9a-fA-F]{1,80}")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+
+
+@dataclass
+class Document:
+    """What a YAML text says: `value` (plain Python), where each key path stands, and the errors in single keys.
+
+    `spans`: where in the text, from which character to which, the scalar of a key path stands.
+    """
+
+    value: Any = None
+    places: dict[KeyPath, str] = field(default_factory=dict)
+    spans: dict[KeyPath, tuple[int, int]] = field(default_factory=dict)
+    errors: list[LorasftError] = field(default_factory=list)
+
+
+def read_yaml(path: Path) -> Document:
+    """The YAML file `path`, of at most 1 MiB. Raises RecipeError (unreadable, not YAML) or UnsafeError (see below)."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        what = f"cannot read the recipe: {error.strerror}"
+        raise RecipeError(what, where=str(path), hint="name a YAML file that you may read") from None
+    if len(content) > MOST_BYTES:
+        what = f"larger than {MOST_BYTES} bytes, too large for a recipe"
+        raise UnsafeError(what, where=str(path), hint="rows go into files of their own, named in data.train")
+    return parse_yaml(content, str(path))
+
+
+def parse_yaml(text: str | bytes, name: str) -> Document:
+    """Parse one YAML document; `name` precedes the line in every place.
+
+    Doubled keys and keys that are not text are collected. Raises RecipeError for text that is not YAML, UnsafeError
+    for tags, aliases, and text nested deeper than 32.
+    """
+    document = Document()
+    try:
+        loader = _Loader(text)
+        loader.name = name
+        node = loader.get_single_node()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None)
+        hint = "UTF-8, spaces instead of tabs, and text with : # or brackets in quotes"
+        raise RecipeError(f"this is not YAML: {reason}", where=where, hint=hint) from None
+    if node:
+        document.value = _read_node(node, (), document)
+    return document
+
+
+def read_scalar(text: str) -> Any:
+    """The value of an unquoted scalar by the core schema of YAML 1.2."""
+    if text.lower() in _WORDS and text in (text.lower(), text.upper(), text.capitalize()):
+        return _WORDS[text.lower()]
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if _PREFIXED.fullmatch(text):
+        return int(text, 0)
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    if _NOT_FINITE.fullmatch(text):
+        return float(text.replace(".", ""))
+    return text
+
+
+def dump_yaml(value: Any) -> str:
+    """Plain values as YAML that `parse_yaml` reads back as the same values."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 20)
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's, which quotes what YAML 1.1 would take for something else, and here what YAML 1.2 would."""
+
+    def represent_data(self, data: Any) -> yaml.Node:
+        if isinstance(data, str) and (read_scalar(data) is not data or not data.isprintable()):
+            return self.represent_scalar("tag:yaml.org,2002:str", data, style='"')
+        return super().represent_data(data)
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, which refuses tags, aliases and depth at the event, before it composes a node of it."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        where = _place(event)
+        if isinstance(event, yaml.AliasEvent):
+            raise UnsafeError("aliases (*name) are not allowed", where=where, hint="write the value out")
+        if event.tag is not None:
+            raise UnsafeError("tags (!name) are not allowed", where=where, hint="remove the tag")
+        if self.depth > MOST_DEPTH:
+            hint = "no recipe needs that: write it flat"
+            raise UnsafeError(f"nested deeper than {MOST_DEPTH}", where=where, hint=hint)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def _read_node(node: yaml.Node, path: KeyPath, document: Document) -> Any:
+    """The value of `node`, which is at `path`; places, spans and errors go into the document."""
+    document.places.setdefault(path, _place(node))
+    if isinstance(node, yaml.SequenceNode):
+        return [_read_node(item, (*path, number), document) for number, item in enumerate(node.value)]
+    if isinstance(node, yaml.MappingNode):
+        return _read_mapping(node, path, document)
+    assert isinstance(node, yaml.ScalarNode)
+    document.spans[path] = node.start_mark.index, node.end_mark.index
+    return _read_scalar_node(node)
+
+
+def _read_mapping(node: yaml.MappingNode, path: KeyPath, document: Document) -> dict[str, Any]:
+    mapping: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        where = _place(key_node)
+        key = _read_scalar_node(key_node) if isinstance(key_node, yaml.ScalarNode) else None
+        if not isinstance(key, str):
+            document.errors.append(RecipeError("a key that is not text", where=where, hint="put the key into quotes"))
+            continue
+        place = (*path, key)
+        if key in mapping:
+            both = f"{document.places[place]} and {where}"
+            document.errors.append(RecipeError(f"the key {key!r} appears twice", where=both, hint="remove one"))
+        document.places[place] = where
+        mapping[key] = _read_node(value_node, place, document)
+    return mapping
+
+
+def _read_scalar_node(node: yaml.ScalarNode) -> Any:
+    try:  # JSON writes characters outside the basic plane as a pair of escapes
+        text = node.value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+    except UnicodeDecodeError:
+        hint = "write the character itself"
+        raise RecipeError("half a surrogate pair in a text", where=_place(node), hint=hint) from None
+    return read_scalar(text) if node.style is None else text
+
+
+def _place(marked: Any) -> str:
+    return f"{marked.start_mark.name}:{marked.start_mark.line + 1}"

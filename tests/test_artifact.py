@@ -1,0 +1,90 @@
+"""What a path names is resolved once, and a run that the version before made is still a run."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasft.cli import main
+
+PACKAGE = str(Path(__file__).parents[1] / "lorasft")
+PARSED = {"config.json", "adapter_config.json", "recipe.yaml"}
+VERSIONS = Path(__file__).parent / "runs"
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often lorasft's own code has opened each config to parse it, by path; hashes and copies do not count."""
+    found: Counter[str] = Counter()
+    plain = io.open
+
+    def watch(file: Any, mode: str = "r", *given: Any, **options: Any) -> Any:
+        frame = sys._getframe(1)
+        while "/pathlib" in frame.f_code.co_filename and frame.f_back:
+            frame = frame.f_back
+        ours = frame.f_code.co_filename.startswith(PACKAGE) and not set(mode) & set("wax+")
+        if ours and Path(str(file)).name in PARSED and frame.f_code.co_name not in ("sha256", "fingerprint", "finish"):
+            found[str(Path(str(file)).resolve())] += 1
+        return plain(file, mode, *given, **options)
+
+    monkeypatch.setattr(builtins, "open", watch)
+    monkeypatch.setattr(io, "open", watch)
+    return found
+
+
+def test_configs_and_recipes_are_parsed_once(
+    recipe: Callable[..., str], base: Path, tmp_path: Path, parsed: Counter[str]
+) -> None:
+    """By a start, a merge with its check, a chat, and a start from another adapter."""
+
+    def watched(*words: str) -> Counter[str]:
+        parsed.clear()
+        assert main(words) == 0
+        assert all(count == 1 for count in parsed.values()), (words, parsed)
+        return parsed
+
+    run, settings = tmp_path / "run", {"model": {"quantization": "none"}, "train": {"steps": 3}}
+    path = recipe(**settings)
+    assert path in watched("train", path)
+    adapter, base_config = str(run / "adapter/adapter_config.json"), str(base / "config.json")
+    assert watched("merge", str(run), "--out", str(tmp_path / "merged")).keys() >= {adapter, base_config}
+    assert adapter in watched("chat", str(run), "--prompt", "x", "--max-new-tokens", "2")
+    path = recipe(**settings, run={"output": str(tmp_path / "second")})
+    begun = json.loads(Path(path).read_text(encoding="utf-8")) | {"adapter": {"start": str(run)}}
+    Path(path).write_text(json.dumps(begun), encoding="utf-8")
+    assert watched("train", path).keys() >= {path, adapter}
+
+
+@pytest.mark.parametrize("version", sorted(path.name for path in VERSIONS.iterdir()))
+def test_a_run_of_an_earlier_version_is_read(
+    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its paths are relative to the folder. `expected.json` holds the losses that it gave."""
+    shutil.copytree(VERSIONS / version, tmp_path / "old")
+    monkeypatch.chdir(tmp_path / "old")
+    expected = json.loads(Path("expected.json").read_bytes())
+    capsys.readouterr()
+    assert main(["evaluate", "run", "--data", "rows.jsonl", "--json"]) == 0
+    totals = json.loads(capsys.readouterr().out)
+    for name, loss in expected.items():
+        assert totals[name]["loss"] == pytest.approx(loss, rel=1e-4)
+    assert main(["chat", "run/checkpoints/step-000016", "--prompt", "what is 1 + 1?", "--max-new-tokens", "4"]) == 0
+    assert main(["merge", "run", "--out", "merged", "--json"]) == 0
+    merged = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert "another version of lorasft prepared" in merged["rows"] and merged["updated"] == 7
+    assert main(["evaluate", "merged", "--data", "rows.jsonl", "--json"]) == 0
+    loss = json.loads(capsys.readouterr().out)["model"]["loss"]
+    assert loss == pytest.approx(expected["adapter"], rel=0.02)
+    pytest.importorskip("gguf", reason="the extra gguf is not installed")
+    assert main(["export", "run", "--to", "gguf", "--out", "m.gguf"]) == 0
+    assert main(["train", "run/recipe.yaml", "--resume"]) in (0, 2, 3, 4)
+    assert "Traceback" not in capsys.readouterr().err
