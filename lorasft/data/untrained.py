@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorasft.errors import DataError
+from lorasft.tensors import INDEX, TensorFile, open_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -23,14 +23,13 @@ if TYPE_CHECKING:
 TABLES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "lm_head.weight")
 KINDS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 SMALL, ALIKE = 0.02, 0.01  # of an ordinary row's norm; of the row's own norm
-Rows = npt.NDArray[np.float32]
 
 
 def refuse_untrained(base: str, tokenizer: PreTrainedTokenizerFast, *, learned: Sequence[int]) -> None:
     """Raise DataError when special tokens among `learned` (token ids) look untrained in the weights of `base`."""
     added = sorted(tokenizer.added_tokens_decoder)
-    tables = [table for name in TABLES if (table := _find_table(base, name))]
-    found = sorted({token for table in tables for token in untrained_rows(table, learned, added=added)})
+    tables = [table for name in TABLES if (table := _find_matrix(base, name))]
+    found = sorted({token for table in tables for token in untrained_rows(*table, learned, added=added)})
     if found:
         names = ", ".join(tokenizer.convert_ids_to_tokens(found)[:10])
         raise DataError(
@@ -40,62 +39,47 @@ def refuse_untrained(base: str, tokenizer: PreTrainedTokenizerFast, *, learned: 
         )
 
 
-@dataclass(frozen=True)
-class Table:
-    """A matrix inside a safetensors file: where its bytes are."""
-
-    file: Path
-    start: int
-    rows: int
-    width: int
-    kind: str
-
-    def read(self, ids: Sequence[int]) -> Rows:
-        """The rows `ids` in fp32: (ids, width)."""
-        raw: npt.NDArray[Any] = np.memmap(
-            self.file, KINDS[self.kind], "r", offset=self.start, shape=(self.rows, self.width)
-        )
-        rows: npt.NDArray[Any] = raw[np.asarray(ids, dtype=np.int64)]
-        if self.kind == "BF16":
-            rows = (rows.astype(np.uint32) << np.uint32(16)).view(np.float32)
-        return np.asarray(rows, dtype=np.float32)
-
-
-def untrained_rows(table: Table, learned: Sequence[int], *, added: Sequence[int]) -> list[int]:
-    """The ids of `learned` whose rows are empty next to ordinary ones, or equal to those of `added` that stand idle."""
-    learned = [token for token in learned if token < table.rows]
-    ordinary = np.setdiff1d(np.linspace(0, table.rows - 1, 256).astype(np.int64), added)
+def untrained_rows(file: TensorFile, name: str, learned: Sequence[int], *, added: Sequence[int]) -> list[int]:
+    """The ids of `learned` whose rows in the matrix `name` are empty next to ordinary ones, or equal to those of
+    `added` that are not in use."""
+    height = file.specs[name].rows
+    learned = [token for token in learned if token < height]
+    ordinary = np.setdiff1d(np.linspace(0, height - 1, 256).astype(np.int64), added)
     if not learned or not len(ordinary):
         return []
-    usual = float(np.median(np.linalg.norm(table.read(ordinary.tolist()), axis=1)))
-    idle = table.read([token for token in added if token < table.rows and token not in learned][:64])
+    usual = float(np.median(np.linalg.norm(_read_rows(file, name, ordinary.tolist()), axis=1)))
+    idle = _read_rows(file, name, [token for token in added if token < height and token not in learned][:64])
     found = []
-    for token, row in zip(learned, table.read(learned), strict=True):
+    for token, row in zip(learned, _read_rows(file, name, learned), strict=True):
         norm = float(np.linalg.norm(row))
-        alike = np.count_nonzero(np.linalg.norm(idle - row, axis=1) <= ALIKE * norm) if len(idle) else 0
+        alike = np.count_nonzero(np.linalg.norm(idle - row, axis=1) <= ALIKE * norm)
         if norm < SMALL * usual or alike >= 2:
             found.append(token)
     return found
 
 
-def _find_table(base: str, name: str) -> Table | None:
-    """The matrix whose name ends in `name`, in the shards of a folder or of the hub's cache."""
-    index = _local_file(base, "model.safetensors.index.json")
-    if index:
-        shards = json.loads(index.read_bytes())["weight_map"]
-        file = next((_local_file(base, shard) for key, shard in shards.items() if key.endswith(name)), None)
-    else:
-        file = _local_file(base, "model.safetensors")
+def _read_rows(file: TensorFile, name: str, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    """The rows `ids` of a matrix in fp32: (ids, width). Without torch, which takes a second to import."""
+    spec = file.specs[name]
+    size = spec.width * KINDS[spec.dtype].itemsize
+    content = b"".join(file.read_bytes(name, token * size, size) for token in ids)
+    rows: npt.NDArray[Any] = np.frombuffer(content, KINDS[spec.dtype]).reshape(-1, spec.width)
+    if spec.dtype == "BF16":
+        rows = (rows.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return rows.astype(np.float32)
+
+
+def _find_matrix(base: str, ending: str) -> tuple[TensorFile, str] | None:
+    """The matrix whose name has this ending, in the shards of a folder or of the hub's cache."""
+    index = _local_file(base, INDEX)
+    shards = json.loads(index.read_bytes())["weight_map"] if index else {ending: "model.safetensors"}
+    file = next((_local_file(base, shard) for name, shard in shards.items() if name.endswith(ending)), None)
     if file is None:
         return None
-    with file.open("rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        header: dict[str, Any] = json.loads(opened.read(size))
-    entry = next((value for key, value in header.items() if key.endswith(name)), None)
-    if entry is None or entry["dtype"] not in KINDS or len(entry["shape"]) != 2:
-        return None
-    rows, width = entry["shape"]
-    return Table(file, 8 + size + entry["data_offsets"][0], rows, width, entry["dtype"])
+    found = open_tensors(file)
+    name = next((name for name in found.specs if name.endswith(ending)), "")
+    spec = found.specs.get(name)
+    return (found, name) if spec and spec.dtype in KINDS and len(spec.shape) == 2 else None
 
 
 def _local_file(base: str, name: str) -> Path | None:

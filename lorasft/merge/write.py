@@ -126,7 +126,7 @@ def write_weights(
         for source, specs in zip(plan.sources, plan.targets, strict=True):
             path = stage / source.path.name
             with new_file(path) as file:
-                writer = TensorWriter(file, specs, metadata=source.metadata, thread=thread)
+                writer = TensorWriter(file, specs, source.metadata, thread)
                 for name, spec in specs.items():
                     change = plan.changes.get(name)
                     if change or name in plan.packed or (onto_nf4 and name in quantized):
