@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lorasft.data.examples import read_examples
+from lorasft.data.examples import read_blocks, shape_block
 from lorasft.data.prepare import prepare
 from lorasft.data.report import BadRows, Report
 from lorasft.data.tokenizer import load_tokenizer
@@ -58,7 +58,9 @@ def numbered_rows(path: str, count: int) -> list[Messages]:
     """The conversations of a file, repeated up to `count`, no two of them equal."""
     settings = DataSettings(train=(path,), on_bad_row="drop")
     bad = BadRows("drop", Report())
-    found = [example.messages for example in read_examples(settings.train, settings, bad=bad) if example.messages]
+    blocks = (block for source in settings.train for block in read_blocks(source, settings))
+    examples = (example for block in blocks for example in shape_block(block, settings, bad=bad))
+    found = [example.messages for example in examples if example.messages]
     rows = [[dict(message) for message in found[number % len(found)]] for number in range(count)]
     for number, row in enumerate(rows):
         row[0]["content"] += f" ({number})"

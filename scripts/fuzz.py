@@ -38,7 +38,7 @@ from transformers.utils import logging
 from lorasft.adapter_config import CONFIG, WEIGHTS
 from lorasft.artifact import find_artifact
 from lorasft.data.chat_format import ChatFormat
-from lorasft.data.examples import read_examples
+from lorasft.data.examples import read_blocks, shape_block
 from lorasft.data.labels import Labeler
 from lorasft.data.report import BadRows, Report
 from lorasft.data.tokenizer import load_tokenizer
@@ -145,7 +145,8 @@ class Bench:
         path.write_bytes(draw.choice([b"\n", b"\n", b"\r\n", b""]).join(lines))
         bad = BadRows("error", self.report)
         source = self.data.train[0].model_copy(update={"path": str(path)})
-        for _ in self.labeler.encode_all(read_examples((source,), self.data, bad=bad), bad=bad):
+        rows = (row for block in read_blocks(source, self.data) for row in shape_block(block, self.data, bad=bad))
+        for _ in self.labeler.encode_all(rows, bad=bad):
             pass
         bad.raise_all()
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from tiny_tokenizer import TEMPLATE, save_tokenizer
 
 from lorasft.data.chat_format import ChatFormat
@@ -163,26 +161,6 @@ def test_prompts_are_what_a_server_feeds(name: str, template: str | None) -> Non
     check_against_server(tokenizer, example, encoder.encode(example))
 
 
-def test_trimmed_characters_are_counted_once(tmp_path: Path, tiny: Any) -> None:
-    file = tmp_path / "trimming.jinja"
-    file.write_text("{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content | trim }}<|end|>\n{% endfor %}"
-                    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")  # fmt: skip
-    encoder = make_encoder(load_tokenizer(tiny.name_or_path), chat={"template": str(file)})
-    (tokens,) = encoder.encode(conversation("q", "  A\n", "r", "B", "s", "\tC"))
-    assert learned_text(tiny, tokens) == ["A<|end|>", "B<|end|>", "C<|end|>"]
-    assert (encoder.report.trimmed_characters, encoder.report.dropped_characters) == (4, 0)
-
-
-@needs_shared
-def test_how_many_sequences_a_conversation_needs() -> None:
-    """One where earlier answers stand as they were given, one per answer where the template rewrites them."""
-    example, with_system = conversation("a", "b", "c", "d"), conversation("a", "b", "c", "d", system="s")
-    for name, plain, system in (("llama-3.1", 1, 1), ("qwen3", 2, 2), ("gpt-oss", 2, 2), ("mistral-v0.3", 1, 2)):
-        encoder = make_encoder(shared_tokenizer(name))
-        assert (len(encoder.encode(example)), len(encoder.encode(with_system))) == (plain, system), name
-        assert encoder.report.split_conversations == (plain > 1) + (system > 1)
-
-
 @needs_shared
 def test_thinking_is_learned_where_the_row_has_it_and_not_where_the_template_adds_it() -> None:
     tokenizer = shared_tokenizer("qwen3")
@@ -197,26 +175,6 @@ def test_thinking_is_learned_where_the_row_has_it_and_not_where_the_template_add
     assert learned_text(tokenizer, told) == ["<think>\nhm\n</think>\n\nA<|im_end|>"]
     with pytest.raises(DataError, match="alone"):
         encoder.encode(conversation("q", "hm</think>A"))
-
-
-@needs_shared
-@pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "llama-3.1"])
-def test_tool_calls_are_learned_and_results_are_not(name: str) -> None:
-    tokenizer = shared_tokenizer(name)
-    call = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
-    raw = (
-        {"role": "user", "content": "Weather?"},
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "content": "sunny, 31"},
-        {"role": "assistant", "content": "Sunny."},
-    )
-    tool = {"type": "function", "function": {"name": "weather", "description": "?", "parameters": {}}}
-    example = Example(tuple(map(normalize_message, raw)), (tool,), None, PLACE)
-    texts = [text for tokens in make_encoder(tokenizer).encode(example) for text in learned_text(tokenizer, tokens)]
-    assert len(texts) == 2
-    assert '{"city": "Rome"}' in texts[0] and '\\"' not in texts[0]  # an object, not a string quoted twice
-    assert texts[0].startswith("<tool_call>" if "qwen" in name else "{")  # without the template's empty thought
-    assert texts[1].startswith("Sunny.") and "31" not in texts[0] + texts[1]
 
 
 @needs_shared
@@ -266,21 +224,6 @@ def test_everything_and_text_learn_all_but_the_first_token(tiny: Any) -> None:
     (text,) = make_encoder(tiny).encode(Example((), None, "the cat", PLACE))
     assert tiny.decode(text.ids) == "<s>the cat</s>"
     assert text.labels[0] == UNSUPERVISED and (text.labels[1:] == text.ids[1:]).all()
-
-
-TURN = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12).filter(str.strip)
-
-
-@given(st.lists(TURN, min_size=2, max_size=6).filter(lambda turns: len(turns) % 2 == 0))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_what_is_learned_is_the_answers_and_their_ends(tiny: Any, turns: list[str]) -> None:
-    example = conversation(*turns)
-    sequences = make_encoder(tiny).encode(example)
-    learned = [tiny.decode(tokens.labels[tokens.labels >= 0]) for tokens in sequences]
-    assert "".join(learned) == "".join(text + "<|end|>" for text in turns[1::2])
-    for tokens in sequences:
-        assert tokens.ids.tolist().count(tiny.bos_token_id) == 1 and tokens.ids[0] == tiny.bos_token_id
-    check_prompts(tiny, example, sequences)
 
 
 def check_prompts(tokenizer: Any, example: Example, sequences: tuple[Tokens, ...]) -> None:
@@ -452,42 +395,6 @@ def test_template_options_are_saved_as_defaults(tmp_path: Path, tiny: Any) -> No
     messages = [{"role": "user", "content": "x"}]
     assert served.apply_chat_template(messages, tokenize=False) == '\nglad "é\n👋!0x</s>'
     assert served.apply_chat_template(messages, tokenize=False, mood="sad", loud=False) == "\nsad0x</s>"
-
-
-def test_a_template_without_end_gets_eos(tmp_path: Path, tiny: Any) -> None:
-    file = tmp_path / "endless.jinja"
-    file.write_text("{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}"
-                    "{% if add_generation_prompt %}assistant:{% endif %}")  # fmt: skip
-    encoder = make_encoder(load_tokenizer(tiny.name_or_path), chat={"template": str(file)})
-    sequences = encoder.encode(conversation("q", " A ", "r", "B"))
-    assert [tiny.decode(tokens.ids) for tokens in sequences] == [
-        "user: q\nassistant: A</s>", "user: q\nassistant: A\nuser: r\nassistant: B</s>"]  # fmt: skip
-    assert [text.strip() for tokens in sequences for text in learned_text(tiny, tokens)] == ["A</s>", "B</s>"]
-
-
-def test_a_template_whose_prompt_opens_what_answers_lack(tmp_path: Path, tiny: Any) -> None:
-    file = tmp_path / "thinking.jinja"  # as deepseek-r1: the prompt opens a thought, the rendered answer has none
-    file.write_text("{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|end|>\n"
-                    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n<think>\n{% endif %}")  # fmt: skip
-    tokenizer = load_tokenizer(tiny.name_or_path)
-    encoder = make_encoder(tokenizer, chat={"template": str(file)})
-    example = conversation("q", "<think>long thought</think>A", "r", "B")
-    sequences = encoder.encode(example)
-    assert [learned_text(tiny, tokens) for tokens in sequences] == [["A<|end|>"], ["B<|end|>"]]
-    check_prompts(tokenizer, example, sequences)
-    assert encoder.report.dropped_characters == len("<think>long thought</think>")
-
-
-def test_a_template_that_changes_what_stands_before(tmp_path: Path, tiny: Any) -> None:
-    file = tmp_path / "counting.jinja"  # the same length each time, but not the same text
-    file.write_text("{{ messages | length }}{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n"
-                    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")  # fmt: skip
-    tokenizer = load_tokenizer(tiny.name_or_path)
-    encoder = make_encoder(tokenizer, chat={"template": str(file)})
-    example = conversation("q", "A", "r", "B")
-    sequences = encoder.encode(example)
-    assert [learned_text(tiny, tokens) for tokens in sequences] == [["A<|end|>"], ["B<|end|>"]]
-    check_prompts(tokenizer, example, sequences)
 
 
 def test_a_token_of_the_template_and_the_answer_is_not_learned(tmp_path: Path, tiny: Any) -> None:

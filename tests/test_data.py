@@ -15,7 +15,7 @@ from tiny_tokenizer import TEMPLATE, save_tokenizer
 from lorasft import cli
 from lorasft.data import sources
 from lorasft.data.chat_format import ChatFormat
-from lorasft.data.examples import Example, read_examples
+from lorasft.data.examples import Example, read_blocks, shape_block
 from lorasft.data.labels import Labeler
 from lorasft.data.prepare import held_out_below, list_ingredients, make_key, open_prepared, prepare
 from lorasft.data.report import BadRows, Report
@@ -30,10 +30,15 @@ SHARED = Path(__file__).parents[2] / "shared/data"
 CHAT_ROW = '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}'
 
 
+def shape(data: DataSettings, bad: BadRows) -> list[Example]:
+    blocks = (block for source in data.train for block in read_blocks(source, data))
+    return [example for block in blocks for example in shape_block(block, data, bad=bad)]
+
+
 def read(path: Path | str, **settings: Any) -> list[Example]:
     data = DataSettings(train=(str(path),), **settings)
     bad = BadRows(data.on_bad_row, Report())
-    examples = list(read_examples(data.train, data, bad=bad))
+    examples = shape(data, bad)
     bad.raise_all()
     return examples
 
@@ -177,7 +182,7 @@ def test_bad_rows_are_dropped_and_counted_or_reported_together(tmp_path: Path) -
     (tmp_path / "rows.jsonl").write_bytes(rows)
     data = DataSettings(train=(str(tmp_path / "rows.jsonl"),), on_bad_row="drop")
     bad = BadRows("drop", Report())
-    assert [example.place.line for example in read_examples(data.train, data, bad=bad)] == [1, 3, 5]
+    assert [example.place.line for example in shape(data, bad)] == [1, 3, 5]
     assert bad.report.bad_rows == 2
     with pytest.raises(ErrorGroup) as several:
         read(tmp_path / "rows.jsonl")
@@ -279,7 +284,7 @@ def test_a_share_of_a_source_is_the_same_rows_every_time(tmp_path: Path) -> None
     (tmp_path / "rows.jsonl").write_bytes(numbered(400))
     source = {"path": str(tmp_path / "rows.jsonl"), "share": 0.25}
     data = DataSettings(train=(source,))
-    picks = [[e.place.line for e in read_examples(data.train, data, bad=BadRows("error", Report()))] for _ in range(2)]
+    picks = [[e.place.line for e in shape(data, BadRows("error", Report()))] for _ in range(2)]
     assert picks[0] == picks[1] and 60 < len(picks[0]) < 140
 
 

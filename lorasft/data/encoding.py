@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from lorasft.data.tokenizer import control_tokens
 
@@ -21,35 +22,45 @@ _PLACEHOLDER = re.compile(f"({MARK}.)")
 Span = tuple[int, int]
 
 
-class Stretch(NamedTuple):
-    """A part of a text; `read_offsets` gives the characters of each token, which is asked of few."""
+@dataclass
+class Pieces:
+    """What is needed of `tokenizers.Encoding`, put together from several: token ids, and the characters of each."""
 
     ids: list[int]
-    length: int  # characters
-    read_offsets: Callable[[], list[Span]]
+    offsets: list[Span]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def add(self, ids: list[int], offsets: Sequence[Span], at: int) -> None:
+        """Append tokens whose offsets count from character `at`."""
+        self.ids += ids
+        self.offsets += [(start + at, end + at) for start, end in offsets]
 
 
 class Encoded:
-    """The ids of a text, and where they stand in it."""
+    """The ids of a text, and where they are in it."""
 
-    def __init__(self, stretches: Sequence[Stretch]) -> None:
-        self.ids = list(chain.from_iterable([stretch.ids for stretch in stretches]))
+    def __init__(self, stretches: Sequence[str], encodings: Sequence[Any]) -> None:
+        """`encodings`: of each stretch of the text, in turn."""
+        self.ids = list(chain.from_iterable([encoding.ids for encoding in encodings]))
         self._stretches = stretches
+        self._encodings = encodings
 
     def tokens_between(self, start: int, end: int) -> tuple[Span, Span] | None:
         """The first token that holds a character of `start` to `end`, and the one after the last such token; and the
         characters that those tokens hold. None where there is no such token."""
         found: list[tuple[Span, Span]] = []
         at = token = 0
-        for stretch in self._stretches:
-            if at < end and start < at + stretch.length:
-                offsets = stretch.read_offsets()
+        for stretch, encoding in zip(self._stretches, self._encodings, strict=True):
+            if at < end and start < at + len(stretch):
+                offsets = encoding.offsets
                 first = bisect_right(offsets, start - at, key=itemgetter(1))
                 stop = bisect_left(offsets, end - at, key=itemgetter(0))
                 if first < stop:
                     found.append(((token + first, token + stop), (at + offsets[first][0], at + offsets[stop - 1][1])))
-            at += stretch.length
-            token += len(stretch.ids)
+            at += len(stretch)
+            token += len(encoding)
         if not found:
             return None
         (first, _), (before, _) = found[0]
@@ -73,20 +84,19 @@ class TextEncoder:
         cuts = {text: self._split(text) for text in texts}
         located = {stretch for text, spans in texts.items() for stretch in _overlapping(cuts[text], spans)}
         others = set(chain.from_iterable(cuts.values())) - located
-        parts: dict[str, list[Stretch]] = {}
+        found: dict[str, Any] = {}
         for stretches, encode_batch in (  # without offsets it is faster
             (list(located), self._backend.encode_batch),
             (list(others), self._backend.encode_batch_fast),
         ):
-            for stretch, encoding in zip(stretches, encode_batch(stretches, add_special_tokens=False), strict=True):
-                hidden = MARK in stretch
-                parts[stretch] = self._encode_placeholders(stretch) if hidden else [_from_library(stretch, encoding)]
-        return {text: Encoded([part for stretch in cut for part in parts[stretch]]) for text, cut in cuts.items()}
+            found.update(zip(stretches, encode_batch(stretches, add_special_tokens=False), strict=True))
+        found.update((stretch, self._encode_placeholders(stretch)) for stretch in found if MARK in stretch)
+        return {text: Encoded(cut, [found[stretch] for stretch in cut]) for text, cut in cuts.items()}
 
     def encode_apart(self, prompt: str, answer: str) -> tuple[Encoded, int]:
         """The prompt as a server feeds it, then the answer encoded alone; and how many tokens the prompt has."""
         before = self._encode_placeholders(prompt)
-        return Encoded([*before, *self._encode_inside(answer)]), sum(len(stretch.ids) for stretch in before)
+        return Encoded([prompt, answer], [before, self._encode_inside(answer)]), len(before)
 
     def _split(self, text: str) -> list[str]:
         """A text cut before each token that restarts encoding: the ids of the whole are those of the stretches."""
@@ -95,29 +105,30 @@ class TextEncoder:
         first, *others = text.split(self.restart)
         return [first, *(self.restart + other for other in others)]
 
-    def _encode_placeholders(self, text: str) -> list[Stretch]:
+    def _encode_placeholders(self, text: str) -> Pieces:
         first, *others = _PLACEHOLDER.split(text)
-        parts = [_from_library(first, self._backend.encode(first, add_special_tokens=False))]
+        encoding = self._backend.encode(first, add_special_tokens=False)
+        pieces, at = Pieces(list(encoding.ids), list(encoding.offsets)), len(first)
         for part in others:
-            if _PLACEHOLDER.fullmatch(part):
-                parts.append(self._encode_control(self.control[ord(part[1]) - FIRST]))
-            else:
-                parts += self._encode_inside(part)
-        return parts
+            hidden = _PLACEHOLDER.fullmatch(part)
+            inside = self._encode_control(self.control[ord(part[1]) - FIRST]) if hidden else self._encode_inside(part)
+            pieces.add(inside.ids, inside.offsets, at)
+            at += len(part)
+        return pieces
 
-    def _encode_inside(self, text: str) -> list[Stretch]:
+    def _encode_inside(self, text: str) -> Pieces:
         """`text` as it is encoded in the middle of a text."""
-        first, *others = self._encode_placeholders(self._anchor + text)
+        whole = self._encode_placeholders(self._anchor + text)
         skipped = len(self._backend.encode(self._anchor, add_special_tokens=False).ids)
-        size = len(self._anchor)
-        offsets = [(start - size, end - size) for start, end in first.read_offsets()[skipped:]]
-        return [Stretch(first.ids[skipped:], first.length - size, lambda: offsets), *others]
+        inside = Pieces([], [])
+        inside.add(whole.ids[skipped:], whole.offsets[skipped:], -len(self._anchor))
+        return inside
 
-    def _encode_control(self, token: str) -> Stretch:
-        """The text of a control token, which stands in a text as a placeholder, encoded as any other text."""
+    def _encode_control(self, token: str) -> Pieces:
+        """The text of a control token, which is in a text as a placeholder, encoded as any other text."""
         skipped = len(self._plain.encode(self._anchor, add_special_tokens=False).ids)
         ids = self._plain.encode(self._anchor + token, add_special_tokens=False).ids[skipped:]
-        return Stretch(ids, 2, lambda: [(0, 2)] * len(ids))
+        return Pieces(ids, [(0, 2)] * len(ids))
 
     @cached_property
     def _plain(self) -> Any:
@@ -148,7 +159,3 @@ def find_restart(tokenizer: PreTrainedTokenizerFast, prompt: str) -> str | None:
 def _overlaps(other: str, token: str) -> bool:
     """Whether `other` can take the beginning of `token` away from it, or swallow it, where both are in a text."""
     return (other != token and token in other) or any(other.endswith(token[:size]) for size in range(1, len(token)))
-
-
-def _from_library(text: str, encoding: Any) -> Stretch:
-    return Stretch(encoding.ids, len(text), lambda: encoding.offsets)

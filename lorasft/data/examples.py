@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -28,16 +28,12 @@ NEEDED = {  # format -> the columns that make it
 }
 CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
+SHAREGPT_ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
     "human": "user",
-    "user": "user",
     "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
     "function_call": "assistant",
     "tool_call": "assistant",
     "observation": "tool",
-    "tool": "tool",
 }
 
 
@@ -71,12 +67,11 @@ class RowBlock:
     error: DataError | None = None
 
 
-def read_blocks(sources: Iterable[DataSource], settings: DataSettings) -> Iterator[RowBlock]:
-    """The rows of all sources in order, hardly looked at; raises nothing for what a file holds."""
-    for source in sources:
-        files = [(str(file), read_file(file)) for file in source_files(source.path)]
-        for name, rows in files or [(f"{source.path}/{source.split}", read_hub(source))]:
-            yield from _cut_blocks(rows, name, source, settings)
+def read_blocks(source: DataSource, settings: DataSettings) -> Iterator[RowBlock]:
+    """The rows of a source in order, hardly looked at; raises nothing for what a file holds."""
+    files = [(str(file), read_file(file)) for file in source_files(source.path)]
+    for name, rows in files or [(f"{source.path}/{source.split}", read_hub(source))]:
+        yield from _cut_blocks(rows, name, source, settings)
 
 
 def _cut_blocks(
@@ -100,18 +95,26 @@ def _cut_blocks(
 def _find_format(raw: Raw, place: Place, source: DataSource, settings: DataSettings) -> tuple[Raw, str]:
     """The first row of a file, parsed, and the format that it shows; empty if it cannot be parsed.
 
-    Raises DataError when it has no format, or not the columns that the recipe names.
+    Raises DataError when it has no format or fits two, or has not the columns that the recipe names.
     """
     try:
         row = parse_row(raw, place)
     except DataError as error:
         return error, ""
     stated, columns = source.format or settings.format, source.columns or settings.columns or {}
+    seen = f"columns seen: {', '.join(map(str, row))}"
     absent = [theirs for theirs in columns.values() if theirs not in row]
     if absent:
         what = f"data.columns names {', '.join(map(repr, absent))}, not in the data"
-        raise DataError(what, where=str(place), hint=f"columns seen: {', '.join(map(str, row))}")
-    return row, stated if stated != "auto" else detect_format({**row, **columns}, place)
+        raise DataError(what, where=str(place), hint=seen)
+    names = row.keys() | columns.keys()
+    fits = [stated] if stated != "auto" else [kind for kind, needed in NEEDED.items() if names >= set(needed)]
+    if len(fits) > 1:
+        raise DataError(f"the columns fit {' and '.join(fits)}", where=str(place), hint="state data.format")
+    if not fits:
+        known = "; ".join(f"{kind}: {', '.join(needed)}" for kind, needed in NEEDED.items())
+        raise DataError(f"no known format: {seen}", where=str(place), hint=f"map them with data.columns ({known})")
+    return row, fits[0]
 
 
 def shape_block(block: RowBlock, settings: DataSettings, *, bad: BadRows) -> Iterator[Example]:
@@ -129,7 +132,7 @@ def shape_block(block: RowBlock, settings: DataSettings, *, bad: BadRows) -> Ite
             mapped = row | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
             example = shape_row(mapped, block.kind, place)
         except DataError as error:
-            bad.add(error)
+            bad.add(error, place)
             continue
         if share == 1 or example.digest < share * 2**64:
             yield example
@@ -137,41 +140,17 @@ def shape_block(block: RowBlock, settings: DataSettings, *, bad: BadRows) -> Ite
         raise block.error
 
 
-def read_examples(sources: Iterable[DataSource], settings: DataSettings, *, bad: BadRows) -> Iterator[Example]:
-    """The examples of all sources in order, one at a time; nothing is kept.
-
-    Bad rows go to `bad`, whose report counts them. Raises DataError when a file or a data set cannot be read.
-    """
-    for block in read_blocks(sources, settings):
-        yield from shape_block(block, settings, bad=bad)
-
-
-def detect_format(row: Row, place: Place) -> str:
-    """The one format whose columns the row has. Raises DataError when none or two fit."""
-    fits = [kind for kind, needed in NEEDED.items() if all(name in row for name in needed)]
-    if len(fits) == 1:
-        return fits[0]
-    seen = f"columns seen: {', '.join(map(str, row))}"
-    if fits:
-        raise DataError(f"the columns fit {' and '.join(fits)}", where=str(place), hint="state data.format")
-    known = "; ".join(f"{kind}: {', '.join(needed)}" for kind, needed in NEEDED.items())
-    raise DataError(f"no known format: {seen}", where=str(place), hint=f"map them with data.columns ({known})")
-
-
 def shape_row(row: Row, kind: str, place: Place) -> Example:
-    """One row of a known format as an Example. Raises DataError with the place."""
+    """One row of a known format as an Example. Raises DataError."""
     missing = [name for name in NEEDED[kind] if row.get(name) is None]
     if missing:
         what = f"no {' and no '.join(map(repr, missing))} in this row of format {kind}"
-        raise DataError(what, where=str(place), hint=f"columns seen: {', '.join(map(str, row))}")
-    try:
-        if kind == "text":
-            return Example((), None, _expect(row["text"], str, "text"), place)
-        messages = tuple(normalize_message(message) for message in _list_messages(row, kind))
-        _refuse_untrainable(messages)
-        return Example(messages, normalize_tools(row.get("tools")), None, place)
-    except DataError as error:
-        raise DataError(error.what, where=str(place), hint=error.hint) from None
+        raise DataError(what, hint=f"columns seen: {', '.join(map(str, row))}")
+    if kind == "text":
+        return Example((), None, _expect(row["text"], str, "text"), place)
+    messages = tuple(normalize_message(message) for message in _list_messages(row, kind))
+    _refuse_untrainable(messages)
+    return Example(messages, normalize_tools(row.get("tools")), None, place)
 
 
 def normalize_message(message: Any) -> Message:

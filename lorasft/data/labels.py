@@ -55,7 +55,7 @@ class Labeler:
                         sequences = [self._supervise_text(encoded[texts[0].text], example)]
                     sequences = self._fit(sequences, example, bad.report)
                 except DataError as error:
-                    bad.add(DataError(error.what, where=str(example.place), hint=error.hint))
+                    bad.add(error, example.place)
                     continue
                 if kept := self._keep_supervised(sequences, example, bad.report):
                     yield example, kept
@@ -69,7 +69,7 @@ class Labeler:
                     if texts := self._mark(example, bad.report):
                         marked.append((example, texts))
                 except DataError as error:
-                    bad.add(DataError(error.what, where=str(example.place), hint=error.hint))
+                    bad.add(error, example.place)
         return marked
 
     def _mark(self, example: Example, report: Report) -> tuple[MarkedText, ...]:

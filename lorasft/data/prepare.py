@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import json
 from array import array
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +42,7 @@ NO_DIGESTS: Digests = np.zeros(0, dtype=np.uint64)
 class Prepared:
     """The data of a run, tokenized: `held_out` is None when nothing is, `store` has both.
 
-    `stop_ids` end an answer under this template, the usual one first; `learned_special`: added tokens that are learned.
+    `stop_ids` end an answer under this template, the usual one first; `learned_special`: supervised added tokens.
     """
 
     folder: Path
@@ -147,16 +146,18 @@ def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, A
         "probe": chat_format.style.text,  # holds today's date where the template writes it
         "chat": chat_format.chat.model_dump(mode="json"),
         "data": data.model_dump(mode="json"),
-        "files": dict(entry for source in _sources(data) for entry in _source_hashes(source)),
+        "files": dict(entry for source, _ in _sources(data) for entry in _source_hashes(source)),
     }
 
 
-def _sources(data: DataSettings) -> tuple[DataSource, ...]:
-    return (*data.train, *(data.eval if isinstance(data.eval, tuple) else ()))
+def _sources(data: DataSettings) -> list[tuple[DataSource, bool]]:
+    """All sources of the recipe, and whether they are held out."""
+    apart = data.eval if isinstance(data.eval, tuple) else ()
+    return [*((source, False) for source in data.train), *((source, True) for source in apart)]
 
 
 def _file_states(data: DataSettings) -> list[tuple[str, int, int]]:
-    files = [file for source in _sources(data) for file in source_files(source.path)]
+    files = [file for source, _ in _sources(data) for file in source_files(source.path)]
     return [(str(file), (state := file.stat()).st_size, state.st_mtime_ns) for file in files]
 
 
@@ -174,11 +175,11 @@ def encode_source(
     The format and columns of `data` hold if `source` states its own columns or begins with a row that has them, else
     they are found. Raises DataError, or ErrorGroup, for what cannot be read or encoded.
     """
-    blocks = read_blocks((source,), data)
+    blocks = read_blocks(source, data)
     first = next(blocks)
     if source.columns is None and first.error and not first.kind:
         data = data.model_copy(update={"format": "auto", "columns": None})
-        blocks = read_blocks((source,), data)
+        blocks = read_blocks(source, data)
         first = next(blocks)
     bad = BadRows(data.on_bad_row, Report())
     rows = (example for block in chain([first], blocks) for example in shape_block(block, data, bad=bad))
@@ -228,7 +229,8 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     """Write all examples into the stage's store; what else to record of them, as JSON values."""
     report, encoding = Report(), True
     bad = BadRows(data.on_bad_row, report)
-    blocks = ((block, apart, encoding) for block, apart in _read_all(data))  # `encoding` as it is at that time
+    # `encoding` as it is when a block is read.
+    blocks = ((block, apart, encoding) for source, apart in _sources(data) for block in read_blocks(source, data))
     work = partial(_prepare_block, data=data, labeler=labeler)
     found: dict[bool, list[Digests]] = {False: [], True: []}
     packed: list[tuple[Digests, bool]] = []
@@ -257,13 +259,6 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
         "report": vars(report) | {"lengths": list(report.lengths)},
         "learned_special": sorted(supervised & labeler.format.tokenizer.added_tokens_decoder.keys()),
     }
-
-
-def _read_all(data: DataSettings) -> Iterator[tuple[RowBlock, bool]]:
-    """All rows of the recipe, and whether they are of a source that is held out."""
-    for sources, apart in ((data.train, False), (data.eval if isinstance(data.eval, tuple) else (), True)):
-        for block in read_blocks(sources, data):
-            yield block, apart
 
 
 def _split(data: DataSettings, train: Digests, apart: Digests, *, report: Report) -> int:

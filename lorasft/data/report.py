@@ -26,16 +26,16 @@ class Report:
     answers_cut: int = 0  # truncated before the token that ends them
     examples_without_target: int = 0
     split_conversations: int = 0
-    answers: int = 0  # learned, before the over-long policy
-    parity_breaks: int = 0  # of them, those that do not stand behind the ids that a server feeds
+    answers: int = 0  # supervised, before the over-long policy
+    parity_breaks: int = 0  # of them, those that do not follow the ids that a server feeds
     train_examples: int = 0
     held_out_examples: int = 0
     sequences: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
-    led_answers: int = 0  # behind text that the template puts between prompt and answer, such as an empty thought
+    led_answers: int = 0  # after text that the template puts between prompt and answer, such as an empty thought
     straddling_tokens: int = 0
-    merged_systems: int = 0  # conversations whose system text stands in the first user turn
+    merged_systems: int = 0  # conversations whose system text is put into the first user turn
     trimmed_characters: int = 0
     dropped_characters: int = 0
     dropped_reasoning: int = 0  # characters: by the template, or by chat.thinking
@@ -94,12 +94,13 @@ class BadRows:
     report: Report
     errors: list[LorasftError] = field(default_factory=list)
 
-    def add(self, error: DataError) -> None:
-        """Take one bad row."""
+    def add(self, error: DataError, place: object) -> None:
+        """Take one bad row, of this place where the error does not name one itself."""
+        where = error.where or str(place)
         self.report.bad_rows += 1
-        self.report.note_dropped(error.where, error.what)
+        self.report.note_dropped(where, error.what)
         if self.policy == "error" and len(self.errors) < ErrorGroup.most:
-            self.errors.append(DataError(error.what, where=error.where, hint=error.hint or HINT))
+            self.errors.append(DataError(error.what, where=where, hint=error.hint or HINT))
 
     def join(self, later: BadRows) -> None:
         """Take in what was found in rows that come after. Raises ErrorGroup from the 20th on: more help nobody."""

@@ -41,7 +41,7 @@ FAMILIES = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class GgufLayout:
     """A model as GGUF describes it. `fields` lack the architecture's name in front; `extra`: tensors of its own."""
 
     family: Family
@@ -58,7 +58,7 @@ def usual_converter(model: Path) -> str:
     return f"llama.cpp's converter: python convert_hf_to_gguf.py {model} --outfile FILE"
 
 
-def read_layout(model: Path) -> Layout:
+def read_layout(model: Path) -> GgufLayout:
     """Describe the model in the folder `model`. Raises ModelError for what llama.cpp would not compute alike."""
     config = _read_config(model)
     family = FAMILIES.get(config.model_type)
@@ -70,7 +70,7 @@ def read_layout(model: Path) -> Layout:
         raise ModelError(f"llama.cpp does not compute {fault}", where=str(model / "config.json"))
     fields = _sizes(config, family, head_size)
     positions, extra = _positions(config, family, head_size, model)
-    return Layout(
+    return GgufLayout(
         family=family,
         layers=config.num_hidden_layers,
         head_size=head_size,
@@ -83,13 +83,9 @@ def read_layout(model: Path) -> Layout:
 
 def _read_config(model: Path) -> Any:
     """The text model's config, with its fields as transformers 5 names them."""
-    from transformers import AutoConfig
+    from lorasft.model.base import read_config
 
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False, local_files_only=True)
-    except Exception as fault:  # an unknown architecture, code of its own, a broken file
-        reason = str(fault).splitlines()[0]
-        raise ModelError(f"cannot read the config: {reason}", where=str(model), hint=usual_converter(model)) from None
+    config = read_config(str(model))
     if getattr(config, "quantization_config", None):
         raise ModelError("the model is quantized", where=str(model), hint="export 16-bit weights, such as merge writes")
     return config.get_text_config() if config.model_type == "gemma3" else config

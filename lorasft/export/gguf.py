@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lorasft.errors import DeviceError, ModelError
-from lorasft.export.families import Layout, read_layout, usual_converter
+from lorasft.export.families import GgufLayout, read_layout, usual_converter
 from lorasft.export.tokenizer import describe_tokenizer
 from lorasft.files import need_space, refuse_existing, staged_file
 from lorasft.tensors import TensorFile, find_weights, open_tensors
@@ -98,7 +98,7 @@ def write_gguf(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progr
     return Written(out, layout.family.name, kind, len(tensors) + len(layout.extra), size)
 
 
-def _find_tensors(gguf: Any, model: Path, layout: Layout, kind: Kind) -> Iterator[Tensor]:
+def _find_tensors(gguf: Any, model: Path, layout: GgufLayout, kind: Kind) -> Iterator[Tensor]:
     """Every tensor of the folder with its place in the GGUF. Raises ModelError for one that has none."""
     architecture = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[layout.family.name]
     names = gguf.get_tensor_name_map(architecture, layout.layers)
@@ -129,7 +129,7 @@ def _choose_type(gguf: Any, shape: tuple[int, ...], kind: Kind) -> Any:
     return types.Q8_0 if kind == "q8_0" and not shape[-1] % 32 else types.F16
 
 
-def _check_complete(tensors: list[Tensor], layout: Layout, model: Path) -> None:
+def _check_complete(tensors: list[Tensor], layout: GgufLayout, model: Path) -> None:
     """Every layer has the tensors that the first one has, and there are embedding, last norm and head."""
     names = [tensor.name for tensor in tensors]
     needed = {"token_embd.weight", "output_norm.weight"} | (set() if layout.tied else {"output.weight"})
@@ -146,7 +146,7 @@ def _check_complete(tensors: list[Tensor], layout: Layout, model: Path) -> None:
 
 
 def _write_header(
-    gguf: Any, stage: Path, *, layout: Layout, tokenizer: dict[str, Any], tensors: list[Tensor], kind: Kind
+    gguf: Any, stage: Path, *, layout: GgufLayout, tokenizer: dict[str, Any], tensors: list[Tensor], kind: Kind
 ) -> None:
     writer = gguf.GGUFWriter(None, layout.family.name)
     writer.add_type(gguf.GGUFType.MODEL)
@@ -170,7 +170,7 @@ def _add_field(writer: Any, name: str, value: Any) -> None:
     add.get(type(value), writer.add_array)(name, value)
 
 
-def _read_blocks(tensor: Tensor, layout: Layout) -> Iterator[torch.Tensor]:
+def _read_blocks(tensor: Tensor, layout: GgufLayout) -> Iterator[torch.Tensor]:
     """The tensor in fp32, some rows at a time, as llama.cpp wants it. Whole heads, where their rows change places."""
     spec = tensor.shard.specs[tensor.source]
     turns = layout.family.paired and (".attn_q." in tensor.name or ".attn_k." in tensor.name)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasft.adapter_config import check_weights
+from lorasft.adapter_config import read_adapter_weights
 from lorasft.artifact import Artifact
 from lorasft.errors import ModelError
 from lorasft.merge.parameters import ParameterMap
@@ -66,11 +66,8 @@ class AdapterReader:
         self.conv1d = artifact.base_config["model_type"] in _CONV1D_MODELS
         self.modules: dict[str, dict[str, Tensor]] = {}
         self.tensors: dict[str, Tensor] = {}
-        file = check_weights(self.folder)
-        for name in file.specs:
-            tensor, path = file.read(name), name.removeprefix(_PREFIX)
-            if not tensor.isfinite().all():
-                raise self.fault(f"{name} is not finite")
+        for name, tensor in read_adapter_weights(self.folder).items():
+            path = name.removeprefix(_PREFIX)
             if match := _PART.fullmatch(path):
                 self.modules.setdefault(match[1], {})[match[2]] = tensor.float()
             elif "lora_" in path or path == name:

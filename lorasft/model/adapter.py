@@ -6,21 +6,26 @@ import difflib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorasft.adapter_config import CONFIG, WEIGHTS, check_weights
+from lorasft.adapter_config import CONFIG, WEIGHTS, read_adapter_weights
 from lorasft.artifact import Artifact
+from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import ModelError, RecipeError
 from lorasft.files import write_file
+from lorasft.model.base import load_base
 from lorasft.model.linear import use_lean_linears
+from lorasft.model.loss import Network
+from lorasft.model.selfcheck import verify
 from lorasft.recipe import AdapterSettings, ModelSettings
 
 
@@ -61,6 +66,40 @@ def load_adapter(base: Any, artifact: Artifact, *, trainable: bool = False) -> A
     return model
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to answer and to be scored. `peft` is None without an adapter."""
+
+    peft: Any | None
+    network: Network
+    tokenizer: Any
+
+
+def load_saved(artifact: Artifact, device: torch.device) -> Loaded:
+    """Load base, adapter and tokenizer, in evaluation mode, and probe how losses are computed."""
+    tokenizer = read_tokenizer(artifact)
+    model = load_artifact(artifact, device)
+    peft = model if artifact.adapter else None
+    return Loaded(peft, verify(peft.get_base_model() if peft is not None else model), tokenizer)
+
+
+def read_tokenizer(artifact: Artifact) -> Any:
+    """The tokenizer that was saved with the adapter, else the base's: another tool's adapter may have none."""
+    if artifact.adapter and (artifact.adapter / "tokenizer.json").is_file():
+        return load_tokenizer(str(artifact.adapter))
+    return load_tokenizer(artifact.model.base, artifact.model.revision)
+
+
+def load_artifact(artifact: Artifact, device: torch.device, *, streamed: bool = False) -> Any:
+    """The base, as a PEFT model when there is an adapter, in evaluation mode.
+
+    `streamed`: weights stay in their files and are read a layer at a time, whenever it is computed.
+    """
+    keep = artifact.recipe.machine.cache_base if artifact.recipe else "auto"
+    base = load_base(artifact.model, device, streamed=streamed, keep=keep)
+    return (load_adapter(base, artifact) if artifact.adapter else base).eval()
+
+
 def all_linears(base: Any) -> list[str]:
     """What `all-linear` means: every linear of the language model but its head, and nothing else.
 
@@ -99,22 +138,12 @@ def _take_embeddings(base: Any, weights: dict[str, Tensor], *, saved: Sequence[s
         if module not in embeddings or name is None or any(path.endswith(end) for end in saved):
             continue
         tensor = weights.pop(name)
-        if tensor.dim() != 2 or tensor.shape[1:] != module.weight.shape[1:] or not tensor.isfinite().all():
-            raise ModelError(f"{name} is {list(tensor.shape)}, or not finite", where=where)
+        if tensor.dim() != 2 or tensor.shape[1:] != module.weight.shape[1:]:
+            raise ModelError(f"{name} is {list(tensor.shape)}", where=where)
         if len(tensor) != base.get_input_embeddings().weight.shape[0]:
             base.resize_token_embeddings(len(tensor), mean_resizing=False)
         with torch.no_grad():
             base.get_submodule(path).weight.copy_(tensor)
-
-
-def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
-    """The adapter's tensors by their names on disk; safetensors only."""
-    check_weights(folder)
-    try:
-        return load_file(folder / WEIGHTS)
-    except Exception as error:  # safetensors raises its own error type, and OSError
-        what = f"cannot read the adapter: {error}"
-        raise ModelError(what, where=str(folder / WEIGHTS), hint="fetch the adapter again") from None
 
 
 def give_weights(model: Any, weights: dict[str, Tensor], *, where: str) -> None:
@@ -124,12 +153,10 @@ def give_weights(model: Any, weights: dict[str, Tensor], *, where: str) -> None:
     if missing or surplus:
         what = f"the adapter does not fit this base: missing {missing[:5]}, not known {surplus[:5]}"
         raise ModelError(what, where=where, hint="use the base that it was trained on")
-    odd = [name for name, tensor in weights.items() if tensor.shape != own[name].shape]
-    if odd:
-        raise ModelError(f"{odd[0]} is {list(weights[odd[0]].shape)}, not {list(own[odd[0]].shape)}", where=where)
-    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
-    if broken:
-        raise ModelError(f"{broken[0]} is not finite", where=where, hint="train it again, or take an earlier one")
+    for name, tensor in weights.items():
+        if tensor.shape != own[name].shape or not tensor.isfinite().all():
+            what = f"{name} is {list(tensor.shape)} and not {list(own[name].shape)}, or not finite"
+            raise ModelError(what, where=where, hint="train it again, or take an earlier one")
     if any(tensor.is_meta for tensor in own.values()):
         _put_weights(model, weights)
     else:

@@ -21,13 +21,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
+from lorasft.adapter_config import read_adapter_weights
 from lorasft.errors import CapacityError, DivergedError, LorasftError, ModelError, RecipeError
 from lorasft.files import remove_folder, rename, staged_folder, verify_folder, write_file
-from lorasft.model.adapter import adapter_weights, give_weights, read_adapter_weights, write_adapter
+from lorasft.model.adapter import adapter_weights, give_weights, write_adapter
 from lorasft.model.recompute import recomputed_layers
 from lorasft.recipe import ModelSettings
+from lorasft.train.oom import plain_oom_errors
 from lorasft.train.optimizer import optimizer_state, restore_optimizer
-from lorasft.train.redo import plain_memory_errors
 from lorasft.train.state import Layout, Learner, Run, State
 
 _NAME = re.compile(r"step-(\d{6,})")
@@ -143,7 +144,7 @@ class CheckpointSaver:
         """
         self.time = time.monotonic()
         try:
-            with plain_memory_errors(run.folder):
+            with plain_oom_errors(run.folder):
                 self.last = save(run, state)
         except (OSError, CapacityError, RecipeError) as error:
             what = f"the save after step {state.step} failed: {getattr(error, 'what', error)}"
