@@ -54,12 +54,12 @@ def make_recipe(base: Path, shape: str, data: str, *, recompute: bool) -> Any:
 
 def compare(base: Path, shape: str, data: str, recompute: bool) -> dict[str, float]:
     """Predicted and measured bytes and speeds of one cell, in this process."""
-    from lorasft.train.outlook import foresee
+    from lorasft.train.plan import plan_run
     from lorasft.train.run import open_run
 
     recipe = make_recipe(base, shape, data, recompute=recompute)
-    outlook = foresee(recipe, memory=None)
-    loaded = outlook.prediction.holdings.loaded
+    outlook = plan_run(recipe, memory=None)
+    loaded = outlook.prediction.static.loaded
     with open_run(recipe, resume=False) as opened:
         measured = real_peak(lambda: work_twice(opened.run))
         reached = real_speed(opened.run)

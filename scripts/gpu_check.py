@@ -17,6 +17,7 @@ attention in one kernel, a run that runs out of memory, one that is resumed. `--
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import gc
 import importlib.metadata
@@ -105,19 +106,21 @@ def run_case(case: Case, data: str | None) -> Row:
     """Eight micro-batches after two that warm up."""
     import torch
 
-    from lorasft.model.meter import make_meter
+    from lorasft.model.memory import StorageMeter
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if case.cap:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(case.cap * GIB / total)
-    with make_meter(device) as meter:
+    on_gpu = device.type == "cuda"
+    with contextlib.nullcontext() if on_gpu else StorageMeter() as meter:
         config = make_config(case.shape)
         model = make_model(config, device)
         batches = make_batches(case.tokens, config.vocab_size, data)
         learner = prepare_peft(model) if case.arm == "peft" else prepare_lorasft(case, model, device)
         optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
-        meter.restart()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
         for number, batch in enumerate(batches):
             if number == 2:
                 synchronize(device)
@@ -127,7 +130,7 @@ def run_case(case: Case, data: str | None) -> Row:
             optimizer.zero_grad(set_to_none=True)
         synchronize(device)
         seconds = time.perf_counter() - started
-        peak = meter.peak
+        peak = torch.cuda.max_memory_allocated(device) if meter is None else meter.peak
     measured = batches[2:]
     work = sum(count_flops(config, model, batch) for batch in measured)
     return asdict(case) | {
@@ -204,22 +207,27 @@ def prepare_lorasft(case: Case, model: Any, device: Any) -> Learner:
 
     from lorasft.model.adapter import attach_adapter
     from lorasft.model.loss import pair_losses
-    from lorasft.model.memory import fewest_recomputed, heaviest_batch, measure
+    from lorasft.model.memory import heaviest_batch
     from lorasft.model.recompute import recompute
     from lorasft.model.selfcheck import verify
-    from lorasft.recipe import AdapterSettings
+    from lorasft.model.weightless import make_weightless, plan_network
+    from lorasft.recipe import AdapterSettings, ModelSettings
+    from lorasft.train.layout import fewest_recomputed
 
     peft = attach_adapter(model, AdapterSettings(rank=16), seed=0)
     network = verify(peft.get_base_model())
     recomputed = 0
     if device.type == "cuda":
-        footprint = measure(network, heaviest_batch(network, longest=case.tokens, capacity=case.tokens))
+        settings = ModelSettings(base=case.shape, dtype="bfloat16")
+        planned = plan_network(network, make_weightless(model.config, settings, AdapterSettings(rank=16), device))
+        heaviest = heaviest_batch(planned, longest=case.tokens, capacity=case.tokens)
         gc.collect()
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(device)[0]
         free = min(free, case.cap * GIB - torch.cuda.memory_allocated(device)) if case.cap else free
         trained = sum(p.numel() for p in peft.parameters() if p.requires_grad)
-        recomputed = fewest_recomputed(footprint, free - 12 * trained)  # gradients and moments come later
+        room = free - 12 * trained  # gradients and moments come later
+        recomputed, _ = fewest_recomputed(planned, heaviest, free=room)
         recompute(network.causal, recomputed)
     network.causal.train()
     note = f"{recomputed} layers recomputed, {'one kernel' if network.varlen else 'segment by segment'}"

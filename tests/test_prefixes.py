@@ -268,7 +268,9 @@ def test_one_kernel_for_all_segments_is_fed_the_same_paths(monkeypatch: pytest.M
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, 31, 8) for heads in (4, 2, 2))
     got, want = (
-        attend(torch.nn.Module(), query, key, value, None, segments=Paths(lengths, ancestors, kernel))[0]
+        attend(torch.nn.Module(), query, key, value, None, segments=Paths(lengths, ancestors, kernel, kernel is None))[
+            0
+        ]
         for kernel in (query.device, None)
     )
     assert torch.allclose(got, want, atol=1e-6)

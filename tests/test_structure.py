@@ -115,7 +115,7 @@ WRITERS = {
     "signals.py": {"write"},  # to stderr, from a signal's handler
     "model/base.py": {"TemporaryDirectory"},
     "model/cache.py": {"chmod", "save_pretrained", "unlink"},  # in the stage of a kept base, whose folder is private
-    "train/outlook.py": {"TemporaryDirectory"},  # the data of a plan
+    "train/plan.py": {"TemporaryDirectory"},  # the data of a plan
     "train/run.py": {"save_pretrained"},  # tokenizer and generation config, in the stage of the adapter
 }
 EFFECTS = {"write_text", "write_bytes", "unlink", "rmtree", "rmdir", "mkdir", "makedirs", "touch", "truncate",

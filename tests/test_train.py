@@ -22,11 +22,10 @@ from lorasft.artifact import find_artifact
 from lorasft.cli import main
 from lorasft.data.packing import Step
 from lorasft.files import sha256
-from lorasft.model.adapter import attach_adapter
+from lorasft.model.adapter import attach_adapter, load_saved
 from lorasft.model.attention import attention
 from lorasft.model.base import load_base
 from lorasft.model.generate import generate
-from lorasft.model.saved import load_saved
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import AdapterSettings, ModelSettings, ScheduleSettings, load_recipe
 from lorasft.signals import Ended, StopRequest

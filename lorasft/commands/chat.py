@@ -31,8 +31,8 @@ def run(saved: str, base: str | None, prompt: str | None, max_new_tokens: int, t
 
     from lorasft.artifact import find_artifact
     from lorasft.data.chat_format import ChatFormat
+    from lorasft.model.adapter import load_saved
     from lorasft.model.generate import generate
-    from lorasft.model.saved import load_saved
 
     found = find_artifact(saved, base=base)
     loaded = load_saved(found, PartialState().device)

@@ -26,8 +26,8 @@ def run(saved: str, base: str | None, data: str, columns: str | None, per_exampl
 
     from lorasft.artifact import find_artifact
     from lorasft.files import refuse_existing, write_file
-    from lorasft.model.answers import read_answers, score_answers, summarize
-    from lorasft.model.saved import load_saved
+    from lorasft.model.adapter import load_saved
+    from lorasft.model.scoring import read_answers, score_answers, summarize
     from lorasft.recipe import DataSettings, read_source
 
     if per_example:

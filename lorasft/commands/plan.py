@@ -15,7 +15,7 @@ from lorasft.errors import CapacityError
 from lorasft.terminal import say, size_text, time_text
 
 if TYPE_CHECKING:
-    from lorasft.train.outlook import Outlook
+    from lorasft.train.plan import RunPlan
 
 _LABELS, _SIZES = 14, 9  # columns
 
@@ -39,62 +39,62 @@ def parse_bytes(text: str) -> int:
 
 
 def run(recipe: str, overrides: Sequence[str], memory: int | None, as_json: bool) -> None:
-    """Print the outlook of `recipe` under `memory` bytes. Raises CapacityError when it does not fit."""
+    """Print the plan of `recipe` under `memory` bytes. Raises CapacityError when it does not fit."""
     from lorasft.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides)
-    from lorasft.train.outlook import foresee
+    from lorasft.train.plan import plan_run
 
-    outlook = foresee(settings, memory=memory)
-    for notice in outlook.notices:
+    plan = plan_run(settings, memory=memory)
+    for notice in plan.notices:
         say(notice)
     if as_json:
-        print(json.dumps(outlook.as_dict()))
+        print(json.dumps(plan.as_dict()))
     else:
-        for line in picture(outlook, width=min(shutil.get_terminal_size().columns, 100)):
+        for line in picture(plan, width=min(shutil.get_terminal_size().columns, 100)):
             print(line)
-        print("\n".join(("", *describe(outlook))))
-    if not outlook.holds:
-        need = size_text(outlook.prediction.total + outlook.libraries)
+        print("\n".join(("", *describe(plan))))
+    if not plan.holds:
+        need = size_text(plan.prediction.total + plan.libraries)
         raise CapacityError(
-            f"does not fit: {need} at the peak, and {size_text(outlook.memory)} less a tenth of what is free in them",
-            hint="; or ".join(outlook.remedies) or "no single change suffices: a smaller model.base, or more memory",
+            f"does not fit: {need} at the peak, and {size_text(plan.memory)} less a tenth of what is free in them",
+            hint="; or ".join(plan.remedies) or "no single change suffices: a smaller model.base, or more memory",
         )
 
 
-def picture(outlook: Outlook, *, width: int) -> Iterator[str]:
+def picture(plan: RunPlan, *, width: int) -> Iterator[str]:
     """Bytes by kind as bars, each of which begins where the one before ends, and their sum against the memory."""
-    total = outlook.prediction.total + outlook.libraries
+    total = plan.prediction.total + plan.libraries
     columns = max(8, width - _LABELS - _SIZES - 4)
-    scale = columns / max(total, outlook.memory)
+    scale = columns / max(total, plan.memory)
     utf = (sys.stdout.encoding or "").lower().startswith("utf")
     full, thin, empty, beyond = "█▏░▓" if utf else "#|.!"
     before = 0
-    for name, size in {**outlook.prediction.kinds(), "libraries": outlook.libraries}.items():
+    for name, size in {**plan.prediction.kinds(), "libraries": plan.libraries}.items():
         if size:
             start, end = round(before * scale), round((before + size) * scale)
             yield _line(name, size, " " * min(start, columns - 1) + (full * (end - start) or thin))
             before += size
-    inside = round(min(total, outlook.memory) * scale)
-    rest = beyond if total > outlook.memory else empty
+    inside = round(min(total, plan.memory) * scale)
+    rest = beyond if total > plan.memory else empty
     yield _line("peak", total, (full * inside or thin).ljust(columns, rest))
-    yield _line("given" if outlook.given else "free here", outlook.memory, "")
+    yield _line("given" if plan.given else "free here", plan.memory, "")
 
 
 def _line(name: str, size: int, bar: str) -> str:
     return f"{name:<{_LABELS}} {size_text(size):>{_SIZES}}  {bar}".rstrip()
 
 
-def describe(outlook: Outlook) -> Iterator[str]:
+def describe(plan: RunPlan) -> Iterator[str]:
     """The layout, the pace and the time in words."""
-    duration, layers = outlook.duration, f"{outlook.recomputed_layers} of {outlook.layers}"
-    yield f"on {outlook.device} in {outlook.dtype}: micro-batches of {outlook.micro_batch_tokens:,} tokens"
-    yield f"(the heaviest: {len(outlook.heaviest.ids):,}), {layers} layers recomputed"
-    yield f"{outlook.steps:,} steps over {outlook.examples:,} examples; by the time that single layers take:"
+    duration, layers = plan.duration, f"{plan.recomputed_layers} of {plan.layers}"
+    yield f"on {plan.device} in {plan.dtype}: micro-batches of {plan.micro_batch_tokens:,} tokens"
+    yield f"(the heaviest: {len(plan.heaviest.ids):,}), {layers} layers recomputed"
+    yield f"{plan.steps:,} steps over {plan.examples:,} examples; by the time that single layers take:"
     learned = f"{duration.supervised_tokens_per_second:,.0f} learned tokens"
     yield f"  {duration.examples_per_second:,.3g} examples, {learned} a second"
     yield f"  {time_text(duration.training)} of training, {time_text(duration.evaluation)} of evaluation"
-    if outlook.saved_by_8bit:
-        yield f"optimizer.name=adamw8bit would save {size_text(outlook.saved_by_8bit)}"
-    if outlook.holds:
+    if plan.saved_by_8bit:
+        yield f"optimizer.name=adamw8bit would save {size_text(plan.saved_by_8bit)}"
+    if plan.holds:
         yield "it fits"

@@ -83,8 +83,8 @@ def _show_answers(ready: ReadyRun, most: int = 3) -> None:
     The result is written: memory that runs out here takes nothing from it.
     """
     from lorasft.data.tokens import supervised_runs
+    from lorasft.model.free_memory import out_of_memory
     from lorasft.model.generate import generate
-    from lorasft.model.room import out_of_memory
 
     run, tokenizer = ready.run, ready.tokenizer
     held_out, stops = ready.prepared.held_out, ready.prepared.stop_ids

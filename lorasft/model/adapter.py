@@ -6,6 +6,7 @@ import difflib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,13 @@ from transformers.pytorch_utils import Conv1D
 
 from lorasft.adapter_config import CONFIG, WEIGHTS, read_adapter_weights
 from lorasft.artifact import Artifact
+from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import ModelError, RecipeError
 from lorasft.files import write_file
+from lorasft.model.base import load_base
 from lorasft.model.linear import use_lean_linears
+from lorasft.model.loss import Network
+from lorasft.model.selfcheck import verify
 from lorasft.recipe import AdapterSettings, ModelSettings
 
 
@@ -59,6 +64,40 @@ def load_adapter(base: Any, artifact: Artifact, *, trainable: bool = False) -> A
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name or "modules_to_save" in name)
     return model
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to answer and to be scored. `peft` is None without an adapter."""
+
+    peft: Any | None
+    network: Network
+    tokenizer: Any
+
+
+def load_saved(artifact: Artifact, device: torch.device) -> Loaded:
+    """Load base, adapter and tokenizer, in evaluation mode, and probe how losses are computed."""
+    tokenizer = read_tokenizer(artifact)
+    model = load_artifact(artifact, device)
+    peft = model if artifact.adapter else None
+    return Loaded(peft, verify(peft.get_base_model() if peft is not None else model), tokenizer)
+
+
+def read_tokenizer(artifact: Artifact) -> Any:
+    """The tokenizer that was saved with the adapter, else the base's: another tool's adapter may have none."""
+    if artifact.adapter and (artifact.adapter / "tokenizer.json").is_file():
+        return load_tokenizer(str(artifact.adapter))
+    return load_tokenizer(artifact.model.base, artifact.model.revision)
+
+
+def load_artifact(artifact: Artifact, device: torch.device, *, streamed: bool = False) -> Any:
+    """The base, as a PEFT model when there is an adapter, in evaluation mode.
+
+    `streamed`: weights stay in their files and are read a layer at a time, whenever it is computed.
+    """
+    keep = artifact.recipe.machine.cache_base if artifact.recipe else "auto"
+    base = load_base(artifact.model, device, streamed=streamed, keep=keep)
+    return (load_adapter(base, artifact) if artifact.adapter else base).eval()
 
 
 def all_linears(base: Any) -> list[str]:

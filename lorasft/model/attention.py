@@ -41,6 +41,7 @@ class Paths:
     lengths: list[int]  # tokens of each segment
     ancestors: list[tuple[int, ...]]  # numbers of segments
     varlen: torch.device | None = None  # where one kernel takes all segments
+    cascade: bool = True  # by cascade.py: it is for CPUs
 
     @cached_property
     def stretches(self) -> list[Stretch]:
@@ -82,11 +83,11 @@ class Paths:
         ]
 
 
-def read_paths(segments: Sequence[Segment], *, varlen: bool, device: torch.device) -> Paths:
+def read_paths(segments: Sequence[Segment], *, cascade: bool, varlen: bool, device: torch.device) -> Paths:
     """The segments of a micro-batch for attention; `varlen` where the device's kernel for it was verified."""
     lengths = [segment.end - segment.start for segment in segments]
     ancestors = [segment.ancestors for segment in segments]
-    return Paths(lengths, ancestors, device if varlen else None)
+    return Paths(lengths, ancestors, device if varlen else None, cascade)
 
 
 def attend(
@@ -114,7 +115,7 @@ def attend(
     open_scores = softcap is not None or s_aux is not None
     windowed = sliding_window is not None and max(segments.key_counts) > sliding_window
     plain = not (open_scores or windowed or dropout)
-    if plain and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+    if plain and segments.cascade and query.shape[-1] == value.shape[-1]:
         output: Tensor = CascadeAttention.apply(query, key, value, segments.stretches, scale)  # type: ignore[no-untyped-call]
         return output, None
     keys, values = segments.gather(key), segments.gather(value)

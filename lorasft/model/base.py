@@ -25,7 +25,7 @@ from lorasft.errors import CapacityError, DeviceError, LorasftError, ModelError,
 from lorasft.hub import find_hub, refuse_offline
 from lorasft.model.attention import default_attention
 from lorasft.model.cache import Keep, find_place, keep_base, read_kept
-from lorasft.model.room import out_of_memory
+from lorasft.model.free_memory import out_of_memory
 from lorasft.recipe import ModelSettings
 from lorasft.tensors import find_weights, open_tensors
 

@@ -53,6 +53,10 @@ class FrozenWeights:
     def __init__(self) -> None:
         self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
+    def release(self) -> None:
+        """Give the memory back; the next reading takes it anew."""
+        self._buffers.clear()
+
     def read(self, base: Any, dtype: torch.dtype) -> Tensor:
         """The weight of `base`, (out, in) in `dtype`; valid until the next reading."""
         if isinstance(base, bnb.nn.Linear4bit):
@@ -63,7 +67,7 @@ class FrozenWeights:
     def _dequantize(self, packed: Tensor, state: Any) -> Tensor:
         rows, columns = state.shape
         on_cpu = packed.device.type == "cpu"
-        if on_cpu and rows * columns * state.dtype.itemsize <= _MALLOC_KEEPS:
+        if (on_cpu or packed.is_meta) and rows * columns * state.dtype.itemsize <= _MALLOC_KEEPS:
             return bnb.functional.dequantize_4bit(packed, state)  # type: ignore[no-any-return]
         key, size = (packed.device, state.dtype), rows * columns
         if key not in self._buffers or len(self._buffers[key]) < size:
@@ -71,20 +75,9 @@ class FrozenWeights:
         out = self._buffers[key][:size].view(rows, columns)
         if on_cpu:
             _dequantize_by_blocks(packed, state, out)
-        else:
+        elif not packed.is_meta:
             bnb.functional.dequantize_4bit(packed, state, out=out)
         return out
-
-
-def reserve_buffers(model: nn.Module) -> int:
-    """Make the memory that the frozen weights of `model` are read into, before it is needed. Returns its bytes."""
-    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "frozen_weights")]
-    packed = [layer for layer in layers if isinstance(layer.base_layer, bnb.nn.Linear4bit)]
-    if not packed:
-        return 0
-    largest = max(packed, key=lambda layer: layer.in_features * layer.out_features)
-    largest.frozen_weights.read(largest.base_layer, largest.base_layer.weight.quant_state.dtype)
-    return sum(buffer.nbytes for buffer in largest.frozen_weights._buffers.values())
 
 
 def _dequantize_by_blocks(packed: Tensor, state: Any, out: Tensor) -> None:

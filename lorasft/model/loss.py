@@ -35,11 +35,13 @@ class Head:
     bias: Tensor | None  # (vocabulary,)
     scale: float
     softcap: float | None
+    chunk: int = _CHUNK_PAIRS  # pairs whose logits exist at a time
 
 
-def read_head(model: Any) -> Head | None:
+def read_head(model: Any, device: torch.device | None = None) -> Head | None:
     """The head as the config states it, to be checked against the model's own logits.
 
+    `device`: where it is used, if not where it is.
     None if it is adapted or 4-bit, or if the model does not say what is below it (Llama 4).
     """
     linear = model.get_output_embeddings()
@@ -48,7 +50,9 @@ def read_head(model: Any) -> Head | None:
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     scale = scale / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
-    return Head(linear.weight, linear.bias, float(scale), getattr(config, "final_logit_softcapping", None))
+    on_cpu = (device or linear.weight.device).type == "cpu"
+    chunk = _CHUNK_PAIRS if on_cpu else max(_CHUNK_PAIRS, _CHUNK_ELEMENTS // len(linear.weight))
+    return Head(linear.weight, linear.bias, float(scale), getattr(config, "final_logit_softcapping", None), chunk)
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,17 @@ class Network:
     varlen: bool = False  # attention of all segments in one kernel
     horizon: int | None = None  # sequences up to this length are never in a row with longer ones
     notices: tuple[str, ...] = ()  # what a person should know about a slower way that was taken
+    planned: torch.device | None = None  # where a model on the meta device would run
 
     @property
     def device(self) -> torch.device:
         device: torch.device = self.causal.get_input_embeddings().weight.device
         return device
+
+    @property
+    def runs_on(self) -> torch.device:
+        """The device whose ways of computing are taken."""
+        return self.planned or self.device
 
 
 def pair_losses(network: Network, batch: MicroBatch) -> Tensor:
@@ -75,13 +85,14 @@ def pair_losses(network: Network, batch: MicroBatch) -> Tensor:
     The model must run under segment attention if the network can, else the batch holds one sequence.
     """
     model, device, pairs = network.causal, network.device, len(batch.sources)
-    if network.segments and device.type == "cpu" and model.dtype.itemsize == 2:
+    on_cpu = network.runs_on.type == "cpu"
+    if network.segments and on_cpu and model.dtype.itemsize == 2:
         batch = round_up(batch)
     sources = torch.as_tensor(batch.sources, device=device)
     targets = torch.as_tensor(batch.targets, device=device)
     inputs: dict[str, Any] = {"input_ids": torch.as_tensor(batch.ids, device=device).unsqueeze(0), "use_cache": False}
     if network.segments:
-        paths = read_paths(batch.segments, varlen=network.varlen, device=device)
+        paths = read_paths(batch.segments, cascade=on_cpu, varlen=network.varlen, device=device)
         positions = torch.as_tensor(batch.positions, device=device).unsqueeze(0)
         inputs |= {"position_ids": positions, "segments": paths}
     elif len(batch.segments) > 1:
@@ -118,8 +129,7 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        most = _CHUNK_PAIRS if hidden.is_cpu else max(_CHUNK_PAIRS, _CHUNK_ELEMENTS // len(head.weight))
-        rows = min(len(targets), most)
+        rows = min(len(targets), head.chunk)
         logits_lowp = hidden.new_empty(rows, len(head.weight))  # one memory for the logits of all chunks
         logits_fp32 = (
             logits_lowp if hidden.dtype == torch.float32 else torch.empty_like(logits_lowp, dtype=torch.float32)

@@ -27,8 +27,8 @@ from lorasft.files import remove_folder, rename, staged_folder, verify_folder, w
 from lorasft.model.adapter import adapter_weights, give_weights, write_adapter
 from lorasft.model.recompute import recomputed_layers
 from lorasft.recipe import ModelSettings
+from lorasft.train.oom import plain_oom_errors
 from lorasft.train.optimizer import optimizer_state, restore_optimizer
-from lorasft.train.redo import plain_memory_errors
 from lorasft.train.state import Layout, Learner, Run, State
 
 _NAME = re.compile(r"step-(\d{6,})")
@@ -144,7 +144,7 @@ class CheckpointSaver:
         """
         self.time = time.monotonic()
         try:
-            with plain_memory_errors(run.folder):
+            with plain_oom_errors(run.folder):
                 self.last = save(run, state)
         except (OSError, CapacityError, RecipeError) as error:
             what = f"the save after step {state.step} failed: {getattr(error, 'what', error)}"

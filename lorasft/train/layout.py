@@ -7,8 +7,9 @@ on, else chosen by what was verified on the model, by the lengths of the data an
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,9 +20,10 @@ from lorasft.data.prefixes import Sharing
 from lorasft.data.store import TokenStore, example_lengths
 from lorasft.errors import RecipeError
 from lorasft.model.loss import Network
-from lorasft.model.memory import USABLE, Footprint, fewest_recomputed, fits, measure
+from lorasft.model.memory import USABLE, ActivationMemory, dry_run
 from lorasft.model.recompute import decoder_layers, recompute
-from lorasft.recipe import Recipe
+from lorasft.model.weightless import make_weightless, plan_network
+from lorasft.recipe import AdapterSettings, Recipe
 from lorasft.train.state import Layout, State
 
 _TOKENS = {"cpu": 2048, "cuda": 4096}  # of a micro-batch: measured on CPU
@@ -38,30 +40,31 @@ class Fit:
     plan: Plan  # as it will be run
     recomputed: int  # layers that recompute their activations
     heaviest: MicroBatch
-    footprint: Footprint | None  # None: this model could not be measured
+    needs: ActivationMemory | None  # None: this model cannot be run without numbers
+    layers: int  # of the model
     spare: int  # bytes for it
     computed: int  # tokens of the first step
 
     @property
     def holds(self) -> bool:
         """Whether it fits; True where that is not known."""
-        return self.footprint is None or fits(self.footprint, self.recomputed, self.spare)
+        return self.needs is None or self.needs.fits(self.spare)
 
     @property
     def rank(self) -> tuple[float, float]:
         """What a fit is chosen by: how far it is from fitting, then how long a step takes."""
-        if self.footprint is None:
+        if self.needs is None:
             return math.inf, 0.0
-        share = self.recomputed / len(self.footprint.layers)
+        share = self.recomputed / max(1, self.layers)
         price = self.computed * (1 + share / 3) * (1 + _FIXED / self.plan.micro_batch_tokens)
-        return max(0.0, self.footprint.peak(self.recomputed) - USABLE * self.spare), price
+        return max(0.0, self.needs.peak - USABLE * self.spare), price
 
 
 def choose_layout(
-    recipe: Recipe, network: Network, *, plan: Plan, rows: TokenStore, saved: State | None, spare: int
+    recipe: Recipe, network: Network, weightless: Any, *, plan: Plan, rows: TokenStore, saved: State | None, spare: int
 ) -> tuple[Network, Layout, Fit]:
     """The network as it will be run, the layout of the run, and how it fits into `spare` bytes beside the weights,
-    gradients and optimizer; `plan` brings the tokens of a micro-batch.
+    gradients and optimizer. `weightless`: its model without numbers. `plan` brings the tokens of a micro-batch.
 
     Raises RecipeError when the model cannot recompute and the recipe wants it.
     """
@@ -71,7 +74,8 @@ def choose_layout(
     if recipe.machine.micro_batch_tokens == "auto" and not saved and network.share:
         tokens = widen(plan, rows)
     plan = replace(plan, micro_batch_tokens=tokens if network.segments else 1)  # 1: sequences go alone
-    fit = choose_fit(recipe, network, plan=plan, rows=rows, saved=saved, spare=spare)
+    planned = plan_network(network, weightless)
+    fit = choose_fit(recipe, planned, plan=plan, rows=rows, saved=saved, spare=spare)
     recompute(network.causal, fit.recomputed)
     layout = Layout(
         dtype=str(network.causal.dtype).removeprefix("torch."),
@@ -156,16 +160,56 @@ def recompute_wish(recipe: Recipe, network: Network, *, saved: State | None) -> 
 
 
 def measure_fit(network: Network, plan: Plan, rows: TokenStore, *, wanted: int | None, spare: int) -> Fit:
-    """How the heaviest micro-batch of `plan` fits, with `wanted` recomputed layers or with as few as possible."""
-    heaviest = find_heaviest(plan, rows)
-    layers = len(decoder_layers(network.causal))
+    """How the heaviest micro-batch of `plan` fits, with `wanted` recomputed layers or with as few as possible.
+
+    `network` is without weights.
+    """
+    heaviest, layers = find_heaviest(plan, rows), len(decoder_layers(network.causal))
+    needs: ActivationMemory | None
     try:
-        footprint = measure(network, heaviest) if layers else None
-    except (LookupError, TypeError, ValueError, RuntimeError, MemoryError):
-        footprint = None  # no room to measure in, or layers that are called in a way not known here: what needs least
-    if wanted is None:
-        wanted = layers if footprint is None else fewest_recomputed(footprint, spare)
-    return Fit(plan, wanted, heaviest, footprint, spare, computed=plan.step(1, rows).tokens)
+        if wanted is None:
+            wanted, needs = fewest_recomputed(network, heaviest, free=spare)
+        else:
+            needs = dry_run(network, heaviest, recomputed=wanted)
+    except (LookupError, TypeError, ValueError, RuntimeError):  # it reads numbers: the layout that needs least
+        wanted, needs = layers if wanted is None else wanted, None
+    return Fit(plan, wanted, heaviest, needs, layers, spare, computed=plan.step(1, rows).tokens)
+
+
+def fewest_recomputed(network: Network, batch: MicroBatch, *, free: int) -> tuple[int, ActivationMemory]:
+    """The fewest layers to recompute for a peak within 90 % of `free` bytes, else all; and what `batch` then needs."""
+    layers = len(decoder_layers(network.causal))
+    none = dry_run(network, batch, recomputed=0)
+    if none.fits(free) or not layers:
+        return 0, none
+    most = dry_run(network, batch, recomputed=layers)
+    each = max(1.0, (none.kept - most.kept) / layers)  # what a layer that recomputes does not keep
+    for count in range(max(1, math.ceil((none.peak - USABLE * free) / each)), layers if most.fits(free) else 0):
+        needs = dry_run(network, batch, recomputed=count)
+        if needs.fits(free):
+            return count, needs
+    return layers, most
+
+
+def without_weights(recipe: Recipe, config: Any, model: Any, device: torch.device) -> Any:
+    """The PEFT `model` of `recipe` as its `config` makes it, on the meta device."""
+    dtype = str(model.get_base_model().dtype).removeprefix("torch.")
+    settings = recipe.model.model_copy(update={"dtype": dtype})
+    return make_weightless(config, settings, run_adapter(recipe, model), device)
+
+
+def run_adapter(recipe: Recipe, model: Any) -> AdapterSettings:
+    """The settings of the adapter of the PEFT `model`, which may have been begun from another one."""
+    config = vars(model.peft_config["default"])
+    return started_adapter(recipe.adapter, config) if recipe.adapter.start else recipe.adapter
+
+
+def started_adapter(settings: AdapterSettings, started: Mapping[str, Any]) -> AdapterSettings:
+    """`settings` with the sizes of the adapter that they begin from."""
+    targets, saved = started["target_modules"], started.get("modules_to_save") or ()
+    update = {"rank": started["r"], "dropout": started.get("lora_dropout", 0.0), "dora": started.get("use_dora", False)}
+    update |= {"targets": targets if isinstance(targets, str) else tuple(targets), "modules_to_save": tuple(saved)}
+    return settings.model_copy(update=update)
 
 
 def find_heaviest(plan: Plan, rows: TokenStore) -> MicroBatch:

@@ -20,7 +20,7 @@ from lorasft.model.scoring import score_batches
 from lorasft.signals import StopRequest, exit_code, stop_signals
 from lorasft.train.checkpoint import CheckpointSaver, list_checkpoints
 from lorasft.train.distributed import Ranks
-from lorasft.train.redo import naming_rows, within_memory
+from lorasft.train.oom import oom_context, retry_on_oom
 from lorasft.train.schedule import learning_rate
 from lorasft.train.state import Run, State
 
@@ -70,7 +70,7 @@ def add_gradients(run: Run, step: Step) -> float:
     loss = 0.0
     for batch in share(step.micro_batches, run.ranks.index, run.ranks.count):
         weights = torch.as_tensor(batch.weights, device=run.network.device)
-        with naming_rows(run.rows, batch):
+        with oom_context(run.rows, batch):
             part = (pair_losses(run.network, batch) * weights).sum() / step.divisor
             part.backward()  # type: ignore[no-untyped-call]
         loss += float(part.detach())
@@ -83,20 +83,20 @@ def train(run: Run, state: State) -> State:
     run.network.causal.train()
     with stop_signals(alone=run.ranks.count == 1) as stop:
         if state.step == 0 or state.evaluation_due:
-            state, run = within_memory(run, partial(evaluate_and_note, state=state, stop=stop))
+            state, run = retry_on_oom(run, partial(evaluate_and_note, state=state, stop=stop))
             if stop.signal:
                 raise Stopped(exit_code(stop.signal), f"stopped before step {state.step + 1}")
         for number in range(state.step + 1, run.plan.steps + 1):
             if run.ranks.is_main and saver.overdue():
                 stop.save_wanted = True
             one_step = lambda run, number=number: take_step(run, run.plan.step(number, run.rows), stop)  # noqa: E731
-            metrics, run = within_memory(run, one_step)
+            metrics, run = retry_on_oom(run, one_step)
             if run.ranks.is_main:
                 run.logbook.step(metrics)
             state = replace(state, step=number)
             last = number == run.plan.steps
             if last or (settings.eval_every and number % settings.eval_every == 0):
-                state, run = within_memory(run, partial(evaluate_and_note, state=state, stop=stop))
+                state, run = retry_on_oom(run, partial(evaluate_and_note, state=state, stop=stop))
             planned = settings.save_every and number % settings.save_every == 0
             best = settings.keep_best and state.best_step == number
             if last or planned or best or stop.save or stop.signal:
@@ -135,7 +135,7 @@ def evaluate(
     total, tokens = 0.0, 0
     score = partial(score_batches, network, rows, range(len(rows)), capacity=capacity)
     with ranks.sync_errors():
-        for batch, losses in score(processes=ranks.count, index=ranks.index, explain=partial(naming_rows, rows)):
+        for batch, losses in score(processes=ranks.count, index=ranks.index, explain=partial(oom_context, rows)):
             if stop.signal:  # of several processes none, before they agree on it in a step
                 return None
             total += float(losses.double().sum())

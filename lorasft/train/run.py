@@ -2,7 +2,7 @@
 
 recipe.yaml        the resolved recipe; its presence makes a folder a run
 provenance.json    versions, layout, base and data that the run is made of
-memory.json        what a step was predicted to need, and what the heaviest took when it was rehearsed
+memory.json        what a step was predicted to need, and what the heaviest took where it was run beforehand
 tokens/            what is trained and evaluated on
 metrics.jsonl      one line a step
 checkpoints/       see checkpoint.py
@@ -48,20 +48,20 @@ from lorasft.model.base import (
     make_skeleton,
     read_config,
 )
+from lorasft.model.free_memory import free_memory
 from lorasft.model.generate import own_stops
 from lorasft.model.loss import Network
-from lorasft.model.memory import count_holdings
+from lorasft.model.memory import static_bytes
 from lorasft.model.recompute import decoder_layers, recomputed_layers
-from lorasft.model.room import free_memory
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import Recipe, dump_recipe
 from lorasft.train.checkpoint import current_layout, newest_checkpoint, restore_checkpoint, save
 from lorasft.train.distributed import ALONE, Ranks
-from lorasft.train.layout import choose_layout, choose_tokens
+from lorasft.train.layout import choose_layout, choose_tokens, without_weights
 from lorasft.train.metrics import Metrics, check_trackers
+from lorasft.train.oom import plain_oom_errors
 from lorasft.train.optimizer import make_optimizer
-from lorasft.train.redo import plain_memory_errors
-from lorasft.train.rehearsal import rehearse
+from lorasft.train.rehearsal import run_heaviest_batch
 from lorasft.train.run_folder import check_run_folder, read_run_id, refuse_changes, write_start
 from lorasft.train.schedule import warmup_steps
 from lorasft.train.state import Learner, Run, State
@@ -99,7 +99,7 @@ def open_run(recipe: Recipe, *, resume: bool, ranks: Ranks = ALONE) -> Iterator[
     taken, and ModelError when nothing can be resumed.
     """
     folder = Path(recipe.run.output)
-    with ExitStack() as held, plain_memory_errors(folder):
+    with ExitStack() as held, plain_oom_errors(folder):
         inputs = ranks.on_main(lambda: _prepare_inputs(recipe, folder, resume=resume, held=held))
         yield _load(recipe, folder, inputs, ranks=ranks)
 
@@ -170,14 +170,16 @@ def _load(recipe: Recipe, folder: Path, inputs: RunInputs, *, ranks: Ranks) -> R
     device, prepared, saved = PartialState().device, inputs.prepared, inputs.saved
     with ranks.sync_errors():
         model, network = load_model(recipe, device, saved=saved)
-        holdings = count_holdings([model], recipe.optimizer.name)
+        static = static_bytes(model, recipe.optimizer.name)
+        weightless = without_weights(recipe, inputs.config, model, device)
         network, layout, fit = choose_layout(
             recipe,
             network,
+            weightless,
             plan=replace(inputs.plan, processes=ranks.count),
             rows=prepared.train,
             saved=saved,
-            spare=free_memory(device) - holdings.upcoming,
+            spare=free_memory(device) - static.upcoming,
         )
     # All processes must cut a step in the same way.
     layout = replace(layout, micro_batch_tokens=min(ranks.gather(layout.micro_batch_tokens)), processes=ranks.count)
@@ -194,7 +196,7 @@ def _load(recipe: Recipe, folder: Path, inputs: RunInputs, *, ranks: Ranks) -> R
     logbook = Metrics(folder, recipe, **known, quiet=not ranks.is_main)
     run = Run(folder, recipe, plan, prepared.train, prepared.held_out, network, learner, logbook, ranks)
     with ranks.sync_errors():
-        memory, run = rehearse(run, fit, holdings)
+        memory, run = run_heaviest_batch(run, weightless, fit, static)
         layout = current_layout(run, layout)
         state = replace(state, layout=layout)
         if ranks.is_main and not saved:  # from here on there is something to resume: this makes the folder a run

@@ -451,7 +451,7 @@ def test_a_damaged_best_checkpoint_is_named_not_used(ring: campaigns.Ring) -> No
     shutil.rmtree(bench.folder / "adapter")
     (bench.folder / "checkpoints/step-000003/adapter_model.safetensors").write_bytes(b"rotten")
     code, said = start(bench)
-    assert code == 4 and "adapter_model.safetensors has 6 bytes" in said
+    assert code == 4 and "adapter_model.safetensors" in said
     assert not (bench.folder / "adapter").exists()
 
 

@@ -13,14 +13,14 @@ import torch
 def free_memory(device: torch.device) -> int:
     """Bytes that this process can still take on `device`, what its allocator holds unused among them."""
     if device.type != "cuda":
-        return min([int(psutil.virtual_memory().available), *group_rooms(Path("/"))])
+        return min([int(psutil.virtual_memory().available), *cgroup_free(Path("/"))])
     free, total = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
     allowed = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
     return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
 
 
-def group_rooms(root: Path) -> Iterator[int]:
+def cgroup_free(root: Path) -> Iterator[int]:
     """Bytes left to each control group of Linux that this process is in, for those with a limit; versions 1 and 2."""
     groups = root / "proc/self/cgroup"
     for line in groups.read_text(encoding="utf-8").splitlines() if groups.is_file() else []:
@@ -31,10 +31,10 @@ def group_rooms(root: Path) -> Iterator[int]:
         own = mount / name.strip("/")
         for folder in (own, *own.parents):
             if folder.is_relative_to(mount):
-                yield from _group_room(folder, version=1 if controllers else 2)
+                yield from _one_cgroup_free(folder, version=1 if controllers else 2)
 
 
-def _group_room(folder: Path, *, version: int) -> Iterator[int]:
+def _one_cgroup_free(folder: Path, *, version: int) -> Iterator[int]:
     names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
     with contextlib.suppress(OSError):  # a container sees not all of its groups
         limit, used = ((folder / name).read_text(encoding="utf-8").strip() for name in names)

@@ -18,11 +18,11 @@ import torch
 from lorasft.data.packing import MicroBatch
 from lorasft.data.store import TokenStore
 from lorasft.errors import CapacityError
-from lorasft.model.memory import count_holdings, heaviest_batch, measure
+from lorasft.model.free_memory import free_memory, out_of_memory
 from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
-from lorasft.model.room import free_memory, out_of_memory
-from lorasft.train.remedies import Shortage, find_remedies
+from lorasft.train.layout import run_adapter
 from lorasft.train.state import Run
+from lorasft.train.suggestions import Case, find_suggestions
 
 Result = TypeVar("Result")
 
@@ -34,7 +34,7 @@ class MicroBatchTooLarge(CapacityError):
 
 
 @contextmanager
-def naming_rows(rows: TokenStore, batch: MicroBatch) -> Iterator[None]:
+def oom_context(rows: TokenStore, batch: MicroBatch) -> Iterator[None]:
     """Turn the device's out-of-memory error into a MicroBatchTooLarge that names the rows and what would help."""
     try:
         yield
@@ -57,7 +57,7 @@ def naming_rows(rows: TokenStore, batch: MicroBatch) -> Iterator[None]:
 
 
 @contextmanager
-def plain_memory_errors(folder: Path) -> Iterator[None]:
+def plain_oom_errors(folder: Path) -> Iterator[None]:
     """Turn an out-of-memory error that nothing is tried against, as in an update of the run in `folder`, into ours."""
     try:
         yield
@@ -71,7 +71,7 @@ def plain_memory_errors(folder: Path) -> Iterator[None]:
         raise CapacityError(f"out of memory: {reason}", hint=f"free memory and {again}") from fault
 
 
-def within_memory(run: Run, work: Callable[[Run], Result]) -> tuple[Result, Run]:
+def retry_on_oom(run: Run, work: Callable[[Run], Result]) -> tuple[Result, Run]:
     """What `work` gives, and the run with the layout under which it fitted.
 
     `work` must change nothing before the last micro-batch is done. Raises CapacityError when nothing is left to try,
@@ -88,26 +88,34 @@ def within_memory(run: Run, work: Callable[[Run], Result]) -> tuple[Result, Run]
         gc.collect()  # here the frames are gone that held the tensors of the failed pass
         if run.network.device.type == "cuda":
             torch.cuda.empty_cache()
-        run = tighten(run, fault)
+        run = reduce_memory(run, fault)
 
 
 def suggest(run: Run, fault: MicroBatchTooLarge) -> str:
     """A hint with changes under which a run would fit that did not in its leanest layout, where they are computable."""
-    parts = [run.learner.model]
-    ahead = 0 if run.learner.optimizer.state else count_holdings(parts, run.recipe.optimizer.name).upcoming
-    free = free_memory(run.network.device) - ahead
+    network, again = run.network, "go on with --resume" if (run.folder / "recipe.yaml").is_file() else "start again"
+    case = Case(
+        run.recipe,
+        run_adapter(run.recipe, run.learner.model),
+        network.causal.config,
+        network,
+        memory=0,
+        longest=fault.longest,
+        tokens=None,
+        recomputed=None,
+    )
     try:
-        leanest = measure(run.network, heaviest_batch(run.network, longest=fault.longest, capacity=fault.tokens))
-        spare = min(free, leanest.peak(len(leanest.layers)))  # whatever is said to be free: it was not enough
-        short = Shortage(leanest, spare, tokens=None, recomputed=None)
-        found = find_remedies(run.recipe, run.network, parts, rows=run.rows, short=short)
+        free = free_memory(network.device)
+        if not run.learner.optimizer.state:
+            free -= case.prediction.static.upcoming
+        free = min(free, case.prediction.activations.peak)  # whatever is said to be free: it was not enough
+        found = find_suggestions(replace(case, memory=free - case.spare), run.rows)
     except (LookupError, TypeError, ValueError, RuntimeError, MemoryError):
         return str(fault.hint)
-    again = "go on with --resume" if (run.folder / "recipe.yaml").is_file() else "start again"
     return f"free memory and {again}; or start anew with one of: {'; '.join(found)}" if found else str(fault.hint)
 
 
-def tighten(run: Run, fault: MicroBatchTooLarge) -> Run:
+def reduce_memory(run: Run, fault: MicroBatchTooLarge) -> Run:
     """The run in a layout that needs less, without the gradients of the pass that failed. Raises `fault` at the end."""
     run.learner.optimizer.zero_grad(set_to_none=True)
     layers = len(decoder_layers(run.network.causal))

@@ -1,0 +1,139 @@
+"""A model before its weights are read: with shapes alone, or with random numbers in one decoder layer of each kind."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lorasft.model.adapter import attach_adapter
+from lorasft.model.attention import default_attention
+from lorasft.model.base import compute_dtype, patch_linear4bit, quantize_skeleton
+from lorasft.model.loss import Network, read_head
+from lorasft.model.recompute import decoder_layers
+from lorasft.recipe import AdapterSettings, ModelSettings
+
+
+def make_weightless(config: Any, settings: ModelSettings, adapter: AdapterSettings, device: torch.device) -> Any:
+    """The PEFT model that `load_base` and `attach_adapter` would make for `device`, on the meta device."""
+    dtype = compute_dtype(settings.dtype, device)
+    config = copy.deepcopy(config)  # transformers notes the attention in it
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=default_attention(config))
+        if settings.quantization == "nf4" or hasattr(config, "quantization_config"):
+            quantize_skeleton(base, dtype)
+    _quantize_nothing()
+    for linear in base.modules():
+        if isinstance(linear, bnb.nn.Linear4bit):
+            _quantize(linear, torch.empty(linear.out_features, linear.in_features, dtype=dtype, device="meta"))
+    base.requires_grad_(False)
+    with torch.device("meta"):
+        return attach_adapter(base, adapter, seed=0)
+
+
+def plan_network(network: Network, model: Any) -> Network:
+    """`network`, as it was verified, with the `model` without numbers in place of its own."""
+    base = model.get_base_model()
+    base.set_attn_implementation(network.causal.config._attn_implementation)
+    head = read_head(base, network.runs_on) if network.head else None
+    return replace(network, causal=base, head=head, planned=network.runs_on, varlen=False)
+
+
+def shrink_vocabulary(config: Any, most: int = 8192) -> Any:
+    """`config` with at most so many tokens: embedding and head are large, and the time of a head grows with them."""
+    config = copy.deepcopy(config)
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name in ("vocab_size", "vocab_size_per_layer_input"):
+            if getattr(part, name, None):
+                setattr(part, name, min(most, getattr(part, name)))
+        part.pad_token_id = None  # an embedding refuses one beyond its end
+    return config
+
+
+class Sample:
+    """A model without weights in which one decoder layer of each kind, and all around the layers, get random numbers.
+
+    The other layers hand on what they are given, so that little is computed. Time does not depend on the values.
+    """
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self.model, self.device = model, device
+        self.layers = decoder_layers(model.get_base_model())
+        self.kinds = [layer_kind(layer) for layer in self.layers]
+        self._output: Any = None  # of the layer that ran last
+        first = dict(reversed(list(zip(self.kinds, self.layers, strict=True))))
+        self.live = first  # by kind
+        idle = {id(module) for layer in self.layers if layer not in first.values() for module in layer.modules()}
+        base = model.get_base_model()
+        used = [*base.get_decoder().modules(), *base.get_output_embeddings().modules()]
+        _fill(base, [module for module in used if id(module) not in idle], device=device)
+        for layer in first.values():
+            layer.register_forward_hook(self._remember)
+        self.run_only(*first)
+
+    def run_only(self, *kinds: str) -> None:
+        """Let the first layers of `kinds` compute, and the others hand on what they are given."""
+        for layer in self.layers:
+            vars(layer).pop("forward", None)
+            if layer not in [self.live[kind] for kind in kinds]:
+                layer.forward = self._hand_on
+
+    def _remember(self, layer: nn.Module, given: Any, output: Any) -> None:
+        self._output = output if isinstance(output, Tensor) else output[1:]
+
+    def _hand_on(self, hidden: Tensor, *_: Any, **__: Any) -> Any:
+        return hidden if isinstance(self._output, Tensor) else (hidden, *self._output)
+
+
+def layer_kind(layer: nn.Module) -> str:
+    """What decides the time of a layer: its modules, their shapes and plain settings (windows, types)."""
+    parts = []
+    for name, module in layer.named_modules():
+        settings = {key: value for key, value in vars(module).items() if isinstance(value, (int, float, str))}
+        settings.pop("layer_idx", None)
+        shapes = [(tuple(parameter.shape), parameter.requires_grad) for parameter in module.parameters(recurse=False)]
+        parts.append(f"{name} {type(module).__name__} {settings} {shapes}")
+    return "\n".join(parts)
+
+
+@torch.no_grad()
+def _fill(base: Any, modules: list[nn.Module], *, device: torch.device) -> None:
+    """Give the parameters and buffers of `modules` themselves random values on `device`."""
+    models = [model for model in base.modules() if isinstance(model, PreTrainedModel)]  # the innermost comes last
+    owners = {id(module): model for model in models for module in model.modules()}
+    made: dict[int, nn.Parameter] = {}  # tied ones once
+    for module in modules:
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.ones_like(buffer, device=device))
+        if isinstance(module, bnb.nn.Linear4bit):
+            shape, dtype = (module.out_features, module.in_features), module.compute_dtype
+            _quantize(module, torch.randn(shape, dtype=dtype, device=device).mul_(0.02))
+            patch_linear4bit(module, device, base.name_or_path)
+            continue
+        for name, old in list(module.named_parameters(recurse=False)):
+            if id(old) not in made:
+                values = torch.empty_like(old, device=device).normal_(std=0.02)
+                made[id(old)] = nn.Parameter(values, requires_grad=old.requires_grad)
+            setattr(module, name, made[id(old)])
+        owners[id(module)]._init_weights(module)
+
+
+@cache
+def _quantize_nothing() -> None:
+    """Let bitsandbytes make its tables with numbers in them: it keeps those of its first call for all others."""
+    bnb.functional.quantize_4bit(torch.zeros(64), compress_statistics=True, quant_type="nf4")
+
+
+def _quantize(linear: Any, weight: Tensor) -> None:
+    """Give `linear` its `weight` in 4 bit; on the meta device its shapes."""
+    scheme = {"compress_statistics": linear.weight.compress_statistics, "quant_type": linear.weight.quant_type}
+    packed, linear.quant_state = bnb.functional.quantize_4bit(weight, **scheme)
+    linear.weight = bnb.nn.Params4bit(
+        packed, requires_grad=False, quant_state=linear.quant_state, bnb_quantized=True, **scheme
+    )
