@@ -6,7 +6,6 @@ import difflib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ from lorasft.errors import ModelError, RecipeError
 from lorasft.files import write_file
 from lorasft.model.base import load_base
 from lorasft.model.linear import use_lean_linears
-from lorasft.model.loss import Network
-from lorasft.model.selfcheck import verify
 from lorasft.recipe import AdapterSettings, ModelSettings
 
 
@@ -64,23 +61,6 @@ def load_adapter(base: Any, artifact: Artifact, *, trainable: bool = False) -> A
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name or "modules_to_save" in name)
     return model
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model ready to answer and to be scored. `peft` is None without an adapter."""
-
-    peft: Any | None
-    network: Network
-    tokenizer: Any
-
-
-def load_saved(artifact: Artifact, device: torch.device) -> Loaded:
-    """Load base, adapter and tokenizer, in evaluation mode, and probe how losses are computed."""
-    tokenizer = read_tokenizer(artifact)
-    model = load_artifact(artifact, device)
-    peft = model if artifact.adapter else None
-    return Loaded(peft, verify(peft.get_base_model() if peft is not None else model), tokenizer)
 
 
 def read_tokenizer(artifact: Artifact) -> Any:
@@ -153,9 +133,10 @@ def give_weights(model: Any, weights: dict[str, Tensor], *, where: str) -> None:
     if missing or surplus:
         what = f"the adapter does not fit this base: missing {missing[:5]}, not known {surplus[:5]}"
         raise ModelError(what, where=where, hint="use the base that it was trained on")
-    odd = [name for name, tensor in weights.items() if tensor.shape != own[name].shape]
-    if odd:
-        raise ModelError(f"{odd[0]} is {list(weights[odd[0]].shape)}, not {list(own[odd[0]].shape)}", where=where)
+    for name, tensor in weights.items():
+        if tensor.shape != own[name].shape or not tensor.isfinite().all():
+            what = f"{name} is {list(tensor.shape)} and not {list(own[name].shape)}, or not finite"
+            raise ModelError(what, where=where, hint="train it again, or take an earlier one")
     if any(tensor.is_meta for tensor in own.values()):
         _put_weights(model, weights)
     else:
