@@ -120,7 +120,7 @@ def test_what_sizes_are_rounded_up_with_changes_nothing(family: str, monkeypatch
         found.append([losses.detach(), *gradients(model).values()])
         model.zero_grad()
     for got, want in zip(*found, strict=True):
-        assert (got - want).norm() <= 1e-6 * want.norm()
+        assert (got - want).norm() <= 2e-6 * want.norm()
 
     seen: list[int] = []
     network.causal.bfloat16().register_forward_pre_hook(
