@@ -64,8 +64,8 @@ def compare(base: Path, shape: str, data: str, recompute: bool) -> dict[str, flo
         measured = real_peak(lambda: work_twice(opened.run))
         reached = real_speed(opened.run)
     return {
-        "tokens": len(outlook.heaviest.ids),
-        "sequences": len(outlook.heaviest.segments),
+        "tokens": len(outlook.fit.heaviest.ids),
+        "sequences": len(outlook.fit.heaviest.segments),
         "loaded": loaded,
         "predicted": outlook.prediction.total - loaded,
         "measured": measured,
