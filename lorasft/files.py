@@ -46,8 +46,8 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     """Create `path`, yield it to be written, and fsync it. It must not exist: nothing is written in place."""
     with _disk(path):
         with effect("create", path):
-            path.touch(exist_ok=False)
-        with open(path, "wb") as file:
+            file = open(path, "xb")  # noqa: SIM115
+        with file:
             yield file
             file.flush()
             _sync(file.fileno(), path)
@@ -65,7 +65,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Put `content` under `path`, whole or not at all."""
-    stage = path.with_name(f"{STAGE}{path.name}-{secrets.token_hex(4)}")
+    stage = _beside(path, STAGE)
     write_file(stage, content)
     rename(stage, path)
 
@@ -113,7 +113,7 @@ def staged_file(target: Path) -> Iterator[Path]:
     """
     refuse_existing(target)
     make_folder(target.parent)
-    stage = target.with_name(f"{STAGE}{target.name}-{secrets.token_hex(4)}")
+    stage = _beside(target, STAGE)
     try:
         with _disk(target):
             with effect("write", stage):
@@ -140,7 +140,7 @@ def staged_folder(target: Path, *, hashes: Mapping[str, str] | None = None) -> I
             with _held(left) as ours:
                 if ours:
                     _remove(left)
-    stage = target.with_name(f"{STAGE}{target.name}-{secrets.token_hex(4)}")
+    stage = _beside(target, STAGE)
     try:
         make_folder(stage)
         with _held(stage):
@@ -188,31 +188,25 @@ def verify_folder(folder: Path) -> None:
     try:
         entries = json.loads((folder / MANIFEST).read_bytes())
         entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as fault:
-        raise ModelError(f"no readable {MANIFEST}: {fault}", where=str(folder), hint=_AGAIN) from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ModelError(f"no readable {MANIFEST}: {error}", where=str(folder), hint=_AGAIN) from None
     if not entries:
         raise ModelError(f"{MANIFEST} names no file", where=str(folder), hint=_AGAIN)
     for name, (size, digest) in entries.items():
-        path, name = folder / name, name if len(name) < 80 else f"{name[:80]}..."
+        path = folder / name
         try:
-            if ".." in path.parts or not path.is_relative_to(folder) or path.is_symlink():
-                raise ModelError(f"{name} is not in the folder", where=str(folder), hint=_AGAIN)
-            if not path.is_file():
-                raise ModelError(f"{name} is missing", where=str(folder), hint=_AGAIN)
-            found = path.stat().st_size, sha256(path)
-        except OSError as fault:  # a name may also be longer than a file's can be
-            raise ModelError(f"cannot read {name}: {fault.strerror}", where=str(folder), hint=_AGAIN) from None
-        except ValueError:  # a null byte
-            raise ModelError(f"{name!r} is no name of a file", where=str(folder), hint=_AGAIN) from None
-        if found[0] != size:
-            raise ModelError(f"{name} has {found[0]} bytes, not {size}", where=str(folder), hint=_AGAIN)
-        if found[1] != digest:
-            raise ModelError(f"{name} does not match its hash", where=str(folder), hint=_AGAIN)
+            inside = ".." not in path.parts and path.is_relative_to(folder) and not path.is_symlink() and path.is_file()
+            whole = inside and path.stat().st_size == size and sha256(path) == digest
+        except (OSError, ValueError):  # a name may also be longer than a file's can be, or have a null byte
+            whole = False
+        if not whole:
+            what = f"{name[:80]} is missing or not as {MANIFEST} has it"
+            raise ModelError(what, where=str(folder), hint=_AGAIN)
 
 
 def remove_folder(folder: Path) -> None:
     """Delete a folder: out of sight by one rename first, so that a kill leaves no half of it. Never follows a link."""
-    trash = folder.with_name(f"{TRASH}{folder.name}-{secrets.token_hex(4)}")
+    trash = _beside(folder, TRASH)
     rename(folder, trash)
     _remove(trash)
 
@@ -296,10 +290,10 @@ def _disk(path: Path) -> Iterator[None]:
     """Turn the system's refusal to write into an error that names the place."""
     try:
         yield
-    except OSError as fault:
-        if fault.errno in _WRONG_PLACE:
-            raise RecipeError(f"cannot write: {fault.strerror}", where=str(path), hint="name another place") from fault
-        raise CapacityError(f"cannot write: {fault.strerror}", where=str(path)) from fault
+    except OSError as error:
+        if error.errno in _WRONG_PLACE:
+            raise RecipeError(f"cannot write: {error.strerror}", where=str(path), hint="name another place") from error
+        raise CapacityError(f"cannot write: {error.strerror}", where=str(path)) from error
 
 
 @contextlib.contextmanager
@@ -313,6 +307,10 @@ def _held(folder: Path) -> Iterator[bool]:
         yield False
     finally:
         os.close(descriptor)
+
+
+def _beside(path: Path, prefix: str) -> Path:
+    return path.with_name(f"{prefix}{path.name}-{secrets.token_hex(4)}")
 
 
 def _open_no_link(path: str, flags: int) -> int:
@@ -338,8 +336,8 @@ def _sync_folder(path: Path) -> None:
     try:
         with effect("fsync folder", path):
             os.fsync(descriptor)
-    except OSError as fault:
-        if fault.errno not in _NO_FOLDER_SYNC:
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
             raise
     finally:
         os.close(descriptor)

@@ -14,7 +14,7 @@ SECONDS = 10.0
 _AWAY = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError", "ConnectTimeout"}
 
 
-def hub_fault() -> str | None:
+def hub_error() -> str | None:
     """Why the hub does not answer, or None when it does. Any answer will do."""
     address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
@@ -22,10 +22,10 @@ def hub_fault() -> str | None:
             return None
     except urllib.error.HTTPError:
         return None
-    except (OSError, ValueError) as fault:
-        if isinstance(getattr(fault, "reason", None), ssl.SSLError):
+    except (OSError, ValueError) as error:
+        if isinstance(getattr(error, "reason", None), ssl.SSLError):
             return None  # somebody answers, and the client has certificates of its own
-        return f"{address} does not answer: {getattr(fault, 'reason', fault)}"
+        return f"{address} does not answer: {getattr(error, 'reason', error)}"
 
 
 @functools.cache
@@ -33,14 +33,14 @@ def find_hub() -> None:
     """Before the first request to the hub: when it does not answer, let its client use what it has, and ask nobody."""
     import huggingface_hub.constants
 
-    if not huggingface_hub.constants.HF_HUB_OFFLINE and hub_fault():
+    if not huggingface_hub.constants.HF_HUB_OFFLINE and hub_error():
         os.environ["HF_HUB_OFFLINE"] = "1"  # for what is imported later
         huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
-def refuse_offline(fault: BaseException, name: str) -> None:
-    """Raise DeviceError when `fault` came of a hub that is out of reach."""
-    seen: BaseException | None = fault
+def refuse_offline(error: BaseException, name: str) -> None:
+    """Raise DeviceError when `error` came of a hub that is out of reach."""
+    seen: BaseException | None = error
     while seen is not None:
         if type(seen).__name__ in _AWAY:
             what = "the hub cannot be reached, and this is not in its cache"

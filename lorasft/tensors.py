@@ -6,9 +6,8 @@ import hashlib
 import json
 import math
 import os
-from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -24,7 +23,6 @@ LARGEST_HEADER = 100 << 20  # bytes: safetensors' own limit
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8", "I8": "int8"}
 _AGAIN = "download it again"
 _COPIED = 4 << 20  # bytes copied at once
-_WAITING = 2  # blocks in memory that are not written yet
 
 
 @dataclass(frozen=True)
@@ -95,17 +93,9 @@ class TensorWriter:
     The system's errors are raised here.
     """
 
-    def __init__(
-        self,
-        file: BinaryIO,
-        specs: Mapping[str, TensorSpec],
-        *,
-        metadata: Mapping[str, str] | None,
-        thread: ThreadPoolExecutor,
-    ) -> None:
-        """Writes the header. `file`: new, and open for writing; `thread`: with one worker, for the order's sake."""
+    def __init__(self, file: BinaryIO, specs: Mapping[str, TensorSpec], metadata: Any, thread: Executor) -> None:
+        """Writes the header. `file`: new, and open for writing; `thread`: with one worker; `metadata`: or None."""
         self._file, self._sha256, self._thread = file, hashlib.sha256(), thread
-        self._waiting: deque[Future[None]] = deque()
         fields: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
         end = 0
         for name, spec in specs.items():
@@ -113,7 +103,7 @@ class TensorWriter:
             end += spec.size
         header = json.dumps(fields, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
-        self._append(len(header).to_bytes(8, "little") + header)
+        self._last = thread.submit(self._append, len(header).to_bytes(8, "little") + header)
 
     def write(self, block: torch.Tensor) -> None:
         """Append the numbers of `block`, which must not change any more."""
@@ -128,14 +118,12 @@ class TensorWriter:
 
     def finish(self) -> str:
         """Wait until all is written. Returns the SHA-256 of the file, in hex."""
-        while self._waiting:
-            self._waiting.popleft().result()
+        self._last.result()
         return self._sha256.hexdigest()
 
     def _submit(self, content: bytearray | memoryview) -> None:
-        self._waiting.append(self._thread.submit(self._append, content))
-        while len(self._waiting) > _WAITING:
-            self._waiting.popleft().result()
+        self._last.result()  # two blocks in memory: the one that is written and the one that is made
+        self._last = self._thread.submit(self._append, content)
 
     def _append(self, content: bytes | bytearray | memoryview) -> None:
         self._file.write(content)
@@ -147,22 +135,22 @@ def find_weights(folder: Path) -> list[Path]:
 
     Raises ModelError when one is not there, UnsafeError when there are pickles only.
     """
-    index = folder / INDEX
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values())) if index.is_file() else None
-        outside = [name for name in names or [] if Path(name).name != name]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ModelError("this index names no shards", where=str(index), hint=_AGAIN) from None
-    if outside:
-        raise ModelError(f"the index names a file outside its folder: {outside[0]}", where=str(index), hint=_AGAIN)
-    for name in names or ["model.safetensors"]:
-        if not (folder / name).is_file():
-            pickles = [path.name for path in sorted(folder.glob("*.bin"))]
-            if pickles and not names:
-                what = f"the weights are a pickle ({pickles[0]}), which could run code when it is read"
-                raise UnsafeError(what, where=str(folder), hint="convert them to safetensors, or take another copy")
-            raise ModelError(f"{name} is missing", where=str(folder), hint="the base must be there as safetensors")
-    return [folder / name for name in names or ["model.safetensors"]]
+    index, names = folder / INDEX, ["model.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            outside = [name for name in names if Path(name).name != name]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise ModelError("this index names no shards", where=str(index), hint=_AGAIN) from None
+        if outside:
+            raise ModelError(f"the index names a file outside its folder: {outside[0]}", where=str(index), hint=_AGAIN)
+    elif not (folder / names[0]).is_file() and (pickles := sorted(folder.glob("*.bin"))):
+        what = f"the weights are a pickle ({pickles[0].name}), which could run code when it is read"
+        raise UnsafeError(what, where=str(folder), hint="convert them to safetensors, or take another copy")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(f"{missing[0]} is missing", where=str(folder), hint="the base must be there as safetensors")
+    return [folder / name for name in names]
 
 
 def open_tensors(path: Path, *, largest: int = LARGEST_HEADER) -> TensorFile:
@@ -188,12 +176,9 @@ def open_tensors(path: Path, *, largest: int = LARGEST_HEADER) -> TensorFile:
     except (SafetensorError, OSError, ValueError) as fault:
         raise ModelError(f"cannot read the weights: {str(fault)[:120]}", where=str(path), hint=_AGAIN) from None
     metadata = fields.pop("__metadata__", None)
-    ordered = sorted(fields.items(), key=lambda item: item[1]["data_offsets"])
-    specs, starts = {}, {}
-    for name, field in ordered:
-        start, end = field["data_offsets"]
-        specs[name] = TensorSpec(field["dtype"], tuple(field["shape"]), end - start)
-        starts[name] = 8 + length + start
+    ordered = sorted((field["data_offsets"], name, field) for name, field in fields.items())
+    specs = {name: TensorSpec(at["dtype"], tuple(at["shape"]), end - start) for (start, end), name, at in ordered}
+    starts = {name: 8 + length + start for (start, _), name, _ in ordered}
     return TensorFile(path, specs, starts, header, metadata)
 
 

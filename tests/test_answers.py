@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lorasft.cli import main
 from lorasft.terminal import harmless
 
-Write = Callable[..., str]
 
-
-@pytest.fixture
-def run(recipe: Write, tmp_path: Path) -> Path:
-    assert main(["train", recipe(model={"quantization": "none"}, train={"epochs": 6})]) == 0
-    return tmp_path / "run"
+@pytest.fixture(scope="module")
+def run(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    data = {"data.train": rows, "data.eval": 0.2, "data.max_length": 120, "adapter.rank": 4, "adapter.alpha": 8}
+    settings = data | {"train.epochs": 6, "train.batch_size": 8, "optimizer.learning_rate": 5e-3, "run.eval_every": 4}
+    (folder / "r.yaml").write_text(f"model: {{base: {base}, dtype: float32, quantization: none}}\n", encoding="utf-8")
+    words = [f"{key}={value}" for key, value in (settings | {"run.output": folder / "run"}).items()]
+    assert main(["train", str(folder / "r.yaml"), *words]) == 0
+    return folder / "run"
 
 
 def test_the_identity_holds_and_equals_plain_transformers(

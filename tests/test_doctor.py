@@ -19,7 +19,7 @@ import torch
 
 from lorasft.cli import main
 from lorasft.commands import doctor
-from lorasft.hub import hub_fault
+from lorasft.hub import hub_error
 from lorasft.model.health import nf4_error, nf4_tolerance, try_attention
 
 CPU = torch.device("cpu")
@@ -63,9 +63,10 @@ def test_a_library_that_breaks_is_a_line(tmp_path: Path) -> None:
 
 
 def test_versions_that_are_too_old_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor._check_library("torch", "2.10").mend is None
-    assert doctor._check_library("torch", "99.0").mend == "pip install -U 'torch>=99.0'"
-    assert doctor._check_library("no-such-library", "1.0").what == "not installed"
+    assert doctor._check_library("torch", "2.10")[1] is None
+    monkeypatch.setattr(doctor, "FLOORS", {"torch": "99.0", "no-such-library": "1.0"})
+    failed = {finding.name: finding for finding in doctor.examine(hub=False) if finding.mend}
+    assert failed["torch"].mend == "pip install -U 'torch>=99.0'" and "no-such-library" in failed
 
 
 def test_a_driver_that_torch_cannot_use_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,13 +76,13 @@ def test_a_driver_that_torch_cannot_use_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for built, words in ((None, "is for CPUs only"), ("13.0", "which CUDA 13.0 cannot use")):
         monkeypatch.setattr(torch.version, "cuda", built)
-        found = doctor._check_device()
-        assert "NVIDIA driver 470.57.02" in found.what and words in found.what and found.mend
+        what, mend = doctor._check_device()
+        assert "NVIDIA driver 470.57.02" in what and words in what and mend
 
 
 def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "LEAST_DISK", 1 << 60)
-    found = doctor._check_disk("disk: hub cache", tmp_path / "not/there/yet")
+    found = doctor._check_disk("hub cache", tmp_path / "not/there/yet", "export HF_HOME=FOLDER")
     assert found.mend == "export HF_HOME=FOLDER, on a disk with more room"
 
 
@@ -103,8 +104,8 @@ def server() -> Iterator[str]:
 def test_the_hub_is_there_when_anything_answers(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", server)  # it answers 501
     monkeypatch.setattr(http.server.BaseHTTPRequestHandler, "log_message", lambda *_: None)
-    assert hub_fault() is None
+    assert hub_error() is None
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
-    assert "Connection refused" in str(hub_fault())
+    assert "Connection refused" in str(hub_error())
     found = doctor._check_hub()
     assert "does not answer" in found.what and found.mend

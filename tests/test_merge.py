@@ -26,7 +26,7 @@ from lorasft.errors import ModelError
 from lorasft.files import sha256, verify_folder
 from lorasft.merge.merge import merge as merge_artifact
 from lorasft.merge.updates import Change, LoraProduct
-from lorasft.model.saved import load_artifact
+from lorasft.model.adapter import load_artifact
 from lorasft.tensors import fingerprint, open_tensors
 
 ALL: dict[str, Any] = {"target_modules": "all-linear"}

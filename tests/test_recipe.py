@@ -113,16 +113,6 @@ def test_any_text_gives_values_or_our_error(text: str) -> None:
 # --- recipes that load ---------------------------------------------------------------------------------------------
 
 
-def test_defaults_are_those_of_the_plan() -> None:
-    recipe = load(SMALLEST)
-    assert (recipe.model.quantization, recipe.model.dtype) == ("nf4", "auto")
-    assert (recipe.adapter.rank, recipe.adapter.alpha, recipe.adapter.targets) == (16, 32.0, "all-linear")
-    assert recipe.data.train == (DataSource(path="x.jsonl"),) and recipe.data.eval == 0.02
-    assert (recipe.train.epochs, recipe.train.batch_size, recipe.train.loss) == (2, 32, "token")
-    assert (recipe.optimizer.learning_rate, recipe.optimizer.betas) == (2e-4, (0.9, 0.999))
-    assert recipe.run.output == "runs/r"
-
-
 def test_one_source_may_be_text_mapping_or_list() -> None:
     for written in ("x.jsonl", "{path: x.jsonl}", "[x.jsonl]", "[{path: x.jsonl}]"):
         recipe = load(f"model: {{base: m}}\ndata: {{train: {written}, eval: {written}}}\n")
@@ -150,7 +140,7 @@ def test_retired_keys_of_an_earlier_version_are_ignored_at_their_default() -> No
 
 def test_no_held_out_data_means_no_evaluation() -> None:
     recipe = load(SMALLEST, "data.eval=null")
-    assert recipe.run.eval_every is None
+    assert recipe.run.eval_every is None and recipe.run.output == "runs/r"
     assert load(dump_recipe(recipe)) == recipe
 
 
@@ -233,40 +223,33 @@ def test_mathematics_ignores_run_and_machine() -> None:
 # --- recipes that are refused --------------------------------------------------------------------------------------
 
 BAD = {  # what follows the smallest recipe (lines 1 and 2) -> exit code, line, what must be said
-    "train: {batch_size: fast}": (2, 3, ["train.batch_size", "batch_size=32"]),
     "train:\n  epochs: '2'": (2, 4, ["train.epochs", "without quotes"]),
     "train: {epochs: true}": (2, 3, ["train.epochs"]),
     "train: {seed: 1.0}": (2, 3, ["train.seed", "integer"]),
     "train: {steps: 0}": (2, 3, ["train.steps", "1"]),
     "train: {epochs: .inf}": (2, 3, ["train.epochs", "finite"]),
-    "optimizer: {learning_rate: -1}": (2, 3, ["greater than 0"]),
     "optimizer: {betas: [0.9, 1.0]}": (2, 3, ["optimizer.betas.1", "less than 1"]),
     "optimizer: {betas: [0.9]}": (2, 3, ["optimizer.betas"]),
     "optimizr: {name: adamw}": (2, 3, ["unknown key optimizr", "did you mean optimizer?"]),
-    "zzz: 1": (2, 3, ["unknown key zzz", "model, adapter, data"]),
     "adapter: {targets: q_proj}": (2, 3, ["adapter.targets", "all-linear"]),
     "adapter: qlora": (2, 3, ["adapter"]),
     "schedule: {warmup: 1.5}": (2, 3, ["schedule.warmup", "less than 1"]),
     "schedule: {name: cosin}": (2, 3, ["schedule.name", "cosine"]),
     "run: {trackers: [tensorbord]}": (2, 3, ["run.trackers.0", "tensorboard"]),
     "run: {output: ''}": (2, 3, ["run.output"]),
-    "run:\n  keep: 1\n  keep: 2": (2, 5, ["'keep'", "r.yaml:4 and r.yaml:5"]),
     "chat: {thinking: no}": (2, 3, ["chat.thinking", "follow_template"]),
     "chat: {template_options: {a: [1]}}": (2, 3, ["chat.template_options.a"]),
-    "1: 2": (2, 3, ["not text"]),
     "? [a]\n: 2": (2, 3, ["not text"]),
     "<<: {train: {seed: 1}}": (2, 3, ["unknown key <<"]),
     "run: {keep: 1": (2, "4:1", ["not YAML"]),
     "a: b: c": (2, "3:5", ["not YAML"]),
     "---\nrun: {keep: 1}": (2, "3:1", ["another document"]),
     'chat: {system: "\\ud800"}': (2, 3, ["surrogate"]),
-    "chat: {system: !!str x}": (8, 3, ["tags", "remove"]),
     "chat: &a {system: x}\nb: *a": (8, 4, ["aliases"]),
     "chat: " + "[" * 20_000: (8, 3, ["deeper than 32"]),
     "? " * 40 + "a": (8, 3, ["deeper than 32"]),
     "model_:\n  WANDB_API_KEY: canary": (2, 3, ["unknown key model_"]),
     "run: {wandb_api_key: canary}": (2, 3, ["run.wandb_api_key", "do not belong"]),
-    "run: [{password: canary}]": (2, 3, ["run"]),
     "machine: {attention: evil/kernel}": (8, 3, ["machine.attention", "machine.attention=auto"]),
     "machine: {attention: flash}": (2, 3, ["machine.attention", "sdpa"]),
     "machine: {kernels: liger}": (2, 3, ["unknown key machine.kernels", "torch's own"]),
@@ -322,6 +305,7 @@ def test_bad_recipes_say_what_where_and_how_to_fix_it(text: str, code: int, line
         ("train.seed=\x1b[31m", ["train.seed"]),
         ("--epochs=3", ["unknown key --epochs"]),
         ("modle.base=x", ["where: command line: modle.base=x"]),
+        ("data.train=[{path: 3}]", ["where: command line: data.train=[{path: 3}]"]),
     ],
 )
 def test_bad_overrides_name_the_command_line(override: str, said: list[str]) -> None:
@@ -345,14 +329,6 @@ def test_whatever_is_written_loads_or_is_refused_in_our_words(raw: dict[str, Any
     except LorasftError as fault:
         assert fault.exit_code in (2, 8) and "error: " in str(fault)
         assert harmless(str(fault)) == str(fault)
-
-
-def test_a_fault_inside_a_list_is_one_fault_and_stands_where_it_was_written() -> None:
-    text = "model: {base: m}\ndata:\n  train:\n    - {path: a}\n  eval:\n    - {path: b, share: 0}\n"
-    fault = refused(text)
-    assert not isinstance(fault, ErrorGroup) and fault.what.startswith("data.eval.0.share")
-    fault = refused(text, "data.eval=null", "data.train=[{path: 3}]")
-    assert not isinstance(fault, ErrorGroup) and fault.where == "command line: data.train=[{path: 3}]"
 
 
 def test_all_faults_come_at_once_and_the_unsafe_decides() -> None:
@@ -397,12 +373,6 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
             load_recipe(name)
         assert caught.value.exit_code == code and said in str(caught.value), str(caught.value)
     assert load_recipe("bom.yaml").model.base == "some/model"
-
-
-def test_values_cannot_be_changed() -> None:
-    recipe = load(SMALLEST)
-    with pytest.raises(ValueError, match="frozen"):
-        recipe.train.seed = 3  # type: ignore[misc]
 
 
 # --- the schema for editors ----------------------------------------------------------------------------------------
@@ -492,15 +462,6 @@ def test_the_command_refuses_in_plain_words(action: str, name: str | None, to: s
     with pytest.raises(RecipeError) as caught:
         recipes_command.run(action, name, to, as_json=False)
     assert said in str(caught.value)
-
-
-def test_recipes_need_nothing_heavy() -> None:
-    code = (
-        "import sys; from lorasft.commands import recipes; recipes.run('list', None, None, False);"
-        "print({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules), file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr.strip() == "set()" and "gpt2" in done.stdout
 
 
 def test_a_reader_that_goes_away_is_no_fault() -> None:

@@ -22,11 +22,10 @@ from lorasft.artifact import find_artifact
 from lorasft.cli import main
 from lorasft.data.packing import Step
 from lorasft.files import sha256
-from lorasft.model.adapter import attach_adapter
+from lorasft.model.adapter import attach_adapter, load_artifact
 from lorasft.model.attention import attention
 from lorasft.model.base import load_base
 from lorasft.model.generate import generate
-from lorasft.model.saved import load_saved
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import AdapterSettings, ModelSettings, ScheduleSettings, load_recipe
 from lorasft.signals import Ended, StopRequest
@@ -129,10 +128,10 @@ def test_the_adapter_loads_in_peft_and_gives_the_same_logits(recipe: Write, base
     adapter = run_folder(path) / "adapter"
     fresh = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     theirs = PeftModel.from_pretrained(fresh, adapter, torch_device="cpu").eval()
-    ours = load_saved(find_artifact(str(run_folder(path))), torch.device("cpu"))
+    ours = load_artifact(find_artifact(str(run_folder(path))), torch.device("cpu")).get_base_model()
     ids = torch.arange(5, 60).unsqueeze(0)
-    with torch.no_grad(), attention(ours.network.causal, "eager"):
-        difference = (theirs(ids).logits - ours.network.causal(ids).logits).abs().max()
+    with torch.no_grad(), attention(ours, "eager"):
+        difference = (theirs(ids).logits - ours(ids).logits).abs().max()
     assert difference < 1e-4
     assert all(tensor.dtype == torch.float32 for tensor in load_file(adapter / "adapter_model.safetensors").values())
     assert any(tensor.abs().max() > 0 for name, tensor in load_file(adapter / "adapter_model.safetensors").items()

@@ -31,19 +31,20 @@ def run(saved: str, base: str | None, prompt: str | None, max_new_tokens: int, t
 
     from lorasft.artifact import find_artifact
     from lorasft.data.chat_format import ChatFormat
+    from lorasft.model.adapter import load_artifact, read_tokenizer
     from lorasft.model.generate import generate
-    from lorasft.model.saved import load_saved
 
     found = find_artifact(saved, base=base)
-    loaded = load_saved(found, PartialState().device)
-    chat_format = ChatFormat(loaded.tokenizer, found.chat)
+    tokenizer = read_tokenizer(found)
+    model = load_artifact(found, PartialState().device)
+    chat_format = ChatFormat(tokenizer, found.chat)
     messages: list[dict[str, Any]] = []
     for question in [prompt] if prompt is not None else _questions():
         question = question.encode(errors="replace").decode()  # an argument may be no UTF-8
         messages.append({"role": "user", "content": question})
         ids = generate(
-            loaded.network.causal,
-            loaded.tokenizer,
+            model.get_base_model() if found.adapter else model,
+            tokenizer,
             chat_format.prompt_ids(messages),
             max_new_tokens=max_new_tokens,
             stops=chat_format.stop_ids,
@@ -51,7 +52,7 @@ def run(saved: str, base: str | None, prompt: str | None, max_new_tokens: int, t
             on_text=lambda text: print(harmless(text), end="", flush=True),
         )
         print(flush=True)
-        messages.append({"role": "assistant", "content": loaded.tokenizer.decode(ids, skip_special_tokens=True)})
+        messages.append({"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)})
 
 
 def _questions() -> Iterator[str]:

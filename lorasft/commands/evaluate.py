@@ -26,8 +26,9 @@ def run(saved: str, base: str | None, data: str, columns: str | None, per_exampl
 
     from lorasft.artifact import find_artifact
     from lorasft.files import refuse_existing, write_file
-    from lorasft.model.answers import read_answers, score_answers, summarize
-    from lorasft.model.saved import load_saved
+    from lorasft.model.adapter import load_artifact, read_tokenizer
+    from lorasft.model.scoring import read_answers, score_answers, summarize
+    from lorasft.model.selfcheck import verify
     from lorasft.recipe import DataSettings, read_source
 
     if per_example:
@@ -37,18 +38,20 @@ def run(saved: str, base: str | None, data: str, columns: str | None, per_exampl
     found = find_artifact(saved, base=base)
     source = read_source(data, columns)
     settings = found.recipe.data if found.recipe else DataSettings(train=(source,))
-    loaded = load_saved(found, PartialState().device)
-    positions = getattr(loaded.network.causal.config.get_text_config(), "max_position_embeddings", None)
+    tokenizer = read_tokenizer(found)
+    model = load_artifact(found, PartialState().device)
+    network = verify(model.get_base_model() if found.adapter else model)
+    positions = getattr(network.causal.config.get_text_config(), "max_position_embeddings", None)
     if positions:  # what the model can read is scored, however long the rows of training were
         settings = settings.model_copy(update={"max_length": positions})
-    answers, report = read_answers(source, settings, found.chat, tokenizer=loaded.tokenizer)
+    answers, report = read_answers(source, settings, found.chat, tokenizer=tokenizer)
     if report.dropped_examples():
         say(f"{report.dropped_examples()} of {report.rows} rows dropped: over-long or unusable")
     scores = {}
-    if loaded.peft is not None:
-        with loaded.peft.disable_adapter():
-            scores["base"] = score_answers(loaded.network, answers)
-    scores["adapter" if loaded.peft is not None else "model"] = score_answers(loaded.network, answers)
+    if found.adapter:
+        with model.disable_adapter():
+            scores["base"] = score_answers(network, answers)
+    scores["adapter" if found.adapter else "model"] = score_answers(network, answers)
     if per_example:
         lines = [
             {"source": {"file": answer.place.file, "line": answer.place.line}, "tokens": answer.length}

@@ -1,4 +1,4 @@
-"""`lorasft preview`: what will be trained on, with what is learned in colour. Needs the tokenizer only."""
+"""`lorasft preview`: what will be trained on, with supervised tokens in colour. Needs the tokenizer only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lorasft.data.store import TokenStore
     from lorasft.data.tokens import Tokens
 
-Part = tuple[str, bool, bool]  # text, whether it is learned, whether it is a special token
+Part = tuple[str, bool, bool]  # text, whether it is supervised, whether it is a special token
 Row = dict[str, Any]  # title, parts
 DROPPED_SHOWN = 10
 DIM, GREEN, MAGENTA, PLAIN = "\x1b[2m", "\x1b[32m", "\x1b[35m", "\x1b[0m"
@@ -62,7 +62,7 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
     """Print the first `rows` examples and a summary; `as_json`: every sequence as a line, then the summary.
 
     `html`: write a page to that file instead. Raises RecipeError, DataError or ModelError: DataError as well when
-    nothing would be learned, when a special token to be learned was never trained, or when parity does not hold.
+    nothing would be supervised, when a supervised special token was never trained, or when parity does not hold.
     """
     from lorasft.commands.preview_page import make_page
     from lorasft.files import refuse_existing, write_file
@@ -97,7 +97,7 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
 
 
 def painted(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> Iterator[Part]:
-    """The text of a sequence in parts that are learned or not, special or not; control characters are shown."""
+    """The text of a sequence in parts that are supervised or not, special or not; control characters are shown."""
     added = tokenizer.added_tokens_decoder
     kinds = [(int(label) >= 0, int(token) in added) for token, label in zip(tokens.ids, tokens.labels, strict=True)]
     cuts = [at for at in range(1, len(kinds)) if kinds[at] != kinds[at - 1]]
@@ -167,7 +167,7 @@ def _coloured(text: str, learned: bool, special: bool) -> str:
 
 
 def _bracketed(parts: Sequence[Part]) -> str:
-    """Parts with what is learned in brackets."""
+    """Parts with what is supervised in brackets."""
     opened = False
     text = ""
     for part, learned, _ in parts:

@@ -28,16 +28,12 @@ NEEDED = {  # format -> the columns that make it
 }
 CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
+SHAREGPT_ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
     "human": "user",
-    "user": "user",
     "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
     "function_call": "assistant",
     "tool_call": "assistant",
     "observation": "tool",
-    "tool": "tool",
 }
 
 
@@ -99,18 +95,26 @@ def _cut_blocks(
 def _find_format(raw: Raw, place: Place, source: DataSource, settings: DataSettings) -> tuple[Raw, str]:
     """The first row of a file, parsed, and the format that it shows; empty if it cannot be parsed.
 
-    Raises DataError when it has no format, or not the columns that the recipe names.
+    Raises DataError when it has no format or fits two, or has not the columns that the recipe names.
     """
     try:
         row = parse_row(raw, place)
     except DataError as error:
         return error, ""
     stated, columns = source.format or settings.format, source.columns or settings.columns or {}
+    seen = f"columns seen: {', '.join(map(str, row))}"
     absent = [theirs for theirs in columns.values() if theirs not in row]
     if absent:
         what = f"data.columns names {', '.join(map(repr, absent))}, not in the data"
-        raise DataError(what, where=str(place), hint=f"columns seen: {', '.join(map(str, row))}")
-    return row, stated if stated != "auto" else detect_format({**row, **columns}, place)
+        raise DataError(what, where=str(place), hint=seen)
+    names = row.keys() | columns.keys()
+    fits = [stated] if stated != "auto" else [kind for kind, needed in NEEDED.items() if names >= set(needed)]
+    if len(fits) > 1:
+        raise DataError(f"the columns fit {' and '.join(fits)}", where=str(place), hint="state data.format")
+    if not fits:
+        known = "; ".join(f"{kind}: {', '.join(needed)}" for kind, needed in NEEDED.items())
+        raise DataError(f"no known format: {seen}", where=str(place), hint=f"map them with data.columns ({known})")
+    return row, fits[0]
 
 
 def shape_block(block: RowBlock, settings: DataSettings, *, bad: BadRows) -> Iterator[Example]:
@@ -134,18 +138,6 @@ def shape_block(block: RowBlock, settings: DataSettings, *, bad: BadRows) -> Ite
             yield example
     if block.error:
         raise block.error
-
-
-def detect_format(row: Row, place: Place) -> str:
-    """The one format whose columns the row has. Raises DataError when none or two fit."""
-    fits = [kind for kind, needed in NEEDED.items() if all(name in row for name in needed)]
-    if len(fits) == 1:
-        return fits[0]
-    seen = f"columns seen: {', '.join(map(str, row))}"
-    if fits:
-        raise DataError(f"the columns fit {' and '.join(fits)}", where=str(place), hint="state data.format")
-    known = "; ".join(f"{kind}: {', '.join(needed)}" for kind, needed in NEEDED.items())
-    raise DataError(f"no known format: {seen}", where=str(place), hint=f"map them with data.columns ({known})")
 
 
 def shape_row(row: Row, kind: str, place: Place) -> Example:

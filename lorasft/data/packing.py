@@ -44,7 +44,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward and backward pass: a flat row of tokens and the pairs that are learned.
+    """One forward and backward pass: a flat row of tokens and the supervised pairs.
 
     A source may serve several targets. `weights` is 1 for each pair under `loss: token`, 1/|y| of its example
     under `loss: example`; the step divides the weighted sum once.
@@ -76,7 +76,7 @@ class Step:
 
     @property
     def supervised_tokens(self) -> int:
-        """Tokens learned; one in a shared prefix counts for each example that learns it."""
+        """Supervised tokens; one in a shared prefix counts for each example that supervises it."""
         return sum(batch.learned for batch in self.micro_batches)
 
     @property
@@ -157,7 +157,7 @@ def cut(
 
     A sequence longer than `capacity` gets a micro-batch of its own; several processes get smaller ones where that
     gives each of them work. The last target of a sequence is never an
-    input, and what stands behind it is not computed: no learned token looks at it. With `share`, what sequences
+    input, and what comes after it is not computed: no supervised token looks at it. With `share`, what sequences
     begin with in common is computed once, and a tree may be as large as the longest sequence. Sequences up to
     `horizon` tokens and longer ones never meet: some models compute all positions of a row by its longest.
     """

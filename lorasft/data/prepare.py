@@ -42,7 +42,7 @@ NO_DIGESTS: Digests = np.zeros(0, dtype=np.uint64)
 class Prepared:
     """The data of a run, tokenized: `held_out` is None when nothing is, `store` has both.
 
-    `stop_ids` end an answer under this template, the usual one first; `learned_special`: added tokens that are learned.
+    `stop_ids` end an answer under this template, the usual one first; `learned_special`: supervised added tokens.
     """
 
     folder: Path

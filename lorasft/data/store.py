@@ -79,7 +79,7 @@ def pack_examples(examples: Sequence[tuple[int, Sequence[Tokens]]]) -> Arrays:
     """
     sequences = [tokens for _, own in examples for tokens in own]
     if any((tokens.labels[:1] != UNSUPERVISED).any() for tokens in sequences):
-        raise ValueError("a sequence's first position has no source to be learned from")
+        raise ValueError("a sequence's first position has no source to be predicted from")
     nothing = np.zeros(0, dtype=np.int32)
     return {
         "ids": np.concatenate([nothing, *(tokens.ids for tokens in sequences)]),

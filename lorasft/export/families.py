@@ -83,13 +83,9 @@ def read_layout(model: Path) -> GgufLayout:
 
 def _read_config(model: Path) -> Any:
     """The text model's config, with its fields as transformers 5 names them."""
-    from transformers import AutoConfig
+    from lorasft.model.base import read_config
 
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False, local_files_only=True)
-    except Exception as fault:  # an unknown architecture, code of its own, a broken file
-        reason = str(fault).splitlines()[0]
-        raise ModelError(f"cannot read the config: {reason}", where=str(model), hint=usual_converter(model)) from None
+    config = read_config(str(model))
     if getattr(config, "quantization_config", None):
         raise ModelError("the model is quantized", where=str(model), hint="export 16-bit weights, such as merge writes")
     return config.get_text_config() if config.model_type == "gemma3" else config

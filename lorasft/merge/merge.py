@@ -27,7 +27,7 @@ from lorasft.files import (
     staged_folder,
     write_file,
 )
-from lorasft.merge.write import MergePlan, Progress, plan_merge, rewrite_config, write_weights
+from lorasft.merge.write import MergePlan, Progress, WrittenTensor, plan_merge, rewrite_config, write_weights
 from lorasft.recipe import DataSource
 from lorasft.tensors import INDEX
 
@@ -73,78 +73,106 @@ def merge(
     adapter does not fit, CapacityError when `out` has no room; a merge that fails, its check included, leaves nothing
     under `out`.
     """
-    refuse_existing(out)
-    artifact.verify(force_base=force_base)
-    base, adapter = artifact.base, artifact.require_adapter()
-    refuse_overlap(out, base, adapter, *([artifact.run] if artifact.run else []))
-    if data is not None and not check:
-        raise RecipeError("--data has no use with --no-check", where=data.path, hint="leave one of the two out")
+    _check_options(artifact, out, data, check=check, force_base=force_base)
     plan = plan_merge(artifact)
-    adapter_hash = sha256(adapter / WEIGHTS)
-    _refuse_second_merge(base, adapter_hash)
+    adapter_hash = sha256(artifact.require_adapter() / WEIGHTS)
+    _refuse_second_merge(artifact.base, adapter_hash)
     if plan.packed and (onto == "original" or quantize):  # it has no original, and an update falls back onto its steps
         what = "--quantize" if quantize else "--onto original"
         raise ModelError(f"the base is stored in 4 bit: no {what}", hint="--base with the 16-bit original")
     need_space(out, plan.size * (2 if quantize else 1))
-    judge = _make_check(artifact, data) if check else None
+    judge = None
+    if check:
+        from lorasft.merge.check import make_check  # takes seconds and hundreds of megabytes to import
+
+        judge = make_check(artifact, data)
     chosen, why = _choose("dequantized" if plan.packed else onto, judge, quantize=quantize)
-    onto_nf4 = chosen == "dequantized" and not plan.packed
-    needed = not plan.packed and (check or onto_nf4)
-    quantized, dtype = _find_quantized(artifact, plan) if needed else ([], torch.float32)
     hashes: dict[str, str] = {}
     with staged_folder(out, hashes=hashes) as stage:
-        weights = stage / "16-bit" if quantize else stage
-        make_folder(weights)
-        written, found = write_weights(
-            weights, plan, quantized=quantized, dtype=dtype, onto_nf4=onto_nf4, on_progress=on_progress
+        written, found = _write_stage(
+            stage, artifact, plan, judge, onto=chosen, quantize=quantize, progress=on_progress
         )
-        unchanged = sum(not written[name].changed for name in plan.changes)
-        if unchanged == len(plan.changes):
-            what = "no weight changed: the adapter is empty, or too small for the base's dtype"
-            raise ModelError(what, where=str(adapter))
-        _copy_sidecars(base, adapter, weights, rewritten=rewrite_config(plan, artifact.base_config))
-        if judge:
-            judge.verify(weights, chosen)
-        if quantize:
-            _quantize(weights, stage)
-            if judge:
-                judge.ask(stage, "merged, in 4 bit")
-        else:
-            hashes.update(found)
-        result = {path.name: hashes.get(path.name) or sha256(path) for path in sorted(stage.glob("*.safetensors"))}
+        hashes.update(found)
         merged = Merged(
             folder=out,
             onto=chosen,
             why=why,
             updated=len(plan.changes),
-            unchanged=unchanged,
+            unchanged=sum(not written[name].changed for name in plan.changes),
             copied=sum(map(len, plan.targets)) - len(written),
-            size=sum((stage / name).stat().st_size for name in result),
-            quantization={n: w.quantization / w.update for n, w in written.items() if n in quantized and w.update},
+            size=sum(path.stat().st_size for path in stage.glob("*.safetensors")),
+            quantization={
+                name: w.quantization / w.update for name, w in written.items() if w.quantization and w.update
+            },
             rows=judge.origin if judge else "",
             table={name: asdict(distance) for name, distance in judge.table.items()} if judge else {},
         )
-        trained = artifact.provenance
-        origin = {
-            "name": artifact.model.base,
-            "commit": trained.commit if trained else None,
-            "fingerprint": artifact.base_fingerprint,
-            "trained_on": trained.fingerprint if trained else None,
-        }
-        record = {"lorasft": __version__, "base": origin, "adapter": adapter_hash}
-        record |= {name: value for name, value in asdict(merged).items() if name != "folder"} | {"result": result}
-        write_file(stage / MERGE_RECORD, json.dumps(record, indent=1).encode())
-        write_file(stage / "README.md", _make_card(artifact, record).encode())
+        _write_record(stage, artifact, merged, adapter_hash=adapter_hash, hashes=hashes)
     return merged
 
 
-# Models and quantizers take seconds and hundreds of megabytes to import: only where they are needed.
+def _check_options(artifact: Artifact, out: Path, data: DataSource | None, *, check: bool, force_base: bool) -> None:
+    """What can be refused before anything is read."""
+    refuse_existing(out)
+    artifact.verify(force_base=force_base)
+    refuse_overlap(out, artifact.base, artifact.require_adapter(), *([artifact.run] if artifact.run else []))
+    if data is not None and not check:
+        raise RecipeError("--data has no use with --no-check", where=data.path, hint="leave one of the two out")
 
 
-def _make_check(artifact: Artifact, data: DataSource | None) -> MergeCheck:
-    from lorasft.merge.check import make_check
+def _write_stage(
+    stage: Path,
+    artifact: Artifact,
+    plan: MergePlan,
+    judge: MergeCheck | None,
+    *,
+    onto: Onto,
+    quantize: bool,
+    progress: Progress | None,
+) -> tuple[dict[str, WrittenTensor], dict[str, str]]:
+    """Write and check everything but the record. Returns what became of tensors, and the hashes of files if known.
 
-    return make_check(artifact, data)
+    Raises ModelError when no weight changed, or when the merge does not answer like what was trained.
+    """
+    onto_nf4 = onto == "dequantized" and not plan.packed
+    quantized, dtype = _find_quantized(artifact, plan) if judge or onto_nf4 else ([], torch.float32)
+    weights = stage / "16-bit" if quantize else stage
+    make_folder(weights)
+    written, hashes = write_weights(
+        weights, plan, quantized=quantized, dtype=dtype, onto_nf4=onto_nf4, on_progress=progress
+    )
+    base, adapter = artifact.base, artifact.require_adapter()
+    if not any(written[name].changed for name in plan.changes):
+        what = "no weight changed: the adapter is empty, or too small for the base's dtype"
+        raise ModelError(what, where=str(adapter))
+    _copy_sidecars(base, adapter, weights, rewritten=rewrite_config(plan, artifact.base_config))
+    if judge:
+        judge.verify(weights, onto)
+    if quantize:
+        _quantize(weights, stage)
+        if judge:
+            judge.ask(stage, "merged, in 4 bit")
+    return written, {} if quantize else hashes
+
+
+def _write_record(
+    stage: Path, artifact: Artifact, merged: Merged, *, adapter_hash: str, hashes: Mapping[str, str]
+) -> None:
+    """merge.json, which says where the merge came from and how it was made, and the model card."""
+    trained = artifact.provenance
+    origin = {
+        "name": artifact.model.base,
+        "commit": trained.commit if trained else None,
+        "fingerprint": artifact.base_fingerprint,
+        "trained_on": trained.fingerprint if trained else None,
+    }
+    record = {"lorasft": __version__, "base": origin, "adapter": adapter_hash}
+    record |= {name: value for name, value in asdict(merged).items() if name != "folder"}
+    record["result"] = {
+        path.name: hashes.get(path.name) or sha256(path) for path in sorted(stage.glob("*.safetensors"))
+    }
+    write_file(stage / MERGE_RECORD, json.dumps(record, indent=1).encode())
+    write_file(stage / "README.md", _make_card(artifact, record).encode())
 
 
 def _find_quantized(artifact: Artifact, plan: MergePlan) -> tuple[list[str], torch.dtype]:
@@ -153,7 +181,7 @@ def _find_quantized(artifact: Artifact, plan: MergePlan) -> tuple[list[str], tor
 
     from lorasft.model.base import compute_dtype, find_quantized, read_config
 
-    if artifact.model.quantization != "nf4":
+    if artifact.model.quantization != "nf4" or plan.packed:
         return [], torch.float32
     names = [plan.places.find(f"{path}.weight") for path in find_quantized(read_config(str(artifact.base)))]
     dtype = artifact.provenance.dtype if artifact.provenance else artifact.model.dtype
@@ -196,9 +224,7 @@ def _refuse_second_merge(base: Path, adapter_hash: str) -> None:
 def _copy_sidecars(base: Path, adapter: Path, stage: Path, *, rewritten: Mapping[str, bytes]) -> None:
     """Config, tokenizer and generation config as the base has them, unless `rewritten`; the template of training."""
     changed = {"chat_template.jinja"} if (adapter / "chat_template.jinja").is_file() else set()
-    if set(read_stops(adapter)) - set(
-        read_stops(base)
-    ):  # training found that generation would run past the end of a turn
+    if set(read_stops(adapter)) - set(read_stops(base)):  # training found that generation would run past a turn's end
         changed.add(GENERATION_CONFIG)
     for path in sorted(_list_sidecars(base)):
         if path.name in rewritten:

@@ -63,11 +63,11 @@ class Change:
         return self.magnitude is not None and self.product is not None and self.product.transposed
 
     def apply(self, rows: Tensor, start: int, product: Tensor | None) -> None:
-        """Change rows `start`, `start + 1`, ... in place: (rows, columns) fp32. `product`: the same rows of B A."""
+        """Change rows `start`, `start + 1`, ... in place: (rows, columns) fp32. `product`: their B A, used up."""
         if self.replacement is not None:
             rows.copy_(self.replacement.reshape(-1, rows.shape[1])[start : start + len(rows)])
         if self.product and product is not None:
-            rows.add_(product * self.product.scaling)
+            rows.add_(product.mul_(self.product.scaling))
         if self.needs_all_rows:
             rows.mul_(self.magnitude / torch.linalg.norm(rows, dim=0))
         elif self.magnitude is not None:

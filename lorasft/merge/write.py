@@ -126,7 +126,7 @@ def write_weights(
         for source, specs in zip(plan.sources, plan.targets, strict=True):
             path = stage / source.path.name
             with new_file(path) as file:
-                writer = TensorWriter(file, specs, metadata=source.metadata, thread=thread)
+                writer = TensorWriter(file, specs, source.metadata, thread)
                 for name, spec in specs.items():
                     change = plan.changes.get(name)
                     if change or name in plan.packed or (onto_nf4 and name in quantized):
@@ -177,19 +177,19 @@ def _merge_tensor(
     changed, update, error = False, 0.0, 0.0
     step = _slice_rows(change) if change else spec.rows
     for first in range(0, spec.rows, step):
-        given = weight(first, min(step, spec.rows - first))
-        product = change.product.compute(first, len(given), buffer) if change and change.product else None
-        rows = len(given) if change and change.needs_all_rows else max(1, _BLOCK // spec.width)
-        for start in range(0, len(given), rows):
-            before = given[start : start + rows]
+        end = min(first + step, spec.rows)
+        product = change.product.compute(first, end - first, buffer) if change and change.product else None
+        rows = end - first if change and change.needs_all_rows else max(1, _BLOCK // spec.width)
+        for start in range(first, end, rows):
+            before = weight(start, min(rows, end - start))
             total = before.to(torch.float32, copy=True)
             if seen is not None:
-                quantized = seen[first + start :][: len(before)].float()
+                quantized = seen[start : start + len(before)].float()
                 error += _square(quantized - total)
                 total = quantized if onto_nf4 else total
             base = total.clone() if seen is not None else None
             if change:
-                change.apply(total, first + start, product[start : start + rows] if product is not None else None)
+                change.apply(total, start, None if product is None else product[start - first :][: len(before)])
             if base is not None:
                 update += _square(base.sub_(total))
             after = total.to(before.dtype)

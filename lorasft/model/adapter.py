@@ -18,8 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lorasft.adapter_config import CONFIG, WEIGHTS, read_adapter_weights
 from lorasft.artifact import Artifact
+from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import ModelError, RecipeError
 from lorasft.files import write_file
+from lorasft.model.base import load_base
 from lorasft.model.linear import use_lean_linears
 from lorasft.recipe import AdapterSettings, ModelSettings
 
@@ -59,6 +61,23 @@ def load_adapter(base: Any, artifact: Artifact, *, trainable: bool = False) -> A
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name or "modules_to_save" in name)
     return model
+
+
+def read_tokenizer(artifact: Artifact) -> Any:
+    """The tokenizer that was saved with the adapter, else the base's: another tool's adapter may have none."""
+    if artifact.adapter and (artifact.adapter / "tokenizer.json").is_file():
+        return load_tokenizer(str(artifact.adapter))
+    return load_tokenizer(artifact.model.base, artifact.model.revision)
+
+
+def load_artifact(artifact: Artifact, device: torch.device, *, streamed: bool = False) -> Any:
+    """The base, as a PEFT model when there is an adapter, in evaluation mode.
+
+    `streamed`: weights stay in their files and are read a layer at a time, whenever it is computed.
+    """
+    keep = artifact.recipe.machine.cache_base if artifact.recipe else "auto"
+    base = load_base(artifact.model, device, streamed=streamed, keep=keep)
+    return (load_adapter(base, artifact) if artifact.adapter else base).eval()
 
 
 def all_linears(base: Any) -> list[str]:
@@ -114,9 +133,10 @@ def give_weights(model: Any, weights: dict[str, Tensor], *, where: str) -> None:
     if missing or surplus:
         what = f"the adapter does not fit this base: missing {missing[:5]}, not known {surplus[:5]}"
         raise ModelError(what, where=where, hint="use the base that it was trained on")
-    odd = [name for name, tensor in weights.items() if tensor.shape != own[name].shape]
-    if odd:
-        raise ModelError(f"{odd[0]} is {list(weights[odd[0]].shape)}, not {list(own[odd[0]].shape)}", where=where)
+    for name, tensor in weights.items():
+        if tensor.shape != own[name].shape or not tensor.isfinite().all():
+            what = f"{name} is {list(tensor.shape)} and not {list(own[name].shape)}, or not finite"
+            raise ModelError(what, where=where, hint="train it again, or take an earlier one")
     if any(tensor.is_meta for tensor in own.values()):
         _put_weights(model, weights)
     else:

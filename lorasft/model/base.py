@@ -207,22 +207,18 @@ def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 def count_bytes(model: nn.Module) -> ByteTable:
     """Where the bytes of a loaded model are, by kind; quantization constants count as 4-bit."""
-    sizes = {"four_bit": 0, "sixteen_bit": 0, "full": 0, "adapter": 0}
+    sizes = dict.fromkeys(("four_bit", "sixteen_bit", "full", "adapter"), 0)
     for parameter in model.parameters():
-        size = parameter.numel() * parameter.element_size()
         state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            sizes["four_bit"] += size + sum(t.numel() * t.element_size() for t in _constants(state))
-        elif parameter.requires_grad:
-            sizes["adapter"] += size
-        else:
-            sizes["sixteen_bit" if parameter.element_size() == 2 else "full"] += size
+        kind = "adapter" if parameter.requires_grad else "sixteen_bit" if parameter.element_size() == 2 else "full"
+        sizes["four_bit" if state else kind] += parameter.nbytes + sum(one.nbytes for one in _constants(state))
     return ByteTable(**sizes)
 
 
 def _constants(state: Any) -> list[torch.Tensor]:
-    nested = _constants(state.state2) if getattr(state, "state2", None) is not None else []
-    return [tensor for tensor in (state.absmax, state.code, state.offset) if tensor is not None] + nested
+    if state is None:
+        return []
+    return [one for one in (state.absmax, state.code, state.offset) if one is not None] + _constants(state.state2)
 
 
 def check_mostly_quantized(model: Any) -> None:

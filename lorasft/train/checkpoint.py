@@ -111,17 +111,23 @@ def prune_checkpoints(folder: Path, *, run: str, keep: int, best_step: int | Non
 
 def save(run: Run, state: State) -> State:
     """Secure the metrics, commit a checkpoint, then let go of the ones that are no longer kept."""
-    state = replace(state, metrics_bytes=run.logbook.secure(), layout=current_layout(run, state.layout))
+    state = replace(state, metrics_bytes=run.logbook.secure(), layout=read_layout(run))
     save_checkpoint(run.checkpoints, state, run.learner, base=run.recipe.model)
     best = state.best_step if run.recipe.run.keep_best else None
     prune_checkpoints(run.checkpoints, run=state.run, keep=run.recipe.run.keep, best_step=best)
     return state
 
 
-def current_layout(run: Run, layout: Layout) -> Layout:
-    """`layout` as a lack of memory may have changed it meanwhile."""
-    recomputed = recomputed_layers(run.network.causal)
-    return replace(layout, micro_batch_tokens=run.plan.micro_batch_tokens, recomputed_layers=recomputed)
+def read_layout(run: Run) -> Layout:
+    """How the run is laid out now, which a lack of memory may have changed."""
+    return Layout(
+        dtype=str(run.network.causal.dtype).removeprefix("torch."),
+        micro_batch_tokens=run.plan.micro_batch_tokens,
+        recomputed_layers=recomputed_layers(run.network.causal),
+        segments=run.network.segments,
+        share_prefixes=run.network.share,
+        processes=run.ranks.count,
+    )
 
 
 class CheckpointSaver:

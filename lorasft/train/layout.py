@@ -24,7 +24,7 @@ from lorasft.model.memory import USABLE, ActivationMemory, dry_run
 from lorasft.model.recompute import decoder_layers, recompute
 from lorasft.model.weightless import make_weightless, plan_network
 from lorasft.recipe import AdapterSettings, Recipe
-from lorasft.train.state import Layout, State
+from lorasft.train.state import State
 
 _TOKENS = {"cpu": 2048, "cuda": 4096}  # of a micro-batch: measured on CPU
 _FIXED = 240  # a micro-batch takes the time of so many tokens on top of its own: dequantizing, launches
@@ -62,9 +62,9 @@ class Fit:
 
 def choose_layout(
     recipe: Recipe, network: Network, weightless: Any, *, plan: Plan, rows: TokenStore, saved: State | None, spare: int
-) -> tuple[Network, Layout, Fit]:
-    """The network as it will be run, the layout of the run, and how it fits into `spare` bytes beside the weights,
-    gradients and optimizer. `weightless`: its model without numbers. `plan` brings the tokens of a micro-batch.
+) -> tuple[Network, Fit]:
+    """The network as it will be run, and how its steps fit into `spare` bytes beside weights, gradients and optimizer.
+    `weightless`: its model without numbers. `plan` brings the tokens of a micro-batch.
 
     Raises RecipeError when the model cannot recompute and the recipe wants it.
     """
@@ -77,14 +77,7 @@ def choose_layout(
     planned = plan_network(network, weightless)
     fit = choose_fit(recipe, planned, plan=plan, rows=rows, saved=saved, spare=spare)
     recompute(network.causal, fit.recomputed)
-    layout = Layout(
-        dtype=str(network.causal.dtype).removeprefix("torch."),
-        micro_batch_tokens=fit.plan.micro_batch_tokens,
-        recomputed_layers=fit.recomputed,
-        segments=network.segments,
-        share_prefixes=network.share,
-    )
-    return network, layout, fit
+    return network, fit
 
 
 def choose_tokens(wanted: int | Literal["auto"], device: torch.device, *, saved: State | None) -> int:

@@ -36,7 +36,8 @@ def restore_optimizer(optimizer: Any, parameters: Mapping[str, nn.Parameter], te
         name, _, field = key.rpartition("/")
         parameter = parameters.get(name)
         moment = field in ("exp_avg", "exp_avg_sq", "state1", "state2")
-        if parameter is None or (moment and value.shape != parameter.shape):
+        odd = (moment and parameter is not None and value.shape != parameter.shape) or (field == "step" and value.dim())
+        if parameter is None or odd:
             raise ValueError(f"{key} {list(value.shape)} is not of this model")
         if field == "step":  # torch counts in a tensor that stays on the CPU, bitsandbytes in a number
             states.setdefault(name, {})[field] = value if value.is_floating_point() else int(value)

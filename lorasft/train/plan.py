@@ -99,7 +99,7 @@ def _plan_prepared(recipe: Recipe, config: Any, prepared: Prepared, *, memory: i
     network = probe(recipe, sample.model, saved=None)
     static = static_bytes(model, recipe.optimizer.name)
     spare = given - libraries - static.loaded - static.upcoming
-    network, layout, fit = choose_layout(recipe, network, model, plan=plan, rows=rows, saved=None, spare=spare)
+    network, fit = choose_layout(recipe, network, model, plan=plan, rows=rows, saved=None, spare=spare)
     if fit.needs is None:
         raise ModelError(
             "this model cannot be planned: it computes by numbers, not only shapes", where=recipe.model.base
@@ -125,7 +125,7 @@ def _plan_prepared(recipe: Recipe, config: Any, prepared: Prepared, *, memory: i
     )
     return RunPlan(
         device=str(device),
-        dtype=layout.dtype,
+        dtype=str(network.causal.dtype).removeprefix("torch."),
         memory=given,
         given=memory is not None,
         libraries=libraries,

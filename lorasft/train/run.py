@@ -57,7 +57,7 @@ from lorasft.model.memory import static_bytes
 from lorasft.model.recompute import decoder_layers, recomputed_layers
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import Recipe, dump_recipe
-from lorasft.train.checkpoint import current_layout, newest_checkpoint, restore_checkpoint, save
+from lorasft.train.checkpoint import newest_checkpoint, read_layout, restore_checkpoint, save
 from lorasft.train.distributed import ALONE, Ranks
 from lorasft.train.layout import choose_layout, choose_tokens, without_weights
 from lorasft.train.metrics import Metrics, check_trackers
@@ -174,7 +174,7 @@ def _load(recipe: Recipe, folder: Path, inputs: RunInputs, *, ranks: Ranks) -> R
         model, network = load_model(recipe, device, saved=saved)
         static = static_bytes(model, recipe.optimizer.name)
         weightless = without_weights(recipe, inputs.config, model, device)
-        network, layout, fit = choose_layout(
+        network, fit = choose_layout(
             recipe,
             network,
             weightless,
@@ -184,23 +184,21 @@ def _load(recipe: Recipe, folder: Path, inputs: RunInputs, *, ranks: Ranks) -> R
             spare=free_memory(device) - static.upcoming,
         )
     # All processes must cut a step in the same way.
-    layout = replace(layout, micro_batch_tokens=min(ranks.gather(layout.micro_batch_tokens)), processes=ranks.count)
-    plan = replace(fit.plan, micro_batch_tokens=layout.micro_batch_tokens)
+    plan = replace(fit.plan, micro_batch_tokens=min(ranks.gather(fit.plan.micro_batch_tokens)))
     parameters = trainable(model)
     ranks.copy_first(list(parameters.values()))
     learner = Learner(model, parameters, make_optimizer(recipe.optimizer, parameters))
-    state = State(step=0, data=prepared.key, metrics_bytes=0, layout=layout, run=secrets.token_hex(8))
     if inputs.checkpoint and saved:
         with ranks.sync_errors():
             restore_checkpoint(inputs.checkpoint, learner)
-        state = replace(saved, layout=layout)
-    known = {"steps": plan.steps, "done": state.step, "metrics_bytes": state.metrics_bytes}
-    logbook = Metrics(folder, recipe, **known, quiet=not ranks.is_main)
+    done, written = (saved.step, saved.metrics_bytes) if saved else (0, 0)
+    logbook = Metrics(folder, recipe, steps=plan.steps, done=done, metrics_bytes=written, quiet=not ranks.is_main)
     run = Run(folder, recipe, plan, prepared.train, prepared.held_out, network, learner, logbook, ranks)
     with ranks.sync_errors():
         memory, run = run_heaviest_batch(run, weightless, fit, static)
-        layout = current_layout(run, layout)
-        state = replace(state, layout=layout)
+        layout, data = read_layout(run), prepared.key
+        new = State(step=0, data=data, metrics_bytes=0, layout=layout, run=secrets.token_hex(8))
+        state = replace(saved, layout=layout) if saved else new
         if ranks.is_main and not saved:  # from here on there is something to resume: this makes the folder a run
             save(run, state)
             write_start(folder, recipe, prepared, state=state, config=inputs.config)
