@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_shared import PACKAGES, ROOT, table
+from bench import PACKAGES, ROOT, table
 
 Row = dict[str, Any]
 GIB = 1 << 30

@@ -162,22 +162,6 @@ def test_prompts_are_what_a_server_feeds(name: str, template: str | None) -> Non
 
 
 @needs_shared
-def test_thinking_is_learned_where_the_row_has_it_and_not_where_the_template_adds_it() -> None:
-    tokenizer = shared_tokenizer("qwen3")
-    encoder = make_encoder(tokenizer)
-    first, second = encoder.encode(conversation("q", "<think>\nhm\n</think>\n\nA", "r", "B"))
-    assert learned_text(tokenizer, first) == ["<think>\nhm\n</think>\n\nA<|im_end|>"]
-    assert learned_text(tokenizer, second) == ["B<|im_end|>"]
-    assert "hm" not in tokenizer.decode(second.ids)  # as a server shows earlier turns
-    assert tokenizer.decode(second.ids).endswith("<think>\n\n</think>\n\nB<|im_end|>\n")
-    message = {"role": "assistant", "content": "A", "reasoning_content": "hm"}
-    (told,) = encoder.encode(Example(({"role": "user", "content": "q"}, message), None, None, PLACE))
-    assert learned_text(tokenizer, told) == ["<think>\nhm\n</think>\n\nA<|im_end|>"]
-    with pytest.raises(DataError, match="alone"):
-        encoder.encode(conversation("q", "hm</think>A"))
-
-
-@needs_shared
 def test_a_template_that_loses_tool_calls_is_refused() -> None:
     call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
     for content in ("", "I ask the weather tool."):  # where the name stands says nothing
@@ -344,7 +328,7 @@ def test_templates_without_end_or_measure_are_stopped(
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     file.write_text(loop + TEMPLATE)
     monkeypatch.setattr("lorasft.data.templates.SECONDS", 0.3)
-    with pytest.raises(ModelError, match="took over"):
+    with pytest.raises(ModelError, match=r"over 0\.3 s"):
         make_encoder(load_tokenizer(tiny.name_or_path), chat={"template": str(file)})
     monkeypatch.undo()
     file.write_text(TEMPLATE + "{{ 'x' * 99000000 }}")

@@ -16,7 +16,7 @@ from lorasft.data.examples import BLOCK, Example, Message
 from lorasft.data.markers import compare_markers, has_markers
 from lorasft.data.reasoning import FIELDS, reasoning_of, without_reasoning
 from lorasft.data.report import BadRows, Report
-from lorasft.data.templates import limits, merges_system
+from lorasft.data.templates import MERGE_SYSTEM, limits
 from lorasft.data.tokenizer import adds_bos
 from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs
 from lorasft.errors import DataError
@@ -37,7 +37,7 @@ class Labeler:
         self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self.eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         template = str(tokenizer.chat_template)
-        self._merges_system = merges_system(tokenizer)
+        self._merges_system = MERGE_SYSTEM in template
         self._reads_thinking = "</think>" in template
         self._has_markers = has_markers(template)
 

@@ -20,7 +20,7 @@ Sharing = Literal["auto"] | bool  # auto: where it saves work after its own cost
 # A segment costs its calls, and on a GPU a branch the copies of its ancestors' keys: about as much as computing this
 # many tokens. Measured with 56 million parameters on two cores: a stem of 16 tokens before eight branches, 112 tokens
 # saved, gives 0.97 times the speed, of 48 tokens 1.14, of 96 tokens 1.34, of 96 before two branches 1.01
-# (scripts/bench_prefix.py --stem 16 --batch 8). Larger models pay less.
+# (scripts/bench.py prefix --stem 16 --batch 8). Larger models pay less.
 _SEGMENT_COST = 16
 
 

@@ -85,11 +85,6 @@ def set_template(tokenizer: PreTrainedTokenizerFast, chat: ChatSettings) -> None
         tokenizer.chat_template = made if isinstance(template, dict) else made[""]
 
 
-def merges_system(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether the template had to be taught to take system messages: their text stands in the first user turn."""
-    return MERGE_SYSTEM in str(tokenizer.chat_template)
-
-
 def render(
     tokenizer: PreTrainedTokenizerFast,
     messages: Sequence[dict[str, Any]],
@@ -128,11 +123,9 @@ def render_within_limits(
             add_generation_prompt=generation_prompt,
             **tokenizer.special_tokens_map,
         )
-    except MemoryError as error:
-        reason = f": {error}" if str(error) else ""
-        raise ModelError(f"the chat template takes too much memory{reason}", where=where, hint=hint) from None
-    except TimeoutError:
-        raise ModelError(f"the chat template took over {SECONDS} s", where=where, hint=hint) from None
+    except (MemoryError, TimeoutError) as error:
+        what = f"the chat template takes too much: {str(error) or 'memory'}"
+        raise ModelError(what, where=where, hint=hint) from None
     except jinja2.exceptions.SecurityError as error:
         what = f"the chat template reaches for what is not data: {error}"
         raise UnsafeError(what, where=where, hint=hint) from None
@@ -211,7 +204,7 @@ def limits() -> Iterator[Callable[[], object]]:
 
 
 def _stop(*_: object) -> None:
-    raise TimeoutError
+    raise TimeoutError(f"over {SECONDS} s")
 
 
 def _freeze_clock(template: str, date: str | None) -> str:
@@ -245,15 +238,12 @@ def _load_template(tokenizer: PreTrainedTokenizerFast, name: str) -> str:
     if tokenizer.eos_token is None:
         what = f"template {name} ends answers with an EOS token, and this tokenizer has none"
         raise ModelError(what, where=tokenizer.name_or_path, hint="chat.template=FILE with one that needs none")
-    unknown = [text for text in ("<|im_start|>", "<|im_end|>") if _is_unknown(tokenizer, text)]
-    if name == "chatml" and unknown:
+    encode = tokenizer.backend_tokenizer.encode
+    needed = ("<|im_start|>", "<|im_end|>") if name == "chatml" else ()
+    if unknown := [text for text in needed if encode(text, add_special_tokens=False).tokens != [text]]:
         what = f"template chatml needs {' and '.join(unknown)}, which this tokenizer does not know as single tokens"
         raise ModelError(what, where=tokenizer.name_or_path, hint="chat.template=plain")
     return BUILT_IN[name].replace("{{ BOS }}", "{{ bos_token }}" if adds_bos(tokenizer) else "")
-
-
-def _is_unknown(tokenizer: PreTrainedTokenizerFast, text: str) -> bool:
-    return list(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).tokens) != [text]
 
 
 def _with_options(template: str, chat: ChatSettings) -> str:

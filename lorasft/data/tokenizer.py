@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorasft.errors import ModelError, UnsafeError
 from lorasft.hub import find_hub, refuse_offline
@@ -53,8 +53,11 @@ def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenize
         if "custom code" in str(fault) or "trust_remote_code" in str(fault):
             what = "this tokenizer needs code of its own, which lorasft does not run"
             raise UnsafeError(what, where=base, hint="take a base that transformers knows") from None
+        what = f"cannot load the tokenizer: {(str(fault) or type(fault).__name__).splitlines()[0]}"
+        if local and not (Path(base) / "tokenizer.json").is_file():
+            what = "no tokenizer.json in this folder"
         hint = "the folder needs a tokenizer.json that is whole; or name another base"
-        raise ModelError(_plain_reason(fault, base), where=base, hint=hint) from None
+        raise ModelError(what, where=base, hint=hint) from None
     if not getattr(tokenizer, "is_fast", False):
         hint = "convert it: the folder needs a tokenizer.json"
         raise ModelError("this base has only a slow tokenizer, and labels need a fast one", where=base, hint=hint)
@@ -76,7 +79,8 @@ def compare_with_file(tokenizer: PreTrainedTokenizerFast) -> str | None:
     own = Tokenizer.from_file(str(file))
     own.no_truncation()
     loaded = tokenizer.backend_tokenizer
-    differ = [text for text in PROBES if _ids(own, text) != _ids(loaded, text)]
+    ids = [[list(one.encode(text, add_special_tokens=False).ids) for text in PROBES] for one in (own, loaded)]
+    differ = [text for text, ours, theirs in zip(PROBES, *ids, strict=True) if ours != theirs]
     if not differ:
         return None
     return (
@@ -95,13 +99,3 @@ def control_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
     """The special tokens' texts, longest first: what a row must not contain unnoticed."""
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return tuple(sorted(special | set(tokenizer.all_special_tokens), key=lambda text: (-len(text), text)))
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-def _plain_reason(fault: BaseException, base: str) -> str:
-    if Path(base).is_dir() and not (Path(base) / "tokenizer.json").is_file():
-        return "no tokenizer.json in this folder"
-    return f"cannot load the tokenizer: {str(fault).splitlines()[0] if str(fault) else type(fault).__name__}"

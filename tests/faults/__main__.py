@@ -1,10 +1,8 @@
-"""The campaigns from the command line; `campaigns.py` tells what they are."""
+"""The campaigns from the command line, in the folder `tests`; see campaigns.py."""
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
 import sys
 import tempfile
 import time
@@ -12,9 +10,8 @@ from pathlib import Path
 
 import torch
 
-from faults import campaigns
-from faults.campaigns import CAMPAIGNS, Ring, run_campaign
-from faults.kills import Tally, open_bench
+from faults import campaigns, mutants
+from faults.trial import Phase, open_bench
 
 HEAD = (
     "| campaign | trials | kills in start, save, retention, resume, all | torn | steps lost, at most "
@@ -22,43 +19,42 @@ HEAD = (
 )
 
 
-def row(name: str, tally: Tally, seconds: float) -> str:
-    kills = [tally.kills[phase] for phase in ("start", "save", "retain", "resume")]
-    hits = " ".join(map(str, [*kills, sum(tally.kills.values())])) if tally.kills else "-"
-    bound = f"{100 * tally.bound:.2g} %" if not tally.wrong else f"{len(tally.wrong)} WRONG"
-    cells = [name, tally.trials, hits, tally.torn, tally.lost, f"{tally.identical} of {tally.trials}", bound]
-    return f"| {' | '.join(map(str, cells))} | {seconds / max(1, tally.trials):.2f} |"
+def row(name: str, tally: campaigns.Tally, seconds: float) -> str:
+    kills = [tally.kills[phase] for phase in (Phase.START, Phase.SAVE, Phase.RETAIN, Phase.RESUME)]
+    hits = " ".join(map(str, [*kills, tally.kills.total()])) if tally.kills else "-"
+    trials = max(1, len(tally))
+    bound = f"{100 * (1 - 0.05 ** (1 / trials)):.2g} %" if not tally.wrong else f"{len(tally.wrong)} WRONG"
+    cells = [name, trials, hits, tally.torn, tally.lost, f"{tally.identical} of {trials}", bound]
+    return f"| {' | '.join(map(str, cells))} | {seconds / trials:.2f} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=campaigns.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m faults", description=campaigns.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--only", default=",".join(CAMPAIGNS))
+    parser.add_argument("--only", default=",".join(campaigns.CAMPAIGNS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dir", type=Path, help="on the disk to be tried; default: the system's temporary folder")
-    parser.add_argument("--out", type=Path, help="a Markdown file for the table")
+    parser.add_argument("--mutants", action="store_true", help="instead: in which trial each mutant is caught, if ever")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    lines = [HEAD, "|" + "---|" * (HEAD.count("|") - 1)]
-    print("\n".join(lines))
-    failed = False
+    wrong: list[str] = []
     with tempfile.TemporaryDirectory(prefix="lorasft-faults-", dir=options.dir) as place:
-        bench, reference = open_bench(Path(place))
+        bench = open_bench(Path(place), trials=options.trials, seed=options.seed)
+        if options.mutants:
+            for name in mutants.MUTANTS:
+                tally = mutants.catch(name, bench)
+                wrong += [] if tally.wrong else [f"{name} was not caught"]
+                print(f"| {name} | trial {len(tally)} | {tally.wrong[:1]} |", flush=True)
+            sys.exit("\n".join(wrong))
+        print(HEAD, "|" + "---|" * (HEAD.count("|") - 1), sep="\n")
         for name in options.only.split(","):
             started = time.monotonic()
-            tally = run_campaign(name, Ring(bench, reference, options.trials, options.seed))
-            lines.append(row(name, tally, time.monotonic() - started))
-            print(lines[-1], flush=True)
-            for reason in tally.wrong:
-                print(f"    {reason}", file=sys.stderr)
-            failed = failed or bool(tally.wrong)
-    if options.out:
-        about = f"{datetime.date.today()}, {platform.system()} {platform.release()}, torch {torch.__version__}"
-        text = "\n".join(["# Fault campaigns", "", f"`python {' '.join(sys.argv)}`, {about}.", "", *lines, ""])
-        options.out.write_text(text, encoding="utf-8")
-    sys.exit(failed)
+            tally = campaigns.run_campaign(name, bench)
+            print(row(name, tally, time.monotonic() - started), flush=True)
+            wrong += tally.wrong
+    sys.exit("\n".join(wrong))
 
 
 if __name__ == "__main__":

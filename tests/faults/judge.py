@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors.torch import load_file
 
@@ -15,28 +14,26 @@ from lorasft.files import HALF_DONE, sha256, verify_folder
 from lorasft.train.checkpoint import list_checkpoints, read_state
 from lorasft.train.state import State
 
-_CLOCKS = ("seconds", "tokens_per_second", "memory_bytes")
+CLOCKS = ("seconds", "tokens_per_second", "memory_bytes")
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """What a finished run must be the same in, whatever happened to it: every logged number, and the adapter."""
 
-    lines: tuple[dict[str, Any], ...]
+    lines: list[dict[str, Any]]
     adapter: str  # SHA-256
 
 
 def read_result(folder: Path) -> Result:
     """The result of a finished run, without clocks and memory. Raises OSError where it is not finished."""
-    lines = read_metrics(folder)
-    return Result(tuple(lines), sha256(folder / "adapter/adapter_model.safetensors"))
+    return Result(read_metrics(folder), sha256(folder / "adapter/adapter_model.safetensors"))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The whole lines of metrics.jsonl, without clocks and memory."""
     path = folder / "metrics.jsonl"
     whole = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.exists() else []
-    return [{key: value for key, value in json.loads(line).items() if key not in _CLOCKS} for line in whole]
+    return [{key: value for key, value in json.loads(line).items() if key not in CLOCKS} for line in whole]
 
 
 def judge_remains(folder: Path, *, commits: int, done: int | None = None) -> tuple[list[str], int]:
@@ -53,13 +50,12 @@ def judge_remains(folder: Path, *, commits: int, done: int | None = None) -> tup
             tensors = [load_file(path / name) for name in ("adapter_model.safetensors", "optimizer.safetensors")]
             if not all(tensor.isfinite().all() for loaded in tensors for tensor in loaded.values()):
                 wrong.append(f"{path.name} is not finite")
-        except LorasftError as fault:
-            wrong.append(f"torn: {path.name}: {fault.what}")
-    promised = min(commits, KEEP)
-    if len(good) < promised:
-        wrong.append(f"{len(good)} checkpoints of {promised} promised")
-    logged = max((line["step"] for line in read_metrics(folder) if "loss" in line), default=0)
-    done = logged if done is None else done
+        except LorasftError as error:
+            wrong.append(f"torn: {path.name}: {error.what}")
+    if len(good) < min(commits, KEEP):
+        wrong.append(f"{len(good)} checkpoints of {min(commits, KEEP)} promised")
+    if done is None:
+        done = max((line["step"] for line in read_metrics(folder) if "loss" in line), default=0)
     lost = max(0, done - good[-1].step) if good else done
     if commits and lost > SAVE_EVERY:
         wrong.append(f"{lost} steps lost")
@@ -71,18 +67,11 @@ def judge_result(folder: Path, reference: Result) -> list[str]:
     try:
         verify_folder(folder / "adapter")
         result = read_result(folder)
-    except (OSError, LorasftError) as fault:
-        return [f"no result: {fault}"]
-    wrong = []
-    if result.adapter != reference.adapter:
-        wrong.append("another adapter")
+    except (OSError, LorasftError) as error:
+        return [f"no result: {error}"]
+    wrong = [] if result.adapter == reference.adapter else ["another adapter"]
     if result.lines != reference.lines:
-        steps = [line["step"] for line in result.lines]
-        wrong.append(
-            f"other metrics: {[line for line in result.lines if line not in reference.lines][:1]} steps {steps}"
-        )
-    places = [path.name for place in (folder, folder / "checkpoints") for path in place.iterdir()]
-    left = [name for name in places if HALF_DONE.fullmatch(name)]
-    if left:
-        wrong.append(f"left behind: {left}")
-    return wrong
+        other = [line for line in result.lines if line not in reference.lines][:1]
+        wrong.append(f"other metrics: {other} steps {[line['step'] for line in result.lines]}")
+    names = [path.name for place in (folder, folder / "checkpoints") for path in place.iterdir()]
+    return wrong + [f"left behind: {name}" for name in names if HALF_DONE.fullmatch(name)]

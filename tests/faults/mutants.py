@@ -1,6 +1,6 @@
 """Eight ways to get the commit of a checkpoint wrong, and the campaign that catches each: proof that they can fail.
 
-    python -m faults.mutants [--trials 60]
+    python -m faults --mutants [--trials 60]
 
 A mutant is a patch in the fork of a trial; no file of the package knows of it. There is no pointer file that could be
 written before the rename; the fifth instead writes state.json after it.
@@ -8,19 +8,17 @@ written before the rename; the fifth instead writes state.json after it.
 
 from __future__ import annotations
 
-import argparse
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save as pack
 
-from faults import campaigns
-from faults.kills import Reference, Tally, open_bench
+from faults.campaigns import Tally, run_campaign
+from faults.damage import seal
 from faults.subject import KEEP
 from faults.trial import Bench
 from lorasft import files
@@ -62,11 +60,9 @@ def manifest_first() -> None:
     def commit(stage: Path, target: Path, *, hashes: Mapping[str, str]) -> None:
         if not target.name.startswith("step-"):
             return plain(stage, target, hashes=hashes)
-        paths = sorted(path for path in stage.iterdir())
-        entries = {path.name: {"bytes": path.stat().st_size, "sha256": files.sha256(path)} for path in paths}
         files.make_folder(target)
-        files.write_file(target / files.MANIFEST, json.dumps(entries).encode())
-        for path in paths:
+        files.write_file(target / files.MANIFEST, seal(stage))
+        for path in sorted(stage.iterdir()):
             files.rename(path, target / path.name)
         files._remove(stage)
 
@@ -105,8 +101,7 @@ def overwrite_in_place() -> None:
     def written_folder(target: Path, **named: Any) -> Iterator[Path]:
         files.make_folder(target)
         yield target
-        entries = {path.name: {"bytes": path.stat().st_size, "sha256": files.sha256(path)} for path in target.iterdir()}
-        files.write_file(target / files.MANIFEST, json.dumps(entries).encode())
+        files.write_file(target / files.MANIFEST, seal(target))
         files.rename(target, target)  # no effect but that the trace counts a commit
 
     checkpoint.staged_folder = written_folder
@@ -133,27 +128,8 @@ MUTANTS: dict[str, tuple[Callable[[], None], str]] = {
     "resume by the highest number": (resume_by_number, "T1"),
 }
 
-ENOUGH = dict.fromkeys(MUTANTS, 20)  # trials in which each is caught, by far
 
-
-def catch(name: str, bench: Bench, reference: Reference, *, trials: int) -> Tally:
+def catch(name: str, bench: Bench) -> Tally:
     """What the mutant's campaign says about it, until it finds the first thing wrong."""
     patch, campaign = MUTANTS[name]
-    mutated = replace(bench, setup=(patch,))
-    return campaigns.run_campaign(campaign, campaigns.Ring(mutated, reference, trials, 0), most_wrong=1)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=60)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        bench, reference = open_bench(Path(place))
-        for name, (_, campaign) in MUTANTS.items():
-            tally = catch(name, bench, reference, trials=options.trials)
-            found = tally.wrong[0][:100] if tally.wrong else "NOT CAUGHT"
-            print(f"| {name} | {campaign} | trial {tally.trials} | {found} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    return run_campaign(campaign, bench.patched(patch), most_wrong=1)

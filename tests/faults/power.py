@@ -22,25 +22,22 @@ from faults.trial import Fault
 ROOT = 0  # the inode of the folder that everything is in
 
 
-class Recorder:
-    """A fault that only writes down each effect: what it was, on which paths, and what the file then held."""
-
-    def __init__(self, root: Path, log: Path) -> None:
-        self.root, self.log = root, log
-        log.mkdir()
+def record(root: Path, log: Path) -> Fault:
+    """A fault that writes the effects of a run in `root` down in the new folder `log`, with what the file then held."""
+    log.mkdir()
 
     @contextlib.contextmanager
-    def fault(self, number: int, kind: str, paths: tuple[Path, ...]) -> Iterator[None]:
+    def fault(number: int, kind: str, paths: tuple[Path, ...]) -> Iterator[None]:
         yield
         content = ""
         if kind in ("write", "append", "lock", "fsync"):
-            data = paths[0].read_bytes()
-            content = hashlib.sha256(data).hexdigest()
-            if not (self.log / content).exists():
-                (self.log / content).write_bytes(data)
-        names = [path.relative_to(self.root).as_posix() for path in paths]
-        with open(self.log / "effects.jsonl", "a", encoding="utf-8") as file:
+            content = hashlib.sha256(data := paths[0].read_bytes()).hexdigest()
+            (log / content).write_bytes(data)
+        names = [path.relative_to(root).as_posix() for path in paths]
+        with open(log / "effects.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps([kind, content, *names]) + "\n")
+
+    return fault
 
 
 @dataclass
@@ -207,8 +204,3 @@ def _write(path: Path, inode: int, names: dict[int, dict[str, int]], data: dict[
     path.mkdir()
     for name, below in names.get(inode, {}).items():
         _write(path / name, below, names, data, folders)
-
-
-def record(root: Path, log: Path) -> Fault:
-    """A fault that records the effects of a run in `root` into the new folder `log`."""
-    return Recorder(root, log).fault

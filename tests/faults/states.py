@@ -1,7 +1,7 @@
 """H1: any sequence of saves, deaths, full disks, damage and copies in a folder of checkpoints; hypothesis shrinks it.
 
 Below the run itself, so that a step takes milliseconds: `save_checkpoint`, `prune_checkpoints`, `sweep` and
-`newest_checkpoint` on a real adapter. `state_machine(learner, base)` is what the test runs, with its settings.
+`newest_checkpoint` on a real adapter.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from hypothesis import strategies
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from faults.trial import Fault, halved, kill_at
-from lorasft import files
+from faults.subject import KEEP
+from faults.trial import fail_at, in_fork, kill_at, with_fault
 from lorasft.errors import CapacityError, ModelError
 from lorasft.files import sweep
 from lorasft.recipe import ModelSettings
@@ -31,59 +30,13 @@ from lorasft.train.checkpoint import (
 )
 from lorasft.train.state import Layout, Learner, State
 
-KEEP = 2
 RUN = "ours"
 EFFECTS = strategies.integers(min_value=1, max_value=45)  # of a save with its retention
 
 
-def save_and_retain(folder: Path, learner: Learner, base: ModelSettings, step: int) -> None:
-    """What a run does to its checkpoints at a step."""
-    layout = Layout(dtype="bfloat16", micro_batch_tokens=64, recomputed_layers=0, segments=True)
-    state = State(step=step, data="key", metrics_bytes=0, layout=layout, run=RUN)
-    save_checkpoint(folder, state, learner, base=base)
-    prune_checkpoints(folder, run=RUN, keep=KEEP, best_step=None)
-
-
-@contextlib.contextmanager
-def with_fault(fault: Fault) -> Any:
-    """Effects in this process meet `fault`."""
-    plain, count = files.effect, iter(range(1, 1_000_000))
-    files.effect = lambda kind, *paths: fault(next(count), kind, paths)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        files.effect = plain
-
-
-def full_in(*names: str, times: int = 1000) -> Fault:
-    """A disk that is full whenever something is written to a path with one of `names` in it."""
-    hits = iter(range(times))
-
-    @contextlib.contextmanager
-    def fault(number: int, kind: str, paths: tuple[Path, ...]) -> Iterator[None]:
-        here = kind in ("write", "append") and any(name in str(paths[-1]) for name in names)
-        if here and next(hits, None) is not None:
-            raise OSError(28, "No space left on device")
-        yield
-
-    return fault
-
-
-def in_fork(act: Callable[[], object]) -> int:
-    """The exit status of `act` in a fork."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            act()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitpid(pid, 0)[1]
-
-
 def state_machine(learner: Learner, base: ModelSettings) -> type[RuleBasedStateMachine]:
     """The machine over one learner, whose weights do not matter here."""
+    layout = Layout(dtype="bfloat16", micro_batch_tokens=64, recomputed_layers=0, segments=True)
 
     class Checkpoints(RuleBasedStateMachine):
         def __init__(self) -> None:
@@ -103,45 +56,41 @@ def state_machine(learner: Learner, base: ModelSettings) -> type[RuleBasedStateM
                     found.add(read_state(path, run=RUN).step)
             return found
 
-        @rule()
-        def save(self) -> None:
-            self.step += 1
-            save_and_retain(self.folder, learner, base, self.step)
-            self.whole = self.ours()
-            assert self.step in self.whole
+        def save_and_retain(self) -> None:
+            """What a run does to its checkpoints at a step."""
+            state = State(step=self.step, data="key", metrics_bytes=0, layout=layout, run=RUN)
+            save_checkpoint(self.folder, state, learner, base=base)
+            prune_checkpoints(self.folder, run=RUN, keep=KEEP, best_step=None)
 
-        @rule(number=EFFECTS, moment=strategies.sampled_from(("before", "half", "after")))
-        def die_in_a_save(self, number: int, moment: str) -> None:
+        def meet(self, act: Callable[[], object]) -> None:
+            """What was promised before is still there after a save that met a fault."""
             self.step += 1
             before = self.whole
-
-            def act() -> None:
-                with with_fault(kill_at(number, moment=moment)):
-                    save_and_retain(self.folder, learner, base, self.step)
-
-            in_fork(act)
+            act()
             sweep(self.folder)
             self.whole = self.ours()
             assert len(self.whole) >= min(KEEP, len(before)) and self.whole >= set(sorted(before)[1 - KEEP :])
 
+        @rule()
+        def save(self) -> None:
+            self.meet(self.save_and_retain)
+            assert self.step in self.whole
+
+        @rule(number=EFFECTS, moment=strategies.sampled_from(("before", "half", "after")))
+        def die_in_a_save(self, number: int, moment: str) -> None:
+            def die() -> None:
+                with with_fault(kill_at(number, moment=moment)):
+                    self.save_and_retain()
+
+            self.meet(lambda: in_fork(die))
+
         @rule(number=EFFECTS)
         def meet_a_full_disk(self, number: int) -> None:
-            self.step += 1
-            before = self.whole
+            def fail() -> None:
+                with with_fault(fail_at(number, for_good=True)), contextlib.suppress(CapacityError):
+                    self.save_and_retain()
 
-            @contextlib.contextmanager
-            def fault(here: int, kind: str, paths: tuple[Path, ...]) -> Any:
-                if here < number or kind == "remove":
-                    yield
-                else:
-                    with halved(paths[0]):
-                        yield
-                    raise OSError(28, "No space left on device")
-
-            with with_fault(fault), contextlib.suppress(CapacityError):
-                save_and_retain(self.folder, learner, base, self.step)
-            self.whole = self.ours()
-            assert len(self.whole) >= min(KEEP, len(before)) and self.whole >= set(sorted(before)[1 - KEEP :])
+            self.meet(fail)
 
         @rule(choice=strategies.integers(0, 10), name=strategies.sampled_from(("state.json", "optimizer.safetensors")))
         def damage(self, choice: int, name: str) -> None:

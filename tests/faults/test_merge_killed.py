@@ -7,14 +7,13 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from faults.states import in_fork, with_fault
-from faults.trial import kill_at
+from faults.trial import Fault, fail_at, in_fork, kill_at, no_fault, with_fault
 from lorasft.artifact import find_artifact
 from lorasft.errors import CapacityError, ModelError
 from lorasft.files import sha256, verify_folder
@@ -23,22 +22,6 @@ from lorasft.model.adapter import attach_adapter, trainable, write_adapter
 from lorasft.model.base import load_base
 from lorasft.recipe import AdapterSettings, ModelSettings
 from lorasft.train.run_folder import compare
-
-
-def killed_at(operation: int, act: Callable[[], None]) -> bool:
-    """Run `act` in a fork that dies before its n-th effect on the disk. Returns whether it came to that."""
-
-    def act_and_die() -> None:
-        with with_fault(kill_at(operation, moment="before")):
-            act()
-
-    status = in_fork(act_and_die)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
-
-
-def merge_into(base: Path, adapter: Path, out: Path) -> None:
-    merge(find_artifact(str(adapter), base=str(base)), out, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -52,18 +35,30 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_merge_killed_at_every_file_operation(base: Path, adapter: Path, tmp_path: Path) -> None:
+def merge_into(base: Path, adapter: Path, out: Path, fault: Fault = no_fault) -> int:
+    """Merge while the disk has a fault; how many effects on it there were."""
+    with with_fault(fault) as trace, contextlib.suppress(CapacityError, OSError):
+        merge(find_artifact(str(adapter), base=str(base)), out, check=False)
+    return int(trace.effects)
+
+
+@pytest.mark.parametrize("fault", [partial(kill_at, moment="before"), partial(fail_at)], ids=["killed", "full disk"])
+def test_a_merge_that_ends_at_any_file_operation(
+    fault: partial[Fault], base: Path, adapter: Path, tmp_path: Path
+) -> None:
     """Under the final name is a whole merge or nothing; the next one succeeds and clears what was left."""
-    operation, died = 0, True
-    while died:
-        operation += 1
-        out = tmp_path / f"out{operation}"
-        died = killed_at(operation, lambda out=out: merge_into(base, adapter, out))  # type: ignore[misc]
+    effects = merge_into(base, adapter, tmp_path / "whole")
+    assert effects > 15, "the merge has fewer file operations than it is known to have"
+    for number in range(1, effects + 1):
+        out = tmp_path / f"out{number}"
+        code = in_fork(lambda: merge_into(base, adapter, out, fault(number)))  # noqa: B023
+        assert code == (-signal.SIGKILL if fault.func is kill_at else 0)
+        if code == 0:
+            assert not list(tmp_path.glob(".stage-*"))
         if not out.exists():
             merge_into(base, adapter, out)
         verify_folder(out)
         assert not list(tmp_path.glob(".stage-*"))
-    assert operation > 15, "the merge has fewer file operations than it is known to have"
 
 
 def test_a_merge_killed_at_any_moment(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -85,31 +80,6 @@ def test_a_merge_killed_at_any_moment(base: Path, adapter: Path, tmp_path: Path)
             merge_into(base, adapter, out)
         verify_folder(out)
         assert sha256(out / "model.safetensors") == wanted and not list(tmp_path.glob(".stage-*"))
-
-
-def test_a_merge_on_a_full_disk_at_every_file_operation(base: Path, adapter: Path, tmp_path: Path) -> None:
-    operation, full = 0, True
-    while full:
-        operation += 1
-        full = False
-
-        @contextlib.contextmanager
-        def fill(here: int, kind: str, paths: tuple[Path, ...], at: int = operation) -> Iterator[None]:
-            nonlocal full
-            if here == at and kind != "remove":
-                full = True
-                raise OSError(28, "No space left on device")
-            yield
-
-        out = tmp_path / f"out{operation}"
-        with with_fault(fill), contextlib.suppress(CapacityError, OSError):
-            merge_into(base, adapter, out)
-        assert not list(tmp_path.glob(".stage-*"))
-        if out.exists():
-            verify_folder(out)
-        else:
-            merge_into(base, adapter, out)
-    assert operation > 15
 
 
 def test_a_manifest_that_names_nothing_is_none(tmp_path: Path) -> None:

@@ -5,25 +5,30 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import enum
+import errno
 import os
+import random
 import shutil
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from faults.judge import Result, judge_result, read_result
+from faults.subject import make_subject
 from lorasft import files
 from lorasft.errors import LorasftError
 from lorasft.recipe import Recipe
 from lorasft.signals import Ended, end_at_once, ended_in_order, exit_signals
+from lorasft.train.checkpoint import list_checkpoints
 from lorasft.train.loop import train
 from lorasft.train.run import export_adapter, open_run
 
@@ -44,12 +49,7 @@ class Phase(enum.IntEnum):
 class Trace(ctypes.Structure):
     """What a run tells of itself, in memory that it shares with its parent and that survives its death."""
 
-    _fields_ = (
-        ("phase", ctypes.c_long),
-        ("effects", ctypes.c_long),
-        ("commits", ctypes.c_long),
-        ("over", ctypes.c_long),
-    )
+    _fields_ = tuple((name, ctypes.c_long) for name in ("phase", "effects", "commits", "over"))
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,9 @@ class Child:
         os.waitpid(self.pid, 0)
         raise TimeoutError(f"process {self.pid} did not end in {seconds} s")
 
-    def await_effect(self, number: int) -> None:
-        """Wait until the run comes to its effect `number` on the disk, or to its end."""
-        while self.trace.effects < number and not self.trace.over:
-            time.sleep(0.0005)
-
-    def await_phase(self, phase: Phase) -> None:
-        """Wait until the run is in `phase`, or at its end."""
-        while self.trace.phase != phase and not self.trace.over:
+    def wait_until(self, reached: Callable[[Any], bool]) -> None:
+        """Wait until the run's trace has `reached` something, or the run its end."""
+        while not (reached(self.trace) or self.trace.over):
             time.sleep(0.0005)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
@@ -92,15 +87,45 @@ class Child:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where runs of one recipe are tried. `setup` comes before each, in its fork; `act` is what a fork does."""
+    """Where runs of one recipe are tried, in `trials` of a campaign, and what a run that is left alone gives.
+
+    `setup` comes before each run, in its fork; `act` is what a fork does.
+    """
 
     recipe: Recipe
+    trials: int = 20
+    seed: int = 0
     setup: tuple[Callable[[], object], ...] = ()
     act: Callable[[Recipe, Any], None] = field(default_factory=lambda: train_to_the_end)
+    result: Result | None = None
+    seconds: float = 0.0
+    effects: int = 0
 
     @property
     def folder(self) -> Path:
         return Path(self.recipe.run.output)
+
+    def checkpoints(self) -> list[Path]:
+        return list_checkpoints(self.folder / "checkpoints")
+
+    def changed(self, section: str, **values: Any) -> Bench:
+        """The same run with other settings."""
+        settings = getattr(self.recipe, section).model_copy(update=values)
+        return replace(self, recipe=self.recipe.model_copy(update={section: settings}))
+
+    def patched(self, *patches: Callable[[], object]) -> Bench:
+        """The same run after `patches` in its fork."""
+        return replace(self, setup=(*self.setup, *patches))
+
+    def dice(self, *names: object) -> random.Random:
+        return random.Random("-".join(map(str, (self.seed, *names))))
+
+    def some(self, cases: Iterable[Any]) -> list[Any]:
+        """All cases, or `trials` of them, evenly spread, in a random order."""
+        cases = list(cases)
+        step = max(1.0, len(cases) / self.trials)
+        some = [cases[int(index * step)] for index in range(min(len(cases), self.trials))]
+        return self.dice().sample(some, len(some))
 
     def clear(self) -> None:
         """Make room for the next trial."""
@@ -109,6 +134,20 @@ class Bench:
         shutil.rmtree(self.folder, ignore_errors=True)
         for words in self.folder.parent.glob("words-*.txt"):
             words.unlink()
+
+    def half_way(self) -> None:
+        """Leave a run that was killed a while after its second save."""
+        self.clear()
+        self.start(kill_at(self.effects * 2 // 3, moment="before")).wait()
+
+    def run(self, fault: Fault | None = None) -> tuple[int, str]:
+        """Exit code and words of a run, or of its resumption."""
+        child = self.start(fault)
+        return child.wait(), child.said()
+
+    def judge(self) -> list[str]:
+        """What is wrong with a run that has come to its end."""
+        return judge_result(self.folder, self.result)
 
     def start(self, fault: Fault | None = None, *, commits: int = 0) -> Child:
         """Begin the run, or resume it where there is something to resume, in a fork. `commits`: of it so far."""
@@ -142,14 +181,27 @@ class Bench:
                     change()
                 self.act(self.recipe, child.trace)
                 return 0
-            except LorasftError as fault_said:
-                print(fault_said)
-                return fault_said.exit_code
+            except LorasftError as error:
+                print(error)
+                return error.exit_code
             except Ended as signalled:
                 return signalled.exit_code
             except BaseException:
                 traceback.print_exc()
                 return 1
+
+
+def open_bench(folder: Path, *, trials: int = 20, seed: int = 0) -> Bench:
+    """Make the subject of the campaigns in `folder`, and run it untouched. Raises RuntimeError when that fails."""
+    bench = Bench(make_subject(folder), trials, seed)
+    for _ in range(2):  # the first run reads files that the system then knows
+        bench.clear()
+        started = time.monotonic()
+        child = bench.start()
+        if child.wait() != 0:
+            raise RuntimeError(child.said())
+    seconds = time.monotonic() - started
+    return replace(bench, result=read_result(bench.folder), seconds=seconds, effects=child.trace.effects)
 
 
 def train_to_the_end(recipe: Recipe, trace: Any) -> None:
@@ -189,8 +241,44 @@ def observe(trace: Any, fault: Fault) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
+def with_fault(fault: Fault) -> Iterator[Trace]:
+    """Effects in this process meet `fault`; they are counted."""
+    plain, trace = files.effect, Trace()
+    files.effect = observe(trace, fault)
+    try:
+        yield trace
+    finally:
+        files.effect = plain
+
+
+def in_fork(act: Callable[[], object]) -> int:
+    """The exit code of `act` in a fork, negative for a signal."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            act()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+# ---- faults ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
 def no_fault(number: int, kind: str, paths: tuple[Path, ...]) -> Iterator[None]:
     yield
+
+
+@contextlib.contextmanager
+def slow(number: int, kind: str, paths: tuple[Path, ...]) -> Iterator[None]:
+    """5 ms for each effect, 20 in the short retention: half before, half after; a kill then hits saves more often."""
+    pause = 0.01 if paths[-1].name.startswith(files.TRASH) else 0.0025
+    time.sleep(pause)
+    yield
+    time.sleep(pause)
 
 
 def kill_at(number: int, *, moment: str) -> Fault:
@@ -208,6 +296,40 @@ def kill_at(number: int, *, moment: str) -> Fault:
     return fault
 
 
+def fail_at(number: int, *, reason: int = errno.ENOSPC, for_good: bool = False) -> Fault:
+    """An OSError in effect `number` (and all later ones `for_good`), with half of its content written.
+
+    Reason 0: no error, the half is all that the disk keeps.
+    """
+
+    @contextlib.contextmanager
+    def fault(here: int, kind: str, paths: tuple[Path, ...]) -> Iterator[None]:
+        hit = (here >= number if for_good else here == number) and kind != "remove"
+        if hit and reason and kind not in ("write", "append"):
+            raise OSError(reason, os.strerror(reason))
+        cut = hit and (kind == "write" or (kind == "append" and reason))
+        with halved(paths[0]) if cut else contextlib.nullcontext():
+            yield
+        if cut and reason:
+            raise OSError(reason, os.strerror(reason))
+
+    return fault
+
+
+def full_in(*names: str, times: int = 1000) -> Fault:
+    """A disk that is full whenever something is written to a path with one of `names` in it."""
+    hits = iter(range(times))
+
+    @contextlib.contextmanager
+    def fault(number: int, kind: str, paths: tuple[Path, ...]) -> Iterator[None]:
+        here = kind in ("write", "append") and any(name in str(paths[-1]) for name in names)
+        if here and next(hits, None) is not None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield
+
+    return fault
+
+
 @contextlib.contextmanager
 def halved(path: Path) -> Iterator[None]:
     """Of what is written to the end of `path` meanwhile, only half arrives."""
@@ -215,12 +337,3 @@ def halved(path: Path) -> Iterator[None]:
     yield
     if path.is_file():
         os.truncate(path, before + (path.stat().st_size - before) // 2)
-
-
-@contextlib.contextmanager
-def slow(number: int, kind: str, paths: tuple[Path, ...]) -> Iterator[None]:
-    """5 ms for each effect, 20 in the short retention: half before, half after; a kill then hits saves more often."""
-    pause = 0.01 if paths[-1].name.startswith(files.TRASH) else 0.0025
-    time.sleep(pause)
-    yield
-    time.sleep(pause)

@@ -1,0 +1,106 @@
+"""What is changed in the fork of a run before it starts: a step, a loss, the memory, a tracker."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorasft.model import scoring
+from lorasft.train import checkpoint, loop, metrics
+from lorasft.train import run as runs
+
+
+def before_step(number: int, act: Callable[[Any], object]) -> None:
+    """Do `act` once, before step `number`, in this process."""
+    plain, done = loop.take_step, []
+
+    def take_step(run: Any, step: Any, stop: Any) -> dict[str, Any]:
+        if step.number == number and not done:
+            done.append(act(run))
+        return plain(run, step, stop)
+
+    loop.take_step = take_step
+
+
+def poison(number: int, where: str) -> None:
+    plain_losses, plain_norm = loop.pair_losses, loop.get_total_norm
+
+    def put(run: Any) -> None:
+        first = next(iter(run.learner.parameters.values()))
+        if where == "weight":
+            first.data.view(-1)[0] = float("inf")
+        elif where == "moment" and run.learner.optimizer.state:
+            run.learner.optimizer.state[first]["exp_avg"].view(-1)[0] = float("nan")
+        elif where == "loss":
+            loop.pair_losses = lambda *values: plain_losses(*values) * float("nan")
+        elif where == "gradient":
+            loop.get_total_norm = lambda gradients: plain_norm([tensor * float("inf") for tensor in gradients])
+
+    before_step(number, put)
+
+
+def starve(number: int, part: str) -> None:
+    """Run out of memory once, at step `number` or at the first chance after it."""
+    module, name = {
+        "forward": (loop, "pair_losses"),
+        "backward": (torch.Tensor, "backward"),
+        "evaluation": (scoring, "pair_losses"),
+        "update": (torch.optim.AdamW, "step"),
+        "save": (checkpoint, "save_checkpoint"),
+    }[part]
+    plain = getattr(module, name)
+
+    def fail(*values: Any, **named: Any) -> Any:
+        setattr(module, name, plain)
+        raise torch.OutOfMemoryError("out of memory, as it is tried here")
+
+    before_step(number, lambda run: setattr(module, name, fail))
+
+
+def break_trackers(moment: str, way: str) -> None:
+    def act(at: str) -> Any:
+        if at == moment and way == "raise":
+            raise RuntimeError("a tracker that raises")
+        return object() if at == moment else None
+
+    class Tracker:
+        def log(self, values: dict[str, Any], step: int) -> Any:
+            values.clear()
+            return act("log")
+
+        def finish(self) -> Any:
+            return act("finish")
+
+    def start(recipe: Any, folder: Path) -> list[Any]:
+        act("start")
+        return [Tracker()]
+
+    metrics.start_trackers = start
+    runs.check_trackers = lambda names: None
+
+
+def note_rows(ledger: Path) -> None:
+    """Each step and the rows of it, as lines of JSON."""
+    plain = loop.take_step
+
+    def take_step(run: Any, step: Any, stop: Any) -> dict[str, Any]:
+        with open(ledger, "a", encoding="utf-8") as file:
+            file.write(json.dumps([step.number, [int(row) for row in step.examples]]) + "\n")
+        return plain(run, step, stop)
+
+    loop.take_step = take_step
+
+
+def learn_nothing() -> None:
+    plain = loop.pair_losses
+    loop.pair_losses = lambda *values: plain(*values) * 0.0
+
+
+def get_worse() -> None:
+    """The held-out loss is best at step 3."""
+    plain, losses = loop.evaluate, iter([5.0, 4.0, 3.0, 1.0, *map(float, range(2, 20))])
+    loop.evaluate = lambda *values, **named: (next(losses), plain(*values, **named)[1])
