@@ -137,7 +137,7 @@ def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> N
         first, second = (load_file(tmp_path / f"{number}-{rank}.safetensors") for rank in (0, 1))
         assert all(torch.equal(first[name], second[name]) for name in first)
         assert float(first.pop("loss")) == pytest.approx(want_loss, rel=1e-6)
-        assert differences(first, want)[0] < 1e-6
+        assert differences(first, want)[0] < 2e-6
     network = ours("llama")[1]
     for rank in (0, 1):
         scores = json.loads((tmp_path / f"held_out-{rank}.json").read_text(encoding="utf-8"))
