@@ -706,8 +706,8 @@ def plan_and_run(base: str, data: str, quantization: str, recompute: bool) -> Me
         measured = real_peak(partial(work_twice, opened.run))
         taken = [time_step(opened.run, number) for number in range(1, 4)][1:]
     return {
-        "tokens": len(outlook.heaviest.ids),
-        "sequences": len(outlook.heaviest.segments),
+        "tokens": len(outlook.fit.heaviest.ids),
+        "sequences": len(outlook.fit.heaviest.segments),
         "loaded": loaded,
         "predicted": outlook.prediction.total - loaded,
         "measured": measured,

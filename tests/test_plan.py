@@ -122,30 +122,12 @@ def test_what_is_said_to_make_it_fit_does(
     assert remedies[0] == first and len(remedies) > 1, remedies
     assert "it fits" not in out and "does not fit" in fault and all(remedy in fault for remedy in remedies)
     for remedy in remedies:
-        assert plan_run(load_recipe(path, [remedy.split()[0]]), memory=tight).holds, remedy
-
-
-def test_whole_modules_are_among_the_changes(recipe: Write) -> None:
-    path = recipe(adapter={"modules_to_save": ["lm_head"], "rank": 2}, machine={"micro_batch_tokens": "auto"})
-    tight = just_too_little(path)
-    remedies = plan_run(load_recipe(path), memory=tight).remedies
-    assert "adapter.modules_to_save=[]" in remedies
-    assert plan_run(load_recipe(path, ["adapter.modules_to_save=[]"]), memory=tight).holds
-
-
-def just_too_little(path: str) -> int:
-    """Bytes in which a recipe does not fit, though it would in 100 kB more."""
-    roomy = plan_run(load_recipe(path), memory=4 << 30)
-    tight, enough = roomy.libraries, roomy.libraries + roomy.prediction.total
-    while enough - tight > 100_000:
-        middle = (tight + enough) // 2
-        tight, enough = (tight, middle) if plan_run(load_recipe(path), memory=middle).holds else (middle, enough)
-    return tight
+        assert plan_run(load_recipe(path, [remedy.split()[0]]), memory=tight).fit.holds, remedy
 
 
 def test_dora_on_a_4_bit_base_is_planned(recipe: Write) -> None:
     plan = plan_run(load_recipe(recipe(adapter={"dora": True})), memory=None)
-    assert plan.holds and plan.prediction.activations.peak > 0
+    assert plan.fit.holds and plan.prediction.activations.peak > 0
 
 
 def test_experts_that_stay_in_16_bits_are_refused_before_weights(recipe: Write, tmp_path: Path) -> None:
@@ -176,8 +158,8 @@ def test_less_memory_is_met_by_smaller_micro_batches_and_recomputed_layers(recip
     fits = [
         plan_run(load_recipe(path), memory=beside + int(room * roomy.prediction.activations.kept)) for room in (1, 0.5)
     ]
-    assert roomy.micro_batch_tokens == 2048 and roomy.recomputed_layers == 0
-    assert all(fit.holds and (fit.micro_batch_tokens < 2048 or fit.recomputed_layers) for fit in fits), fits
+    assert roomy.fit.plan.micro_batch_tokens == 2048 and roomy.fit.recomputed == 0
+    assert all(fit.fit.holds and (fit.fit.plan.micro_batch_tokens < 2048 or fit.fit.recomputed) for fit in fits), fits
     assert fits[0].prediction.total > fits[1].prediction.total
 
 

@@ -87,9 +87,27 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
     TopologicalSorter(below).prepare()  # raises CycleError, which names the circle
 
 
-def test_no_file_is_too_long_to_read() -> None:
-    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
-    assert max(lines.values()) <= 400, max(lines, key=lambda path: lines[path])
+def test_files_and_functions_are_short_enough_to_read() -> None:
+    lines = {str(path): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert not {name: count for name, count in lines.items() if count > 400}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"  # type: ignore[operator]
+
+
+ENTRIES = {"run", "add_arguments"}  # of every command
+TWICE = {"read_layout", "probe"}  # not yet renamed: this set may only shrink
+
+
+def test_a_public_name_is_there_once() -> None:
+    names: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                names.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
+    twice = {name: places for name, places in names.items() if len(places) > 1 and name not in ENTRIES}
+    assert twice.keys() <= TWICE, twice
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["recipes"], ["--version"]])

@@ -54,7 +54,7 @@ def run(recipe: str, overrides: Sequence[str], memory: int | None, as_json: bool
         for line in picture(plan, width=min(shutil.get_terminal_size().columns, 100)):
             print(line)
         print("\n".join(("", *describe(plan))))
-    if not plan.holds:
+    if not plan.fit.holds:
         need = size_text(plan.prediction.total + plan.libraries)
         raise CapacityError(
             f"does not fit: {need} at the peak, and {size_text(plan.memory)} less a tenth of what is free in them",
@@ -87,14 +87,14 @@ def _line(name: str, size: int, bar: str) -> str:
 
 def describe(plan: RunPlan) -> Iterator[str]:
     """The layout, the pace and the time in words."""
-    duration, layers = plan.duration, f"{plan.recomputed_layers} of {plan.layers}"
-    yield f"on {plan.device} in {plan.dtype}: micro-batches of {plan.micro_batch_tokens:,} tokens"
-    yield f"(the heaviest: {len(plan.heaviest.ids):,}), {layers} layers recomputed"
-    yield f"{plan.steps:,} steps over {plan.examples:,} examples; by the time that single layers take:"
+    duration, layers = plan.duration, f"{plan.fit.recomputed} of {plan.fit.layers}"
+    yield f"on {plan.device} in {plan.dtype}: micro-batches of {plan.fit.plan.micro_batch_tokens:,} tokens"
+    yield f"(the heaviest: {len(plan.fit.heaviest.ids):,}), {layers} layers recomputed"
+    yield f"{plan.steps:,} steps over {plan.examples:,} examples; an estimate from single layers on few tokens:"
     learned = f"{duration.supervised_tokens_per_second:,.0f} learned tokens"
     yield f"  {duration.examples_per_second:,.3g} examples, {learned} a second"
     yield f"  {time_text(duration.training)} of training, {time_text(duration.evaluation)} of evaluation"
     if plan.saved_by_8bit:
         yield f"optimizer.name=adamw8bit would save {size_text(plan.saved_by_8bit)}"
-    if plan.holds:
+    if plan.fit.holds:
         yield "it fits"

@@ -11,7 +11,7 @@ import numpy as np
 from accelerate import PartialState
 
 from lorasft.artifact import find_artifact
-from lorasft.data.packing import MicroBatch, cost
+from lorasft.data.packing import cost
 from lorasft.data.prepare import Prepared
 from lorasft.data.store import example_lengths
 from lorasft.errors import ModelError
@@ -48,11 +48,7 @@ class RunPlan:
     given: bool
     libraries: int  # bytes of it that are not ours
     prediction: Prediction
-    micro_batch_tokens: int
-    layers: int
-    recomputed_layers: int
-    heaviest: MicroBatch
-    holds: bool
+    fit: Fit
     remedies: tuple[str, ...]  # single changes with which it would fit
     saved_by_8bit: int  # bytes
     steps: int
@@ -62,11 +58,16 @@ class RunPlan:
 
     def as_dict(self) -> dict[str, Any]:
         """What a program may want to read."""
-        values = {name: value for name, value in vars(self).items() if name not in ("prediction", "heaviest")}
+        values = {name: value for name, value in vars(self).items() if name not in ("prediction", "fit")}
+        heaviest = self.fit.heaviest
         return values | {
+            "micro_batch_tokens": self.fit.plan.micro_batch_tokens,
+            "layers": self.fit.layers,
+            "recomputed_layers": self.fit.recomputed,
+            "holds": self.fit.holds,
             "bytes": self.prediction.kinds(),
             "peak": self.prediction.total + self.libraries,
-            "heaviest": {"tokens": len(self.heaviest.ids), "sequences": len(self.heaviest.segments)},
+            "heaviest": {"tokens": len(heaviest.ids), "sequences": len(heaviest.segments)},
             "duration": vars(self.duration),
         }
 
@@ -129,11 +130,7 @@ def _plan_prepared(recipe: Recipe, config: Any, prepared: Prepared, *, memory: i
         given=memory is not None,
         libraries=libraries,
         prediction=Prediction(static, fit.needs),
-        micro_batch_tokens=fit.plan.micro_batch_tokens,
-        layers=fit.layers,
-        recomputed_layers=fit.recomputed,
-        heaviest=fit.heaviest,
-        holds=fit.holds,
+        fit=fit,
         remedies=() if fit.holds else tuple(find_suggestions(case, rows)),
         saved_by_8bit=static.optimizer - static_bytes(model, "adamw8bit").optimizer,
         steps=plan.steps,

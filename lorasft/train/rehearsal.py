@@ -6,15 +6,13 @@ what does not fit is met at once. Nothing is updated and no random number is use
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from lorasft.data.packing import Step
-from lorasft.files import replace_file
 from lorasft.model.memory import Prediction, StaticBytes, StorageMeter
 from lorasft.model.recompute import recomputed_layers
 from lorasft.model.weightless import plan_network
@@ -26,40 +24,11 @@ from lorasft.train.oom import retry_on_oom
 from lorasft.train.state import Run
 
 
-@dataclass(frozen=True)
-class MemoryRecord:
-    """What a step was predicted to need and what the heaviest one was seen to take; `memory.json` of a run."""
+def run_heaviest_batch(run: Run, weightless: Any, fit: Fit, static: StaticBytes) -> tuple[dict[str, Any], Run]:
+    """Run the heaviest micro-batch where its memory is not known.
 
-    fit: Fit
-    prediction: Prediction | None  # None: this model cannot be run without numbers
-    measured: int | None  # bytes at the peak of the heaviest micro-batch; None: it was not run
-    early: int  # bytes that are not there yet when it is run
-
-    def __str__(self) -> str:
-        seen = f"; the heaviest micro-batch took {size_text(self.measured)}" if self.measured else ""
-        if self.prediction is None:
-            return f"memory: not predicted, this model computes by numbers{seen}"
-        free = self.prediction.total - self.prediction.activations.peak + self.fit.spare
-        return f"memory: {size_text(self.prediction.total)} at the peak of a step, of {size_text(free)}{seen}"
-
-    def write(self, run: Run) -> None:
-        """Put the record into the run's folder."""
-        known = self.prediction
-        record = {
-            "device": str(run.network.device),
-            "heaviest": {"tokens": len(self.fit.heaviest.ids), "sequences": len(self.fit.heaviest.segments)},
-            "micro_batch_tokens": run.plan.micro_batch_tokens,
-            "recomputed_layers": self.fit.recomputed,
-            "predicted": {**known.kinds(), "peak": known.total} if known else None,
-            "rehearsal": {"predicted": known.total - self.early if known else None, "measured": self.measured},
-        }
-        replace_file(run.folder / "memory.json", json.dumps(record, indent=1).encode())
-
-
-def run_heaviest_batch(run: Run, weightless: Any, fit: Fit, static: StaticBytes) -> tuple[MemoryRecord, Run]:
-    """Run the heaviest micro-batch where its memory is not known; the run with the layout under which it fitted.
-
-    Raises CapacityError when it fits in no layout.
+    Returns what `memory.json` holds (bytes; null where a number is not known), and the run with the layout under which
+    it fitted. Raises CapacityError when it fits in no layout.
     """
     measured = None
     if sees_too_little(run, fit):
@@ -68,8 +37,27 @@ def run_heaviest_batch(run: Run, weightless: Any, fit: Fit, static: StaticBytes)
     if (run.plan.micro_batch_tokens, recomputed) != (fit.plan.micro_batch_tokens, fit.recomputed):
         network = plan_network(run.network, weightless)
         fit = measure_fit(network, run.plan, run.rows, wanted=recomputed, spare=fit.spare)
-    prediction = Prediction(static, fit.needs) if fit.needs else None
-    return MemoryRecord(fit, prediction, measured, early=0 if run.learner.optimizer.state else static.optimizer), run
+    known = Prediction(static, fit.needs) if fit.needs else None
+    early = 0 if run.learner.optimizer.state else static.optimizer  # not there yet when it is run
+    record = {
+        "device": str(run.network.device),
+        "heaviest": {"tokens": len(fit.heaviest.ids), "sequences": len(fit.heaviest.segments)},
+        "micro_batch_tokens": run.plan.micro_batch_tokens,
+        "recomputed_layers": recomputed,
+        "free": static.loaded + static.upcoming + fit.spare,
+        "predicted": {**known.kinds(), "peak": known.total} if known else None,
+        "rehearsal": {"predicted": known.total - early if known else None, "measured": measured},
+    }
+    return record, run
+
+
+def describe_memory(record: dict[str, Any]) -> str:
+    """A line on what `run_heaviest_batch` found."""
+    predicted, measured = record["predicted"], record["rehearsal"]["measured"]
+    seen = f"; the heaviest micro-batch took {size_text(measured)}" if measured else ""
+    if predicted is None:
+        return f"memory: not predicted, this model computes by numbers{seen}"
+    return f"memory: {size_text(predicted['peak'])} at the peak of a step, of {size_text(record['free'])}{seen}"
 
 
 def sees_too_little(run: Run, fit: Fit) -> bool:

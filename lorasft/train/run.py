@@ -12,6 +12,7 @@ adapter/           the result: a plain PEFT adapter with tokenizer and template
 from __future__ import annotations
 
 import copy
+import json
 import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -33,6 +34,7 @@ from lorasft.files import (
     make_folder,
     refuse_overlap,
     remove_folder,
+    replace_file,
     staged_folder,
     sweep,
     verify_folder,
@@ -61,7 +63,7 @@ from lorasft.train.layout import choose_layout, choose_tokens, without_weights
 from lorasft.train.metrics import Metrics, check_trackers
 from lorasft.train.oom import plain_oom_errors
 from lorasft.train.optimizer import make_optimizer
-from lorasft.train.rehearsal import run_heaviest_batch
+from lorasft.train.rehearsal import describe_memory, run_heaviest_batch
 from lorasft.train.run_folder import check_run_folder, read_run_id, refuse_changes, write_start
 from lorasft.train.schedule import warmup_steps
 from lorasft.train.state import Learner, Run, State
@@ -201,8 +203,12 @@ def _load(recipe: Recipe, folder: Path, inputs: RunInputs, *, ranks: Ranks) -> R
             save(run, state)
             write_start(folder, recipe, prepared, state=state, config=inputs.config)
         if ranks.is_main:
-            memory.write(run)
-    notes = (*_notes(run, inputs), f"model on {device} in {layout.dtype}: {count_bytes(model)}", str(memory))
+            replace_file(folder / "memory.json", json.dumps(memory, indent=1).encode())
+    notes = (
+        *_notes(run, inputs),
+        f"model on {device} in {layout.dtype}: {count_bytes(model)}",
+        describe_memory(memory),
+    )
     return ReadyRun(run, state, inputs.tokenizer, prepared, notes)
 
 

@@ -11,14 +11,12 @@ from typing import Any
 
 from lorasft.data.store import TokenStore, example_lengths
 from lorasft.model.loss import Network
-from lorasft.model.memory import USABLE, Prediction, dry_run, heaviest_batch, static_bytes
+from lorasft.model.memory import Prediction, dry_run, heaviest_batch, static_bytes
 from lorasft.model.recompute import decoder_layers
 from lorasft.model.weightless import make_weightless, plan_network
 from lorasft.recipe import AdapterSettings, Recipe
 
 _SHORTER = (3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8, 1 / 16)  # of the longest sequence
-_LEAST_BASE = 0.05  # of the base's size: a smaller one would be another thing
-_PACKED = 4.127 / 8  # bytes of a weight in NF4, constants included
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,6 @@ def _suggest(case: Case, rows: TokenStore) -> Iterator[str]:
         first = bisect_left(changes, True, key=lambda change: change[1].fits())
         if first < len(changes):
             yield changes[first][0]
-    yield from _smaller_base(case)
 
 
 def _layouts(case: Case) -> Iterator[list[tuple[str, Case]]]:
@@ -111,15 +108,3 @@ def _lengths(case: Case, rows: TokenStore) -> list[tuple[str, Case]]:
         keys = f"data.max_length={length}" + (" data.overlong=truncate" if many else "")
         changes.append((f"{keys} ({longer:,} of {len(lengths):,} rows are longer)", replace(case, longest=length)))
     return changes
-
-
-def _smaller_base(case: Case) -> Iterator[str]:
-    """How large a base may be when all else stays as it is."""
-    weights = case.prediction.static.weights
-    lacking = case.prediction.activations.peak / USABLE - case.spare
-    base = weights.four_bit + weights.sixteen_bit + weights.full
-    parameters = weights.four_bit / _PACKED + weights.sixteen_bit / 2 + weights.full / 4
-    most = parameters * (1 - lacking / base)
-    if most >= _LEAST_BASE * parameters:
-        number = f"{most / 1e9:.1f} billion" if most >= 1e9 else f"{most / 1e6:,.1f} million"
-        yield f"a model.base of at most {number} parameters"
