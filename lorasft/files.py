@@ -46,8 +46,8 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     """Create `path`, yield it to be written, and fsync it. It must not exist: nothing is written in place."""
     with _disk(path):
         with effect("create", path):
-            file = open(path, "xb")  # noqa: SIM115
-        with file:
+            path.touch(exist_ok=False)
+        with open(path, "wb") as file:
             yield file
             file.flush()
             _sync(file.fileno(), path)

@@ -16,7 +16,7 @@ from lorasft.model.memory import heaviest_batch
 from lorasft.model.recompute import recompute
 from lorasft.model.weightless import Sample
 
-_WORK = 4e10  # multiply-adds through what is timed
+_WORK = 2e10  # multiply-adds through what is timed
 _TOKENS = (48, 256)  # of the smaller of two micro-batches, at least and at most; the larger has three times as many
 _ROUNDS = 2  # of which the faster counts: in the first one a CPU compiles
 
