@@ -202,6 +202,8 @@ def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     elif device.type == "cpu":
         native = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        # ATen held to AVX2 (ATEN_CPU_CAPABILITY) still asks the CPU, and then fails in attention in bf16.
+        native = native and torch.backends.cpu.get_cpu_capability() != "AVX2"
     return torch.bfloat16 if wanted == "bfloat16" or (wanted == "auto" and native) else torch.float32
 
 
