@@ -977,12 +977,12 @@ def bench_data(bench: Bench) -> None:
     finished text.
     """
     from lorasft.data.examples import read_blocks, shape_block
-    from lorasft.data.report import BadRows, Report
+    from lorasft.data.report import Report, RowErrors
     from lorasft.recipe import DataSettings
 
     options = bench.options
     settings = DataSettings(train=(str(options.data),), on_bad_row="drop")  # type: ignore[arg-type]
-    bad = BadRows("drop", Report())
+    bad = RowErrors("drop", Report())
     blocks = (block for source in settings.train for block in read_blocks(source, settings))
     examples = (example for block in blocks for example in shape_block(block, settings, bad=bad))
     found = [example.messages for example in examples if example.messages]

@@ -40,7 +40,7 @@ from lorasft.artifact import find_artifact
 from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import read_blocks, shape_block
 from lorasft.data.labels import Labeler
-from lorasft.data.report import BadRows, Report
+from lorasft.data.report import Report, RowErrors
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import LorasftError
 from lorasft.merge.write import plan_merge
@@ -143,7 +143,7 @@ class Bench:
         lines = [json.dumps(row).encode(), mutate_json(row, draw)]
         path = self.file.with_suffix(draw.choice([".jsonl", ".jsonl", ".csv"]))
         path.write_bytes(draw.choice([b"\n", b"\n", b"\r\n", b""]).join(lines))
-        bad = BadRows("error", self.report)
+        bad = RowErrors("error", self.report)
         source = self.data.train[0].model_copy(update={"path": str(path)})
         rows = (row for block in read_blocks(source, self.data) for row in shape_block(block, self.data, bad=bad))
         for _ in self.labeler.encode_all(rows, bad=bad):

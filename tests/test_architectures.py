@@ -15,7 +15,7 @@ from lorasft.data.packing import MicroBatch, cut
 from lorasft.data.tokens import Tokens
 from lorasft.model.attention import default_attention
 from lorasft.model.loss import Network, pair_losses
-from lorasft.model.scoring import Given, everything
+from lorasft.model.scoring import Given, all_supervised
 from lorasft.model.selfcheck import verify
 
 SHAPE = shape()
@@ -115,7 +115,7 @@ def siblings() -> list[Tokens]:
     random = np.random.default_rng(5)
     stem, bough, *tails = (random.integers(3, 90, size).astype(np.int32) for size in (19, 8, 7, 12, 5, 16))
     rows = [[stem, tails[0]], [stem, bough, tails[1]], [stem, bough, tails[2]], [stem, bough[:5]], [tails[3]]]
-    return [everything(np.concatenate(row)) for row in rows]
+    return [all_supervised(np.concatenate(row)) for row in rows]
 
 
 def step(network: Network, batches: list[MicroBatch]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -13,8 +13,8 @@ from tiny_tokenizer import TEMPLATE, save_tokenizer
 from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import Example, normalize_message
 from lorasft.data.labels import Labeler
-from lorasft.data.report import BadRows, Report
-from lorasft.data.sources import Place
+from lorasft.data.report import Report, RowErrors
+from lorasft.data.sources import RowLocation
 from lorasft.data.templates import render
 from lorasft.data.tokenizer import adds_bos, compare_with_file, load_tokenizer
 from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs
@@ -36,7 +36,7 @@ FAMILIES = {  # tokenizer -> templates that go with it, besides its own
 }
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared tokenizers and oracles are not here")
 LOADED: dict[str, Any] = {}
-PLACE = Place("rows.jsonl", 1)
+PLACE = RowLocation("rows.jsonl", 1)
 
 
 def shared_tokenizer(name: str) -> Any:
@@ -62,7 +62,7 @@ class Encoder:
         self.report = Report()
 
     def encode(self, example: Example) -> tuple[Tokens, ...]:
-        bad = BadRows("error", self.report)
+        bad = RowErrors("error", self.report)
         found = [sequences for _, sequences in self.labeler.encode_all([example], bad=bad)]
         bad.raise_all()
         return found[0] if found else ()

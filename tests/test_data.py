@@ -18,8 +18,8 @@ from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import Example, read_blocks, shape_block
 from lorasft.data.labels import Labeler
 from lorasft.data.prepare import held_out_below, list_ingredients, make_key, open_prepared, prepare
-from lorasft.data.report import BadRows, Report
-from lorasft.data.sources import LARGEST_ROW, Place
+from lorasft.data.report import Report, RowErrors
+from lorasft.data.sources import LARGEST_ROW, RowLocation
 from lorasft.data.store import StoreWriter, example_lengths, map_store, pack_examples
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.data.tokens import UNSUPERVISED, Tokens
@@ -30,14 +30,14 @@ SHARED = Path(__file__).parents[2] / "shared/data"
 CHAT_ROW = '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}'
 
 
-def shape(data: DataSettings, bad: BadRows) -> list[Example]:
+def shape(data: DataSettings, bad: RowErrors) -> list[Example]:
     blocks = (block for source in data.train for block in read_blocks(source, data))
     return [example for block in blocks for example in shape_block(block, data, bad=bad)]
 
 
 def read(path: Path | str, **settings: Any) -> list[Example]:
     data = DataSettings(train=(str(path),), **settings)
-    bad = BadRows(data.on_bad_row, Report())
+    bad = RowErrors(data.on_bad_row, Report())
     examples = shape(data, bad)
     bad.raise_all()
     return examples
@@ -74,7 +74,7 @@ SHAPES = [
 def test_row_shapes(tmp_path: Path, row: str, expected: list[tuple[str, str]]) -> None:
     (example,) = read_bytes(tmp_path, row.encode() + b"\n")
     assert turns(example) == expected
-    assert example.place == Place(str(tmp_path / "rows.jsonl"), 1) and example.text is None
+    assert example.place == RowLocation(str(tmp_path / "rows.jsonl"), 1) and example.text is None
 
 
 def test_text_rows_and_columns(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_bad_rows_are_dropped_and_counted_or_reported_together(tmp_path: Path) -
     rows = b"\n".join([CHAT_ROW.encode(), b"{", CHAT_ROW.encode(), b'{"messages": 3}', CHAT_ROW.encode()])
     (tmp_path / "rows.jsonl").write_bytes(rows)
     data = DataSettings(train=(str(tmp_path / "rows.jsonl"),), on_bad_row="drop")
-    bad = BadRows("drop", Report())
+    bad = RowErrors("drop", Report())
     assert [example.place.line for example in shape(data, bad)] == [1, 3, 5]
     assert bad.report.bad_rows == 2
     with pytest.raises(ErrorGroup) as several:
@@ -284,7 +284,7 @@ def test_a_share_of_a_source_is_the_same_rows_every_time(tmp_path: Path) -> None
     (tmp_path / "rows.jsonl").write_bytes(numbered(400))
     source = {"path": str(tmp_path / "rows.jsonl"), "share": 0.25}
     data = DataSettings(train=(source,))
-    picks = [[e.place.line for e in shape(data, BadRows("error", Report()))] for _ in range(2)]
+    picks = [[e.place.line for e in shape(data, RowErrors("error", Report()))] for _ in range(2)]
     assert picks[0] == picks[1] and 60 < len(picks[0]) < 140
 
 
@@ -328,7 +328,7 @@ def test_the_store_gives_back_what_was_written(tmp_path: Path, at_once: int) -> 
     assert train.count_tokens() + held_out.count_tokens() == len(store.arrays["ids"]) == store.count_tokens()
     for some, chosen in ((store, range(30)), (held_out, range(0, 30, 4))):
         for index, (line, sequences) in enumerate(examples[n] for n in chosen):
-            assert some.place(index) == Place(f"file{line // at_once * at_once % 3}", line)
+            assert some.place(index) == RowLocation(f"file{line // at_once * at_once % 3}", line)
             assert example_lengths(some)[index] == max(map(len, sequences))
             for mine, written in zip(some.sequences(index), sequences, strict=True):
                 assert mine.ids.dtype == mine.labels.dtype == np.int32

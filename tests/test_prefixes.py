@@ -28,7 +28,7 @@ from lorasft.data.prefixes import Sharing
 from lorasft.data.tokens import Tokens
 from lorasft.model.attention import SEGMENTS, Paths, attend, default_attention
 from lorasft.model.loss import Network, pair_losses
-from lorasft.model.scoring import Given, everything, log_probabilities
+from lorasft.model.scoring import Given, all_supervised, log_probabilities
 from lorasft.model.selfcheck import verify
 from lorasft.train.layout import choose_sharing, widen
 from lorasft.train.state import Layout, State
@@ -40,7 +40,7 @@ sequences = st.lists(st.lists(st.integers(1, 2), min_size=2, max_size=12), min_s
 
 
 def store(rows: list[list[int]]) -> Given:
-    return Given([everything(np.array(row, dtype=np.int32)) for row in rows])
+    return Given([all_supervised(np.array(row, dtype=np.int32)) for row in rows])
 
 
 def path_of(batch: MicroBatch, source: int) -> np.ndarray[Any, Any]:
@@ -230,10 +230,10 @@ def test_positions_by_the_longest_of_a_row_keep_short_and_long_apart() -> None:
     random = np.random.default_rng(1)
     stem = random.integers(3, 90, 30)
     rows = Given(
-        [everything(np.concatenate([stem, random.integers(3, 90, n)]).astype(np.int32)) for n in (60, 9, 50, 5)]
+        [all_supervised(np.concatenate([stem, random.integers(3, 90, n)]).astype(np.int32)) for n in (60, 9, 50, 5)]
     )
     network = verify(model)
-    batches = list(cut(rows, range(4), capacity=200, share=True, horizon=network.horizon))
+    batches = list(cut(rows, range(4), capacity=200, share=True, rope_switch_length=network.rope_switch_length))
     assert [sorted(set(batch.examples.tolist())) for batch in batches] == [[1, 3], [0, 2]]
     model.set_attn_implementation(default_attention(model.config))
     plain = Network(model, head=None, segments=False)
@@ -320,7 +320,7 @@ def test_micro_batches_widen_where_a_long_stem_would_be_repeated() -> None:
     def rows(stem: int) -> Given:
         first = random.integers(0, 1000, stem)
         tails = [random.integers(0, 1000, 100) for _ in range(32)]
-        return Given([everything(np.concatenate([first, tail]).astype(np.int32)) for tail in tails])
+        return Given([all_supervised(np.concatenate([first, tail]).astype(np.int32)) for tail in tails])
 
     plan = Plan(32, 32, 1, seed=0, loss="token", micro_batch_tokens=1024, share_prefixes="auto")
     assert widen(plan, rows(800)) == 4096  # 800 + 32 * 100 tokens

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lorasft.data.encoding import FIRST, MARK, TextEncoder
 from lorasft.data.examples import Example, Message
 from lorasft.data.reasoning import reasoning_of, without_reasoning
-from lorasft.data.sources import Place
+from lorasft.data.sources import RowLocation
 from lorasft.data.templates import render, render_within_limits, set_template
 from lorasft.data.tokenizer import control_tokens
 from lorasft.errors import DataError, ModelError
@@ -83,7 +83,7 @@ class ChatFormat:
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
         """What a server would feed the model for these messages, to be answered."""
-        asked = self.complete(Example(tuple(messages), tuple(tools) if tools else None, None, Place("prompt", 1)))
+        asked = self.complete(Example(tuple(messages), tuple(tools) if tools else None, None, RowLocation("prompt", 1)))
         text = render(self.tokenizer, asked.messages, asked.tools, generation_prompt=True)
         return list(self.encoder.encode({text: ()})[text].ids)
 

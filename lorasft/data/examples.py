@@ -9,8 +9,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lorasft.data.report import NAMED, BadRows
-from lorasft.data.sources import Place, Raw, Row, holds_key, parse_row, parse_strict, read_file, read_hub, source_files
+from lorasft.data.report import NAMED, RowErrors
+from lorasft.data.sources import (
+    Raw,
+    Row,
+    RowLocation,
+    holds_key,
+    parse_row,
+    parse_strict,
+    read_file,
+    read_hub,
+    source_files,
+)
 from lorasft.errors import DataError
 
 if TYPE_CHECKING:
@@ -44,7 +54,7 @@ class Example:
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] | None
     text: str | None
-    place: Place
+    place: RowLocation
 
     @cached_property
     def digest(self) -> int:
@@ -82,7 +92,7 @@ def _cut_blocks(
         for line, raw in rows:
             size += len(raw) if isinstance(raw, bytes) else 0
             if not block.kind:
-                raw, block.kind = _find_format(raw, Place(file, line), source, settings)
+                raw, block.kind = _find_format(raw, RowLocation(file, line), source, settings)
             block.rows.append((line, raw))
             if len(block.rows) == BLOCK or size > BLOCK_BYTES:
                 yield block
@@ -92,7 +102,7 @@ def _cut_blocks(
     yield block
 
 
-def _find_format(raw: Raw, place: Place, source: DataSource, settings: DataSettings) -> tuple[Raw, str]:
+def _find_format(raw: Raw, place: RowLocation, source: DataSource, settings: DataSettings) -> tuple[Raw, str]:
     """The first row of a file, parsed, and the format that it shows; empty if it cannot be parsed.
 
     Raises DataError when it has no format or fits two, or has not the columns that the recipe names.
@@ -117,13 +127,13 @@ def _find_format(raw: Raw, place: Place, source: DataSource, settings: DataSetti
     return row, fits[0]
 
 
-def shape_block(block: RowBlock, settings: DataSettings, *, bad: BadRows) -> Iterator[Example]:
+def shape_block(block: RowBlock, settings: DataSettings, *, bad: RowErrors) -> Iterator[Example]:
     """The examples of a block, within their source's share. Raises DataError after them when the file ends wrong."""
     columns, share = block.source.columns or settings.columns or {}, block.source.share
     if block.kind:
         bad.report.formats[block.file] = block.kind
     for line, raw in block.rows:
-        place = Place(block.file, line)
+        place = RowLocation(block.file, line)
         try:
             row = parse_row(raw, place)
             bad.report.rows += 1
@@ -140,7 +150,7 @@ def shape_block(block: RowBlock, settings: DataSettings, *, bad: BadRows) -> Ite
         raise block.error
 
 
-def shape_row(row: Row, kind: str, place: Place) -> Example:
+def shape_row(row: Row, kind: str, place: RowLocation) -> Example:
     """One row of a known format as an Example. Raises DataError."""
     missing = [name for name in NEEDED[kind] if row.get(name) is None]
     if missing:

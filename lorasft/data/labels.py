@@ -15,7 +15,7 @@ from lorasft.data.encoding import Encoded, Span
 from lorasft.data.examples import BLOCK, Example, Message
 from lorasft.data.markers import compare_markers, has_markers
 from lorasft.data.reasoning import FIELDS, reasoning_of, without_reasoning
-from lorasft.data.report import BadRows, Report
+from lorasft.data.report import Report, RowErrors
 from lorasft.data.templates import MERGE_SYSTEM, limits
 from lorasft.data.tokenizer import adds_bos
 from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs
@@ -41,7 +41,9 @@ class Labeler:
         self._reads_thinking = "</think>" in template
         self._has_markers = has_markers(template)
 
-    def encode_all(self, examples: Iterable[Example], *, bad: BadRows) -> Iterator[tuple[Example, tuple[Tokens, ...]]]:
+    def encode_all(
+        self, examples: Iterable[Example], *, bad: RowErrors
+    ) -> Iterator[tuple[Example, tuple[Tokens, ...]]]:
         """Each example with its sequences. Dropped ones are left out, bad ones go to `bad`, whose report counts."""
         stream = iter(examples)
         while block := list(islice(stream, BLOCK)):
@@ -60,7 +62,7 @@ class Labeler:
                 if kept := self._keep_supervised(sequences, example, bad.report):
                     yield example, kept
 
-    def _mark_block(self, block: list[Example], bad: BadRows) -> list[tuple[Example, tuple[MarkedText, ...]]]:
+    def _mark_block(self, block: list[Example], bad: RowErrors) -> list[tuple[Example, tuple[MarkedText, ...]]]:
         marked = []
         with limits() as start_again:
             for example in block:

@@ -97,7 +97,7 @@ class Plan:
     micro_batch_tokens: int
     processes: int = 1  # that share the micro-batches of a step
     share_prefixes: Sharing = False
-    horizon: int | None = None  # see `cut`
+    rope_switch_length: int | None = None  # see `cut`
 
     @property
     def steps_per_epoch(self) -> int:
@@ -119,7 +119,7 @@ class Plan:
             loss=self.loss,
             processes=self.processes,
             share=self.share_prefixes,
-            horizon=self.horizon,
+            rope_switch_length=self.rope_switch_length,
         )
         return Step(number, number / self.steps_per_epoch, examples, tuple(merge_pairs(batch) for batch in batches))
 
@@ -151,7 +151,7 @@ def cut(
     loss: Literal["token", "example"] = "token",
     processes: int = 1,
     share: Sharing = False,
-    horizon: int | None = None,
+    rope_switch_length: int | None = None,
 ) -> Iterator[MicroBatch]:
     """Cut examples into micro-batches of at most `capacity` tokens, best fit in order of falling length.
 
@@ -159,11 +159,11 @@ def cut(
     gives each of them work. The last target of a sequence is never an
     input, and what comes after it is not computed: no supervised token looks at it. With `share`, what sequences
     begin with in common is computed once, and a tree may be as large as the longest sequence. Sequences up to
-    `horizon` tokens and longer ones never meet: some models compute all positions of a row by its longest.
+    `rope_switch_length` tokens and longer ones never meet: some models compute all positions of a row by its longest.
     """
     pieces = [piece for example in examples for piece in _pieces(store.sequences(int(example)), int(example), loss)]
-    long = [piece for piece in pieces if horizon is not None and len(piece.ids) > horizon]
-    short = [piece for piece in pieces if horizon is None or len(piece.ids) <= horizon]
+    long = [piece for piece in pieces if rope_switch_length is not None and len(piece.ids) > rope_switch_length]
+    short = [piece for piece in pieces if rope_switch_length is None or len(piece.ids) <= rope_switch_length]
     for kind in (short, long):
         ids, room = [piece.ids for piece in kind], capacity
         trees = build_trees(ids, capacity=room, share=share)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import Example, RowBlock, read_blocks, shape_block
 from lorasft.data.labels import Labeler
-from lorasft.data.report import BadRows, Report
+from lorasft.data.report import Report, RowErrors
 from lorasft.data.sources import load_hub, source_files
 from lorasft.data.store import Arrays, StoreWriter, TokenStore, map_store, pack_examples
 from lorasft.data.tokens import Tokens
@@ -181,7 +181,7 @@ def encode_source(
         data = data.model_copy(update={"format": "auto", "columns": None})
         blocks = read_blocks(source, data)
         first = next(blocks)
-    bad = BadRows(data.on_bad_row, Report())
+    bad = RowErrors(data.on_bad_row, Report())
     rows = (example for block in chain([first], blocks) for example in shape_block(block, data, bad=bad))
     examples = list(Labeler(ChatFormat(tokenizer, chat), data).encode_all(rows, bad=bad))
     bad.raise_all()
@@ -194,7 +194,7 @@ class PreparedBlock:
 
     file: str
     apart: bool  # of a source that is held out
-    bad: BadRows
+    bad: RowErrors
     error: LorasftError | None  # why the rows cannot be read or encoded further
     digests: Digests  # of all examples that could be read
     packed: Arrays | None  # None: nothing was encoded, because of rows that cannot be read, here or before
@@ -204,7 +204,7 @@ class PreparedBlock:
 def _prepare_block(work: tuple[RowBlock, bool, bool], data: DataSettings, labeler: Labeler) -> PreparedBlock:
     """A block of rows, whether it is held out, and whether to encode it: done by itself, with a report of its own."""
     block, apart, encode = work
-    bad = BadRows(data.on_bad_row, Report())
+    bad = RowErrors(data.on_bad_row, Report())
     examples: list[Example] = []
     encoded: list[tuple[Example, tuple[Tokens, ...]]] = []
     error = None
@@ -228,7 +228,7 @@ def _prepare_block(work: tuple[RowBlock, bool, bool], data: DataSettings, labele
 def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int) -> dict[str, Any]:
     """Write all examples into the stage's store; what else to record of them, as JSON values."""
     report, encoding = Report(), True
-    bad = BadRows(data.on_bad_row, report)
+    bad = RowErrors(data.on_bad_row, report)
     # `encoding` as it is when a block is read.
     blocks = ((block, apart, encoding) for source, apart in _sources(data) for block in read_blocks(source, data))
     work = partial(_prepare_block, data=data, labeler=labeler)

@@ -87,7 +87,7 @@ class Report:
 
 
 @dataclass
-class BadRows:
+class RowErrors:
     """What `data.on_bad_row` says: collect the errors and raise them together, or count and continue."""
 
     policy: Literal["error", "drop"]
@@ -102,7 +102,7 @@ class BadRows:
         if self.policy == "error" and len(self.errors) < ErrorGroup.most:
             self.errors.append(DataError(error.what, where=where, hint=error.hint or HINT))
 
-    def join(self, later: BadRows) -> None:
+    def join(self, later: RowErrors) -> None:
         """Take in what was found in rows that come after. Raises ErrorGroup from the 20th on: more help nobody."""
         self.report.join(later.report)
         self.errors.extend(later.errors[: ErrorGroup.most - len(self.errors)])

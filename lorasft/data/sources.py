@@ -36,7 +36,7 @@ HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
 @dataclass(frozen=True)
-class Place:
+class RowLocation:
     """Where a row is: file and line, counted from 1 (arrays, Parquet and hub ids: the row's number)."""
 
     file: str
@@ -88,7 +88,7 @@ def read_hub(source: DataSource) -> Iterator[tuple[int, Raw]]:
         yield number, drop_nulls(row)
 
 
-def parse_row(raw: Raw, place: Place) -> Row:
+def parse_row(raw: Raw, place: RowLocation) -> Row:
     """A row of `read_file` or `read_hub` as an object. Raises DataError with the place."""
     if isinstance(raw, DataError):
         raise raw

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from lorasft.data.sources import Place
+from lorasft.data.sources import RowLocation
 from lorasft.data.tokens import UNSUPERVISED, Tokens
 from lorasft.errors import ModelError
 
@@ -48,10 +48,10 @@ class TokenStore:
         edges = self.sequence_starts[self.example_starts[number] : self.example_starts[number + 1] + 1].tolist()
         return tuple(self._read(start, end) for start, end in pairwise(edges))
 
-    def place(self, example: int) -> Place:
+    def place(self, example: int) -> RowLocation:
         """The file and line that an example came from."""
         number = self.chosen[example]
-        return Place(self.names[self.arrays["files"][number]], int(self.arrays["lines"][number]))
+        return RowLocation(self.names[self.arrays["files"][number]], int(self.arrays["lines"][number]))
 
     def count_tokens(self) -> int:
         """Tokens of all sequences."""

@@ -25,7 +25,7 @@ from lorasft.data.tokens import UNSUPERVISED, Tokens
 from lorasft.errors import DataError, ModelError
 from lorasft.model.adapter import load_artifact, read_tokenizer
 from lorasft.model.free_memory import free_memory
-from lorasft.model.scoring import everything, read_answers
+from lorasft.model.scoring import all_supervised, read_answers
 from lorasft.recipe import DataSettings, DataSource
 
 Onto = Literal["original", "dequantized"]  # the weights that an update is added to
@@ -171,7 +171,7 @@ def _find_rows(artifact: Artifact, data: DataSource | None) -> tuple[Sequence[To
 
 
 def _own_text(artifact: Artifact) -> list[Tokens]:
-    return [everything(np.array(read_tokenizer(artifact)(_TEXT)["input_ids"], dtype=np.int32))]
+    return [all_supervised(np.array(read_tokenizer(artifact)(_TEXT)["input_ids"], dtype=np.int32))]
 
 
 def _load(artifact: Artifact) -> Any:

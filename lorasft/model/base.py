@@ -34,7 +34,7 @@ _MOST_UNQUANTIZED = 0.15
 
 
 @dataclass(frozen=True)
-class ByteTable:
+class WeightBytes:
     """Bytes of a loaded model by kind."""
 
     four_bit: int
@@ -207,14 +207,14 @@ def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if wanted == "bfloat16" or (wanted == "auto" and native) else torch.float32
 
 
-def count_bytes(model: nn.Module) -> ByteTable:
+def count_bytes(model: nn.Module) -> WeightBytes:
     """Where the bytes of a loaded model are, by kind; quantization constants count as 4-bit."""
     sizes = dict.fromkeys(("four_bit", "sixteen_bit", "full", "adapter"), 0)
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         kind = "adapter" if parameter.requires_grad else "sixteen_bit" if parameter.element_size() == 2 else "full"
         sizes["four_bit" if state else kind] += parameter.nbytes + sum(one.nbytes for one in _constants(state))
-    return ByteTable(**sizes)
+    return WeightBytes(**sizes)
 
 
 def _constants(state: Any) -> list[torch.Tensor]:

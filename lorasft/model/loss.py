@@ -64,7 +64,7 @@ class Network:
     segments: bool  # False: sequences go alone, under transformers' own attention
     share: Sharing = False  # whether what sequences begin with in common is computed once
     varlen: bool = False  # attention of all segments in one kernel
-    horizon: int | None = None  # sequences up to this length are never in a row with longer ones
+    rope_switch_length: int | None = None  # sequences up to this length are never in a row with longer ones
     notices: tuple[str, ...] = ()  # what a person should know about a slower way that was taken
     planned: torch.device | None = None  # where a model on the meta device would run
 

@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lorasft.data.packing import MicroBatch, cut
-from lorasft.model.base import ByteTable, count_bytes
+from lorasft.model.base import WeightBytes, count_bytes
 from lorasft.model.loss import Network, pair_losses
 from lorasft.model.recompute import recompute
-from lorasft.model.scoring import Given, everything
+from lorasft.model.scoring import Given, all_supervised
 
 # Share of the free memory that is planned with: the rest is for fragments and other programs.
 USABLE = 0.9
@@ -86,7 +86,7 @@ class ActivationMemory:
 class StaticBytes:
     """What lives all through a run, in bytes by kind."""
 
-    weights: ByteTable  # the adapter among them
+    weights: WeightBytes  # the adapter among them
     gradients: int
     optimizer: int
 
@@ -190,7 +190,7 @@ def heaviest_batch(network: Network, *, longest: int, capacity: int) -> MicroBat
     lengths = [longest] * (capacity // longest) + ([capacity % longest] if capacity % longest else [])
     vocabulary = network.causal.config.get_text_config().vocab_size
     draw = np.random.default_rng(0)
-    rows = [everything(draw.integers(0, vocabulary, length + 1).astype(np.int32)) for length in lengths]
+    rows = [all_supervised(draw.integers(0, vocabulary, length + 1).astype(np.int32)) for length in lengths]
     (batch,) = cut(Given(rows), range(len(rows)), capacity=capacity)
     return batch
 

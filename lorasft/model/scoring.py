@@ -16,7 +16,7 @@ from torch import Tensor
 from lorasft.data.packing import MicroBatch, Sequences, cut, share
 from lorasft.data.prepare import encode_source
 from lorasft.data.report import Report
-from lorasft.data.sources import Place
+from lorasft.data.sources import RowLocation
 from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs
 from lorasft.errors import DataError
 from lorasft.model.loss import Network, pair_losses
@@ -39,7 +39,7 @@ class Given:
         return (self.given[example],)
 
 
-def everything(ids: NDArray[np.int32]) -> Tokens:
+def all_supervised(ids: NDArray[np.int32]) -> Tokens:
     """`ids` with every token a target but the first, which no source predicts."""
     labels = ids.copy()
     labels[:1] = UNSUPERVISED
@@ -67,7 +67,14 @@ def score_batches(
     try:
         for start in range(0, len(examples), _GROUP):
             group = examples[start : start + _GROUP]
-            batches = cut(rows, group, capacity=room, processes=processes, share=network.share, horizon=network.horizon)
+            batches = cut(
+                rows,
+                group,
+                capacity=room,
+                processes=processes,
+                share=network.share,
+                rope_switch_length=network.rope_switch_length,
+            )
             for batch in share(tuple(batches), index, processes):
                 with torch.no_grad(), explain(batch):
                     losses = pair_losses(network, batch)
@@ -80,7 +87,7 @@ def log_probabilities(
     network: Network, sequences: Sequence[NDArray[np.int32]], *, capacity: int
 ) -> list[NDArray[np.float64]]:
     """log p(token | tokens before it), natural, for each sequence from its second token on: (length - 1,) each."""
-    store = Given([everything(ids) for ids in sequences])
+    store = Given([all_supervised(ids) for ids in sequences])
     scores = [np.zeros(max(0, len(ids) - 1)) for ids in sequences]
     scored = [index for index, ids in enumerate(sequences) if len(ids) > 1]
     for batch, losses in score_batches(network, store, scored, capacity=capacity):
@@ -95,7 +102,7 @@ class Answer:
 
     ids: NDArray[np.int32]
     start: int
-    place: Place
+    place: RowLocation
 
     @property
     def length(self) -> int:

@@ -18,7 +18,7 @@ from lorasft.data.packing import MicroBatch, cut
 from lorasft.data.tokens import Tokens
 from lorasft.model.attention import SEGMENTS, attention
 from lorasft.model.loss import Network, pair_losses, read_head
-from lorasft.model.scoring import Given, everything
+from lorasft.model.scoring import Given, all_supervised
 
 # Lengths of the probe sequences. The longer one is first in a row, so it is what the other must not see.
 _EARLY, _LATE = 24, 17
@@ -31,7 +31,9 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
     """
     training = causal.training
     causal.eval()
-    network = Network(causal, head=None, segments=False, horizon=_horizon(causal.config.get_text_config()))
+    network = Network(
+        causal, head=None, segments=False, rope_switch_length=_rope_switch_length(causal.config.get_text_config())
+    )
     with torch.no_grad():
         if segments:
             network = _try_segments(network)
@@ -119,14 +121,14 @@ def _tolerance(causal: Any, losses: Tensor) -> float:
 
 def _random(length: int, network: Network, *, seed: int) -> Tokens:
     vocabulary = network.causal.config.get_text_config().vocab_size
-    return everything(np.random.default_rng(seed).integers(0, vocabulary, length).astype(np.int32))
+    return all_supervised(np.random.default_rng(seed).integers(0, vocabulary, length).astype(np.int32))
 
 
 def _branches(first: int, network: Network) -> tuple[Tokens, Tokens]:
     """Two sequences with a common stem; the first continues with the token `first`, below the second's."""
     stem, tail, other = (_random(_LATE, network, seed=seed).ids for seed in (4, 4 + first, 7))
     ids = [np.concatenate([stem, [first], tail]), np.concatenate([stem, [3], other[:9]])]
-    return everything(ids[0].astype(np.int32)), everything(ids[1].astype(np.int32))
+    return all_supervised(ids[0].astype(np.int32)), all_supervised(ids[1].astype(np.int32))
 
 
 def _tree(sequences: tuple[Tokens, Tokens]) -> MicroBatch:
@@ -134,7 +136,7 @@ def _tree(sequences: tuple[Tokens, Tokens]) -> MicroBatch:
     return batch
 
 
-def _horizon(config: Any) -> int | None:
+def _rope_switch_length(config: Any) -> int | None:
     """The length from which on a row's positions are computed otherwise, all of them (transformers' `longrope`)."""
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = rope.values() if all(isinstance(kind, dict) for kind in rope.values()) else [rope]

@@ -70,7 +70,7 @@ def choose_layout(
     """
     network = choose_sharing(network, recipe.machine.share_prefixes, saved=saved)
     tokens = plan.micro_batch_tokens
-    plan = replace(plan, share_prefixes=network.share, horizon=network.horizon)
+    plan = replace(plan, share_prefixes=network.share, rope_switch_length=network.rope_switch_length)
     if recipe.machine.micro_batch_tokens == "auto" and not saved and network.share:
         tokens = widen(plan, rows)
     plan = replace(plan, micro_batch_tokens=tokens if network.segments else 1)  # 1: sequences go alone
@@ -108,13 +108,13 @@ def choose_sharing(network: Network, wanted: Sharing, *, saved: State | None) ->
         wanted = saved.layout.share_prefixes
     if wanted is False or network.share is False:
         return replace(network, share=False)
-    if not drops_out(network.causal):
+    if not has_dropout(network.causal):
         return replace(network, share=wanted)
     notice = "shared prefixes are computed for each example: dropout is active"
     return replace(network, share=False, notices=(*network.notices, notice))
 
 
-def drops_out(model: nn.Module) -> bool:
+def has_dropout(model: nn.Module) -> bool:
     """Whether anything in `model` drops out while it trains: modules, or attention by a number that it is given."""
     return any(
         "drop" in name and isinstance(value, float) and value > 0
