@@ -58,7 +58,7 @@ def usual_converter(model: Path) -> str:
     return f"llama.cpp's converter: python convert_hf_to_gguf.py {model} --outfile FILE"
 
 
-def read_layout(model: Path) -> GgufLayout:
+def read_gguf_layout(model: Path) -> GgufLayout:
     """Describe the model in the folder `model`. Raises ModelError for what llama.cpp would not compute alike."""
     config = _read_config(model)
     family = FAMILIES.get(config.model_type)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lorasft.errors import DeviceError, ModelError
-from lorasft.export.families import GgufLayout, read_layout, usual_converter
+from lorasft.export.families import GgufLayout, read_gguf_layout, usual_converter
 from lorasft.export.tokenizer import describe_tokenizer
 from lorasft.files import need_space, refuse_existing, staged_file
 from lorasft.tensors import TensorFile, find_weights, open_tensors
@@ -74,7 +74,7 @@ def write_gguf(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progr
     """
     gguf = load_library()
     refuse_existing(out)
-    layout = read_layout(model)
+    layout = read_gguf_layout(model)
     tokenizer = describe_tokenizer(model, layout.vocabulary)
     tensors = list(_find_tensors(gguf, model, layout, kind))
     _check_complete(tensors, layout, model)

@@ -45,12 +45,6 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
     return network
 
 
-def probe(network: Network) -> MicroBatch:
-    """A micro-batch of random tokens, of two sequences where the network takes several."""
-    early, late = _random(_EARLY, network, seed=1), _random(_LATE, network, seed=1)
-    return _row(early, late) if network.segments else _row(early)
-
-
 def _try_segments(plain: Network) -> Network:
     """Packed equals alone, and another first sequence leaves the losses of the second untouched."""
     early, other, late = (_random(length, plain, seed=seed) for length, seed in ((_EARLY, 1), (_EARLY, 2), (_LATE, 3)))
