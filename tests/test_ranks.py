@@ -25,7 +25,7 @@ import pytest
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import GeneralTracker
-from faults.states import full_in, with_fault
+from faults.trial import full_in, with_fault
 from safetensors.torch import load_file, save_file
 from test_oracles import Rows, differences, gradients, oracle, ours, plain_step
 from test_train import metrics, run_folder
