@@ -22,6 +22,7 @@ LARGEST_HEADER = 100 << 20  # bytes: safetensors' own limit
 # Types that are computed with, in the words of safetensors and of torch. Tensors of any type are copied.
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8", "I8": "int8"}
 _AGAIN = "download it again"
+_FLUSH = 32 << 20  # bytes after which the system is asked to write them
 _COPIED = 4 << 20  # bytes copied at once
 
 
@@ -95,7 +96,7 @@ class TensorWriter:
 
     def __init__(self, file: BinaryIO, specs: Mapping[str, TensorSpec], metadata: Any, thread: Executor) -> None:
         """Writes the header. `file`: new, and open for writing; `thread`: with one worker; `metadata`: or None."""
-        self._file, self._sha256, self._thread = file, hashlib.sha256(), thread
+        self._file, self._sha256, self._thread, self._asked = file, hashlib.sha256(), thread, 0
         fields: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
         end = 0
         for name, spec in specs.items():
@@ -128,6 +129,10 @@ class TensorWriter:
     def _append(self, content: bytes | bytearray | memoryview) -> None:
         self._file.write(content)
         self._sha256.update(content)
+        if self._file.tell() >= self._asked + _FLUSH:
+            # Begins with the disk now, and waits for nothing: else all of it would wait for the fsync at the end.
+            os.posix_fadvise(self._file.fileno(), self._asked, _FLUSH, os.POSIX_FADV_DONTNEED)
+            self._asked += _FLUSH
 
 
 def find_weights(folder: Path) -> list[Path]:
