@@ -207,7 +207,8 @@ def _prepare_block(work: tuple[RowBlock, bool, bool], data: DataSettings, labele
         np.array([example.digest for example in some], dtype=np.uint64)
         for some in (examples, [example for example, _ in encoded])
     )
-    packed = pack_examples([(example.place.line, tokens) for example, tokens in encoded]) if encode else None
+    whole = encode and not error
+    packed = pack_examples([(example.place.line, tokens) for example, tokens in encoded]) if whole else None
     return PreparedBlock(block.file, apart, report, error, digests, packed, packed_digests)
 
 
