@@ -261,7 +261,7 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
     "35 unknown": (3, ["unknown kind of file: .txt", "rows.txt", ".jsonl"], of_rows("x", name="rows.txt")),
     "36 empty": (3, ["no rows", "rows.jsonl"], of_rows("")),
     "36 blank": (3, ["no rows", "rows.jsonl"], of_rows("\n\n \n")),
-    "37": (3, ["Expecting value", "oops", "rows.jsonl:2", "on_bad_row"],
+    "37": (3, ["Expecting value", "rows.jsonl:2", "on_bad_row"],
            of_rows('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": oops}\n')),
     "38": (3, ["cut off", "rows.jsonl:2", "fetch"],
            of_rows('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "compl')),

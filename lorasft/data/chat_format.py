@@ -241,10 +241,11 @@ def read_style(tokenizer: PreTrainedTokenizerFast) -> TemplateStyle:
         text = render(tokenizer, answered)
     except DataError as error:
         hint = "chat.template_options sets its variables; chat.template=plain does without it"
-        raise ModelError(error.what, where="a probe", hint=hint) from None
+        raise ModelError(error.what, where=tokenizer.name_or_path, hint=hint) from None
     at = text.rfind(ANSWER)
     if at < 0:
-        raise ModelError("the chat template does not show an assistant's answer", hint="chat.template=plain")
+        what = "the chat template does not show an assistant's answer"
+        raise ModelError(what, where=tokenizer.name_or_path, hint="chat.template=plain")
     tail = text[at + len(ANSWER) :]
     ends = [(tail.find(token), -len(token), token) for token in _turn_ends(tokenizer) if token in tail]
     end = tail[: min(ends)[0]] + min(ends)[2] if ends else ""
