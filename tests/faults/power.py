@@ -30,7 +30,7 @@ def record(root: Path, log: Path) -> Fault:
     def fault(number: int, kind: str, paths: tuple[Path, ...]) -> Iterator[None]:
         yield
         content = ""
-        if kind in ("write", "append", "lock", "fsync"):
+        if kind in ("write", "append", "fsync"):
             content = hashlib.sha256(data := paths[0].read_bytes()).hexdigest()
             (log / content).write_bytes(data)
         names = [path.relative_to(root).as_posix() for path in paths]
@@ -83,7 +83,7 @@ class Reader:
             self.apply(at, kind, content, names)
             if kind == "rename" and "/checkpoints/step-" in names[1] and ".trash-" not in names[1]:
                 renamed.append(self.changes[-1])
-            if kind == "append":
+            if kind == "append" and "metrics" in names[0]:
                 lines = (self.log / content).read_text(encoding="utf-8").splitlines()
                 steps = max((json.loads(line)["step"] for line in lines if '"loss"' in line), default=0)
             history.commits.append(sum(change.safe <= at for change in renamed))
