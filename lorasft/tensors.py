@@ -169,7 +169,7 @@ def open_tensors(path: Path, *, largest: int = LARGEST_HEADER) -> TensorFile:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(path.stat().st_size, largest):
-            what = "this is not a safetensors file; perhaps a Git LFS pointer, or a web page (HTML)"
+            what = "not a safetensors file, but a Git LFS pointer or a web page (HTML)?, or its header is too long"
             raise ModelError(what, where=str(path), hint=f"git lfs pull, or {_AGAIN}")
         header = file.read(length)
     try:
