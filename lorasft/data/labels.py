@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from lorasft.data.chat_format import AnswerLocator, AnswerSpan, ChatFormat, MarkedText, name_of
+from lorasft.data.chat_format import AnswerSpan, ChatFormat, MarkedText, name_of
 from lorasft.data.encoding import Encoded
-from lorasft.data.examples import BLOCK, Example, Message
-from lorasft.data.reasoning import FIELDS, reasoning_of, without_reasoning
+from lorasft.data.examples import BLOCK, REASONING, Example, Message, reasoning_of, without_reasoning
 from lorasft.data.report import Report
 from lorasft.data.templates import MERGE_SYSTEM, limits
 from lorasft.data.tokenizer import adds_bos
@@ -32,7 +31,6 @@ class Labeler:
         self.chat = chat_format.chat
         self.data = data
         tokenizer = chat_format.tokenizer
-        self.locator = AnswerLocator(tokenizer, chat_format.style, mask_reasoning=self.chat.thinking == "mask")
         self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self.eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self._merges_system = MERGE_SYSTEM in str(tokenizer.chat_template)
@@ -74,11 +72,11 @@ class Labeler:
             example = _drop_reasoning(example, report)
         report.merged_systems += self._merges_system and example.messages[0]["role"] == "system"
         if self.chat.supervise == "everything":
-            return (MarkedText(self.locator.render(example, len(example.messages)), ()),)
+            return (MarkedText(self.format.render(example, len(example.messages)), ()),)
         targets = self._targets(example.messages)
         if not targets:
             _drop_without_target(example, report)
-        texts = self.locator.mark(example, targets)
+        texts = self.format.mark(example, targets)
         report.split_conversations += len(texts) > 1
         answers = ((marked, answer) for marked in texts for answer in marked.answers)
         for target, (marked, answer) in zip(targets, answers, strict=True):
@@ -108,7 +106,7 @@ class Labeler:
         report.masked_reasoning += answer.masked
         report.led_answers += bool(text[answer.prompt : answer.start - answer.masked].strip())
         if not message.get("tool_calls"):  # their content is rewritten altogether; the locator looks after the calls
-            field = reasoning if any(message.get(name) for name in FIELDS) else ""
+            field = reasoning if any(message.get(name) for name in REASONING) else ""
             shown = answer.end - answer.start + answer.masked - len(self.format.style.end_of_turn)
             report.dropped_characters += max(0, len(message["content"].strip()) + len(field) - shown)
 

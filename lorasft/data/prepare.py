@@ -85,7 +85,7 @@ def prepare(
         record = _write_store(stage, data, labeler, workers or available_workers())
         record |= {"key": key, "ingredients": ingredients, "stop_ids": labeler.format.stop_ids}
         write_file(stage / "prepared.json", json.dumps(record).encode())
-    return _open(target)
+    return open_prepared(target)
 
 
 def open_prepared(folder: Path) -> Prepared:
@@ -94,10 +94,6 @@ def open_prepared(folder: Path) -> Prepared:
     Raises ModelError when a file is missing or differs, or when a version made it that laid it out otherwise.
     """
     verify_folder(folder)
-    return _open(folder)
-
-
-def _open(folder: Path) -> Prepared:
     record = json.loads((folder / "prepared.json").read_bytes())
     if record["ingredients"]["schema"] != SCHEMA:
         raise ModelError("another version of lorasft prepared this data", where=str(folder))
@@ -283,8 +279,6 @@ def _refuse_losses(data: DataSettings, report: Report) -> None:
     dropped = report.dropped_examples()
     lengths = ", ".join(f"{name}: {length}" for name, length in report.length_quantiles().items())
     hint = f"lengths in tokens {lengths}; data.max_length is {data.max_length}, data.max_dropped {data.max_dropped}"
-    if data.overlong == "split" and report.over_long_examples:
-        hint += "; data.overlong=split cuts texts only, and drops conversations"
     what = (
         f"{dropped} of {report.rows} rows dropped ({report.bad_rows} bad, {report.over_long_examples} over-long, "
         f"{report.examples_without_target} with nothing to learn)"
