@@ -447,7 +447,7 @@ def test_counts_that_a_recipe_does_not_allow(tmp_path: Path, tokenizer: Any) -> 
     with pytest.raises(DataError, match=r"20 of 20 rows dropped \(0 bad, 20 over-long") as fault:
         made(max_length=8)
     assert "50%: " in str(fault.value.hint) and "data.max_dropped 0.05" in str(fault.value.hint)
-    with pytest.raises(DataError, match="nothing to train on"):
+    with pytest.raises(DataError, match="0 to train on"):
         made(max_length=8, max_dropped=1.0)
     with pytest.raises(DataError, match=r"2 rows of data\.eval are in data\.train"):
         made(eval=(str(copy),))
@@ -494,7 +494,7 @@ def test_preview_marks_what_is_learned_and_sends_no_control_characters(recipe: P
     out = capsys.readouterr().out
     assert "What is 3 + 1?<|end|>\n<|start|>assistant\n⟦4<|end|>⟧" in out
     assert "\\x1b[31mred\\x07" in out and "\x1b" not in out and "\x07" not in out
-    assert "10 rows read (prompt-completion), in 10 sequences" in out
+    assert "10 rows read, in 10 sequences" in out
 
 
 def test_data_sets_of_the_hub_go_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,15 +42,11 @@ class TemplateStyle:
 
 @dataclass(frozen=True)
 class AnswerSpan:
-    """Characters of a text: the prompt ends at `prompt`; `start` to `end` is supervised.
-
-    `masked`: characters of reasoning before `start`, which are context.
-    """
+    """Characters of a text: the prompt ends at `prompt`; `start` to `end` is supervised."""
 
     prompt: int
     start: int
     end: int
-    masked: int = 0
 
 
 @dataclass(frozen=True)
@@ -145,8 +141,9 @@ class ChatFormat:
             what = f"the chat template leaves out the tool calls of message {target + 1}"
             raise DataError(what, hint="chat.template=FILE with a template that renders them")
         start, end, add_eos = self._locate(region, message)
-        masked = self._count_reasoning(region[start:end], example, target) if self._masks(message) else 0
-        answer = AnswerSpan(len(prompt), len(prompt) + start + masked, len(prompt) + end, masked)
+        if self._masks(message):
+            start += self._count_reasoning(region[start:end], example, target)
+        answer = AnswerSpan(len(prompt), len(prompt) + start, len(prompt) + end)
         return MarkedText(prompt + (region[:end] if add_eos else region), (answer,), add_eos)
 
     def _locate_earlier(self, text: str, example: Example, target: int) -> AnswerSpan | None:

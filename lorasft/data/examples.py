@@ -132,8 +132,6 @@ def _find_format(raw: Raw, place: RowLocation, source: DataSource, settings: Dat
 def shape_block(block: RowBlock, settings: DataSettings, *, report: Report) -> Iterator[Example]:
     """The examples of a block, within their source's share. Raises DataError after them when the file ends wrong."""
     columns, share = block.source.columns or settings.columns or {}, block.source.share
-    if block.kind:
-        report.formats[block.file] = block.kind
     for line, raw in block.rows:
         place = RowLocation(block.file, line)
         try:
