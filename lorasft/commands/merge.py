@@ -8,7 +8,6 @@ import time
 from argparse import ArgumentParser
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lorasft.commands.arguments import add_columns, add_json, add_saved
@@ -81,9 +80,6 @@ def _describe(merged: Merged, *, seconds: float) -> list[str]:
     ]
     if merged.unchanged:
         lines.append(f"rounding left {merged.unchanged} of the merged tensors as they were")
-    if merged.quantization:
-        ratios = sorted(merged.quantization.values())
-        lines.append(f"NF4's error is {median(ratios):.2g} times the size of the update (median of tensors)")
     if merged.table:
         lines += [f"on {merged.rows}:", f"{'':30}  {'KL a token':>10}  {'same choice':>11}  {'nats a token':>12}"]
         lines += [

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -27,7 +25,7 @@ from lorasft.files import (
     staged_folder,
     write_file,
 )
-from lorasft.merge.write import MergePlan, Progress, WrittenTensor, plan_merge, rewrite_config, write_weights
+from lorasft.merge.write import MergePlan, Progress, plan_merge, rewrite_config, write_weights
 from lorasft.recipe import DataSource
 from lorasft.tensors import INDEX
 
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
     from lorasft.merge.check import MergeCheck, Onto
 
 _SIDECARS = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
-_LOCAL_PATH = re.compile(r"(?<![\w.<])/(?:[^\s/'\"]+/)+([^\s/'\"]+)")  # a path of this machine, and the name at its end
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,6 @@ class Merged:
     unchanged: int  # of these, how many the rounding left as they were
     copied: int  # tensors copied as they are
     size: int  # bytes of weights
-    quantization: dict[str, float] = field(default_factory=dict)  # tensor -> |error of NF4| / |update|
     rows: str = ""  # what the answers were compared on
     table: dict[str, dict[str, float]] = field(default_factory=dict)  # model -> kl, same_choice, nll
 
@@ -73,7 +69,11 @@ def merge(
     adapter does not fit, CapacityError when `out` has no room; a merge that fails, its check included, leaves nothing
     under `out`.
     """
-    _check_options(artifact, out, data, check=check, force_base=force_base)
+    refuse_existing(out)
+    artifact.verify(force_base=force_base)
+    refuse_overlap(out, artifact.base, artifact.require_adapter(), *([artifact.run] if artifact.run else []))
+    if data is not None and not check:
+        raise RecipeError("--data has no use with --no-check", where=data.path, hint="leave one of the two out")
     plan = plan_merge(artifact)
     adapter_hash = sha256(artifact.require_adapter() / WEIGHTS)
     _refuse_second_merge(artifact.base, adapter_hash)
@@ -98,26 +98,14 @@ def merge(
             onto=chosen,
             why=why,
             updated=len(plan.changes),
-            unchanged=sum(not written[name].changed for name in plan.changes),
+            unchanged=sum(not written[name] for name in plan.changes),
             copied=sum(map(len, plan.targets)) - len(written),
             size=sum(path.stat().st_size for path in stage.glob("*.safetensors")),
-            quantization={
-                name: w.quantization / w.update for name, w in written.items() if w.quantization and w.update
-            },
             rows=judge.origin if judge else "",
-            table={name: asdict(distance) for name, distance in judge.table.items()} if judge else {},
+            table=judge.table if judge else {},
         )
         _write_record(stage, artifact, merged, adapter_hash=adapter_hash, hashes=hashes)
     return merged
-
-
-def _check_options(artifact: Artifact, out: Path, data: DataSource | None, *, check: bool, force_base: bool) -> None:
-    """What can be refused before anything is read."""
-    refuse_existing(out)
-    artifact.verify(force_base=force_base)
-    refuse_overlap(out, artifact.base, artifact.require_adapter(), *([artifact.run] if artifact.run else []))
-    if data is not None and not check:
-        raise RecipeError("--data has no use with --no-check", where=data.path, hint="leave one of the two out")
 
 
 def _write_stage(
@@ -129,20 +117,17 @@ def _write_stage(
     onto: Onto,
     quantize: bool,
     progress: Progress | None,
-) -> tuple[dict[str, WrittenTensor], dict[str, str]]:
+) -> tuple[dict[str, bool], dict[str, str]]:
     """Write and check everything but the record. Returns what became of tensors, and the hashes of files if known.
 
     Raises ModelError when no weight changed, or when the merge does not answer like what was trained.
     """
-    onto_nf4 = onto == "dequantized" and not plan.packed
-    quantized, dtype = _find_quantized(artifact, plan) if judge or onto_nf4 else ([], torch.float32)
+    nf4, dtype = _find_quantized(artifact, plan) if onto == "dequantized" else ([], torch.float32)
     weights = stage / "16-bit" if quantize else stage
     make_folder(weights)
-    written, hashes = write_weights(
-        weights, plan, quantized=quantized, dtype=dtype, onto_nf4=onto_nf4, on_progress=progress
-    )
+    written, hashes = write_weights(weights, plan, nf4=nf4, dtype=dtype, on_progress=progress)
     base, adapter = artifact.base, artifact.require_adapter()
-    if not any(written[name].changed for name in plan.changes):
+    if not any(written[name] for name in plan.changes):
         what = "no weight changed: the adapter is empty, or too small for the base's dtype"
         raise ModelError(what, where=str(adapter))
     _copy_sidecars(base, adapter, weights, rewritten=rewrite_config(plan, artifact.base_config))
@@ -196,10 +181,8 @@ def _quantize(weights: Path, stage: Path) -> None:
     model = load_base(ModelSettings(base=str(weights)), torch.device("cpu"))
     with quiet_progress():
         model.save_pretrained(stage)
-    mask = os.umask(0)
-    os.umask(mask)
     for path in stage.glob("*.safetensors"):  # safetensors lets nobody else read them
-        path.chmod(0o666 & ~mask)
+        shutil.copymode(stage / "config.json", path)
     for path in _list_sidecars(weights):
         if not (stage / path.name).exists() and path.name != INDEX:
             shutil.copyfile(path, stage / path.name)
@@ -246,7 +229,7 @@ def _make_card(artifact: Artifact, record: dict[str, Any]) -> str:
 
     No row of the data and no path of this machine. `record`: what merge.json holds.
     """
-    given, trained = artifact.model.base, artifact.provenance
+    given = artifact.model.base
     name = Path(given).name if Path(given).is_dir() else given
     parts = [
         f"---\nbase_model: {name}\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
@@ -259,21 +242,4 @@ def _make_card(artifact: Artifact, record: dict[str, Any]) -> str:
         rows = [f"| {model} | {x['kl']:.1e} | {x['same_choice']:.1%} | {x['nll']:.4f} |"
                 for model, x in record["table"].items()]  # fmt: skip
         parts.append(f"## Answers, measured on {record['rows']}\n\n{head}" + "\n".join(rows))
-    if artifact.run and trained:
-        parts.append(_describe_training(artifact.run, trained.record))
     return "\n\n".join(parts) + "\n"
-
-
-def _describe_training(run: Path, provenance: Mapping[str, Any]) -> str:
-    report, metrics = provenance["report"], run / "metrics.jsonl"
-    text = (
-        f"## Training\n\n{report['train_examples']:,} examples, {report['held_out_examples']:,} held out, "
-        f"{report['supervised_tokens']:,} learned tokens; data `{provenance['data']}`."
-    )
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    evaluations = [json.loads(line) for line in lines if line.endswith("}") and '"eval_loss"' in line]
-    if evaluations:
-        last = evaluations[-1]
-        text += f" Held-out loss {last['eval_loss']:.4f} nats a token after step {last['step']}."
-    recipe = _LOCAL_PATH.sub(r"\1", (run / "recipe.yaml").read_text(encoding="utf-8")).strip()
-    return f"{text}\n\n```yaml\n{recipe}\n```"
