@@ -91,8 +91,8 @@ def describe(plan: RunPlan) -> Iterator[str]:
     yield f"on {plan.device} in {plan.dtype}: micro-batches of {plan.fit.plan.micro_batch_tokens:,} tokens"
     yield f"(the heaviest: {len(plan.fit.heaviest.ids):,}), {layers} layers recomputed"
     yield f"{plan.steps:,} steps over {plan.examples:,} examples; an estimate from single layers on few tokens:"
-    learned = f"{duration.supervised_tokens_per_second:,.0f} learned tokens"
-    yield f"  {duration.examples_per_second:,.3g} examples, {learned} a second"
+    supervised = f"{duration.supervised_tokens_per_second:,.0f} supervised tokens"
+    yield f"  {duration.examples_per_second:,.3g} examples, {supervised} a second"
     yield f"  {time_text(duration.training)} of training, {time_text(duration.evaluation)} of evaluation"
     if plan.saved_by_8bit:
         yield f"optimizer.name=adamw8bit would save {size_text(plan.saved_by_8bit)}"

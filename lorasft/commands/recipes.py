@@ -6,7 +6,7 @@ import json
 from argparse import ArgumentParser
 from pathlib import Path
 
-from lorasft.commands.arguments import add_json
+from lorasft.commands.arguments import add_json, show
 from lorasft.errors import RecipeError
 from lorasft.terminal import say, shorten
 
@@ -43,21 +43,13 @@ def _print_list(as_json: bool) -> None:
     from lorasft.recipe import shipped_recipes
     from lorasft.recipe.yaml_reader import read_yaml
 
-    rows = [
-        {
-            "name": name,
-            "base": read_yaml(path).value["model"]["base"],
-            "about": path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# "),
-            "path": str(path),
-        }
-        for name, path in shipped_recipes().items()
-    ]
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
+    rows = []
+    for name, path in shipped_recipes().items():
+        about = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        rows.append({"name": name, "base": read_yaml(path).value["model"]["base"], "about": about, "path": str(path)})
     widths = [max(len(row[key]) for row in rows) for key in ("name", "base")]
-    for row in rows:
-        print(f"{row['name']:{widths[0]}}  {row['base']:{widths[1]}}  {row['about']}")
+    lines = [f"{row['name']:{widths[0]}}  {row['base']:{widths[1]}}  {row['about']}" for row in rows]
+    show(rows, lines, as_json=as_json)
 
 
 def _copy(source: Path, target: Path) -> None:
