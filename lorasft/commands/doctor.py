@@ -114,7 +114,8 @@ def _check_device() -> str:
     if device.type != "cuda":
         return f"{device.type}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {dtype}"
     major, minor = torch.cuda.get_device_capability(device)
-    what = f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}, CUDA {built}, {driver}, {dtype}"
+    free = size_text(torch.cuda.mem_get_info(device)[0])
+    what = f"{torch.cuda.get_device_name(device)}, {free} free, sm_{major}{minor}, CUDA {built}, {driver}, {dtype}"
     return _require((major, minor) >= (7, 5), what, "a GPU of sm_75 or later, or CUDA_VISIBLE_DEVICES=")
 
 
@@ -125,9 +126,10 @@ def _find_device() -> Any:
 
 
 def _check_memory() -> str:
-    from lorasft.model.free_memory import free_memory
+    import psutil  # type: ignore[import-untyped]
 
-    return f"{size_text(free_memory(_find_device()))} free on {_find_device()}"
+    memory = psutil.virtual_memory()
+    return f"{size_text(memory.available)} of {size_text(memory.total)} free"
 
 
 def _check_nf4() -> str:

@@ -32,6 +32,7 @@ from lorasft.tensors import INDEX
 if TYPE_CHECKING:
     from lorasft.merge.check import MergeCheck, Onto
 
+TEMPLATE = "chat_template.jinja"
 _SIDECARS = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 
 
@@ -71,11 +72,12 @@ def merge(
     """
     refuse_existing(out)
     artifact.verify(force_base=force_base)
-    refuse_overlap(out, artifact.base, artifact.require_adapter(), *([artifact.run] if artifact.run else []))
+    adapter = artifact.require_adapter()
+    refuse_overlap(out, artifact.base, adapter, *([artifact.run] if artifact.run else []))
     if data is not None and not check:
         raise RecipeError("--data has no use with --no-check", where=data.path, hint="leave one of the two out")
     plan = plan_merge(artifact)
-    adapter_hash = sha256(artifact.require_adapter() / WEIGHTS)
+    adapter_hash = sha256(adapter / WEIGHTS)
     _refuse_second_merge(artifact.base, adapter_hash)
     if plan.packed and (onto == "original" or quantize):  # it has no original, and an update falls back onto its steps
         what = "--quantize" if quantize else "--onto original"
@@ -89,9 +91,21 @@ def merge(
     chosen, why = _choose("dequantized" if plan.packed else onto, judge, quantize=quantize)
     hashes: dict[str, str] = {}
     with staged_folder(out, hashes=hashes) as stage:
-        written, found = _write_stage(
-            stage, artifact, plan, judge, onto=chosen, quantize=quantize, progress=on_progress
-        )
+        weights = stage / "16-bit" if quantize else stage
+        make_folder(weights)
+        nf4, dtype = _find_quantized(artifact, plan) if chosen == "dequantized" else ([], torch.float32)
+        written, found = write_weights(weights, plan, nf4=nf4, dtype=dtype, on_progress=on_progress)
+        if not any(written[name] for name in plan.changes):
+            what = "no weight changed: the adapter is empty, or too small for the base's dtype"
+            raise ModelError(what, where=str(adapter))
+        _write_sidecars(weights, artifact, rewrite_config(plan, artifact.base_config))
+        if judge:
+            judge.verify(weights, chosen)
+        if quantize:
+            _quantize(weights, stage)
+            found = {path.name: sha256(path) for path in sorted(stage.glob("*.safetensors"))}
+            if judge:
+                judge.ask(stage, "merged, in 4 bit")
         hashes.update(found)
         merged = Merged(
             folder=out,
@@ -108,38 +122,6 @@ def merge(
     return merged
 
 
-def _write_stage(
-    stage: Path,
-    artifact: Artifact,
-    plan: MergePlan,
-    judge: MergeCheck | None,
-    *,
-    onto: Onto,
-    quantize: bool,
-    progress: Progress | None,
-) -> tuple[dict[str, bool], dict[str, str]]:
-    """Write and check everything but the record. Returns what became of tensors, and the hashes of files if known.
-
-    Raises ModelError when no weight changed, or when the merge does not answer like what was trained.
-    """
-    nf4, dtype = _find_quantized(artifact, plan) if onto == "dequantized" else ([], torch.float32)
-    weights = stage / "16-bit" if quantize else stage
-    make_folder(weights)
-    written, hashes = write_weights(weights, plan, nf4=nf4, dtype=dtype, on_progress=progress)
-    base, adapter = artifact.base, artifact.require_adapter()
-    if not any(written[name] for name in plan.changes):
-        what = "no weight changed: the adapter is empty, or too small for the base's dtype"
-        raise ModelError(what, where=str(adapter))
-    _copy_sidecars(base, adapter, weights, rewritten=rewrite_config(plan, artifact.base_config))
-    if judge:
-        judge.verify(weights, onto)
-    if quantize:
-        _quantize(weights, stage)
-        if judge:
-            judge.ask(stage, "merged, in 4 bit")
-    return written, {} if quantize else hashes
-
-
 def _write_record(
     stage: Path, artifact: Artifact, merged: Merged, *, adapter_hash: str, hashes: Mapping[str, str]
 ) -> None:
@@ -153,9 +135,7 @@ def _write_record(
     }
     record = {"lorasft": __version__, "base": origin, "adapter": adapter_hash}
     record |= {name: value for name, value in asdict(merged).items() if name != "folder"}
-    record["result"] = {
-        path.name: hashes.get(path.name) or sha256(path) for path in sorted(stage.glob("*.safetensors"))
-    }
+    record["result"] = hashes
     write_file(stage / MERGE_RECORD, json.dumps(record, indent=1).encode())
     write_file(stage / "README.md", _make_card(artifact, record).encode())
 
@@ -204,18 +184,19 @@ def _refuse_second_merge(base: Path, adapter_hash: str) -> None:
         raise ModelError("this adapter is merged into this base already", where=str(path), hint="use the base as it is")
 
 
-def _copy_sidecars(base: Path, adapter: Path, stage: Path, *, rewritten: Mapping[str, bytes]) -> None:
+def _write_sidecars(folder: Path, artifact: Artifact, rewritten: Mapping[str, bytes]) -> None:
     """Config, tokenizer and generation config as the base has them, unless `rewritten`; the template of training."""
-    changed = {"chat_template.jinja"} if (adapter / "chat_template.jinja").is_file() else set()
-    if set(read_stops(adapter)) - set(read_stops(base)):  # training found that generation would run past a turn's end
-        changed.add(GENERATION_CONFIG)
-    for path in sorted(_list_sidecars(base)):
-        if path.name in rewritten:
-            write_file(stage / path.name, rewritten[path.name])
-        elif path.name not in changed:
-            shutil.copyfile(path, stage / path.name)
-    for name in sorted(changed):
-        shutil.copyfile(adapter / name, stage / name)
+    adapter = artifact.require_adapter()
+    sources = {path.name: path for path in _list_sidecars(artifact.base)}
+    if (adapter / TEMPLATE).is_file():
+        sources[TEMPLATE] = adapter / TEMPLATE
+    if set(read_stops(adapter)) - set(read_stops(artifact.base)):  # generation would run past a turn's end
+        sources[GENERATION_CONFIG] = adapter / GENERATION_CONFIG
+    for name, path in sources.items():
+        if name in rewritten:
+            write_file(folder / name, rewritten[name])
+        else:
+            shutil.copyfile(path, folder / name)
 
 
 def _list_sidecars(base: Path) -> Iterator[Path]:
@@ -231,15 +212,15 @@ def _make_card(artifact: Artifact, record: dict[str, Any]) -> str:
     """
     given = artifact.model.base
     name = Path(given).name if Path(given).is_dir() else given
-    parts = [
-        f"---\nbase_model: {name}\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
-        f"# {name}, fine-tuned\n\nA LoRA adapter merged into full weights by lorasft {record['lorasft']}.",
-        f"Base: commit {record['base']['commit'] or 'unknown'}, fingerprint `{record['base']['fingerprint']}`.",
-        f"The update was added to the {record['onto']} weights: {record['why']}.",
-    ]
+    text = (
+        f"---\nbase_model: {name}\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+        f"# {name}, fine-tuned\n\nA LoRA adapter merged into full weights by lorasft {__version__}.\n\n"
+        f"Base: commit {record['base']['commit'] or 'unknown'}, fingerprint `{record['base']['fingerprint']}`.\n\n"
+        f"The update was added to the {record['onto']} weights: {record['why']}.\n"
+    )
     if record["table"]:
-        head = "| model | KL to what was trained | same likeliest token | nats a token |\n|---|---|---|---|\n"
-        rows = [f"| {model} | {x['kl']:.1e} | {x['same_choice']:.1%} | {x['nll']:.4f} |"
-                for model, x in record["table"].items()]  # fmt: skip
-        parts.append(f"## Answers, measured on {record['rows']}\n\n{head}" + "\n".join(rows))
-    return "\n\n".join(parts) + "\n"
+        text += f"\n## Answers, measured on {record['rows']}\n\n"
+        text += "| model | KL to what was trained | same likeliest token | nats a token |\n|---|---|---|---|\n"
+        for model, x in record["table"].items():
+            text += f"| {model} | {x['kl']:.1e} | {x['same_choice']:.1%} | {x['nll']:.4f} |\n"
+    return text
