@@ -33,27 +33,20 @@ def read_changes(artifact: Artifact, places: ParameterMap) -> dict[str, Change]:
     reader, config = AdapterReader(artifact, places), artifact.base_config
     vocabulary = {**config, **(config.get("text_config") or {})}.get("vocab_size")
     changes: dict[str, Change] = {}
-    for parameter, change in reader.list_untied(vocabulary):
-        for name, part in reader.find_tensors(parameter, change):
-            first = changes.setdefault(name, part)
-            if first is not part:  # a whole embedding may be adapted as well; all else has one change
-                if first.replacement is None or first.product or part.replacement is not None:
-                    raise reader.error(f"the adapter changes {name} more than once")
-                if first.shape != part.shape:
-                    raise reader.error(f"what the adapter does to {name} does not fit together")
-                changes[name] = replace(part, replacement=first.replacement)
+    try:
+        for parameter, change in reader.list_untied(vocabulary):
+            for name, part in reader.find_tensors(parameter, change):
+                first = changes.setdefault(name, part)
+                if first is not part:  # a whole embedding may be adapted as well; all else has one change
+                    if first.replacement is None or first.product or part.shape != first.shape:
+                        raise reader.error(f"the adapter changes {name} more than once")
+                    changes[name] = replace(part, replacement=first.replacement)
+    except (RuntimeError, ValueError, IndexError) as error:  # of torch, for shapes that fit nothing
+        raise reader.error(f"A and B do not fit the base: {error}") from None
     if not changes:
         raise reader.error("the adapter has no tensors")
     _refuse_misfits(changes, reader)
     return changes
-
-
-def match_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """What a config's rank_pattern or alpha_pattern says of a module, by PEFT's rule: the first that ends its path."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
 
 
 class AdapterReader:
@@ -110,12 +103,8 @@ class AdapterReader:
         if len(stored) == 1 and experts > 1:
             yield stored[0][0], change
             return
-        if len(stored) != experts:
-            raise self.error(f"the base has {len(stored)} experts for {parameter}, the adapter {experts}")
         for names, up, down in zip(stored, product.up, product.down, strict=True):
             heights = [self.places.specs[name].shape[0] for name in names]
-            if sum(heights) != len(up):
-                raise self.error(f"{parameter} does not fit {', '.join(names)}")
             for name, part in zip(names, torch.split(up, heights), strict=True):
                 yield name, _add(LoraProduct(part, down, product.scaling))
 
@@ -164,18 +153,21 @@ class AdapterReader:
             wanted = f"{', '.join(sorted(linear))}{' with use_dora' if dora else ''}"
             raise self.error(f"{module} has {', '.join(names)}: LoRA makes {wanted}")
 
-    def _scale(self, path: str, rank: int) -> float:
-        """What B A of the module or parameter is multiplied by. Raises ModelError unless it has the config's rank."""
-        wanted = match_pattern(self.config.get("rank_pattern"), path, self.config["r"])
-        if rank != wanted:
-            raise self.error(f"{path} has rank {rank}, the config says {wanted}")
-        alpha: float = match_pattern(self.config.get("alpha_pattern"), path, self.config["lora_alpha"])
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+    def _look_up(self, patterns: str, path: str) -> Any:
+        """What the config's `patterns` say of a module, by PEFT's rule: the first that ends its path."""
+        said: Mapping[str, Any] = self.config.get(patterns) or {}
+        return next((value for pattern, value in said.items() if re.match(rf"(.*\.)?({pattern})$", path)), None)
 
     def _multiply(self, path: str, up: Tensor, down: Tensor, *, transposed: bool) -> LoraProduct:
-        if down.dim() != 2 or up.dim() != 2 or up.shape[1] != down.shape[0]:
+        """B A of a module or parameter, with its factor. Raises ModelError unless it has the config's rank."""
+        rank = down.shape[-2]
+        wanted = self._look_up("rank_pattern", path) or self.config["r"]
+        if up.dim() != down.dim() or up.shape[-1] != rank:
             raise self.error(f"{path}: B of {tuple(up.shape)} and A of {tuple(down.shape)} are of no linear")
-        return LoraProduct(up, down, self._scale(path, len(down)), transposed)
+        if rank != wanted:
+            raise self.error(f"{path} has rank {rank}, the config says {wanted}")
+        alpha = self._look_up("alpha_pattern", path) or self.config["lora_alpha"]
+        return LoraProduct(up, down, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank), transposed)
 
     def _read_tokens(self, module: str, values: Tensor) -> Change:
         given = self.config.get("trainable_token_indices") or []
@@ -212,13 +204,11 @@ class AdapterReader:
         if len(shape) == 2:
             return self._multiply(parameter, up, down, transposed=False)
         experts = shape[0]
-        if len(shape) != 3 or down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1] or len(down) % experts:
-            raise self.error(f"A and B of {parameter} do not fit its {experts} experts")
         downs = down.view(experts, -1, down.shape[1])
         ups = up.view(len(up), -1, experts).permute(2, 0, 1)
         if getattr(self.places.model.get_submodule(parameter.rpartition(".")[0]), "is_transposed", False):
             ups, downs = downs.mT, ups.mT  # they are stored (in, out)
-        return LoraProduct(ups.contiguous(), downs.contiguous(), self._scale(parameter, len(down) // experts))
+        return self._multiply(parameter, ups.contiguous(), downs.contiguous(), transposed=False)
 
 
 def _add(product: LoraProduct) -> Change:
@@ -235,15 +225,14 @@ def _parents(path: str) -> list[str]:
 
 def _refuse_misfits(changes: Mapping[str, Change], reader: AdapterReader) -> None:
     """Only an embedding and its head may get another height, and then the same."""
-    places, resized = reader.places, set()
-    for name, change in changes.items():
-        shape = places.specs[name].shape
-        if change.shape != shape:
-            if change.replacement is None or len(change.shape) != 2 or change.shape[1:] != shape[1:]:
-                raise reader.error(f"{name} is {shape}, the adapter fits {change.shape}")
-            resized.add(name)
+    places = reader.places
+    resized = {name for name, change in changes.items() if change.shape != places.specs[name].shape}
+    for name in resized:
+        change, shape = changes[name], places.specs[name].shape
+        if change.replacement is None or len(change.shape) != 2 or change.shape[1:] != shape[1:]:
+            raise reader.error(f"{name} is {shape}, the adapter fits {change.shape}")
     if resized:
         embeddings = {places.find(parameter) for parameter in places.stored_twins or places.embeddings}
-        heights = {(changes[name] if name in changes else places.specs[name]).shape[0] for name in embeddings}
+        heights = {(changes.get(name) or places.specs[name]).shape[0] for name in embeddings}
         if not resized <= embeddings or len(heights) > 1:
             raise reader.error(f"the adapter gives {', '.join(sorted(resized))} another height alone")

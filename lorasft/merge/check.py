@@ -50,6 +50,9 @@ class MergeCheck:
         """Loads what was trained, asks it and lets it go. `origin`: where the rows come from."""
         self.artifact, self.rows, self.origin = artifact, rows, origin
         self.table: dict[str, dict[str, float]] = {}
+        targets = [row.labels[row.labels != UNSUPERVISED] for row in rows]
+        self.lengths = [len(part) for part in targets]
+        self.targets = torch.from_numpy(np.concatenate(targets).astype("int64")).unsqueeze(1)  # (pairs, 1)
         self.four_bit = artifact.model.quantization == "nf4"
         model = _load(artifact)
         self.trained = log_probs(model, rows)
@@ -103,9 +106,8 @@ class MergeCheck:
 
     def _nll(self, logs: Tensor) -> Tensor:
         """Of each row, summed over its supervised tokens: (rows,) fp64."""
-        targets = [torch.from_numpy(row.labels[row.labels != UNSUPERVISED].astype("int64")) for row in self.rows]
-        parts = torch.split(logs.double(), [len(part) for part in targets])
-        return torch.stack([-part.gather(1, ids.unsqueeze(1)).sum() for part, ids in zip(parts, targets, strict=True)])
+        parts = torch.split(logs.gather(1, self.targets).double(), self.lengths)
+        return torch.stack([-part.sum() for part in parts])
 
 
 def make_check(artifact: Artifact, data: DataSource | None) -> MergeCheck:
@@ -131,8 +133,7 @@ def log_probs(model: Any, rows: Sequence[Tokens]) -> Tensor:
 
     (pairs, vocabulary) fp32 on the CPU, row after row.
     """
-    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-    logs = []
+    device, logs = PartialState().device, []
     with torch.no_grad():
         for row in rows:
             sources = torch.from_numpy((row.labels != UNSUPERVISED).nonzero()[0] - 1)
