@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lorasft.commands.arguments import add_json, show
-from lorasft.errors import ModelError
 from lorasft.terminal import ByteProgress, say
 
 
@@ -57,9 +56,7 @@ def _full_weights(name: str, out: Path) -> Iterator[Path]:
 
     artifact = find_artifact(name)
     if artifact.adapter is None:
-        if not (Path(name) / "config.json").is_file():
-            raise ModelError("no config.json: this is not a model folder", where=name, hint="name a folder")
-        yield Path(name)
+        yield artifact.base
         return
     from lorasft.merge.merge import merge
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
@@ -10,14 +9,12 @@ from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from lorasft.commands.arguments import add_json, add_recipe
+from lorasft.commands.arguments import add_json, add_recipe, show
 from lorasft.errors import CapacityError
 from lorasft.terminal import say, size_text, time_text
 
 if TYPE_CHECKING:
     from lorasft.train.plan import RunPlan
-
-_LABELS, _SIZES = 14, 9  # columns
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -48,12 +45,8 @@ def run(recipe: str, overrides: Sequence[str], memory: int | None, as_json: bool
     plan = plan_run(settings, memory=memory)
     for notice in plan.notices:
         say(notice)
-    if as_json:
-        print(json.dumps(plan.as_dict()))
-    else:
-        for line in picture(plan, width=min(shutil.get_terminal_size().columns, 100)):
-            print(line)
-        print("\n".join(("", *describe(plan))))
+    width = min(shutil.get_terminal_size().columns, 100)
+    show(plan.as_dict(), [*picture(plan, width=width), "", *describe(plan)], as_json=as_json)
     if not plan.fit.holds:
         need = size_text(plan.prediction.total + plan.libraries)
         raise CapacityError(
@@ -65,7 +58,7 @@ def run(recipe: str, overrides: Sequence[str], memory: int | None, as_json: bool
 def picture(plan: RunPlan, *, width: int) -> Iterator[str]:
     """Bytes by kind as bars, each of which begins where the one before ends, and their sum against the memory."""
     total = plan.prediction.total + plan.libraries
-    columns = max(8, width - _LABELS - _SIZES - 4)
+    columns = max(8, width - 27)  # beside names and sizes
     scale = columns / max(total, plan.memory)
     utf = (sys.stdout.encoding or "").lower().startswith("utf")
     full, thin, empty, beyond = "█▏░▓" if utf else "#|.!"
@@ -73,16 +66,13 @@ def picture(plan: RunPlan, *, width: int) -> Iterator[str]:
     for name, size in {**plan.prediction.kinds(), "libraries": plan.libraries}.items():
         if size:
             start, end = round(before * scale), round((before + size) * scale)
-            yield _line(name, size, " " * min(start, columns - 1) + (full * (end - start) or thin))
+            yield f"{name:<14} {size_text(size):>9}  {' ' * min(start, columns - 1)}{full * (end - start) or thin}"
             before += size
-    inside = round(min(total, plan.memory) * scale)
-    rest = beyond if total > plan.memory else empty
-    yield _line("peak", total, (full * inside or thin).ljust(columns, rest))
-    yield _line("given" if plan.given else "free here", plan.memory, "")
-
-
-def _line(name: str, size: int, bar: str) -> str:
-    return f"{name:<{_LABELS}} {size_text(size):>{_SIZES}}  {bar}".rstrip()
+    bar = (full * round(min(total, plan.memory) * scale) or thin).ljust(
+        columns, beyond if total > plan.memory else empty
+    )
+    yield f"{'peak':<14} {size_text(total):>9}  {bar}"
+    yield f"{'given' if plan.given else 'free here':<14} {size_text(plan.memory):>9}"
 
 
 def describe(plan: RunPlan) -> Iterator[str]:

@@ -65,10 +65,9 @@ def merge(
     """Write the base of `artifact` with its adapter folded in to the new folder `out`.
 
     `onto`: which weights the update is added to: the base's own, the ones that NF4 made of them, or what the answers
-    to held-out rows (or to `data`) speak for. `quantize`: write a checkpoint in NF4 instead of full weights.
-    `force_base`: take a base that is not the one of training. Raises ModelError before anything is written when the
-    adapter does not fit, CapacityError when `out` has no room; a merge that fails, its check included, leaves nothing
-    under `out`.
+    to held-out rows (or to `data`) speak for. `quantize`: write a checkpoint in NF4. `force_base`: take a base that is
+    not the one of training. Raises ModelError before anything is written when the adapter does not fit, CapacityError
+    when `out` has no room; a merge that fails, its check included, leaves nothing under `out`.
     """
     refuse_existing(out)
     artifact.verify(force_base=force_base)
@@ -80,8 +79,8 @@ def merge(
     adapter_hash = sha256(adapter / WEIGHTS)
     _refuse_second_merge(artifact.base, adapter_hash)
     if plan.packed and (onto == "original" or quantize):  # it has no original, and an update falls back onto its steps
-        what = "--quantize" if quantize else "--onto original"
-        raise ModelError(f"the base is stored in 4 bit: no {what}", hint="--base with the 16-bit original")
+        what = "the base is stored in 4 bit: no --quantize, no --onto original"
+        raise ModelError(what, hint="--base with the 16-bit original")
     need_space(out, plan.size * (2 if quantize else 1))
     judge = None
     if check:
@@ -92,18 +91,11 @@ def merge(
     hashes: dict[str, str] = {}
     with staged_folder(out, hashes=hashes) as stage:
         weights = stage / "16-bit" if quantize else stage
-        make_folder(weights)
-        nf4, dtype = _find_quantized(artifact, plan) if chosen == "dequantized" else ([], torch.float32)
-        written, found = write_weights(weights, plan, nf4=nf4, dtype=dtype, on_progress=on_progress)
-        if not any(written[name] for name in plan.changes):
-            what = "no weight changed: the adapter is empty, or too small for the base's dtype"
-            raise ModelError(what, where=str(adapter))
-        _write_sidecars(weights, artifact, rewrite_config(plan, artifact.base_config))
+        written, found = _write_full(weights, artifact, plan, onto=chosen, on_progress=on_progress)
         if judge:
             judge.verify(weights, chosen)
         if quantize:
-            _quantize(weights, stage)
-            found = {path.name: sha256(path) for path in sorted(stage.glob("*.safetensors"))}
+            found = _quantize(weights, stage)
             if judge:
                 judge.ask(stage, "merged, in 4 bit")
         hashes.update(found)
@@ -114,12 +106,26 @@ def merge(
             updated=len(plan.changes),
             unchanged=sum(not written[name] for name in plan.changes),
             copied=sum(map(len, plan.targets)) - len(written),
-            size=sum(path.stat().st_size for path in stage.glob("*.safetensors")),
+            size=sum((stage / name).stat().st_size for name in found),
             rows=judge.origin if judge else "",
             table=judge.table if judge else {},
         )
         _write_record(stage, artifact, merged, adapter_hash=adapter_hash, hashes=hashes)
     return merged
+
+
+def _write_full(
+    folder: Path, artifact: Artifact, plan: MergePlan, *, onto: Onto, on_progress: Progress | None
+) -> tuple[dict[str, bool], dict[str, str]]:
+    """Full weights and what lies beside them, as `write_weights`. Raises ModelError when no weight changed."""
+    make_folder(folder)
+    nf4, dtype = _find_quantized(artifact, plan) if onto == "dequantized" else ([], torch.float32)
+    written, hashes = write_weights(folder, plan, nf4=nf4, dtype=dtype, on_progress=on_progress)
+    if not any(written[name] for name in plan.changes):
+        what = "no weight changed: the adapter is empty, or too small for the base's dtype"
+        raise ModelError(what, where=str(artifact.adapter))
+    _write_sidecars(folder, artifact, rewrite_config(plan, artifact.base_config))
+    return written, hashes
 
 
 def _write_record(
@@ -153,8 +159,8 @@ def _find_quantized(artifact: Artifact, plan: MergePlan) -> tuple[list[str], tor
     return names, compute_dtype(dtype, PartialState().device)
 
 
-def _quantize(weights: Path, stage: Path) -> None:
-    """Turn the full weights into a 4-bit checkpoint in `stage`, with everything that stands beside them."""
+def _quantize(weights: Path, stage: Path) -> dict[str, str]:
+    """Turn the full weights into a 4-bit checkpoint in `stage`, with all that lies beside them. Returns its hashes."""
     from lorasft.model.base import load_base, quiet_progress
     from lorasft.recipe import ModelSettings
 
@@ -167,6 +173,7 @@ def _quantize(weights: Path, stage: Path) -> None:
         if not (stage / path.name).exists() and path.name != INDEX:
             shutil.copyfile(path, stage / path.name)
     shutil.rmtree(weights)
+    return {path.name: sha256(path) for path in sorted(stage.glob("*.safetensors"))}
 
 
 def _choose(onto: Onto | Literal["auto"], judge: MergeCheck | None, *, quantize: bool) -> tuple[Onto, str]:
