@@ -7,7 +7,6 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from lorasft.commands.arguments import add_columns, add_json, add_saved, show
-from lorasft.errors import RecipeError
 from lorasft.terminal import say
 
 
@@ -25,7 +24,7 @@ def run(saved: str, base: str | None, data: str, columns: str | None, per_exampl
     from accelerate import PartialState
 
     from lorasft.artifact import find_artifact
-    from lorasft.files import refuse_existing, write_file
+    from lorasft.files import make_folder, refuse_existing, write_file
     from lorasft.model.adapter import load_artifact, read_tokenizer
     from lorasft.model.scoring import read_answers, score_answers, summarize
     from lorasft.model.selfcheck import verify
@@ -33,8 +32,7 @@ def run(saved: str, base: str | None, data: str, columns: str | None, per_exampl
 
     if per_example:
         refuse_existing(Path(per_example))
-        if not Path(per_example).parent.is_dir():
-            raise RecipeError("there is no such folder", where=str(Path(per_example).parent), hint="name another file")
+        make_folder(Path(per_example).absolute().parent)
     found = find_artifact(saved, base=base)
     source = read_source(data, columns)
     settings = found.recipe.data if found.recipe else DataSettings(train=(source,))

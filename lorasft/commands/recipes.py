@@ -7,8 +7,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from lorasft.commands.arguments import add_json, show
-from lorasft.errors import RecipeError
-from lorasft.terminal import say, shorten
+from lorasft.terminal import say
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -24,10 +23,6 @@ def run(action: str, name: str | None, to: str | None, as_json: bool) -> None:
     from lorasft.recipe import find_shipped, recipe_schema
     from lorasft.recipe.yaml_reader import read_yaml
 
-    surplus = [word for word in (name, to) if word is not None][{"show": 1, "copy": 2}.get(action, 0) :]
-    if surplus:
-        what = f"recipes {action} does not take {', '.join(map(shorten, surplus))}"
-        raise RecipeError(what, hint=f"lorasft recipes {action}")
     if action == "list":
         _print_list(as_json)
     elif action == "show":
@@ -53,13 +48,11 @@ def _print_list(as_json: bool) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    from lorasft import files
+    from lorasft.files import make_folder, refuse_existing, write_file
     from lorasft.recipe import portable_text
 
-    if target.is_dir():
-        target = target / source.name
-    files.refuse_existing(target)
-    if not target.parent.is_dir():
-        raise RecipeError(f"there is no folder {target.parent}", hint=f"mkdir -p {target.parent}")
-    files.write_file(target, portable_text(source).encode())
+    target = target / source.name if target.is_dir() else target
+    refuse_existing(target)
+    make_folder(target.absolute().parent)
+    write_file(target, portable_text(source).encode())
     say(f"wrote {target}")

@@ -59,7 +59,12 @@ def usual_converter(model: Path) -> str:
 
 def read_gguf_layout(model: Path) -> GgufLayout:
     """Describe the model in the folder `model`. Raises ModelError for what llama.cpp would not compute alike."""
-    config = _read_config(model)
+    from lorasft.model.base import read_config
+
+    config = read_config(str(model))
+    if getattr(config, "quantization_config", None):
+        raise ModelError("the model is quantized", where=str(model), hint="export 16-bit weights, such as merge writes")
+    config = config.get_text_config() if config.model_type == "gemma3" else config
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ModelError(f"no GGUF export for {config.model_type} here", where=str(model), hint=usual_converter(model))
@@ -68,16 +73,6 @@ def read_gguf_layout(model: Path) -> GgufLayout:
         raise ModelError(f"llama.cpp does not compute {difference}", where=str(model / "config.json"))
     positions, extra = _positions(config, family, head_size, model)
     return GgufLayout(family, config, head_size, _sizes(config, family, head_size) | positions, extra)
-
-
-def _read_config(model: Path) -> Any:
-    """The text model's config, with its fields as transformers 5 names them."""
-    from lorasft.model.base import read_config
-
-    config = read_config(str(model))
-    if getattr(config, "quantization_config", None):
-        raise ModelError("the model is quantized", where=str(model), hint="export 16-bit weights, such as merge writes")
-    return config.get_text_config() if config.model_type == "gemma3" else config
 
 
 def _find_difference(config: Any, family: Family, head_size: int) -> str | None:
@@ -130,6 +125,8 @@ def _positions(
     config: Any, family: Family, head_size: int, model: Path
 ) -> tuple[dict[str, Field], dict[str, list[float]]]:
     """Fields and tensors of the rotary positions. Raises ModelError for a kind that has no place in a GGUF."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     rope = config.rope_parameters
     fields: dict[str, Field] = {}
     extra: dict[str, list[float]] = {}
@@ -145,22 +142,16 @@ def _positions(
     if kind == "linear":
         fields |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
     if kind == "llama3":
-        extra["rope_freqs.weight"] = _slowdowns(config, turned)
+        slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+        usual = [float(rope["rope_theta"]) ** (-2 * at / turned) for at in range(len(slowed))]
+        # By how much Llama 3 slows each frequency down, as numbers to divide by.
+        extra["rope_freqs.weight"] = [fast / float(slow) for fast, slow in zip(usual, slowed, strict=True)]
     if kind == "longrope":
         short = int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
         growth = config.max_position_embeddings / short
-        usual = math.sqrt(1 + math.log(growth) / math.log(short)) if growth > 1 else 1.0
+        factor = math.sqrt(1 + math.log(growth) / math.log(short)) if growth > 1 else 1.0
         fields["rope.scaling.original_context_length"] = short
-        fields["rope.scaling.attn_factor"] = float(rope.get("attention_factor") or usual)
+        fields["rope.scaling.attn_factor"] = float(rope.get("attention_factor") or factor)
         for name in ("long", "short"):
             extra[f"rope_factors_{name}.weight"] = [float(factor) for factor in rope[f"{name}_factor"]]
     return fields, extra
-
-
-def _slowdowns(config: Any, turned: int) -> list[float]:
-    """By how much Llama 3 slows each frequency down, as numbers to divide by."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    theta = float(config.rope_parameters["rope_theta"])
-    return [theta ** (-2 * at / turned) / float(frequency) for at, frequency in enumerate(slowed)]

@@ -64,19 +64,13 @@ def name_splitter(spec: dict[str, Any], model: Path) -> str:
     """llama.cpp's name for how a byte-level tokenizer (`spec`: its tokenizer.json) splits text before merging."""
     rule = spec["pre_tokenizer"] or {}
     parts = rule.get("pretokenizers", [rule])
-    kinds = [part.get("type") for part in parts]
-    last = parts[-1]
-    normalizer = (spec["normalizer"] or {}).get("type")
-    if kinds[-1] != "ByteLevel" or last["add_prefix_space"] or normalizer not in (None, "NFC"):
-        raise _unknown(model, "is not one of those that are known here")
-    if kinds == ["ByteLevel"] and last["use_regex"]:
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"] and last["use_regex"]:
-        return "smollm"
+    first, last, kinds = parts[0], parts[-1], tuple(part.get("type") for part in parts)
     name = None
-    if kinds == ["Split", "ByteLevel"] and parts[0]["behavior"] == "Isolated" and not last["use_regex"]:
-        name = _PATTERNS.get(parts[0]["pattern"].get("Regex"))
-    if name is None:
+    if kinds[-1] == "ByteLevel" and last["use_regex"] and first.get("individual_digits", True):
+        name = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm"}.get(kinds)
+    elif kinds == ("Split", "ByteLevel") and first["behavior"] == "Isolated":
+        name = _PATTERNS.get(first["pattern"].get("Regex"))
+    if name is None or last["add_prefix_space"] or (spec["normalizer"] or {}).get("type") not in (None, "NFC"):
         raise _unknown(model, "splits text by a rule that is not known here")
     if name == "llama-bpe" and not spec["model"].get("ignore_merges"):
         return "dbrx"  # the same rule, and every token is reached by merges
@@ -138,7 +132,8 @@ def _describe_sentencepiece(
 
 
 def _special_fields(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "eot": _end_of_turn(tokenizer)}
+    end = read_style(tokenizer).end_of_turn.strip() if tokenizer.chat_template else None
+    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "eot": tokenizer.get_vocab().get(end)}
     ids |= {"unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
     fields: dict[str, Any] = {f"tokenizer.ggml.{name}_token_id": int(at) for name, at in ids.items() if at is not None}
     fields["tokenizer.ggml.add_bos_token"] = starts_with_bos(tokenizer)
@@ -153,12 +148,3 @@ def starts_with_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
     if not adds_bos(tokenizer) or not tokenizer.chat_template:
         return adds_bos(tokenizer)
     return render(tokenizer, [{"role": "user", "content": "a"}], generation_prompt=True).startswith(tokenizer.bos_token)
-
-
-def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The token that ends an answer under the template, if it is one."""
-    if not tokenizer.chat_template:
-        return None
-    end = read_style(tokenizer).end_of_turn.strip()
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
-    return vocabulary.get(end)

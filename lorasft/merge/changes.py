@@ -38,7 +38,8 @@ def read_changes(artifact: Artifact, places: ParameterMap) -> dict[str, Change]:
             for name, part in reader.find_tensors(parameter, change):
                 first = changes.setdefault(name, part)
                 if first is not part:  # a whole embedding may be adapted as well; all else has one change
-                    if first.replacement is None or first.product or part.shape != first.shape:
+                    wholes = (first.replacement is not None and not first.product, part.replacement is not None)
+                    if wholes != (True, False) or part.shape != first.shape:
                         raise reader.error(f"the adapter changes {name} more than once")
                     changes[name] = replace(part, replacement=first.replacement)
     except (RuntimeError, ValueError, IndexError) as error:  # of torch, for shapes that fit nothing

@@ -82,11 +82,7 @@ def merge(
         what = "the base is stored in 4 bit: no --quantize, no --onto original"
         raise ModelError(what, hint="--base with the 16-bit original")
     need_space(out, plan.size * (2 if quantize else 1))
-    judge = None
-    if check:
-        from lorasft.merge.check import make_check  # takes seconds and hundreds of megabytes to import
-
-        judge = make_check(artifact, data)
+    judge = _ask_trained(artifact, data) if check else None
     chosen, why = _choose("dequantized" if plan.packed else onto, judge, quantize=quantize)
     hashes: dict[str, str] = {}
     with staged_folder(out, hashes=hashes) as stage:
@@ -96,8 +92,8 @@ def merge(
             judge.verify(weights, chosen)
         if quantize:
             found = _quantize(weights, stage)
-            if judge:
-                judge.ask(stage, "merged, in 4 bit")
+        if judge and quantize:
+            judge.ask(stage, "merged, in 4 bit")
         hashes.update(found)
         merged = Merged(
             folder=out,
@@ -112,6 +108,12 @@ def merge(
         )
         _write_record(stage, artifact, merged, adapter_hash=adapter_hash, hashes=hashes)
     return merged
+
+
+def _ask_trained(artifact: Artifact, data: DataSource | None) -> MergeCheck:
+    from lorasft.merge.check import make_check  # takes seconds and hundreds of megabytes to import
+
+    return make_check(artifact, data)
 
 
 def _write_full(

@@ -55,12 +55,11 @@ def plan_merge(artifact: Artifact) -> MergePlan:
     """What a merge of an adapter into its base will write. Raises ModelError for what does not fit or cannot be."""
     sources = [open_tensors(path) for path in find_weights(artifact.base)]
     packed = find_packed(sources)
-    parts = {name for weight in packed.values() for name in weight.files}  # of no use any more, but for the weights
+    parts = {name for weight in packed.values() for name in weight.files} - packed.keys()  # of no use any more
     targets = [
-        {name: packed[name].spec if name in packed else spec for name, spec in file.specs.items()
-         if name in packed or name not in parts}
+        {name: packed[name].spec if name in packed else spec for name, spec in file.specs.items() if name not in parts}
         for file in sources
-    ]  # fmt: skip
+    ]
     places = ParameterMap({name: spec for specs in targets for name, spec in specs.items()}, base=artifact.base)
     changes = read_changes(artifact, places)
     for specs in targets:
