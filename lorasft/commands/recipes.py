@@ -20,7 +20,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(action: str, name: str | None, to: str | None, as_json: bool) -> None:
     """`action`: list | show | copy | schema. Raises RecipeError for an unknown name and for a target that exists."""
-    from lorasft.recipe import find_shipped, recipe_schema
+    from lorasft.recipe import recipe_schema
+    from lorasft.recipe.load import find_shipped
     from lorasft.recipe.yaml_reader import read_yaml
 
     if action == "list":
@@ -35,7 +36,7 @@ def run(action: str, name: str | None, to: str | None, as_json: bool) -> None:
 
 
 def _print_list(as_json: bool) -> None:
-    from lorasft.recipe import shipped_recipes
+    from lorasft.recipe.load import shipped_recipes
     from lorasft.recipe.yaml_reader import read_yaml
 
     rows = []
@@ -49,7 +50,7 @@ def _print_list(as_json: bool) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     from lorasft.files import make_folder, refuse_existing, write_file
-    from lorasft.recipe import portable_text
+    from lorasft.recipe.load import portable_text
 
     target = target / source.name if target.is_dir() else target
     refuse_existing(target)

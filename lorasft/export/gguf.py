@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +13,7 @@ import torch
 from lorasft.errors import DeviceError, ModelError
 from lorasft.export.families import GgufLayout, read_gguf_layout, usual_converter
 from lorasft.export.tokenizer import describe_tokenizer
-from lorasft.files import STAGE, make_folder, need_space, new_file, refuse_existing, rename
+from lorasft.files import make_folder, need_space, refuse_existing, staged_file
 from lorasft.tensors import TensorFile, TensorSpec, find_weights, open_tensors
 
 Kind = Literal["f16", "q8_0"]
@@ -69,14 +67,11 @@ def write_gguf(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progr
     tokenizer = describe_tokenizer(model, layout.config.vocab_size)
     tensors = list(_find_tensors(gguf, model, layout, kind))
     total, done = sum(tensor.size for tensor in tensors), 0
-    folder = out.absolute().parent
-    need_space(folder, total)
-    make_folder(folder)
-    with TemporaryDirectory(prefix=STAGE, dir=folder) as scratch:
-        stage = Path(scratch) / out.name
-        with new_file(stage) as file:
-            _write_header(gguf, stage, layout=layout, tokenizer=tokenizer, tensors=tensors, kind=kind)
-            file.seek(0, os.SEEK_END)
+    need_space(out.parent, total)
+    make_folder(out.parent)
+    with staged_file(out) as stage:
+        _write_header(gguf, stage, layout=layout, tokenizer=tokenizer, tensors=tensors, kind=kind)
+        with open(stage, "ab") as file:
             _pad(file)
             for values in layout.extra.values():
                 file.write(np.array(values, np.float32).tobytes())
@@ -89,8 +84,6 @@ def write_gguf(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progr
                 if on_progress:
                     on_progress(done, total)
             size = file.tell()
-        refuse_existing(out)
-        rename(stage, out)
     return Written(out, layout.family.name, kind, len(tensors) + len(layout.extra), size)
 
 
