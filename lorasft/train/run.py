@@ -26,7 +26,7 @@ from accelerate import PartialState
 from lorasft.artifact import find_artifact
 from lorasft.data.packing import Plan, count_steps
 from lorasft.data.prepare import Prepared, prepare
-from lorasft.data.tokenizer import compare_with_file, load_tokenizer
+from lorasft.data.tokenizer import load_tokenizer
 from lorasft.data.untrained import refuse_untrained
 from lorasft.errors import DivergedError, ModelError, RecipeError
 from lorasft.files import (
@@ -216,8 +216,6 @@ def _load(recipe: Recipe, folder: Path, inputs: RunInputs, *, ranks: Ranks) -> R
 def _notes(run: Run, inputs: RunInputs) -> Iterator[str]:
     """What a person should know before the first step."""
     causal = run.network.causal
-    if notice := compare_with_file(inputs.tokenizer):
-        yield notice
     for token in inputs.tokenizer.convert_ids_to_tokens(missing_stops(inputs.prepared, causal)):
         yield f"generation of this base does not stop at {token}: the adapter's generation_config.json will"
     yield from inputs.notices
