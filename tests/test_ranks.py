@@ -37,7 +37,7 @@ from lorasft.files import verify_folder
 from lorasft.recipe import load_recipe
 from lorasft.signals import StopRequest
 from lorasft.train import distributed as ranks_module
-from lorasft.train import loop
+from lorasft.train import inputs, loop
 from lorasft.train import metrics as metrics_module
 from lorasft.train import run as runs
 from lorasft.train.distributed import ALONE, Ranks, join
@@ -188,10 +188,10 @@ def test_all_processes_end_with_the_same_parameters(recipe: Write, tmp_path: Pat
 
     def act(rank: int) -> None:
         metrics_module.start_trackers = lambda *_: [Accelerator(), GeneralTracker(_blank=True)][1:]
-        runs.check_trackers = lambda names: None
+        inputs.check_trackers = lambda names: None
         with join() as ranks, runs.open_run(settings, resume=False, ranks=ranks) as opened:
             loop.train(opened.run, opened.state)
-            opened.run.logbook.close()  # of trackers, in the first alone: must not part the processes
+            opened.run.metrics.close()  # of trackers, in the first alone: must not part the processes
             parameters = {name: tensor.detach() for name, tensor in opened.run.learner.parameters.items()}
             save_file(parameters, tmp_path / f"{rank}.safetensors")
 

@@ -25,11 +25,10 @@ from lorasft.adapter_config import read_adapter_weights
 from lorasft.errors import CapacityError, DivergedError, LorasftError, ModelError, RecipeError
 from lorasft.files import remove_folder, rename, staged_folder, verify_folder, write_file
 from lorasft.model.adapter import adapter_weights, give_weights, write_adapter
-from lorasft.model.recompute import recomputed_layers
 from lorasft.recipe import ModelSettings
 from lorasft.train.oom import plain_oom_errors
 from lorasft.train.optimizer import optimizer_state, restore_optimizer
-from lorasft.train.state import Layout, Learner, Run, State
+from lorasft.train.state import Learner, Run, State
 
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -111,23 +110,11 @@ def prune_checkpoints(folder: Path, *, run: str, keep: int, best_step: int | Non
 
 def save(run: Run, state: State) -> State:
     """Secure the metrics, commit a checkpoint, then let go of the ones that are no longer kept."""
-    state = replace(state, metrics_bytes=run.logbook.secure(), layout=read_layout(run))
+    state = replace(state, metrics_bytes=run.metrics.secure(), layout=run.layout)
     save_checkpoint(run.checkpoints, state, run.learner, base=run.recipe.model)
     best = state.best_step if run.recipe.run.keep_best else None
     prune_checkpoints(run.checkpoints, run=state.run, keep=run.recipe.run.keep, best_step=best)
     return state
-
-
-def read_layout(run: Run) -> Layout:
-    """How the run is laid out now, which a lack of memory may have changed."""
-    return Layout(
-        dtype=str(run.network.causal.dtype).removeprefix("torch."),
-        micro_batch_tokens=run.plan.micro_batch_tokens,
-        recomputed_layers=recomputed_layers(run.network.causal),
-        segments=run.network.segments,
-        share_prefixes=run.network.share,
-        processes=run.ranks.count,
-    )
 
 
 class CheckpointSaver:
@@ -158,7 +145,7 @@ class CheckpointSaver:
                 hint = f"make room on the disk and continue with --resume from step {self.last.step}"
                 raise CapacityError(what, where=str(run.checkpoints), hint=hint) from error
             self.failed = True
-            run.logbook.note(f"{what}; saved up to step {self.last.step}, going on")
+            run.metrics.note(f"{what}; saved up to step {self.last.step}, continuing")
             return replace(state, best_step=self.last.best_step, best_loss=self.last.best_loss)
         self.failed = False
         return self.last

@@ -27,11 +27,11 @@ if TYPE_CHECKING:  # torch is imported only where it is needed: what is wrong wi
     from torch import Tensor, nn
 
 T = TypeVar("T")
-_GRACE = 10.0  # seconds in which a process may find out by itself that another is gone, and end in order
+_GRACE = 5.0  # seconds in which a process may find out by itself that another is gone, and end in order
 
 
 class Watch:
-    """Notices that another process of this machine has ended, whatever this one is busy with.
+    """Ends this process when another one of this machine has ended, whatever this one is busy with.
 
     A collective over gloo fails at once, but one over NCCL waits for ever, and a long computation asks nobody.
     Where the system has no pidfd (before Linux 5.3) nothing is watched and no lost process is named.
@@ -40,31 +40,22 @@ class Watch:
     def __init__(self, pids: Sequence[int]) -> None:
         self.pids = pids
         self.leaving = False
-        self._ranks: dict[int, int] = {}
         with contextlib.suppress(OSError, AttributeError):
-            self._ranks = {os.pidfd_open(pid): rank for rank, pid in enumerate(pids) if pid != os.getpid()}
-        if self._ranks:
-            threading.Thread(target=self._end_with_them, daemon=True).start()
+            others = {os.pidfd_open(pid): rank for rank, pid in enumerate(pids) if pid != os.getpid()}
+            threading.Thread(target=self._end_with, args=[others], daemon=True).start()
 
-    def ended(self, seconds: float | None) -> list[int]:
-        """Which processes have ended; waits up to `seconds` for the first, None: for ever."""
-        found = select.select(self._ranks, [], [], seconds)[0] if self._ranks else []
-        return sorted(self._ranks[descriptor] for descriptor in found)
-
-    def name_lost(self, ranks: Sequence[int]) -> None:
-        """Say which processes were lost, if this is the first of those that are left."""
-        if self.pids[min(set(range(len(self.pids))) - set(ranks))] != os.getpid():
-            return
-        names = " and ".join(f"rank {rank} (process {self.pids[rank]})" for rank in ranks) or "another process"
-        hint = "its own last words or the system's log (out of memory?) say why; continue with --resume"
-        say(str(DeviceError(f"{names} of {len(self.pids)} was lost", hint=hint)))
-
-    def _end_with_them(self) -> None:
-        ranks = self.ended(None)
+    def _end_with(self, others: dict[int, int]) -> None:
+        """Wait for the first to end; the first that is left says which were lost. `others`: rank by descriptor."""
+        select.select(others, [], [])
         time.sleep(_GRACE)
-        if not self.leaving:
-            self.name_lost(ranks)
-            os._exit(DeviceError.exit_code)  # safe at any time: what is on the disk is whole or not there
+        if self.leaving:
+            return
+        lost = sorted(others[descriptor] for descriptor in select.select(others, [], [], 0)[0])
+        if self.pids[min(set(range(len(self.pids))) - set(lost))] == os.getpid():
+            names = " and ".join(f"rank {rank} (process {self.pids[rank]})" for rank in lost)
+            hint = "its own last words or the system's log (out of memory?) say why; continue with --resume"
+            say(str(DeviceError(f"{names} of {len(self.pids)} was lost", hint=hint)))
+        os._exit(DeviceError.exit_code)  # safe at any time: what is on the disk is whole or not there
 
 
 @dataclass(frozen=True)
@@ -164,7 +155,7 @@ class Ranks:
         raise SystemExit(codes[speaker]) from None
 
     def leave(self) -> None:
-        """From here on this process ends by itself: a launcher ends all of them as soon as one has ended."""
+        """From here on this process ends by itself, also where a launcher wants to end it with the others."""
         if self.count > 1:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if self.watch:
@@ -172,15 +163,13 @@ class Ranks:
 
     @contextlib.contextmanager
     def _collective(self) -> Iterator[None]:
-        """What torch raises when another process is gone, in plain words, by the first that is left."""
+        """What torch raises when another process is gone waits for the watch, which names it and ends this one."""
         try:
             yield
         except RuntimeError:
-            if self.watch is None:
-                raise
-            self.leave()
-            self.watch.name_lost(self.watch.ended(5.0))
-            raise SystemExit(DeviceError.exit_code) from None
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher ends all of them as soon as one has ended
+            time.sleep(3 * _GRACE)
+            raise
 
 
 ALONE = Ranks()
@@ -199,9 +188,8 @@ def join() -> Iterator[Ranks]:
 
     ranks = _connect()
     try:
-        with ranks.sync_errors():
-            if int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count)) != ranks.count:
-                raise DeviceError("the processes are on several machines", hint="start all of them on one")
+        if int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count)) != ranks.count:
+            raise DeviceError("the processes are on several machines", hint="start all of them on one")
         yield ranks
         ranks.gather(None)
         PartialState().destroy_process_group()

@@ -81,22 +81,25 @@ def train(run: Run, state: State) -> State:
     """Run from `state` to the end of the plan. Returns the last state; raises Stopped after a signal, saved."""
     settings, saver = run.recipe.run, CheckpointSaver(state, minutes=run.recipe.run.save_minutes)
     run.network.causal.train()
+
+    def one_step(number: int) -> dict[str, Any]:
+        return take_step(run, run.plan.step(number, run.rows), stop)
+
     with stop_signals(alone=run.ranks.count == 1) as stop:
         if state.step == 0 or state.evaluation_due:
-            state, run = retry_on_oom(run, partial(evaluate_and_note, state=state, stop=stop))
+            state = retry_on_oom(run, partial(evaluate_and_note, run, state, stop))
             if stop.signal:
                 raise Stopped(exit_code(stop.signal), f"stopped before step {state.step + 1}")
         for number in range(state.step + 1, run.plan.steps + 1):
             if run.ranks.is_main and saver.overdue():
                 stop.save_wanted = True
-            one_step = lambda run, number=number: take_step(run, run.plan.step(number, run.rows), stop)  # noqa: E731
-            metrics, run = retry_on_oom(run, one_step)
+            values = retry_on_oom(run, partial(one_step, number))
             if run.ranks.is_main:
-                run.logbook.step(metrics)
+                run.metrics.step(values)
             state = replace(state, step=number)
             last = number == run.plan.steps
             if last or (settings.eval_every and number % settings.eval_every == 0):
-                state, run = retry_on_oom(run, partial(evaluate_and_note, state=state, stop=stop))
+                state = retry_on_oom(run, partial(evaluate_and_note, run, state, stop))
             planned = settings.save_every and number % settings.save_every == 0
             best = settings.keep_best and state.best_step == number
             if last or planned or best or stop.save or stop.signal:
@@ -108,7 +111,7 @@ def train(run: Run, state: State) -> State:
     return state
 
 
-def evaluate_and_note(run: Run, *, state: State, stop: StopRequest) -> State:
+def evaluate_and_note(run: Run, state: State, stop: StopRequest) -> State:
     """The held-out loss, noted; the state with it when it is the best so far. A signal leaves it due."""
     state = replace(state, evaluation_due=False)
     if run.held_out is None:
@@ -119,7 +122,7 @@ def evaluate_and_note(run: Run, *, state: State, stop: StopRequest) -> State:
         return replace(state, evaluation_due=True)
     loss, tokens = result
     if run.ranks.is_main:
-        run.logbook.evaluation(step=state.step, loss=loss, tokens=tokens)
+        run.metrics.evaluation(step=state.step, loss=loss, tokens=tokens)
     if state.best_loss is not None and state.best_loss <= loss:
         return state
     return replace(state, best_step=state.step, best_loss=loss)

@@ -1,0 +1,96 @@
+"""What a run is made of, before any weight is read: the checked recipe, the base's config, the data, the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from lorasft.artifact import Artifact, find_artifact
+from lorasft.data.packing import Plan, count_steps
+from lorasft.data.prepare import Prepared, prepare
+from lorasft.data.tokenizer import load_tokenizer
+from lorasft.errors import ModelError, RecipeError
+from lorasft.model.adapter import check_targets
+from lorasft.model.base import check_mostly_quantized, compute_dtype, make_skeleton, read_config
+from lorasft.recipe import AdapterSettings, Recipe
+from lorasft.train.metrics import check_trackers
+from lorasft.train.schedule import warmup_steps
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What is known of a run before any weight is read."""
+
+    config: Any  # of the base
+    tokenizer: Any
+    prepared: Prepared
+    plan: Plan
+    adapter: AdapterSettings  # with the sizes of the adapter that it begins from
+    start: Artifact | None  # that adapter
+
+
+def read_inputs(recipe: Recipe, config: Any, folder: Path) -> RunInputs:
+    """Prepare the data in `folder`. Raises ModelError for ids that the model has no row for."""
+    start = find_artifact(recipe.adapter.start, base=recipe.model.base) if recipe.adapter.start else None
+    if start:
+        start.require_adapter()
+    tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
+    prepared = prepare(recipe.data, recipe.chat, tokenizer=tokenizer, folder=folder)
+    rows, most = config.get_text_config().vocab_size, int(prepared.store.arrays["ids"].max())
+    if most >= rows:  # on which a GPU would only assert
+        what = f"the tokenizer gives id {most}, the model has {rows} embedding rows"
+        raise ModelError(what, where="model.base", hint="use the tokenizer that belongs to the model")
+    plan = make_plan(recipe, examples=len(prepared.train))
+    adapter = size_adapter(recipe.adapter, start.adapter_config if start else {})
+    return RunInputs(config, tokenizer, prepared, plan, adapter, start)
+
+
+def read_checked_config(recipe: Recipe) -> Any:
+    """The config of the base. Raises RecipeError or DeviceError for what it or this machine cannot do for `recipe`.
+
+    A setting is never ignored: what is not built yet is refused.
+    """
+    config = read_config(recipe.model.base, recipe.model.revision)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions and recipe.data.max_length > positions:
+        what = f"data.max_length is {recipe.data.max_length}, the model has {positions} positions"
+        raise RecipeError(what, where="data.max_length", hint=f"data.max_length={positions}")
+    skeleton = make_skeleton(config)
+    if recipe.adapter.targets != "all-linear" or recipe.adapter.modules_to_save:
+        check_targets(skeleton, recipe.adapter)
+    decided = sorted(recipe.adapter.model_fields_set - {"start"})
+    if recipe.adapter.start and decided:
+        what = f"adapter.{decided[0]} has no effect with adapter.start, whose own config decides"
+        raise RecipeError(what, where=f"adapter.{decided[0]}", hint="leave one of the two out")
+    compute_dtype(recipe.model.dtype, PartialState().device)
+    if recipe.model.quantization == "nf4" and not hasattr(config, "quantization_config"):
+        check_mostly_quantized(skeleton)
+    check_trackers(recipe.run.trackers)
+    return config
+
+
+def make_plan(recipe: Recipe, *, examples: int) -> Plan:
+    """The run as a function of the step. Raises RecipeError when there are fewer rows than one batch."""
+    if examples < recipe.train.batch_size:
+        what = f"{examples} rows are fewer than one batch of {recipe.train.batch_size}"
+        raise RecipeError(what, where="train.batch_size", hint=f"train.batch_size={examples}")
+    train, tokens = recipe.train, recipe.machine.micro_batch_tokens
+    steps = count_steps(examples, batch_size=train.batch_size, epochs=train.epochs, steps=train.steps)
+    warmup_steps(steps, recipe.schedule)
+    if tokens == "auto":
+        tokens = 4096 if PartialState().device.type == "cuda" else 2048  # measured on CPU
+    return Plan(examples, train.batch_size, steps, train.seed, train.loss, tokens)
+
+
+def size_adapter(settings: AdapterSettings, started: Mapping[str, Any]) -> AdapterSettings:
+    """`settings` with the sizes of the adapter that they begin from, by its config in PEFT's words, if they do."""
+    if not settings.start:
+        return settings
+    targets, saved = started["target_modules"], started.get("modules_to_save") or ()
+    update = {"rank": started["r"], "dropout": started.get("lora_dropout", 0.0), "dora": started.get("use_dora", False)}
+    update |= {"targets": targets if isinstance(targets, str) else tuple(targets), "modules_to_save": tuple(saved)}
+    return settings.model_copy(update=update)
