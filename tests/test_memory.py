@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -455,7 +454,7 @@ def test_out_of_memory_at_the_end_names_the_rows_and_what_would_help(
         assert main(["train", path]) == 6
     said = capsys.readouterr().err
     assert "rows.jsonl:" in said and "tokens)" in said and "Traceback" not in said
-    assert re.search(r"data.max_length=\d+|adapter.rank=\d", said), said
+    assert "adapter.rank" in said and "lorasft plan" in said, said
     assert main(["train", path, "--resume"]) == 0
 
 

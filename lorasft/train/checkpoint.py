@@ -54,7 +54,7 @@ def restore_checkpoint(path: Path, learner: Learner) -> None:
     give_weights(learner.model, read_adapter_weights(path), where=str(path))
     try:
         restore_optimizer(learner.optimizer, learner.parameters, load_file(path / "optimizer.safetensors"))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, LookupError, ValueError, RuntimeError) as error:
         raise ModelError(f"cannot read the optimizer: {error}", where=str(path)) from None
 
 
@@ -89,9 +89,8 @@ def newest_checkpoint(folder: Path, *, run: str | None) -> tuple[Path, State, li
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints under their final names, oldest first; links and other files are not ours."""
-    present = folder.iterdir() if folder.is_dir() else ()
-    paths = [path for path in present if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
-    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
+    folders = (path for path in folder.glob("step-*") if path.is_dir() and not path.is_symlink())
+    return sorted((path for path in folders if _NAME.fullmatch(path.name)), key=lambda path: int(path.name[5:]))
 
 
 def prune_checkpoints(folder: Path, *, run: str, keep: int, best_step: int | None) -> None:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorasft.errors import DeviceError, LorasftError
 from lorasft.signals import StopRequest
@@ -77,8 +77,7 @@ class Ranks:
             return [value]
         from accelerate.utils import gather_object
 
-        with self._collective():
-            values: list[T] = gather_object([value])
+        values: list[T] = gather_object([value])
         return values
 
     def on_main(self, work: Callable[[], T]) -> T:
@@ -87,12 +86,10 @@ class Ranks:
             return work()
         from accelerate.utils import broadcast_object_list
 
-        told: list[T] = []
         with self.sync_errors():
-            told = [work()] if self.is_main else [None]  # type: ignore[list-item]
-        with self._collective():
-            broadcast_object_list(told)
-        return told[0]
+            told: list[Any] = [work() if self.is_main else None]
+        value: T = broadcast_object_list(told)[0]
+        return value
 
     @contextlib.contextmanager
     def sync_errors(self) -> Iterator[None]:
@@ -104,15 +101,24 @@ class Ranks:
             if self.count == 1 or (self.watch and self.watch.leaving):
                 raise
             error = caught
-        self._end_on(self.gather(_exit_code(error)), error)
+        code = getattr(error, "exit_code", None) or getattr(error, "code", None) or int(error is not None)
+        codes = self.gather(code)
+        if not any(codes):
+            return
+        self.leave()
+        first = next(index for index, code in enumerate(codes) if code)
+        if error is not None and first == self.index:
+            if not isinstance(error, LorasftError):
+                raise error
+            say(str(error))
+        raise SystemExit(codes[first])
 
     def copy_first(self, tensors: Sequence[Tensor]) -> None:
         """Make `tensors` those of the first process: unlike devices draw unlike random numbers."""
-        from torch import distributed
+        if self.count > 1:
+            from accelerate.utils import broadcast
 
-        for tensor in tensors if self.count > 1 else ():
-            with self._collective():
-                distributed.broadcast(tensor.detach(), src=0)
+            broadcast([tensor.detach() for tensor in tensors])
 
     def sum_step(self, work: Callable[[], float], parameters: Sequence[nn.Parameter], *, stop: StopRequest) -> float:
         """Do `work`, this process's share of a step; leave the gradients of all in `parameters`, return their loss.
@@ -125,51 +131,14 @@ class Ranks:
         stop.save = any(save for _, _, save in told)
         if self.count > 1:
             stop.agreed = max(number for _, number, _ in told)
-            self._sum_gradients(parameters)
+            _sum_gradients(parameters)
         return sum(loss for loss, _, _ in told)
-
-    def _sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Add up the gradients over the processes, in one flat fp32 buffer; None stays where all of them have None."""
-        import torch
-
-        gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
-        reached = torch.tensor([float(one.grad is not None) for one in parameters], device=gradients[0].device)
-        flat = torch.cat([*(gradient.reshape(-1).float() for gradient in gradients), reached])
-        with self._collective():
-            torch.distributed.all_reduce(flat)
-            *sums, reached = torch.split(flat, [*(one.numel() for one in parameters), len(parameters)])
-            counts = reached.tolist()
-        for parameter, total, count in zip(parameters, sums, counts, strict=True):
-            parameter.grad = total.view_as(parameter).to(parameter.dtype) if count else None
-
-    def _end_on(self, codes: Sequence[int], error: BaseException | None) -> None:
-        """End when one of `codes` by process is not 0: the first such process says its `error`."""
-        speaker = next((index for index, code in enumerate(codes) if code), None)
-        if speaker is None:
-            return
-        self.leave()
-        if speaker == self.index and error is not None:
-            if self.is_main or not isinstance(error, LorasftError):
-                raise error
-            say(str(error))
-        raise SystemExit(codes[speaker]) from None
 
     def leave(self) -> None:
         """From here on this process ends by itself, also where a launcher wants to end it with the others."""
-        if self.count > 1:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if self.watch:
             self.watch.leaving = True
-
-    @contextlib.contextmanager
-    def _collective(self) -> Iterator[None]:
-        """What torch raises when another process is gone waits for the watch, which names it and ends this one."""
-        try:
-            yield
-        except RuntimeError:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher ends all of them as soon as one has ended
-            time.sleep(3 * _GRACE)
-            raise
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 ALONE = Ranks()
@@ -193,10 +162,27 @@ def join() -> Iterator[Ranks]:
         yield ranks
         ranks.gather(None)
         PartialState().destroy_process_group()
-    except LorasftError as error:  # all have met it, or the first has told it
-        ranks._end_on([error.exit_code], error)
+    except LorasftError as error:  # all have met it
+        if ranks.is_main:
+            raise
+        raise SystemExit(error.exit_code) from None
+    except RuntimeError:  # of a collective, when another process is gone: the watch says so and ends this one
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(3 * _GRACE)
+        raise
     finally:
         ranks.leave()
+
+
+def _sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Add up the gradients over the processes, in one flat buffer; None counts as zeros."""
+    import torch
+
+    gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    for parameter, total in zip(parameters, torch.split(flat, [one.numel() for one in parameters]), strict=True):
+        parameter.grad = total.view_as(parameter)
 
 
 def _connect() -> Ranks:
@@ -215,9 +201,3 @@ def _connect() -> Ranks:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // state.num_processes))
     alone = Ranks(state.process_index, state.num_processes)
     return Ranks(alone.index, alone.count, Watch(alone.gather(os.getpid())))
-
-
-def _exit_code(error: BaseException | None) -> int:
-    if error is None:
-        return 0
-    return int(getattr(error, "exit_code", None) or getattr(error, "code", None) or 1)

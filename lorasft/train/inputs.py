@@ -16,6 +16,7 @@ from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import ModelError, RecipeError
 from lorasft.model.adapter import check_targets
 from lorasft.model.base import check_mostly_quantized, compute_dtype, make_skeleton, read_config
+from lorasft.model.recompute import decoder_layers
 from lorasft.recipe import AdapterSettings, Recipe
 from lorasft.train.metrics import check_trackers
 from lorasft.train.schedule import warmup_steps
@@ -35,9 +36,11 @@ class RunInputs:
 
 def read_inputs(recipe: Recipe, config: Any, folder: Path) -> RunInputs:
     """Prepare the data in `folder`. Raises ModelError for ids that the model has no row for."""
-    start = find_artifact(recipe.adapter.start, base=recipe.model.base) if recipe.adapter.start else None
-    if start:
+    adapter, start = recipe.adapter, None
+    if adapter.start:
+        start = find_artifact(adapter.start, base=recipe.model.base)
         start.require_adapter()
+        adapter = adapter.model_copy(update=_read_sizes(start.adapter_config))
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
     prepared = prepare(recipe.data, recipe.chat, tokenizer=tokenizer, folder=folder)
     rows, most = config.get_text_config().vocab_size, int(prepared.store.arrays["ids"].max())
@@ -45,7 +48,6 @@ def read_inputs(recipe: Recipe, config: Any, folder: Path) -> RunInputs:
         what = f"the tokenizer gives id {most}, the model has {rows} embedding rows"
         raise ModelError(what, where="model.base", hint="use the tokenizer that belongs to the model")
     plan = make_plan(recipe, examples=len(prepared.train))
-    adapter = size_adapter(recipe.adapter, start.adapter_config if start else {})
     return RunInputs(config, tokenizer, prepared, plan, adapter, start)
 
 
@@ -62,6 +64,9 @@ def read_checked_config(recipe: Recipe) -> Any:
     skeleton = make_skeleton(config)
     if recipe.adapter.targets != "all-linear" or recipe.adapter.modules_to_save:
         check_targets(skeleton, recipe.adapter)
+    if recipe.machine.activation_checkpointing is True and not decoder_layers(skeleton):
+        what = "this model cannot recompute its activations"
+        raise RecipeError(what, where="machine.activation_checkpointing", hint="use auto or false")
     decided = sorted(recipe.adapter.model_fields_set - {"start"})
     if recipe.adapter.start and decided:
         what = f"adapter.{decided[0]} has no effect with adapter.start, whose own config decides"
@@ -86,11 +91,13 @@ def make_plan(recipe: Recipe, *, examples: int) -> Plan:
     return Plan(examples, train.batch_size, steps, train.seed, train.loss, tokens)
 
 
-def size_adapter(settings: AdapterSettings, started: Mapping[str, Any]) -> AdapterSettings:
-    """`settings` with the sizes of the adapter that they begin from, by its config in PEFT's words, if they do."""
-    if not settings.start:
-        return settings
-    targets, saved = started["target_modules"], started.get("modules_to_save") or ()
-    update = {"rank": started["r"], "dropout": started.get("lora_dropout", 0.0), "dora": started.get("use_dora", False)}
-    update |= {"targets": targets if isinstance(targets, str) else tuple(targets), "modules_to_save": tuple(saved)}
-    return settings.model_copy(update=update)
+def _read_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter's `config`, in PEFT's words, says of its size, in ours."""
+    targets = config["target_modules"]
+    return {
+        "rank": config["r"],
+        "dropout": config.get("lora_dropout", 0.0),
+        "dora": config.get("use_dora", False),
+        "targets": targets if isinstance(targets, str) else tuple(targets),
+        "modules_to_save": tuple(config.get("modules_to_save") or ()),
+    }

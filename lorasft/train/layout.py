@@ -1,31 +1,27 @@
 """How a run is fitted to its machine: dtype, micro-batches, shared prefixes, recomputed layers. It changes no result.
 
 What the recipe states under `machine` is taken; what it leaves to `auto` is kept from the checkpoint when a run is
-resumed, else chosen by what was verified on the model, by the lengths of the data and by the memory that is free. What
-would make a recipe fit that does not: one of its keys is changed, and the memory predicted again.
+resumed, else chosen by what was verified on the model, by the lengths of the data and by the memory that is free.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from lorasft.data.packing import MicroBatch, Plan, Sequences, cost, shuffle
 from lorasft.data.prefixes import Sharing
 from lorasft.data.store import TokenStore, example_lengths
-from lorasft.errors import RecipeError
 from lorasft.model.loss import Network
-from lorasft.model.memory import USABLE, ActivationMemory, Prediction, dry_run, heaviest_batch, static_bytes
+from lorasft.model.memory import USABLE, ActivationMemory, dry_run
 from lorasft.model.recompute import decoder_layers, recompute
 from lorasft.model.selfcheck import verify
-from lorasft.model.weightless import make_weightless, plan_network
+from lorasft.model.weightless import plan_network
 from lorasft.recipe import Recipe
 from lorasft.train.state import Layout
 
@@ -33,7 +29,6 @@ _FIXED = 240  # a micro-batch takes the time of so many tokens on top of its own
 _STEPS_SEEN = 64  # whose micro-batches are weighed to find the heaviest
 _MOST_TOKENS = 16_384  # that shared prefixes may widen it to
 _WORTH = 0.9  # a wider micro-batch has to compute at most this share of the tokens
-_SHORTER = (3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8, 1 / 16)  # of the longest sequence
 
 
 @dataclass(frozen=True)
@@ -66,8 +61,6 @@ def choose_layout(
 ) -> tuple[Network, Fit]:
     """The verified network of the PEFT `model`, and how its steps fit into `spare` bytes beside weights, gradients and
     optimizer. `weightless`: the model without numbers. `kept`: the layout of the checkpoint that is resumed from.
-
-    Raises RecipeError when the model cannot recompute and the recipe wants it.
     """
     machine = recipe.machine
     own = machine.attention if machine.attention in ("eager", "sdpa") else None
@@ -83,7 +76,10 @@ def choose_layout(
         plan = replace(plan, micro_batch_tokens=kept.micro_batch_tokens)
     elif free and network.share:
         plan = replace(plan, micro_batch_tokens=widen(plan, rows))
-    wanted = _wanted_layers(recipe, network, kept=kept)
+    if machine.activation_checkpointing == "auto":
+        wanted = kept.recomputed_layers if kept else None
+    else:
+        wanted = machine.activation_checkpointing * len(decoder_layers(network.causal))
     fit = choose_fit(plan_network(network, weightless), plan, rows, wanted=wanted, free=free, spare=spare)
     recompute(network.causal, fit.recomputed)
     return network, fit
@@ -139,17 +135,6 @@ def choose_fit(network: Network, plan: Plan, rows: TokenStore, *, wanted: int | 
         best, plan = fit, replace(plan, micro_batch_tokens=max(longest, min(tokens, len(fit.heaviest.ids)) // 2))
 
 
-def _wanted_layers(recipe: Recipe, network: Network, *, kept: Layout | None) -> int | None:
-    """How many layers recompute their activations by recipe, checkpoint or model; None: as few as fit."""
-    wanted, layers = recipe.machine.activation_checkpointing, len(decoder_layers(network.causal))
-    if wanted is True and not layers:
-        what = "this model cannot recompute its activations"
-        raise RecipeError(what, where="machine.activation_checkpointing", hint="use auto or false")
-    if isinstance(wanted, bool) or not layers:
-        return layers if wanted is True else 0
-    return kept.recomputed_layers if kept else None
-
-
 def measure_fit(network: Network, plan: Plan, rows: TokenStore, *, wanted: int | None, spare: int) -> Fit:
     """How the heaviest micro-batch of `plan` fits, with `wanted` recomputed layers or with as few as possible.
 
@@ -183,62 +168,3 @@ def find_heaviest(plan: Plan, rows: TokenStore) -> MicroBatch:
     longest = 1 + int(np.argmax(example_lengths(rows)[order])) // plan.batch_size
     numbers = {*range(1, min(plan.steps, _STEPS_SEEN) + 1), longest}
     return max((batch for number in sorted(numbers) for batch in plan.step(number, rows).micro_batches), key=cost)
-
-
-def predict_leanest(recipe: Recipe, config: Any, network: Network, *, longest: int) -> Prediction:
-    """What a step needs in the leanest layout that `recipe` allows, with sequences of up to `longest` tokens.
-
-    `config`: of the base. `network`: as it was verified. Raises what `dry_run` raises.
-    """
-    machine = recipe.machine
-    model = make_weightless(config, recipe.model, recipe.adapter, network.runs_on)
-    network = plan_network(network, model)
-    tokens = longest if machine.micro_batch_tokens == "auto" else machine.micro_batch_tokens
-    batch = heaviest_batch(network, longest=longest, capacity=tokens)
-    layers = 0 if machine.activation_checkpointing is False else len(decoder_layers(network.causal))
-    return Prediction(static_bytes(model, recipe.optimizer.name), dry_run(network, batch, recomputed=layers))
-
-
-def find_suggestions(recipe: Recipe, config: Any, network: Network, rows: TokenStore, *, memory: int) -> Iterator[str]:
-    """Changes with which `recipe` fits into `memory` bytes, each alone, as they would be typed: those first that change
-    the result least. Raises what `dry_run` raises.
-    """
-    lengths = example_lengths(rows)
-
-    def fits(changed: Recipe) -> bool:
-        longest = min(int(lengths.max()), changed.data.max_length)
-        static, needs = (found := predict_leanest(changed, config, network, longest=longest)).static, found.activations
-        return needs.fits(memory - static.loaded - static.upcoming)
-
-    for key, values in _alternatives(recipe, lengths).items():
-        section, name = key.split(".")
-        settings = getattr(recipe, section)
-        values = [value for value in values if value != getattr(settings, name)]
-        changed = [recipe.model_copy(update={section: settings.model_copy(update={name: one})}) for one in values]
-        first = bisect_left(changed, True, key=fits)
-        if first == len(changed):
-            continue
-        text = f"{key}={values[first]}".replace("()", "[]")
-        if key == "data.max_length":
-            longer = int((lengths > values[first]).sum())
-            many = recipe.data.overlong == "drop" and longer > recipe.data.max_dropped * len(lengths)
-            text += f"{' data.overlong=truncate' * many} ({longer:,} of {len(lengths):,} rows are longer)"
-        yield text
-
-
-def _alternatives(recipe: Recipe, lengths: NDArray[Any]) -> dict[str, Sequence[Any]]:
-    """By key what it may be instead: the least change first, and first the keys that change the result least."""
-    adapter, longest = recipe.adapter, int(lengths.max())
-    shorter = [int(share * longest) // 8 * 8 for share in _SHORTER]
-    found: dict[str, Sequence[Any]] = {
-        "machine.activation_checkpointing": ["auto"],
-        "machine.micro_batch_tokens": ["auto"],
-        "model.quantization": ["nf4"],
-        "optimizer.name": ["adamw8bit"],
-    }
-    if adapter.start is None:  # else its sizes are given
-        found["adapter.modules_to_save"] = [()]
-        found["adapter.rank"] = [1 << power for power in reversed(range(adapter.rank.bit_length()))]
-    # With shorter ones hardly a row would be what it was.
-    found["data.max_length"] = [one for one in shorter if one >= 8 and (lengths > one).sum() <= len(lengths) // 2]
-    return found

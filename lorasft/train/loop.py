@@ -34,12 +34,7 @@ def take_step(run: Run, step: Step, stop: StopRequest) -> dict[str, Any]:
     started = time.monotonic()
     parameters, optimizer = run.learner.parameters, run.learner.optimizer
     loss = run.ranks.sum_step(lambda: add_gradients(run, step), list(parameters.values()), stop=stop)
-    gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
-    unreached = [name for name, parameter in parameters.items() if parameter.grad is None]
-    if unreached:
-        what = f"no gradient reaches {unreached[0]} and {len(unreached) - 1} more"
-        raise DivergedError(what, hint="leave these modules out of adapter.targets")
-    norm = get_total_norm(gradients)
+    norm = get_total_norm([parameter.grad for parameter in parameters.values() if parameter.grad is not None])
     refuse_non_finite(run, step, loss=loss, norm=float(norm))
     if run.recipe.train.max_grad_norm is not None:
         clip_grads_with_norm_(parameters.values(), run.recipe.train.max_grad_norm, norm)

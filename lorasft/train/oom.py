@@ -10,24 +10,19 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from lorasft.data.packing import MicroBatch
-from lorasft.data.store import TokenStore, example_lengths
+from lorasft.data.store import TokenStore
 from lorasft.errors import CapacityError
-from lorasft.model.free_memory import free_memory, out_of_memory
+from lorasft.model.free_memory import out_of_memory
 from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
-from lorasft.recipe.schema import MachineSettings
-from lorasft.train.inputs import size_adapter
-from lorasft.train.layout import find_suggestions, predict_leanest
 from lorasft.train.state import Run
 
 Result = TypeVar("Result")
-_AGAIN = "free memory and try again, with --resume if the run had begun; or start anew"
 
 
 class MicroBatchTooLarge(CapacityError):
@@ -49,7 +44,8 @@ def oom_context(rows: TokenStore, batch: MicroBatch) -> Iterator[None]:
         error = MicroBatchTooLarge(
             f"out of memory with {len(batch.ids)} tokens in a micro-batch of {len(examples)} rows",
             where=", ".join(f"{rows.place(example)} ({length} tokens)" for example, length in lengths.items()),
-            hint=f"{_AGAIN} with a smaller data.max_length, adapter.rank or model.base",
+            hint="free memory and try again, with --resume if the run had begun; or start anew with a smaller "
+            "data.max_length, adapter.rank or model.base: lorasft plan RECIPE --memory SIZE finds what fits",
         )
         error.tokens, error.longest = len(batch.ids), int(batch.positions.max()) + 1
         raise error from raised
@@ -103,20 +99,4 @@ def reduce_memory(run: Run, error: MicroBatchTooLarge) -> None:
         recompute(run.network.causal, layers)
         run.metrics.note(f"{error.what}: from here on all {layers} layers recomputed")
     else:
-        if found := list(islice(suggest(run), 3)):
-            error.hint = f"{_AGAIN} with one of: {'; '.join(found)}"
         raise error
-
-
-def suggest(run: Run) -> Iterator[str]:
-    """Changes under which a run would fit that did not in its leanest layout, where they are computable."""
-    network, adapter = run.network, size_adapter(run.recipe.adapter, vars(run.learner.model.peft_config["default"]))
-    recipe = run.recipe.model_copy(update={"adapter": adapter, "machine": MachineSettings()})
-    try:
-        longest = int(example_lengths(run.rows).max())
-        needed = predict_leanest(recipe, network.causal.config, network, longest=longest)
-        free = free_memory(network.device) - (0 if run.learner.optimizer.state else needed.static.upcoming)
-        memory = needed.total - max(0, needed.activations.peak - free)  # whatever is free: it was not enough
-        yield from find_suggestions(recipe, network.causal.config, network, run.rows, memory=memory)
-    except (LookupError, TypeError, ValueError, RuntimeError, MemoryError):  # a model that cannot be planned
-        return

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import tempfile
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import PartialState
+from numpy.typing import NDArray
 
 from lorasft.data.packing import cost
+from lorasft.data.store import TokenStore, example_lengths
 from lorasft.errors import ModelError
 from lorasft.model.free_memory import free_memory
-from lorasft.model.memory import Prediction, static_bytes
+from lorasft.model.loss import Network
+from lorasft.model.memory import Prediction, dry_run, heaviest_batch, static_bytes
+from lorasft.model.recompute import decoder_layers
 from lorasft.model.timing import Timing, time_sample
-from lorasft.model.weightless import Sample, make_weightless, shrink_vocabulary
+from lorasft.model.weightless import Sample, make_weightless, plan_network, shrink_vocabulary
 from lorasft.recipe import Recipe
 from lorasft.train.inputs import RunInputs, read_checked_config, read_inputs
-from lorasft.train.layout import Fit, choose_layout, find_suggestions
+from lorasft.train.layout import Fit, choose_layout
 
 _LIBRARIES = 1 << 29  # bytes of a card of a given size that its driver and the libraries take
 _STEPS_TIMED = 16  # whose micro-batches stand for those of the run
+_SHORTER = (3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8, 1 / 16)  # of the longest sequence
 
 
 def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
@@ -82,15 +88,66 @@ def _plan_inputs(recipe: Recipe, inputs: RunInputs, *, memory: int | None) -> di
 
 def predict_duration(recipe: Recipe, timing: Timing, fit: Fit, inputs: RunInputs) -> dict[str, float]:
     """Speed, and seconds of training and evaluation, by the micro-batches of the first steps."""
-    rows, held_out, every = inputs.prepared.train, inputs.prepared.held_out, recipe.run.eval_every
-    steps = [fit.plan.step(number, rows) for number in range(1, min(_STEPS_TIMED, fit.plan.steps) + 1)]
+    plan, held_out, every = fit.plan, inputs.prepared.held_out, recipe.run.eval_every
+    steps = [plan.step(number, inputs.prepared.train) for number in range(1, min(_STEPS_TIMED, plan.steps) + 1)]
     costs = [cost(batch) for step in steps for batch in step.micro_batches]
-    per_step = timing.training(costs, recomputed=fit.recomputed / max(1, fit.layers)) / len(steps)
-    evaluations = 2 + (fit.plan.steps // every if every else 0)
+    seconds = timing.training(costs, recomputed=fit.recomputed / max(1, fit.layers))
+    evaluations = 2 + (plan.steps // every if every else 0)
     scored = evaluations * held_out.count_tokens() if held_out else 0
     return {
-        "examples_per_second": float(np.mean([len(step.examples) for step in steps])) / per_step,
-        "supervised_tokens_per_second": float(np.mean([step.supervised_tokens for step in steps])) / per_step,
-        "training": fit.plan.steps * per_step,
+        "examples_per_second": sum(len(step.examples) for step in steps) / seconds,
+        "supervised_tokens_per_second": sum(step.supervised_tokens for step in steps) / seconds,
+        "training": plan.steps / len(steps) * seconds,
         "evaluation": scored / sum(costs) * timing.scoring(costs),
     }
+
+
+def find_suggestions(recipe: Recipe, config: Any, network: Network, rows: TokenStore, *, memory: int) -> Iterator[str]:
+    """Changes with which `recipe` fits into `memory` bytes, each alone, as they would be typed: those first that change
+    the result least. One key is changed, and the leanest layout that the recipe then allows is predicted.
+
+    Raises what `dry_run` raises.
+    """
+    lengths = example_lengths(rows)
+
+    def fits(changed: Recipe) -> bool:
+        model = make_weightless(config, changed.model, changed.adapter, network.runs_on)
+        static, planned = static_bytes(model, changed.optimizer.name), plan_network(network, model)
+        longest, machine = min(int(lengths.max()), changed.data.max_length), changed.machine
+        tokens = longest if machine.micro_batch_tokens == "auto" else machine.micro_batch_tokens
+        batch = heaviest_batch(planned, longest=longest, capacity=tokens)
+        layers = 0 if machine.activation_checkpointing is False else len(decoder_layers(planned.causal))
+        return dry_run(planned, batch, recomputed=layers).fits(memory - static.loaded - static.upcoming)
+
+    for key, values in _alternatives(recipe, lengths).items():
+        section, name = key.split(".")
+        settings = getattr(recipe, section)
+        values = [value for value in values if value != getattr(settings, name)]
+        changed = [recipe.model_copy(update={section: settings.model_copy(update={name: one})}) for one in values]
+        first = bisect_left(changed, True, key=fits)
+        if first == len(changed):
+            continue
+        text = f"{key}={values[first]}".replace("()", "[]")
+        if key == "data.max_length":
+            longer = int((lengths > values[first]).sum())
+            many = recipe.data.overlong == "drop" and longer > recipe.data.max_dropped * len(lengths)
+            text += f"{' data.overlong=truncate' * many} ({longer:,} of {len(lengths):,} rows are longer)"
+        yield text
+
+
+def _alternatives(recipe: Recipe, lengths: NDArray[Any]) -> dict[str, Sequence[Any]]:
+    """What a key may be instead, the least change first; those keys first that change the result least."""
+    adapter, longest = recipe.adapter, int(lengths.max())
+    found: dict[str, Sequence[Any]] = {
+        "machine.activation_checkpointing": ["auto"],
+        "machine.micro_batch_tokens": ["auto"],
+        "model.quantization": ["nf4"],
+        "optimizer.name": ["adamw8bit"],
+    }
+    if adapter.start is None:  # else its sizes are given
+        found["adapter.modules_to_save"] = [()]
+        found["adapter.rank"] = [1 << power for power in reversed(range(adapter.rank.bit_length()))]
+    shorter = [int(share * longest) // 8 * 8 for share in _SHORTER]
+    # With shorter ones hardly a row would be what it was.
+    found["data.max_length"] = [one for one in shorter if one >= 8 and (lengths > one).sum() <= len(lengths) // 2]
+    return found

@@ -46,13 +46,13 @@ from lorasft.model.free_memory import free_memory
 from lorasft.model.generate import own_stops
 from lorasft.model.memory import Prediction, StaticBytes, static_bytes
 from lorasft.model.recompute import decoder_layers
-from lorasft.model.weightless import make_weightless, plan_network
+from lorasft.model.weightless import make_weightless
 from lorasft.recipe import Recipe, dump_recipe
 from lorasft.terminal import size_text
 from lorasft.train.checkpoint import newest_checkpoint, restore_checkpoint, save
 from lorasft.train.distributed import ALONE, Ranks
 from lorasft.train.inputs import RunInputs, read_checked_config, read_inputs
-from lorasft.train.layout import Fit, choose_layout, find_heaviest, measure_fit
+from lorasft.train.layout import Fit, choose_layout, find_heaviest
 from lorasft.train.loop import add_gradients
 from lorasft.train.metrics import Metrics
 from lorasft.train.oom import plain_oom_errors, retry_on_oom
@@ -153,15 +153,13 @@ def _load(
     with ranks.sync_errors():
         if path:
             restore_checkpoint(path, learner)
-        memory = run_heaviest_batch(run, weightless, fit, static)
+        memory = run_heaviest_batch(run, fit, static)
         state = saved or State(0, prepared.key, metrics_bytes=0, layout=run.layout, run=secrets.token_hex(8))
         if ranks.is_main and not saved:  # from here on there is something to resume: this makes the folder a run
             save(run, state)
             write_start(folder, recipe, prepared, state=state, config=inputs.config)
-        if ranks.is_main:
-            replace_file(folder / "memory.json", json.dumps(memory, indent=1).encode())
     notes += [*_notes(run, inputs), f"model on {device} in {settings.dtype}: {count_bytes(model)}"]
-    return ReadyRun(run, state, inputs.tokenizer, prepared, (*notes, describe_memory(memory)))
+    return ReadyRun(run, state, inputs.tokenizer, prepared, (*notes, memory))
 
 
 def _notes(run: Run, inputs: RunInputs) -> Iterator[str]:
@@ -172,37 +170,31 @@ def _notes(run: Run, inputs: RunInputs) -> Iterator[str]:
     for token in inputs.tokenizer.convert_ids_to_tokens(missing_stops(inputs.prepared, causal)):
         yield f"generation of this base does not stop at {token}: the adapter's generation_config.json will"
     yield from run.network.notices
-    if run.held_out is None and run.recipe.data.eval is not None:
-        yield "no rows are held out: data.eval=FILE names some"
     yield f"activations: {run.layout.recomputed_layers} of {len(decoder_layers(causal))} layers recomputed"
 
 
-def run_heaviest_batch(run: Run, weightless: Any, fit: Fit, static: StaticBytes) -> dict[str, Any]:
+def run_heaviest_batch(run: Run, fit: Fit, static: StaticBytes) -> str:
     """Run the heaviest micro-batch where its memory is not known, so that what does not fit is met at once.
 
-    Nothing is updated and no random number is used up: the losses keep their bits.
-
-    Returns what `memory.json` holds (bytes; null where a number is not known). Raises CapacityError when it fits in no
-    layout.
+    Nothing is updated and no random number is used up: the losses keep their bits. Writes `memory.json` (bytes; null
+    where a number is not known) and returns a line on it. Raises CapacityError when it fits in no layout.
     """
-    measured = None
-    if sees_too_little(run, fit):
-        measured = retry_on_oom(run, partial(_measure_heaviest, run))
-    layout = run.layout
-    if (layout.micro_batch_tokens, layout.recomputed_layers) != (fit.plan.micro_batch_tokens, fit.recomputed):
-        network = plan_network(run.network, weightless)
-        fit = measure_fit(network, run.plan, run.rows, wanted=layout.recomputed_layers, spare=fit.spare)
     known = Prediction(static, fit.needs) if fit.needs else None
     early = 0 if run.learner.optimizer.state else static.optimizer  # not there yet when it is run
-    return {
+    measured = retry_on_oom(run, partial(_measure_heaviest, run)) if sees_too_little(run, fit) else None
+    free = static.loaded + static.upcoming + fit.spare
+    record = {
         "device": str(run.network.device),
-        "heaviest": {"tokens": len(fit.heaviest.ids), "sequences": len(fit.heaviest.segments)},
-        "micro_batch_tokens": layout.micro_batch_tokens,
-        "recomputed_layers": layout.recomputed_layers,
-        "free": static.loaded + static.upcoming + fit.spare,
+        "free": free,
         "predicted": {**known.kinds(), "peak": known.total} if known else None,
         "rehearsal": {"predicted": known.total - early if known else None, "measured": measured},
     }
+    if run.ranks.is_main:
+        replace_file(run.folder / "memory.json", json.dumps(record, indent=1).encode())
+    seen = f"; the heaviest micro-batch took {size_text(measured)}" if measured else ""
+    if known is None:
+        return f"memory: not predicted, this model computes by numbers{seen}"
+    return f"memory: {size_text(known.total)} at the peak of a step, of {size_text(free)}{seen}"
 
 
 def sees_too_little(run: Run, fit: Fit) -> bool:
@@ -228,15 +220,6 @@ def _measure_heaviest(run: Run) -> int | None:
             peak = torch.cuda.max_memory_allocated(device)
     run.learner.optimizer.zero_grad(set_to_none=True)
     return peak
-
-
-def describe_memory(record: dict[str, Any]) -> str:
-    """A line on what `run_heaviest_batch` found."""
-    predicted, measured = record["predicted"], record["rehearsal"]["measured"]
-    seen = f"; the heaviest micro-batch took {size_text(measured)}" if measured else ""
-    if predicted is None:
-        return f"memory: not predicted, this model computes by numbers{seen}"
-    return f"memory: {size_text(predicted['peak'])} at the peak of a step, of {size_text(record['free'])}{seen}"
 
 
 def export_adapter(ready: ReadyRun, state: State) -> Path:

@@ -19,7 +19,8 @@ from lorasft.recipe import Recipe, dump_recipe, load_recipe, mathematics
 from lorasft.tensors import fingerprint
 from lorasft.train.state import State
 
-_LEFT_BEHIND = {"tokens", LOCK, "checkpoints", "provenance.json"}  # by a start that failed
+# By a start that failed.
+_LEFT_BEHIND = {LOCK, "tokens", "memory.json", "checkpoints", "checkpoints/step-000000", "provenance.json"}
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors", "numpy")
 
 
@@ -31,15 +32,11 @@ def check_run_folder(folder: Path, *, resume: bool) -> None:
     if not resume and is_run:
         hint = f"--resume to continue it, or run.output={folder}-2 to start another"
         raise RecipeError("this run folder exists", where=str(folder), hint=hint)
-    if is_run:
-        return
-    present = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    ours = _LEFT_BEHIND if LOCK in present else set()  # of a start that failed, which is deleted
-    saved = (path.name for path in (folder / "checkpoints").glob("*"))
-    strangers = [name for name in present if name not in ours and not name.startswith(".")]
-    strangers += [f"checkpoints/{name}" for name in saved if name != "step-000000" and not name.startswith(".")]
+    ours = _LEFT_BEHIND if (folder / LOCK).is_file() else ()
+    paths = (path.relative_to(folder) for names in ("[!.]*", "checkpoints/[!.]*") for path in folder.glob(names))
+    strangers = [] if is_run else [str(path) for path in paths if str(path) not in ours]
     if strangers:
-        what = f"the folder holds {len(strangers)} files that are no run's, {strangers[0]} among them"
+        what = f"the folder holds {len(strangers)} files that are not a run's, {strangers[0]} among them"
         raise RecipeError(what, where=str(folder), hint="run.output=NEW_FOLDER")
 
 
@@ -67,15 +64,14 @@ def refuse_changes(recipe: Recipe, folder: Path, saved: State, *, prepared: Prep
 def compare(before: dict[str, Any], now: dict[str, Any], *, most: int = 10) -> str:
     """What differs, a line each: `key: old -> new`; long values from a little before the place where they differ."""
     old, new = _flatten(before), _flatten(now)
-    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     lines = []
-    for key in keys[:most]:
-        texts = [" ".join(str(values.get(key)).split()) for values in (old, new)]
-        same = next((place for place, (one, other) in enumerate(zip(*texts, strict=False)) if one != other), 0)
-        start = max(0, same - 12) if max(map(len, texts)) > 60 else 0
-        parts = [f"{'...' * (start > 0)}{text[start:][:60]}{'...' * (len(text) > start + 60)}" for text in texts]
-        lines.append(f"  {key}: {' -> '.join(parts)}")
-    return "\n".join(lines + ([f"  and {len(keys) - most} more"] if len(keys) > most else []))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            texts = [" ".join(str(values.get(key)).split()) for values in (old, new)]
+            same = next((place for place, pair in enumerate(zip(*texts, strict=False)) if len({*pair}) > 1), 0)
+            start = max(0, same - 12) if max(map(len, texts)) > 60 else 0
+            lines.append(f"  {key}: {' -> '.join(text[start:][:60] for text in texts)}")
+    return "\n".join(lines[:most] + ([f"  and {len(lines) - most} more"] if len(lines) > most else []))
 
 
 def write_start(folder: Path, recipe: Recipe, prepared: Prepared, *, state: State, config: Any) -> None:

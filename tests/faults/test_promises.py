@@ -73,7 +73,7 @@ def test_i04_strangers_files_are_not_touched(bench: Bench, tmp_path: Path) -> No
     mine.parent.mkdir(parents=True)
     mine.write_text("mine", encoding="utf-8")
     code, said = bench.changed("run", output=str(tmp_path / "run")).run()
-    assert code == 2 and "no run's" in said and mine.read_text(encoding="utf-8") == "mine"
+    assert code == 2 and "not a run's" in said and mine.read_text(encoding="utf-8") == "mine"
 
 
 def test_i04_no_link_is_followed(bench: Bench, tmp_path: Path) -> None:
