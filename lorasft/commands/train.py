@@ -38,8 +38,7 @@ def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
             if ranks.is_main:
                 _introduce(ready)
             state = train(ready.run, ready.state)
-            with ranks.sync_errors():
-                adapter = export_adapter(ready, state) if ranks.is_main else None
+            adapter = ranks.on_main(lambda: export_adapter(ready, state))
             if ranks.is_main:
                 _show_answers(ready)
                 say(f"done in {time.monotonic() - started:.0f} s; adapter in {adapter}")

@@ -98,9 +98,8 @@ def train(run: Run, state: State) -> State:
             planned = settings.save_every and number % settings.save_every == 0
             best = settings.keep_best and state.best_step == number
             if last or planned or best or stop.save or stop.signal:
-                with run.ranks.sync_errors():
-                    if run.ranks.is_main:
-                        state = saver.attempt(run, state, final=bool(last or stop.signal))
+                final = bool(last or stop.signal)
+                state = run.ranks.on_main(partial(saver.attempt, run, state, final=final))
             if stop.signal and (not last or state.evaluation_due):
                 raise Stopped(exit_code(stop.signal), f"stopped after step {number} of {run.plan.steps}, saved")
     return state
@@ -143,15 +142,14 @@ def evaluate(
 
 
 def refuse_non_finite(run: Run, step: Step, *, loss: float, norm: float) -> None:
-    """Raise DivergedError, naming the rows of the step and the last good checkpoint."""
+    """Raise DivergedError, naming the first rows of the step and the last good checkpoint."""
     if math.isfinite(loss) and math.isfinite(norm):
         return
-    places = [str(run.rows.place(int(example))) for example in step.examples]
+    places = ", ".join(str(run.rows.place(int(example))) for example in step.examples[:8])
     saved = list_checkpoints(run.checkpoints)
-    shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
     what = f"step {step.number} is not finite (loss {loss}, gradient norm {norm}); nothing was updated"
     hint = f"look at these rows or lower optimizer.learning_rate; last good: {saved[-1] if saved else 'none yet'}"
-    raise DivergedError(what, where=shown, hint=hint)
+    raise DivergedError(what, where=places, hint=hint)
 
 
 def peak_memory(device: torch.device) -> int:
