@@ -87,7 +87,8 @@ def test_models_that_cannot_do_segments_go_one_sequence_at_a_time() -> None:
     assert abs(total) < 1e-3
 
 
-def test_the_self_check_sees_a_leak_and_an_unknown_head(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_self_check_sees_a_leak_and_an_unknown_head(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = attention.attend
 
     def leaky(*args: Any, segments: attention.Paths, **kwargs: Any) -> Any:
@@ -95,12 +96,12 @@ def test_the_self_check_sees_a_leak_and_an_unknown_head(monkeypatch: pytest.Monk
 
     attention.AttentionInterface.register(attention.SEGMENTS, leaky)
     try:
-        network = verify(make_base("llama"))
+        network = verify(make_base("llama", dtype))
     finally:
         attention.AttentionInterface.register(attention.SEGMENTS, plain)
     assert not network.segments
 
-    model = make_base("gemma2").requires_grad_(False)
+    model = make_base("gemma2", dtype).requires_grad_(False)
     head = read_head(model)
     assert head is not None
     monkeypatch.setattr("lorasft.model.selfcheck.read_head", lambda model: replace(head, softcap=None))

@@ -1,6 +1,6 @@
 """Fault campaigns: a byte-sized run is killed, starved, damaged and disturbed; its result must stay the same bits.
 
-    python -m faults [--trials 20] [--only K1,P1] [--seed 0] [--dir FOLDER] [--out docs/faults.md]
+    python -m faults [--trials 20] [--only K1,P1] [--seed 0] [--dir FOLDER]
 
 Each trial runs in forks of this process: the run meets a fault, one judge looks at what it leaves (`judge.py`), then
 it is resumed without faults, and every logged number and the adapter must be those of a run that was left alone.
@@ -13,7 +13,7 @@ it is resumed without faults, and every logged number and the adapter must be th
     D1  a full or broken disk at each effect, once or for good      N2  out of memory in each part of a step
     T1  a checkpoint's file cut, flipped, swapped, deleted          C1  2 to 5 processes start one run at once
     T2  headers and JSON changed under right hashes                 C2  copies, links and other runs' checkpoints beside
-    W2  trackers that raise or return garbage                       H1  sequences of all that, shrunk when they fail
+    W2  trackers that raise or return garbage                       H1  sequences of kills, D1, T1 and C2
 """
 
 from __future__ import annotations
@@ -24,26 +24,18 @@ import json
 import shutil
 import signal
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import hypothesis
-import torch
-from hypothesis.stateful import run_state_machine_as_test
-
 from faults import damage, patches, power
 from faults.judge import judge_remains, read_metrics
-from faults.states import state_machine
 from faults.subject import SAVE_EVERY, STEPS
 from faults.trial import Bench, Child, Fault, Phase, fail_at, kill_at, slow
-from lorasft.model.adapter import attach_adapter, trainable
-from lorasft.model.base import load_base
-from lorasft.recipe import AdapterSettings
-from lorasft.train.optimizer import make_optimizer
-from lorasft.train.state import Learner
+from lorasft.files import MANIFEST
+
+MOMENTS = ("before", "half", "after")
 
 
 class Trial(NamedTuple):
@@ -113,7 +105,7 @@ def try_once(bench: Bench, ways: Sequence[Callable[..., Child]]) -> Trial:
 
 
 def k1(bench: Bench) -> Iterator[Trial]:
-    for number, moment in bench.some(itertools.product(range(1, bench.effects + 1), ("before", "half", "after"))):
+    for number, moment in bench.some(itertools.product(range(1, bench.effects + 1), MOMENTS)):
         yield try_once(bench, [partial(bench.start, kill_at(number, moment=moment))])
 
 
@@ -150,11 +142,11 @@ def kill_randomly(bench: Bench, fault: Fault | None, dice: Any, *, commits: int)
 
 def p1(bench: Bench) -> Iterator[Trial]:
     """Each state is judged; every 50th is also brought to its end."""
-    root, log = bench.folder.parent, bench.folder.with_name("effects")
+    log = bench.folder.with_name("effects")
     shutil.rmtree(log, ignore_errors=True)
     bench.clear()
-    bench.start(power.record(root, log)).wait()
-    history = power.Reader(log).read()
+    bench.start(power.record(bench.folder, log)).wait()
+    history = power.read_history(log)
     place = bench.folder.with_name("state")
     for number, loss in enumerate(power.power_losses(history, most=20 * bench.trials, seed=bench.seed)):
         power.build(history, loss, log=log, root=place)
@@ -238,26 +230,24 @@ def c2(bench: Bench) -> Iterator[Trial]:
 
 
 def h1(bench: Bench) -> Iterator[Trial]:
-    """`trials` sequences of up to 30 actions; see states.py."""
-    settings = hypothesis.settings(
-        max_examples=bench.trials,
-        stateful_step_count=30,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    model = bench.recipe.model
-    peft = attach_adapter(
-        load_base(model, torch.device("cpu")), AdapterSettings(rank=1, targets=("q_proj",)), seed=bench.seed
-    )
-    parameters = trainable(peft)
-    learner = Learner(peft, parameters, make_optimizer(bench.recipe.optimizer, parameters))
-    try:
-        run_state_machine_as_test(state_machine(learner, model), settings=settings)
-    except Exception:
-        yield Trial([traceback.format_exc()])
-    else:
-        yield from (Trial() for _ in range(bench.trials))
+    """Up to 6 of them, one after another; of the checkpoints only one is damaged at a time."""
+    for number in range(bench.trials):
+        bench.clear()
+        dice, wrong = bench.dice("h1", number), []
+        acts = [*dice.choices(("kill", "disk", "damage"), k=dice.randint(1, 5)), dice.choice(list(damage.NEIGHBOURS))]
+        for act in dice.sample(acts, len(acts)):
+            effect, whole = dice.randint(1, bench.effects), damage.whole_checkpoints(bench.folder)
+            if act in ("kill", "disk"):
+                disk = fail_at(effect, for_good=dice.random() < 0.5)
+                code, said = bench.run(disk if act == "disk" else kill_at(effect, moment=dice.choice(MOMENTS)))
+                wrong += [] if code in (0, 6, -signal.SIGKILL) else [f"exit {code}: {said}"]
+            elif act == "damage" and len(whole) > 1:
+                damage.HARMS[dice.choice(list(damage.HARMS))](
+                    whole[-1] / dice.choice(damage.FILES), whole[0] / MANIFEST
+                )
+            elif act != "damage" and whole:
+                damage.NEIGHBOURS[act](whole[-1])
+        yield Trial([f"{acts}: {reason}" for reason in wrong + resume(bench)])
 
 
 # ---- signals --------------------------------------------------------------------------------------------------------
@@ -282,11 +272,13 @@ def signalled(bench: Bench, signals: list[tuple[float, signal.Signals]]) -> Tria
     bench.clear()
     child = bench.start()
     for pause, number in signals:
+        while number == signal.SIGUSR1 and not (bench.folder / "metrics.jsonl").exists():
+            time.sleep(0.001)  # before it is answered it ends a process
         time.sleep(pause)
         child.kill(number)
     sent, code = time.monotonic(), child.wait()
     wrong, lost = judge_remains(bench.folder, commits=child.trace.commits)
-    if code != 0 and code not in [STOPPED[number] for _, number in signals]:
+    if code != 0 and code not in [STOPPED.get(number) for _, number in signals]:
         wrong.append(f"exit {code} after {signals}: {child.said()[-500:]}")
     if time.monotonic() - sent > 10:
         wrong.append("it took more than 10 s to stop")
@@ -299,17 +291,7 @@ def signalled(bench: Bench, signals: list[tuple[float, signal.Signals]]) -> Tria
 def s3(bench: Bench) -> Iterator[Trial]:
     """Asked to save: done after the step, and the run continues to the same bits."""
     for number in range(bench.trials):
-        bench.clear()
-        child = bench.start()
-        while not (bench.folder / "metrics.jsonl").exists():
-            time.sleep(0.001)
-        time.sleep(bench.dice("s3", number).uniform(0, bench.seconds / 2))
-        child.kill(signal.SIGUSR1)
-        code = child.wait()
-        wrong = [] if code in (0, -signal.SIGUSR1) else [f"exit {code}: {child.said()}"]
-        if code != 0 and child.trace.phase < Phase.FINISH:
-            wrong.append("SIGUSR1 ended the run")
-        yield Trial(wrong + resume(bench))
+        yield signalled(bench, [(bench.dice("s3", number).uniform(0, bench.seconds / 2), signal.SIGUSR1)])
 
 
 # ---- numbers, memory, trackers --------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -14,7 +15,7 @@ from typing import Any
 from lorasft.errors import LorasftError
 from lorasft.files import MANIFEST, STAGE, sha256
 from lorasft.train import run as runs
-from lorasft.train.checkpoint import list_checkpoints, newest_checkpoint, restore_checkpoint
+from lorasft.train.checkpoint import list_checkpoints, newest_checkpoint, read_state, restore_checkpoint
 
 FILES = ("adapter_model.safetensors", "optimizer.safetensors", "state.json", "adapter_config.json", MANIFEST)
 
@@ -122,6 +123,15 @@ def change_json(document: Any, dice: random.Random) -> None:
         return
 
 
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The run's own checkpoints that verify, oldest first."""
+    whole = []
+    for path in list_checkpoints(folder / "checkpoints"):
+        with contextlib.suppress(LorasftError):
+            whole += [path] if read_state(path, run=None).run != "other" else []
+    return whole
+
+
 def fingerprint_tree(path: Path) -> list[tuple[str, str]]:
     paths = sorted(path.rglob("*")) if path.is_dir() else [path]
     return [(one.relative_to(path).as_posix(), sha256(one) if one.is_file() else "") for one in paths]
@@ -166,7 +176,13 @@ def link_output(newest: Path) -> list[Path]:
     return []
 
 
+def lose_record(newest: Path) -> list[Path]:
+    (newest.parents[1] / "provenance.json").unlink(missing_ok=True)
+    return []
+
+
 NEIGHBOURS: dict[str, Callable[[Path], list[Path]]] = {
+    "a lost record": lose_record,
     "copies, other runs and files of editors": crowd,
     "another run's checkpoint in the way": lambda newest: [copy_to(newest, "step-000010", other=True)],
     "links and other times": link_to_stranger,

@@ -19,23 +19,25 @@ from pathlib import Path
 
 from faults.trial import Fault
 
-ROOT = 0  # the inode of the folder that everything is in
+ROOT = 0  # the number of the folder that everything is in
 
 
-def record(root: Path, log: Path) -> Fault:
-    """A fault that writes the effects of a run in `root` down in the new folder `log`, with what the file then held."""
+def record(folder: Path, log: Path) -> Fault:
+    """A fault that writes down in the new folder `log` what is in `folder` after each effect of a run."""
     log.mkdir()
 
     @contextlib.contextmanager
     def fault(number: int, kind: str, paths: tuple[Path, ...]) -> Iterator[None]:
         yield
-        content = ""
-        if kind in ("write", "append", "lock", "fsync"):
-            content = hashlib.sha256(data := paths[0].read_bytes()).hexdigest()
-            (log / content).write_bytes(data)
-        names = [path.relative_to(root).as_posix() for path in paths]
+        tree: dict[str, tuple[int, str | None]] = {}  # inode, and hash of a file
+        for path in (folder, *folder.rglob("*")):
+            content = None
+            if path.is_file():
+                content = hashlib.sha256(data := path.read_bytes()).hexdigest()
+                (log / content).write_bytes(data)
+            tree[path.relative_to(folder.parent).as_posix()] = path.stat().st_ino, content
         with open(log / "effects.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps([kind, content, *names]) + "\n")
+            file.write(json.dumps([kind, paths[-1].relative_to(folder.parent).as_posix(), tree]) + "\n")
 
     return fault
 
@@ -55,93 +57,49 @@ class Change:
 class History:
     """All changes of a run, how many checkpoints were committed and steps logged after each effect."""
 
-    changes: list[Change]
-    commits: list[int]
-    steps: list[int]
-
-    def __len__(self) -> int:
-        return len(self.commits)
+    changes: list[Change] = field(default_factory=list)
+    commits: list[int] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
 
 
-class Reader:
-    """Turns recorded effects on paths into changes of inodes."""
-
-    def __init__(self, log: Path) -> None:
-        self.log = log
-        self.folders: dict[int, dict[str, int]] = {ROOT: {}}
-        self.data: dict[int, str] = {}
-        self.changes: list[Change] = []
-        self.numbers = itertools.count(1)
-
-    def read(self) -> History:
-        """The history of the effects in the log."""
-        history = History(self.changes, [], [])
-        renamed: list[Change] = []
-        steps = 0
-        for at, line in enumerate((self.log / "effects.jsonl").read_text(encoding="utf-8").splitlines()):
-            kind, content, *names = json.loads(line)
-            self.apply(at, kind, content, names)
-            if kind == "rename" and "/checkpoints/step-" in names[1] and ".trash-" not in names[1]:
-                renamed.append(self.changes[-1])
-            if kind == "append":
-                lines = (self.log / content).read_text(encoding="utf-8").splitlines()
-                steps = max((json.loads(line)["step"] for line in lines if '"loss"' in line), default=0)
-            history.commits.append(sum(change.safe <= at for change in renamed))
-            history.steps.append(steps)
-        return history
-
-    def apply(self, at: int, kind: str, content: str, names: list[str]) -> None:
-        if kind == "make folder":
-            self.folders[self.find(at, names[0], folder=True)] = {}
-        elif kind == "create":
-            self.find(at, names[0])
-        elif kind == "rename":
-            self.rename(at, *names)
-        elif kind == "remove":
-            self.unlink(at, names[0])
-        elif kind == "fsync folder":
-            self.sync(at, self.find(at, names[0], folder=True), names_too=True)
-        else:
-            inode = self.find(at, names[0])
-            if self.data.get(inode) != content:  # at an fsync: what a library wrote
-                self.changes.append(Change(at, inode, data=content))
-                self.data[inode] = content
-            if kind == "fsync":
-                self.sync(at, inode, names_too=False)
-
-    def find(self, at: int, name: str, *, folder: bool = False) -> int:
-        """The inode of a path; what a library made unseen comes into being here."""
-        inode = ROOT
-        parts = [] if name == "." else name.split("/")
-        for depth, part in enumerate(parts, start=1):
-            here = self.folders[inode]
-            if part not in here:
-                here[part] = next(self.numbers)
-                self.changes.append(Change(at, inode, names={part: here[part]}))
-            inode = here[part]
-            if depth < len(parts) or folder:
-                self.folders.setdefault(inode, {})
-        return inode
-
-    def rename(self, at: int, source: str, target: str) -> None:
-        folder, _, old = source.rpartition("/")
-        new = target.rpartition("/")[2]
-        inode = self.find(at, folder, folder=True)
-        moved = self.find(at, source)
-        del self.folders[inode][old]
-        self.folders[inode][new] = moved
-        self.changes.append(Change(at, inode, names={old: None, new: moved}))
-
-    def unlink(self, at: int, name: str) -> None:
-        folder, _, old = name.rpartition("/")
-        inode = self.find(at, folder, folder=True)
-        if self.folders[inode].pop(old, None) is not None:
-            self.changes.append(Change(at, inode, names={old: None}))
-
-    def sync(self, at: int, inode: int, *, names_too: bool) -> None:
-        for change in self.changes:
-            if change.inode == inode and bool(change.names) == names_too:
-                change.safe = min(change.safe, at)
+def read_history(log: Path) -> History:
+    """What each effect in the log has changed, also what a library did before it, and from when that is durable."""
+    history, fresh, steps = History(), itertools.count(1), 0
+    renamed: list[Change] = []
+    numbers: dict[int, int] = {}  # of inodes, which a file system uses again
+    names: dict[int, dict[str, int]] = {}
+    data: dict[int, str] = {}
+    for at, line in enumerate((log / "effects.jsonl").read_text(encoding="utf-8").splitlines()):
+        kind, name, tree = json.loads(line)
+        numbers = {inode: numbers.get(inode) or next(fresh) for inode, _ in tree.values()}
+        paths = {path: numbers[inode] for path, (inode, _) in tree.items()} | {".": ROOT}
+        names_before, data_before = names, data
+        names = {paths[path]: {} for path in paths if path == "." or tree[path][1] is None}
+        for path in tree:
+            folder, _, own = path.rpartition("/")
+            names[paths[folder or "."]][own] = paths[path]
+        data = {paths[path]: content for path, (_, content) in tree.items() if content is not None}
+        for inode, now in names.items():
+            before = names_before.get(inode, {})
+            changed = {own: now.get(own) for own in {**before, **now} if before.get(own) != now.get(own)}
+            if changed:
+                history.changes.append(Change(at, inode, changed))
+        for inode, content in data.items():
+            if data_before.get(inode) != content:
+                history.changes.append(Change(at, inode, data=content))
+        if kind in ("fsync", "fsync folder"):
+            for change in history.changes:
+                if change.inode == paths[name] and bool(change.names) == (kind == "fsync folder"):
+                    change.safe = min(change.safe, at)
+        own = Path(name).name
+        if kind == "rename" and own.startswith("step-"):
+            renamed += [change for change in history.changes if change.at == at and own in change.names]
+        if kind == "append":
+            lines = (log / tree[name][1]).read_text(encoding="utf-8").splitlines()
+            steps = max((json.loads(line)["step"] for line in lines if '"loss"' in line), default=0)
+        history.commits.append(sum(change.safe <= at for change in renamed))
+        history.steps.append(steps)
+    return history
 
 
 @dataclass(frozen=True)
@@ -156,7 +114,7 @@ class Loss:
 def power_losses(history: History, *, most: int, seed: int) -> list[Loss]:
     """Losses at every moment: nothing, all, each one alone, all but one, and pairs of what was not synced."""
     losses: set[Loss] = set()
-    for at in range(len(history)):
+    for at in range(len(history.commits)):
         open_ = [n for n, change in enumerate(history.changes) if change.at <= at < change.safe]
         safe = {n for n, change in enumerate(history.changes) if change.safe <= at}
         recent = open_[-6:]  # older ones are lines of the log, which are alike
