@@ -724,7 +724,7 @@ def work_twice(run: Any) -> None:
     step = Step(1, 0.0, batch.examples, (batch,))
     run.network.causal.train()
     add_gradients(run, step)
-    run.learner.optimizer.step()
+    run.optimizer.step()
     add_gradients(run, step)
 
 

@@ -89,7 +89,7 @@ def work_twice(run: loop.Run) -> None:
     step = Step(1, 0.0, batch.examples, (batch,))
     run.network.causal.train()
     add_gradients(run, step)
-    run.learner.optimizer.step()
+    run.optimizer.step()
     add_gradients(run, step)
 
 
@@ -233,7 +233,7 @@ def test_a_model_that_computes_by_numbers_is_run_beforehand_and_has_no_plan(
     assert "cannot be planned" in capsys.readouterr().err
     assert main(["train", recipe(train={"steps": 3})]) == 0
     record = json.loads((tmp_path / "run/memory.json").read_text())
-    assert record["predicted"] is None and record["rehearsal"] == {"predicted": None, "measured": None}
+    assert record["predicted"] is None and record["rehearsal"]["measured"] > 0
     layout = json.loads((tmp_path / "run/provenance.json").read_text())["layout"]
     assert layout["recomputed_layers"] == 2  # what needs least
 

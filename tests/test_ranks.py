@@ -41,7 +41,7 @@ from lorasft.train import inputs, loop
 from lorasft.train import metrics as metrics_module
 from lorasft.train import run as runs
 from lorasft.train.distributed import ALONE, Ranks, join
-from lorasft.train.state import Learner, Run
+from lorasft.train.state import Run
 
 Write = Callable[..., str]
 
@@ -104,7 +104,7 @@ def step_run(model: Any, network: Any, rows: Rows, ranks: Ranks, **plan: Any) ->
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     whole = Plan(len(rows), len(rows), 1, seed=0, processes=ranks.count, **plan)
     nothing: Any = None
-    return Run(nothing, nothing, whole, nothing, nothing, network, Learner(model, parameters, nothing), nothing, ranks)
+    return Run(nothing, nothing, whole, nothing, nothing, network, model, parameters, nothing, nothing, ranks)
 
 
 CASES = [
@@ -124,7 +124,7 @@ def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> N
                 step = run.plan.step(1, rows)
                 assert len(share(step.micro_batches, rank, 2)) > 0 or (count == 1 and rank == 1)
                 model.zero_grad()
-                parameters = list(run.learner.parameters.values())
+                parameters = list(run.parameters.values())
                 work = lambda run=run, step=step: loop.add_gradients(run, step)  # noqa: E731
                 value = ranks.sum_step(work, parameters, stop=StopRequest(agreed=0))
                 save_file(gradients(model) | {"loss": torch.tensor(value)}, tmp_path / f"{number}-{rank}.safetensors")
@@ -192,7 +192,7 @@ def test_all_processes_end_with_the_same_parameters(recipe: Write, tmp_path: Pat
         with join() as ranks, runs.open_run(settings, resume=False, ranks=ranks) as opened:
             loop.train(opened.run, opened.state)
             opened.run.metrics.close()  # of trackers, in the first alone: must not part the processes
-            parameters = {name: tensor.detach() for name, tensor in opened.run.learner.parameters.items()}
+            parameters = {name: tensor.detach() for name, tensor in opened.run.parameters.items()}
             save_file(parameters, tmp_path / f"{rank}.safetensors")
 
     launch = Launch(tmp_path, act)

@@ -96,10 +96,10 @@ def test_the_frozen_base_is_unchanged(recipe: Write, base: Path) -> None:
         loop.train(opened.run, opened.state)
         after = {
             name.removeprefix("base_model.model.").replace(".base_layer", ""): parameter
-            for name, parameter in opened.run.learner.model.named_parameters()
+            for name, parameter in opened.run.model.named_parameters()
             if not parameter.requires_grad
         }
-        trained = set(opened.run.learner.parameters)
+        trained = set(opened.run.parameters)
     assert all("lora_" in name for name in trained) and trained
     fresh = dict(load_base(settings.model, torch.device("cpu")).named_parameters())
     assert fresh.keys() == after.keys()

@@ -32,7 +32,7 @@ def take_step(run: Run, step: Step, stop: StopRequest) -> dict[str, Any]:
     the update when loss or gradient is not finite, naming the rows, and MicroBatchTooLarge when memory runs out.
     """
     started = time.monotonic()
-    parameters, optimizer = run.learner.parameters, run.learner.optimizer
+    parameters, optimizer = run.parameters, run.optimizer
     loss = run.ranks.sum_step(lambda: add_gradients(run, step), list(parameters.values()), stop=stop)
     norm = get_total_norm([parameter.grad for parameter in parameters.values() if parameter.grad is not None])
     refuse_non_finite(run, step, loss=loss, norm=float(norm))

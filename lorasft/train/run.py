@@ -53,12 +53,12 @@ from lorasft.train.checkpoint import newest_checkpoint, restore_checkpoint, save
 from lorasft.train.distributed import ALONE, Ranks
 from lorasft.train.inputs import RunInputs, read_checked_config, read_inputs
 from lorasft.train.layout import Fit, choose_layout, find_heaviest
-from lorasft.train.loop import add_gradients
+from lorasft.train.loop import add_gradients, peak_memory
 from lorasft.train.metrics import Metrics
 from lorasft.train.oom import plain_oom_errors, retry_on_oom
 from lorasft.train.optimizer import make_optimizer
 from lorasft.train.run_folder import check_run_folder, read_run_id, refuse_changes, write_start
-from lorasft.train.state import Learner, Run, State
+from lorasft.train.state import Run, State
 
 
 @dataclass(frozen=True)
@@ -146,13 +146,14 @@ def _load(
     plan = replace(fit.plan, micro_batch_tokens=min(ranks.gather(fit.plan.micro_batch_tokens)))
     parameters = trainable(model)
     ranks.copy_first(list(parameters.values()))
-    learner = Learner(model, parameters, make_optimizer(recipe.optimizer, parameters))
+    optimizer = make_optimizer(recipe.optimizer, parameters)
     done, written = (saved.step, saved.metrics_bytes) if saved else (0, 0)
     metrics = Metrics(folder, recipe, steps=plan.steps, done=done, metrics_bytes=written, quiet=not ranks.is_main)
-    run = Run(folder, recipe, plan, prepared.train, prepared.held_out, network, learner, metrics, ranks)
+    rows, held_out = prepared.train, prepared.held_out
+    run = Run(folder, recipe, plan, rows, held_out, network, model, parameters, optimizer, metrics, ranks)
     with ranks.sync_errors():
         if path:
-            restore_checkpoint(path, learner)
+            restore_checkpoint(path, run)
         memory = run_heaviest_batch(run, fit, static)
         state = saved or State(0, prepared.key, metrics_bytes=0, layout=run.layout, run=secrets.token_hex(8))
         if ranks.is_main and not saved:  # from here on there is something to resume: this makes the folder a run
@@ -180,7 +181,7 @@ def run_heaviest_batch(run: Run, fit: Fit, static: StaticBytes) -> str:
     where a number is not known) and returns a line on it. Raises CapacityError when it fits in no layout.
     """
     known = Prediction(static, fit.needs) if fit.needs else None
-    early = 0 if run.learner.optimizer.state else static.optimizer  # not there yet when it is run
+    early = 0 if run.optimizer.state else static.optimizer  # not there yet when it is run
     measured = retry_on_oom(run, partial(_measure_heaviest, run)) if sees_too_little(run, fit) else None
     free = static.loaded + static.upcoming + fit.spare
     record = {
@@ -191,7 +192,7 @@ def run_heaviest_batch(run: Run, fit: Fit, static: StaticBytes) -> str:
     }
     if run.ranks.is_main:
         replace_file(run.folder / "memory.json", json.dumps(record, indent=1).encode())
-    seen = f"; the heaviest micro-batch took {size_text(measured)}" if measured else ""
+    seen = f"; {size_text(measured)} with the heaviest micro-batch" if measured else ""
     if known is None:
         return f"memory: not predicted, this model computes by numbers{seen}"
     return f"memory: {size_text(known.total)} at the peak of a step, of {size_text(free)}{seen}"
@@ -202,24 +203,22 @@ def sees_too_little(run: Run, fit: Fit) -> bool:
     return fit.needs is None or run.network.device.type == "cuda"
 
 
-def _measure_heaviest(run: Run) -> int | None:
+def _measure_heaviest(run: Run) -> int:
     """Bytes at the peak of the run's heaviest micro-batch, weights included, with the gradients of one before it.
 
-    None where no allocator counts them. Leaves no gradients behind.
+    Leaves no gradients behind.
     """
-    batch = find_heaviest(run.plan, run.rows)
-    device, peak = run.network.device, None
+    batch, device = find_heaviest(run.plan, run.rows), run.network.device
+    on_cuda = device.type == "cuda"
     run.network.causal.train()
-    for parameter in run.learner.parameters.values():
+    for parameter in run.parameters.values():
         parameter.grad = torch.zeros_like(parameter)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    with torch.random.fork_rng([device] if on_cuda else []):
         add_gradients(replace(run, ranks=ALONE), Step(1, 0.0, batch.examples, (batch,)))
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device)
-    run.learner.optimizer.zero_grad(set_to_none=True)
-    return peak
+    run.optimizer.zero_grad(set_to_none=True)
+    return peak_memory(device)
 
 
 def export_adapter(ready: ReadyRun, state: State) -> Path:
@@ -231,15 +230,15 @@ def export_adapter(ready: ReadyRun, state: State) -> Path:
     if run.recipe.run.keep_best and state.best_step not in (None, state.step):
         best = run.checkpoints / f"step-{state.best_step:06d}"
         verify_folder(best)
-        restore_checkpoint(best, run.learner)
-    trained = (one for name, one in run.learner.parameters.items() if "lora_" not in name or "_B" in name)
+        restore_checkpoint(best, run)
+    trained = (one for name, one in run.parameters.items() if "lora_" not in name or "_B" in name)
     if not any(one.any() for one in trained):
         hint = "see metrics.jsonl; if no step was better than the base, run.keep_best=false takes the last"
         raise DivergedError("nothing was trained: the adapter is zero", hint=hint)
     target = run.folder / "adapter"
     if not target.exists():
         with staged_folder(target) as stage:
-            write_adapter(run.learner.model, stage, base=run.recipe.model)
+            write_adapter(run.model, stage, base=run.recipe.model)
             ready.tokenizer.save_pretrained(stage)
             generation = copy.deepcopy(run.network.causal.generation_config)
             if stops := missing_stops(ready.prepared, run.network.causal):

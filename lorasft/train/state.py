@@ -45,18 +45,9 @@ class State:
     best_loss: float | None = None
 
 
-@dataclass(frozen=True)
-class Learner:
-    """What training changes: the adapter on its base, and the optimizer of the parameters that train."""
-
-    model: Any  # the PEFT model
-    parameters: dict[str, nn.Parameter]
-    optimizer: Any
-
-
 @dataclass
 class Run:
-    """All that a run works with. What changes meanwhile: the learner, and the plan where memory ends."""
+    """All that a run works with. What changes: parameters, optimizer, and the plan where memory ends."""
 
     folder: Path
     recipe: Recipe
@@ -64,7 +55,9 @@ class Run:
     rows: TokenStore
     held_out: TokenStore | None
     network: Network
-    learner: Learner
+    model: Any  # the PEFT model
+    parameters: dict[str, nn.Parameter]  # that are trained
+    optimizer: Any  # of them
     metrics: Metrics
     ranks: Ranks
 
