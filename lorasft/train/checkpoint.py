@@ -25,6 +25,7 @@ from lorasft.adapter_config import read_adapter_weights
 from lorasft.errors import CapacityError, DivergedError, LorasftError, ModelError, RecipeError
 from lorasft.files import remove_folder, rename, staged_folder, verify_folder, write_file
 from lorasft.model.adapter import adapter_weights, give_weights, write_adapter
+from lorasft.terminal import say
 from lorasft.train.oom import plain_oom_errors
 from lorasft.train.optimizer import optimizer_state, restore_optimizer
 from lorasft.train.state import Run, State
@@ -141,7 +142,7 @@ class CheckpointSaver:
                 hint = f"make room on the disk and continue with --resume from step {self.last.step}"
                 raise CapacityError(what, where=str(run.checkpoints), hint=hint) from error
             self.failed = True
-            run.metrics.note(f"{what}; saved up to step {self.last.step}, continuing")
+            say(f"{what}; saved up to step {self.last.step}, continuing")
             return replace(state, best_step=self.last.best_step, best_loss=self.last.best_loss)
         self.failed = False
         return self.last

@@ -20,6 +20,7 @@ from lorasft.data.store import TokenStore
 from lorasft.errors import CapacityError
 from lorasft.model.free_memory import out_of_memory
 from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
+from lorasft.terminal import say
 from lorasft.train.state import Run
 
 Result = TypeVar("Result")
@@ -94,9 +95,9 @@ def reduce_memory(run: Run, error: MicroBatchTooLarge) -> None:
     layers, tokens = len(decoder_layers(run.network.causal)), run.plan.micro_batch_tokens
     if error.tokens > error.longest:
         run.plan = replace(run.plan, micro_batch_tokens=max(error.longest, min(error.tokens, tokens) // 2))
-        run.metrics.note(f"{error.what}: from here on micro-batches of {run.plan.micro_batch_tokens} tokens")
+        say(f"{error.what}: from here on micro-batches of {run.plan.micro_batch_tokens} tokens")
     elif recomputed_layers(run.network.causal) < layers:
         recompute(run.network.causal, layers)
-        run.metrics.note(f"{error.what}: from here on all {layers} layers recomputed")
+        say(f"{error.what}: from here on all {layers} layers recomputed")
     else:
         raise error
