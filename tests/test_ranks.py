@@ -128,7 +128,9 @@ def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> N
                 work = lambda run=run, step=step: loop.add_gradients(run, step)  # noqa: E731
                 value = ranks.sum_step(work, parameters, stop=StopRequest(agreed=0))
                 save_file(gradients(model) | {"loss": torch.tensor(value)}, tmp_path / f"{number}-{rank}.safetensors")
-            (tmp_path / f"held_out-{rank}.json").write_text(json.dumps(held_out(network, ranks)), encoding="utf-8")
+            (tmp_path / f"held_out-{rank}.json").write_text(
+                json.dumps(held_out(model, network, ranks)), encoding="utf-8"
+            )
 
     launch = Launch(tmp_path, act)
     assert launch.codes() == [0, 0], launch.said()
@@ -138,15 +140,16 @@ def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> N
         assert all(torch.equal(first[name], second[name]) for name in first)
         assert float(first.pop("loss")) == pytest.approx(want_loss, rel=1e-6)
         assert differences(first, want)[0] < 2e-6
-    network = ours("llama")[1]
+    model, network = ours("llama")
     for rank in (0, 1):
         scores = json.loads((tmp_path / f"held_out-{rank}.json").read_text(encoding="utf-8"))
-        assert scores == pytest.approx(held_out(network, ALONE), rel=1e-6)
+        assert scores == pytest.approx(held_out(model, network, ALONE), rel=1e-6)
 
 
-def held_out(network: Any, ranks: Ranks) -> list[float]:
+def held_out(model: Any, network: Any, ranks: Ranks) -> list[float]:
     """Losses and tokens of held-out sets of every size."""
-    results = [loop.evaluate(network, some(size), capacity=20, ranks=ranks, stop=StopRequest()) for size in range(1, 7)]
+    run = step_run(model, network, some(1), ranks, loss="token", micro_batch_tokens=20)
+    results = [loop.evaluate(run, some(size), StopRequest()) for size in range(1, 7)]  # type: ignore[arg-type]
     return [number for result in results if result for number in result]
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from lorasft.artifact import find_artifact
 from lorasft.cli import main
-from lorasft.data.packing import Step
+from lorasft.data.packing import Plan, Step
 from lorasft.files import sha256
 from lorasft.model.adapter import attach_adapter, load_artifact
 from lorasft.model.attention import attention
@@ -115,7 +116,8 @@ def test_evaluating_and_generating_do_not_change_gradients(base: Path) -> None:
     network = verify(peft.get_base_model())
     rows = Rows()
     before = packed_step(peft.train(), network, rows, "token", 100)
-    evaluate(network, rows, capacity=100, ranks=ALONE, stop=StopRequest())
+    plan = Plan(1, 1, 1, seed=0, loss="token", micro_batch_tokens=100)
+    evaluate(SimpleNamespace(network=network, plan=plan, ranks=ALONE), rows, StopRequest())  # type: ignore[arg-type]
     generate(network.causal, None, [1, 5, 9], max_new_tokens=4, stops=[2])
     after = packed_step(peft.train(), network, rows, "token", 100)
     assert before[0] == after[0]

@@ -20,6 +20,7 @@ from lorasft.model.recompute import decoder_layers
 from lorasft.recipe import AdapterSettings, Recipe
 from lorasft.train.metrics import check_trackers
 from lorasft.train.schedule import warmup_steps
+from lorasft.train.state import State
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class RunInputs:
     plan: Plan
     adapter: AdapterSettings  # with the sizes of the adapter that it begins from
     start: Artifact | None  # that adapter
+    checkpoint: Path | None = None  # that is resumed from
+    saved: State | None = None  # its state
+    notes: tuple[str, ...] = ()
 
 
 def read_inputs(recipe: Recipe, config: Any, folder: Path) -> RunInputs:

@@ -15,11 +15,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from lorasft.data.packing import Step, share
 from lorasft.data.store import TokenStore
 from lorasft.errors import DivergedError, Stopped
-from lorasft.model.loss import Network, pair_losses
+from lorasft.model.loss import pair_losses
 from lorasft.model.scoring import score_batches
 from lorasft.signals import StopRequest, exit_code, stop_signals
 from lorasft.train.checkpoint import CheckpointSaver, list_checkpoints
-from lorasft.train.distributed import Ranks
 from lorasft.train.oom import oom_context, retry_on_oom
 from lorasft.train.schedule import learning_rate
 from lorasft.train.state import Run, State
@@ -110,8 +109,7 @@ def evaluate_and_note(run: Run, state: State, stop: StopRequest) -> State:
     state = replace(state, evaluation_due=False)
     if run.held_out is None:
         return state
-    capacity = run.plan.micro_batch_tokens
-    result = evaluate(run.network, run.held_out, capacity=capacity, ranks=run.ranks, stop=stop)
+    result = evaluate(run, run.held_out, stop)
     if result is None:
         return replace(state, evaluation_due=True)
     loss, tokens = result
@@ -122,15 +120,13 @@ def evaluate_and_note(run: Run, state: State, stop: StopRequest) -> State:
     return replace(state, best_step=state.step, best_loss=loss)
 
 
-def evaluate(
-    network: Network, rows: TokenStore, *, capacity: int, ranks: Ranks, stop: StopRequest
-) -> tuple[float, int] | None:
+def evaluate(run: Run, rows: TokenStore, stop: StopRequest) -> tuple[float, int] | None:
     """The mean loss per supervised token of held-out `rows`, in nats, and how many tokens; None after a signal.
 
     Each process scores its share. Raises MicroBatchTooLarge when memory runs out.
     """
-    total, tokens = 0.0, 0
-    score = partial(score_batches, network, rows, range(len(rows)), capacity=capacity)
+    total, tokens, ranks = 0.0, 0, run.ranks
+    score = partial(score_batches, run.network, rows, range(len(rows)), capacity=run.plan.micro_batch_tokens)
     with ranks.sync_errors():
         for batch, losses in score(processes=ranks.count, index=ranks.index, explain=partial(oom_context, rows)):
             if stop.signal:  # of several processes none, before they agree on it in a step

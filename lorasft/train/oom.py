@@ -41,10 +41,10 @@ def oom_context(rows: TokenStore, batch: MicroBatch) -> Iterator[None]:
         if not out_of_memory(raised):
             raise
         examples = sorted(set(batch.examples.tolist()))
-        lengths = {example: max(map(len, rows.sequences(example))) for example in examples[:5]}
+        places = (f"{rows.place(one)} ({max(map(len, rows.sequences(one)))} tokens)" for one in examples[:5])
         error = MicroBatchTooLarge(
             f"out of memory with {len(batch.ids)} tokens in a micro-batch of {len(examples)} rows",
-            where=", ".join(f"{rows.place(example)} ({length} tokens)" for example, length in lengths.items()),
+            where=", ".join(places),
             hint="free memory and try again, with --resume if the run had begun; or start anew with a smaller "
             "data.max_length, adapter.rank or model.base: lorasft plan RECIPE --memory SIZE finds what fits",
         )

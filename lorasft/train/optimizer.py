@@ -14,7 +14,7 @@ from lorasft.recipe import OptimizerSettings
 
 def make_optimizer(settings: OptimizerSettings, parameters: Mapping[str, nn.Parameter]) -> Any:
     """AdamW over exactly `parameters`; `adamw8bit` keeps its moments in 8 bit (bitsandbytes)."""
-    kind = {"adamw": torch.optim.AdamW, "adamw8bit": AdamW8bit}[settings.name]
+    kind: Any = torch.optim.AdamW if settings.name == "adamw" else AdamW8bit
     rate, decay = settings.learning_rate, settings.weight_decay
     return kind(list(parameters.values()), lr=rate, betas=settings.betas, weight_decay=decay)
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from numpy.typing import NDArray
 
 from lorasft.data.packing import cost
 from lorasft.data.store import TokenStore, example_lengths
@@ -109,7 +108,18 @@ def find_suggestions(recipe: Recipe, config: Any, network: Network, rows: TokenS
 
     Raises what `dry_run` raises.
     """
-    lengths = example_lengths(rows)
+    lengths, adapter = example_lengths(rows), recipe.adapter
+    # By key what it may be instead, the least change first.
+    alternatives: dict[str, Sequence[Any]] = {
+        "machine.activation_checkpointing": ["auto"],
+        "machine.micro_batch_tokens": ["auto"],
+        "model.quantization": ["nf4"],
+        "optimizer.name": ["adamw8bit"],
+    }
+    if adapter.start is None:  # else its sizes are given
+        alternatives["adapter.modules_to_save"] = [()]
+        alternatives["adapter.rank"] = [1 << power for power in reversed(range(adapter.rank.bit_length()))]
+    alternatives["data.max_length"] = np.quantile(lengths, _SHARES).astype(int).tolist()
 
     def fits(changed: Recipe) -> bool:
         model = make_weightless(config, changed.model, changed.adapter, network.runs_on)
@@ -120,7 +130,7 @@ def find_suggestions(recipe: Recipe, config: Any, network: Network, rows: TokenS
         layers = 0 if machine.activation_checkpointing is False else len(decoder_layers(planned.causal))
         return dry_run(planned, batch, recomputed=layers).fits(memory - static.loaded - static.upcoming)
 
-    for key, values in _alternatives(recipe, lengths).items():
+    for key, values in alternatives.items():
         section, name = key.split(".")
         settings = getattr(recipe, section)
         values = [value for value in values if value != getattr(settings, name)]
@@ -134,19 +144,3 @@ def find_suggestions(recipe: Recipe, config: Any, network: Network, rows: TokenS
             many = recipe.data.overlong == "drop" and longer > recipe.data.max_dropped * len(lengths)
             text += f"{' data.overlong=truncate' * many} ({longer:,} of {len(lengths):,} rows are longer)"
         yield text
-
-
-def _alternatives(recipe: Recipe, lengths: NDArray[Any]) -> dict[str, Sequence[Any]]:
-    """What a key may be instead, the least change first; those keys first that change the result least."""
-    adapter = recipe.adapter
-    found: dict[str, Sequence[Any]] = {
-        "machine.activation_checkpointing": ["auto"],
-        "machine.micro_batch_tokens": ["auto"],
-        "model.quantization": ["nf4"],
-        "optimizer.name": ["adamw8bit"],
-    }
-    if adapter.start is None:  # else its sizes are given
-        found["adapter.modules_to_save"] = [()]
-        found["adapter.rank"] = [1 << power for power in reversed(range(adapter.rank.bit_length()))]
-    found["data.max_length"] = np.quantile(lengths, _SHARES).astype(int).tolist()
-    return found

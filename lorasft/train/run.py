@@ -29,17 +29,7 @@ from lorasft.data.prepare import Prepared
 from lorasft.data.tokenizer import compare_with_file
 from lorasft.data.untrained import refuse_untrained
 from lorasft.errors import DivergedError
-from lorasft.files import (
-    locked,
-    make_folder,
-    refuse_overlap,
-    remove_folder,
-    replace_file,
-    staged_folder,
-    sweep,
-    verify_folder,
-    write_file,
-)
+from lorasft.files import replace_file, staged_folder, verify_folder, write_file
 from lorasft.model.adapter import attach_adapter, load_adapter, trainable, write_adapter
 from lorasft.model.base import check_files, compute_dtype, count_bytes, load_base
 from lorasft.model.free_memory import free_memory
@@ -57,7 +47,7 @@ from lorasft.train.loop import add_gradients, peak_memory
 from lorasft.train.metrics import Metrics
 from lorasft.train.oom import plain_oom_errors, retry_on_oom
 from lorasft.train.optimizer import make_optimizer
-from lorasft.train.run_folder import check_run_folder, read_run_id, refuse_changes, write_start
+from lorasft.train.run_folder import read_run_id, refuse_changes, take_folder, write_start
 from lorasft.train.state import Run, State
 
 
@@ -72,9 +62,6 @@ class ReadyRun:
     notes: tuple[str, ...]
 
 
-Checkpoint = tuple[Path, State]
-
-
 @contextmanager
 def open_run(recipe: Recipe, *, resume: bool, ranks: Ranks = ALONE) -> Iterator[ReadyRun]:
     """Lock the run folder of `recipe`, prepare its data, load its model; start, or resume where it stopped.
@@ -82,46 +69,31 @@ def open_run(recipe: Recipe, *, resume: bool, ranks: Ranks = ALONE) -> Iterator[
     All that can be known before the weights are loaded is refused before. Raises RecipeError for a folder that is
     taken, and ModelError when nothing can be resumed.
     """
-    folder = Path(recipe.run.output)
-    with ExitStack() as held, plain_oom_errors(folder):
-        inputs, checkpoint, notes = ranks.on_main(lambda: _prepare(recipe, folder, resume=resume, held=held))
-        yield _load(recipe, folder, inputs, checkpoint, notes, ranks=ranks)
+    with ExitStack() as held, plain_oom_errors(Path(recipe.run.output)):
+        inputs = ranks.on_main(lambda: _prepare(recipe, resume=resume, held=held))
+        yield _load(recipe, inputs, ranks)
 
 
-def _prepare(
-    recipe: Recipe, folder: Path, *, resume: bool, held: ExitStack
-) -> tuple[RunInputs, Checkpoint | None, list[str]]:
+def _prepare(recipe: Recipe, *, resume: bool, held: ExitStack) -> RunInputs:
     """Take the folder, which stays locked while `held` is open; prepare the data; find what to resume from."""
-    refuse_overlap(folder, *(path for path in [Path(recipe.model.base)] if path.is_dir()))
-    check_run_folder(folder, resume=resume)
-    make_folder(folder)
-    left = held.enter_context(locked(folder))
-    check_run_folder(folder, resume=resume)  # it may have become a run before the lock was ours
-    sweep(folder)
-    sweep(folder / "checkpoints")
-    for name in () if resume else ("tokens", "checkpoints"):  # what a start that failed has left
-        if (folder / name).is_dir():
-            remove_folder(folder / name)
+    folder = Path(recipe.run.output)
+    left = held.enter_context(take_folder(recipe, resume=resume))
     config = read_checked_config(recipe)
     check_files(recipe.model.base)
     inputs = read_inputs(recipe, config, folder / "tokens")
-    checkpoint = None
     notes = [f"process {left} ended without a word: it was killed, or the power was lost"] if left else []
+    path, saved = None, None
     if resume:
-        path, state, skipped = newest_checkpoint(folder / "checkpoints", run=read_run_id(folder))
-        refuse_changes(recipe, folder, state, prepared=inputs.prepared)
-        checkpoint = path, state
-        notes += [*(f"skipped {reason}" for reason in skipped), f"continuing from step {state.step}"]
+        path, saved, skipped = newest_checkpoint(folder / "checkpoints", run=read_run_id(folder))
+        refuse_changes(recipe, folder, saved, prepared=inputs.prepared)
+        notes += [*(f"skipped {reason}" for reason in skipped), f"continuing from step {saved.step}"]
     if not recipe.adapter.modules_to_save:
         refuse_untrained(recipe.model.base, inputs.tokenizer, learned=inputs.prepared.learned_special)
-    return inputs, checkpoint, notes
+    return replace(inputs, checkpoint=path, saved=saved, notes=tuple(notes))
 
 
-def _load(
-    recipe: Recipe, folder: Path, inputs: RunInputs, checkpoint: Checkpoint | None, notes: list[str], *, ranks: Ranks
-) -> ReadyRun:
-    device, prepared = PartialState().device, inputs.prepared
-    path, saved = checkpoint or (None, None)
+def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> ReadyRun:
+    device, folder, prepared, saved = PartialState().device, Path(recipe.run.output), inputs.prepared, inputs.saved
     kept = saved.layout if saved else None
     with ranks.sync_errors():
         dtype = compute_dtype(kept.dtype if kept else recipe.model.dtype, device)
@@ -152,15 +124,15 @@ def _load(
     rows, held_out = prepared.train, prepared.held_out
     run = Run(folder, recipe, plan, rows, held_out, network, model, parameters, optimizer, metrics, ranks)
     with ranks.sync_errors():
-        if path:
-            restore_checkpoint(path, run)
+        if inputs.checkpoint:
+            restore_checkpoint(inputs.checkpoint, run)
         memory = run_heaviest_batch(run, fit, static)
         state = saved or State(0, prepared.key, metrics_bytes=0, layout=run.layout, run=secrets.token_hex(8))
         if ranks.is_main and not saved:  # from here on there is something to resume: this makes the folder a run
             save(run, state)
             write_start(folder, recipe, prepared, state=state, config=inputs.config)
-    notes += [*_notes(run, inputs), f"model on {device} in {settings.dtype}: {count_bytes(model)}"]
-    return ReadyRun(run, state, inputs.tokenizer, prepared, (*notes, memory))
+    notes = (*_notes(run, inputs), f"model on {device} in {settings.dtype}: {count_bytes(model)}", memory)
+    return ReadyRun(run, state, inputs.tokenizer, prepared, notes)
 
 
 def _notes(run: Run, inputs: RunInputs) -> Iterator[str]:
@@ -170,7 +142,7 @@ def _notes(run: Run, inputs: RunInputs) -> Iterator[str]:
         yield notice
     for token in inputs.tokenizer.convert_ids_to_tokens(missing_stops(inputs.prepared, causal)):
         yield f"generation of this base does not stop at {token}: the adapter's generation_config.json will"
-    yield from run.network.notices
+    yield from (*inputs.notes, *run.network.notices)
     yield f"activations: {run.layout.recomputed_layers} of {len(decoder_layers(causal))} layers recomputed"
 
 

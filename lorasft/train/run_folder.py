@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from huggingface_hub import snapshot_download
 from lorasft import __version__
 from lorasft.data.prepare import Prepared, read_ingredients
 from lorasft.errors import RecipeError
-from lorasft.files import LOCK, replace_file
+from lorasft.files import LOCK, locked, make_folder, refuse_overlap, remove_folder, replace_file, sweep
 from lorasft.recipe import Recipe, dump_recipe, load_recipe, mathematics
 from lorasft.tensors import fingerprint
 from lorasft.train.state import State
@@ -22,6 +24,26 @@ from lorasft.train.state import State
 # By a start that failed.
 _LEFT_BEHIND = {LOCK, "tokens", "memory.json", "checkpoints", "checkpoints/step-000000", "provenance.json"}
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors", "numpy")
+
+
+@contextmanager
+def take_folder(recipe: Recipe, *, resume: bool) -> Iterator[str]:
+    """Hold the run folder for one writer, without what a start that failed has left in it.
+
+    Gives the number of a process that held it and was killed, or nothing. Raises what `check_run_folder` raises.
+    """
+    folder, base = Path(recipe.run.output), Path(recipe.model.base)
+    refuse_overlap(folder, *([base] if base.is_dir() else []))
+    check_run_folder(folder, resume=resume)
+    make_folder(folder)
+    with locked(folder) as left:
+        check_run_folder(folder, resume=resume)  # it may have become a run before the lock was ours
+        sweep(folder)
+        sweep(folder / "checkpoints")
+        for name in () if resume else ("tokens", "checkpoints"):
+            if (folder / name).is_dir():
+                remove_folder(folder / name)
+        yield left
 
 
 def check_run_folder(folder: Path, *, resume: bool) -> None:
