@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -307,12 +308,12 @@ def test_a_template_reads_the_recipes_date_and_serves_it(tmp_path: Path, tiny: A
                     "<|start|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
                     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")  # fmt: skip
     heads = []
-    for date in ("2024-07-26", "2025-01-02"):
+    for date in (datetime.date(2024, 7, 26), datetime.date(2025, 1, 2)):
         tokenizer = load_tokenizer(tiny.name_or_path)
         encoder = make_encoder(tokenizer, chat={"template": str(file), "template_date": date})
         heads.append(tiny.decode(encoder.encode(conversation("q", "A"))[0].ids).split("\n")[0])
-        tokenizer.save_pretrained(tmp_path / date)
-        served = load_tokenizer(str(tmp_path / date)).apply_chat_template([{"role": "user"}], tokenize=False)
+        tokenizer.save_pretrained(tmp_path / str(date))
+        served = load_tokenizer(str(tmp_path / str(date))).apply_chat_template([{"role": "user"}], tokenize=False)
         assert served.split("\n")[0] == heads[-1]
     assert heads == ["<|start|>26 Jul 2024, 2024", "<|start|>02 Jan 2025, 2025"]
     clock = make_encoder(load_tokenizer(tiny.name_or_path), chat={"template": str(file), "template_date": None})

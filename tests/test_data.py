@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import socket
 from collections.abc import Iterator
@@ -420,7 +421,7 @@ def test_every_ingredient_changes_the_key(
         key(data.model_copy(update={"overlong": "truncate"})),
         key(chat=chat.model_copy(update={"system": "S"})),
         key(chat=chat.model_copy(update={"supervise": "last"})),
-        key(chat=chat.model_copy(update={"template_date": "2025-01-01"})),
+        key(chat=chat.model_copy(update={"template_date": datetime.date(2025, 1, 1)})),
         key(chat=chat.model_copy(update={"template_options": {"a": 1}})),
         key(folder=save_tokenizer(tmp_path / "other", bos=False)),
     ]

@@ -19,6 +19,7 @@ import transformers as hf
 from conftest import save_base
 from test_architectures import ARCHITECTURES
 from test_oracles import Rows, packed_step
+from test_prefixes import Relatives
 from tiny_models import CONFIGS, make_base, randomize_adapter
 from torch.profiler import ProfilerActivity, profile
 
@@ -67,15 +68,16 @@ def nf4_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "nf4"])
 def test_gradients_have_the_same_bits_for_every_number_of_recomputed_layers(name: str, nf4_base: Path) -> None:
-    """With adapter dropout, whose masks a recomputed layer draws again."""
+    """With adapter dropout, whose masks a recomputed layer draws again; shared prefixes on the second."""
     settings = ModelSettings(base=str(nf4_base), dtype="float32")
     base = load_base(settings, torch.device("cpu")) if name == "nf4" else deep(name)
     model, network = with_adapter(base, dropout=0.1)
+    rows, share = (Relatives(), True) if name == "gemma2" else (Rows(), False)
     want: Any = None
     for count in range(len(decoder_layers(network.causal)) + 1):
         recompute(network.causal, count)
         torch.manual_seed(5)
-        got = packed_step(model, network, Rows(), "token", 40)
+        got = packed_step(model, network, rows, "token", 40, share=share)
         want = want or got
         assert got[0] == want[0] and got[1].keys() == want[1].keys()
         assert all(torch.equal(got[1][key], want[1][key]) for key in want[1]), count
@@ -367,7 +369,7 @@ def test_a_run_survives_running_out_of_memory_with_the_same_losses(
 TIGHT = """
 import resource, sys, torch
 from pathlib import Path
-from lorasft.recipe import load_recipe
+from lorasft.recipe.load import load_recipe
 from lorasft.train.loop import train
 from lorasft.train.run import open_run
 torch.set_num_threads(1)
@@ -381,11 +383,13 @@ with open_run(load_recipe(sys.argv[1]), resume=False) as opened:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space as Linux does")
 def test_a_run_survives_a_real_lack_of_memory(recipe: Write, tmp_path: Path) -> None:
-    """64 rows at once keep 50 MB of activations; the process may take 8 MB more than it has with its model."""
+    """64 rows at once keep 50 MB of activations; the process may take 20 MB more than it has with its model.
+
+    Not less: what libraries of mathematics keep for themselves differs between CPUs by some MB."""
     talk = [("user", "x" * 40), ("assistant", "y z " * 10)]
     row = json.dumps({"messages": [{"role": role, "content": text} for role, text in talk]})
     (tmp_path / "long.jsonl").write_text(f"{row}\n" * 64)
-    for name, spare in (("roomy", 0), ("tight", 8_000_000)):
+    for name, spare in (("roomy", 0), ("tight", 20_000_000)):
         path = recipe(
             adapter={"dropout": 0.0},
             data={"train": str(tmp_path / "long.jsonl"), "eval": None},
@@ -415,22 +419,6 @@ def test_out_of_memory_at_the_end_names_the_rows_and_what_would_help(
     assert "rows.jsonl:" in said and "tokens)" in said and "Traceback" not in said
     assert "adapter.rank" in said and "lorasft plan" in said, said
     assert main(["train", path, "--resume"]) == 0
-
-
-def test_out_of_memory_in_the_update_is_said_plainly(
-    recipe: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Half of the parameters may have moved by then: the step is not done again, the checkpoint is what counts."""
-
-    def full(*_: Any, **__: Any) -> None:
-        raise RuntimeError(ALLOCATOR)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", full)
-        assert main(["train", recipe()]) == 6
-    said = capsys.readouterr().err
-    assert "out of memory" in said and "--resume" in said and "from here on" not in said
-    assert main(["train", recipe(), "--resume"]) == 0
 
 
 def test_other_runtime_errors_are_not_taken_for_memory(recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_architectures import make_model, siblings
 from test_families import find_config
-from test_oracles import Rows, differences, oracle, ours, packed_step, plain_step
+from test_oracles import Rows, assert_same_step, differences, oracle, ours, packed_step, plain_step
+from test_train import metrics
 from tiny_models import CONFIGS, make_base
 from torch import Tensor
 from transformers import AttentionInterface
@@ -152,14 +153,11 @@ class Relatives(Rows):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_shared_step_equals_plain_transformers(name: str, loss: str) -> None:
     rows = Relatives()
-    want_loss, want = plain_step(oracle(name), rows, loss)
+    want = plain_step(oracle(name), rows, loss)
     model, network = ours(name)
     assert network.share == "auto", network.notices
     for capacity in (1, 40, 1000):
-        got_loss, got = packed_step(model, network, rows, loss, capacity, share=True)
-        whole, worst = differences(got, want)
-        assert abs(got_loss - want_loss) < 1e-6 * want_loss
-        assert whole < 2e-6 and worst < 5e-6, (capacity, whole, worst)
+        assert_same_step(packed_step(model, network, rows, loss, capacity, share=True), want)
 
 
 def forget_the_bough(batch: MicroBatch) -> MicroBatch:
@@ -191,16 +189,6 @@ def test_the_oracle_catches_mutants(mutant: Any, monkeypatch: pytest.MonkeyPatch
     model, network = ours("llama")
     monkeypatch.setattr(packing, "cut", lambda *args, **kwargs: map(mutant, cut(*args, **kwargs)))
     assert differences(packed_step(model, network, rows, "token", 1000, share=True)[1], want)[0] > 1e-2
-
-
-def test_recomputed_activations_share_as_well() -> None:
-    rows = Relatives()
-    _, want = plain_step(oracle("llama"), rows, "token")
-    model, network = ours("llama")
-    network.causal.activation_checkpointing_enable({"use_reentrant": False})
-    network.causal.train()
-    whole, worst = differences(packed_step(model, network, rows, "token", 40, share=True)[1], want)
-    assert whole < 2e-6 and worst < 5e-6
 
 
 def test_the_self_check_sees_a_branch_that_looks_at_its_sibling() -> None:
@@ -276,11 +264,6 @@ def test_one_kernel_for_all_segments_is_fed_the_same_paths(monkeypatch: pytest.M
     assert torch.allclose(got, want, atol=1e-6)
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if "loss" in line]
-
-
 def test_a_run_shares_and_learns_the_same(recipe: Write, tmp_path: Path) -> None:
     """The layout keeps the decision, and a resumed run goes on as it began."""
     results = {}
@@ -290,7 +273,7 @@ def test_a_run_shares_and_learns_the_same(recipe: Write, tmp_path: Path) -> None
         assert main(["train", recipe(**settings, machine={"share_prefixes": share})]) == 0
         layout = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["layout"]
         assert layout["share_prefixes"] is share
-        results[share] = read_metrics(folder)
+        results[share] = [line for line in metrics(folder) if "loss" in line]
     for one, other in zip(results[True], results[False], strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["supervised_tokens"] == other["supervised_tokens"] and one["tokens"] < other["tokens"]

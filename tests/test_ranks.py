@@ -27,14 +27,15 @@ from accelerate import Accelerator, PartialState
 from accelerate.tracking import GeneralTracker
 from faults.trial import full_in, with_fault
 from safetensors.torch import load_file, save_file
-from test_oracles import Rows, differences, gradients, oracle, ours, plain_step
-from test_train import metrics, run_folder
+from test_oracles import Rows, assert_same_step, gradients, oracle, ours, plain_step
+from test_prefixes import Relatives
+from test_train import metrics
 
 from lorasft.cli import main
 from lorasft.data.packing import Plan, cut, share
 from lorasft.errors import ModelError
 from lorasft.files import verify_folder
-from lorasft.recipe import load_recipe
+from lorasft.recipe.load import load_recipe
 from lorasft.signals import StopRequest
 from lorasft.train import distributed as ranks_module
 from lorasft.train import inputs, loop
@@ -93,8 +94,8 @@ class Launch:
         return "".join(path.read_text(encoding="utf-8") for path in self.words)
 
 
-def some(count: int) -> Rows:
-    rows = Rows()
+def some(count: int, *, share: bool = False) -> Rows:
+    rows = Relatives() if share else Rows()
     rows.rows = rows.rows[:count]
     return rows
 
@@ -107,20 +108,20 @@ def step_run(model: Any, network: Any, rows: Rows, ranks: Ranks, **plan: Any) ->
     return Run(nothing, nothing, whole, nothing, nothing, network, model, parameters, nothing, nothing, ranks)
 
 
-CASES = [
-    (loss, count, capacity) for loss in ("token", "example") for count, capacity in ((6, 1000), (6, 20), (1, 1000))
-]
+SIZES = ((6, 1000, False), (6, 20, False), (1, 1000, False), (6, 40, True))
+CASES = [(loss, *sizes) for loss in ("token", "example") for sizes in SIZES]
 
 
 def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> None:
-    """Against plain transformers and PEFT in one process; also where a process has nothing to do."""
+    """Against plain transformers and PEFT in one process; also where one has nothing to do, or prefixes are shared."""
 
     def act(rank: int) -> None:
         with join() as ranks:
             model, network = ours("llama")
-            for number, (loss, count, capacity) in enumerate(CASES):
-                rows = some(count)
-                run = step_run(model, network, rows, ranks, loss=loss, micro_batch_tokens=capacity)
+            for number, (loss, count, capacity, shared) in enumerate(CASES):
+                rows = some(count, share=shared)
+                plan = {"loss": loss, "micro_batch_tokens": capacity, "share_prefixes": shared}
+                run = step_run(model, network, rows, ranks, **plan)
                 step = run.plan.step(1, rows)
                 assert len(share(step.micro_batches, rank, 2)) > 0 or (count == 1 and rank == 1)
                 model.zero_grad()
@@ -134,12 +135,11 @@ def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> N
 
     launch = Launch(tmp_path, act)
     assert launch.codes() == [0, 0], launch.said()
-    for number, (loss, count, _) in enumerate(CASES):
-        want_loss, want = plain_step(oracle("llama"), some(count), loss)
+    for number, (loss, count, _, shared) in enumerate(CASES):
+        want = plain_step(oracle("llama"), some(count, share=shared), loss)
         first, second = (load_file(tmp_path / f"{number}-{rank}.safetensors") for rank in (0, 1))
         assert all(torch.equal(first[name], second[name]) for name in first)
-        assert float(first.pop("loss")) == pytest.approx(want_loss, rel=1e-6)
-        assert differences(first, want)[0] < 2e-6
+        assert_same_step((float(first.pop("loss")), first), want)
     model, network = ours("llama")
     for rank in (0, 1):
         scores = json.loads((tmp_path / f"held_out-{rank}.json").read_text(encoding="utf-8"))
@@ -221,10 +221,14 @@ def test_a_killed_process_is_named_and_other_numbers_of_them_go_on_with_the_same
         assert line["step"] == want["step"] and line.get("tokens") == want.get("tokens")
 
 
-def kill_at_random(launch: Launch, victim: int, log: Path, least: int) -> None:
-    """Kill one process some time after the log has `least` lines; the other must say so and end."""
+def wait_for_lines(log: Path, least: int) -> None:
     while not log.exists() or log.read_bytes().count(b"\n") < least:
         time.sleep(0.002)
+
+
+def kill_at_random(launch: Launch, victim: int, log: Path, least: int) -> None:
+    """Kill one process some time after the log has `least` lines; the other must say so and end."""
+    wait_for_lines(log, least)
     time.sleep(0.02 * random.random())
     os.kill(launch.pids[victim], signal.SIGKILL)
     killed = time.monotonic()
@@ -299,27 +303,18 @@ def test_a_fault_ends_all_with_its_code_and_is_said_once(
     assert said.count("error:") == 1 and words in said and "Traceback" not in said, said
 
 
-def launch_and_signal(path: str, number: signal.Signals) -> Launch:
-    """A run of two processes, of which the second gets a signal after some steps."""
-    launch = Launch(run_folder(path).parent, lambda rank: main(["train", path]))
-    log = run_folder(path) / "metrics.jsonl"
-    while not log.exists() or log.read_bytes().count(b"\n") < 5:
-        time.sleep(0.002)
+@pytest.mark.parametrize(("number", "epochs", "code"), [(signal.SIGTERM, 100, 143), (signal.SIGUSR1, 30, 0)])
+def test_a_signal_to_one_is_answered_by_all_after_the_same_step(
+    number: signal.Signals, epochs: int, code: int, recipe: Write, tmp_path: Path
+) -> None:
+    """SIGTERM stops them, SIGUSR1 saves and they continue; the second process gets it."""
+    path = recipe(train={"epochs": epochs}, run={"save_every": None, "save_minutes": None, "keep": 9})
+    launch = Launch(tmp_path, lambda rank: main(["train", path]))
+    wait_for_lines(tmp_path / "run/metrics.jsonl", 5)
     os.kill(launch.pids[1], number)
-    return launch
-
-
-def test_a_signal_to_one_stops_all_after_the_same_step(recipe: Write) -> None:
-    path = recipe(train={"epochs": 100})
-    launch = launch_and_signal(path, signal.SIGTERM)
-    assert launch.codes(30) == [143, 143], launch.said()
-    (stopped,) = re.findall(r"stopped after step (\d+) of", launch.said())
-    verify_folder(run_folder(path) / f"checkpoints/step-{int(stopped):06d}")
-
-
-def test_sigusr1_to_one_saves_once_and_all_go_on(recipe: Write) -> None:
-    path = recipe(train={"epochs": 30}, run={"save_every": None, "save_minutes": None, "keep": 9})
-    launch = launch_and_signal(path, signal.SIGUSR1)
-    assert launch.codes(60) == [0, 0], launch.said()
-    saved = sorted(folder.name for folder in (run_folder(path) / "checkpoints").iterdir())
-    assert len(saved) == 3 and saved[0] == "step-000000" and saved[-1] == "step-000090"
+    assert launch.codes(60) == [code, code], launch.said()
+    first, *saved, last = sorted((tmp_path / "run/checkpoints").iterdir())
+    ended = re.findall(r"stopped after step (\d+) of", launch.said()) if code else [str(3 * epochs)]
+    assert (first.name, last.name) == ("step-000000", f"step-{int(ended[0]):06d}") and len(ended) == 1
+    assert len(saved) == (0 if code else 1)
+    verify_folder(last)

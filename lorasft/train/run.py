@@ -37,7 +37,8 @@ from lorasft.model.generate import own_stops
 from lorasft.model.memory import Prediction, StaticBytes, static_bytes
 from lorasft.model.recompute import decoder_layers
 from lorasft.model.weightless import make_weightless
-from lorasft.recipe import Recipe, dump_recipe
+from lorasft.recipe import Recipe
+from lorasft.recipe.load import dump_recipe
 from lorasft.terminal import size_text
 from lorasft.train.checkpoint import newest_checkpoint, restore_checkpoint, save
 from lorasft.train.distributed import ALONE, Ranks
