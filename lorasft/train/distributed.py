@@ -1,9 +1,8 @@
 """The processes that train together: which one this is, what they add up, what the first tells the others.
 
 torchrun or accelerate starts them, on one machine. Each holds the whole model and takes its share of a step's
-micro-batches; one sum over the processes joins their gradients. The first process speaks and writes. An error that all
-of them meet, or that one of them can still tell, is said once and ends all with its exit code; a process that is gone
-without a word is named by the others.
+micro-batches; one sum over the processes joins their gradients. The first process speaks and writes. An error is said
+once and ends all with its exit code; a process that is gone without a word is named by the others.
 """
 
 from __future__ import annotations
@@ -146,10 +145,7 @@ ALONE = Ranks()
 
 @contextlib.contextmanager
 def join() -> Iterator[Ranks]:
-    """Meet the other processes that the launcher started, if any; at the end they wait for each other.
-
-    Raises DeviceError where they cannot work together.
-    """
+    """Meet the other processes that the launcher started, if any; at the end they wait for each other."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return

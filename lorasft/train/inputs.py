@@ -56,10 +56,7 @@ def read_inputs(recipe: Recipe, config: Any, folder: Path) -> RunInputs:
 
 
 def read_checked_config(recipe: Recipe) -> Any:
-    """The config of the base. Raises RecipeError or DeviceError for what it or this machine cannot do for `recipe`.
-
-    A setting is never ignored: what is not built yet is refused.
-    """
+    """The config of the base. Raises RecipeError or DeviceError for what it or this machine cannot do for `recipe`."""
     config = read_config(recipe.model.base, recipe.model.revision)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions and recipe.data.max_length > positions:

@@ -98,15 +98,12 @@ def widen(plan: Plan, rows: Sequences) -> int:
 
 
 def choose_sharing(network: Network, wanted: Sharing, *, kept: Layout | None) -> Network:
-    """`network` as it shares prefixes: as recipe or checkpoint say, where that was verified and nothing drops out.
-
-    With dropout, examples that share tokens would share what is dropped.
-    """
+    """`network` as it shares prefixes: as recipe or checkpoint say, where that was verified and nothing drops out."""
     if wanted == "auto" and kept:
         wanted = kept.share_prefixes
     if wanted is False or network.share is False:
         return replace(network, share=False)
-    if not has_dropout(network.causal):
+    if not has_dropout(network.causal):  # else examples that share tokens would share what is dropped
         return replace(network, share=wanted)
     notice = "shared prefixes are computed for each example: dropout is active"
     return replace(network, share=False, notices=(*network.notices, notice))
@@ -136,10 +133,7 @@ def choose_fit(network: Network, plan: Plan, rows: TokenStore, *, wanted: int | 
 
 
 def measure_fit(network: Network, plan: Plan, rows: TokenStore, *, wanted: int | None, spare: int) -> Fit:
-    """How the heaviest micro-batch of `plan` fits, with `wanted` recomputed layers or with as few as possible.
-
-    `network` is without weights.
-    """
+    """How the heaviest micro-batch fits, with `wanted` recomputed layers or as few as possible; without weights."""
     heaviest, layers = find_heaviest(plan, rows), len(decoder_layers(network.causal))
     needs: ActivationMemory | None
     try:

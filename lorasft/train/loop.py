@@ -121,10 +121,7 @@ def evaluate_and_note(run: Run, state: State, stop: StopRequest) -> State:
 
 
 def evaluate(run: Run, rows: TokenStore, stop: StopRequest) -> tuple[float, int] | None:
-    """The mean loss per supervised token of held-out `rows`, in nats, and how many tokens; None after a signal.
-
-    Each process scores its share. Raises MicroBatchTooLarge when memory runs out.
-    """
+    """The mean loss per supervised token of held-out `rows`, in nats, and how many tokens; None after a signal."""
     total, tokens, ranks = 0.0, 0, run.ranks
     score = partial(score_batches, run.network, rows, range(len(rows)), capacity=run.plan.micro_batch_tokens)
     with ranks.sync_errors():

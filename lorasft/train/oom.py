@@ -54,10 +54,7 @@ def oom_context(rows: TokenStore, batch: MicroBatch) -> Iterator[None]:
 
 @contextmanager
 def plain_oom_errors(folder: Path) -> Iterator[None]:
-    """Turn an out-of-memory error that cutting the work does not help, as in an update, into a CapacityError.
-
-    `folder`: of the run, which can be resumed once it has begun.
-    """
+    """Turn an out-of-memory error that cutting the work does not help, as in an update, into a CapacityError."""
     try:
         yield
     except (RuntimeError, MemoryError) as raised:

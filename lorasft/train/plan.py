@@ -37,17 +37,17 @@ def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
     Raises what a start of the run would raise before its weights are read, and ModelError for a model that cannot be
     run without them.
     """
-    config = read_checked_config(recipe)
     with tempfile.TemporaryDirectory() as folder:
-        return _plan_inputs(recipe, read_inputs(recipe, config, Path(folder)), memory=memory)
+        inputs = read_inputs(recipe, read_checked_config(recipe), Path(folder))
+        return _plan_inputs(recipe.model_copy(update={"adapter": inputs.adapter}), inputs, memory=memory)
 
 
 def _plan_inputs(recipe: Recipe, inputs: RunInputs, *, memory: int | None) -> dict[str, Any]:
     device, config, rows = PartialState().device, inputs.config, inputs.prepared.train
     libraries = 0 if memory is None else _LIBRARIES
     given = free_memory(device) if memory is None else memory
-    model = make_weightless(config, recipe.model, inputs.adapter, device)
-    sample = Sample(make_weightless(shrink_vocabulary(config), recipe.model, inputs.adapter, device), device)
+    model = make_weightless(config, recipe.model, recipe.adapter, device)
+    sample = Sample(make_weightless(shrink_vocabulary(config), recipe.model, recipe.adapter, device), device)
     static = static_bytes(model, recipe.optimizer.name)
     spare = given - libraries - static.loaded - static.upcoming
     network, fit = choose_layout(recipe, sample.model, model, plan=inputs.plan, rows=rows, kept=None, spare=spare)
@@ -55,8 +55,7 @@ def _plan_inputs(recipe: Recipe, inputs: RunInputs, *, memory: int | None) -> di
         what = "this model cannot be planned: it computes by numbers, not only shapes"
         raise ModelError(what, where=recipe.model.base)
     prediction = Prediction(static, fit.needs)
-    sized = recipe.model_copy(update={"adapter": inputs.adapter})
-    suggestions = () if fit.holds else find_suggestions(sized, config, network, rows, memory=given - libraries)
+    suggestions = () if fit.holds else find_suggestions(recipe, config, network, rows, memory=given - libraries)
     timing = time_sample(
         network,
         sample,

@@ -31,7 +31,7 @@ from lorasft.data.untrained import refuse_untrained
 from lorasft.errors import DivergedError
 from lorasft.files import replace_file, staged_folder, verify_folder, write_file
 from lorasft.model.adapter import attach_adapter, load_adapter, trainable, write_adapter
-from lorasft.model.base import check_files, compute_dtype, count_bytes, load_base
+from lorasft.model.base import check_files, compute_dtype, count_bytes, load_base, patch_linear4bit
 from lorasft.model.free_memory import free_memory
 from lorasft.model.generate import own_stops
 from lorasft.model.memory import Prediction, StaticBytes, static_bytes
@@ -100,6 +100,7 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> ReadyRun:
         dtype = compute_dtype(kept.dtype if kept else recipe.model.dtype, device)
         settings = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
         weightless = make_weightless(inputs.config, settings, inputs.adapter, device)
+        patch_linear4bit(weightless, device, recipe.model.base)  # refused before weights are read
         base = load_base(settings, device, keep=recipe.machine.cache_base)
         if inputs.start:
             model = load_adapter(base, inputs.start, trainable=True)
@@ -177,10 +178,7 @@ def sees_too_little(run: Run, fit: Fit) -> bool:
 
 
 def _measure_heaviest(run: Run) -> int:
-    """Bytes at the peak of the run's heaviest micro-batch, weights included, with the gradients of one before it.
-
-    Leaves no gradients behind.
-    """
+    """Bytes at the peak of the run's heaviest micro-batch, weights included, with the gradients of one before it."""
     batch, device = find_heaviest(run.plan, run.rows), run.network.device
     on_cuda = device.type == "cuda"
     run.network.causal.train()

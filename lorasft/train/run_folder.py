@@ -29,10 +29,7 @@ _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "saf
 
 @contextmanager
 def take_folder(recipe: Recipe, *, resume: bool) -> Iterator[str]:
-    """Hold the run folder for one writer, without what a start that failed has left in it.
-
-    Gives the number of a process that held it and was killed, or nothing. Raises what `check_run_folder` raises.
-    """
+    """Hold the run folder, cleared of what a failed start left. Gives the process that was killed in it, if any."""
     folder, base = Path(recipe.run.output), Path(recipe.model.base)
     refuse_overlap(folder, *([base] if base.is_dir() else []))
     check_run_folder(folder, resume=resume)
