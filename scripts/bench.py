@@ -975,14 +975,14 @@ def bench_data(bench: Bench) -> None:
     finished text.
     """
     from lorasft.data.examples import read_blocks, shape_block
-    from lorasft.data.report import Report, RowErrors
+    from lorasft.data.report import Report
     from lorasft.recipe import DataSettings
 
     options = bench.options
     settings = DataSettings(train=(str(options.data),), on_bad_row="drop")  # type: ignore[arg-type]
-    bad = RowErrors("drop", Report())
+    report = Report()
     blocks = (block for source in settings.train for block in read_blocks(source, settings))
-    examples = (example for block in blocks for example in shape_block(block, settings, bad=bad))
+    examples = (example for block in blocks for example in shape_block(block, settings, report=report))
     found = [example.messages for example in examples if example.messages]
     file = bench.folder / "rows.jsonl"
     with open(file, "w", encoding="utf-8") as stream:

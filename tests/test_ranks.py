@@ -32,7 +32,7 @@ from test_prefixes import Relatives
 from test_train import metrics
 
 from lorasft.cli import main
-from lorasft.data.packing import Plan, cut, share
+from lorasft.data.packing import Plan, assign_to_rank, make_micro_batches
 from lorasft.errors import ModelError
 from lorasft.files import verify_folder
 from lorasft.recipe.load import load_recipe
@@ -123,7 +123,7 @@ def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> N
                 plan = {"loss": loss, "micro_batch_tokens": capacity, "share_prefixes": shared}
                 run = step_run(model, network, rows, ranks, **plan)
                 step = run.plan.step(1, rows)
-                assert len(share(step.micro_batches, rank, 2)) > 0 or (count == 1 and rank == 1)
+                assert len(assign_to_rank(step.micro_batches, rank, 2)) > 0 or (count == 1 and rank == 1)
                 model.zero_grad()
                 parameters = list(run.parameters.values())
                 work = lambda run=run, step=step: loop.add_gradients(run, step)  # noqa: E731
@@ -157,13 +157,15 @@ def held_out(model: Any, network: Any, ranks: Ranks) -> list[float]:
 def test_shares_are_a_balanced_partition(count: int) -> None:
     many = some(6)
     many.rows *= 20
-    batches = tuple(cut(many, range(len(many)), capacity=64, processes=count))
-    shares = [share(batches, index, count) for index in range(count)]
+    batches = tuple(make_micro_batches(many, range(len(many)), capacity=64, processes=count))
+    shares = [assign_to_rank(batches, index, count) for index in range(count)]
     assert sorted(id(batch) for mine in shares for batch in mine) == sorted(map(id, batches))
     tokens = [sum(len(batch.ids) for batch in mine) for mine in shares]
     assert max(tokens) < 1.15 * sum(tokens) / count
     assert max(len(batch.ids) for batch in batches) <= 64
-    few = tuple(cut(many, range(6), capacity=4096, processes=count))  # one micro-batch would hold them all
+    few = tuple(
+        make_micro_batches(many, range(6), capacity=4096, processes=count)
+    )  # one micro-batch would hold them all
     assert len(few) >= min(count, 4)
 
 

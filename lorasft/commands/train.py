@@ -68,7 +68,7 @@ def _saying_what_is_saved(folder: Path) -> Iterator[None]:
 def _introduce(ready: ReadyRun) -> None:
     """What was found and made ready, before the first step."""
     report, plan = ready.prepared.report, ready.run.plan
-    for note in filter(None, (*ready.notes, report.key_warning())):
+    for note in ready.notes:
         say(note)
     say(
         f"{report.train_examples:,} examples, {report.held_out_examples:,} held out, {report.tokens:,} tokens, "

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from lorasft.data.packing import Step, share
+from lorasft.data.packing import Step, assign_to_rank
 from lorasft.data.store import TokenStore
 from lorasft.errors import DivergedError, Stopped
 from lorasft.model.loss import pair_losses
@@ -62,7 +62,7 @@ def add_gradients(run: Run, step: Step) -> float:
     """Forward and backward over this process's share of the step. Returns its part of the step's loss."""
     torch.manual_seed(run.plan.seed * 1_000_003 + step.number + (run.ranks.index << 40))  # dropout: step and process
     loss = 0.0
-    for batch in share(step.micro_batches, run.ranks.index, run.ranks.count):
+    for batch in assign_to_rank(step.micro_batches, run.ranks.index, run.ranks.count):
         weights = torch.as_tensor(batch.weights, device=run.network.device)
         with oom_context(run.rows, batch):
             part = (pair_losses(run.network, batch) * weights).sum() / step.divisor

@@ -26,7 +26,6 @@ from accelerate import PartialState
 
 from lorasft.data.packing import Step
 from lorasft.data.prepare import Prepared
-from lorasft.data.tokenizer import compare_with_file
 from lorasft.data.untrained import refuse_untrained
 from lorasft.errors import DivergedError
 from lorasft.files import replace_file, staged_folder, verify_folder, write_file
@@ -140,8 +139,6 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> ReadyRun:
 def _notes(run: Run, inputs: RunInputs) -> Iterator[str]:
     """What a person should know before the first step."""
     causal = run.network.causal
-    if notice := compare_with_file(inputs.tokenizer):
-        yield notice
     for token in inputs.tokenizer.convert_ids_to_tokens(missing_stops(inputs.prepared, causal)):
         yield f"generation of this base does not stop at {token}: the adapter's generation_config.json will"
     yield from (*inputs.notes, *run.network.notices)
