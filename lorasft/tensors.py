@@ -146,19 +146,17 @@ def find_weights(folder: Path) -> list[Path]:
     Raises ModelError when one is not there, UnsafeError when there are pickles only.
     """
     index, names = folder / INDEX, ["model.safetensors"]
+    missing = [name for name in names if not (folder / name).is_file()]
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-            outside = [name for name in names if Path(name).name != name]
+            missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ModelError("this index names no shards", where=str(index), hint=_AGAIN) from None
-        if outside:
-            raise ModelError(f"the index names a file outside its folder: {outside[0]}", where=str(index), hint=_AGAIN)
-    elif not (folder / names[0]).is_file() and (pickles := sorted(folder.glob("*.bin"))):
+    elif missing and (pickles := sorted(folder.glob("*.bin"))):
         what = f"the weights are a pickle ({pickles[0].name}), which could run code when it is read"
         raise UnsafeError(what, where=str(folder), hint="convert them to safetensors, or take another copy")
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
+    if missing:  # or lies elsewhere
         raise ModelError(f"{missing[0]} is missing", where=str(folder), hint="the base must be there as safetensors")
     return [folder / name for name in names]
 
