@@ -228,7 +228,7 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
     "27 verb": (2, ["trian", "did you mean train?"], lambda at: ["trian", "x"]),
     "27 flag": (2, ["--resumee", "did you mean --resume?"], of_recipe("", "--resumee")),
     "27 words": (2, ["surplus"], lambda at: ["recipes", "list", "surplus"]),
-    "28": (2, ["no run's", "notes.txt", "run.output"],
+    "28": (2, ["not a run's", "notes.txt", "run.output"],
            lambda at: [*of_recipe()(at), f"run.output={write(at.folder / 'full/notes.txt', 'x').parent}"]),
     "29": (2, ["this run folder exists", "--resume"], of_run(lambda run: None)),
     "30": (4, ["no checkpoint to resume from", "state.json", "run.output"], of_run(break_checkpoints, "--resume")),

@@ -32,7 +32,7 @@ from lorasft.model.loss import Network, pair_losses
 from lorasft.model.scoring import Given, all_supervised, log_probabilities
 from lorasft.model.selfcheck import verify
 from lorasft.train.layout import choose_sharing, widen
-from lorasft.train.state import Layout, State
+from lorasft.train.state import Layout
 
 Write = Callable[..., str]
 
@@ -291,16 +291,15 @@ def test_a_run_shares_and_learns_the_same(recipe: Write, tmp_path: Path) -> None
 def test_the_decision_is_the_recipes_then_the_checkpoints_unless_something_drops_out() -> None:
     network = verify(make_base("gpt2"))
     layout = Layout("float32", 64, recomputed_layers=0, segments=True, share_prefixes=True)
-    saved = State(step=1, data="", metrics_bytes=0, layout=layout)
-    assert choose_sharing(network, "auto", saved=None).share == "auto"
-    assert choose_sharing(network, "auto", saved=saved).share is True
-    assert choose_sharing(network, False, saved=saved).share is False
-    assert choose_sharing(network, True, saved=None) == replace(network, share=True)
-    assert choose_sharing(replace(network, share=False), True, saved=None).share is False
+    assert choose_sharing(network, "auto", kept=None).share == "auto"
+    assert choose_sharing(network, "auto", kept=layout).share is True
+    assert choose_sharing(network, False, kept=layout).share is False
+    assert choose_sharing(network, True, kept=None) == replace(network, share=True)
+    assert choose_sharing(replace(network, share=False), True, kept=None).share is False
     body = network.causal.transformer
     for part, name in ((body.h[0].attn, "attention_dropout"), (body.drop, "p")):
         setattr(part, name, 0.1)
-        refused = choose_sharing(network, True, saved=None)
+        refused = choose_sharing(network, True, kept=None)
         assert refused.share is False and "dropout is active" in refused.notices[-1]
         setattr(part, name, 0.0)
 
