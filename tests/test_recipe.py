@@ -336,6 +336,10 @@ def test_all_faults_come_at_once_and_the_unsafe_decides() -> None:
     assert isinstance(fault, ErrorGroup) and len(fault.errors) == 6
     assert fault.exit_code == 8 and isinstance(fault.errors[0], UnsafeError)
     assert all(f"r.yaml:{line}" in str(fault) for line in (3, 4, 5, 6)) and "command line: a" in str(fault)
+    assert (
+        str(refused("data: {train: d}\nmodel:\nmodel: {base: m}\n")).count("error:") == 1
+    )  # none that follows from it
+    assert "known here: model, " in str(refused(SMALLEST + "xyzzy: 1\n"))  # no name is near
     many = refused(SMALLEST + "".join(f"k{number}: 1\n" for number in range(50)))
     assert str(many).count("error:") == 19 and str(many).endswith("... and 31 more")
     assert len(str(many).splitlines()) == 20
