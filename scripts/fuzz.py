@@ -46,7 +46,8 @@ from lorasft.errors import LorasftError
 from lorasft.merge.write import plan_merge
 from lorasft.model.adapter import attach_adapter, load_adapter, write_adapter
 from lorasft.model.base import load_base
-from lorasft.recipe import AdapterSettings, ChatSettings, DataSettings, ModelSettings, load_recipe, shipped_recipes
+from lorasft.recipe import AdapterSettings, ChatSettings, DataSettings, ModelSettings
+from lorasft.recipe.load import load_recipe, shipped_recipes
 
 SECONDS = 5.0  # for one case
 GROWTH = 500 << 20  # bytes

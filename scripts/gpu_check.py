@@ -361,7 +361,7 @@ def check_resume() -> str:
 
 def train_tiny(folder: str, *settings: str, resume: bool = False) -> tuple[list[float], int]:
     """The losses of four steps of the shipped recipe `tiny`, and the tokens of its micro-batches in the end."""
-    from lorasft.recipe import load_recipe
+    from lorasft.recipe.load import load_recipe
     from lorasft.train.checkpoint import newest_checkpoint
     from lorasft.train.loop import train
     from lorasft.train.run import export_adapter, open_run

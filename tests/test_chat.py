@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import unicodedata
 from pathlib import Path
@@ -309,11 +310,11 @@ def test_a_template_reads_the_recipes_date_and_serves_it(tmp_path: Path, tiny: A
              "<|start|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
              "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")  # fmt: skip
     heads = []
-    for date in ("2024-07-26", "2025-01-02"):
+    for date in (datetime.date(2024, 7, 26), datetime.date(2025, 1, 2)):
         encoder = own(tmp_path, tiny, dated, template_date=date)
         heads.append(tiny.decode(encoder.encode(conversation("q", "A"))[0].ids).split("\n")[0])
-        encoder.format.tokenizer.save_pretrained(tmp_path / date)
-        served = load_tokenizer(str(tmp_path / date)).apply_chat_template([{"role": "user"}], tokenize=False)
+        encoder.format.tokenizer.save_pretrained(tmp_path / str(date))
+        served = load_tokenizer(str(tmp_path / str(date))).apply_chat_template([{"role": "user"}], tokenize=False)
         assert served.split("\n")[0] == heads[-1]
     assert heads == ["<|start|>26 Jul 2024, 2024", "<|start|>02 Jan 2025, 2025"]
     assert "strftime_now" in own(tmp_path, tiny, dated, template_date=None).format.tokenizer.chat_template

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -413,7 +414,7 @@ def test_every_ingredient_changes_the_key(
         return make_key(list_ingredients(DataSettings(train=(str(rows),), **data), chat))
 
     keys = [key(), key(max_length=77), key(overlong="truncate"), key(system="S"), key(supervise="last")]
-    keys += [key(template_date="2025-01-01"), key(template_options={"a": 1}), key(folder=bare)]
+    keys += [key(template_date=datetime.date(2025, 1, 1)), key(template_options={"a": 1}), key(folder=bare)]
     keys += [key(text=TEMPLATE + "{% if tools %}{{ tools }}{% endif %}"), key(numbered(3, start=1))]
     with monkeypatch.context() as patch:
         patch.setattr("lorasft.data.prepare.SCHEMA", 0)

@@ -19,7 +19,8 @@ from lorasft.model.base import make_skeleton
 from lorasft.model.loss import Network, pair_losses
 from lorasft.model.scoring import Given, all_supervised
 from lorasft.model.selfcheck import verify
-from lorasft.recipe import AdapterSettings, load_recipe, shipped_recipes
+from lorasft.recipe import AdapterSettings
+from lorasft.recipe.load import load_recipe, shipped_recipes
 
 SHAPE = shape()
 _SHAPE = {key: value for key, value in SHAPE.items() if key != "head_dim"}

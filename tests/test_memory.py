@@ -380,7 +380,7 @@ def test_a_run_survives_running_out_of_memory_with_the_same_losses(
 TIGHT = """
 import resource, sys, torch
 from pathlib import Path
-from lorasft.recipe import load_recipe
+from lorasft.recipe.load import load_recipe
 from lorasft.train.loop import train
 from lorasft.train.run import open_run
 torch.set_num_threads(1)

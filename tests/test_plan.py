@@ -22,7 +22,8 @@ from lorasft.data.packing import Step
 from lorasft.errors import ModelError
 from lorasft.model.adapter import attach_adapter, write_adapter
 from lorasft.model.base import count_bytes, load_base
-from lorasft.recipe import AdapterSettings, ModelSettings, load_recipe
+from lorasft.recipe import AdapterSettings, ModelSettings
+from lorasft.recipe.load import load_recipe
 from lorasft.train import layout as layouts
 from lorasft.train import loop, rehearsal
 from lorasft.train.layout import find_heaviest

@@ -35,7 +35,7 @@ from lorasft.cli import main
 from lorasft.data.packing import Plan, cut, share
 from lorasft.errors import ModelError
 from lorasft.files import verify_folder
-from lorasft.recipe import load_recipe
+from lorasft.recipe.load import load_recipe
 from lorasft.signals import StopRequest
 from lorasft.train import distributed as ranks_module
 from lorasft.train import loop

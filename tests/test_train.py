@@ -27,7 +27,8 @@ from lorasft.model.attention import attention
 from lorasft.model.base import load_base
 from lorasft.model.generate import generate
 from lorasft.model.selfcheck import verify
-from lorasft.recipe import AdapterSettings, ModelSettings, ScheduleSettings, load_recipe
+from lorasft.recipe import AdapterSettings, ModelSettings, ScheduleSettings
+from lorasft.recipe.load import load_recipe
 from lorasft.signals import Ended, StopRequest
 from lorasft.train import loop
 from lorasft.train import run as runs

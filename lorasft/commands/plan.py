@@ -40,7 +40,7 @@ def parse_bytes(text: str) -> int:
 
 def run(recipe: str, overrides: Sequence[str], memory: int | None, as_json: bool) -> None:
     """Print the plan of `recipe` under `memory` bytes. Raises CapacityError when it does not fit."""
-    from lorasft.recipe import load_recipe
+    from lorasft.recipe.load import load_recipe
 
     settings = load_recipe(recipe, overrides)
     from lorasft.train.plan import plan_run

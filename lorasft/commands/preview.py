@@ -66,7 +66,7 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
     """
     from lorasft.commands.preview_page import make_page
     from lorasft.files import refuse_existing, write_file
-    from lorasft.recipe import load_recipe
+    from lorasft.recipe.load import load_recipe
 
     settings = load_recipe(recipe, overrides)
     if html:

@@ -25,7 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
     """Train `recipe`; progress on stderr, the run folder on stdout."""
-    from lorasft.recipe import load_recipe
+    from lorasft.recipe.load import load_recipe
     from lorasft.train.distributed import join
 
     with join() as ranks:

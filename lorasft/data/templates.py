@@ -207,11 +207,10 @@ def _stop(*_: object) -> None:
     raise TimeoutError(f"over {SECONDS} s")
 
 
-def _freeze_clock(template: str, date: str | None) -> str:
-    """The template with its calls of `strftime_now` replaced by what they give on `date` (null: left to the clock)."""
-    if date is None:
+def _freeze_clock(template: str, day: datetime.date | None) -> str:
+    """The template with its calls of `strftime_now` replaced by what they give on `day` (null: left to the clock)."""
+    if day is None:
         return template
-    day = datetime.date.fromisoformat(date)
     return CLOCK.sub(lambda call: json.dumps(day.strftime(call["format"])), template)
 
 

@@ -56,7 +56,8 @@ from lorasft.model.loss import Network
 from lorasft.model.memory import static_bytes
 from lorasft.model.recompute import decoder_layers, recomputed_layers
 from lorasft.model.selfcheck import verify
-from lorasft.recipe import Recipe, dump_recipe
+from lorasft.recipe import Recipe
+from lorasft.recipe.load import dump_recipe
 from lorasft.train.checkpoint import newest_checkpoint, read_layout, restore_checkpoint, save
 from lorasft.train.distributed import ALONE, Ranks
 from lorasft.train.layout import choose_layout, choose_tokens, without_weights

@@ -15,7 +15,8 @@ from lorasft import __version__
 from lorasft.data.prepare import Prepared, read_ingredients
 from lorasft.errors import RecipeError
 from lorasft.files import LOCK, replace_file
-from lorasft.recipe import Recipe, dump_recipe, load_recipe, mathematics
+from lorasft.recipe import Recipe, mathematics
+from lorasft.recipe.load import dump_recipe, load_recipe
 from lorasft.tensors import fingerprint
 from lorasft.train.state import State
 

@@ -26,11 +26,11 @@ from faults.campaigns import Tally
 from faults.judge import judge_remains, read_metrics
 from faults.subject import SAVE_EVERY
 from faults.trial import Bench, full_in, in_fork, kill_at, open_bench
-from lorasft import recipe
 from lorasft.cli import main
 from lorasft.commands import train
 from lorasft.errors import RecipeError
 from lorasft.files import LOCK, locked
+from lorasft.recipe import load as recipe
 from lorasft.train import loop, run
 from lorasft.train.schedule import learning_rate
 
