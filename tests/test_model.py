@@ -101,12 +101,11 @@ def test_the_self_check_sees_a_leak_and_an_unknown_head(dtype: torch.dtype, monk
         attention.AttentionInterface.register(attention.SEGMENTS, plain)
     assert not network.segments
 
-    model = make_base("gemma2", dtype).requires_grad_(False)
-    head = read_head(model)
+    head = read_head(make_base("gemma2", dtype).requires_grad_(False))
     assert head is not None
     for found in (replace(head, softcap=None), None):
         monkeypatch.setattr("lorasft.model.selfcheck.read_head", lambda model, found=found: found)
-        network = verify(model)
+        network = verify(make_base("gemma2", dtype).requires_grad_(False))
         assert network.head is None and (found is None or "own logits" in network.notices[0])
 
 
