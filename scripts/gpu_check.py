@@ -183,7 +183,7 @@ def make_model(config: Any, device: Any) -> Any:
 
 def make_batches(tokens: int, vocabulary: int, data: str | None, count: int = 10) -> list[Any]:
     """Full micro-batches of rows, the second half of each learned."""
-    from lorasft.data.packing import cut
+    from lorasft.data.packing import make_micro_batches
     from lorasft.data.tokens import UNSUPERVISED, Tokens
     from lorasft.model.scoring import Given
 
@@ -198,7 +198,7 @@ def make_batches(tokens: int, vocabulary: int, data: str | None, count: int = 10
         ids = draw.integers(0, vocabulary, length + 1).astype(np.int32)
         labels = np.where(np.arange(length + 1) > length // 2, ids, UNSUPERVISED).astype(np.int32)
         rows.append(Tokens(ids, labels))
-    batches = cut(Given(rows), range(len(rows)), capacity=tokens)
+    batches = make_micro_batches(Given(rows), range(len(rows)), capacity=tokens)
     return sorted(batches, key=lambda batch: -len(batch.ids))[:count]
 
 

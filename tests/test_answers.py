@@ -138,7 +138,7 @@ def test_other_columns_are_mapped_or_found(run: Path, tmp_path: Path, cli: Comma
     assert refused.code == 3 and "known format" in refused.err
     assert cli("evaluate", run, "--data", data, *columns).code == 0
     assert cli("evaluate", run, "--data", data, "--columns", "prompt").code == 2
-    assert cli("evaluate", run, "--data", data, "--per-example", tmp_path / "none/out.jsonl").code == 2
+    assert cli("evaluate", run, "--data", data, "--per-example", data / "out.jsonl").code == 2  # in a file
     merge = ["merge", run, "--out", tmp_path / "merged", "--data", data]
     assert cli(*merge).code == 3
     assert json.loads(cli(*merge, *columns, "--json").out)["rows"] == str(data)

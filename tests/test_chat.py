@@ -15,10 +15,10 @@ from tiny_tokenizer import TEMPLATE, save_tokenizer
 from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import Example, normalize_message
 from lorasft.data.labels import Labeler
-from lorasft.data.report import Report, RowErrors
+from lorasft.data.report import Report
 from lorasft.data.sources import RowLocation
 from lorasft.data.templates import render
-from lorasft.data.tokenizer import adds_bos, compare_with_file, load_tokenizer
+from lorasft.data.tokenizer import adds_bos, load_tokenizer
 from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs
 from lorasft.errors import DataError, ModelError, UnsafeError
 from lorasft.recipe import ChatSettings, DataSettings
@@ -64,9 +64,10 @@ class Encoder:
         self.report = Report()
 
     def encode(self, example: Example) -> tuple[Tokens, ...]:
-        bad = RowErrors("error", self.report)
-        found = [sequences for _, sequences in self.labeler.encode_all([example], bad=bad)]
-        bad.raise_all()
+        found = [sequences for _, sequences in self.labeler.encode_all([example], report=self.report)]
+        errors, self.report.errors = self.report.errors, []
+        if errors:
+            raise errors[0]
         return found[0] if found else ()
 
 
@@ -332,8 +333,6 @@ def test_templates_without_end_or_measure_are_stopped(
     monkeypatch.undo()
     with pytest.raises(ModelError, match="text without end"):
         own(tmp_path, tiny, TEMPLATE + "{{ 'x' * 99000000 }}")
-    with pytest.raises(ModelError, match="a chat template of over"):
-        own(tmp_path, tiny, TEMPLATE + " " * (1 << 20))
 
 
 def test_built_in_templates(tmp_path: Path) -> None:
@@ -435,10 +434,7 @@ def test_the_recipes_system_message_and_the_servers_prompt(tiny: Any) -> None:
 
 
 @needs_shared
-def test_tokenizers_are_compared_with_their_own_file() -> None:
-    assert compare_with_file(shared_tokenizer("llama-3.1")) is None
-    notice = compare_with_file(shared_tokenizer("mistral-v0.2"))  # transformers 5 rewrites its normalizer
-    assert notice is not None and "LlamaTokenizer differs" in notice
+def test_which_tokenizers_add_a_bos() -> None:
     assert [adds_bos(shared_tokenizer(name)) for name in ("llama-3.1", "qwen3", "gpt2")] == [True, False, False]
 
 

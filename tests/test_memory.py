@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import re
 import subprocess
 import sys
 from collections import Counter
@@ -21,7 +20,7 @@ from test_architectures import ARCHITECTURES
 from test_oracles import Rows, packed_step
 from test_prefixes import Relatives
 from test_train import die, stop_at
-from tiny_models import make_base, randomize_adapter
+from tiny_models import CONFIGS, make_base, randomize_adapter
 from torch.profiler import ProfilerActivity, profile
 
 from lorasft.cli import main
@@ -34,12 +33,11 @@ from lorasft.model.memory import ActivationMemory, StorageMeter, dry_run, heavie
 from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
 from lorasft.model.selfcheck import verify
 from lorasft.model.weightless import Sample, make_weightless, plan_network, shrink_vocabulary
-from lorasft.recipe import AdapterSettings, ModelSettings, OptimizerSettings
+from lorasft.recipe import AdapterSettings, ModelSettings
 from lorasft.train import layout as layouts
 from lorasft.train import loop
 from lorasft.train import run as runs
 from lorasft.train.checkpoint import read_state
-from lorasft.train.optimizer import make_optimizer
 
 Write = Callable[..., str]
 GIB = 1 << 30
@@ -52,19 +50,14 @@ def with_adapter(base: Any, **settings: Any) -> tuple[Any, Network]:
     return model.train(), network
 
 
-def deep(name: str, **sizes: Any) -> Any:
-    """The tiny model `name` with four layers, of other sizes where told."""
-    from tiny_models import CONFIGS
-    from transformers import AutoModelForCausalLM
-
+def deep(name: str) -> Any:
+    """The tiny model `name` with four layers."""
     torch.manual_seed(2)
-    config = CONFIGS[name](sizes.pop("hidden", 32))
-    for key, value in {"num_hidden_layers": 4, **sizes}.items():
-        setattr(config, key, value)
+    config = CONFIGS[name](32)
+    config.num_hidden_layers = 4
     if hasattr(config, "layer_types"):
-        config.layer_types = (config.layer_types or ["full_attention"]) * 4
-        config.layer_types = config.layer_types[:4]
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        config.layer_types = ((config.layer_types or ["full_attention"]) * 4)[:4]
+    return hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +114,6 @@ def real_peak(work: Callable[[], object]) -> int:
     return peak
 
 
-WIDE = {"hidden": 64, "intermediate_size": 256}
-TALL = {"hidden": 64, "vocab_size": 3000, "num_hidden_layers": 3}
-
-
 CPU = torch.device("cpu")
 
 
@@ -132,37 +121,6 @@ def without_numbers(network: Network, adapter: AdapterSettings, *, settings: Mod
     """The same model on the meta device."""
     model = make_weightless(network.causal.config, settings, adapter, CPU)
     return model, plan_network(network, model)
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "nf4"])
-def test_the_predicted_peak_is_the_allocators(name: str, optimizer: str, nf4_base: Path) -> None:
-    """Of a whole step: gradients and optimizer states are made in it, the weights are there before."""
-    settings = ModelSettings(base=str(nf4_base), quantization="nf4" if name == "nf4" else "none")
-    base = {"llama": lambda: deep("llama", **TALL), "gemma2": lambda: deep("gemma2", **WIDE)}.get(
-        name, lambda: load_base(settings, CPU)
-    )()
-    model, network = with_adapter(base, rank=64, dropout=0.05)
-    settings = settings.model_copy(update={"dtype": str(base.dtype).removeprefix("torch.")})
-    adapter = AdapterSettings(rank=64, alpha=8.0, dropout=0.05)
-    weightless, planned = without_numbers(network, adapter, settings=settings)
-    batch = heaviest_batch(network, longest=70, capacity=400)
-    parameters = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
-    static = static_bytes(weightless, optimizer)
-    assert static == static_bytes(model, optimizer)
-    for count in (0, 1, len(decoder_layers(network.causal))):
-        recompute(network.causal, count)
-        states = make_optimizer(OptimizerSettings(name=optimizer), parameters)  # type: ignore[arg-type]
-
-        def step(states: Any = states) -> None:
-            pair_losses(network, batch).sum().backward()
-            states.step()  # makes the moments
-            pair_losses(network, batch).sum().backward()
-
-        measured = real_peak(step)
-        model.zero_grad()
-        without = static.upcoming + dry_run(planned, batch, recomputed=count).peak
-        assert abs(without - measured) < 0.1 * measured, (count, without / measured)
 
 
 KINDS = ["llama", "gemma-2", "gemma-3", "gemma-3n", "gpt-2", "gpt-oss", "mixtral", "qwen-3-moe", "smollm-3"]
@@ -426,7 +384,7 @@ def test_out_of_memory_at_the_end_names_the_rows_and_what_would_help(
         patch.setattr(loop, "pair_losses", Fills(10))
         code, _, said = cli("train", recipe())
     assert code == 6 and "rows.jsonl:" in said and "tokens)" in said and "Traceback" not in said
-    assert re.search(r"data.max_length=\d+|adapter.rank=\d", said), said
+    assert "adapter.rank" in said and "lorasft plan" in said, said
     assert cli("train", recipe(), "--resume").code == 0
 
 

@@ -19,7 +19,7 @@ from tiny_models import make_base, randomize_adapter, shape
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Qwen3MoeConfig
 
 from lorasft.artifact import find_artifact
-from lorasft.data.packing import cut, shuffle
+from lorasft.data.packing import make_micro_batches, shuffle
 from lorasft.errors import LorasftError, ModelError, RecipeError, UnsafeError
 from lorasft.merge.write import plan_merge
 from lorasft.model import attention
@@ -77,7 +77,7 @@ def test_models_that_cannot_do_segments_go_one_sequence_at_a_time() -> None:
     assert not network.segments and "one at a time" in network.notices[0]
     rows = Rows()
     total = 0.0
-    for batch in cut(rows, range(len(rows)), capacity=1):
+    for batch in make_micro_batches(rows, range(len(rows)), capacity=1):
         assert len(batch.segments) == 1
         with torch.no_grad():
             total += float(pair_losses(network, batch).sum())
@@ -156,7 +156,7 @@ def _lose_a_tensor(folder: Path) -> None:
         (lambda folder: _edit(folder / "adapter_config.json", base_model_name_or_path=None), ModelError, "base_model"),
         (lambda folder: (folder / "adapter_config.json").write_bytes(b"{oops"), ModelError, "cannot read"),
         (lambda folder: _edit(folder / "adapter_config.json", auto_mapping={"a": 1}), UnsafeError, "auto_mapping"),
-        (lambda folder: _edit(folder / "adapter_config.json", target_modules="(a+)+$"), UnsafeError, "patterns"),
+        (lambda folder: _edit(folder / "adapter_config.json", target_modules="(a+)+$"), UnsafeError, "target_modules"),
         (lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"), UnsafeError,
          "pickle"),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x" * 99), ModelError, "[Hh]eader"),

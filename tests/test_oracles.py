@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import CONFIGS, VOCABULARY, make_base, randomize_adapter
 
 from lorasft.data import packing
-from lorasft.data.packing import MicroBatch, Plan, Segment, cut
+from lorasft.data.packing import MicroBatch, Plan, Segment, make_micro_batches
 from lorasft.data.tokens import Tokens
 from lorasft.model.adapter import attach_adapter
 from lorasft.model.loss import Network, pair_losses
@@ -154,6 +154,8 @@ def test_the_oracle_catches_mutants(mutant: Any, name: str, rows: Rows, monkeypa
     """Rotary positions are relative, so a missing restart shows only where positions are absolute (GPT-2)."""
     _, want = plain_step(oracle(name), rows, "token")
     model, network = ours(name)
-    monkeypatch.setattr(packing, "cut", lambda *args, **kwargs: map(mutant, cut(*args, **kwargs)))
+    monkeypatch.setattr(
+        packing, "make_micro_batches", lambda *args, **kwargs: map(mutant, make_micro_batches(*args, **kwargs))
+    )
     whole, _ = differences(packed_step(model, network, rows, "token", 1000)[1], want)
     assert whole > 1e-2

@@ -32,17 +32,17 @@ from test_prefixes import Relatives
 from test_train import metrics
 
 from lorasft.cli import main
-from lorasft.data.packing import Plan, cut, share
+from lorasft.data.packing import Plan, assign_to_rank, make_micro_batches
 from lorasft.errors import ModelError
 from lorasft.files import verify_folder
 from lorasft.recipe.load import load_recipe
 from lorasft.signals import StopRequest
 from lorasft.train import distributed as ranks_module
-from lorasft.train import loop
+from lorasft.train import inputs, loop
 from lorasft.train import metrics as metrics_module
 from lorasft.train import run as runs
 from lorasft.train.distributed import ALONE, Ranks, join
-from lorasft.train.state import Learner, Run
+from lorasft.train.state import Run
 
 Write = Callable[..., str]
 
@@ -105,7 +105,7 @@ def step_run(model: Any, network: Any, rows: Rows, ranks: Ranks, **plan: Any) ->
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     whole = Plan(len(rows), len(rows), 1, seed=0, processes=ranks.count, **plan)
     nothing: Any = None
-    return Run(nothing, nothing, whole, nothing, nothing, network, Learner(model, parameters, nothing), nothing, ranks)
+    return Run(nothing, nothing, whole, nothing, nothing, network, model, parameters, nothing, nothing, ranks)
 
 
 SIZES = ((6, 1000, False), (6, 20, False), (1, 1000, False), (6, 40, True))
@@ -123,13 +123,15 @@ def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> N
                 plan = {"loss": loss, "micro_batch_tokens": capacity, "share_prefixes": shared}
                 run = step_run(model, network, rows, ranks, **plan)
                 step = run.plan.step(1, rows)
-                assert len(share(step.micro_batches, rank, 2)) > 0 or (count == 1 and rank == 1)
+                assert len(assign_to_rank(step.micro_batches, rank, 2)) > 0 or (count == 1 and rank == 1)
                 model.zero_grad()
-                parameters = list(run.learner.parameters.values())
+                parameters = list(run.parameters.values())
                 work = lambda run=run, step=step: loop.add_gradients(run, step)  # noqa: E731
-                value = ranks.sum_step(work, parameters, stop=StopRequest(agreed=0))
+                value = ranks.sum_step(work, parameters, stop=StopRequest(alone=False))
                 save_file(gradients(model) | {"loss": torch.tensor(value)}, tmp_path / f"{number}-{rank}.safetensors")
-            (tmp_path / f"held_out-{rank}.json").write_text(json.dumps(held_out(network, ranks)), encoding="utf-8")
+            (tmp_path / f"held_out-{rank}.json").write_text(
+                json.dumps(held_out(model, network, ranks)), encoding="utf-8"
+            )
 
     launch = Launch(tmp_path, act)
     assert launch.codes() == [0, 0], launch.said()
@@ -138,15 +140,16 @@ def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> N
         first, second = (load_file(tmp_path / f"{number}-{rank}.safetensors") for rank in (0, 1))
         assert all(torch.equal(first[name], second[name]) for name in first)
         assert_same_step((float(first.pop("loss")), first), want)
-    network = ours("llama")[1]
+    model, network = ours("llama")
     for rank in (0, 1):
         scores = json.loads((tmp_path / f"held_out-{rank}.json").read_text(encoding="utf-8"))
-        assert scores == pytest.approx(held_out(network, ALONE), rel=1e-6)
+        assert scores == pytest.approx(held_out(model, network, ALONE), rel=1e-6)
 
 
-def held_out(network: Any, ranks: Ranks) -> list[float]:
+def held_out(model: Any, network: Any, ranks: Ranks) -> list[float]:
     """Losses and tokens of held-out sets of every size."""
-    results = [loop.evaluate(network, some(size), capacity=20, ranks=ranks, stop=StopRequest()) for size in range(1, 7)]
+    run = step_run(model, network, some(1), ranks, loss="token", micro_batch_tokens=20)
+    results = [loop.evaluate(run, some(size), StopRequest()) for size in range(1, 7)]  # type: ignore[arg-type]
     return [number for result in results if result for number in result]
 
 
@@ -154,13 +157,15 @@ def held_out(network: Any, ranks: Ranks) -> list[float]:
 def test_shares_are_a_balanced_partition(count: int) -> None:
     many = some(6)
     many.rows *= 20
-    batches = tuple(cut(many, range(len(many)), capacity=64, processes=count))
-    shares = [share(batches, index, count) for index in range(count)]
+    batches = tuple(make_micro_batches(many, range(len(many)), capacity=64, processes=count))
+    shares = [assign_to_rank(batches, index, count) for index in range(count)]
     assert sorted(id(batch) for mine in shares for batch in mine) == sorted(map(id, batches))
     tokens = [sum(len(batch.ids) for batch in mine) for mine in shares]
     assert max(tokens) < 1.15 * sum(tokens) / count
     assert max(len(batch.ids) for batch in batches) <= 64
-    few = tuple(cut(many, range(6), capacity=4096, processes=count))  # one micro-batch would hold them all
+    few = tuple(
+        make_micro_batches(many, range(6), capacity=4096, processes=count)
+    )  # one micro-batch would hold them all
     assert len(few) >= min(count, 4)
 
 
@@ -188,11 +193,11 @@ def test_all_processes_end_with_the_same_parameters(recipe: Write, tmp_path: Pat
 
     def act(rank: int) -> None:
         metrics_module.start_trackers = lambda *_: [Accelerator(), GeneralTracker(_blank=True)][1:]
-        runs.check_trackers = lambda names: None
+        inputs.check_trackers = lambda names: None
         with join() as ranks, runs.open_run(settings, resume=False, ranks=ranks) as opened:
             loop.train(opened.run, opened.state)
-            opened.run.logbook.close()  # of trackers, in the first alone: must not part the processes
-            parameters = {name: tensor.detach() for name, tensor in opened.run.learner.parameters.items()}
+            opened.run.metrics.close()  # of trackers, in the first alone: must not part the processes
+            parameters = {name: tensor.detach() for name, tensor in opened.run.parameters.items()}
             save_file(parameters, tmp_path / f"{rank}.safetensors")
 
     launch = Launch(tmp_path, act)

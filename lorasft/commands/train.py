@@ -38,8 +38,7 @@ def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
             if ranks.is_main:
                 _introduce(ready)
             state = train(ready.run, ready.state)
-            with ranks.sync_errors():
-                adapter = export_adapter(ready, state) if ranks.is_main else None
+            adapter = ranks.on_main(lambda: export_adapter(ready, state))
             if ranks.is_main:
                 _show_answers(ready)
                 say(f"done in {time.monotonic() - started:.0f} s; adapter in {adapter}")
@@ -51,12 +50,11 @@ def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
 def _saying_what_is_saved(folder: Path) -> Iterator[None]:
     """Where a signal ends the run at once: before the first step, after the last, or for the second time."""
     from lorasft.signals import Ended
+    from lorasft.train.checkpoint import list_checkpoints
 
     try:
         yield
     except Ended as signalled:
-        from lorasft.train.checkpoint import list_checkpoints
-
         what, hint = "stopped before the first step", "start it again"
         if (folder / "adapter").is_dir():
             what, hint = f"stopped; the adapter is whole: {folder / 'adapter'}", ""
@@ -69,7 +67,7 @@ def _saying_what_is_saved(folder: Path) -> Iterator[None]:
 def _introduce(ready: ReadyRun) -> None:
     """What was found and made ready, before the first step."""
     report, plan = ready.prepared.report, ready.run.plan
-    for note in filter(None, (*ready.notes, report.key_warning())):
+    for note in ready.notes:
         say(note)
     say(
         f"{report.train_examples:,} examples, {report.held_out_examples:,} held out, {report.tokens:,} tokens, "
@@ -95,7 +93,7 @@ def _show_answers(ready: ReadyRun, most: int = 3) -> None:
             tokens = held_out.sequences(example)[-1]
             prompt = tokens.ids[: supervised_runs(tokens)[-1, 0]].tolist()
             say(f"\nprompt: {shorten(tokenizer.decode(prompt, skip_special_tokens=True)[-80:])}")
-            for name, context in (("before", run.learner.model.disable_adapter()), ("after", nullcontext())):
+            for name, context in (("before", run.model.disable_adapter()), ("after", nullcontext())):
                 with context:
                     ids = generate(run.network.causal, tokenizer, prompt, max_new_tokens=48, stops=stops)
                 say(f"{name:>6}: {shorten(tokenizer.decode(ids, skip_special_tokens=True))}")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorasft.data.packing import MicroBatch, cut
+from lorasft.data.packing import MicroBatch, make_micro_batches
 from lorasft.data.tokens import Tokens
 from lorasft.model.attention import SEGMENTS, attention
 from lorasft.model.loss import Network, pair_losses, read_head
@@ -129,7 +129,7 @@ def _branches(first: int, network: Network) -> tuple[Tokens, Tokens]:
 
 
 def _tree(sequences: tuple[Tokens, Tokens]) -> MicroBatch:
-    (batch,) = cut(Given(sequences), range(2), capacity=4 * _LATE, share=True)
+    (batch,) = make_micro_batches(Given(sequences), range(2), capacity=4 * _LATE, share=True)
     return batch
 
 
@@ -144,5 +144,5 @@ def _rope_switch_length(config: Any) -> int | None:
 
 
 def _row(*sequences: Tokens) -> MicroBatch:
-    (batch,) = cut(Given(sequences), range(len(sequences)), capacity=_EARLY + _LATE)
+    (batch,) = make_micro_batches(Given(sequences), range(len(sequences)), capacity=_EARLY + _LATE)
     return batch

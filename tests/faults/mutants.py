@@ -65,14 +65,13 @@ def manifest_first() -> None:
 
 
 def state_after_rename() -> None:
-    def save_checkpoint(folder: Path, state: Any, learner: Any, *, base: Any) -> Path:
-        tensors = optimizer_state(learner.optimizer, learner.parameters)
-        target = folder / f"step-{state.step:06d}"
+    def save_checkpoint(run: Any, state: Any) -> None:
+        tensors = optimizer_state(run.optimizer, run.parameters)
+        target = run.checkpoints / f"step-{state.step:06d}"
         with files.staged_folder(target) as stage:
-            checkpoint.write_adapter(learner.model, stage, base=base)
+            checkpoint.write_adapter(run.model, stage, base=run.recipe.model)
             files.write_file(stage / "optimizer.safetensors", pack(tensors))
         files.write_file(target / "state.json", json.dumps(asdict(state)).encode())
-        return target
 
     checkpoint.save_checkpoint = save_checkpoint
 
@@ -81,12 +80,12 @@ def retain_unverified() -> None:
     """The newest count as kept, whole or not, and the rest goes before the new one is there."""
     plain = checkpoint.save_checkpoint
 
-    def save_checkpoint(folder: Path, *values: Any, **named: Any) -> Path:
-        for path in checkpoint.list_checkpoints(folder)[: 1 - KEEP]:
+    def save_checkpoint(run: Any, state: Any) -> None:
+        for path in checkpoint.list_checkpoints(run.checkpoints)[: 1 - KEEP]:
             files.remove_folder(path)
-        return plain(folder, *values, **named)
+        plain(run, state)
 
-    checkpoint.save_checkpoint, checkpoint.prune_checkpoints = save_checkpoint, lambda *values, **named: None
+    checkpoint.save_checkpoint, checkpoint.prune_checkpoints = save_checkpoint, lambda run, state: None
 
 
 def overwrite_in_place() -> None:
