@@ -1,9 +1,8 @@
 """How a tokenizer with its chat template writes a conversation: prompts, what ends an answer, and where answers are.
 
-The prompt of an answer is what a server would render (`add_generation_prompt=True`). What the template puts between
-that prompt and the answer, such as an empty think block, is context; the answer is the text of the row and what ends
-the turn. Nothing is known of any template: its style is read off a rendering of a probe, and each conversation is
-checked against it.
+The prompt of an answer is what a server would render. What the template puts between the two, such as an empty think
+block, is context; the answer is the text of the row and what ends the turn. Nothing is known of any template: its
+style is read off a rendering of a probe, and each conversation is checked against it.
 """
 
 from __future__ import annotations

@@ -149,7 +149,6 @@ class Labeler:
         """The sequences of one example within `max_length`, by the over-long policy; none when it is dropped."""
         limit, policy, is_text = self.data.max_length, self.data.overlong, example.text is not None
         longest = max(map(len, sequences))
-        report.lengths.append(longest)
         if longest > limit:  # what the template writes after the last answer goes first
             sequences = [_slice(tokens, 0, _last_run(tokens)[1]) for tokens in sequences]
         if max(map(len, sequences)) <= limit:
