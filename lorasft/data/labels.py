@@ -131,14 +131,13 @@ class Labeler:
         ids = np.array(whole.ids + (self.eos if marked.add_eos else []), dtype=np.int32)
         labels = np.full(len(ids), UNSUPERVISED, dtype=np.int32)
         for answer, prompt in zip(marked.answers, prompts, strict=True):
-            found = whole.tokens_between(answer.start, answer.end)
-            if found:
-                (first, end), (start, stop) = found
+            if found := whole.tokens_between(answer.start, answer.end):
+                (first, start, _), (last, _, stop) = found
                 # A token that holds foreign text is not supervised, unless that is a blank, which SentencePiece makes
                 # part of the word after it.
                 before = bool(marked.text[start : answer.start].strip())
                 after = bool(marked.text[answer.end : stop].strip())
-                supervised = slice(max(first + before, len(prompt)), end - after)
+                supervised = slice(max(first + before, len(prompt)), last + 1 - after)
                 labels[supervised] = ids[supervised]
         if marked.add_eos:
             labels[-1] = ids[-1]
