@@ -53,9 +53,8 @@ class Labeler:
 
     def _mark_block(self, block: list[Example], report: Report) -> list[tuple[Example, tuple[MarkedText, ...]]]:
         marked = []
-        with limits() as start_again:
+        with limits():  # once, which is dearer than a rendering
             for example in block:
-                start_again()
                 try:
                     if texts := self._mark(example, report):
                         marked.append((example, texts))
