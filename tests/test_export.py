@@ -106,7 +106,7 @@ def test_transformers_reads_the_same_model_back(name: str, kind: Any, tmp_path: 
         tmp_path, gguf_file="m.gguf", dtype=torch.float32, attn_implementation="eager", **given
     )
     assert distance(logits(back.eval()), logits(model)) < ERROR[kind]
-    assert written.size == (tmp_path / "m.gguf").stat().st_size
+    assert written["size"] == (tmp_path / "m.gguf").stat().st_size
     found = read(tmp_path / "m.gguf")
     assert {tensor.tensor_type.name for tensor in found.tensors} == {"F32", kind.upper()}
     rooms = [gguf.Keys.General, gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope, gguf.Keys.Tokenizer]

@@ -83,19 +83,14 @@ def test_the_page_in_a_browser(recipe: Path, tmp_path: Path) -> None:
 
 def browse(page: Path, profile: Path, fragment: str = "") -> str:
     """The page's document after its script ran, from where its rows begin to the data."""
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--virtual-time-budget=3000",
-        "--dump-dom",
-    ]
+    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-sync"
+    flags += " disable-component-update virtual-time-budget=3000 dump-dom"
     assert BROWSER is not None
-    command = [BROWSER, *flags, f"--user-data-dir={profile}", f"{page.as_uri()}{fragment}"]
+    command = [
+        BROWSER,
+        *(f"--{flag}" for flag in flags.split()),
+        f"--user-data-dir={profile}",
+        f"{page.as_uri()}{fragment}",
+    ]
     out = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     return re.sub(r"<script.*?</script>", "", out, flags=re.DOTALL)
