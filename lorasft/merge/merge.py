@@ -49,9 +49,9 @@ def merge(
     """Write the base of `artifact` with its adapter folded in to the new folder `out`.
 
     `onto`: which weights the update is added to: the base's own, those that NF4 made of them, or what held-out rows (or
-    `data`) speak for. `quantize`: write NF4. `force_base`: take a base that is not the one of training. Raises ModelError
-    before anything is written when the adapter does not fit, CapacityError when `out` has no room; a merge that fails,
-    its check included, leaves nothing under `out`. Returns what merge.json says.
+    `data`) speak for. `quantize`: write NF4. `force_base`: take a base that is not the one of training. Raises
+    ModelError before anything is written when the adapter does not fit, CapacityError when `out` has no room; a merge
+    that fails leaves nothing under `out`. Returns what merge.json says.
     """
     refuse_existing(out)
     artifact.verify(force_base=force_base)
@@ -91,8 +91,7 @@ def merge(
             "unchanged": sum(not written[name] for name in plan.changes),  # of these, as the rounding left them
             "copied": sum(map(len, plan.targets)) - len(written),
             "size": sum((stage / name).stat().st_size for name in found),  # bytes of weights
-            "rows": judge.origin if judge else "",  # what the answers were compared on
-            "table": judge.table if judge else {},
+            **({"rows": judge.origin, "table": judge.table} if judge else {"rows": "", "table": {}}),
             "result": found,
         }
         return _write_record(stage, artifact, done)
