@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +28,6 @@ def run(model: str, to: str, out: str, type: Any, as_json: bool) -> None:
     from lorasft.files import refuse_existing
 
     refuse_existing(Path(out))
-    started = time.monotonic()
     with _full_weights(model, Path(out)) as folder:
         progress = ByteProgress() if sys.stderr.isatty() else None
         if to == "ollama":
@@ -42,8 +40,8 @@ def run(model: str, to: str, out: str, type: Any, as_json: bool) -> None:
             from lorasft.export.gguf import write_gguf
 
             written = write_gguf(folder, Path(out), kind=type, on_progress=progress)
-    what = f"{written['tensors']} tensors of {written['architecture']} as {written['type']}"
-    say(f"{what}, {written['size'] / 1e9:.3f} GB in {time.monotonic() - started:.1f} s")
+    size = f"{written['size'] / 1e9:.3f} GB"
+    say(f"{written['tensors']} tensors of {written['architecture']} as {written['type']}, {size}")
     show(written, [out], as_json=as_json)
 
 

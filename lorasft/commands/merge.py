@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -49,22 +48,19 @@ def run(
     from lorasft.recipe.load import read_source
 
     artifact = find_artifact(saved, base=base)
-    started = time.monotonic()
     progress = ByteProgress() if sys.stderr.isatty() else None
     if options["check"]:
         say("asking what was trained, to compare the merge with it (--no-check leaves this out)")
     source = read_source(data, columns) if data else None
     merged = merge(artifact, Path(out), data=source, quantize=quantize is not None, on_progress=progress, **options)
     if not as_json:
-        say("\n".join(_describe(merged, time.monotonic() - started)))
+        say("\n".join(_describe(merged)))
     show({**merged, "folder": out}, [out], as_json=as_json)
 
 
-def _describe(merged: Mapping[str, Any], seconds: float) -> Iterator[str]:
-    yield (
-        f"merged {merged['updated']} tensors onto the {merged['onto']} weights ({merged['why']}), "
-        f"copied {merged['copied']}: {merged['size'] / 1e9:.3f} GB in {seconds:.1f} s"
-    )
+def _describe(merged: Mapping[str, Any]) -> Iterator[str]:
+    what = f"merged {merged['updated']} tensors onto the {merged['onto']} weights ({merged['why']})"
+    yield f"{what}, copied {merged['copied']}: {merged['size'] / 1e9:.3f} GB"
     if merged["unchanged"]:
         yield f"rounding left {merged['unchanged']} of the merged tensors as they were"
     if merged["table"]:
