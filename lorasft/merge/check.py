@@ -60,11 +60,9 @@ class MergeCheck:
         self.four_bit = artifact.model.quantization == "nf4"
         model = _load(artifact)
         self.trained = log_probs(model, rows)
-        with model.disable_adapter():
-            untuned = log_probs(model, rows)
-        del model
         self._compare("trained", self.trained)
-        self._compare("without the adapter", untuned)
+        with model.disable_adapter():
+            self._compare("without the adapter", log_probs(model, rows))
 
     @cached_property
     def original(self) -> Tensor:
@@ -92,11 +90,10 @@ class MergeCheck:
     def verify(self, merged: Path, onto: Onto) -> None:
         """Ask the merged weights. Raises ModelError when they differ from base and adapter by more than rounding."""
         wanted = self.original if onto == "original" else self.trained
-        off = mean_kl(wanted, self.ask(merged, "merged"))
-        learned = self.table["without the adapter"]["kl"]
-        if not off <= max(learned, _ROUNDING):
+        off, moved = mean_kl(wanted, self.ask(merged, "merged")), self.table["without the adapter"]["kl"]
+        if not off <= max(moved, _ROUNDING):
             what = f"the merged model does not answer like its base with the adapter: {off:.1e} nats a token apart"
-            raise ModelError(what, where=str(merged), hint=f"the adapter moves the base by {learned:.1e}")
+            raise ModelError(what, where=str(merged), hint=f"the adapter moves the base by {moved:.1e}")
 
     def ask(self, folder: Path, name: str) -> Tensor:
         """Ask the model in `folder` and put it into the table. Returns its log-probabilities."""

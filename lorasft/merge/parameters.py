@@ -49,15 +49,14 @@ class ParameterMap:
         return [list(parts) for parts in zip(*columns, strict=True)]
 
     @cached_property
-    def tied(self) -> tuple[str, ...]:
-        """The embedding and the head where they are one tensor, by their paths; else nothing."""
-        config = self.model.config.get_text_config()
-        return self.embeddings if getattr(config, "tie_word_embeddings", False) else ()
+    def tied(self) -> bool:
+        """Whether the embedding and the head are one tensor."""
+        return bool(getattr(self.model.config.get_text_config(), "tie_word_embeddings", False))
 
     @cached_property
-    def stored_twins(self) -> tuple[str, ...]:
-        """Those of a tied embedding and head that the files have: the embedding, and some have both."""
-        return tuple(path for path in self.tied if path in self.specs or self._sources.get(path))
+    def stored_embeddings(self) -> tuple[str, ...]:
+        """The embedding and the head as far as the files have them: where they are tied, some have both."""
+        return tuple(path for path in self.embeddings if path in self.specs or self._sources.get(path))
 
     @cached_property
     def parameters(self) -> dict[str, Any]:
