@@ -44,6 +44,7 @@ PEFT_DOUBTS = [  # PEFT says what it does, and doubts biases of B and the ranks 
     pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning"),
 ]
 pytestmark = PEFT_DOUBTS
+PROJECTIONS = ("self_attn.q", "mlp.up")
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 MORE: dict[str, Callable[[], Any]] = {
     "tied llama": lambda: LlamaConfig(**shape(), tie_word_embeddings=True),
@@ -144,13 +145,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "one of the experts' weights": ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": EXPERTS[1:]}),
     "language model of gemma 3": (
         "gemma3 with images",
-        {
-            "target_modules": [
-                f"model.language_model.layers.{n}.{part}"
-                for n in (0, 1)
-                for part in ("self_attn.q_proj", "mlp.up_proj")
-            ]
-        },
+        {"target_modules": [f"model.language_model.layers.{n}.{part}_proj" for n in (0, 1) for part in PROJECTIONS]},
     ),
     "larger vocabulary": ("llama", {"target_modules": ["q_proj"], "tokens": 120}),
     "larger vocabulary, tied": ("gemma3", {"target_modules": ["q_proj"], "tokens": 120}),

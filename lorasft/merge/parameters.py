@@ -30,10 +30,10 @@ class ParameterMap:
         for name in (parameter, parameter.partition(".")[2]):
             if name in self.specs:
                 return self._readable(name)
-        [parts] = self.find_experts(parameter) or [[]]
-        if len(parts) != 1:
+        stored = self.find_experts(parameter)
+        if list(map(len, stored)) != [1]:
             raise ModelError(f"the base has no tensor for {parameter}", hint="is it the right base?")
-        return parts[0]
+        return stored[0][0]
 
     def find_experts(self, parameter: str) -> list[list[str]]:
         """The tensors that loading stacks into a parameter: for each matrix of the stack those that are joined to it.
@@ -43,8 +43,6 @@ class ParameterMap:
         """
         sources = self._sources.get(parameter, [])
         patterns = list(dict.fromkeys(pattern for pattern, _ in sources))
-        if patterns == [None]:
-            return [[self._readable(name) for _, name in sources]]
         columns = [[self._readable(name) for found, name in sources if found == pattern] for pattern in patterns]
         return [list(parts) for parts in zip(*columns, strict=True)]
 
