@@ -66,18 +66,6 @@ def test_json_has_every_sequence(recipe: Path, capsys: Any, monkeypatch: pytest.
     assert last["summary"]["parity_breaks"] == 0 and last["summary"]["answers"] == 25
 
 
-@pytest.mark.parametrize("key", ["hf_" + "aB1" * 11, "AKIA" + "A1" * 8, "-----BEGIN RSA PRIVATE KEY-----"])
-def test_rows_that_hold_keys_are_named(recipe: Path, capsys: Any, key: str) -> None:
-    rows = recipe.parent / "rows.jsonl"
-    rows.write_bytes(rows.read_bytes() + json.dumps({"prompt": "login", "completion": f"use {key}!"}).encode())
-    assert cli.main(["preview", str(recipe), "--rows", "1"]) == 0
-    assert f"1 rows seem to hold a token or a private key, which will be learned: {rows}:26" in capsys.readouterr().out
-    array = rows.with_suffix(".json")
-    array.write_text(json.dumps([{"prompt": "hf_x sk-learn", "completion": "AKIA"}]), encoding="utf-8")
-    assert cli.main(["preview", str(recipe), f"data.train={array}"]) == 0
-    assert "seem to hold" not in capsys.readouterr().out
-
-
 def test_colours_where_there_is_a_terminal(recipe: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
