@@ -254,6 +254,8 @@ def test_a_signal_where_there_is_no_step_to_finish(
     said = capsys.readouterr().err
     assert SAVED[where] in said and "Traceback" not in said
     assert ("--resume" in said) == (where == "_introduce")
+    monkeypatch.undo()
+    assert where != "_introduce" or main([*command, "--resume"]) == 0  # a run folder is never a dead end
     assert not (bench.folder / LOCK).read_text(encoding="ascii")
 
 
