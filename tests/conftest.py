@@ -87,6 +87,18 @@ def recipe(base: Path, rows: Path, tmp_path: Path) -> Callable[..., str]:
     return write
 
 
+def save_to_hub(base: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put `base` where the hub's client keeps a snapshot of people/tiny, links to files elsewhere."""
+    commit, folder = "0" * 40, cache / "models--people--tiny"
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    for path in base.iterdir():
+        (folder / "snapshots" / commit / path.name).symlink_to(path)
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text(commit, encoding="utf-8")
+    for name in ("huggingface_hub.constants.HF_HUB_CACHE", "transformers.utils.hub.TRANSFORMERS_CACHE"):
+        monkeypatch.setattr(name, str(cache), raising=False)
+
+
 @pytest.fixture(scope="session")
 def run(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run in fp32 that has learned something."""

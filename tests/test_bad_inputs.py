@@ -10,6 +10,7 @@ The numbers are those of a list of 94 inputs that break fine-tuning tools. The r
 54      a template that refuses system texts gets them in the first user turn: test_chat.py
 62, 64, 66, 67, 70  rows of over 8 MiB, without target, held out twice, that change meanwhile, with keys: test_data.py
 73, 76  there are no flags that allow pickles or remote code: both are refused for good
+95      is ours: a tracker that is not installed
 87      without a GPU everything runs on the CPU; `lorasft doctor` says what is there: test_doctor.py
 89, 91 - 94  memory, disk, signals, divergence, closed pipes: test_memory.py, faults, test_train.py
 """

@@ -94,6 +94,13 @@ def save_adapter(base: Path, folder: Path, *, tokens: int | None = None, **setti
     return folder
 
 
+def make(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Path, Path]:
+    """A base and an adapter of this kind."""
+    name, settings = KINDS[kind]
+    base = save_model(folder / "base", name, dtype)
+    return base, save_adapter(base, folder / "adapter", **settings)
+
+
 def load(base: Path, *, tokens: int | None = None, dtype: torch.dtype | None = None, **options: Any) -> Any:
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype or "auto", **options)
@@ -165,10 +172,8 @@ ROUNDED_TWICE = {"embedding and head"}  # by PEFT, in 16 bits
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_merge_is_pefts(kind: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its bits where both multiply matrices of the same shapes; to a few units in the last place everywhere."""
-    name, settings = KINDS[kind]
-    tokens = settings.get("tokens")
-    base = save_model(tmp_path / "base", name, dtype)
-    adapter = save_adapter(base, tmp_path / "adapter", **settings)
+    tokens = KINDS[kind][1].get("tokens")
+    base, adapter = make(kind, tmp_path, dtype)
     monkeypatch.setattr(write, "_BLOCK", 1000)  # several blocks of rows
     merge(base, adapter, tmp_path / "ours")
     ours, before = load_file(tmp_path / "ours/model.safetensors"), load_file(base / "model.safetensors")
@@ -187,9 +192,7 @@ def test_a_merge_is_pefts(kind: str, dtype: torch.dtype, tmp_path: Path, monkeyp
 def test_a_tensor_that_is_cut_into_slices_is_the_same(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name, settings = KINDS[kind]
-    base = save_model(tmp_path / "base", name, torch.float32)
-    adapter = save_adapter(base, tmp_path / "adapter", **settings)
+    base, adapter = make(kind, tmp_path)
     merge(base, adapter, tmp_path / "whole")
     monkeypatch.setattr(write, "_SLICE", 1)
     merge(base, adapter, tmp_path / "cut")
@@ -198,10 +201,8 @@ def test_a_tensor_that_is_cut_into_slices_is_the_same(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_merge_answers_like_its_adapter(kind: str, tmp_path: Path) -> None:
-    name, settings = KINDS[kind]
-    base = save_model(tmp_path / "base", name, torch.float32)
-    adapter = save_adapter(base, tmp_path / "adapter", **settings)
+def test_i14_a_merge_answers_like_its_adapter(kind: str, tmp_path: Path) -> None:
+    base, adapter = make(kind, tmp_path)
     merge(base, adapter, tmp_path / "out")
     merged, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -219,8 +220,7 @@ def ulps(exact: Tensor, dtype: torch.dtype) -> Tensor:
     return 2.0 ** (torch.frexp(exact.double().abs().clamp(min=0.125 if bits == 24 else 0))[1].double() - bits)
 
 
-def edit_config(adapter: Path, **values: object) -> None:
-    path = adapter / "adapter_config.json"
+def edit_config(path: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **values}), encoding="utf-8")
 
 
@@ -282,11 +282,9 @@ def test_a_weight_is_seen_as_the_loader_quantizes_it(size: tuple[int, int], dtyp
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "mxfp4", "bitsandbytes"])
 def test_a_base_quantized_otherwise_is_refused_with_its_original(method: str, tmp_path: Path) -> None:
-    base = save_model(tmp_path / "base", "llama", torch.float32)
-    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    config |= {"quantization_config": {"quant_method": method, "load_in_8bit": True}, "_name_or_path": "meta/llama"}
-    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    base, adapter = make("llama", tmp_path)
+    scheme = {"quant_method": method, "load_in_8bit": True}
+    edit_config(base / "config.json", quantization_config=scheme, _name_or_path="meta/llama")
     with pytest.raises(ModelError, match=rf"quantized with {method}[^$]*--base meta/llama"):
         merge(base, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -295,9 +293,7 @@ def test_a_base_quantized_otherwise_is_refused_with_its_original(method: str, tm
 @pytest.mark.parametrize("kind", ["modules to save", "all biases", "dora", "experts in one", "larger vocabulary"])
 def test_what_a_streamed_base_cannot_carry_is_refused(kind: str, tmp_path: Path) -> None:
     """Its weights are on no device: PEFT would leave them out or read them as nothing."""
-    name, settings = KINDS[kind]
-    base = save_model(tmp_path / "base", name, torch.float32)
-    adapter = save_adapter(base, tmp_path / "adapter", **settings)
+    base, adapter = make(kind, tmp_path)
     streamed = load_base(ModelSettings(base=str(base), quantization="none"), torch.device("cpu"), streamed=True)
     with pytest.raises(ModelError, match="does not fit into memory"):
         load_adapter(streamed, find_artifact(str(adapter)))
@@ -347,14 +343,12 @@ def say(**values: object) -> Harm:
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(kind: str, harm: Harm, words: str, tmp_path: Path) -> None:
-    name, settings = KINDS[kind]
-    base = save_model(tmp_path / "base", name, torch.float32)
-    adapter = save_adapter(base, tmp_path / "adapter", **settings)
+    base, adapter = make(kind, tmp_path)
     tensors = load_file(adapter / "adapter_model.safetensors")
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     harm(tensors, config)
     save_file(tensors, adapter / "adapter_model.safetensors")
-    edit_config(adapter, **config)
+    edit_config(adapter / "adapter_config.json", **config)
     with pytest.raises(ModelError, match=words):
         merge(base, adapter, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
@@ -371,8 +365,7 @@ def test_an_update_of_one_of_two_tied_weights_is_refused(target: str, tmp_path: 
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)" * 30, "a*" * 3, "x" * 300])
 def test_a_pattern_that_might_never_end_is_refused(pattern: str, tmp_path: Path) -> None:
-    base = save_model(tmp_path / "base", "llama", torch.float32)
-    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
-    edit_config(adapter, rank_pattern={pattern: 4})
+    base, adapter = make("llama", tmp_path)
+    edit_config(adapter / "adapter_config.json", rank_pattern={pattern: 4})
     with pytest.raises(UnsafeError, match="rank_pattern"):
         merge(base, adapter, tmp_path / "out")
