@@ -15,7 +15,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from conftest import Command, save_base, save_to_hub
 from safetensors.torch import load_file, save_file
-from test_merge_variants import merge, save_adapter
+from test_merge_variants import KINDS, PEFT_DOUBTS, load, make_pair, merge, save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lorasft.artifact import find_artifact
@@ -24,10 +24,25 @@ from lorasft.errors import ModelError
 from lorasft.files import sha256, verify_folder
 from lorasft.merge.merge import merge as merge_artifact
 from lorasft.merge.updates import Change
-from lorasft.model.adapter import load_artifact
+from lorasft.model.adapter import load_adapter, load_artifact
 from lorasft.tensors import fingerprint, open_tensors
 
 ALL: dict[str, Any] = {"target_modules": "all-linear"}
+pytestmark = PEFT_DOUBTS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_i14_merged_logits_equal_the_adapters(kind: str, tmp_path: Path) -> None:
+    base, adapter = make_pair(tmp_path, kind)
+    merge(base, adapter, tmp_path / "out")
+    merged, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert merged.get_input_embeddings().num_embeddings == merged.config.get_text_config().vocab_size
+    ids = torch.arange(3, 13).unsqueeze(0)
+    answers, without = merged(input_ids=ids).logits, load(base)(input_ids=ids).logits
+    live = load_adapter(load(base), find_artifact(str(adapter))).eval()(input_ids=ids).logits
+    torch.testing.assert_close(live, answers, atol=1e-4, rtol=1e-4)
+    assert (answers[..., : without.shape[-1]] - without).abs().max() > 0.01
 
 
 def test_shards_and_sidecars_are_the_bases(tmp_path: Path) -> None:
@@ -40,7 +55,7 @@ def test_shards_and_sidecars_are_the_bases(tmp_path: Path) -> None:
     (adapter / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
     done = merge(base, adapter, tmp_path / "out")
     shards = sorted(path.name for path in base.glob("model-*.safetensors"))
-    assert len(shards) > 1 and done.updated == 14 and done.unchanged == 0
+    assert len(shards) > 1 and done["updated"] == 14 and done["unchanged"] == 0
     for name in shards:
         ours, theirs = (open_tensors(folder / name) for folder in (tmp_path / "out", base))
         assert ours.specs == theirs.specs and list(ours.specs) == list(theirs.specs)

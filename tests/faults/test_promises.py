@@ -1,7 +1,7 @@
 """What a run promises, I1 to I20, each by its number: held while it is killed, starved, damaged and disturbed.
 
 The short form of `campaigns.py`, which tells what each campaign does. Other promises stand where their
-subject does, by number too: I9 in test_oracles.py, I14 in test_merge_variants.py, I15, I16, I17 and I19 in
+subject does, by number too: I9 in test_oracles.py, I14 in test_merge.py, I15, I16, I17 and I19 in
 test_trust.py, I18 in test_bad_inputs.py.
 """
 
