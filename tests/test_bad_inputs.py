@@ -220,7 +220,7 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
     "26": (0, [], of_recipe("train: {batch_size: fast}", "train.batch_size=2", verb="preview")),
     "27 verb": (2, ["trian", "did you mean train?"], lambda at: ["trian", "x"]),
     "27 flag": (2, ["--resumee", "did you mean --resume?"], of_recipe("", "--resumee")),
-    "27 words": (2, ["surplus"], lambda at: ["recipes", "list", "surplus"]),
+    "27 words": (2, ["surplus"], lambda at: ["recipes", "list", "a", "b", "surplus"]),
     "28": (2, ["not a run's", "notes.txt", "run.output"],
            lambda at: [*of_recipe()(at), f"run.output={write(at.folder / 'full/notes.txt', 'x').parent}"]),
     "29": (2, ["this run folder exists", "--resume", "run.output="], of_run(lambda run: None)),
