@@ -99,12 +99,6 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def refuse_remote(base: str, where: Path) -> None:
-    """Raise UnsafeError when an adapter's files name its base by a URL or a network share."""
-    if ":" in base or base.startswith(("//", "\\\\")):
-        raise UnsafeError(f"the adapter names {base} as its base", where=str(where), hint="--base MODEL")
-
-
 def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
     """The adapter's tensors by their names on disk, all finite.
 

@@ -1,8 +1,8 @@
 """Promise I18: every bad input that this program can meet: exit code, what, where and how to fix it, on one screen.
 
-The numbers are those of a list of 94 inputs that break fine-tuning tools. Not here: 13, 19, 23, 34, 73, 76 cannot be met;
-22 is in test_families.py; 54 in test_chat.py; 41, 42, 62, 64, 66, 67, 70 in test_data.py; 87 in test_doctor.py; 32, 89 to
-94 in test_memory.py, test_train.py and faults.
+The numbers are those of a list of 94 inputs that break fine-tuning tools. Not here: 13, 19, 23 cannot be met; 22 is in
+test_families.py; 54 in test_chat.py; 41, 42, 62, 64, 66, 67, 70 in test_data.py; 87 in test_doctor.py; 32, 89 to 94 in
+test_memory.py, test_train.py and faults.
 """
 
 from __future__ import annotations
@@ -298,7 +298,8 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
     "79": (4, ["tokenizer.json"], of_base(lambda model: (model / "tokenizer.json").unlink(), verb="preview")),
     "80": (4, ["id", "embedding rows"], of_config(vocab_size=20)),
     "83 remote, with a recipe": (8, ["https://", "base"],
-                                 of_run(lambda run: config(base_model_name_or_path="https://host/x")(run / "adapter"), "--prompt", "q", verb="chat")),
+           of_run(lambda run: config(base_model_name_or_path="https://host/x")(run / "adapter"),
+                  "--prompt", "q", verb="chat")),
     "81 missing": (4, ["lora_A", "q_proj"], of_adapter(tensors(lambda found: found.pop(TENSOR)))),
     "81 extra": (4, ["odd"], of_adapter(tensors(lambda found: found.update(odd=found[TENSOR] * 1)))),
     "81 shape": (4, ["q_proj"], of_adapter(tensors(lambda found: found.update({TENSOR: found[TENSOR][:, 1:] * 1})))),

@@ -31,13 +31,10 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
         path = find_shipped(source)
     document = read_yaml(path)
     if not isinstance(document.value, dict):
-        what = (
-            "the recipe is empty" if document.value is None else "a recipe is a mapping of sections (model, data, ...)"
-        )
+        what = "the recipe is empty" if document.value is None else "a recipe is a mapping of sections"
         hint = "model.base and data.train are needed; lorasft recipes show tiny"
         raise RecipeError(what, where=document.places.get((), str(path)), hint=hint)
-    for place, text in _find_paths(document, [path.parent, Path.cwd()]):
-        _put(document.value, place, text)
+    _absolute_paths(document, [path.parent, Path.cwd()])
     for override in overrides:
         _apply_override(override, document)
     _complete(document.value, path.stem)
@@ -110,6 +107,11 @@ def _find_paths(document: Document, folders: Sequence[Path]) -> Iterator[tuple[K
             yield from [(place, str(path.absolute())) for path in paths if path.exists()][:1]
 
 
+def _absolute_paths(document: Document, folders: Sequence[Path]) -> None:
+    for place, path in _find_paths(document, folders):
+        value_at(place[:-1], document.value)[place[-1]] = path
+
+
 def _apply_override(override: str, document: Document) -> None:
     """Put the value of `section.key=value` into the document; its place becomes the command line."""
     name, equals, text = override.partition("=")
@@ -118,22 +120,17 @@ def _apply_override(override: str, document: Document) -> None:
         hint = "for example train.batch_size=16"
         raise RecipeError("not of the form section.key=value", where=where, hint=hint)
     given = parse_yaml(text, where, keys)
-    _put(document.value, keys, value_at(keys, given.value))
-    for place, path in _find_paths(given, [Path.cwd()]):
-        _put(document.value, place, path)
+    _absolute_paths(given, [Path.cwd()])
+    tree = document.value
+    for key in keys[:-1]:
+        if not isinstance(tree.get(key), dict):
+            tree[key] = {}
+        tree = tree[key]
+    tree[keys[-1]] = value_at(keys, given.value)
     document.places = {place: line for place, line in document.places.items() if place[: len(keys)] != keys}
     document.places |= dict.fromkeys(given.places, where)
     for end in range(1, len(keys) + 1):
         document.places.setdefault(keys[:end], where)
-
-
-def _put(tree: Any, place: KeyPath, value: Any) -> None:
-    """Put `value` at `place`; what is on the way and not a tree becomes one."""
-    for key in place[:-1]:
-        if not isinstance(value_at((key,), tree), (dict, list)):
-            tree[key] = {}
-        tree = tree[key]
-    tree[place[-1]] = value
 
 
 def _complete(raw: dict[str, Any], stem: str) -> None:
