@@ -419,7 +419,6 @@ def test_list_show_and_schema_print_what_programs_can_read(capsys: pytest.Captur
     [
         ("show", "gtp2", None, "did you mean gpt2?"),
         ("show", None, None, "no recipe"),
-        ("copy", "gpt2", "no/such/folder.yaml", "mkdir -p no/such"),
     ],
 )
 def test_the_command_refuses_in_plain_words(action: str, name: str | None, to: str | None, said: str) -> None:
