@@ -26,7 +26,6 @@ _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"
 class Provenance:
     """What a run recorded of how it was made."""
 
-    base: str  # the name
     fingerprint: str  # of the base's files
     commit: str | None  # of the base on the hub
     dtype: str  # of the computation, such as bfloat16
@@ -69,7 +68,7 @@ class Artifact:
             base, dtype = record["base"], record["layout"]["dtype"]
             if dtype not in ("bfloat16", "float16", "float32"):
                 raise ValueError(f"dtype {dtype}")
-            return Provenance(base["name"], base["fingerprint"], base["commit"], dtype, record)
+            return Provenance(base["fingerprint"], base["commit"], dtype, record)
         except (ValueError, KeyError, TypeError, RecursionError) as fault:
             what = f"the run's record cannot be read: {fault}"
             raise ModelError(what, where=str(path), hint="name the adapter's folder alone") from None
@@ -127,7 +126,7 @@ class Artifact:
         trained = self.provenance
         if trained and trained.fingerprint and not force_base and trained.fingerprint != self.base_fingerprint:
             what = "this base is not the one that the adapter was trained on"
-            hint = f"--base FOLDER with the files of {trained.base}, or --force-base"
+            hint = "--base FOLDER with the files of training, or --force-base"
             raise ModelError(what, where=str(self.base), hint=hint)
 
 
