@@ -33,12 +33,7 @@ COUNTS = {  # of the report, in words
     "windowed_texts": "over-long texts, supervised in windows",
     "examples_without_target": "with nothing to supervise, dropped",
     "split_conversations": "conversations in one sequence per answer",
-    "led_answers": "answers after text that only the template adds (an empty thought?); see chat.template_options",
-    "straddling_tokens": "tokens across the border of prompt and answer",
-    "merged_systems": "system texts put into the first user turn, as does the template saved with the adapter",
-    "dropped_characters": "characters of answers that the template drops",
-    "dropped_reasoning": "characters of reasoning among what is dropped",
-    "masked_reasoning": "characters of reasoning that are context (chat.thinking=mask)",
+    "dropped_reasoning": "characters of reasoning that the template or the recipe drops",
     "tools_left_out": "examples whose tools the template does not show",
 }
 
@@ -104,8 +99,7 @@ def painted(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> Iterator[Part
 
 def summary(report: Report) -> Iterator[str]:
     """What was read, dropped and made, a line each; counts of zero are left out."""
-    formats = ", ".join(sorted(set(report.formats.values())))
-    yield f"{report.rows:,} rows read ({formats}), in {report.sequences:,} sequences"
+    yield f"{report.rows:,} rows read, in {report.sequences:,} sequences"
     yield f"{report.train_examples:,} examples to train on, {report.held_out_examples:,} held out"
     share = report.supervised_tokens / max(report.tokens, 1)
     yield f"{report.tokens:,} tokens, {report.supervised_tokens:,} supervised ({share:.0%})"
