@@ -8,16 +8,15 @@ compared with the chat template on conversations of several shapes; where it doe
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorasft.artifact import read_stops
 from lorasft.data.templates import CLOCK, render
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import DataError, ModelError
-from lorasft.export.gguf import Kind, Progress, Written, write_gguf
+from lorasft.export.gguf import Kind, Progress, write_gguf
 from lorasft.export.tokenizer import starts_with_bos
 from lorasft.files import staged_folder, write_file
 
@@ -37,7 +36,7 @@ Joints = dict[tuple[str, str], str]
 
 def write_ollama(
     model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progress | None = None
-) -> tuple[Written, bool]:
+) -> tuple[dict[str, Any], bool]:
     """Write the new folder `out`: model.gguf and Modelfile. Also returns whether system messages have a place.
 
     Raises ModelError when the chat template cannot be written as a Go template, and what write_gguf raises.
@@ -50,7 +49,7 @@ def write_ollama(
     with staged_folder(out) as stage:
         written = write_gguf(model, stage / WEIGHTS, kind=kind, on_progress=on_progress)
         write_file(stage / MODELFILE, modelfile.encode())
-    return replace(written, file=out / WEIGHTS), _has_system(joints)
+    return {**written, "file": str(out / WEIGHTS)}, _has_system(joints)
 
 
 def find_joints(tokenizer: PreTrainedTokenizerFast, *, where: str) -> Joints:
@@ -105,20 +104,16 @@ def _cut(tokenizer: PreTrainedTokenizerFast, shape: str) -> list[str] | None:
 def go_template(joints: Joints) -> str:
     """The joints as a template of Ollama. An answer that is begun, the last message, is left open."""
     text = {pair: _literal(said) for pair, said in joints.items()}
-    with_system = _has_system(joints)
     user = _do('if eq $before "assistant"') + text["assistant", "user"]
-    if with_system:
+    if _has_system(joints):
         user += _do('else if eq $before "system"') + text["system", "user"]
     user += _do("else") + text[_START, "user"] + _do("end")
-    content = _do(".Content")
-    parts = [_do('$before := ""'), _do("range .Messages")]
-    parts += [_do('if eq .Role "user"'), user, content]
-    parts += [_do('else if eq .Role "assistant"'), text["user", "assistant"], content]
-    if with_system:
-        parts += [_do('else if eq .Role "system"'), text[_START, "system"], content]
-    parts += [_do("end"), _do("$before = .Role"), _do("end")]
-    parts += [_do('if ne $before "assistant"'), text["user", _ANSWER], _do("end")]
-    return "".join(parts)
+    messages = {"user": user, "assistant": text["user", "assistant"]}
+    if _has_system(joints):
+        messages["system"] = text[_START, "system"]
+    parts = [_do(f'if eq .Role "{role}"') + before + _do(".Content") + _do("end") for role, before in messages.items()]
+    loop = [_do('$before := ""'), _do("range .Messages"), *parts, _do("$before = .Role"), _do("end")]
+    return "".join([*loop, _do('if ne $before "assistant"'), text["user", _ANSWER], _do("end")])
 
 
 def _do(action: str) -> str:

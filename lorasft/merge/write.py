@@ -10,7 +10,7 @@ import contextlib
 import copy
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -72,20 +72,19 @@ def plan_merge(artifact: Artifact) -> MergePlan:
 
 def rewrite_config(plan: MergePlan, base_config: Mapping[str, Any]) -> dict[str, bytes]:
     """The base's config and index where its tensors get other forms or names; else nothing."""
-    before = {name: spec for file in plan.sources for name, spec in file.specs.items()}
-    after = {name: spec for specs in plan.targets for name, spec in specs.items()}
-    if before == after:
+    specs = plan.places.specs
+    resized = [change.shape[0] for name, change in plan.changes.items() if change.shape != specs[name].shape]
+    if not resized and not plan.packed:
         return {}
     config = copy.deepcopy(dict(base_config))
     config.pop("quantization_config", None)
-    resized = [spec for name, spec in after.items() if spec.shape != plan.places.specs[name].shape]
     if resized:
-        config.get("text_config", config)["vocab_size"] = resized[0].shape[0]
+        config.get("text_config", config)["vocab_size"] = resized[0]
     files = {"config.json": config}
     index = plan.sources[0].path.with_name(INDEX)
     if index.is_file():
         content = json.loads(index.read_bytes())
-        content["weight_map"] = {name: file for name, file in content["weight_map"].items() if name in after}
+        content["weight_map"] = {name: file for name, file in content["weight_map"].items() if name in specs}
         content.setdefault("metadata", {})["total_size"] = plan.size
         files[INDEX] = content
     return {
@@ -106,7 +105,11 @@ def write_weights(
     written: dict[str, bool] = {}
     hashes: dict[str, str] = {}
     buffer = torch.empty(max(_slice_rows(change) * change.shape[-1] for change in plan.changes.values()))
-    with _one_thread(), ThreadPoolExecutor(1) as thread:
+    with contextlib.ExitStack() as stack:
+        # One thread of torch: blocks are small, and threads that wait for the next keep the writer from its core.
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
+        thread = stack.enter_context(ThreadPoolExecutor(1))
         for source, specs in zip(plan.sources, plan.targets, strict=True):
             path = stage / source.path.name
             with new_file(path) as file:
@@ -177,14 +180,3 @@ def _merge_tensor(
             changed = changed or not torch.equal(before.to(after.dtype), after)
             writer.write(after)
     return changed
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread of torch: blocks are small, and threads that wait for the next would keep the writer from its core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
