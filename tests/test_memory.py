@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import re
@@ -24,15 +25,16 @@ from tiny_models import make_base, randomize_adapter
 from torch.profiler import ProfilerActivity, profile
 
 from lorasft.cli import main
-from lorasft.model import scoring
+from lorasft.model import memory, scoring
 from lorasft.model.adapter import attach_adapter
+from lorasft.model.attention import SEGMENTS
 from lorasft.model.base import load_base
 from lorasft.model.free_memory import cgroup_free
 from lorasft.model.loss import Network, pair_losses
 from lorasft.model.memory import ActivationMemory, StorageMeter, dry_run, heaviest_batch, static_bytes
-from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
+from lorasft.model.recompute import decoder_layers, layer_list, recompute, recomputed_layers
 from lorasft.model.selfcheck import verify
-from lorasft.model.weightless import Sample, make_weightless, plan_network, shrink_vocabulary
+from lorasft.model.weightless import Sample, make_weightless, plan_network
 from lorasft.recipe import AdapterSettings, ModelSettings, OptimizerSettings
 from lorasft.signals import Ended
 from lorasft.train import layout as layouts
@@ -176,7 +178,7 @@ def test_a_dry_run_is_the_step(name: str) -> None:
     network = verify(base)
     weightless, planned = without_numbers(network, adapter, settings=settings)
     assert static_bytes(weightless, "adamw") == static_bytes(model, "adamw")
-    sample = Sample(make_weightless(shrink_vocabulary(ARCHITECTURES[name]()), settings, adapter, CPU), CPU)
+    sample = Sample(weightless, ARCHITECTURES[name](), settings, adapter, CPU)
     foreseen = verify(sample.model.get_base_model())
     facts = [(one.segments, one.share, one.head is None) for one in (foreseen, network)]
     assert facts[0] == facts[1]
@@ -193,6 +195,37 @@ def test_a_dry_run_is_the_step(name: str) -> None:
         predicted = dry_run(planned, batch, recomputed=count)
         assert predicted.kept == pytest.approx(measured.kept, abs=2000)
         assert predicted.peak == pytest.approx(measured.peak, abs=2000)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma-2", "gemma-4", "gpt-2", "gpt-oss", "qwen-3-moe", "smollm-3"])
+def test_a_few_layers_tell_what_all_of_them_take(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes as the whole depth, of layers of one kind and of two in turn; of other orders all are run."""
+    config, ran, run = ARCHITECTURES[name](), [], memory.run_layers
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * 2
+    config.num_hidden_layers = 7
+    config.layer_types = (kinds * 4)[:7]
+    config.no_rope_layers = [1, 0] * 3 + [1]
+    settings, adapter = ModelSettings(base="-", quantization="none", dtype="float32"), AdapterSettings(rank=4)
+    model = make_weightless(config, settings, adapter, CPU)
+    model.get_base_model().set_attn_implementation(SEGMENTS)
+    network = Network(model.get_base_model(), head=None, segments=True, planned=CPU)
+
+    def remembered(network: Network, batch: Any, recomputed: int) -> ActivationMemory:
+        ran.append(len(decoder_layers(network.causal)))
+        return run(network, batch, recomputed)
+
+    monkeypatch.setattr(memory, "run_layers", remembered)
+    batch = heaviest_batch(network, longest=40, capacity=100)
+    for recomputed in (0, 7):
+        ran.clear()
+        assert dry_run(network, batch, recomputed=recomputed) == run(network, batch, recomputed)
+        assert ran == ([3, 5] if len({*kinds}) > 1 or name == "smollm-3" else [2, 3])
+    layers = layer_list(network.causal)
+    layers[3] = copy.deepcopy(layers[3])
+    layers[3].other = 1
+    ran.clear()
+    dry_run(network, batch, recomputed=0)
+    assert ran == [7]
 
 
 def test_the_meter_counts_each_storage_once_until_it_is_freed() -> None:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from lorasft.data.packing import MicroBatch, cut
 from lorasft.model.base import WeightBytes, count_bytes
 from lorasft.model.loss import Network, pair_losses
-from lorasft.model.recompute import recompute
+from lorasft.model.recompute import layer_kinds, layer_list, recompute
 from lorasft.model.scoring import Given, all_supervised
 
 # Share of the free memory that is planned with: the rest is for fragments and other programs.
@@ -145,8 +145,35 @@ def _optimizer_bytes(trained: Iterable[Tensor], optimizer: str) -> int:
 def dry_run(network: Network, batch: MicroBatch, *, recomputed: int) -> ActivationMemory:
     """Run `batch` forwards and backwards on a `network` without weights, whose first `recomputed` layers recompute.
 
+    Where all layers do alike and repeat, few of them are run, and what more of them add is added.
     Raises RuntimeError, NotImplementedError among them, where the model reads numbers to decide what it computes.
     """
+    kinds = layer_kinds(network.causal)
+    count = len(kinds)
+    period = next((size for size in range(1, count) if kinds[size:] == kinds[:-size]), count)
+    fewer = max(2, period + count % period) if count else 0
+    if recomputed in (0, count) and fewer + period < count:
+        short, long = (_run_first(network, batch, depth, recomputed) for depth in (fewer, fewer + period))
+        each = long.kept - short.kept
+        if each == long.peak - short.peak:  # else the peak is not where it is in a deep model
+            more = each * ((count - fewer) // period)
+            return ActivationMemory(short.kept + more, short.peak + more)
+    return run_layers(network, batch, recomputed)
+
+
+def _run_first(network: Network, batch: MicroBatch, depth: int, recomputed: int) -> ActivationMemory:
+    """What `batch` needs on the first `depth` layers of `network`."""
+    layers = layer_list(network.causal)
+    rest = list(layers)[depth:]
+    del layers[depth:]
+    try:
+        return run_layers(network, batch, min(recomputed, depth))
+    finally:
+        layers.extend(rest)
+
+
+def run_layers(network: Network, batch: MicroBatch, recomputed: int) -> ActivationMemory:
+    """What `batch` needs on `network` as it is."""
     recompute(network.causal, recomputed)
     network.causal.train()
     for module in network.causal.modules():

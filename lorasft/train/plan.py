@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lorasft.errors import ModelError
 from lorasft.model.free_memory import free_memory
 from lorasft.model.memory import Prediction, static_bytes
 from lorasft.model.timing import Timing, time_sample
-from lorasft.model.weightless import Sample, make_weightless, shrink_vocabulary
+from lorasft.model.weightless import Sample, make_weightless
 from lorasft.recipe import Recipe
 from lorasft.train.layout import Fit, choose_layout, recompute_wish, started_adapter
 from lorasft.train.run import make_plan, probe, read_checked_config, read_data
@@ -95,7 +95,7 @@ def _plan_prepared(recipe: Recipe, config: Any, prepared: Prepared, *, memory: i
         artifact.require_adapter()
         adapter = started_adapter(adapter, artifact.adapter_config)
     model = make_weightless(config, recipe.model, adapter, device)
-    sample = Sample(make_weightless(shrink_vocabulary(config), recipe.model, adapter, device), device)
+    sample = Sample(model, config, recipe.model, adapter, device)
     network = probe(recipe, sample.model, saved=None)
     static = static_bytes(model, recipe.optimizer.name)
     spare = given - libraries - static.loaded - static.upcoming
@@ -113,7 +113,7 @@ def _plan_prepared(recipe: Recipe, config: Any, prepared: Prepared, *, memory: i
         memory=given - libraries,
         longest=longest,
         tokens=None if pinned == "auto" else pinned,
-        recomputed=recompute_wish(recipe, network, saved=None),
+        recomputed=recompute_wish(recipe, replace(network, causal=model.get_base_model()), saved=None),
     )
     supervised = fit.plan.step(1, rows).supervised_tokens / fit.computed
     timing = time_sample(
