@@ -266,20 +266,14 @@ def test_the_heaviest_batch_is_full_and_holds_the_longest() -> None:
     assert len(heaviest_batch(replace(network, segments=False), longest=9, capacity=20).ids) == 9
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_control_groups_limit_the_free_memory(version: int, tmp_path: Path) -> None:
-    first = version == 1
-    mount = tmp_path / "sys/fs/cgroup" / ("memory" if first else "")
-    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if first else ("memory.max", "memory.current")
-    unlimited = str(2**63) if first else "max"
-    for folder, limit, used in ((mount, unlimited, 0), (mount / "a", "1000", 300), (mount / "a/b", "5000", 100)):
+def test_control_groups_limit_the_free_memory(tmp_path: Path) -> None:
+    mount = tmp_path / "sys/fs/cgroup"
+    for folder, limit, used in ((mount, "max", 0), (mount / "a", "1000", 300), (mount / "a/b", "5000", 100)):
         folder.mkdir(parents=True, exist_ok=True)
-        for name, value in zip(names, (limit, used), strict=True):
-            (folder / name).write_text(f"{value}\n")
-        (folder / "memory.stat").write_text(f"cache 9\n{'total_' if first else ''}inactive_file 50\n")
+        for name, value in (("max", limit), ("current", used), ("stat", "cache 9\ninactive_file 50")):
+            (folder / f"memory.{name}").write_text(f"{value}\n")
     (tmp_path / "proc/self").mkdir(parents=True)
-    line = "4:memory:/a/b" if first else "0::/a/b"
-    (tmp_path / "proc/self/cgroup").write_text(f"3:cpuset:/a\n{line}\n")
+    (tmp_path / "proc/self/cgroup").write_text("3:cpuset:/a\n0::/a/b\n")
     assert min(cgroup_free(tmp_path)) == 750
     assert list(cgroup_free(tmp_path / "nowhere")) == []
 

@@ -18,10 +18,9 @@ def nf4_error(device: torch.device) -> float:
     dtype = compute_dtype("auto", device)
     generator = torch.Generator().manual_seed(0)
     weight, given, upstream = (torch.randn(size, generator=generator) for size in ((128, 256), (8, 256), (8, 128)))
-    layer = bnb.nn.Linear4bit(256, 128, bias=False, compute_dtype=dtype, compress_statistics=False, quant_type="nf4")
-    layer.weight = bnb.nn.Params4bit(
-        weight, requires_grad=False, blocksize=_BLOCK, compress_statistics=False, quant_type="nf4"
-    )
+    scheme = {"compress_statistics": False, "quant_type": "nf4"}
+    layer = bnb.nn.Linear4bit(256, 128, bias=False, compute_dtype=dtype, **scheme)
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, blocksize=_BLOCK, **scheme)
     layer = layer.to(device)
     layer.support_avx512bf16_for_cpu = False  # as in training: see base.py
     entered = given.to(device, dtype).requires_grad_()

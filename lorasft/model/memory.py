@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lorasft.data.packing import MicroBatch, cut
-from lorasft.model.base import WeightBytes, count_bytes
+from lorasft.model.base import count_bytes
 from lorasft.model.loss import Network, pair_losses
 from lorasft.model.recompute import layer_kinds, layer_list, recompute
 from lorasft.model.scoring import Given, all_supervised
@@ -86,14 +86,14 @@ class ActivationMemory:
 class StaticBytes:
     """What lives all through a run, in bytes by kind."""
 
-    weights: WeightBytes  # the adapter among them
+    weights: dict[str, int]  # by kind, the adapter among them
     gradients: int
     optimizer: int
 
     @property
     def loaded(self) -> int:
         """Bytes of the weights."""
-        return sum(vars(self.weights).values())
+        return sum(self.weights.values())
 
     @property
     def upcoming(self) -> int:
@@ -114,12 +114,8 @@ class Prediction:
 
     def kinds(self) -> dict[str, int]:
         """Every kind by its name."""
-        weights = self.static.weights
         return {
-            "4-bit weights": weights.four_bit,
-            "16-bit weights": weights.sixteen_bit,
-            "32-bit weights": weights.full,
-            "adapter": weights.adapter,
+            **self.static.weights,
             "gradients": self.static.gradients,
             "optimizer": self.static.optimizer,
             "activations": self.activations.kept,

@@ -144,7 +144,8 @@ def predict_duration(recipe: Recipe, timing: Timing, fit: Fit, prepared: Prepare
     """How long the run takes, by the micro-batches of its first steps."""
     steps = [fit.plan.step(number, prepared.train) for number in range(1, min(_STEPS_TIMED, fit.plan.steps) + 1)]
     costs = [cost(batch) for step in steps for batch in step.micro_batches]
-    per_step = timing.training(costs, recomputed=fit.recomputed / max(1, fit.layers)) / len(steps)
+    forward, both, layers = timing.predict(costs)
+    per_step = (both + layers * fit.recomputed / max(1, fit.layers)) / len(steps)
     held_out = 0 if prepared.held_out is None else prepared.held_out.count_tokens()
     every = recipe.run.eval_every
     evaluations = 2 + (fit.plan.steps // every if every else 0)
@@ -152,5 +153,5 @@ def predict_duration(recipe: Recipe, timing: Timing, fit: Fit, prepared: Prepare
         examples_per_second=float(np.mean([len(step.examples) for step in steps])) / per_step,
         supervised_tokens_per_second=float(np.mean([step.supervised_tokens for step in steps])) / per_step,
         training=fit.plan.steps * per_step,
-        evaluation=evaluations * held_out / sum(costs) * timing.scoring(costs),
+        evaluation=evaluations * held_out / sum(costs) * forward,
     )

@@ -45,7 +45,6 @@ from lorasft.model.base import (
     check_files,
     check_mostly_quantized,
     compute_dtype,
-    count_bytes,
     load_base,
     make_skeleton,
     read_config,
@@ -57,6 +56,7 @@ from lorasft.model.memory import static_bytes
 from lorasft.model.recompute import decoder_layers, recomputed_layers
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import Recipe, dump_recipe
+from lorasft.terminal import size_text
 from lorasft.train.checkpoint import newest_checkpoint, read_layout, restore_checkpoint, save
 from lorasft.train.distributed import ALONE, Ranks
 from lorasft.train.layout import choose_layout, choose_tokens, without_weights
@@ -204,9 +204,10 @@ def _load(recipe: Recipe, folder: Path, inputs: RunInputs, *, ranks: Ranks) -> R
             write_start(folder, recipe, prepared, state=state, config=inputs.config)
         if ranks.is_main:
             replace_file(folder / "memory.json", json.dumps(memory, indent=1).encode())
+    sizes = ", ".join(f"{kind} {size_text(size)}" for kind, size in static.weights.items() if size)
     notes = (
         *_notes(run, inputs),
-        f"model on {device} in {layout.dtype}: {count_bytes(model)}",
+        f"model on {device} in {layout.dtype}: {sizes}",
         describe_memory(memory),
     )
     return ReadyRun(run, state, inputs.tokenizer, prepared, notes)
