@@ -35,9 +35,10 @@ _Index = Annotated[int, Field(ge=0)]
 class _Fields(BaseModel):
     """The fields that are read."""
 
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+    # Forbidden: what is not known may compute something else, as variants of LoRA do, or take any amount of memory.
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    peft_type: str
+    peft_type: Literal["LORA"]
     base_model_name_or_path: str = Field(min_length=1)
     revision: str | None = None
     r: _Rank
@@ -63,29 +64,24 @@ class _Fields(BaseModel):
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """What adapter_config.json says, in PEFT's fields, checked; fields that are null or of no effect are left out.
 
-    Raises ModelError for what is no LoRA or not known, UnsafeError for what names code.
+    Raises ModelError for what is not a LoRA or not known, UnsafeError for what names code.
     """
     path = folder / CONFIG
-    if not path.is_file():
-        raise ModelError(f"no {CONFIG}: this is no adapter", where=str(folder), hint="name an adapter's folder")
     try:
         if path.stat().st_size > _LARGEST:
             raise ValueError("too large")
         config = json.loads(path.read_bytes())
-        if not isinstance(config, dict):
-            raise ValueError("not a mapping")
-    except (ValueError, OSError, RecursionError) as fault:
-        raise ModelError(f"cannot read the adapter's config: {fault}", where=str(path), hint=_AGAIN) from None
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise ModelError(f"peft_type {kind} is not LORA", where=str(path), hint="lorasft takes LoRA adapters only")
-    _refuse_code(config, str(path))
-    _refuse_unknown(config, str(path))
+        known = {key: value for key, value in config.items() if value or key in _Fields.model_fields}
+    except (ValueError, OSError, AttributeError, RecursionError) as error:
+        raise ModelError(f"cannot read the adapter's config: {error}", where=str(path), hint=_AGAIN) from None
+    _refuse_code(known, str(path))
+    fields = {key: value for key, value in known.items() if value is not None and key not in _IDLE.split()}
     try:
-        _Fields.model_validate(config)
-    except ValidationError as fault:
-        raise ModelError(in_words(fault.errors()[:1]), where=str(path), hint=_AGAIN) from None
-    return {key: value for key, value in config.items() if key in _Fields.model_fields and value is not None}
+        _Fields.model_validate(fields)
+    except ValidationError as error:
+        hint = "lorasft takes LoRA, rslora and DoRA adapters as PEFT writes them"
+        raise ModelError(in_words(error.errors()[:1]), where=str(path), hint=hint) from None
+    return fields
 
 
 def _refuse_code(config: dict[str, Any], where: str) -> None:
@@ -99,15 +95,6 @@ def _refuse_code(config: dict[str, Any], where: str) -> None:
     if named:
         what = f"the adapter's config names code or patterns: {', '.join(named)}"
         raise UnsafeError(what, where=where, hint="take these out if the adapter is of use without them")
-
-
-def _refuse_unknown(config: dict[str, Any], where: str) -> None:
-    """What is not known may compute something else, as variants of LoRA do, or take any amount of memory."""
-    known = {*_IDLE.split(), *_Fields.model_fields}
-    unknown = [key for key, value in config.items() if value and key not in known]
-    if unknown:
-        what = f"cannot use an adapter with {', '.join(unknown[:5])}: LoRA, rslora and DoRA are known"
-        raise ModelError(what, where=where, hint="take these out if the adapter is of use without them")
 
 
 def refuse_remote(base: str, where: Path) -> None:
@@ -134,11 +121,11 @@ def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
             raise UnsafeError(what, where=str(folder), hint=f"convert it to {WEIGHTS}")
         raise ModelError(f"no {WEIGHTS}", where=str(folder), hint=_AGAIN)
     file = open_tensors(path, largest=_LARGEST)
-    for name, spec in file.specs.items():
-        if spec.dtype not in ("F32", "F16", "BF16"):
-            raise ModelError(f"{name} is {spec.dtype}", where=str(path), hint="save the adapter in 16 or 32 bits")
+    wrong = next((name for name, spec in file.specs.items() if spec.dtype not in ("F32", "F16", "BF16")), None)
+    if wrong is not None:
+        raise ModelError(f"{wrong} is {file.specs[wrong].dtype}", where=str(path), hint="save it in 16 or 32 bits")
     tensors = {name: file.read(name) for name in file.specs}
-    broken = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
-    if broken is not None:
-        raise ModelError(f"{broken} is not finite", where=str(path), hint="train it again, or take an earlier one")
+    wrong = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+    if wrong is not None:
+        raise ModelError(f"{wrong} is not finite", where=str(path), hint="train it again, or take an earlier one")
     return tensors

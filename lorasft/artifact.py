@@ -13,15 +13,13 @@ from lorasft.adapter_config import CONFIG, read_adapter_config, refuse_remote
 from lorasft.errors import ModelError
 from lorasft.files import MANIFEST, verify_folder
 from lorasft.hub import find_hub, refuse_offline
-from lorasft.recipe import ChatSettings, ModelSettings, Recipe, load_recipe
+from lorasft.recipe import ChatSettings, ModelSettings, Recipe
+from lorasft.recipe.load import load_recipe
 from lorasft.tensors import fingerprint
 
 MERGE_RECORD = "merge.json"
 GENERATION_CONFIG = "generation_config.json"
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
-_ORIGINALS = ("base_model", "base_model_name_or_path", "original_model", "model_name_or_path", "_name_or_path")
-_NO_ADAPTER_YET = "this run has no adapter yet"
-_RESUME = "finish it with lorasft train ... --resume"
 
 
 @dataclass(frozen=True)
@@ -98,22 +96,14 @@ class Artifact:
     def base_config(self) -> Mapping[str, Any]:
         """config.json of the base. Raises ModelError for one that is quantized by another than bitsandbytes."""
         path = self.base / "config.json"
-        if not path.is_file():
-            raise ModelError("no config.json: this is not a model folder", where=str(self.base), hint="--base MODEL")
         try:
             config: dict[str, Any] = json.loads(path.read_bytes())
-            scheme = config.get("quantization_config") or {}
-            if not isinstance(config["model_type"], str) or not isinstance(scheme, dict):
-                raise TypeError("model_type or quantization_config is of another kind")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
-            what = f"cannot read the base's config: {fault!r}"
-            raise ModelError(what, where=str(path), hint="download it again") from None
-        if scheme and not (scheme.get("load_in_4bit") or scheme.get("_load_in_4bit")):
-            named = [given.get(key) for given in (scheme, config) for key in _ORIGINALS]
-            named = [name for name in named if isinstance(name, str) and name and Path(name).name != self.base.name]
-            hint = f"merge into the 16-bit original: --base {named[0] if named else 'MODEL'}"
-            what = f"the base is quantized with {scheme.get('quant_method', 'an unknown method')}"
-            raise ModelError(what, where=str(path), hint=hint)
+            if not isinstance(config["model_type"], str):
+                raise TypeError("model_type is not text")
+            refuse_quantized(config.get("quantization_config") or {}, str(path))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            what = f"cannot read the base's config: {error!r}"
+            raise ModelError(what, where=str(path), hint="--base with the folder of a model") from None
         return config
 
     @cached_property
@@ -125,11 +115,8 @@ class Artifact:
         """The adapter's folder. Raises ModelError when there is no adapter."""
         if self.adapter is not None:
             return self.adapter
-        if not Path(self.name).exists():
-            raise ModelError("there is no such folder", where=self.name, hint="name a run or an adapter folder")
-        what = "this is a model, and merged already" if (self.base / MERGE_RECORD).is_file() else "this is a model"
-        hint = "name the run, or the adapter's folder"
-        raise ModelError(f"{what}: there is no adapter in it", where=self.name, hint=hint)
+        what = "this is a model: there is no adapter in it" if Path(self.name).exists() else "there is no such folder"
+        raise ModelError(what, where=self.name, hint="name a run, or an adapter's folder")
 
     def verify(self, *, force_base: bool = False) -> None:
         """Raise ModelError when there is no adapter, when it was changed after its run or, but for `force_base`, when
@@ -151,15 +138,15 @@ def find_artifact(name: str, *, base: str | None = None) -> Artifact:
     names code, or a base by something else than a folder or a hub id.
     """
     folder = Path(name)
-    if (folder / "recipe.yaml").is_file() and not (folder / CONFIG).is_file():
+    is_run = (folder / "recipe.yaml").is_file() or (folder / "checkpoints").is_dir()
+    if is_run and not (folder / CONFIG).is_file():
         folder = folder / "adapter"
         if not (folder / CONFIG).is_file():
-            raise ModelError(_NO_ADAPTER_YET, where=name, hint=_RESUME)
+            hint = "finish it with lorasft train ... --resume"
+            raise ModelError("this run has no adapter yet", where=name, hint=hint)
     if not (folder / CONFIG).is_file():
-        if (folder / "checkpoints").is_dir():
-            raise ModelError(_NO_ADAPTER_YET, where=name, hint=_RESUME)
         if folder.exists() and not (folder / "config.json").is_file():
-            what = "this is no run, no adapter and no model"
+            what = "this is not a run, an adapter or a model"
             raise ModelError(what, where=name, hint="name a run folder, an adapter, a model folder or a hub id")
         return Artifact(name, ModelSettings(base=name, quantization="none"))
     config = read_adapter_config(folder)
@@ -172,6 +159,13 @@ def find_artifact(name: str, *, base: str | None = None) -> Artifact:
     where = {"base": config["base_model_name_or_path"], "revision": config.get("revision")}
     model = trained.model_copy(update={"base": base, "revision": None} if base else where)
     return Artifact(name, model, folder, config, recipe)
+
+
+def refuse_quantized(scheme: Mapping[str, Any], where: str) -> None:
+    """Raise ModelError for a base whose config tells of a quantization other than 4 bit by bitsandbytes."""
+    if scheme and not (scheme.get("load_in_4bit") or scheme.get("_load_in_4bit")):
+        what = f"the base is quantized with {scheme.get('quant_method', 'an unknown method')}"
+        raise ModelError(what, where=where, hint="take its 16-bit original, as model.base or --base")
 
 
 def read_stops(folder: Path) -> list[int]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lorasft.terminal import harmless, redact
+from lorasft.terminal import harmless, redact, shorten
 
 
 class LorasftError(Exception):
@@ -102,6 +103,8 @@ class ErrorGroup(LorasftError):
 
 
 def in_words(details: Sequence[Mapping[str, Any]]) -> str:
-    """What pydantic found about one key, whose branches of a union may each say something: `key: this or that`."""
+    """What pydantic found about one key, whose branches of a union may each say something: `key: this, or that`."""
     said = dict.fromkeys(detail["msg"].removeprefix("Value error, ") for detail in details)
-    return f"{'.'.join(map(str, details[0]['loc']))}: {', or '.join(said)}"
+    value = details[0]["input"]
+    shown = f" (it is {shorten(json.dumps(value))})" if isinstance(value, (str, int, float)) else ""
+    return f"{'.'.join(map(str, details[0]['loc']))}: {', or '.join(said)}{shown}"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import glob
 import hashlib
 import json
 import os
@@ -20,19 +19,17 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO
 
-from lorasft.errors import CapacityError, ModelError, RecipeError
+from lorasft.errors import CapacityError, LorasftError, ModelError, RecipeError
 
 MANIFEST = "manifest.json"
 STAGE = ".stage-"
 TRASH = ".trash-"
 LOCK = "run.lock"
-HALF_DONE = re.compile(r"\.(stage|trash)-.+-[0-9a-f]{8}")  # what this file calls its stages and trash
+HALF_DONE = re.compile(r"\.(stage|trash)-(?P<name>.+)-[0-9a-f]{8}")  # what this file calls its stages and trash
 _AGAIN = "take another copy of this folder, or an earlier one"
-_WRONG_PLACE = {errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS,
-                errno.ELOOP}  # fmt: skip
-_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 @contextlib.contextmanager
@@ -49,8 +46,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             path.touch(exist_ok=False)
         with open(path, "wb") as file:
             yield file
-            file.flush()
-            _sync(file.fileno(), path)
+        _sync(path)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -63,11 +59,24 @@ def write_file(path: Path, content: bytes) -> None:
             raise CapacityError("the disk did not keep what was written", where=str(path))
 
 
+@contextlib.contextmanager
+def staged_file(target: Path) -> Iterator[Path]:
+    """A name beside `target` to write under; what is there at the end becomes `target`, after an error nothing does."""
+    stage = _beside(target, STAGE)
+    try:
+        with _disk(target):
+            yield stage
+            _sync(stage)
+        rename(stage, target)
+    except BaseException:
+        _remove(stage)
+        raise
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Put `content` under `path`, whole or not at all."""
-    stage = _beside(path, STAGE)
-    write_file(stage, content)
-    rename(stage, path)
+    with staged_file(path) as stage:
+        write_file(stage, content)
 
 
 def append(path: Path, content: bytes, *, at: int) -> None:
@@ -83,8 +92,8 @@ def append(path: Path, content: bytes, *, at: int) -> None:
 def sync_log(path: Path) -> None:
     """fsync a log that was appended to, and its name."""
     with _disk(path):
-        _sync_file(path)
-        _sync_folder(path.parent)
+        _sync(path)
+        _sync(path.parent)
 
 
 def make_folder(path: Path) -> None:
@@ -93,7 +102,7 @@ def make_folder(path: Path) -> None:
         for folder in reversed([folder for folder in (path, *path.parents) if not folder.exists()]):
             with effect("make folder", folder):
                 folder.mkdir(exist_ok=True)
-            _sync_folder(folder.parent)
+            _sync(folder.parent)
         path.mkdir(exist_ok=True)  # refuses what is there and no folder
 
 
@@ -102,28 +111,7 @@ def rename(source: Path, target: Path) -> None:
     with _disk(target):
         with effect("rename", source, target):
             source.replace(target)
-        _sync_folder(target.parent)
-
-
-@contextlib.contextmanager
-def staged_file(target: Path) -> Iterator[Path]:
-    """A name beside `target` to write under; what is there at the end becomes `target`, after an error nothing does.
-
-    Raises RecipeError when `target` exists.
-    """
-    refuse_existing(target)
-    make_folder(target.parent)
-    stage = _beside(target, STAGE)
-    try:
-        with _disk(target):
-            with effect("write", stage):
-                yield stage
-            _sync_file(stage)
-        refuse_existing(target)
-        rename(stage, target)
-    except BaseException:
-        _remove(stage)
-        raise
+        _sync(target.parent)
 
 
 @contextlib.contextmanager
@@ -135,11 +123,7 @@ def staged_folder(target: Path, *, hashes: Mapping[str, str] | None = None) -> I
     """
     refuse_existing(target)
     make_folder(target.parent)
-    for left in target.parent.glob(f"{STAGE}{glob.escape(target.name)}-*"):
-        if HALF_DONE.fullmatch(left.name) and left.is_dir() and not left.is_symlink():
-            with _held(left) as ours:
-                if ours:
-                    _remove(left)
+    sweep(target.parent, target.name)
     stage = _beside(target, STAGE)
     try:
         make_folder(stage)
@@ -155,14 +139,13 @@ def staged_folder(target: Path, *, hashes: Mapping[str, str] | None = None) -> I
 def commit_folder(stage: Path, target: Path, *, hashes: Mapping[str, str]) -> None:
     """fsync every file of `stage`, write its manifest, and rename it to `target`."""
     entries = {}
-    for path in sorted(path for path in stage.rglob("*") if path.is_file()):
-        _sync_file(path)
-        name = path.relative_to(stage).as_posix()
-        entries[name] = {"bytes": path.stat().st_size, "sha256": hashes.get(name) or sha256(path)}
+    for path in sorted(stage.rglob("*")):
+        _sync(path)
+        if path.is_file():
+            name = path.relative_to(stage).as_posix()
+            entries[name] = {"bytes": path.stat().st_size, "sha256": hashes.get(name) or sha256(path)}
     write_file(stage / MANIFEST, json.dumps(entries, indent=1).encode())
-    for folder in (p for p in stage.rglob("*") if p.is_dir()):
-        _sync_folder(folder)
-    _sync_folder(stage)
+    _sync(stage)
     refuse_existing(target)
     rename(stage, target)
 
@@ -187,21 +170,16 @@ def verify_folder(folder: Path) -> None:
     """Compare a committed folder with its manifest. Raises ModelError naming the first file that differs."""
     try:
         entries = json.loads((folder / MANIFEST).read_bytes())
-        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+        if not entries:
+            raise ValueError("it names no file")
+        for name, entry in entries.items():
+            path = folder / name
+            # A manifest may come with a stranger's adapter: neither other places nor devices are read.
+            inside = path.is_relative_to(folder) and ".." not in path.parts and path.is_file()
+            if not inside or path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
+                raise ValueError(f"{name[:80]} is missing or was changed")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ModelError(f"no readable {MANIFEST}: {error}", where=str(folder), hint=_AGAIN) from None
-    if not entries:
-        raise ModelError(f"{MANIFEST} names no file", where=str(folder), hint=_AGAIN)
-    for name, (size, digest) in entries.items():
-        path = folder / name
-        try:
-            inside = ".." not in path.parts and path.is_relative_to(folder) and not path.is_symlink() and path.is_file()
-            whole = inside and path.stat().st_size == size and sha256(path) == digest
-        except (OSError, ValueError):  # a name may also be longer than a file's can be, or have a null byte
-            whole = False
-        if not whole:
-            what = f"{name[:80]} is missing or not as {MANIFEST} has it"
-            raise ModelError(what, where=str(folder), hint=_AGAIN)
+        raise ModelError(f"{str(error)[:120]} ({MANIFEST})", where=str(folder), hint=_AGAIN) from None
 
 
 def remove_folder(folder: Path) -> None:
@@ -211,11 +189,14 @@ def remove_folder(folder: Path) -> None:
     _remove(trash)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a killed process left half done in `folder`: stages and trash, by their names."""
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes left half done in `folder` (for the target `name`): stages and trash."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if HALF_DONE.fullmatch(path.name):
-            _remove(path)
+        found = HALF_DONE.fullmatch(path.name)
+        if found and name in (None, found["name"]):
+            with contextlib.suppress(OSError), _held(path) as ours:
+                if ours:
+                    _remove(path)
 
 
 def _remove(path: Path) -> None:
@@ -233,37 +214,20 @@ def locked(folder: Path) -> Iterator[str]:
 
     Yields the process that held it before and never let go in order, else nothing.
     """
-    with _disk(folder / LOCK):
-        file = open(folder / LOCK, "a+", encoding="ascii", errors="replace", opener=_open_no_link)  # noqa: SIM115
-    with file:
+    path = folder / LOCK
+    with _disk(path):
+        os.close(_open_no_link(str(path), os.O_CREAT))
+    with _held(path) as ours:
+        holder = path.read_text("ascii", "replace")[:20]
+        if not ours:
+            what = f"another process is writing this run folder (process {holder})"
+            raise RecipeError(what, where=str(folder), hint="wait for it, or give another run.output=FOLDER")
+        append(path, str(os.getpid()).encode(), at=0)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RecipeError(
-                f"another process is writing this run folder (process {_read_holder(file)})",
-                where=str(folder),
-                hint="wait for it, or give another run.output=FOLDER",
-            ) from None
-        left = _read_holder(file)
-        with _disk(folder / LOCK):
-            _write_holder(file, str(os.getpid()))
-        try:
-            yield left
+            yield holder
         finally:
-            with contextlib.suppress(OSError):
-                _write_holder(file, "")
-
-
-def _read_holder(file: TextIO) -> str:
-    file.seek(0)
-    return "".join(filter(str.isdigit, file.read(20)))
-
-
-def _write_holder(file: TextIO, holder: str) -> None:
-    with effect("lock", Path(file.name)):
-        file.truncate(0)
-        file.write(holder)
-        file.flush()
+            with contextlib.suppress(LorasftError):
+                append(path, b"", at=0)
 
 
 def sha256(path: Path) -> str:
@@ -280,9 +244,8 @@ def need_space(folder: Path, size: int) -> None:
     present = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(present).free
     if free < size * 1.02:
-        raise CapacityError(
-            f"needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free", where=str(folder), hint="free some space"
-        )
+        what = f"needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+        raise CapacityError(what, where=str(folder), hint="free some space")
 
 
 @contextlib.contextmanager
@@ -291,15 +254,15 @@ def _disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _WRONG_PLACE:
-            raise RecipeError(f"cannot write: {error.strerror}", where=str(path), hint="name another place") from error
-        raise CapacityError(f"cannot write: {error.strerror}", where=str(path)) from error
+        kind = CapacityError if error.errno in _NO_ROOM else RecipeError
+        hint = "free some space, or name another place"
+        raise kind(f"cannot write: {error.strerror}", where=str(path), hint=hint) from error
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[bool]:
-    """Hold a folder as its writer; false when another process does. The system lets go when a process dies."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+def _held(path: Path) -> Iterator[bool]:
+    """Hold a file or folder as its writer; false when another process does. The system lets go when one dies."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield True
@@ -317,27 +280,15 @@ def _open_no_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
-def _sync(descriptor: int, path: Path) -> None:
-    with effect("fsync", path):
-        os.fsync(descriptor)
-
-
-def _sync_file(path: Path) -> None:
+def _sync(path: Path) -> None:
+    """fsync a file, or the names in a folder, as far as its file system can."""
+    folder = path.is_dir()
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        _sync(descriptor, path)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(path: Path) -> None:
-    """fsync the names in a folder. Where the system knows no such thing, a power loss may take the newest names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with effect("fsync folder", path):
+        with effect("fsync folder" if folder else "fsync", path):
             os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in _NO_FOLDER_SYNC:
+        if not folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
         os.close(descriptor)

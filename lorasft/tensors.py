@@ -168,12 +168,9 @@ def open_tensors(path: Path, *, largest: int = LARGEST_HEADER) -> TensorFile:
     with open(path, "rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(path.stat().st_size, largest):  # else these may be the bytes of any length
-            if prefix == b"version ":
-                raise ModelError("this is a Git LFS pointer, not the weights", where=str(path), hint="git lfs pull")
-            page = prefix.lstrip().startswith(b"<")
-            what = "a web page (HTML), not the weights" if page else "not a safetensors file, or its header is too long"
-            raise ModelError(f"this is {what}", where=str(path), hint=_AGAIN)
+        if len(prefix) < 8 or length > min(path.stat().st_size, largest):
+            what = "not a safetensors file, but a Git LFS pointer or a web page (HTML)?, or its header is too long"
+            raise ModelError(what, where=str(path), hint=f"git lfs pull, or {_AGAIN}")
         header = file.read(length)
     try:
         with safe_open(path, "np"):  # refuses what is not to be trusted

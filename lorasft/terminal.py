@@ -22,13 +22,14 @@ _SECRETS = re.compile(
 )
 
 
-def say(text: str, *, end: str = "\n", over: bool = False) -> None:
-    """Print `text` on stderr; `over`: instead of what stands in the line of a terminal.
+def say(text: str, *, end: str = "\n") -> None:
+    """Print `text` on stderr, on a terminal over a line that has not ended.
 
     A reader that has gone away is no reason to stop.
     """
     with contextlib.suppress(OSError, ValueError):  # a closed pipe, a closed stream
-        print(f"{CLEAR if over else ''}{redact(harmless(text))}", end=end, file=sys.stderr, flush=True)
+        clear = CLEAR if sys.stderr.isatty() else ""
+        print(f"{clear}{redact(harmless(text))}", end=end, file=sys.stderr, flush=True)
 
 
 def harmless(text: str) -> str:
@@ -55,7 +56,7 @@ class ByteProgress:
     def __call__(self, done: int, total: int) -> None:
         left = (time.monotonic() - self.started) * (total - done) / max(done, 1)
         text = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {left:.0f} s left"
-        say(text, end="\n" if done == total else "", over=True)
+        say(text, end="\n" if done == total else "")
 
 
 def size_text(size: float) -> str:

@@ -361,18 +361,17 @@ def fit(trainer: Any, meter: Meter) -> None:
 
 def make_job(options: argparse.Namespace, folder: Path) -> Measured:
     """Base and rows in `folder`, one sequence a row, in the order in which lorasft takes them."""
-    import torch
 
     from lorasft.data.prepare import prepare
     from lorasft.data.tokenizer import load_tokenizer
-    from lorasft.train.run import make_plan
+    from lorasft.train.inputs import make_plan
 
     base = save_base(folder / "base", SHAPES[options.shape], options.tokenizer)
     job = {name: getattr(options, name) for name in ("batch", "peer_rows", "steps", "max_length")}
     job |= {"base": base, "data": str(options.data.absolute()), "pack": max(1024, options.max_length)}
     recipe = train_recipe(job)
     store = prepare(recipe.data, recipe.chat, tokenizer=load_tokenizer(base), folder=folder / "tokens").train
-    plan = make_plan(recipe, examples=len(store), device=torch.device("cpu"), saved=None)
+    plan = make_plan(recipe, examples=len(store))
     supply = 3 * options.steps // 2  # packing needs more rows for as many steps
     if supply * options.batch > len(store):
         raise SystemExit(f"{len(store)} rows are too few: {supply * options.batch} are needed")
@@ -700,18 +699,17 @@ def plan_and_run(base: str, data: str, quantization: str, recompute: bool) -> Me
         chat={"template": "plain"},
         machine={"activation_checkpointing": recompute},
     )
-    outlook = plan_run(recipe, memory=None)
-    loaded = outlook.prediction.static.loaded
+    planned = plan_run(recipe, memory=None)
+    loaded = sum(size for kind, size in planned["bytes"].items() if kind == "adapter" or "weights" in kind)
     with open_run(recipe, resume=False) as opened:
         measured = real_peak(partial(work_twice, opened.run))
         taken = [time_step(opened.run, number) for number in range(1, 4)][1:]
     return {
-        "tokens": len(outlook.fit.heaviest.ids),
-        "sequences": len(outlook.fit.heaviest.segments),
+        **planned["heaviest"],
         "loaded": loaded,
-        "predicted": outlook.prediction.total - loaded,
+        "predicted": planned["peak"] - loaded,
         "measured": measured,
-        "foretold": outlook.duration.supervised_tokens_per_second,
+        "foretold": planned["duration"]["supervised_tokens_per_second"],
         "reached": sum(step.supervised_tokens for _, step, _ in taken) / sum(seconds for seconds, _, _ in taken),
     }
 
@@ -726,7 +724,7 @@ def work_twice(run: Any) -> None:
     step = Step(1, 0.0, batch.examples, (batch,))
     run.network.causal.train()
     add_gradients(run, step)
-    run.learner.optimizer.step()
+    run.optimizer.step()
     add_gradients(run, step)
 
 
@@ -977,14 +975,14 @@ def bench_data(bench: Bench) -> None:
     finished text.
     """
     from lorasft.data.examples import read_blocks, shape_block
-    from lorasft.data.report import Report, RowErrors
+    from lorasft.data.report import Report
     from lorasft.recipe import DataSettings
 
     options = bench.options
     settings = DataSettings(train=(str(options.data),), on_bad_row="drop")  # type: ignore[arg-type]
-    bad = RowErrors("drop", Report())
+    report = Report()
     blocks = (block for source in settings.train for block in read_blocks(source, settings))
-    examples = (example for block in blocks for example in shape_block(block, settings, bad=bad))
+    examples = (example for block in blocks for example in shape_block(block, settings, report=report))
     found = [example.messages for example in examples if example.messages]
     file = bench.folder / "rows.jsonl"
     with open(file, "w", encoding="utf-8") as stream:

@@ -40,13 +40,14 @@ from lorasft.artifact import find_artifact
 from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import read_blocks, shape_block
 from lorasft.data.labels import Labeler
-from lorasft.data.report import Report, RowErrors
+from lorasft.data.report import Report
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import LorasftError
 from lorasft.merge.write import plan_merge
 from lorasft.model.adapter import attach_adapter, load_adapter, write_adapter
 from lorasft.model.base import load_base
-from lorasft.recipe import AdapterSettings, ChatSettings, DataSettings, ModelSettings, load_recipe, shipped_recipes
+from lorasft.recipe import AdapterSettings, ChatSettings, DataSettings, ModelSettings
+from lorasft.recipe.load import load_recipe, shipped_recipes
 
 SECONDS = 5.0  # for one case
 GROWTH = 500 << 20  # bytes
@@ -143,12 +144,12 @@ class Bench:
         lines = [json.dumps(row).encode(), mutate_json(row, draw)]
         path = self.file.with_suffix(draw.choice([".jsonl", ".jsonl", ".csv"]))
         path.write_bytes(draw.choice([b"\n", b"\n", b"\r\n", b""]).join(lines))
-        bad = RowErrors("error", self.report)
+        report = Report()
         source = self.data.train[0].model_copy(update={"path": str(path)})
-        rows = (row for block in read_blocks(source, self.data) for row in shape_block(block, self.data, bad=bad))
-        for _ in self.labeler.encode_all(rows, bad=bad):
+        rows = (row for block in read_blocks(source, self.data) for row in shape_block(block, self.data, report=report))
+        for _ in self.labeler.encode_all(rows, report=report):
             pass
-        bad.raise_all()
+        report.raise_errors()
 
     def try_all(self, *uses: Callable[[], object]) -> None:
         """All ways that a file can go, also when the first refuses it."""

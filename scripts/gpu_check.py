@@ -183,7 +183,7 @@ def make_model(config: Any, device: Any) -> Any:
 
 def make_batches(tokens: int, vocabulary: int, data: str | None, count: int = 10) -> list[Any]:
     """Full micro-batches of rows, the second half of each learned."""
-    from lorasft.data.packing import cut
+    from lorasft.data.packing import make_micro_batches
     from lorasft.data.tokens import UNSUPERVISED, Tokens
     from lorasft.model.scoring import Given
 
@@ -198,7 +198,7 @@ def make_batches(tokens: int, vocabulary: int, data: str | None, count: int = 10
         ids = draw.integers(0, vocabulary, length + 1).astype(np.int32)
         labels = np.where(np.arange(length + 1) > length // 2, ids, UNSUPERVISED).astype(np.int32)
         rows.append(Tokens(ids, labels))
-    batches = cut(Given(rows), range(len(rows)), capacity=tokens)
+    batches = make_micro_batches(Given(rows), range(len(rows)), capacity=tokens)
     return sorted(batches, key=lambda batch: -len(batch.ids))[:count]
 
 
@@ -361,7 +361,7 @@ def check_resume() -> str:
 
 def train_tiny(folder: str, *settings: str, resume: bool = False) -> tuple[list[float], int]:
     """The losses of four steps of the shipped recipe `tiny`, and the tokens of its micro-batches in the end."""
-    from lorasft.recipe import load_recipe
+    from lorasft.recipe.load import load_recipe
     from lorasft.train.checkpoint import newest_checkpoint
     from lorasft.train.loop import train
     from lorasft.train.run import export_adapter, open_run

@@ -18,7 +18,7 @@ case " $* " in
     *)                 # a new run folder each time: runs/NAME, runs/NAME-2, ...
         first=$(python -c 'import sys
 from lorasft.errors import LorasftError
-from lorasft.recipe import load_recipe
+from lorasft.recipe.load import load_recipe
 try:
     print(load_recipe(sys.argv[1], sys.argv[2:]).run.output)
 except LorasftError as fault:

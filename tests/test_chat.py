@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from tiny_tokenizer import TEMPLATE, save_tokenizer
 from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import Example, normalize_message
 from lorasft.data.labels import Labeler
-from lorasft.data.report import Report, RowErrors
+from lorasft.data.report import Report
 from lorasft.data.sources import RowLocation
 from lorasft.data.templates import render
-from lorasft.data.tokenizer import adds_bos, compare_with_file, load_tokenizer
+from lorasft.data.tokenizer import adds_bos, load_tokenizer
 from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs
 from lorasft.errors import DataError, ModelError, UnsafeError
 from lorasft.recipe import ChatSettings, DataSettings
@@ -62,9 +63,10 @@ class Encoder:
         self.report = Report()
 
     def encode(self, example: Example) -> tuple[Tokens, ...]:
-        bad = RowErrors("error", self.report)
-        found = [sequences for _, sequences in self.labeler.encode_all([example], bad=bad)]
-        bad.raise_all()
+        found = [sequences for _, sequences in self.labeler.encode_all([example], report=self.report)]
+        errors, self.report.errors = self.report.errors, []
+        if errors:
+            raise errors[0]
         return found[0] if found else ()
 
 
@@ -307,12 +309,12 @@ def test_a_template_reads_the_recipes_date_and_serves_it(tmp_path: Path, tiny: A
                     "<|start|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
                     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")  # fmt: skip
     heads = []
-    for date in ("2024-07-26", "2025-01-02"):
+    for date in (datetime.date(2024, 7, 26), datetime.date(2025, 1, 2)):
         tokenizer = load_tokenizer(tiny.name_or_path)
         encoder = make_encoder(tokenizer, chat={"template": str(file), "template_date": date})
         heads.append(tiny.decode(encoder.encode(conversation("q", "A"))[0].ids).split("\n")[0])
-        tokenizer.save_pretrained(tmp_path / date)
-        served = load_tokenizer(str(tmp_path / date)).apply_chat_template([{"role": "user"}], tokenize=False)
+        tokenizer.save_pretrained(tmp_path / str(date))
+        served = load_tokenizer(str(tmp_path / str(date))).apply_chat_template([{"role": "user"}], tokenize=False)
         assert served.split("\n")[0] == heads[-1]
     assert heads == ["<|start|>26 Jul 2024, 2024", "<|start|>02 Jan 2025, 2025"]
     clock = make_encoder(load_tokenizer(tiny.name_or_path), chat={"template": str(file), "template_date": None})
@@ -333,9 +335,6 @@ def test_templates_without_end_or_measure_are_stopped(
     monkeypatch.undo()
     file.write_text(TEMPLATE + "{{ 'x' * 99000000 }}")
     with pytest.raises(ModelError, match="text without end"):
-        make_encoder(load_tokenizer(tiny.name_or_path), chat={"template": str(file)})
-    file.write_text(TEMPLATE + " " * (1 << 20))
-    with pytest.raises(ModelError, match="a chat template of over"):
         make_encoder(load_tokenizer(tiny.name_or_path), chat={"template": str(file)})
 
 
@@ -443,10 +442,7 @@ def test_the_recipes_system_message_and_the_servers_prompt(tiny: Any) -> None:
 
 
 @needs_shared
-def test_tokenizers_are_compared_with_their_own_file() -> None:
-    assert compare_with_file(shared_tokenizer("llama-3.1")) is None
-    notice = compare_with_file(shared_tokenizer("mistral-v0.2"))  # transformers 5 rewrites its normalizer
-    assert notice is not None and "LlamaTokenizer differs" in notice
+def test_which_tokenizers_add_a_bos() -> None:
     assert [adds_bos(shared_tokenizer(name)) for name in ("llama-3.1", "qwen3", "gpt2")] == [True, False, False]
 
 

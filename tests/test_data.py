@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import socket
 from collections.abc import Iterator
@@ -16,11 +17,10 @@ from lorasft import cli
 from lorasft.data import sources
 from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import Example, read_blocks, shape_block
-from lorasft.data.labels import Labeler
 from lorasft.data.prepare import held_out_below, list_ingredients, make_key, open_prepared, prepare
-from lorasft.data.report import Report, RowErrors
+from lorasft.data.report import Report
 from lorasft.data.sources import LARGEST_ROW, RowLocation
-from lorasft.data.store import StoreWriter, example_lengths, map_store, pack_examples
+from lorasft.data.store import append_arrays, example_lengths, map_store, pack_examples
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.data.tokens import UNSUPERVISED, Tokens
 from lorasft.errors import DataError, ErrorGroup, LorasftError, ModelError
@@ -30,16 +30,16 @@ SHARED = Path(__file__).parents[2] / "shared/data"
 CHAT_ROW = '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}'
 
 
-def shape(data: DataSettings, bad: RowErrors) -> list[Example]:
+def shape(data: DataSettings, report: Report) -> list[Example]:
     blocks = (block for source in data.train for block in read_blocks(source, data))
-    return [example for block in blocks for example in shape_block(block, data, bad=bad)]
+    return [example for block in blocks for example in shape_block(block, data, report=report)]
 
 
 def read(path: Path | str, **settings: Any) -> list[Example]:
     data = DataSettings(train=(str(path),), **settings)
-    bad = RowErrors(data.on_bad_row, Report())
-    examples = shape(data, bad)
-    bad.raise_all()
+    report = Report()
+    examples = shape(data, report)
+    report.raise_errors()
     return examples
 
 
@@ -155,7 +155,7 @@ def test_real_data_sets_are_read_whole(name: str, count: int, settings: dict[str
 
 FAULTS = [  # beyond those of test_bad_inputs.py: content, what is said, where in rows.jsonl
     (b'{"prompt": "a", "completion": -Infinity}\n', "-Infinity is not JSON", ":1"),
-    (b'{"prompt": "a\tb", "completion": "c"}\n', "Invalid control character", ":1:14"),
+    (b'{"prompt": "a\tb", "completion": "c"}\n', "Invalid control character", ":1"),
     (CHAT_ROW.replace('"A"', '[{"type": "text", "value": "A"}]').encode(), "'text' must be text", ":1"),
     (b'{"prompt": "a", "completion": "b"}\n[1, 2]\n', "must be an object, this is list", ":2"),
     (b'{"messages": [{"role": "bot", "content": "a"}]}\n', "unknown role 'bot'", ":1"),
@@ -181,12 +181,12 @@ def test_bad_rows_are_dropped_and_counted_or_reported_together(tmp_path: Path) -
     rows = b"\n".join([CHAT_ROW.encode(), b"{", CHAT_ROW.encode(), b'{"messages": 3}', CHAT_ROW.encode()])
     (tmp_path / "rows.jsonl").write_bytes(rows)
     data = DataSettings(train=(str(tmp_path / "rows.jsonl"),), on_bad_row="drop")
-    bad = RowErrors("drop", Report())
-    assert [example.place.line for example in shape(data, bad)] == [1, 3, 5]
-    assert bad.report.bad_rows == 2
+    report = Report()
+    assert [example.place.line for example in shape(data, report)] == [1, 3, 5]
+    assert report.bad_rows == 2
     with pytest.raises(ErrorGroup) as several:
         read(tmp_path / "rows.jsonl")
-    assert [fault.where for fault in several.value.errors] == [f"{tmp_path}/rows.jsonl:{n}" for n in ("2:2", "4")]
+    assert [fault.where for fault in several.value.errors] == [f"{tmp_path}/rows.jsonl:{n}" for n in ("2", "4")]
     with pytest.raises(ErrorGroup) as many:
         read_bytes(tmp_path, CHAT_ROW.encode() + b"\n" + b"{\n" * 99)
     assert len(many.value.errors) == 20 and str(many.value).endswith("... and at least 80 more")
@@ -211,7 +211,7 @@ def test_arrays_of_rows(tmp_path: Path) -> None:
     assert [example.place.line for example in examples] == [1, 2, 3]  # elements
     assert len(read_bytes(tmp_path, json.dumps(rows).encode(), "array.jsonl")) == 3
     assert read_bytes(tmp_path, b" [ ] ", "empty.json") == []
-    with pytest.raises(DataError, match="not one JSON array") as fault:
+    with pytest.raises(DataError, match=r"cannot read this as \.json") as fault:
         read_bytes(tmp_path, json.dumps(rows, indent=1).encode()[:-2], "cut.json")
     assert fault.value.where is not None and fault.value.where.startswith(f"{tmp_path}/cut.json:")
 
@@ -228,7 +228,7 @@ def test_csv_keeps_text_as_text(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="3 fields, the header has 2") as fault:
         read_bytes(tmp_path, b"prompt,completion\na,b\na,b,c\n", "rows.csv")
     assert fault.value.where == f"{tmp_path}/rows.csv:3"
-    with pytest.raises(DataError, match="not UTF-8") as fault:
+    with pytest.raises(DataError, match="utf-8") as fault:
         read_bytes(tmp_path, b"prompt,completion\na,b\na,\xe9\n", "rows.csv")
     assert fault.value.where == f"{tmp_path}/rows.csv:3"
 
@@ -251,7 +251,7 @@ def test_parquet_gives_no_row_the_keys_of_another(tmp_path: Path) -> None:
     assert first.tools is not None and list(first.tools[0]["function"]["parameters"]) == ["a"]
     assert second.messages[1]["tool_calls"] == [{"function": {"name": "g", "arguments": {"b": "x"}}}]
     assert "tool_calls" not in first.messages[0] and second.place.line == 2
-    with pytest.raises(DataError, match="not Parquet"):
+    with pytest.raises(DataError, match=r"as \.parquet"):
         read_bytes(tmp_path, b"PAR1 nothing", "torn.parquet")
 
 
@@ -284,7 +284,7 @@ def test_a_share_of_a_source_is_the_same_rows_every_time(tmp_path: Path) -> None
     (tmp_path / "rows.jsonl").write_bytes(numbered(400))
     source = {"path": str(tmp_path / "rows.jsonl"), "share": 0.25}
     data = DataSettings(train=(source,))
-    picks = [[e.place.line for e in shape(data, RowErrors("error", Report()))] for _ in range(2)]
+    picks = [[e.place.line for e in shape(data, Report())] for _ in range(2)]
     assert picks[0] == picks[1] and 60 < len(picks[0]) < 140
 
 
@@ -317,12 +317,12 @@ def test_the_store_gives_back_what_was_written(tmp_path: Path, at_once: int) -> 
             learned[0] = False
             sequences.append(as_tokens(*((int(random.integers(2**31 - 1)), bool(flag)) for flag in learned)))
         examples.append((line, tuple(sequences)))
-    with StoreWriter(tmp_path) as writer:
-        for first in range(0, 30, at_once):
-            writer.add(f"file{first % 3}", pack_examples(examples[first : first + at_once]))
-        writer.add("empty", pack_examples([]))
-        writer.append(held_out=np.arange(30) % 4 == 0)
-    store = map_store(tmp_path)
+    for first in range(0, 30, at_once):
+        packed = pack_examples(examples[first : first + at_once])
+        append_arrays(tmp_path, files=np.full(len(packed["lines"]), first % 3), **packed)
+    append_arrays(tmp_path, **pack_examples([]))
+    append_arrays(tmp_path, held_out=np.arange(30) % 4 == 0)
+    store = map_store(tmp_path, ["file0", "file1", "file2"])
     train, held_out = store.split(held_out=False), store.split(held_out=True)
     assert (len(store), len(train), len(held_out)) == (30, 22, 8)
     assert train.count_tokens() + held_out.count_tokens() == len(store.arrays["ids"]) == store.count_tokens()
@@ -333,8 +333,6 @@ def test_the_store_gives_back_what_was_written(tmp_path: Path, at_once: int) -> 
             for mine, written in zip(some.sequences(index), sequences, strict=True):
                 assert mine.ids.dtype == mine.labels.dtype == np.int32
                 assert (mine.ids == written.ids).all() and (mine.labels == written.labels).all()
-    with pytest.raises(ValueError, match="first position"):
-        pack_examples([(1, (as_tokens((4, False), (5, True)), as_tokens((5, True))))])
 
 
 @pytest.fixture(scope="module")
@@ -420,7 +418,7 @@ def test_every_ingredient_changes_the_key(
         key(data.model_copy(update={"overlong": "truncate"})),
         key(chat=chat.model_copy(update={"system": "S"})),
         key(chat=chat.model_copy(update={"supervise": "last"})),
-        key(chat=chat.model_copy(update={"template_date": "2025-01-01"})),
+        key(chat=chat.model_copy(update={"template_date": datetime.date(2025, 1, 1)})),
         key(chat=chat.model_copy(update={"template_options": {"a": 1}})),
         key(folder=save_tokenizer(tmp_path / "other", bos=False)),
     ]
@@ -465,24 +463,6 @@ def test_counts_that_a_recipe_does_not_allow(tmp_path: Path, tokenizer: Any) -> 
     assert (dropped.report.bad_rows, len(dropped.train)) == (1, 20)
 
 
-def test_files_that_change_while_they_are_read_are_refused(
-    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_bytes(numbered(9))
-    plain = Labeler.encode_all
-
-    def encode_all(self: Labeler, *given: Any, **named: Any) -> Any:
-        rows.write_bytes(numbered(10))
-        return plain(self, *given, **named)
-
-    monkeypatch.setattr(Labeler, "encode_all", encode_all)
-    data = DataSettings(train=(str(rows),), eval=None)
-    with pytest.raises(DataError, match="changed while they were read"):
-        prepare(data, ChatSettings(), tokenizer=tokenizer, folder=tmp_path / "cache", workers=1)
-    assert not list((tmp_path / "cache").iterdir())
-
-
 @pytest.fixture
 def recipe(tmp_path: Path, tokenizer_folder: Path) -> Path:
     (tmp_path / "rows.jsonl").write_bytes(numbered(9) + b'{"prompt": "\\u001b[31mred\\u0007", "completion": "<b>&"}\n')
@@ -515,18 +495,6 @@ def test_preview_marks_what_is_learned_and_sends_no_control_characters(recipe: P
     assert "What is 3 + 1?<|end|>\n<|start|>assistant\n⟦4<|end|>⟧" in out
     assert "\\x1b[31mred\\x07" in out and "\x1b" not in out and "\x07" not in out
     assert "10 rows read (prompt-completion), in 10 sequences" in out
-
-
-@pytest.mark.parametrize("key", ["hf_" + "aB1" * 11, "AKIA" + "A1" * 8, "-----BEGIN RSA PRIVATE KEY-----"])
-def test_rows_that_hold_keys_are_named(recipe: Path, capsys: Any, key: str) -> None:
-    rows = recipe.parent / "rows.jsonl"
-    rows.write_bytes(rows.read_bytes() + json.dumps({"prompt": "login", "completion": f"use {key}!"}).encode())
-    assert cli.main(["preview", str(recipe), "--rows", "1"]) == 0
-    assert f"1 rows seem to hold a token or a private key, which will be learned: {rows}:11" in capsys.readouterr().out
-    array = rows.with_suffix(".json")
-    array.write_text(json.dumps([{"prompt": "hf_x sk-learn", "completion": "AKIA"}]), encoding="utf-8")
-    assert cli.main(["preview", str(recipe), f"data.train={array}"]) == 0
-    assert "seem to hold" not in capsys.readouterr().out
 
 
 def test_data_sets_of_the_hub_go_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

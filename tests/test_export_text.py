@@ -17,7 +17,7 @@ from tiny_tokenizer import TEMPLATE, save_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from lorasft.data.templates import set_template
-from lorasft.data.tokenizer import PROBES, load_tokenizer
+from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import ModelError
 from lorasft.export.gguf import write_gguf
 from lorasft.export.ollama import find_joints, go_template, write_ollama
@@ -119,6 +119,20 @@ def test_scores_give_the_ids_of_llama_cpps_cases(name: str, cases: str) -> None:
     assert checked > 40
 
 
+PROBES = (  # texts on which rebuilt pre-tokenizers and normalizers are known to differ
+    "Hello world",
+    "  two spaces first",
+    "tabs\tand\n\nlines\r\n \n end ",
+    "def f(x):\n    return x**2  # 12345.678",
+    "It's 1984, we'll see; don't WE'LL",
+    "naïve café Ångström ﬁ",
+    "Ünï\u0301cödé e\u0301",
+    "日本語と中文 한국어",
+    "👩‍👩‍👧 🙂 \u200d",
+    "١٢٣ ½ ²",
+    "<s> [INST] </s>",
+    "\u00a0nbsp\u2028line\u0000nul",
+)
 CHAT = [
     {"role": "system", "content": "Speak of ships."},
     {"role": "user", "content": "Where is the  Vasa?"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -21,7 +20,8 @@ import transformers as hf
 from conftest import save_base
 from test_architectures import ARCHITECTURES
 from test_oracles import Rows, packed_step
-from tiny_models import make_base, randomize_adapter
+from test_prefixes import Relatives
+from tiny_models import CONFIGS, make_base, randomize_adapter
 from torch.profiler import ProfilerActivity, profile
 
 from lorasft.cli import main
@@ -35,13 +35,12 @@ from lorasft.model.memory import ActivationMemory, StorageMeter, dry_run, heavie
 from lorasft.model.recompute import decoder_layers, layer_list, recompute, recomputed_layers
 from lorasft.model.selfcheck import verify
 from lorasft.model.weightless import Sample, make_weightless, plan_network
-from lorasft.recipe import AdapterSettings, ModelSettings, OptimizerSettings
+from lorasft.recipe import AdapterSettings, ModelSettings
 from lorasft.signals import Ended
 from lorasft.train import layout as layouts
 from lorasft.train import loop
 from lorasft.train import run as runs
 from lorasft.train.checkpoint import read_state
-from lorasft.train.optimizer import make_optimizer
 
 Write = Callable[..., str]
 GIB = 1 << 30
@@ -54,19 +53,14 @@ def with_adapter(base: Any, **settings: Any) -> tuple[Any, Network]:
     return model.train(), network
 
 
-def deep(name: str, **sizes: Any) -> Any:
-    """The tiny model `name` with four layers, of other sizes where told."""
-    from tiny_models import CONFIGS
-    from transformers import AutoModelForCausalLM
-
+def deep(name: str) -> Any:
+    """The tiny model `name` with four layers."""
     torch.manual_seed(2)
-    config = CONFIGS[name](sizes.pop("hidden", 32))
-    for key, value in {"num_hidden_layers": 4, **sizes}.items():
-        setattr(config, key, value)
+    config = CONFIGS[name](32)
+    config.num_hidden_layers = 4
     if hasattr(config, "layer_types"):
-        config.layer_types = (config.layer_types or ["full_attention"]) * 4
-        config.layer_types = config.layer_types[:4]
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        config.layer_types = ((config.layer_types or ["full_attention"]) * 4)[:4]
+    return hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +70,16 @@ def nf4_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "nf4"])
 def test_gradients_have_the_same_bits_for_every_number_of_recomputed_layers(name: str, nf4_base: Path) -> None:
-    """With adapter dropout, whose masks a recomputed layer draws again."""
+    """With adapter dropout, whose masks a recomputed layer draws again; shared prefixes on the second."""
     settings = ModelSettings(base=str(nf4_base), dtype="float32")
     base = load_base(settings, torch.device("cpu")) if name == "nf4" else deep(name)
     model, network = with_adapter(base, dropout=0.1)
+    rows, share = (Relatives(), True) if name == "gemma2" else (Rows(), False)
     want: Any = None
     for count in range(len(decoder_layers(network.causal)) + 1):
         recompute(network.causal, count)
         torch.manual_seed(5)
-        got = packed_step(model, network, Rows(), "token", 40)
+        got = packed_step(model, network, rows, "token", 40, share=share)
         want = want or got
         assert got[0] == want[0] and got[1].keys() == want[1].keys()
         assert all(torch.equal(got[1][key], want[1][key]) for key in want[1]), count
@@ -122,10 +117,6 @@ def real_peak(work: Callable[[], object]) -> int:
     return peak
 
 
-WIDE = {"hidden": 64, "intermediate_size": 256}
-TALL = {"hidden": 64, "vocab_size": 3000, "num_hidden_layers": 3}
-
-
 CPU = torch.device("cpu")
 
 
@@ -133,37 +124,6 @@ def without_numbers(network: Network, adapter: AdapterSettings, *, settings: Mod
     """The same model on the meta device."""
     model = make_weightless(network.causal.config, settings, adapter, CPU)
     return model, plan_network(network, model)
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "nf4"])
-def test_the_predicted_peak_is_the_allocators(name: str, optimizer: str, nf4_base: Path) -> None:
-    """Of a whole step: gradients and optimizer states are made in it, the weights are there before."""
-    settings = ModelSettings(base=str(nf4_base), quantization="nf4" if name == "nf4" else "none")
-    base = {"llama": lambda: deep("llama", **TALL), "gemma2": lambda: deep("gemma2", **WIDE)}.get(
-        name, lambda: load_base(settings, CPU)
-    )()
-    model, network = with_adapter(base, rank=64, dropout=0.05)
-    settings = settings.model_copy(update={"dtype": str(base.dtype).removeprefix("torch.")})
-    adapter = AdapterSettings(rank=64, alpha=8.0, dropout=0.05)
-    weightless, planned = without_numbers(network, adapter, settings=settings)
-    batch = heaviest_batch(network, longest=70, capacity=400)
-    parameters = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
-    static = static_bytes(weightless, optimizer)
-    assert static == static_bytes(model, optimizer)
-    for count in (0, 1, len(decoder_layers(network.causal))):
-        recompute(network.causal, count)
-        states = make_optimizer(OptimizerSettings(name=optimizer), parameters)  # type: ignore[arg-type]
-
-        def step(states: Any = states) -> None:
-            pair_losses(network, batch).sum().backward()
-            states.step()  # makes the moments
-            pair_losses(network, batch).sum().backward()
-
-        measured = real_peak(step)
-        model.zero_grad()
-        without = static.upcoming + dry_run(planned, batch, recomputed=count).peak
-        assert abs(without - measured) < 0.1 * measured, (count, without / measured)
 
 
 KINDS = ["llama", "gemma-2", "gemma-3", "gemma-3n", "gpt-2", "gpt-oss", "mixtral", "qwen-3-moe", "smollm-3"]
@@ -436,7 +396,7 @@ def test_a_run_survives_running_out_of_memory_with_the_same_losses(
 TIGHT = """
 import resource, sys, torch
 from pathlib import Path
-from lorasft.recipe import load_recipe
+from lorasft.recipe.load import load_recipe
 from lorasft.train.loop import train
 from lorasft.train.run import open_run
 torch.set_num_threads(1)
@@ -450,11 +410,13 @@ with open_run(load_recipe(sys.argv[1]), resume=False) as opened:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space as Linux does")
 def test_a_run_survives_a_real_lack_of_memory(recipe: Write, tmp_path: Path) -> None:
-    """64 rows at once keep 50 MB of activations; the process may take 8 MB more than it has with its model."""
+    """64 rows at once keep 50 MB of activations; the process may take 20 MB more than it has with its model.
+
+    Not less: what libraries of mathematics keep for themselves differs between CPUs by some MB."""
     talk = [("user", "x" * 40), ("assistant", "y z " * 10)]
     row = json.dumps({"messages": [{"role": role, "content": text} for role, text in talk]})
     (tmp_path / "long.jsonl").write_text(f"{row}\n" * 64)
-    for name, spare in (("roomy", 0), ("tight", 8_000_000)):
+    for name, spare in (("roomy", 0), ("tight", 20_000_000)):
         path = recipe(
             adapter={"dropout": 0.0},
             data={"train": str(tmp_path / "long.jsonl"), "eval": None},
@@ -482,24 +444,8 @@ def test_out_of_memory_at_the_end_names_the_rows_and_what_would_help(
         assert main(["train", path]) == 6
     said = capsys.readouterr().err
     assert "rows.jsonl:" in said and "tokens)" in said and "Traceback" not in said
-    assert re.search(r"data.max_length=\d+|adapter.rank=\d", said), said
+    assert "adapter.rank" in said and "lorasft plan" in said, said
     assert main(["train", path, "--resume"]) == 0
-
-
-def test_out_of_memory_in_the_update_is_said_plainly(
-    recipe: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Half of the parameters may have moved by then: the step is not done again, the checkpoint is what counts."""
-
-    def full(*_: Any, **__: Any) -> None:
-        raise RuntimeError(ALLOCATOR)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", full)
-        assert main(["train", recipe()]) == 6
-    said = capsys.readouterr().err
-    assert "out of memory" in said and "--resume" in said and "from here on" not in said
-    assert main(["train", recipe(), "--resume"]) == 0
 
 
 def test_other_runtime_errors_are_not_taken_for_memory(recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:

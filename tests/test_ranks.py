@@ -27,21 +27,22 @@ from accelerate import Accelerator, PartialState
 from accelerate.tracking import GeneralTracker
 from faults.trial import full_in, with_fault
 from safetensors.torch import load_file, save_file
-from test_oracles import Rows, differences, gradients, oracle, ours, plain_step
-from test_train import metrics, run_folder
+from test_oracles import Rows, assert_same_step, gradients, oracle, ours, plain_step
+from test_prefixes import Relatives
+from test_train import metrics
 
 from lorasft.cli import main
-from lorasft.data.packing import Plan, cut, share
+from lorasft.data.packing import Plan, assign_to_rank, make_micro_batches
 from lorasft.errors import ModelError
 from lorasft.files import verify_folder
-from lorasft.recipe import load_recipe
+from lorasft.recipe.load import load_recipe
 from lorasft.signals import StopRequest
 from lorasft.train import distributed as ranks_module
-from lorasft.train import loop
+from lorasft.train import inputs, loop
 from lorasft.train import metrics as metrics_module
 from lorasft.train import run as runs
 from lorasft.train.distributed import ALONE, Ranks, join
-from lorasft.train.state import Learner, Run
+from lorasft.train.state import Run
 
 Write = Callable[..., str]
 
@@ -93,8 +94,8 @@ class Launch:
         return "".join(path.read_text(encoding="utf-8") for path in self.words)
 
 
-def some(count: int) -> Rows:
-    rows = Rows()
+def some(count: int, *, share: bool = False) -> Rows:
+    rows = Relatives() if share else Rows()
     rows.rows = rows.rows[:count]
     return rows
 
@@ -104,49 +105,51 @@ def step_run(model: Any, network: Any, rows: Rows, ranks: Ranks, **plan: Any) ->
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     whole = Plan(len(rows), len(rows), 1, seed=0, processes=ranks.count, **plan)
     nothing: Any = None
-    return Run(nothing, nothing, whole, nothing, nothing, network, Learner(model, parameters, nothing), nothing, ranks)
+    return Run(nothing, nothing, whole, nothing, nothing, network, model, parameters, nothing, nothing, ranks)
 
 
-CASES = [
-    (loss, count, capacity) for loss in ("token", "example") for count, capacity in ((6, 1000), (6, 20), (1, 1000))
-]
+SIZES = ((6, 1000, False), (6, 20, False), (1, 1000, False), (6, 40, True))
+CASES = [(loss, *sizes) for loss in ("token", "example") for sizes in SIZES]
 
 
 def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> None:
-    """Against plain transformers and PEFT in one process; also where a process has nothing to do."""
+    """Against plain transformers and PEFT in one process; also where one has nothing to do, or prefixes are shared."""
 
     def act(rank: int) -> None:
         with join() as ranks:
             model, network = ours("llama")
-            for number, (loss, count, capacity) in enumerate(CASES):
-                rows = some(count)
-                run = step_run(model, network, rows, ranks, loss=loss, micro_batch_tokens=capacity)
+            for number, (loss, count, capacity, shared) in enumerate(CASES):
+                rows = some(count, share=shared)
+                plan = {"loss": loss, "micro_batch_tokens": capacity, "share_prefixes": shared}
+                run = step_run(model, network, rows, ranks, **plan)
                 step = run.plan.step(1, rows)
-                assert len(share(step.micro_batches, rank, 2)) > 0 or (count == 1 and rank == 1)
+                assert len(assign_to_rank(step.micro_batches, rank, 2)) > 0 or (count == 1 and rank == 1)
                 model.zero_grad()
-                parameters = list(run.learner.parameters.values())
+                parameters = list(run.parameters.values())
                 work = lambda run=run, step=step: loop.add_gradients(run, step)  # noqa: E731
                 value = ranks.sum_step(work, parameters, stop=StopRequest(agreed=0))
                 save_file(gradients(model) | {"loss": torch.tensor(value)}, tmp_path / f"{number}-{rank}.safetensors")
-            (tmp_path / f"held_out-{rank}.json").write_text(json.dumps(held_out(network, ranks)), encoding="utf-8")
+            (tmp_path / f"held_out-{rank}.json").write_text(
+                json.dumps(held_out(model, network, ranks)), encoding="utf-8"
+            )
 
     launch = Launch(tmp_path, act)
     assert launch.codes() == [0, 0], launch.said()
-    for number, (loss, count, _) in enumerate(CASES):
-        want_loss, want = plain_step(oracle("llama"), some(count), loss)
+    for number, (loss, count, _, shared) in enumerate(CASES):
+        want = plain_step(oracle("llama"), some(count, share=shared), loss)
         first, second = (load_file(tmp_path / f"{number}-{rank}.safetensors") for rank in (0, 1))
         assert all(torch.equal(first[name], second[name]) for name in first)
-        assert float(first.pop("loss")) == pytest.approx(want_loss, rel=1e-6)
-        assert differences(first, want)[0] < 2e-6
-    network = ours("llama")[1]
+        assert_same_step((float(first.pop("loss")), first), want)
+    model, network = ours("llama")
     for rank in (0, 1):
         scores = json.loads((tmp_path / f"held_out-{rank}.json").read_text(encoding="utf-8"))
-        assert scores == pytest.approx(held_out(network, ALONE), rel=1e-6)
+        assert scores == pytest.approx(held_out(model, network, ALONE), rel=1e-6)
 
 
-def held_out(network: Any, ranks: Ranks) -> list[float]:
+def held_out(model: Any, network: Any, ranks: Ranks) -> list[float]:
     """Losses and tokens of held-out sets of every size."""
-    results = [loop.evaluate(network, some(size), capacity=20, ranks=ranks, stop=StopRequest()) for size in range(1, 7)]
+    run = step_run(model, network, some(1), ranks, loss="token", micro_batch_tokens=20)
+    results = [loop.evaluate(run, some(size), StopRequest()) for size in range(1, 7)]  # type: ignore[arg-type]
     return [number for result in results if result for number in result]
 
 
@@ -154,13 +157,15 @@ def held_out(network: Any, ranks: Ranks) -> list[float]:
 def test_shares_are_a_balanced_partition(count: int) -> None:
     many = some(6)
     many.rows *= 20
-    batches = tuple(cut(many, range(len(many)), capacity=64, processes=count))
-    shares = [share(batches, index, count) for index in range(count)]
+    batches = tuple(make_micro_batches(many, range(len(many)), capacity=64, processes=count))
+    shares = [assign_to_rank(batches, index, count) for index in range(count)]
     assert sorted(id(batch) for mine in shares for batch in mine) == sorted(map(id, batches))
     tokens = [sum(len(batch.ids) for batch in mine) for mine in shares]
     assert max(tokens) < 1.15 * sum(tokens) / count
     assert max(len(batch.ids) for batch in batches) <= 64
-    few = tuple(cut(many, range(6), capacity=4096, processes=count))  # one micro-batch would hold them all
+    few = tuple(
+        make_micro_batches(many, range(6), capacity=4096, processes=count)
+    )  # one micro-batch would hold them all
     assert len(few) >= min(count, 4)
 
 
@@ -188,11 +193,11 @@ def test_all_processes_end_with_the_same_parameters(recipe: Write, tmp_path: Pat
 
     def act(rank: int) -> None:
         metrics_module.start_trackers = lambda *_: [Accelerator(), GeneralTracker(_blank=True)][1:]
-        runs.check_trackers = lambda names: None
+        inputs.check_trackers = lambda names: None
         with join() as ranks, runs.open_run(settings, resume=False, ranks=ranks) as opened:
             loop.train(opened.run, opened.state)
-            opened.run.logbook.close()  # of trackers, in the first alone: must not part the processes
-            parameters = {name: tensor.detach() for name, tensor in opened.run.learner.parameters.items()}
+            opened.run.metrics.close()  # of trackers, in the first alone: must not part the processes
+            parameters = {name: tensor.detach() for name, tensor in opened.run.parameters.items()}
             save_file(parameters, tmp_path / f"{rank}.safetensors")
 
     launch = Launch(tmp_path, act)
@@ -218,10 +223,14 @@ def test_a_killed_process_is_named_and_other_numbers_of_them_go_on_with_the_same
         assert line["step"] == want["step"] and line.get("tokens") == want.get("tokens")
 
 
-def kill_at_random(launch: Launch, victim: int, log: Path, least: int) -> None:
-    """Kill one process some time after the log has `least` lines; the other must say so and end."""
+def wait_for_lines(log: Path, least: int) -> None:
     while not log.exists() or log.read_bytes().count(b"\n") < least:
         time.sleep(0.002)
+
+
+def kill_at_random(launch: Launch, victim: int, log: Path, least: int) -> None:
+    """Kill one process some time after the log has `least` lines; the other must say so and end."""
+    wait_for_lines(log, least)
     time.sleep(0.02 * random.random())
     os.kill(launch.pids[victim], signal.SIGKILL)
     killed = time.monotonic()
@@ -296,27 +305,18 @@ def test_a_fault_ends_all_with_its_code_and_is_said_once(
     assert said.count("error:") == 1 and words in said and "Traceback" not in said, said
 
 
-def launch_and_signal(path: str, number: signal.Signals) -> Launch:
-    """A run of two processes, of which the second gets a signal after some steps."""
-    launch = Launch(run_folder(path).parent, lambda rank: main(["train", path]))
-    log = run_folder(path) / "metrics.jsonl"
-    while not log.exists() or log.read_bytes().count(b"\n") < 5:
-        time.sleep(0.002)
+@pytest.mark.parametrize(("number", "epochs", "code"), [(signal.SIGTERM, 100, 143), (signal.SIGUSR1, 30, 0)])
+def test_a_signal_to_one_is_answered_by_all_after_the_same_step(
+    number: signal.Signals, epochs: int, code: int, recipe: Write, tmp_path: Path
+) -> None:
+    """SIGTERM stops them, SIGUSR1 saves and they continue; the second process gets it."""
+    path = recipe(train={"epochs": epochs}, run={"save_every": None, "save_minutes": None, "keep": 9})
+    launch = Launch(tmp_path, lambda rank: main(["train", path]))
+    wait_for_lines(tmp_path / "run/metrics.jsonl", 5)
     os.kill(launch.pids[1], number)
-    return launch
-
-
-def test_a_signal_to_one_stops_all_after_the_same_step(recipe: Write) -> None:
-    path = recipe(train={"epochs": 100})
-    launch = launch_and_signal(path, signal.SIGTERM)
-    assert launch.codes(30) == [143, 143], launch.said()
-    (stopped,) = re.findall(r"stopped after step (\d+) of", launch.said())
-    verify_folder(run_folder(path) / f"checkpoints/step-{int(stopped):06d}")
-
-
-def test_sigusr1_to_one_saves_once_and_all_go_on(recipe: Write) -> None:
-    path = recipe(train={"epochs": 30}, run={"save_every": None, "save_minutes": None, "keep": 9})
-    launch = launch_and_signal(path, signal.SIGUSR1)
-    assert launch.codes(60) == [0, 0], launch.said()
-    saved = sorted(folder.name for folder in (run_folder(path) / "checkpoints").iterdir())
-    assert len(saved) == 3 and saved[0] == "step-000000" and saved[-1] == "step-000090"
+    assert launch.codes(60) == [code, code], launch.said()
+    first, *saved, last = sorted((tmp_path / "run/checkpoints").iterdir())
+    ended = re.findall(r"stopped after step (\d+) of", launch.said()) if code else [str(3 * epochs)]
+    assert (first.name, last.name) == ("step-000000", f"step-{int(ended[0]):06d}") and len(ended) == 1
+    assert len(saved) == (0 if code else 1)
+    verify_folder(last)

@@ -10,7 +10,8 @@ import recipe_reference
 from transformers import AutoModelForCausalLM
 
 from lorasft.cli import read_command_line
-from lorasft.recipe import Recipe, load_recipe
+from lorasft.recipe import Recipe
+from lorasft.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Reasoning learned, masked, dropped or refused; and `{% generation %}` markers against what is learned."""
+"""Reasoning supervised, masked, dropped or refused."""
 
 from __future__ import annotations
 
@@ -74,8 +74,6 @@ def test_reasoning_that_the_template_drops_is_counted_or_refused(tmp_path: Path)
     assert (encoder.report.dropped_reasoning, encoder.report.dropped_characters) == (2, 2)
     with pytest.raises(DataError, match="drops the reasoning of message 2"):
         make_encoder(tokenizer, chat={"thinking": "error"}).encode(FIELD)
-    with pytest.raises(DataError, match="alone"):
-        make_encoder(tiny(tmp_path, THINKING)).encode(conversation("q", "hm</think>A"))
     only = conversation("q", "<think>hm</think>")
     with pytest.raises(DataError, match="nothing but reasoning"):
         make_encoder(tokenizer, chat={"thinking": "drop"}).encode(only)
@@ -90,65 +88,6 @@ def test_masked_reasoning_of_real_templates(name: str) -> None:
     assert learned.ids.tolist() == masked.ids.tolist()
     assert "hm" in learned_text(tokenizer, learned)[0] and "hm" not in learned_text(tokenizer, masked)[0]
     assert "A" in learned_text(tokenizer, masked)[0] and "hm" in tokenizer.decode(masked.ids)
-
-
-CHAT = conversation("q", "A", "r", "B")
-
-
-def test_markers_that_agree(tmp_path: Path) -> None:
-    for template in (MARKED, MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")):
-        encoder = make_encoder(tiny(tmp_path, template))
-        (tokens,) = encoder.encode(CHAT)
-        assert learned_text(encoder.format.tokenizer, tokens) == ["A<|end|>", "B<|end|>"]
-        assert encoder.report.marker_differences == 0
-
-
-@pytest.mark.parametrize(
-    ("was", "becomes"),
-    [
-        ("{% endgeneration %}\n", "\n{% endgeneration %}"),  # the newline behind the turn
-        ("<|end|>{% endgeneration %}", "{% endgeneration %}<|end|>"),  # not the end of the turn
-        ("<|start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}",  # the header
-         "{% if m.role == 'assistant' %}{% generation %}<|start|>{{ m.role }}\n"),
-    ],
-)  # fmt: skip
-def test_markers_that_differ_in_the_templates_own_text_are_counted(tmp_path: Path, was: str, becomes: str) -> None:
-    template = MARKED.replace(was, becomes)
-    if "<|start|>{{ m.role }}\n{% if" not in template:
-        template = template.replace("{% else %}", "{% else %}<|start|>{{ m.role }}\n")
-    assert template != MARKED
-    encoder = make_encoder(tiny(tmp_path, template))
-    assert encoder.encode(CHAT) and encoder.report.marker_differences == 1
-
-
-@pytest.mark.parametrize(
-    ("template", "what"),
-    [
-        (MARKED.replace("{{ m.content }}<|end|>\n{% endif %}",
-                        "{% generation %}{{ m.content }}{% endgeneration %}<|end|>\n{% endif %}"),
-         "mark what is not an answer: 'q'"),
-        (MARKED.replace("'assistant' %}{% gen", "'assistant' and loop.last %}{% gen"), "leave out an answer: 'A"),
-        (MARKED.replace("{% generation %}{{ m.content }}<|end|>", "{{ m.content }}{% generation %}<|end|>"),
-         "leave out"),
-    ],
-)  # fmt: skip
-def test_markers_that_are_wrong_are_refused(tmp_path: Path, template: str, what: str) -> None:
-    with pytest.raises(DataError, match=what) as fault:
-        make_encoder(tiny(tmp_path, template)).encode(CHAT)
-    assert fault.value.where == "rows.jsonl:1"
-
-
-@needs_shared
-@pytest.mark.parametrize("name", ["gemma-2-standin", "llama-3.1", "qwen2.5"])
-def test_the_markers_of_trls_training_templates(name: str) -> None:
-    from test_chat import SHARED
-
-    short = name.split("-")[0].replace("llama", "llama3").replace("qwen2.5", "qwen2_5")
-    file = SHARED / f"templates/trl-{short}_training.jinja"
-    encoder = make_encoder(shared_tokenizer(name), chat={"template": str(file)})
-    (tokens,) = encoder.encode(conversation("q", "A" * 9, "r", "  B"))
-    assert len(learned_text(encoder.format.tokenizer, tokens)) == 2
-    assert encoder.report.marker_differences == (name != "llama-3.1")  # those two mark the newline behind the turn
 
 
 def test_a_prompt_that_closes_the_thought_leaves_reasoning_no_place(tmp_path: Path) -> None:

@@ -17,16 +17,9 @@ from hypothesis import strategies as st
 
 from lorasft.commands import recipes as recipes_command
 from lorasft.errors import ErrorGroup, LorasftError, RecipeError, UnsafeError
-from lorasft.recipe import (
-    DataSource,
-    Recipe,
-    dump_recipe,
-    load_recipe,
-    mathematics,
-    recipe_schema,
-    shipped_recipes,
-)
+from lorasft.recipe import DataSource, Recipe, mathematics, recipe_schema
 from lorasft.recipe.explain import PEERS
+from lorasft.recipe.load import dump_recipe, load_recipe, shipped_recipes
 from lorasft.recipe.yaml_reader import dump_yaml, parse_yaml, read_scalar
 from lorasft.terminal import harmless
 
@@ -52,46 +45,27 @@ def refused(text: str, *overrides: str) -> LorasftError:
 # --- scalars -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("2e-4", 2e-4),
-        ("1e3", 1e3),
-        (".5", 0.5),
-        ("5.", 5.0),
-        ("-1.5E+2", -150.0),
-        ("0123", 123),
-        ("+7", 7),
-        ("0o17", 15),
-        ("0xff", 255),
-        ("-.inf", float("-inf")),
-        ("true", True),
-        ("False", False),
-        ("null", None),
-        ("~", None),
-        ("", None),
-        ("no", "no"),
-        ("on", "on"),
-        ("y", "y"),
-        ("tRue", "tRue"),
-        ("1:30", "1:30"),
-        ("1_000", "1_000"),
-        ("2024-01-31", "2024-01-31"),
-        ("0b11", "0b11"),
-        ("e5", "e5"),
-        (".", "."),
-        ("=", "="),
-        ("１２", "１２"),  # fullwidth digits are text
-    ],
-)
+NUMBERS = {"2e-4": 2e-4, "1e3": 1e3, ".5": 0.5, "5.": 5.0, "-1.5E+2": -150.0, "0123": 123, "+7": 7}
+WORDS = {"true": True, "False": False, "null": None, "~": None, "": None}
+TEXTS = ("no", "on", "y", "tRue", "1:30", "1_000", "2024-01-31", "0b11", "0o17", ".inf", "e5", ".", "=", "１２")
+
+
+@pytest.mark.parametrize(("text", "value"), [*NUMBERS.items(), *WORDS.items(), *((text, text) for text in TEXTS)])
 def test_scalars_follow_yaml_1_2(text: str, value: Any) -> None:
+    """Fullwidth digits are text."""
     read = read_scalar(text)
     assert read == value and type(read) is type(value)
     assert parse_yaml(f"- {text}\n", "x").value == [value]
     assert parse_yaml(f'- "{text}"\n', "x").value == [text]
 
 
-scalars = st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats(allow_nan=False) | st.text()
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**30), 10**30)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text()
+)
 awkward = st.sampled_from(["1e3", "0o17", "no", "1:30", "~", "", " a", "a: b", "#", "- x", "\x85", "\ufeff", "'", "<<"])
 
 
@@ -113,16 +87,16 @@ def test_any_text_gives_values_or_our_error(text: str) -> None:
 # --- recipes that load ---------------------------------------------------------------------------------------------
 
 
-def test_one_source_may_be_text_mapping_or_list() -> None:
-    for written in ("x.jsonl", "{path: x.jsonl}", "[x.jsonl]", "[{path: x.jsonl}]"):
-        recipe = load(f"model: {{base: m}}\ndata: {{train: {written}, eval: {written}}}\n")
-        assert recipe.data.train == recipe.data.eval == (DataSource(path="x.jsonl"),)
+@pytest.mark.parametrize("written", ["x.jsonl", "{path: x.jsonl}", "[x.jsonl]", "[{path: x.jsonl}]"])
+def test_one_source_may_be_text_mapping_or_list(written: str) -> None:
+    recipe = load(f"model: {{base: m}}\ndata: {{train: {written}, eval: {written}}}\n")
+    assert recipe.data.train == recipe.data.eval == (DataSource(path="x.jsonl"),)
 
 
-def test_warmup_is_steps_or_share_by_how_it_is_written() -> None:
-    for written, value in (("1", 1), ("0", 0), ("0.0", 0.0), ("0.5", 0.5), ("1e-1", 0.1)):
-        warmup = load(SMALLEST, f"schedule.warmup={written}").schedule.warmup
-        assert warmup == value and type(warmup) is type(value)
+@pytest.mark.parametrize(("written", "value"), [("1", 1), ("0", 0), ("0.0", 0.0), ("0.5", 0.5), ("1e-1", 0.1)])
+def test_warmup_is_steps_or_share_by_how_it_is_written(written: str, value: float) -> None:
+    warmup = load(SMALLEST, f"schedule.warmup={written}").schedule.warmup
+    assert warmup == value and type(warmup) is type(value)
 
 
 def test_overrides_win_and_reach_into_mappings() -> None:
@@ -182,7 +156,7 @@ sections: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     },
     "chat": {
         "system": st.none() | st.text(),
-        "template_options": st.dictionaries(text_values, scalars.filter(lambda value: value not in (1e400, -1e400))),
+        "template_options": st.dictionaries(text_values, scalars),
     },
     "train": {"epochs": st.floats(1e-3, 100) | st.integers(1, 9), "steps": st.none() | st.integers(1, 10**9)},
     "optimizer": {"learning_rate": st.floats(1e-300, 0.01), "betas": st.tuples(fractions, fractions).map(list)},
@@ -222,20 +196,18 @@ def test_mathematics_ignores_run_and_machine() -> None:
 
 # --- recipes that are refused --------------------------------------------------------------------------------------
 
+# Those of a plain misuse are in test_bad_inputs.py, by their numbers there.
 BAD = {  # what follows the smallest recipe (lines 1 and 2) -> exit code, line, what must be said
-    "train:\n  epochs: '2'": (2, 4, ["train.epochs", "without quotes"]),
-    "train: {epochs: true}": (2, 3, ["train.epochs"]),
+    "train:\n  epochs: '2'": (2, 4, ["train.epochs", 'it is "2"', "train.epochs=2.0"]),
+    "train: {epochs: true}": (2, 3, ["train.epochs", "it is true"]),
     "train: {seed: 1.0}": (2, 3, ["train.seed", "integer"]),
-    "train: {steps: 0}": (2, 3, ["train.steps", "1"]),
-    "train: {epochs: .inf}": (2, 3, ["train.epochs", "finite"]),
-    "optimizer: {betas: [0.9, 1.0]}": (2, 3, ["optimizer.betas.1", "less than 1"]),
+    "train: {epochs: 1e999}": (2, 3, ["train.epochs", "finite"]),
+    "optimizer: {betas: [0.9, 1.0]}": (2, 3, ["optimizer.betas.1", "less than 1", "it is 1.0"]),
     "optimizer: {betas: [0.9]}": (2, 3, ["optimizer.betas"]),
-    "optimizr: {name: adamw}": (2, 3, ["unknown key optimizr", "did you mean optimizer?"]),
     "adapter: {targets: q_proj}": (2, 3, ["adapter.targets", "all-linear"]),
-    "adapter: qlora": (2, 3, ["adapter"]),
+    "adapter: qlora": (2, 3, ["adapter", '"qlora"']),
     "schedule: {warmup: 1.5}": (2, 3, ["schedule.warmup", "less than 1"]),
-    "schedule: {name: cosin}": (2, 3, ["schedule.name", "cosine"]),
-    "run: {trackers: [tensorbord]}": (2, 3, ["run.trackers.0", "tensorboard"]),
+    "run: {trackers: [tensorbord]}": (2, 3, ["run.trackers.0", "tensorboard", '"tensorbord"']),
     "run: {output: ''}": (2, 3, ["run.output"]),
     "chat: {thinking: no}": (2, 3, ["chat.thinking", "follow_template"]),
     "chat: {template_options: {a: [1]}}": (2, 3, ["chat.template_options.a"]),
@@ -245,15 +217,12 @@ BAD = {  # what follows the smallest recipe (lines 1 and 2) -> exit code, line, 
     "a: b: c": (2, "3:5", ["not YAML"]),
     "---\nrun: {keep: 1}": (2, "3:1", ["another document"]),
     'chat: {system: "\\ud800"}': (2, 3, ["surrogate"]),
-    "chat: &a {system: x}\nb: *a": (8, 4, ["aliases"]),
     "chat: " + "[" * 20_000: (8, 3, ["deeper than 32"]),
     "? " * 40 + "a": (8, 3, ["deeper than 32"]),
     "model_:\n  WANDB_API_KEY: canary": (2, 3, ["unknown key model_"]),
-    "run: {wandb_api_key: canary}": (2, 3, ["run.wandb_api_key", "do not belong"]),
-    "machine: {attention: evil/kernel}": (8, 3, ["machine.attention", "machine.attention=auto"]),
+    "machine: {attention: evil/kernel}": (8, 3, ["machine.attention"]),
     "machine: {attention: flash}": (2, 3, ["machine.attention", "sdpa"]),
     "machine: {kernels: liger}": (2, 3, ["unknown key machine.kernels", "torch's own"]),
-    "lora_r: 8": (2, 3, ["unknown key lora_r", "adapter.rank"]),
     "learning_rate: 1e-4": (2, 3, ["unknown key learning_rate", "optimizer.learning_rate"]),
     "'\\e[31m': 1": (2, 3, ["unknown key \\e[31m"]),
     '"\\e[31m": 1': (2, 3, ["unknown key \\x1b[31m"]),
@@ -266,13 +235,10 @@ BAD_DATA = {  # a whole recipe of its own, where the data or the base is the mat
     "model: {base: m}\ndata:\n  train:\n    - a\n    - {share: 2}": (2, 5, ["train.1.path", "train.1.share"]),
     "model: {base: m}\ndata:\n  train:\n    path: a\n    pth: b": (2, 5, ["unknown key data.train.pth", "path?"]),
     "model: {base: m}\ndata: {train: a, eval: 0}": (2, 2, ["data.eval", "greater than 0"]),
-    "model: {base: m}\ndata: {train: a, eval: []}": (2, 2, ["data.eval"]),
     "model: {base: m}\ndata:\n  train: a\n  eval:\n    - {path: b, share: 0}": (2, 5, ["data.eval.0.share"]),
-    "model: {base: m}\ndata: {train: a, eval: null}\nrun:\n  eval_every: 5": (2, 4, ["eval_every=null", "data.eval"]),
     "model: {base: m}\ndata: {train: a, eval: null}\nrun: {keep_best: true}": (2, 3, ["keep_best needs data.eval"]),
     "model: {base: m}\ndata: {train: a}\nrun: {keep_best: true, eval_every: null}": (2, 3, ["needs run.eval_every"]),
     "- a": (2, 1, ["mapping of sections"]),
-    "!!python/name:os.system x": (8, 1, ["tags"]),
 }
 REFUSED = {**{f"{SMALLEST}{text}\n": expected for text, expected in BAD.items()}, **BAD_DATA}
 
@@ -288,26 +254,25 @@ def test_bad_recipes_say_what_where_and_how_to_fix_it(text: str, code: int, line
     assert not Path("hacked").exists()
 
 
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
-        ("train.btch_size=3", ["unknown key train.btch_size", "command line: train.btch_size=3", "batch_size?"]),
-        ("train.batch_size", ["section.key=value", "command line: train.batch_size"]),
-        ("model={base: x}", ["section.key=value"]),
-        (".base=x", ["section.key=value"]),
-        ("train.batch_size=4x", ["command line: train.batch_size=4x"]),
-        ("chat.system=a: b: c", ["not YAML", "command line: chat.system=a: b: c\n"]),
-        ("chat.system=!x y", ["tags", "command line: chat.system"]),
-        ("lora_r=8", ["adapter.rank"]),
-        ("model.hf_token=canary", ["model.hf_token", "command line: model.hf_token=..."]),
-        ("model.x={hf_token: canary}", ["unknown key model.x"]),
-        ("adapter.rank.x=3", ["adapter.rank: "]),
-        ("train.seed=\x1b[31m", ["train.seed"]),
-        ("--epochs=3", ["unknown key --epochs"]),
-        ("modle.base=x", ["where: command line: modle.base=x"]),
-        ("data.train=[{path: 3}]", ["where: command line: data.train=[{path: 3}]"]),
-    ],
-)
+BAD_OVERRIDES = {
+    "train.btch_size=3": ["unknown key train.btch_size", "where: command line: train.btch_size=3", "batch_size?"],
+    "train.batch_size": ["section.key=value", "command line: train.batch_size"],
+    "model={base: x}": ["section.key=value"],
+    ".base=x": ["section.key=value"],
+    "train.batch_size=4x": ["command line: train.batch_size=4x"],
+    "chat.system=a: b: c": ["not YAML", "command line: chat.system=a: b: c"],
+    "chat.system=!x y": ["tags", "command line: chat.system"],
+    "lora_r=8": ["adapter.rank"],
+    "model.hf_token=canary": ["model.hf_token", "command line: model.hf_token=..."],
+    "model.x={hf_token: canary}": ["unknown key model.x"],
+    "adapter.rank.x=3": ["adapter.rank: "],
+    "train.seed=\x1b[31m": ["train.seed"],
+    "--epochs=3": ["unknown key --epochs"],
+    "data.train=[{path: 3}]": ["where: command line: data.train=[{path: 3}]"],
+}
+
+
+@pytest.mark.parametrize(("override", "said"), BAD_OVERRIDES.items())
 def test_bad_overrides_name_the_command_line(override: str, said: list[str]) -> None:
     message = str(refused(SMALLEST + "train: {loss: token}\n", override))
     assert all(words in message for words in said) and "hint: " in message, message
@@ -331,15 +296,14 @@ def test_whatever_is_written_loads_or_is_refused_in_our_words(raw: dict[str, Any
         assert harmless(str(fault)) == str(fault)
 
 
-def test_all_faults_come_at_once_and_the_unsafe_decides() -> None:
-    fault = refused(SMALLEST + "train: {seed: x}\nlora_r: 2\nrun: {keep: 1, keep: 0}\ntrust_remote_code: true\n", "a")
-    assert isinstance(fault, ErrorGroup) and len(fault.errors) == 6
-    assert fault.exit_code == 8 and isinstance(fault.errors[0], UnsafeError)
-    assert all(f"r.yaml:{line}" in str(fault) for line in (3, 4, 5, 6)) and "command line: a" in str(fault)
-    many = refused(SMALLEST + "".join(f"k{number}: 1\n" for number in range(50)))
-    assert str(many).count("error:") == 19 and str(many).endswith("... and 31 more")
-    assert len(str(many).splitlines()) == 20
-    assert len(str(refused(SMALLEST + "".join(f"k{number}: 1\n" for number in range(20)))).splitlines()) == 20
+def test_all_errors_come_at_once_and_the_unsafe_decides() -> None:
+    error = refused(SMALLEST + "train: {seed: x}\nlora_r: 2\nrun: {keep: 1, keep: 0}\ntrust_remote_code: true\n", "a")
+    assert isinstance(error, ErrorGroup) and len(error.errors) == 6
+    assert error.exit_code == 8 and isinstance(error.errors[0], UnsafeError)
+    assert all(f"r.yaml:{line}" in str(error) for line in (3, 4, 5, 6)) and "command line: a" in str(error)
+    for count in (20, 50):
+        lines = str(refused(SMALLEST + "".join(f"k{number}: 1\n" for number in range(count)))).splitlines()
+        assert len(lines) == 20 and (count == 20 or lines[-1] == "... and 31 more")
 
 
 @pytest.mark.parametrize("name", sorted({name for theirs in PEERS.values() for name in theirs.split()}))
@@ -350,28 +314,27 @@ def test_names_of_peers_lead_to_a_key_that_exists(name: str) -> None:
     assert key == "nothing" or field in type(getattr(load(SMALLEST), section)).model_fields, hint
 
 
-def test_files_that_are_no_recipe(tmp_path: Path) -> None:
-    (tmp_path / "binary.yaml").write_bytes(b"\x89PNG\r\n\x1a\n\x00")
-    (tmp_path / "nul.yaml").write_bytes(b"a: \x00\n")
-    (tmp_path / "empty.yaml").write_text("# nothing\n")
-    (tmp_path / "big.yaml").write_bytes(b"#" * (1 << 20) + b"\n")
-    (tmp_path / "folder").mkdir()
+FILES = {"binary.yaml": b"\x89PNG\r\n\x1a\n\x00", "nul.yaml": b"a: \x00\n", "llama.yaml": b""}
+NOT_RECIPES = {
+    "nul.yaml": "not YAML",
+    "binry.yaml": "did you mean binary.yaml?",
+    "llama3.1-8b": "did you mean llama-3.1-8b?",
+    "qqqqq": "lorasft recipes list",
+    "\x1b\x00": "no recipe",
+}
+
+
+@pytest.mark.parametrize(("name", "said"), NOT_RECIPES.items())
+def test_files_that_are_not_a_recipe(name: str, said: str, tmp_path: Path) -> None:
+    for file, content in FILES.items():
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(name)
+    assert said in str(caught.value)
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "bom.yaml").write_bytes(b"\xef\xbb\xbf" + SMALLEST.encode())
-    cases = {
-        "binary.yaml": (2, "not YAML"),
-        "nul.yaml": (2, "not YAML"),
-        "empty.yaml": (2, "the recipe is empty"),
-        "big.yaml": (8, "too large"),
-        "folder": (2, "cannot read"),
-        "binry.yaml": (2, "did you mean binary.yaml?"),
-        "llama3.1-8b": (2, "did you mean llama-3.1-8b?"),
-        "qqqqq": (2, "lorasft recipes list"),
-        "\x1b\x00": (2, "no recipe"),
-    }
-    for name, (code, said) in cases.items():
-        with pytest.raises(LorasftError) as caught:
-            load_recipe(name)
-        assert caught.value.exit_code == code and said in str(caught.value), str(caught.value)
     assert load_recipe("bom.yaml").model.base == "some/model"
 
 

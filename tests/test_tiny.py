@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasft.cli import main
-from lorasft.recipe import shipped_recipes
+from lorasft.recipe.load import shipped_recipes
 
 FOLDER = shipped_recipes()["tiny"].parent
 

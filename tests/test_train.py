@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,14 +21,15 @@ from transformers import AutoModelForCausalLM
 
 from lorasft.artifact import find_artifact
 from lorasft.cli import main
-from lorasft.data.packing import Step
+from lorasft.data.packing import Plan, Step
 from lorasft.files import sha256
 from lorasft.model.adapter import attach_adapter, load_artifact
 from lorasft.model.attention import attention
 from lorasft.model.base import load_base
 from lorasft.model.generate import generate
 from lorasft.model.selfcheck import verify
-from lorasft.recipe import AdapterSettings, ModelSettings, ScheduleSettings, load_recipe
+from lorasft.recipe import AdapterSettings, ModelSettings, ScheduleSettings
+from lorasft.recipe.load import load_recipe
 from lorasft.signals import Ended, StopRequest
 from lorasft.train import loop
 from lorasft.train import run as runs
@@ -96,10 +98,10 @@ def test_the_frozen_base_is_unchanged(recipe: Write, base: Path) -> None:
         loop.train(opened.run, opened.state)
         after = {
             name.removeprefix("base_model.model.").replace(".base_layer", ""): parameter
-            for name, parameter in opened.run.learner.model.named_parameters()
+            for name, parameter in opened.run.model.named_parameters()
             if not parameter.requires_grad
         }
-        trained = set(opened.run.learner.parameters)
+        trained = set(opened.run.parameters)
     assert all("lora_" in name for name in trained) and trained
     fresh = dict(load_base(settings.model, torch.device("cpu")).named_parameters())
     assert fresh.keys() == after.keys()
@@ -115,7 +117,8 @@ def test_evaluating_and_generating_do_not_change_gradients(base: Path) -> None:
     network = verify(peft.get_base_model())
     rows = Rows()
     before = packed_step(peft.train(), network, rows, "token", 100)
-    evaluate(network, rows, capacity=100, ranks=ALONE, stop=StopRequest())
+    plan = Plan(1, 1, 1, seed=0, loss="token", micro_batch_tokens=100)
+    evaluate(SimpleNamespace(network=network, plan=plan, ranks=ALONE), rows, StopRequest())  # type: ignore[arg-type]
     generate(network.causal, None, [1, 5, 9], max_new_tokens=4, stops=[2])
     after = packed_step(peft.train(), network, rows, "token", 100)
     assert before[0] == after[0]

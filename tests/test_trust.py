@@ -18,7 +18,7 @@ from lorasft.data.templates import render
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import DataError, LorasftError, ModelError, UnsafeError
 from lorasft.files import sha256
-from lorasft.recipe import load_recipe
+from lorasft.recipe.load import load_recipe
 from lorasft.tensors import open_tensors
 from lorasft.terminal import harmless, redact
 

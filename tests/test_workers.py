@@ -107,7 +107,7 @@ FAULTS: dict[str, tuple[dict[int, str], int]] = {
     "twenty of many": (dict.fromkeys(range(30, 200, 7), "{"), 19),
     "few, encoded": ({n: json.dumps(row(n)).replace("What", "<|end|>") for n in (1, 2, 100, 250)}, 4),
     "twenty of many, encoded": ({n: json.dumps(row(n)).replace("What", "</s>") for n in range(0, 270, 3)}, 19),
-    "another format": ({80: '{"other": 1}', 10: "{"}, 1),
+    "another format": ({80: '{"other": 1}', 10: "{"}, 2),
     "encoded and read": ({3: json.dumps(row(3)).replace("What", "</s>"), 270: "{"}, 2),
 }
 

@@ -29,7 +29,8 @@ def run(saved: str, base: str | None, data: str, columns: str | None, per_exampl
     from lorasft.model.adapter import load_artifact, read_tokenizer
     from lorasft.model.scoring import read_answers, score_answers, summarize
     from lorasft.model.selfcheck import verify
-    from lorasft.recipe import DataSettings, read_source
+    from lorasft.recipe import DataSettings
+    from lorasft.recipe.load import read_source
 
     if per_example:
         refuse_existing(Path(per_example))

@@ -51,7 +51,7 @@ def run(
     """Merge `saved` into the new folder `out`; what was done on stdout."""
     from lorasft.artifact import find_artifact
     from lorasft.merge.merge import merge
-    from lorasft.recipe import read_source
+    from lorasft.recipe.load import read_source
 
     artifact = find_artifact(saved, base=base)
     started = time.monotonic()

@@ -7,15 +7,12 @@ import re
 import shutil
 import sys
 from argparse import ArgumentParser, ArgumentTypeError
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from lorasft.commands.arguments import add_json, add_recipe
 from lorasft.errors import CapacityError
 from lorasft.terminal import say, size_text, time_text
-
-if TYPE_CHECKING:
-    from lorasft.train.plan import RunPlan
 
 _LABELS, _SIZES = 14, 9  # columns
 
@@ -40,61 +37,59 @@ def parse_bytes(text: str) -> int:
 
 def run(recipe: str, overrides: Sequence[str], memory: int | None, as_json: bool) -> None:
     """Print the plan of `recipe` under `memory` bytes. Raises CapacityError when it does not fit."""
-    from lorasft.recipe import load_recipe
+    from lorasft.recipe.load import load_recipe
 
     settings = load_recipe(recipe, overrides)
     from lorasft.train.plan import plan_run
 
     plan = plan_run(settings, memory=memory)
-    for notice in plan.notices:
+    for notice in plan["notices"]:
         say(notice)
     if as_json:
-        print(json.dumps(plan.as_dict()))
+        print(json.dumps(plan))
     else:
         for line in picture(plan, width=min(shutil.get_terminal_size().columns, 100)):
             print(line)
         print("\n".join(("", *describe(plan))))
-    if not plan.fit.holds:
-        need = size_text(plan.prediction.total + plan.libraries)
-        raise CapacityError(
-            f"does not fit: {need} at the peak, and {size_text(plan.memory)} less a tenth of what is free in them",
-            hint="; or ".join(plan.remedies) or "no single change suffices: a smaller model.base, or more memory",
-        )
+    if not plan["holds"]:
+        what = f"does not fit: {size_text(plan['peak'])} at the peak, and {size_text(plan['memory'])} less a tenth of "
+        hint = "; or ".join(plan["suggestions"]) or "no single change suffices: a smaller model.base, or more memory"
+        raise CapacityError(f"{what}what is free in them", hint=hint)
 
 
-def picture(plan: RunPlan, *, width: int) -> Iterator[str]:
+def picture(plan: Mapping[str, Any], *, width: int) -> Iterator[str]:
     """Bytes by kind as bars, each of which begins where the one before ends, and their sum against the memory."""
-    total = plan.prediction.total + plan.libraries
+    total, memory = plan["peak"], plan["memory"]
     columns = max(8, width - _LABELS - _SIZES - 4)
-    scale = columns / max(total, plan.memory)
+    scale = columns / max(total, memory)
     utf = (sys.stdout.encoding or "").lower().startswith("utf")
     full, thin, empty, beyond = "█▏░▓" if utf else "#|.!"
     before = 0
-    for name, size in {**plan.prediction.kinds(), "libraries": plan.libraries}.items():
+    for name, size in {**plan["bytes"], "libraries": plan["libraries"]}.items():
         if size:
             start, end = round(before * scale), round((before + size) * scale)
             yield _line(name, size, " " * min(start, columns - 1) + (full * (end - start) or thin))
             before += size
-    inside = round(min(total, plan.memory) * scale)
-    rest = beyond if total > plan.memory else empty
+    inside = round(min(total, memory) * scale)
+    rest = beyond if total > memory else empty
     yield _line("peak", total, (full * inside or thin).ljust(columns, rest))
-    yield _line("given" if plan.given else "free here", plan.memory, "")
+    yield _line("given" if plan["given"] else "free here", memory, "")
 
 
 def _line(name: str, size: int, bar: str) -> str:
     return f"{name:<{_LABELS}} {size_text(size):>{_SIZES}}  {bar}".rstrip()
 
 
-def describe(plan: RunPlan) -> Iterator[str]:
-    """The layout, the pace and the time in words."""
-    duration, layers = plan.duration, f"{plan.fit.recomputed} of {plan.fit.layers}"
-    yield f"on {plan.device} in {plan.dtype}: micro-batches of {plan.fit.plan.micro_batch_tokens:,} tokens"
-    yield f"(the heaviest: {len(plan.fit.heaviest.ids):,}), {layers} layers recomputed"
-    yield f"{plan.steps:,} steps over {plan.examples:,} examples; an estimate from single layers on few tokens:"
-    learned = f"{duration.supervised_tokens_per_second:,.0f} learned tokens"
-    yield f"  {duration.examples_per_second:,.3g} examples, {learned} a second"
-    yield f"  {time_text(duration.training)} of training, {time_text(duration.evaluation)} of evaluation"
-    if plan.saved_by_8bit:
-        yield f"optimizer.name=adamw8bit would save {size_text(plan.saved_by_8bit)}"
-    if plan.fit.holds:
+def describe(plan: Mapping[str, Any]) -> Iterator[str]:
+    """The layout, the speed and the time in words."""
+    duration, layers = plan["duration"], f"{plan['recomputed_layers']} of {plan['layers']}"
+    yield f"on {plan['device']} in {plan['dtype']}: micro-batches of {plan['micro_batch_tokens']:,} tokens"
+    yield f"(the heaviest: {plan['heaviest']['tokens']:,}), {layers} layers recomputed"
+    yield f"{plan['steps']:,} steps over {plan['examples']:,} examples; an estimate from single layers on few tokens:"
+    supervised = f"{duration['supervised_tokens_per_second']:,.0f} supervised tokens"
+    yield f"  {duration['examples_per_second']:,.3g} examples, {supervised} a second"
+    yield f"  {time_text(duration['training'])} of training, {time_text(duration['evaluation'])} of evaluation"
+    if plan["saved_by_8bit"]:
+        yield f"optimizer.name=adamw8bit would save {size_text(plan['saved_by_8bit'])}"
+    if plan["holds"]:
         yield "it fits"

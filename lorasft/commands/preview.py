@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from lorasft.commands.arguments import add_json, add_recipe, whole_number
-from lorasft.terminal import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,18 +31,14 @@ COUNTS = {  # of the report, in words
     "over_long_examples": "over-long, dropped",
     "truncated_examples": "over-long, truncated",
     "windowed_texts": "over-long texts, learned in windows",
-    "over_long_lost_tokens": "learned tokens lost to the over-long policy",
-    "answers_cut": "answers cut before the token that ends them",
     "examples_without_target": "with nothing to learn, dropped",
     "split_conversations": "conversations in one sequence per answer",
     "led_answers": "answers after text that only the template adds (an empty thought?); see chat.template_options",
     "straddling_tokens": "tokens across the border of prompt and answer",
     "merged_systems": "system texts put into the first user turn, as does the template saved with the adapter",
-    "trimmed_characters": "blanks that the template trims",
     "dropped_characters": "characters of answers that the template drops",
     "dropped_reasoning": "characters of reasoning among what is dropped",
     "masked_reasoning": "characters of reasoning that are context (chat.thinking=mask)",
-    "marker_differences": "conversations whose {% generation %} markers differ in the template's own text",
     "tools_left_out": "examples whose tools the template does not show",
 }
 
@@ -66,19 +61,16 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
     """
     from lorasft.commands.preview_page import make_page
     from lorasft.files import refuse_existing, write_file
-    from lorasft.recipe import load_recipe
+    from lorasft.recipe.load import load_recipe
 
     settings = load_recipe(recipe, overrides)
     if html:
         refuse_existing(Path(html))
     from lorasft.data.prepare import prepare
-    from lorasft.data.tokenizer import compare_with_file, load_tokenizer
+    from lorasft.data.tokenizer import load_tokenizer
     from lorasft.data.untrained import refuse_untrained
 
     tokenizer = load_tokenizer(settings.model.base, settings.model.revision)
-    notice = compare_with_file(tokenizer)
-    if notice:
-        say(f"note: {notice}")
     with TemporaryDirectory(prefix="lorasft-") as folder:
         prepared = prepare(settings.data, settings.chat, tokenizer=tokenizer, folder=Path(folder))
         if not settings.adapter.modules_to_save:
@@ -126,8 +118,6 @@ def summary(report: Report, *, batch_size: int) -> Iterator[str]:
     lengths = ", ".join(f"{name}: {length:,}" for name, length in report.length_quantiles().items())
     yield f"tokens of the longest sequence of an example: {lengths}"
     yield from (f"{count:,} {words}" for name, words in COUNTS.items() if (count := getattr(report, name)))
-    if warning := report.key_warning():
-        yield _harmless(warning)
     yield from (f"dropped: {_harmless(row)}" for row in report.dropped[:DROPPED_SHOWN])
     if report.dropped_examples() > DROPPED_SHOWN:
         named = len(report.dropped)

@@ -21,7 +21,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(action: str, name: str | None, to: str | None, as_json: bool) -> None:
     """`action`: list | show | copy | schema. Raises RecipeError for an unknown name and for a target that exists."""
-    from lorasft.recipe import find_shipped, recipe_schema
+    from lorasft.recipe import recipe_schema
+    from lorasft.recipe.load import find_shipped
     from lorasft.recipe.yaml_reader import read_yaml
 
     surplus = [word for word in (name, to) if word is not None][{"show": 1, "copy": 2}.get(action, 0) :]
@@ -40,7 +41,7 @@ def run(action: str, name: str | None, to: str | None, as_json: bool) -> None:
 
 
 def _print_list(as_json: bool) -> None:
-    from lorasft.recipe import shipped_recipes
+    from lorasft.recipe.load import shipped_recipes
     from lorasft.recipe.yaml_reader import read_yaml
 
     rows = [
@@ -62,7 +63,7 @@ def _print_list(as_json: bool) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     from lorasft import files
-    from lorasft.recipe import portable_text
+    from lorasft.recipe.load import portable_text
 
     if target.is_dir():
         target = target / source.name

@@ -25,7 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
     """Train `recipe`; progress on stderr, the run folder on stdout."""
-    from lorasft.recipe import load_recipe
+    from lorasft.recipe.load import load_recipe
     from lorasft.train.distributed import join
 
     with join() as ranks:
@@ -38,8 +38,7 @@ def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
             if ranks.is_main:
                 _introduce(ready)
             state = train(ready.run, ready.state)
-            with ranks.sync_errors():
-                adapter = export_adapter(ready, state) if ranks.is_main else None
+            adapter = ranks.on_main(lambda: export_adapter(ready, state))
             if ranks.is_main:
                 _show_answers(ready)
                 say(f"done in {time.monotonic() - started:.0f} s; adapter in {adapter}")
@@ -69,7 +68,7 @@ def _saying_what_is_saved(folder: Path) -> Iterator[None]:
 def _introduce(ready: ReadyRun) -> None:
     """What was found and made ready, before the first step."""
     report, plan = ready.prepared.report, ready.run.plan
-    for note in filter(None, (*ready.notes, report.key_warning())):
+    for note in ready.notes:
         say(note)
     say(
         f"{report.train_examples:,} examples, {report.held_out_examples:,} held out, {report.tokens:,} tokens, "
@@ -95,7 +94,7 @@ def _show_answers(ready: ReadyRun, most: int = 3) -> None:
             tokens = held_out.sequences(example)[-1]
             prompt = tokens.ids[: supervised_runs(tokens)[-1, 0]].tolist()
             say(f"\nprompt: {shorten(tokenizer.decode(prompt, skip_special_tokens=True)[-80:])}")
-            for name, context in (("before", run.learner.model.disable_adapter()), ("after", nullcontext())):
+            for name, context in (("before", run.model.disable_adapter()), ("after", nullcontext())):
                 with context:
                     ids = generate(run.network.causal, tokenizer, prompt, max_new_tokens=48, stops=stops)
                 say(f"{name:>6}: {shorten(tokenizer.decode(ids, skip_special_tokens=True))}")

@@ -56,7 +56,7 @@ class AnswerSpan:
 
 @dataclass(frozen=True)
 class MarkedText:
-    """The text of one sequence, and its answers; `add_eos`: the template ends the last one with no token of its own."""
+    """The text of one sequence, and its answers; `add_eos`: nothing in it ends the last one."""
 
     text: str
     answers: tuple[AnswerSpan, ...]
@@ -85,7 +85,7 @@ class ChatFormat:
         """What a server would feed the model for these messages, to be answered."""
         asked = self.complete(Example(tuple(messages), tuple(tools) if tools else None, None, RowLocation("prompt", 1)))
         text = render(self.tokenizer, asked.messages, asked.tools, generation_prompt=True)
-        return list(self.encoder.encode({text: ()})[text].ids)
+        return list(self.encoder.encode([text])[text].ids)
 
     def complete(self, example: Example) -> Example:
         """The example with the recipe's system text, and placeholders for control tokens that are meant as text.
@@ -123,8 +123,15 @@ class AnswerLocator:
 
     def mark(self, example: Example, targets: Sequence[int]) -> tuple[MarkedText, ...]:
         """One text that holds all answers (`targets`: message indices), or one per answer where that is not exact."""
-        together = self._mark_together(example, targets) if len(targets) > 1 else None
-        return (together,) if together else tuple(self.mark_last(example, target) for target in targets)
+        if not targets:
+            return ()
+        last, answers = self.mark_last(example, targets[-1]), []
+        for target in targets[:-1]:
+            answer = self._locate_earlier(last.text, example, target)
+            if answer is None:
+                return tuple(self.mark_last(example, target) for target in targets)
+            answers.append(answer)
+        return (replace(last, answers=(*answers, *last.answers)),)
 
     def mark_last(self, example: Example, target: int) -> MarkedText:
         """The conversation up to one answer, exactly as it is when that answer is the last."""
@@ -143,27 +150,21 @@ class AnswerLocator:
             if said is None or not message["content"].strip():
                 raise DataError(f"the chat template does not show the answer of message {target + 1}")
             region = text[said[0] :]
-        if message.get("tool_calls"):
-            self._refuse_lost_calls(example, target, text, region)
+        names = [name_of(call) for call in message.get("tool_calls", ())]
+        if any(region.count(name) - message["content"].count(name) < names.count(name) for name in names):
+            what = f"the chat template leaves out the tool calls of message {target + 1}"
+            raise DataError(what, hint="chat.template=FILE with a template that renders them")
         start, end, add_eos = self._locate(region, message)
         masked = self._count_reasoning(region[start:end], example, target) if self._masks(message) else 0
         answer = AnswerSpan(len(prompt), len(prompt) + start + masked, len(prompt) + end, masked)
         return MarkedText(prompt + (region[:end] if add_eos else region), (answer,), add_eos)
 
-    def _mark_together(self, example: Example, targets: Sequence[int]) -> MarkedText | None:
-        last = self.mark_last(example, targets[-1])
-        answers = []
-        for target in targets[:-1]:
-            prompt = self._prompt(example, target)
-            fits = last.text.startswith(prompt)
-            answer = self._locate_inside(last.text, len(prompt), example, target) if fits else None
-            if answer is None:
-                return None
-            answers.append(answer)
-        return MarkedText(last.text, (*answers, *last.answers), last.add_eos)
-
-    def _locate_inside(self, text: str, prompt: int, example: Example, target: int) -> AnswerSpan | None:
+    def _locate_earlier(self, text: str, example: Example, target: int) -> AnswerSpan | None:
         """An earlier answer within the whole conversation, if it is there as it would be as the last."""
+        before = self._prompt(example, target)
+        if not text.startswith(before):
+            return None
+        prompt = len(before)
         message, style = example.messages[target], self._style
         if style.end_of_turn and not message.get("tool_calls") and not self._masks(message):
             start = prompt + len(style.answer_prefix)
@@ -222,26 +223,6 @@ class AnswerLocator:
             raise DataError(f"the reasoning of message {target + 1} cannot be told from its answer", hint=hint)
         return len(said) - len(rest)
 
-    def _refuse_lost_calls(self, example: Example, target: int, text: str, region: str) -> None:
-        """Raise DataError when the template renders a message's tool calls not at all, or only some of them."""
-        calls = example.messages[target]["tool_calls"]
-        fewer = [[], *([*calls[:at], *calls[at + 1 :]] for at in range(len(calls) if len(calls) > 1 else 0))]
-        if not all(name_of(call) in region for call in calls) or any(
-            self._same_without(example, target, text, kept) for kept in fewer
-        ):
-            what = f"the chat template leaves out the tool calls of message {target + 1}"
-            raise DataError(what, hint="chat.template=FILE with a template that renders them")
-
-    def _same_without(self, example: Example, target: int, text: str, calls: list[dict[str, Any]]) -> bool:
-        """Whether the template renders the same text when the message has no more than `calls`."""
-        message = {**example.messages[target], "tool_calls": calls}
-        if not calls:
-            del message["tool_calls"]
-        try:
-            return self.render(_with_message(example, target, message), target + 1) == text
-        except DataError:  # it looks for the calls, then
-            return False
-
     def _prompt(self, example: Example, target: int) -> str:
         """What a server would render before the message `target`."""
         return render_within_limits(self._tokenizer, example.messages[:target], example.tools, generation_prompt=True)
@@ -260,10 +241,11 @@ def read_style(tokenizer: PreTrainedTokenizerFast) -> TemplateStyle:
         text = render(tokenizer, answered)
     except DataError as error:
         hint = "chat.template_options sets its variables; chat.template=plain does without it"
-        raise ModelError(error.what, where="a probe", hint=hint) from None
+        raise ModelError(error.what, where=tokenizer.name_or_path, hint=hint) from None
     at = text.rfind(ANSWER)
     if at < 0:
-        raise ModelError("the chat template does not show an assistant's answer", hint="chat.template=plain")
+        what = "the chat template does not show an assistant's answer"
+        raise ModelError(what, where=tokenizer.name_or_path, hint="chat.template=plain")
     tail = text[at + len(ANSWER) :]
     ends = [(tail.find(token), -len(token), token) for token in _turn_ends(tokenizer) if token in tail]
     end = tail[: min(ends)[0]] + min(ends)[2] if ends else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -22,7 +22,7 @@ _PLACEHOLDER = re.compile(f"({MARK}.)")
 Span = tuple[int, int]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pieces:
     """What is needed of `tokenizers.Encoding`, put together from several: token ids, and the characters of each."""
 
@@ -31,11 +31,6 @@ class Pieces:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    def add(self, ids: list[int], offsets: Sequence[Span], at: int) -> None:
-        """Append tokens whose offsets count from character `at`."""
-        self.ids += ids
-        self.offsets += [(start + at, end + at) for start, end in offsets]
 
 
 class Encoded:
@@ -79,24 +74,19 @@ class TextEncoder:
         self._anchor = "" if list(self._backend.encode("x", add_special_tokens=False).tokens) == ["x"] else "\n"
         self.restart = find_restart(tokenizer, prompt)
 
-    def encode(self, texts: Mapping[str, Sequence[Span]]) -> dict[str, Encoded]:
-        """The texts encoded, all at once in parallel; each with the characters whose tokens will be asked for."""
+    def encode(self, texts: Iterable[str]) -> dict[str, Encoded]:
+        """The texts encoded, all at once in parallel."""
         cuts = {text: self._split(text) for text in texts}
-        located = {stretch for text, spans in texts.items() for stretch in _overlapping(cuts[text], spans)}
-        others = set(chain.from_iterable(cuts.values())) - located
-        found: dict[str, Any] = {}
-        for stretches, encode_batch in (  # without offsets it is faster
-            (list(located), self._backend.encode_batch),
-            (list(others), self._backend.encode_batch_fast),
-        ):
-            found.update(zip(stretches, encode_batch(stretches, add_special_tokens=False), strict=True))
-        found.update((stretch, self._encode_placeholders(stretch)) for stretch in found if MARK in stretch)
+        stretches = list(set(chain.from_iterable(cuts.values())))
+        encodings = self._backend.encode_batch(stretches, add_special_tokens=False)
+        found = dict(zip(stretches, encodings, strict=True))
+        found.update((stretch, self._encode_parts(stretch)) for stretch in stretches if MARK in stretch)
         return {text: Encoded(cut, [found[stretch] for stretch in cut]) for text, cut in cuts.items()}
 
     def encode_apart(self, prompt: str, answer: str) -> tuple[Encoded, int]:
         """The prompt as a server feeds it, then the answer encoded alone; and how many tokens the prompt has."""
-        before = self._encode_placeholders(prompt)
-        return Encoded([prompt, answer], [before, self._encode_inside(answer)]), len(before)
+        before = self._encode_parts(prompt)
+        return Encoded([prompt, answer], [before, self._encode_parts(answer, inside=True)]), len(before)
 
     def _split(self, text: str) -> list[str]:
         """A text cut before each token that restarts encoding: the ids of the whole are those of the stretches."""
@@ -105,30 +95,27 @@ class TextEncoder:
         first, *others = text.split(self.restart)
         return [first, *(self.restart + other for other in others)]
 
-    def _encode_placeholders(self, text: str) -> Pieces:
-        first, *others = _PLACEHOLDER.split(text)
-        encoding = self._backend.encode(first, add_special_tokens=False)
-        pieces, at = Pieces(list(encoding.ids), list(encoding.offsets)), len(first)
-        for part in others:
-            hidden = _PLACEHOLDER.fullmatch(part)
-            inside = self._encode_control(self.control[ord(part[1]) - FIRST]) if hidden else self._encode_inside(part)
-            pieces.add(inside.ids, inside.offsets, at)
+    def _encode_parts(self, text: str, *, inside: bool = False) -> Pieces:
+        """Placeholders and what is between them encoded one by one, each but the first as in the middle of a text.
+
+        `inside`: the first, too.
+        """
+        ids: list[int] = []
+        offsets: list[Span] = []
+        at = 0
+        for number, part in enumerate(_PLACEHOLDER.split(text)):
+            anchor = self._anchor if number or inside else ""
+            hidden = MARK in part
+            encode = (self._plain if hidden else self._backend).encode
+            shown = self.control[ord(part[1]) - FIRST] if hidden else part
+            skipped = len(encode(anchor, add_special_tokens=False))
+            encoding = encode(anchor + shown, add_special_tokens=False)
+            ids += encoding.ids[skipped:]
+            shift = at - len(anchor)
+            spans = encoding.offsets[skipped:]
+            offsets += [(at, at + len(part)) if hidden else (start + shift, end + shift) for start, end in spans]
             at += len(part)
-        return pieces
-
-    def _encode_inside(self, text: str) -> Pieces:
-        """`text` as it is encoded in the middle of a text."""
-        whole = self._encode_placeholders(self._anchor + text)
-        skipped = len(self._backend.encode(self._anchor, add_special_tokens=False).ids)
-        inside = Pieces([], [])
-        inside.add(whole.ids[skipped:], whole.offsets[skipped:], -len(self._anchor))
-        return inside
-
-    def _encode_control(self, token: str) -> Pieces:
-        """The text of a control token, which is in a text as a placeholder, encoded as any other text."""
-        skipped = len(self._plain.encode(self._anchor, add_special_tokens=False).ids)
-        ids = self._plain.encode(self._anchor + token, add_special_tokens=False).ids[skipped:]
-        return Pieces(ids, [(0, 2)] * len(ids))
+        return Pieces(ids, offsets)
 
     @cached_property
     def _plain(self) -> Any:
@@ -136,14 +123,6 @@ class TextEncoder:
         plain = type(self._backend).from_str(self._backend.to_str())
         plain.encode_special_tokens = True
         return plain
-
-
-def _overlapping(stretches: Sequence[str], spans: Sequence[Span]) -> Iterator[str]:
-    at = 0
-    for stretch in stretches if spans else ():
-        if any(start < at + len(stretch) and at < end for start, end in spans):
-            yield stretch
-        at += len(stretch)
 
 
 def find_restart(tokenizer: PreTrainedTokenizerFast, prompt: str) -> str | None:

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lorasft.data.report import NAMED, RowErrors
+from lorasft.data.report import Report
 from lorasft.data.sources import (
     Raw,
     Row,
     RowLocation,
-    holds_key,
     parse_row,
     parse_strict,
     read_file,
@@ -127,25 +126,24 @@ def _find_format(raw: Raw, place: RowLocation, source: DataSource, settings: Dat
     return row, fits[0]
 
 
-def shape_block(block: RowBlock, settings: DataSettings, *, bad: RowErrors) -> Iterator[Example]:
+def shape_block(block: RowBlock, settings: DataSettings, *, report: Report) -> Iterator[Example]:
     """The examples of a block, within their source's share. Raises DataError after them when the file ends wrong."""
     columns, share = block.source.columns or settings.columns or {}, block.source.share
     if block.kind:
-        bad.report.formats[block.file] = block.kind
+        report.formats[block.file] = block.kind
     for line, raw in block.rows:
         place = RowLocation(block.file, line)
         try:
             row = parse_row(raw, place)
-            bad.report.rows += 1
-            if len(bad.report.with_keys) < NAMED and holds_key(raw):
-                bad.report.with_keys.append(str(place))
+            report.rows += 1
             mapped = row | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
             example = shape_row(mapped, block.kind, place)
+            if example.digest < share * 2**64:
+                yield example
+        except UnicodeEncodeError as error:  # half a character: "\\ud83d" alone
+            report.add_error(DataError(f"not text: {error}"), place, policy=settings.on_bad_row)
         except DataError as error:
-            bad.add(error, place)
-            continue
-        if share == 1 or example.digest < share * 2**64:
-            yield example
+            report.add_error(error, place, policy=settings.on_bad_row)
     if block.error:
         raise block.error
 
@@ -198,26 +196,19 @@ def normalize_tools(tools: Any) -> tuple[dict[str, Any], ...] | None:
 
 def _list_messages(row: Row, kind: str) -> list[Any]:
     """The messages of a row of any format but text, not looked at yet."""
-    messages: list[Any]
     if kind == "chat":
-        messages = _expect(row["messages"], list, "messages")
-        return messages
+        return list(_expect(row["messages"], list, "messages"))
     if kind == "sharegpt":
         messages = [_from_sharegpt(turn) for turn in _expect(row["conversations"], list, "conversations")]
-    elif kind == "alpaca":
-        question = _expect(row["instruction"], str, "instruction")
-        question += "\n\n" + _expect(row["input"], str, "input") if row.get("input") else ""
-        messages = _question_and_answer(question, _expect(row["output"], str, "output"))
-    elif isinstance(row["prompt"], list) and isinstance(row["completion"], list):
+    elif kind == "prompt-completion" and isinstance(row["prompt"], list) and isinstance(row["completion"], list):
         return [*row["prompt"], *row["completion"]]
     else:
-        prompt, completion = (_expect(row[name], str, name) for name in ("prompt", "completion"))
-        return _question_and_answer(prompt, completion)
-    return [{"role": "system", "content": row["system"]}, *messages] if row.get("system") else messages
-
-
-def _question_and_answer(question: str, answer: str) -> list[Message]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        question, answer = (_expect(row[name], str, name) for name in NEEDED[kind])
+        if kind == "alpaca" and row.get("input"):
+            question += "\n\n" + _expect(row["input"], str, "input")
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    has_system = kind != "prompt-completion" and row.get("system")
+    return [{"role": "system", "content": row["system"]}, *messages] if has_system else messages
 
 
 def _from_sharegpt(turn: Any) -> Message:

@@ -11,11 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lorasft.data.chat_format import AnswerLocator, AnswerSpan, ChatFormat, MarkedText, name_of
-from lorasft.data.encoding import Encoded, Span
+from lorasft.data.encoding import Encoded
 from lorasft.data.examples import BLOCK, Example, Message
-from lorasft.data.markers import compare_markers, has_markers
 from lorasft.data.reasoning import FIELDS, reasoning_of, without_reasoning
-from lorasft.data.report import Report, RowErrors
+from lorasft.data.report import Report
 from lorasft.data.templates import MERGE_SYSTEM, limits
 from lorasft.data.tokenizer import adds_bos
 from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs
@@ -36,49 +35,41 @@ class Labeler:
         self.locator = AnswerLocator(tokenizer, chat_format.style, mask_reasoning=self.chat.thinking == "mask")
         self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self.eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        template = str(tokenizer.chat_template)
-        self._merges_system = MERGE_SYSTEM in template
-        self._reads_thinking = "</think>" in template
-        self._has_markers = has_markers(template)
+        self._merges_system = MERGE_SYSTEM in str(tokenizer.chat_template)
 
     def encode_all(
-        self, examples: Iterable[Example], *, bad: RowErrors
+        self, examples: Iterable[Example], *, report: Report
     ) -> Iterator[tuple[Example, tuple[Tokens, ...]]]:
-        """Each example with its sequences. Dropped ones are left out, bad ones go to `bad`, whose report counts."""
+        """Each example with its sequences. Dropped and bad ones are left out, and counted in `report`."""
         stream = iter(examples)
         while block := list(islice(stream, BLOCK)):
-            marked = self._mark_block(block, bad)
+            marked = self._mark_block(block, report)
             encoded = self.format.encoder.encode(_texts_of(chain.from_iterable(texts for _, texts in marked)))
             for example, texts in marked:
                 try:
-                    if texts[0].answers:
-                        sequences = self._label(texts, encoded, bad.report)
-                    else:
-                        sequences = [self._supervise_text(encoded[texts[0].text], example)]
-                    sequences = self._fit(sequences, example, bad.report)
+                    sequences = self._fit(self._label(texts, encoded, report), example, report)
                 except DataError as error:
-                    bad.add(error, example.place)
+                    report.add_error(error, example.place, policy=self.data.on_bad_row)
                     continue
-                if kept := self._keep_supervised(sequences, example, bad.report):
+                if kept := self._keep_supervised(sequences, example, report):
                     yield example, kept
 
-    def _mark_block(self, block: list[Example], bad: RowErrors) -> list[tuple[Example, tuple[MarkedText, ...]]]:
+    def _mark_block(self, block: list[Example], report: Report) -> list[tuple[Example, tuple[MarkedText, ...]]]:
         marked = []
         with limits() as start_again:
             for example in block:
                 start_again()
                 try:
-                    if texts := self._mark(example, bad.report):
+                    if texts := self._mark(example, report):
                         marked.append((example, texts))
                 except DataError as error:
-                    bad.add(error, example.place)
+                    report.add_error(error, example.place, policy=self.data.on_bad_row)
         return marked
 
     def _mark(self, example: Example, report: Report) -> tuple[MarkedText, ...]:
         example = self.format.complete(example)
         if example.text is not None:
-            return (MarkedText(example.text, ()),)
-        self._refuse_half_thoughts(example)
+            return (MarkedText(example.text, (), add_eos=True),)
         if self.chat.thinking == "drop":
             example = _drop_reasoning(example, report)
         report.merged_systems += self._merges_system and example.messages[0]["role"] == "system"
@@ -92,9 +83,6 @@ class Labeler:
         answers = ((marked, answer) for marked in texts for answer in marked.answers)
         for target, (marked, answer) in zip(targets, answers, strict=True):
             self._count_losses(example.messages[target], target, marked.text, answer, report)
-        if self._has_markers and targets:
-            tokenizer, style = self.format.tokenizer, self.format.style
-            report.marker_differences += compare_markers(tokenizer, style, example, targets=targets, texts=texts)
         if example.tools and not any(name_of(tool) in marked.text for tool in example.tools for marked in texts):
             report.tools_left_out += 1
         return texts
@@ -109,13 +97,6 @@ class Labeler:
             return [index for index in answers if messages[index].get("train", not some)]
         return answers
 
-    def _refuse_half_thoughts(self, example: Example) -> None:
-        for message in example.messages if self._reads_thinking else ():
-            content = message["content"]
-            if message["role"] == "assistant" and content.count("<think>") != content.count("</think>"):
-                hint = "write <think>...</think>answer, or give reasoning_content"
-                raise DataError("an answer with <think> or </think> alone, which the template would cut", hint=hint)
-
     def _count_losses(self, message: Message, target: int, text: str, answer: AnswerSpan, report: Report) -> None:
         """Count what the template changed or left out. Raises DataError for reasoning that must not be lost."""
         reasoning = reasoning_of(message)
@@ -124,23 +105,21 @@ class Labeler:
                 what = f"the template drops the reasoning of message {target + 1}"
                 raise DataError(what, hint="chat.thinking=follow_template or drop")
             report.dropped_reasoning += len(reasoning)
-            report.dropped_characters += len(reasoning) if message.get("tool_calls") else 0
         report.masked_reasoning += answer.masked
         report.led_answers += bool(text[answer.prompt : answer.start - answer.masked].strip())
-        if message.get("tool_calls"):  # their content is rewritten altogether; the locator looks after the calls
-            return
-        shown = answer.end - answer.start + answer.masked - len(self.format.style.end_of_turn)
-        content, field = message["content"], reasoning if any(message.get(name) for name in FIELDS) else ""
-        kept = len(content.strip()) + len(field)
-        report.dropped_characters += max(0, kept - shown)
-        if kept <= shown < len(content):
-            report.trimmed_characters += len(content) - shown
+        if not message.get("tool_calls"):  # their content is rewritten altogether; the locator looks after the calls
+            field = reasoning if any(message.get(name) for name in FIELDS) else ""
+            shown = answer.end - answer.start + answer.masked - len(self.format.style.end_of_turn)
+            report.dropped_characters += max(0, len(message["content"].strip()) + len(field) - shown)
 
     def _label(self, texts: Sequence[MarkedText], encoded: Mapping[str, Encoded], report: Report) -> list[Tokens]:
         """Ids and labels; `encoded`: each text, and each prompt."""
         labelled: list[Tokens] = []
         for marked in texts:
             whole, prompts = encoded[marked.text], [encoded[marked.text[: a.prompt]].ids for a in marked.answers]
+            if not prompts:  # all is supervised: a raw text, or what the template makes of a conversation
+                labelled.append(_supervise_all(self.bos + whole.ids + self.eos if marked.add_eos else whole.ids))
+                continue
             fits = all(whole.ids[: len(prompt)] == prompt for prompt in prompts)
             if not fits and len(prompts) > 1:
                 # A token holds the end of a prompt and the start of its answer: no one sequence has every prompt right.
@@ -158,10 +137,6 @@ class Labeler:
             report.parity_breaks += parity_breaks(tokens, prompts)
             labelled.append(tokens)
         return labelled
-
-    def _supervise_text(self, text: Encoded, example: Example) -> Tokens:
-        """All of a raw text, or all that the template makes of a conversation."""
-        return _supervise_all(text.ids if example.text is None else self.bos + text.ids + self.eos)
 
     def _supervise_answers(
         self, marked: MarkedText, whole: Encoded, prompts: Sequence[list[int]], report: Report
@@ -186,51 +161,36 @@ class Labeler:
 
     def _fit(self, sequences: list[Tokens], example: Example, report: Report) -> list[Tokens]:
         """The sequences of one example within `max_length`, by the over-long policy; none when it is dropped."""
-        limit = self.data.max_length
+        limit, policy, is_text = self.data.max_length, self.data.overlong, example.text is not None
         longest = max(map(len, sequences))
         report.lengths.append(longest)
-        if longest <= limit:
-            return sequences
-        sequences = [_without_tail(tokens) for tokens in sequences]  # what the template writes after the last answer
+        if longest > limit:  # what the template writes after the last answer goes first
+            sequences = [_slice(tokens, 0, _last_run(tokens)[1]) for tokens in sequences]
         if max(map(len, sequences)) <= limit:
             return sequences
-        if self.data.overlong == "error":
+        if policy == "error":
             hint = "raise data.max_length, or state data.overlong"
             raise DataError(f"{longest:,} tokens, over data.max_length ({limit:,})", hint=hint)
-        fitted = self._shorten(sequences, example, report)
-        lost = sum(map(_count_supervised, sequences)) - sum(map(_count_supervised, fitted))
-        report.over_long_lost_tokens += max(lost, 0)  # windows of text supervise again what each begins with
-        return fitted
-
-    def _shorten(self, sequences: list[Tokens], example: Example, report: Report) -> list[Tokens]:
-        limit, policy, is_text = self.data.max_length, self.data.overlong, example.text is not None
         if policy == "split" and is_text:
             report.windowed_texts += 1
             return [window for tokens in sequences for window in _windows(tokens, limit, self.bos)]
         if policy == "truncate":
             report.truncated_examples += 1
-            if is_text:
-                return [_slice(tokens, 0, limit) for tokens in sequences]
-            cut = [_cut_context(tokens, limit, self.bos) for tokens in sequences]
-            report.answers_cut += sum(_loses_end(old, new) for old, new in zip(sequences, cut, strict=True))
-            return cut
+            return [_slice(one, 0, limit) if is_text else _cut_context(one, limit, self.bos) for one in sequences]
         report.over_long_examples += 1
         report.note_dropped(example.place, f"{max(map(len, sequences)):,} tokens, over data.max_length ({limit:,})")
         return []
 
     def _keep_supervised(self, sequences: list[Tokens], example: Example, report: Report) -> tuple[Tokens, ...]:
         """Those sequences in which anything is supervised, counted."""
-        kept = []
-        for tokens in sequences:
-            targets = tokens.labels[tokens.labels != UNSUPERVISED]
-            if len(targets):
-                kept.append(tokens)
-                report.tokens += len(tokens)
-                report.supervised_tokens += len(targets)
+        counts = [int(np.count_nonzero(tokens.labels != UNSUPERVISED)) for tokens in sequences]
+        kept = tuple(tokens for tokens, count in zip(sequences, counts, strict=True) if count)
         if sequences and not kept:
             _drop_without_target(example, report)
         report.sequences += len(kept)
-        return tuple(kept)
+        report.tokens += sum(map(len, kept))
+        report.supervised_tokens += sum(counts)
+        return kept
 
 
 def parity_breaks(tokens: Tokens, prompts: Sequence[list[int]]) -> int:
@@ -250,14 +210,11 @@ def parity_breaks(tokens: Tokens, prompts: Sequence[list[int]]) -> int:
     return breaks
 
 
-def _texts_of(texts: Iterable[MarkedText]) -> dict[str, list[Span]]:
-    """All that has to be encoded: each text with the characters of its answers, and its prompts."""
-    found: dict[str, list[Span]] = {}
+def _texts_of(texts: Iterable[MarkedText]) -> Iterator[str]:
+    """All that has to be encoded: each text and its prompts."""
     for marked in texts:
-        for answer in marked.answers:
-            found.setdefault(marked.text[: answer.prompt], [])
-        found.setdefault(marked.text, []).extend((answer.start, answer.end) for answer in marked.answers)
-    return found
+        yield marked.text
+        yield from (marked.text[: answer.prompt] for answer in marked.answers)
 
 
 def _drop_reasoning(example: Example, report: Report) -> Example:
@@ -280,24 +237,16 @@ def _supervise_all(ids: npt.ArrayLike) -> Tokens:
     return _slice(Tokens(array, array), 0, len(array))
 
 
-def _count_supervised(tokens: Tokens) -> int:
-    return int(np.count_nonzero(tokens.labels != UNSUPERVISED))
-
-
-def _loses_end(before: Tokens, after: Tokens) -> bool:
-    """Whether the last answer lost the token that ends it, and so teaches no stop."""
-    return bool(after.labels[-1] != before.labels[supervised_runs(before)[-1, 1] - 1])
-
-
 def _slice(tokens: Tokens, start: int, end: int) -> Tokens:
     labels = tokens.labels[start:end].copy()
     labels[:1] = UNSUPERVISED
     return Tokens(tokens.ids[start:end], labels)
 
 
-def _without_tail(tokens: Tokens) -> Tokens:
-    runs = supervised_runs(tokens)
-    return _slice(tokens, 0, int(runs[-1, 1])) if len(runs) else tokens
+def _last_run(tokens: Tokens) -> tuple[int, int]:
+    """Start and end of the last run of supervised tokens; all of a sequence that has none."""
+    runs = supervised_runs(tokens).tolist()
+    return tuple(runs[-1]) if runs else (0, len(tokens))
 
 
 def _windows(tokens: Tokens, limit: int, bos: list[int]) -> Iterator[Tokens]:
@@ -312,10 +261,7 @@ def _cut_context(tokens: Tokens, limit: int, bos: list[int]) -> Tokens:
     if len(tokens) <= limit:
         return tokens
     head = int(tokens.ids[:1].tolist() == bos)
-    start, end = (int(at) for at in supervised_runs(tokens)[-1])
+    start, end = _last_run(tokens)
     first = min(start - 1, end - limit) + head  # one token, or BOS, stays before the answer
-    stop = min(end, first + limit - head)
-    ids = np.concatenate([tokens.ids[:head], tokens.ids[first:stop]])
-    labels = np.concatenate([tokens.labels[:head], tokens.labels[first:stop]])
-    labels[0] = UNSUPERVISED
-    return Tokens(ids, labels)
+    kept = [*range(head), *range(first, min(end, first + limit - head))]
+    return _slice(Tokens(tokens.ids[kept], tokens.labels[kept]), 0, limit)

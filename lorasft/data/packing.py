@@ -1,7 +1,7 @@
 """Which examples make a step, and how a step is cut into flat micro-batches of segments.
 
     Plan.examples(step)      a pure function of (seed, epoch, step): no state, nothing to restore
-    cut(sequences, ...)      sequences -> micro-batches: flat rows of ids, nothing padded, shared prefixes once
+    make_micro_batches(...)  sequences -> micro-batches: flat rows of ids, nothing padded, shared prefixes once
     MicroBatch               what the model sees; the one shift from labels to (source, target) pairs is made here
 
 How a step is cut is layout: it depends on the machine and changes no result.
@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from operator import itemgetter
 from typing import Literal, Protocol
 
 import numpy as np
@@ -97,7 +96,7 @@ class Plan:
     micro_batch_tokens: int
     processes: int = 1  # that share the micro-batches of a step
     share_prefixes: Sharing = False
-    rope_switch_length: int | None = None  # see `cut`
+    rope_switch_length: int | None = None  # see `make_micro_batches`
 
     @property
     def steps_per_epoch(self) -> int:
@@ -112,7 +111,7 @@ class Plan:
     def step(self, number: int, store: Sequences) -> Step:
         """The rows of a step, cut into micro-batches."""
         examples = self.step_examples(number)
-        batches = cut(
+        batches = make_micro_batches(
             store,
             examples,
             capacity=self.micro_batch_tokens,
@@ -143,7 +142,7 @@ def shuffle(count: int, *, seed: int, epoch: int) -> Integers:
     return order
 
 
-def cut(
+def make_micro_batches(
     store: Sequences,
     examples: Iterable[int],
     *,
@@ -162,13 +161,18 @@ def cut(
     `rope_switch_length` tokens and longer ones never meet: some models compute all positions of a row by its longest.
     """
     pieces = [piece for example in examples for piece in _pieces(store.sequences(int(example)), int(example), loss)]
-    long = [piece for piece in pieces if rope_switch_length is not None and len(piece.ids) > rope_switch_length]
-    short = [piece for piece in pieces if rope_switch_length is None or len(piece.ids) <= rope_switch_length]
-    for kind in (short, long):
+    switch = math.inf if rope_switch_length is None else rope_switch_length
+    for is_long in (False, True):
+        kind = [piece for piece in pieces if (len(piece.ids) > switch) == is_long]
         ids, room = [piece.ids for piece in kind], capacity
         trees = build_trees(ids, capacity=room, share=share)
         if processes > 1:
-            room, trees = _build_evenly(ids, trees, capacity=capacity, processes=processes, share=share)
+            tokens = sum(tree.tokens for tree in trees)
+            rounds = max(1, math.ceil(tokens / (capacity * processes)))
+            # Equally many for each, 3 % to fit them in, and what a tree repeats when it is cut.
+            repeated = max((shared for tree in trees for shared in tree.common), default=0)
+            room = min(capacity, math.ceil(1.03 * tokens / (rounds * processes)) + repeated)
+            trees = build_trees(ids, capacity=room, share=share)
         yield from (layout_segments(kind, trees) for trees in best_fit_decreasing(trees, capacity=room))
 
 
@@ -199,29 +203,7 @@ def best_fit_decreasing(trees: list[Tree], *, capacity: int) -> list[list[Tree]]
     return bins
 
 
-def _build_evenly(
-    sequences: Sequence[Integers], whole: list[Tree], *, capacity: int, processes: int, share: Sharing
-) -> tuple[int, list[Tree]]:
-    """The room of a micro-batch, and trees, with which `processes` have as little to do as they can.
-
-    Less room is more even and, cut into more trees, repeats more of what `whole` shares.
-    """
-    fewest = sum(tree.tokens for tree in whole)
-    rounds = max(1, math.ceil(fewest / (capacity * processes)))
-    room = min(capacity, math.ceil(1.03 * fewest / (rounds * processes)))  # equally many for each, 3 % to fit them in
-    found: list[tuple[float, int, list[Tree]]] = []
-    while True:
-        trees = build_trees(sequences, capacity=room, share=share)
-        tokens = sum(tree.tokens for tree in trees)
-        found.append((max([tokens / processes, *(tree.tokens for tree in trees)]), room, trees))
-        if tokens == fewest or room >= capacity:
-            break
-        room = min(capacity, math.ceil(1.5 * room))
-    _, room, trees = min(found, key=itemgetter(0))
-    return room, trees
-
-
-def share(batches: Sequence[MicroBatch], index: int, count: int) -> list[MicroBatch]:
+def assign_to_rank(batches: Sequence[MicroBatch], index: int, count: int) -> list[MicroBatch]:
     """The micro-batches of process `index` of `count`: the dearest first, each to the one with the least to do."""
     if count == 1:
         return list(batches)

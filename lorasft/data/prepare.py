@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from array import array
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +18,9 @@ import numpy.typing as npt
 from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import Example, RowBlock, read_blocks, shape_block
 from lorasft.data.labels import Labeler
-from lorasft.data.report import Report, RowErrors
+from lorasft.data.report import Report
 from lorasft.data.sources import load_hub, source_files
-from lorasft.data.store import Arrays, StoreWriter, TokenStore, map_store, pack_examples
+from lorasft.data.store import Arrays, TokenStore, append_arrays, map_store, pack_examples
 from lorasft.data.tokens import Tokens
 from lorasft.data.workers import available_workers, map_blocks
 from lorasft.errors import DataError, LorasftError, ModelError
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
     from lorasft.recipe import ChatSettings, DataSettings, DataSource
 
-SCHEMA = 3  # raised whenever the same ingredients give other tokens, or the same tokens lie otherwise in the folder
+SCHEMA = 4  # raised whenever the same ingredients give other tokens, or the same tokens lie otherwise in the folder
 
 Digests = npt.NDArray[np.uint64]
 NO_DIGESTS: Digests = np.zeros(0, dtype=np.uint64)
@@ -82,12 +81,8 @@ def prepare(
             return open_prepared(target)
         except ModelError:  # torn or damaged: made again
             remove_folder(target)
-    before = _file_states(data)
     with staged_folder(target) as stage:
         record = _write_store(stage, data, labeler, workers or available_workers())
-        if _file_states(data) != before:
-            what = "the files of the data changed while they were read"
-            raise DataError(what, where=_paths(data), hint="start again when they are complete")
         record |= {"key": key, "ingredients": ingredients, "stop_ids": labeler.format.stop_ids}
         write_file(stage / "prepared.json", json.dumps(record).encode())
     return _open(target)
@@ -106,14 +101,14 @@ def _open(folder: Path) -> Prepared:
     record = json.loads((folder / "prepared.json").read_bytes())
     if record["ingredients"]["schema"] != SCHEMA:
         raise ModelError("another version of lorasft prepared this data", where=str(folder))
-    store = map_store(folder)
+    store = map_store(folder, record["names"])
     held_out = store.split(held_out=True)
     return Prepared(
         folder=folder,
         store=store,
         train=store.split(held_out=False),
         held_out=held_out if len(held_out) else None,
-        report=Report(**record["report"] | {"lengths": array("q", record["report"]["lengths"])}),
+        report=Report(**record["report"]),
         key=record["key"],
         stop_ids=tuple(record["stop_ids"]),
         learned_special=tuple(record["learned_special"]),
@@ -156,11 +151,6 @@ def _sources(data: DataSettings) -> list[tuple[DataSource, bool]]:
     return [*((source, False) for source in data.train), *((source, True) for source in apart)]
 
 
-def _file_states(data: DataSettings) -> list[tuple[str, int, int]]:
-    files = [file for source, _ in _sources(data) for file in source_files(source.path)]
-    return [(str(file), (state := file.stat()).st_size, state.st_mtime_ns) for file in files]
-
-
 def _source_hashes(source: DataSource) -> list[tuple[str, str]]:
     files = source_files(source.path)
     name = " ".join(filter(None, (source.path, source.config, source.split)))
@@ -181,11 +171,11 @@ def encode_source(
         data = data.model_copy(update={"format": "auto", "columns": None})
         blocks = read_blocks(source, data)
         first = next(blocks)
-    bad = RowErrors(data.on_bad_row, Report())
-    rows = (example for block in chain([first], blocks) for example in shape_block(block, data, bad=bad))
-    examples = list(Labeler(ChatFormat(tokenizer, chat), data).encode_all(rows, bad=bad))
-    bad.raise_all()
-    return examples, bad.report
+    report = Report()
+    rows = (example for block in chain([first], blocks) for example in shape_block(block, data, report=report))
+    examples = list(Labeler(ChatFormat(tokenizer, chat), data).encode_all(rows, report=report))
+    report.raise_errors()
+    return examples, report
 
 
 @dataclass(frozen=True)
@@ -194,7 +184,7 @@ class PreparedBlock:
 
     file: str
     apart: bool  # of a source that is held out
-    bad: RowErrors
+    report: Report
     error: LorasftError | None  # why the rows cannot be read or encoded further
     digests: Digests  # of all examples that could be read
     packed: Arrays | None  # None: nothing was encoded, because of rows that cannot be read, here or before
@@ -204,59 +194,58 @@ class PreparedBlock:
 def _prepare_block(work: tuple[RowBlock, bool, bool], data: DataSettings, labeler: Labeler) -> PreparedBlock:
     """A block of rows, whether it is held out, and whether to encode it: done by itself, with a report of its own."""
     block, apart, encode = work
-    bad = RowErrors(data.on_bad_row, Report())
+    report, error = Report(), None
     examples: list[Example] = []
     encoded: list[tuple[Example, tuple[Tokens, ...]]] = []
-    error = None
     try:
-        examples.extend(shape_block(block, data, bad=bad))
-        encode = encode and not bad.errors
-        encoded = list(labeler.encode_all(examples, bad=bad)) if encode else []
+        examples.extend(shape_block(block, data, report=report))
+        encode = encode and not report.errors
+        encoded = list(labeler.encode_all(examples, report=report)) if encode else []
     except LorasftError as raised:
         error = raised
-    return PreparedBlock(
-        file=block.file,
-        apart=apart,
-        bad=bad,
-        error=error,
-        digests=np.array([example.digest for example in examples], dtype=np.uint64),
-        packed=pack_examples([(example.place.line, tokens) for example, tokens in encoded]) if encode else None,
-        packed_digests=np.array([example.digest for example, _ in encoded], dtype=np.uint64),
+    digests, packed_digests = (
+        np.array([example.digest for example in some], dtype=np.uint64)
+        for some in (examples, [example for example, _ in encoded])
     )
+    whole = encode and not error
+    packed = pack_examples([(example.place.line, tokens) for example, tokens in encoded]) if whole else None
+    return PreparedBlock(block.file, apart, report, error, digests, packed, packed_digests)
 
 
 def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int) -> dict[str, Any]:
     """Write all examples into the stage's store; what else to record of them, as JSON values."""
     report, encoding = Report(), True
-    bad = RowErrors(data.on_bad_row, report)
     # `encoding` as it is when a block is read.
     blocks = ((block, apart, encoding) for source, apart in _sources(data) for block in read_blocks(source, data))
     work = partial(_prepare_block, data=data, labeler=labeler)
-    found: dict[bool, list[Digests]] = {False: [], True: []}
-    packed: list[tuple[Digests, bool]] = []
+    found: dict[bool, list[Digests]] = {False: [NO_DIGESTS], True: [NO_DIGESTS]}
+    packed: list[tuple[Digests, bool]] = [(NO_DIGESTS, False)]
+    names: dict[str, int] = {}
     supervised: set[int] = set()  # ids
-    with StoreWriter(stage) as store, closing(map_blocks(work, blocks, workers=workers)) as results:
+    with closing(map_blocks(work, blocks, workers=workers)) as results:
         for block in results:
             encoding = encoding and block.packed is not None
             if block.packed is not None and not encoding:
                 continue  # was on its way when a row came that cannot be read
-            bad.join(block.bad)
+            report.join(block.report)
             if block.error:
-                bad.raise_all(block.error)
+                report.raise_errors(block.error)
             found[block.apart].append(block.digests)
             if block.packed is not None:
-                store.add(block.file, block.packed)
+                files = np.full(len(block.packed["lines"]), names.setdefault(block.file, len(names)))
+                append_arrays(stage, files=files, **block.packed)
                 supervised.update(np.bincount(block.packed["ids"][block.packed["supervised"]]).nonzero()[0].tolist())
                 packed.append((block.packed_digests, block.apart))
-        bad.raise_all()
-        below = _split(data, *(np.concatenate([NO_DIGESTS, *found[apart]]) for apart in (False, True)), report=report)
-        held_out = np.concatenate([np.zeros(0, dtype=bool), *(apart | (own < below) for own, apart in packed)])
-        store.append(held_out=held_out)
+    report.raise_errors()
+    below = _split(data, *(np.concatenate(found[apart]) for apart in (False, True)), report=report)
+    held_out = np.concatenate([apart | (own < below) for own, apart in packed])
+    append_arrays(stage, held_out=held_out)
     report.held_out_examples = int(held_out.sum())
     report.train_examples = len(held_out) - report.held_out_examples
     _refuse_losses(data, report)
     return {
-        "report": vars(report) | {"lengths": list(report.lengths)},
+        "report": vars(report),
+        "names": list(names),
         "learned_special": sorted(supervised & labeler.format.tokenizer.added_tokens_decoder.keys()),
     }
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from array import array
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from lorasft.errors import DataError, ErrorGroup, LorasftError
 
@@ -22,8 +21,6 @@ class Report:
     over_long_examples: int = 0
     truncated_examples: int = 0
     windowed_texts: int = 0
-    over_long_lost_tokens: int = 0  # supervised ones, of what was dropped or truncated
-    answers_cut: int = 0  # truncated before the token that ends them
     examples_without_target: int = 0
     split_conversations: int = 0
     answers: int = 0  # supervised, before the over-long policy
@@ -36,20 +33,18 @@ class Report:
     led_answers: int = 0  # after text that the template puts between prompt and answer, such as an empty thought
     straddling_tokens: int = 0
     merged_systems: int = 0  # conversations whose system text is put into the first user turn
-    trimmed_characters: int = 0
     dropped_characters: int = 0
     dropped_reasoning: int = 0  # characters: by the template, or by chat.thinking
     masked_reasoning: int = 0  # characters of the template's text: context by chat.thinking
     tools_left_out: int = 0
-    marker_differences: int = 0  # conversations whose {% generation %} markers differ, in the template's own text only
     formats: dict[str, str] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)  # of the first rows that are not trained on: "file:line: why"
-    with_keys: list[str] = field(default_factory=list)  # "file:line" of the first rows that seem to hold secrets
-    lengths: array[int] = field(default_factory=lambda: array("q"), repr=False)  # the longest sequence of each example
+    errors: list[LorasftError] = field(default_factory=list, repr=False)  # of bad rows that are not to be dropped
+    lengths: list[int] = field(default_factory=list, repr=False)  # the longest sequence of each example
 
     def as_dict(self) -> dict[str, Any]:
         """The counts, for a program to read; of the lengths only quantiles."""
-        counts = {name: value for name, value in vars(self).items() if name != "lengths"}
+        counts = {name: value for name, value in vars(self).items() if name not in ("lengths", "errors")}
         return counts | {"length_quantiles": self.length_quantiles()}
 
     def length_quantiles(self) -> dict[str, int]:
@@ -65,55 +60,33 @@ class Report:
         if len(self.dropped) < NAMED:
             self.dropped.append(f"{place}: {why}")
 
+    def add_error(self, error: DataError, place: object, *, policy: str) -> None:
+        """Take one bad row, of this place where the error does not name one itself. `policy`: `data.on_bad_row`."""
+        where = error.where or str(place)
+        self.bad_rows += 1
+        self.note_dropped(where, error.what)
+        if policy == "error" and len(self.errors) < ErrorGroup.most:
+            self.errors.append(DataError(error.what, where=where, hint=error.hint or HINT))
+
     def join(self, later: Report) -> None:
-        """Take in the counts of rows that come after."""
+        """Take in what became of rows that come after. Raises ErrorGroup from 20 errors on: more help nobody."""
         for name, value in vars(later).items():
             if isinstance(value, dict):
                 getattr(self, name).update(value)
             else:
                 setattr(self, name, getattr(self, name) + value)
-        del self.dropped[NAMED:], self.with_keys[NAMED:]
-
-    def key_warning(self) -> str | None:
-        """What to say when rows seem to hold secrets."""
-        if not self.with_keys:
-            return None
-        count = f"{len(self.with_keys):,}" + (" or more" if len(self.with_keys) == NAMED else "")
-        places = ", ".join(self.with_keys[:3])
-        return f"{count} rows seem to hold a token or a private key, which will be learned: {places}"
-
-    def dropped_examples(self) -> int:
-        return self.bad_rows + self.over_long_examples + self.examples_without_target
-
-
-@dataclass
-class RowErrors:
-    """What `data.on_bad_row` says: collect the errors and raise them together, or count and continue."""
-
-    policy: Literal["error", "drop"]
-    report: Report
-    errors: list[LorasftError] = field(default_factory=list)
-
-    def add(self, error: DataError, place: object) -> None:
-        """Take one bad row, of this place where the error does not name one itself."""
-        where = error.where or str(place)
-        self.report.bad_rows += 1
-        self.report.note_dropped(where, error.what)
-        if self.policy == "error" and len(self.errors) < ErrorGroup.most:
-            self.errors.append(DataError(error.what, where=where, hint=error.hint or HINT))
-
-    def join(self, later: RowErrors) -> None:
-        """Take in what was found in rows that come after. Raises ErrorGroup from the 20th on: more help nobody."""
-        self.report.join(later.report)
-        self.errors.extend(later.errors[: ErrorGroup.most - len(self.errors)])
+        del self.dropped[NAMED:], self.errors[ErrorGroup.most :]
         if len(self.errors) == ErrorGroup.most:
-            self.raise_all()
+            self.raise_errors()
 
-    def raise_all(self, last: LorasftError | None = None) -> None:
-        """Raise what was collected, and `last`, after which nothing can be read: the error itself when it is alone,
-        ErrorGroup with the count otherwise."""
+    def raise_errors(self, last: LorasftError | None = None) -> None:
+        """Raise the errors of bad rows, and `last`, after which nothing can be read: the error itself when it is
+        alone, ErrorGroup with the count otherwise."""
         errors = [*self.errors, last] if last else self.errors
         if len(errors) == 1:
             raise errors[0]
         if errors:
-            raise ErrorGroup(errors, beyond=self.report.bad_rows - len(self.errors))
+            raise ErrorGroup(errors, beyond=self.bad_rows - len(self.errors))
+
+    def dropped_examples(self) -> int:
+        return self.bad_rows + self.over_long_examples + self.examples_without_target

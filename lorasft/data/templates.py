@@ -57,7 +57,7 @@ MERGE_SYSTEM = (
     " + messages[2:] %}{% endif %}"
 )
 CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
-LARGEST_TEMPLATE, LARGEST_TEXT = 1 << 20, 64 << 20  # characters
+LARGEST_TEXT = 64 << 20  # characters
 MOST_PIECES = 1 << 20  # that a template makes of one conversation: some for each message
 LARGEST_NUMBER = 1 << 16  # bits
 ROOM = 1 << 29  # bytes, for one conversation
@@ -73,16 +73,11 @@ def set_template(tokenizer: PreTrainedTokenizerFast, chat: ChatSettings) -> None
     Raises ModelError when the template cannot be used with this tokenizer.
     """
     chosen = chat.template or (None if tokenizer.chat_template else "plain")
-    template = _load_template(tokenizer, chosen) if chosen else tokenizer.chat_template
-    several = template if isinstance(template, dict) else {"": template}  # some carry one more, for tools
-    if max(map(len, several.values())) > LARGEST_TEMPLATE:
-        what = f"a chat template of over {LARGEST_TEMPLATE:,} characters"
-        raise ModelError(what, where=chosen or tokenizer.name_or_path, hint="chat.template=FILE with another")
-    made = {name: _with_options(_freeze_clock(text, chat.template_date), chat) for name, text in several.items()}
-    tokenizer.chat_template = made if isinstance(template, dict) else made[""]
+    if chosen:
+        tokenizer.chat_template = _load_template(tokenizer, chosen)
+    _change_template(tokenizer, lambda text: _with_options(_freeze_clock(text, chat.template_date), chat))
     if chosen != "none" and _refuses_system(tokenizer):
-        made = {name: _before(MERGE_SYSTEM, text) for name, text in made.items()}
-        tokenizer.chat_template = made if isinstance(template, dict) else made[""]
+        _change_template(tokenizer, partial(_before, MERGE_SYSTEM))
 
 
 def render(
@@ -111,9 +106,7 @@ def render_within_limits(
     import jinja2
 
     given = list(tools) if tools else None
-    where = tokenizer.name_or_path
-    plain = PLAIN.removeprefix("{{ BOS }}") in str(tokenizer.chat_template)
-    hint = "chat.template=FILE with another" if plain else "chat.template=plain, or FILE with another"
+    where, hint = tokenizer.name_or_path, "chat.template=plain, or FILE with another"
     try:
         # What apply_chat_template does with messages of plain JSON types, at half its price; a test compares the two.
         return _compile(tokenizer.get_chat_template(None, given)).render(
@@ -134,8 +127,6 @@ def render_within_limits(
         raise ModelError(what, where=f"line {error.lineno}", hint=hint) from None
     except Exception as error:  # a template is a program: it raises what its operators raise
         roles = ", ".join(message["role"] for message in messages)
-        if "system" in str(error).lower() and "system" in roles:
-            hint = "put the system text into the first user message, or " + hint
         raise DataError(f"the chat template refuses this conversation ({roles}): {error}", hint=hint) from None
 
 
@@ -207,11 +198,17 @@ def _stop(*_: object) -> None:
     raise TimeoutError(f"over {SECONDS} s")
 
 
-def _freeze_clock(template: str, date: str | None) -> str:
-    """The template with its calls of `strftime_now` replaced by what they give on `date` (null: left to the clock)."""
-    if date is None:
+def _change_template(tokenizer: PreTrainedTokenizerFast, change: Callable[[str], str]) -> None:
+    """Change the tokenizer's template; some carry one more, for tools."""
+    own: Any = tokenizer.chat_template
+    changed = {name: change(text) for name, text in own.items()} if isinstance(own, dict) else change(own)
+    tokenizer.chat_template = changed
+
+
+def _freeze_clock(template: str, day: datetime.date | None) -> str:
+    """The template with its calls of `strftime_now` replaced by what they give on `day` (null: left to the clock)."""
+    if day is None:
         return template
-    day = datetime.date.fromisoformat(date)
     return CLOCK.sub(lambda call: json.dumps(day.strftime(call["format"])), template)
 
 

@@ -11,21 +11,6 @@ from lorasft.hub import find_hub, refuse_offline
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PROBES = (  # texts on which rebuilt pre-tokenizers and normalizers are known to differ
-    "Hello world",
-    "  two spaces first",
-    "tabs\tand\n\nlines\r\n \n end ",
-    "def f(x):\n    return x**2  # 12345.678",
-    "It's 1984, we'll see; don't WE'LL",
-    "naïve café Ångström ﬁ",
-    "Ünï\u0301cödé e\u0301",
-    "日本語と中文 한국어",
-    "👩‍👩‍👧 🙂 \u200d",
-    "١٢٣ ½ ²",
-    "<s> [INST] </s>",
-    "\u00a0nbsp\u2028line\u0000nul",
-)
-
 
 def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a folder (which may hold nothing else) or of a hub id; runs no code that came with it.
@@ -64,29 +49,6 @@ def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenize
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
-
-
-def compare_with_file(tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """Say how the loaded tokenizer differs from its own tokenizer.json, on a dozen texts; None when it does not.
-
-    transformers 5 rebuilds the pre-tokenizer or normalizer of some classes (GPT2Tokenizer, LlamaTokenizer).
-    """
-    from tokenizers import Tokenizer
-
-    file = Path(tokenizer.name_or_path) / "tokenizer.json"
-    if not file.is_file():
-        return None
-    own = Tokenizer.from_file(str(file))
-    own.no_truncation()
-    loaded = tokenizer.backend_tokenizer
-    ids = [[list(one.encode(text, add_special_tokens=False).ids) for text in PROBES] for one in (own, loaded)]
-    differ = [text for text, ours, theirs in zip(PROBES, *ids, strict=True) if ours != theirs]
-    if not differ:
-        return None
-    return (
-        f"transformers' {type(tokenizer).__name__} differs from {file} on {len(differ)} of {len(PROBES)} texts, "
-        f"for example {differ[0]!r}; training and serving through transformers agree with each other"
-    )
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:

@@ -10,9 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
 from lorasft.errors import DataError, LorasftError
 from lorasft.tensors import TensorFile, find_weights, open_tensors
 
@@ -20,14 +17,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TABLES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "lm_head.weight")
-KINDS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # as numpy reads them; it has no bfloat16
 SMALL, ALIKE = 0.02, 0.01  # of an ordinary row's norm; of the row's own norm
 
 
 def refuse_untrained(base: str, tokenizer: PreTrainedTokenizerFast, *, learned: Sequence[int]) -> None:
     """Raise DataError when special tokens among `learned` (token ids) look untrained in the weights of `base`."""
     added = sorted(tokenizer.added_tokens_decoder)
-    tables = list(_find_tables(base)) if learned else []
+    tables = _find_tables(base) if learned else ()
     found = sorted({token for file, name in tables for token in untrained_rows(file, name, learned, added=added)})
     if found:
         names = ", ".join(tokenizer.convert_ids_to_tokens(found)[:10])
@@ -38,33 +34,23 @@ def refuse_untrained(base: str, tokenizer: PreTrainedTokenizerFast, *, learned: 
         )
 
 
-def untrained_rows(file: TensorFile, name: str, learned: Sequence[int], *, added: Sequence[int]) -> list[int]:
+def untrained_rows(file: TensorFile, name: str, learned: Sequence[int], *, added: Sequence[int]) -> Iterator[int]:
     """The ids of `learned` whose rows are empty next to ordinary ones, or equal to those of `added` that are idle."""
+    import torch
+
     count = file.specs[name].rows
-    learned = [token for token in learned if token < count]
-    ordinary = np.setdiff1d(np.linspace(0, count - 1, 256).astype(np.int64), added).tolist()
-    if not learned or not ordinary:
-        return []
-    usual = float(np.median(np.linalg.norm(_read_rows(file, name, ordinary), axis=1)))
-    idle = _read_rows(file, name, [token for token in added if token < count and token not in learned][:64])
-    found = []
-    for token, row in zip(learned, _read_rows(file, name, learned), strict=True):
-        norm = float(np.linalg.norm(row))
-        alike = np.count_nonzero(np.linalg.norm(idle - row, axis=1) <= ALIKE * norm)
-        if norm < SMALL * usual or alike >= 2:
-            found.append(token)
-    return found
-
-
-def _read_rows(file: TensorFile, name: str, ids: Sequence[int]) -> npt.NDArray[np.float32]:
-    """Some rows of a matrix in fp32: (ids, width)."""
-    spec = file.specs[name]
-    size = spec.size // spec.rows
-    parts = [np.frombuffer(file.read_bytes(name, token * size, size), dtype=KINDS[spec.dtype]) for token in ids]
-    rows = np.array(parts).reshape(len(ids), spec.width)
-    if spec.dtype == "BF16":
-        rows = (rows.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return rows.astype(np.float32)
+    some = {place * (count - 1) // 255 for place in range(256)}
+    ordinary, idle = some.difference(added), [token for token in added if token < count and token not in learned]
+    usual, others = (
+        torch.cat([torch.zeros(0, file.specs[name].width), *(file.read(name, token, 1).float() for token in ids)])
+        for ids in (sorted(ordinary), idle[:64])
+    )
+    for token in (token for token in learned if token < count and len(usual)):
+        row = file.read(name, token, 1).float()
+        norm = row.norm()
+        alike = (others - row).norm(dim=1) <= ALIKE * norm
+        if norm < SMALL * usual.norm(dim=1).median() or alike.sum() >= 2:
+            yield token
 
 
 def _find_tables(base: str) -> Iterator[tuple[TensorFile, str]]:
@@ -78,5 +64,5 @@ def _find_tables(base: str) -> Iterator[tuple[TensorFile, str]]:
         return
     for file in map(open_tensors, files):
         for name, spec in file.specs.items():
-            if name.endswith(TABLES) and spec.dtype in KINDS and len(spec.shape) == 2:
+            if name.endswith(TABLES) and spec.dtype in ("F32", "F16", "BF16") and len(spec.shape) == 2:
                 yield file, name

@@ -9,16 +9,20 @@ import signal
 import sys
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain, islice
-from multiprocessing.connection import Connection, wait
-from typing import Any, TypeVar, cast
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 from lorasft.errors import CapacityError
 
 Block = TypeVar("Block")
 Result = TypeVar("Result")
+Process = tuple[Connection, Any]  # our end of its pipe, and the process
 FEW = 4  # blocks, which are done before a process has started
 MOST = 8  # processes: each needs memory, and reading and writing are left to one
 AHEAD = 4  # blocks for each process that may be done before one that takes long
@@ -47,56 +51,45 @@ def map_blocks(
     if workers == 1 or len(first) <= FEW:
         yield from map(work, stream)
         return
+    pool = ThreadPoolExecutor(workers)  # a thread waits for each process
     with _forked(work, workers) as processes:
-        yield from _in_order(stream, processes)
+        idle: SimpleQueue[Process] = SimpleQueue()
+        for process in processes:
+            idle.put(process)
+        pending: deque[Future[Any]] = deque()
+        try:
+            for block in stream:
+                pending.append(pool.submit(_ask, idle, block))
+                if len(pending) == AHEAD * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-Processes = dict[Connection, Any]  # our end of a process's pipe -> the process
-
-
-def _in_order(blocks: Iterator[Block], processes: Processes) -> Iterator[Any]:
-    numbered = enumerate(blocks)
-    idle, busy = list(processes), dict[Connection, int]()
-    done: dict[int, Any] = {}
-    turn = 0
-    while True:
-        room = AHEAD * len(processes) - len(busy) - len(done)
-        for number, block in islice(numbered, min(room, len(idle))):
-            line = idle.pop()
-            with _alive(processes[line]):
-                line.send(block)
-            busy[line] = number
-        if turn in done:
-            yield done.pop(turn)
-            turn += 1
-        elif busy:
-            for ready in wait(list(busy)):
-                line = cast(Connection, ready)
-                with _alive(processes[line]):
-                    done[busy.pop(line)], error = line.recv()
-                if error:
-                    raise RuntimeError(f"in a process that prepares data:\n{error}")
-                idle.append(line)
-        else:
-            return
-
-
-@contextmanager
-def _alive(process: Any) -> Iterator[None]:
-    """Raises CapacityError when the process at the other end of a pipe is gone."""
+def _ask(idle: SimpleQueue[Process], block: Any) -> Any:
+    """What an idle process makes of a block. Raises CapacityError when it is gone."""
+    line, process = idle.get()
     try:
-        yield
+        line.send(block)
+        answer, error = line.recv()
     except (EOFError, OSError):
         process.join(1)
         what = f"a process that prepares data died (exit code {process.exitcode})"
         raise CapacityError(what, hint="if it ran out of memory, the kernel's log says so") from None
+    finally:
+        idle.put((line, process))
+    if error:
+        raise RuntimeError(f"in a process that prepares data:\n{error}")
+    return answer
 
 
 @contextmanager
-def _forked(work: Callable[[Any], Any], count: int) -> Iterator[Processes]:
+def _forked(work: Callable[[Any], Any], count: int) -> Iterator[list[Process]]:
     """`count` processes that wait for blocks; they end with the block of code, and when this process does."""
     fork = multiprocessing.get_context("fork")
-    processes: Processes = {}
+    processes: list[Process] = []
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread each; set before, or tokenizers warns
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, DEAF)  # as children inherit it
     try:
@@ -104,17 +97,18 @@ def _forked(work: Callable[[Any], Any], count: int) -> Iterator[Processes]:
             warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: other threads do not run in a child
             for _ in range(count):
                 ours, theirs = fork.Pipe()
-                process = fork.Process(target=_serve, args=(work, theirs, [*processes, ours]), daemon=True)
+                others = [ours, *(line for line, _ in processes)]
+                process = fork.Process(target=_serve, args=(work, theirs, others), daemon=True)
                 process.start()
                 theirs.close()  # else its end would not be seen here
-                processes[ours] = process
+                processes.append((ours, process))
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         yield processes
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for process in processes.values():
+        for _, process in processes:
             process.terminate()
-        for line, process in processes.items():
+        for line, process in processes:
             process.join()
             line.close()
 

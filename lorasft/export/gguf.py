@@ -13,7 +13,7 @@ import torch
 from lorasft.errors import DeviceError, ModelError
 from lorasft.export.families import GgufLayout, read_gguf_layout, usual_converter
 from lorasft.export.tokenizer import describe_tokenizer
-from lorasft.files import need_space, refuse_existing, staged_file
+from lorasft.files import make_folder, need_space, refuse_existing, staged_file
 from lorasft.tensors import TensorFile, find_weights, open_tensors
 
 Kind = Literal["f16", "q8_0"]
@@ -80,6 +80,7 @@ def write_gguf(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progr
     _check_complete(tensors, layout, model)
     total, done = sum(tensor.size for tensor in tensors), 0
     need_space(out.parent, total)
+    make_folder(out.parent)
     with staged_file(out) as stage:
         _write_header(gguf, stage, layout=layout, tokenizer=tokenizer, tensors=tensors, kind=kind)
         with open(stage, "ab") as file:

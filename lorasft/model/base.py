@@ -20,6 +20,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import cached_file
 
 from lorasft.adapter_config import read_adapter_config
+from lorasft.artifact import refuse_quantized
 from lorasft.errors import CapacityError, DeviceError, LorasftError, ModelError, UnsafeError
 from lorasft.hub import find_hub, refuse_offline
 from lorasft.model.attention import default_attention
@@ -148,9 +149,7 @@ def read_config(base: str, revision: str | None = None) -> Any:
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:
         quantized = quantized if isinstance(quantized, dict) else quantized.to_dict()
-        if not (quantized.get("load_in_4bit") or quantized.get("_load_in_4bit")):
-            what = f"the base is already quantized with {quantized.get('quant_method', 'an unknown method')}"
-            raise ModelError(what, where=base, hint="name its 16-bit original as model.base")
+        refuse_quantized(quantized, base)
     return config
 
 

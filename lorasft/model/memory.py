@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lorasft.data.packing import MicroBatch, cut
+from lorasft.data.packing import MicroBatch, make_micro_batches
 from lorasft.model.base import count_bytes
 from lorasft.model.loss import Network, pair_losses
 from lorasft.model.recompute import layer_kinds, layer_list, recompute
@@ -214,7 +214,7 @@ def heaviest_batch(network: Network, *, longest: int, capacity: int) -> MicroBat
     vocabulary = network.causal.config.get_text_config().vocab_size
     draw = np.random.default_rng(0)
     rows = [all_supervised(draw.integers(0, vocabulary, length + 1).astype(np.int32)) for length in lengths]
-    (batch,) = cut(Given(rows), range(len(rows)), capacity=capacity)
+    (batch,) = make_micro_batches(Given(rows), range(len(rows)), capacity=capacity)
     return batch
 
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lorasft.data.packing import MicroBatch, Sequences, cut, share
+from lorasft.data.packing import MicroBatch, Sequences, assign_to_rank, make_micro_batches
 from lorasft.data.prepare import encode_source
 from lorasft.data.report import Report
 from lorasft.data.sources import RowLocation
@@ -27,7 +27,7 @@ _GROUP = 64  # examples cut together: enough to fill micro-batches well, few eno
 
 
 class Given:
-    """Sequences in memory, one to an example: what `cut` reads, without a store."""
+    """Sequences in memory, one to an example: what `make_micro_batches` reads, without a store."""
 
     def __init__(self, given: Sequence[Tokens]) -> None:
         self.given = given
@@ -67,7 +67,7 @@ def score_batches(
     try:
         for start in range(0, len(examples), _GROUP):
             group = examples[start : start + _GROUP]
-            batches = cut(
+            batches = make_micro_batches(
                 rows,
                 group,
                 capacity=room,
@@ -75,7 +75,7 @@ def score_batches(
                 share=network.share,
                 rope_switch_length=network.rope_switch_length,
             )
-            for batch in share(tuple(batches), index, processes):
+            for batch in assign_to_rank(tuple(batches), index, processes):
                 with torch.no_grad(), explain(batch):
                     losses = pair_losses(network, batch)
                 yield batch, losses

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorasft.data.packing import MicroBatch, cut
+from lorasft.data.packing import MicroBatch, make_micro_batches
 from lorasft.data.tokens import Tokens
 from lorasft.model.attention import SEGMENTS, attention
 from lorasft.model.loss import Network, pair_losses, read_head
@@ -117,5 +117,5 @@ def _rope_switch_length(config: Any) -> int | None:
 
 def _row(*sequences: Tokens, share: bool = False) -> MicroBatch:
     size = sum(len(sequence.ids) for sequence in sequences)
-    (batch,) = cut(Given(sequences), range(len(sequences)), capacity=size, share=share)
+    (batch,) = make_micro_batches(Given(sequences), range(len(sequences)), capacity=size, share=share)
     return batch

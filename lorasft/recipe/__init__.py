@@ -1,18 +1,173 @@
-"""The recipe: its schema, and how a YAML file with overrides becomes one."""
+"""The recipe's schema: names, defaults, units, types and ranges of all that can be set, here and nowhere else."""
 
-from lorasft.recipe.load import dump_recipe as dump_recipe
-from lorasft.recipe.load import find_shipped as find_shipped
-from lorasft.recipe.load import load_recipe as load_recipe
-from lorasft.recipe.load import portable_text as portable_text
-from lorasft.recipe.load import read_source as read_source
-from lorasft.recipe.load import shipped_recipes as shipped_recipes
-from lorasft.recipe.schema import AdapterSettings as AdapterSettings
-from lorasft.recipe.schema import ChatSettings as ChatSettings
-from lorasft.recipe.schema import DataSettings as DataSettings
-from lorasft.recipe.schema import DataSource as DataSource
-from lorasft.recipe.schema import ModelSettings as ModelSettings
-from lorasft.recipe.schema import OptimizerSettings as OptimizerSettings
-from lorasft.recipe.schema import Recipe as Recipe
-from lorasft.recipe.schema import ScheduleSettings as ScheduleSettings
-from lorasft.recipe.schema import mathematics as mathematics
-from lorasft.recipe.schema import recipe_schema as recipe_schema
+from __future__ import annotations
+
+import datetime
+import os
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=0.5)]
+# Of a path that need not be there yet; the system's calls end a text at a NUL.
+PathText = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Scalar = str | int | float | bool | None
+Format = Literal["auto", "chat", "sharegpt", "alpaca", "prompt-completion", "text"]
+
+
+class _Section(BaseModel):
+    # strict: a quoted number is no number, and 1 is not true.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelSettings(_Section):
+    base: str = Field(min_length=1, description="folder or hub id of the base model")
+    revision: str | None = Field(None, description="branch, tag or commit of the base on the hub")
+    quantization: Literal["nf4", "none"] = Field("nf4", description="nf4: the base in 4 bit (QLoRA)")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="what the base computes in")
+
+
+class AdapterSettings(_Section):
+    rank: int = Field(16, ge=1, le=1024, description="rank of A and B")
+    alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before A; above 0 turns prefix sharing off")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field("all-linear", description="names of linears to adapt")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank)")
+    dora: bool = Field(False, description="weight-decomposed LoRA")
+    modules_to_save: tuple[str, ...] = Field((), description="modules trained and saved in full")
+    start: str | None = Field(None, description="folder of an adapter or of a run to begin from")
+
+
+class DataSource(_Section):
+    path: str = Field(min_length=1, description="file, folder or hub id")
+    split: str = Field("train", description="split of a hub data set")
+    config: str | None = Field(None, description="configuration of a hub data set")
+    format: Format | None = Field(None, description="null: data.format")
+    columns: dict[str, str] | None = Field(None, description="null: data.columns")
+    share: float = Field(1.0, gt=0, le=1, description="share of the rows to use")
+
+
+def _from_path(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _as_tuple(value: Any) -> Any:
+    sources = [value] if isinstance(value, (str, dict, DataSource)) else value
+    return tuple(sources) if isinstance(sources, list) else sources
+
+
+# A source may be written as its path alone, and one source without a list.
+_Source = Annotated[DataSource, BeforeValidator(_from_path, json_schema_input_type=str | DataSource)]
+_Listed = Annotated[list[_Source], Field(min_length=1)]
+_Sources = Annotated[
+    tuple[_Source, ...], Field(min_length=1), BeforeValidator(_as_tuple, json_schema_input_type=_Source | _Listed)
+]
+
+
+class DataSettings(_Section):
+    train: _Sources = Field(description="a source or a list of sources")
+    eval: Share | _Sources | None = Field(
+        0.02, description="held out: a share of the training data, a source or a list of sources, or null"
+    )
+    format: Format = Field("auto", description="shape of the rows")
+    columns: dict[str, str] | None = Field(None, description="field of the format -> name of the column in the data")
+    max_length: int = Field(4096, ge=8, description="tokens of the longest sequence")
+    overlong: Literal["drop", "truncate", "split", "error"] = Field(
+        "drop", description="what to do with longer sequences"
+    )
+    on_bad_row: Literal["error", "drop"] = Field("error", description="what to do with rows that cannot be read")
+    max_dropped: float = Field(0.05, ge=0, le=1, description="largest share of the rows that may be dropped")
+
+
+class ChatSettings(_Section):
+    template: PathText | None = Field(None, description="null: the tokenizer's own; or plain, chatml, none, or a file")
+    template_options: dict[str, Scalar] = Field({}, description="variables of the template, as a server would set")
+    template_date: datetime.date | None = Field(
+        datetime.date(2024, 7, 26), description="what a template that asks for today's date gets; null: the day's own"
+    )
+    system: str | None = Field(None, description="system message for conversations without one")
+    supervise: Literal["all", "last", "flagged", "everything"] = Field(
+        "all", description="messages that are supervised"
+    )
+    thinking: Literal["follow_template", "mask", "drop", "error"] = Field(
+        "follow_template", description="reasoning: supervised as rendered, context, taken out, never to be lost"
+    )
+    control_tokens: Literal["error", "as_text"] = Field("error", description="control tokens written in the data")
+
+
+class TrainSettings(_Section):
+    epochs: float = Field(2.0, gt=0, description="passes over the data")
+    steps: PositiveInt | None = Field(None, description="optimizer steps, instead of epochs")
+    batch_size: int = Field(32, ge=1, description="examples per optimizer step")
+    loss: Literal["token", "example"] = Field("token", description="mean over supervised tokens, or over examples")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="L2 norm to clip at; null: never")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of order, initial adapter and dropout")
+
+
+class OptimizerSettings(_Section):
+    name: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit keeps its state in 8 bit")
+    learning_rate: float = Field(2e-4, gt=0, le=0.01, description="peak of the schedule")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled, times the learning rate")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="decay of the first and second moment")
+
+
+class ScheduleSettings(_Section):
+    name: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after the warm-up")
+    warmup: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.03, description="whole number: steps; fraction: share of all steps"
+    )
+    min_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate / peak")
+
+
+class RunSettings(_Section):
+    output: Annotated[PathText, AfterValidator(os.path.expanduser)] = Field(
+        "runs/recipe", min_length=1, description="run folder; default: runs/ and the recipe's name"
+    )
+    log_every: int = Field(1, ge=1, description="steps")
+    eval_every: PositiveInt | None = Field(100, description="steps; null: only at the end")
+    save_every: PositiveInt | None = Field(100, description="steps; null: by the clock and at the end")
+    save_minutes: Annotated[float, Field(gt=0)] | None = Field(20.0, description="minutes between checkpoints")
+    keep: int = Field(2, ge=1, description="checkpoints to keep")
+    keep_best: bool = Field(False, description="adapter/ holds the best by held-out loss, not the last")
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field((), description="also log there")
+
+
+class MachineSettings(_Section):
+    micro_batch_tokens: Literal["auto"] | PositiveInt = Field("auto", description="tokens per micro-batch")
+    activation_checkpointing: Literal["auto"] | bool = Field(
+        "auto", description="recompute layers going backwards; auto: as few as the memory needs"
+    )
+    share_prefixes: Literal["auto"] | bool = Field("auto", description="compute common beginnings once")
+    attention: Literal["auto", "segments", "sdpa", "eager"] = Field("auto", description="attention backend")
+    cache_base: Literal["auto"] | bool = Field(
+        "auto", description="keep the 4-bit base for the next start; auto: from 64 MB"
+    )
+
+
+class Recipe(_Section):
+    """One training run. Everything but `run` and `machine` is mathematics."""
+
+    model: ModelSettings
+    adapter: AdapterSettings = AdapterSettings()
+    data: DataSettings
+    chat: ChatSettings = ChatSettings()
+    train: TrainSettings = TrainSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    run: RunSettings = RunSettings()
+    machine: MachineSettings = MachineSettings()
+
+
+def mathematics(recipe: Recipe) -> dict[str, Any]:
+    """What decides the result: everything but `run` and `machine`, as JSON values."""
+    return recipe.model_dump(mode="json", exclude={"run", "machine"})
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON schema of recipe files, for editors; data is not required, because the command line may give it."""
+    schema = Recipe.model_json_schema()
+    del schema["$defs"]["DataSettings"]["required"]
+    schema["required"].remove("data")
+    return schema

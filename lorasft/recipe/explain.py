@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from lorasft.errors import LorasftError, RecipeError, UnsafeError, in_words
-from lorasft.recipe.schema import DataSource, Recipe
-from lorasft.recipe.yaml_reader import Document, KeyPath, read_scalar
+from lorasft.recipe import DataSource, Recipe
+from lorasft.recipe.yaml_reader import Document, KeyPath
 from lorasft.terminal import shorten
 
 # What TRL, transformers, PEFT, Axolotl, LLaMA-Factory, Unsloth and torchtune call it -> what it is here.
@@ -67,7 +67,7 @@ SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Recipe.mod
 def explain(error: ValidationError, document: Document) -> list[LorasftError]:
     """One error for each key that pydantic refused, with the place where it was written."""
     found: dict[KeyPath, list[Any]] = {}
-    for detail in error.errors(include_url=False, include_input=False):
+    for detail in error.errors(include_url=False):
         path = _written_path(document.value, detail["loc"], missing=detail["type"] == "missing")
         found.setdefault(path, []).append({**detail, "loc": path})
     # A union reports every branch: the branch that got deepest is the one that was meant.
@@ -77,16 +77,15 @@ def explain(error: ValidationError, document: Document) -> list[LorasftError]:
 
 def check_together(recipe: Recipe, document: Document) -> list[LorasftError]:
     """Errors between keys that are each fine."""
-    errors: list[LorasftError] = []
-    if recipe.data.eval is None and recipe.run.eval_every is not None:
-        hint = "run.eval_every=null, or data.eval=FILE to have something to evaluate on"
-        where = place_of(("run", "eval_every"), document)
-        errors.append(RecipeError("run.eval_every without held-out data", where=where, hint=hint))
-    if recipe.run.keep_best and (recipe.data.eval is None or recipe.run.eval_every is None):
-        hint = "data.eval=0.02" if recipe.data.eval is None else "run.eval_every=100"
-        where = place_of(("run", "keep_best"), document)
-        errors.append(RecipeError(f"run.keep_best needs {hint.partition('=')[0]}", where=where, hint=hint))
-    return errors
+    held_out, every = recipe.data.eval is not None, recipe.run.eval_every is not None
+    wrong = {"eval_every": every and not held_out, "keep_best": recipe.run.keep_best and not (held_out and every)}
+    needed = "run.eval_every" if held_out else "data.eval"
+    hint = f"{needed}={100 if held_out else 0.02}, or run.eval_every=null and run.keep_best=false"
+    return [
+        RecipeError(f"run.{key} needs {needed}", where=place_of(("run", key), document), hint=hint)
+        for key, is_wrong in wrong.items()
+        if is_wrong
+    ]
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
@@ -122,41 +121,20 @@ def _written_path(value: Any, loc: tuple[int | str, ...], *, missing: bool) -> K
 
 def _explain_key(path: KeyPath, details: list[Any], document: Document) -> LorasftError:
     where, name = place_of(path, document), shorten(".".join(map(str, path)))
-    value, kind = value_at(path, document.value), details[0]["type"]
-    about_kernels = re.search("attn|attention|experts_implementation", str(path[-1]), re.IGNORECASE)
-    if about_kernels and isinstance(value, str) and "/" in value:
-        what = f"{name}: a kernel from a repository would be code"
-        return UnsafeError(what, where=where, hint="machine.attention=auto")
-    if kind == "extra_forbidden":
-        return _explain_unknown(path, where)
+    key, value, kind = str(path[-1]), value_at(path, document.value), details[0]["type"]
+    kernel = isinstance(value, str) and "/" in value and re.search("attn|attention|experts_impl", key, re.IGNORECASE)
+    if kernel or key == "trust_remote_code":
+        return UnsafeError(f"{name}: lorasft runs no code from repositories", where=where, hint="remove the key")
     if kind == "missing":
         return RecipeError(f"{name} is missing", where=where, hint=f"{name}=...")
-    if path == ("optimizer", "learning_rate") and kind == "less_than_equal":
-        what = f"optimizer.learning_rate: {value} is far outside 1e-6 ... 1e-2"
-        return RecipeError(what, where=where, hint=f"did you mean {f'{value:e}'[0]}e-4?")
-    return RecipeError(
-        in_words(details), where=where, hint=_hint_for_value(path, value, {detail["type"] for detail in details})
-    )
-
-
-def _hint_for_value(path: KeyPath, value: Any, kinds: set[str]) -> str:
-    if kinds & {"int_type", "float_type"} and isinstance(value, str) and not isinstance(read_scalar(value), str):
-        return "write it without quotes"
-    if "bool_type" in kinds and isinstance(value, str):
-        return "true and false are the only truth values"
-    known = SECTIONS[str(path[0])].model_fields.get(path[1]) if len(path) == 2 else None
-    if known is None or known.default in (None, ()) or known.is_required():
-        return "lorasft recipes schema"
-    return f"for example {path[0]}.{path[1]}={known.default}"
-
-
-def _explain_unknown(path: KeyPath, where: str) -> LorasftError:
-    key, name = str(path[-1]), shorten(".".join(map(str, path)))
+    if kind != "extra_forbidden":
+        field = SECTIONS[str(path[0])].model_fields.get(path[1]) if len(path) == 2 else None
+        default = None if field is None or field.is_required() else field.default
+        hint = "lorasft recipes schema" if default in (None, ()) else f"for example {name}={str(default).lower()}"
+        return RecipeError(in_words(details), where=where, hint=hint)
     if re.search(r"(token|secret|password|api_key)$", key, re.IGNORECASE):
-        what = f"tokens do not belong in recipes: {name}"
-        return RecipeError(what, where=where, hint="set HF_TOKEN in the environment, or run `hf auth login`")
-    if key == "trust_remote_code":
-        return UnsafeError(f"{name}: lorasft runs no code from model repositories", where=where, hint="remove the key")
+        hint = "set HF_TOKEN in the environment, or run `hf auth login`"
+        return RecipeError(f"tokens do not belong in recipes: {name}", where=where, hint=hint)
     return RecipeError(f"unknown key {name}", where=where, hint=_hint_for_name(key, path))
 
 

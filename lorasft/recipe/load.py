@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
 from lorasft.errors import ErrorGroup, LorasftError, RecipeError
+from lorasft.recipe import DataSource, Recipe
 from lorasft.recipe.explain import check_together, explain, nearest, value_at
-from lorasft.recipe.schema import DataSource, Recipe
-from lorasft.recipe.yaml_reader import MOST_DEPTH, Document, dump_yaml, parse_yaml, read_yaml
+from lorasft.recipe.yaml_reader import MOST_DEPTH, Document, KeyPath, dump_yaml, parse_yaml, read_yaml
 from lorasft.terminal import shorten
 
 _PATHS = (("model", "base"), ("adapter", "start"), ("chat", "template"), ("data", "train"), ("data", "eval"))
-_RETIRED = {("machine", "kernels"): "torch"}  # keys of earlier versions -> their default, which says nothing
 
 
 def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -29,21 +28,22 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(source)
     if not path.is_file() and (source in shipped_recipes() or not path.exists()):
-        beside = [str(other) for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        path = find_shipped(source, others=beside)
+        path = find_shipped(source)
     document = read_yaml(path)
-    raw = document.value
-    if not isinstance(raw, dict):
-        what = "the recipe is empty" if raw is None else "a recipe is a mapping of sections (model, data, ...)"
+    if not isinstance(document.value, dict):
+        what = (
+            "the recipe is empty" if document.value is None else "a recipe is a mapping of sections (model, data, ...)"
+        )
         hint = "model.base and data.train are needed; lorasft recipes show tiny"
         raise RecipeError(what, where=document.places.get((), str(path)), hint=hint)
-    _absolute_paths(raw, [path.parent, Path.cwd()])
+    for place, text in _find_paths(document, [path.parent, Path.cwd()]):
+        _put(document.value, place, text)
     for override in overrides:
         _apply_override(override, document)
-    _complete(raw, path.stem)
+    _complete(document.value, path.stem)
     try:
         # As JSON: strict Python validation would refuse lists for tuples.
-        recipe = Recipe.model_validate_json(json.dumps(raw))
+        recipe = Recipe.model_validate_json(json.dumps(document.value))
     except ValidationError as error:
         _raise(document.errors + explain(error, document))
     if errors := document.errors + check_together(recipe, document):
@@ -78,11 +78,11 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*/*.yaml"))}
 
 
-def find_shipped(name: str, *, others: Sequence[str] = ()) -> Path:
-    """The file of the shipped recipe `name`. Raises RecipeError with the nearest name, which may be one of `others`."""
+def find_shipped(name: str) -> Path:
+    """The file of the shipped recipe `name`. Raises RecipeError with the nearest name, or that of a file there."""
     shipped = shipped_recipes()
     if name not in shipped:
-        close = nearest(name, [*shipped, *others])
+        close = nearest(name, [*shipped, *map(str, Path(name).parent.glob("*.y*ml"))])
         hint = f"did you mean {close}?" if close else "lorasft recipes list"
         raise RecipeError(f"no recipe {shorten(name)}: neither a file nor a shipped recipe", hint=hint)
     return shipped[name]
@@ -90,13 +90,10 @@ def find_shipped(name: str, *, others: Sequence[str] = ()) -> Path:
 
 def portable_text(path: Path) -> str:
     """The YAML of a recipe file for another folder: where it names paths beside itself, these become absolute."""
-    text = path.read_text(encoding="utf-8")
-    document, absolute = read_yaml(path), read_yaml(path).value
-    _absolute_paths(absolute, [path.parent])
-    for place, (start, end) in reversed(document.spans.items()):
-        new = value_at(place, absolute)
-        if new != value_at(place, document.value):
-            text = text[:start] + json.dumps(new) + text[end:]
+    text, document = path.read_text(encoding="utf-8"), read_yaml(path)
+    for place, found in reversed(list(_find_paths(document, [path.parent]))):
+        start, end = document.spans[place]
+        text = text[:start] + json.dumps(found, ensure_ascii=False) + text[end:]
     return text
 
 
@@ -105,77 +102,58 @@ def _raise(errors: list[LorasftError]) -> NoReturn:
     raise errors[0] if len(errors) == 1 else ErrorGroup(errors)
 
 
-def _absolute_paths(raw: dict[str, Any], folders: list[Path]) -> None:
-    """Make the paths of `raw` absolute, in place, where they exist in one of `folders`."""
-    for section, key in _PATHS:
-        settings = raw.get(section)
-        if isinstance(settings, dict) and key in settings:
-            text = str(settings[key])
-            built_in = key == "template" and not ("/" in text or Path(text).suffix)
-            settings[key] = settings[key] if built_in else _absolute(settings[key], folders)
-
-
-def _absolute(value: Any, folders: list[Path]) -> Any:
-    """`value`: a path, a source with a path, or a list of these."""
-    if isinstance(value, list):
-        return [_absolute(item, folders) for item in value]
-    if isinstance(value, dict) and "path" in value:
-        return {**value, "path": _absolute(value["path"], folders)}
-    if not isinstance(value, str) or not value:
-        return value
-    try:
-        found = [path for path in (folder / Path(value).expanduser() for folder in folders) if path.exists()]
-    except (OSError, ValueError, RuntimeError):  # not a name that a file could have
-        return value
-    return str(found[0].absolute()) if found else value
+def _find_paths(document: Document, folders: Sequence[Path]) -> Iterator[tuple[KeyPath, str]]:
+    """The places in `document` that hold a path to what exists in one of `folders`, and that path, absolute."""
+    for place in document.spans:
+        text = value_at(place, document.value)
+        if place[:2] not in _PATHS or not (len(place) == 2 or place[-1] == "path" or isinstance(place[-1], int)):
+            continue
+        if not text or not isinstance(text, str) or (place[1] == "template" and not re.search("[./]", text)):
+            continue
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # not a name that a file could have
+            paths = (folder / Path(text).expanduser() for folder in folders)
+            yield from [(place, str(path.absolute())) for path in paths if path.exists()][:1]
 
 
 def _apply_override(override: str, document: Document) -> None:
     """Put the value of `section.key=value` into the document; its place becomes the command line."""
     name, equals, text = override.partition("=")
     secret = re.search(r"(token|secret|password|api_key)\b", override, re.IGNORECASE)
-    place = f"command line: {name}=..." if secret else f"command line: {shorten(override)}"
+    where = f"command line: {name}=..." if secret else f"command line: {shorten(override)}"
     keys = tuple(name.split("."))
     if not equals or not all(keys) or len(keys) > MOST_DEPTH or name in Recipe.model_fields:
         hint = "for example train.batch_size=16"
-        document.errors.append(RecipeError("not of the form section.key=value", where=place, hint=hint))
+        document.errors.append(RecipeError("not of the form section.key=value", where=where, hint=hint))
         return
-    try:
-        given = parse_yaml(text, "command line")
-    except LorasftError as error:
-        document.errors.append(type(error)(error.what, where=place, hint=error.hint))
-        return
-    document.errors.extend(type(error)(error.what, where=place, hint=error.hint) for error in given.errors)
-    fresh: dict[str, Any] = {}
-    _put(fresh, keys, given.value)
-    _absolute_paths(fresh, [Path.cwd()])
-    _put(document.value, keys, value_at(keys, fresh))
-    for path in [path for path in document.places if path[: len(keys)] == keys]:
-        del document.places[path]
+    given = parse_yaml(text, where, keys)
+    _put(document.value, keys, value_at(keys, given.value))
+    for place, path in _find_paths(given, [Path.cwd()]):
+        _put(document.value, place, path)
+    document.errors += given.errors
+    document.places = {place: line for place, line in document.places.items() if place[: len(keys)] != keys}
+    document.places |= dict.fromkeys(given.places, where)
     for end in range(1, len(keys) + 1):
-        document.places.setdefault(keys[:end], place)
+        document.places.setdefault(keys[:end], where)
 
 
-def _put(mapping: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
-    for key in keys[:-1]:
-        if not isinstance(mapping.get(key), dict):
-            mapping[key] = {}
-        mapping = mapping[key]
-    mapping[keys[-1]] = value
+def _put(tree: Any, place: KeyPath, value: Any) -> None:
+    """Put `value` at `place`; what is on the way and not a tree becomes one."""
+    for key in place[:-1]:
+        if not isinstance(value_at((key,), tree), (dict, list)):
+            tree[key] = {}
+        tree = tree[key]
+    tree[place[-1]] = value
 
 
 def _complete(raw: dict[str, Any], stem: str) -> None:
-    """Fill in, in place, the two defaults that rest on another key, and take out retired keys that say nothing."""
+    """Fill in, in place, the two defaults that rest on another key, and take out a retired key that says nothing."""
     for section in Recipe.model_fields:
         if raw.get(section) is None:  # missing, or a heading with nothing under it
             raw[section] = {}
-    for (section, key), default in _RETIRED.items():
-        if value_at((section, key), raw) == default:
-            del raw[section][key]
-    run, data = raw["run"], raw["data"]
+    run, data, machine = raw["run"], raw["data"], raw["machine"]
+    if isinstance(machine, dict) and machine.get("kernels") == "torch":
+        del machine["kernels"]
     if isinstance(run, dict):
         run.setdefault("output", f"runs/{stem}")
-        if isinstance(run["output"], str) and run["output"].startswith("~/"):
-            run["output"] = str(Path(run["output"]).expanduser())
         if isinstance(data, dict) and "eval" in data and data["eval"] is None:
             run.setdefault("eval_every", None)

@@ -7,6 +7,7 @@ PyYAML composes the nodes; values are made from them here, because PyYAML's own 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,22 +23,17 @@ MOST_DEPTH = 32
 
 _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
 _INTEGER = re.compile(r"[-+]?[0-9]{1,80}")
-_PREFIXED = re.compile(r"0o[0-7]{1,80}|0x[0-9a-fA-F]{1,80}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
 @dataclass
 class Document:
-    """What a YAML text says: `value` (plain Python), where each key path stands, and the errors in single keys.
+    """What a YAML text says."""
 
-    `spans`: where in the text, from which character to which, the scalar of a key path stands.
-    """
-
-    value: Any = None
-    places: dict[KeyPath, str] = field(default_factory=dict)
-    spans: dict[KeyPath, tuple[int, int]] = field(default_factory=dict)
-    errors: list[LorasftError] = field(default_factory=list)
+    value: Any = None  # plain Python
+    places: dict[KeyPath, str] = field(default_factory=dict)  # file and line of each key
+    spans: dict[KeyPath, tuple[int, int]] = field(default_factory=dict)  # first character and end of each scalar
+    errors: list[LorasftError] = field(default_factory=list)  # in single keys
 
 
 def read_yaml(path: Path) -> Document:
@@ -54,8 +50,8 @@ def read_yaml(path: Path) -> Document:
     return parse_yaml(content, str(path))
 
 
-def parse_yaml(text: str | bytes, name: str) -> Document:
-    """Parse one YAML document; `name` precedes the line in every place.
+def parse_yaml(text: str | bytes, name: str, above: Sequence[str] = ()) -> Document:
+    """Parse one YAML document; `name` precedes the line in every place. `above`: the keys that it is the value of.
 
     Doubled keys and keys that are not text are collected. Raises RecipeError for text that is not YAML, UnsafeError
     for tags, aliases, and text nested deeper than 32.
@@ -72,23 +68,19 @@ def parse_yaml(text: str | bytes, name: str) -> Document:
         hint = "UTF-8, spaces instead of tabs, and text with : # or brackets in quotes"
         raise RecipeError(f"this is not YAML: {reason}", where=where, hint=hint) from None
     if node:
-        document.value = _read_node(node, (), document)
+        document.value = _read_node(node, tuple(above), document)
+    for key in reversed(above):
+        document.value = {key: document.value}
     return document
 
 
 def read_scalar(text: str) -> Any:
-    """The value of an unquoted scalar by the core schema of YAML 1.2."""
+    """The value of an unquoted scalar by the core schema of YAML 1.2, but for 0o17, 0x1f, .inf and .nan: text here."""
     if text.lower() in _WORDS and text in (text.lower(), text.upper(), text.capitalize()):
         return _WORDS[text.lower()]
     if _INTEGER.fullmatch(text):
         return int(text)
-    if _PREFIXED.fullmatch(text):
-        return int(text, 0)
-    if _FLOAT.fullmatch(text):
-        return float(text)
-    if _NOT_FINITE.fullmatch(text):
-        return float(text.replace(".", ""))
-    return text
+    return float(text) if _FLOAT.fullmatch(text) else text
 
 
 def dump_yaml(value: Any) -> str:
@@ -121,8 +113,7 @@ class _Loader(yaml.SafeLoader):
         if event.tag is not None:
             raise UnsafeError("tags (!name) are not allowed", where=where, hint="remove the tag")
         if self.depth > MOST_DEPTH:
-            hint = "no recipe needs that: write it flat"
-            raise UnsafeError(f"nested deeper than {MOST_DEPTH}", where=where, hint=hint)
+            raise UnsafeError(f"nested deeper than {MOST_DEPTH}", where=where, hint="write it flat")
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1

@@ -25,37 +25,35 @@ from lorasft.adapter_config import read_adapter_weights
 from lorasft.errors import CapacityError, DivergedError, LorasftError, ModelError, RecipeError
 from lorasft.files import remove_folder, rename, staged_folder, verify_folder, write_file
 from lorasft.model.adapter import adapter_weights, give_weights, write_adapter
-from lorasft.model.recompute import recomputed_layers
-from lorasft.recipe import ModelSettings
+from lorasft.terminal import say
 from lorasft.train.oom import plain_oom_errors
 from lorasft.train.optimizer import optimizer_state, restore_optimizer
-from lorasft.train.state import Layout, Learner, Run, State
+from lorasft.train.state import Run, State
 
 _NAME = re.compile(r"step-(\d{6,})")
 
 
-def save_checkpoint(folder: Path, state: State, learner: Learner, *, base: ModelSettings) -> Path:
-    """Commit `folder`/step-N. Raises DivergedError rather than save a tensor that is not finite."""
-    tensors = optimizer_state(learner.optimizer, learner.parameters)
-    for name, tensor in {**adapter_weights(learner.model), **tensors}.items():
+def save_checkpoint(run: Run, state: State) -> None:
+    """Commit the checkpoint of `state`. Raises DivergedError rather than save a tensor that is not finite."""
+    tensors = optimizer_state(run.optimizer, run.parameters)
+    for name, tensor in {**adapter_weights(run.model), **tensors}.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise DivergedError(f"{name} is not finite: the checkpoint is not saved", hint="lower the learning rate")
-    target = folder / f"step-{state.step:06d}"
+    target = run.checkpoints / f"step-{state.step:06d}"
     if target.exists() or target.is_symlink():  # damaged, or another run's: skipped at the start, not ours to delete
         rename(target, target.with_name(f"{target.name}.aside-{secrets.token_hex(4)}"))
     with staged_folder(target) as stage:
-        write_adapter(learner.model, stage, base=base)
+        write_adapter(run.model, stage, base=run.recipe.model)
         write_file(stage / "optimizer.safetensors", to_bytes(tensors))
         write_file(stage / "state.json", json.dumps(asdict(state), indent=1).encode())
-    return target
 
 
-def restore_checkpoint(path: Path, learner: Learner) -> None:
+def restore_checkpoint(path: Path, run: Run) -> None:
     """Put adapter and optimizer back as they were when `path` was saved, bit for bit. Raises ModelError."""
-    give_weights(learner.model, read_adapter_weights(path), where=str(path))
+    give_weights(run.model, read_adapter_weights(path), where=str(path))
     try:
-        restore_optimizer(learner.optimizer, learner.parameters, load_file(path / "optimizer.safetensors"))
-    except (SafetensorError, OSError, ValueError) as error:
+        restore_optimizer(run.optimizer, run.parameters, load_file(path / "optimizer.safetensors"))
+    except (SafetensorError, OSError, LookupError, ValueError, RuntimeError) as error:
         raise ModelError(f"cannot read the optimizer: {error}", where=str(path)) from None
 
 
@@ -90,44 +88,30 @@ def newest_checkpoint(folder: Path, *, run: str | None) -> tuple[Path, State, li
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints under their final names, oldest first; links and other files are not ours."""
-    present = folder.iterdir() if folder.is_dir() else ()
-    paths = [path for path in present if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
-    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
+    folders = (path for path in folder.glob("step-*") if path.is_dir() and not path.is_symlink())
+    return sorted((path for path in folders if _NAME.fullmatch(path.name)), key=lambda path: int(path.name[5:]))
 
 
-def prune_checkpoints(folder: Path, *, run: str, keep: int, best_step: int | None) -> None:
-    """Delete this run's checkpoints, oldest first, but the newest `keep` that verify and the best.
+def prune_checkpoints(run: Run, state: State) -> None:
+    """Delete this run's checkpoints, oldest first, but the newest `run.keep` that verify and the best.
 
     What does not verify counts for nothing and is left alone, like what is another run's.
     """
     own = []
-    for path in list_checkpoints(folder):
+    for path in list_checkpoints(run.checkpoints):
         with contextlib.suppress(ModelError):
-            own.append((path, read_state(path, run=run).step))
-    for path, step in own[:-keep]:
-        if step != best_step:
+            own.append((path, read_state(path, run=state.run).step))
+    for path, step in own[: -run.recipe.run.keep]:
+        if not run.recipe.run.keep_best or step != state.best_step:
             remove_folder(path)
 
 
 def save(run: Run, state: State) -> State:
     """Secure the metrics, commit a checkpoint, then let go of the ones that are no longer kept."""
-    state = replace(state, metrics_bytes=run.logbook.secure(), layout=read_layout(run))
-    save_checkpoint(run.checkpoints, state, run.learner, base=run.recipe.model)
-    best = state.best_step if run.recipe.run.keep_best else None
-    prune_checkpoints(run.checkpoints, run=state.run, keep=run.recipe.run.keep, best_step=best)
+    state = replace(state, metrics_bytes=run.metrics.secure(), layout=run.layout)
+    save_checkpoint(run, state)
+    prune_checkpoints(run, state)
     return state
-
-
-def read_layout(run: Run) -> Layout:
-    """How the run is laid out now, which a lack of memory may have changed."""
-    return Layout(
-        dtype=str(run.network.causal.dtype).removeprefix("torch."),
-        micro_batch_tokens=run.plan.micro_batch_tokens,
-        recomputed_layers=recomputed_layers(run.network.causal),
-        segments=run.network.segments,
-        share_prefixes=run.network.share,
-        processes=run.ranks.count,
-    )
 
 
 class CheckpointSaver:
@@ -158,7 +142,7 @@ class CheckpointSaver:
                 hint = f"make room on the disk and continue with --resume from step {self.last.step}"
                 raise CapacityError(what, where=str(run.checkpoints), hint=hint) from error
             self.failed = True
-            run.logbook.note(f"{what}; saved up to step {self.last.step}, going on")
+            say(f"{what}; saved up to step {self.last.step}, continuing")
             return replace(state, best_step=self.last.best_step, best_loss=self.last.best_loss)
         self.failed = False
         return self.last

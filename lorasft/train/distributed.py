@@ -1,9 +1,8 @@
 """The processes that train together: which one this is, what they add up, what the first tells the others.
 
 torchrun or accelerate starts them, on one machine. Each holds the whole model and takes its share of a step's
-micro-batches; one sum over the processes joins their gradients. The first process speaks and writes. An error that all
-of them meet, or that one of them can still tell, is said once and ends all with its exit code; a process that is gone
-without a word is named by the others.
+micro-batches; one sum over the processes joins their gradients. The first process speaks and writes. An error is said
+once and ends all with its exit code; a process that is gone without a word is named by the others.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorasft.errors import DeviceError, LorasftError
 from lorasft.signals import StopRequest
@@ -27,11 +26,11 @@ if TYPE_CHECKING:  # torch is imported only where it is needed: what is wrong wi
     from torch import Tensor, nn
 
 T = TypeVar("T")
-_GRACE = 10.0  # seconds in which a process may find out by itself that another is gone, and end in order
+_GRACE = 5.0  # seconds in which a process may find out by itself that another is gone, and end in order
 
 
 class Watch:
-    """Notices that another process of this machine has ended, whatever this one is busy with.
+    """Ends this process when another one of this machine has ended, whatever this one is busy with.
 
     A collective over gloo fails at once, but one over NCCL waits for ever, and a long computation asks nobody.
     Where the system has no pidfd (before Linux 5.3) nothing is watched and no lost process is named.
@@ -40,31 +39,22 @@ class Watch:
     def __init__(self, pids: Sequence[int]) -> None:
         self.pids = pids
         self.leaving = False
-        self._ranks: dict[int, int] = {}
         with contextlib.suppress(OSError, AttributeError):
-            self._ranks = {os.pidfd_open(pid): rank for rank, pid in enumerate(pids) if pid != os.getpid()}
-        if self._ranks:
-            threading.Thread(target=self._end_with_them, daemon=True).start()
+            others = {os.pidfd_open(pid): rank for rank, pid in enumerate(pids) if pid != os.getpid()}
+            threading.Thread(target=self._end_with, args=[others], daemon=True).start()
 
-    def ended(self, seconds: float | None) -> list[int]:
-        """Which processes have ended; waits up to `seconds` for the first, None: for ever."""
-        found = select.select(self._ranks, [], [], seconds)[0] if self._ranks else []
-        return sorted(self._ranks[descriptor] for descriptor in found)
-
-    def name_lost(self, ranks: Sequence[int]) -> None:
-        """Say which processes were lost, if this is the first of those that are left."""
-        if self.pids[min(set(range(len(self.pids))) - set(ranks))] != os.getpid():
-            return
-        names = " and ".join(f"rank {rank} (process {self.pids[rank]})" for rank in ranks) or "another process"
-        hint = "its own last words or the system's log (out of memory?) say why; continue with --resume"
-        say(str(DeviceError(f"{names} of {len(self.pids)} was lost", hint=hint)))
-
-    def _end_with_them(self) -> None:
-        ranks = self.ended(None)
+    def _end_with(self, others: dict[int, int]) -> None:
+        """Wait for the first to end; the first that is left says which were lost. `others`: rank by descriptor."""
+        select.select(others, [], [])
         time.sleep(_GRACE)
-        if not self.leaving:
-            self.name_lost(ranks)
-            os._exit(DeviceError.exit_code)  # safe at any time: what is on the disk is whole or not there
+        if self.leaving:
+            return
+        lost = sorted(others[descriptor] for descriptor in select.select(others, [], [], 0)[0])
+        if self.pids[min(set(range(len(self.pids))) - set(lost))] == os.getpid():
+            names = " and ".join(f"rank {rank} (process {self.pids[rank]})" for rank in lost)
+            hint = "its own last words or the system's log (out of memory?) say why; continue with --resume"
+            say(str(DeviceError(f"{names} of {len(self.pids)} was lost", hint=hint)))
+        os._exit(DeviceError.exit_code)  # safe at any time: what is on the disk is whole or not there
 
 
 @dataclass(frozen=True)
@@ -86,8 +76,7 @@ class Ranks:
             return [value]
         from accelerate.utils import gather_object
 
-        with self._collective():
-            values: list[T] = gather_object([value])
+        values: list[T] = gather_object([value])
         return values
 
     def on_main(self, work: Callable[[], T]) -> T:
@@ -96,12 +85,10 @@ class Ranks:
             return work()
         from accelerate.utils import broadcast_object_list
 
-        told: list[T] = []
         with self.sync_errors():
-            told = [work()] if self.is_main else [None]  # type: ignore[list-item]
-        with self._collective():
-            broadcast_object_list(told)
-        return told[0]
+            told: list[Any] = [work() if self.is_main else None]
+        value: T = broadcast_object_list(told)[0]
+        return value
 
     @contextlib.contextmanager
     def sync_errors(self) -> Iterator[None]:
@@ -113,15 +100,24 @@ class Ranks:
             if self.count == 1 or (self.watch and self.watch.leaving):
                 raise
             error = caught
-        self._end_on(self.gather(_exit_code(error)), error)
+        code = getattr(error, "exit_code", None) or getattr(error, "code", None) or int(error is not None)
+        codes = self.gather(code)
+        if not any(codes):
+            return
+        self.leave()
+        first = next(index for index, code in enumerate(codes) if code)
+        if error is not None and first == self.index:
+            if not isinstance(error, LorasftError):
+                raise error
+            say(str(error))
+        raise SystemExit(codes[first])
 
     def copy_first(self, tensors: Sequence[Tensor]) -> None:
         """Make `tensors` those of the first process: unlike devices draw unlike random numbers."""
-        from torch import distributed
+        if self.count > 1:
+            from accelerate.utils import broadcast
 
-        for tensor in tensors if self.count > 1 else ():
-            with self._collective():
-                distributed.broadcast(tensor.detach(), src=0)
+            broadcast([tensor.detach() for tensor in tensors])
 
     def sum_step(self, work: Callable[[], float], parameters: Sequence[nn.Parameter], *, stop: StopRequest) -> float:
         """Do `work`, this process's share of a step; leave the gradients of all in `parameters`, return their loss.
@@ -134,53 +130,14 @@ class Ranks:
         stop.save = any(save for _, _, save in told)
         if self.count > 1:
             stop.agreed = max(number for _, number, _ in told)
-            self._sum_gradients(parameters)
+            _sum_gradients(parameters)
         return sum(loss for loss, _, _ in told)
 
-    def _sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Add up the gradients over the processes, in one flat fp32 buffer; None stays where all of them have None."""
-        import torch
-
-        gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
-        reached = torch.tensor([float(one.grad is not None) for one in parameters], device=gradients[0].device)
-        flat = torch.cat([*(gradient.reshape(-1).float() for gradient in gradients), reached])
-        with self._collective():
-            torch.distributed.all_reduce(flat)
-            *sums, reached = torch.split(flat, [*(one.numel() for one in parameters), len(parameters)])
-            counts = reached.tolist()
-        for parameter, total, count in zip(parameters, sums, counts, strict=True):
-            parameter.grad = total.view_as(parameter).to(parameter.dtype) if count else None
-
-    def _end_on(self, codes: Sequence[int], error: BaseException | None) -> None:
-        """End when one of `codes` by process is not 0: the first such process says its `error`."""
-        speaker = next((index for index, code in enumerate(codes) if code), None)
-        if speaker is None:
-            return
-        self.leave()
-        if speaker == self.index and error is not None:
-            if self.is_main or not isinstance(error, LorasftError):
-                raise error
-            say(str(error))
-        raise SystemExit(codes[speaker]) from None
-
     def leave(self) -> None:
-        """From here on this process ends by itself: a launcher ends all of them as soon as one has ended."""
-        if self.count > 1:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        """From here on this process ends by itself, also where a launcher wants to end it with the others."""
         if self.watch:
             self.watch.leaving = True
-
-    @contextlib.contextmanager
-    def _collective(self) -> Iterator[None]:
-        """What torch raises when another process is gone, in plain words, by the first that is left."""
-        try:
-            yield
-        except RuntimeError:
-            if self.watch is None:
-                raise
-            self.leave()
-            self.watch.name_lost(self.watch.ended(5.0))
-            raise SystemExit(DeviceError.exit_code) from None
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 ALONE = Ranks()
@@ -188,10 +145,7 @@ ALONE = Ranks()
 
 @contextlib.contextmanager
 def join() -> Iterator[Ranks]:
-    """Meet the other processes that the launcher started, if any; at the end they wait for each other.
-
-    Raises DeviceError where they cannot work together.
-    """
+    """Meet the other processes that the launcher started, if any; at the end they wait for each other."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
@@ -199,16 +153,32 @@ def join() -> Iterator[Ranks]:
 
     ranks = _connect()
     try:
-        with ranks.sync_errors():
-            if int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count)) != ranks.count:
-                raise DeviceError("the processes are on several machines", hint="start all of them on one")
+        if int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count)) != ranks.count:
+            raise DeviceError("the processes are on several machines", hint="start all of them on one")
         yield ranks
         ranks.gather(None)
         PartialState().destroy_process_group()
-    except LorasftError as error:  # all have met it, or the first has told it
-        ranks._end_on([error.exit_code], error)
+    except LorasftError as error:  # all have met it
+        if ranks.is_main:
+            raise
+        raise SystemExit(error.exit_code) from None
+    except RuntimeError:  # of a collective, when another process is gone: the watch says so and ends this one
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(3 * _GRACE)
+        raise
     finally:
         ranks.leave()
+
+
+def _sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Add up the gradients over the processes, in one flat buffer; None counts as zeros."""
+    import torch
+
+    gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    for parameter, total in zip(parameters, torch.split(flat, [one.numel() for one in parameters]), strict=True):
+        parameter.grad = total.view_as(parameter)
 
 
 def _connect() -> Ranks:
@@ -227,9 +197,3 @@ def _connect() -> Ranks:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // state.num_processes))
     alone = Ranks(state.process_index, state.num_processes)
     return Ranks(alone.index, alone.count, Watch(alone.gather(os.getpid())))
-
-
-def _exit_code(error: BaseException | None) -> int:
-    if error is None:
-        return 0
-    return int(getattr(error, "exit_code", None) or getattr(error, "code", None) or 1)

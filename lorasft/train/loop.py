@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from lorasft.data.packing import Step, share
+from lorasft.data.packing import Step, assign_to_rank
 from lorasft.data.store import TokenStore
 from lorasft.errors import DivergedError, Stopped
-from lorasft.model.loss import Network, pair_losses
+from lorasft.model.loss import pair_losses
 from lorasft.model.scoring import score_batches
 from lorasft.signals import StopRequest, exit_code, stop_signals
 from lorasft.train.checkpoint import CheckpointSaver, list_checkpoints
-from lorasft.train.distributed import Ranks
 from lorasft.train.oom import oom_context, retry_on_oom
 from lorasft.train.schedule import learning_rate
 from lorasft.train.state import Run, State
@@ -32,14 +31,9 @@ def take_step(run: Run, step: Step, stop: StopRequest) -> dict[str, Any]:
     the update when loss or gradient is not finite, naming the rows, and MicroBatchTooLarge when memory runs out.
     """
     started = time.monotonic()
-    parameters, optimizer = run.learner.parameters, run.learner.optimizer
+    parameters, optimizer = run.parameters, run.optimizer
     loss = run.ranks.sum_step(lambda: add_gradients(run, step), list(parameters.values()), stop=stop)
-    gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
-    unreached = [name for name, parameter in parameters.items() if parameter.grad is None]
-    if unreached:
-        what = f"no gradient reaches {unreached[0]} and {len(unreached) - 1} more"
-        raise DivergedError(what, hint="leave these modules out of adapter.targets")
-    norm = get_total_norm(gradients)
+    norm = get_total_norm([parameter.grad for parameter in parameters.values() if parameter.grad is not None])
     refuse_non_finite(run, step, loss=loss, norm=float(norm))
     if run.recipe.train.max_grad_norm is not None:
         clip_grads_with_norm_(parameters.values(), run.recipe.train.max_grad_norm, norm)
@@ -68,7 +62,7 @@ def add_gradients(run: Run, step: Step) -> float:
     """Forward and backward over this process's share of the step. Returns its part of the step's loss."""
     torch.manual_seed(run.plan.seed * 1_000_003 + step.number + (run.ranks.index << 40))  # dropout: step and process
     loss = 0.0
-    for batch in share(step.micro_batches, run.ranks.index, run.ranks.count):
+    for batch in assign_to_rank(step.micro_batches, run.ranks.index, run.ranks.count):
         weights = torch.as_tensor(batch.weights, device=run.network.device)
         with oom_context(run.rows, batch):
             part = (pair_losses(run.network, batch) * weights).sum() / step.divisor
@@ -81,59 +75,55 @@ def train(run: Run, state: State) -> State:
     """Run from `state` to the end of the plan. Returns the last state; raises Stopped after a signal, saved."""
     settings, saver = run.recipe.run, CheckpointSaver(state, minutes=run.recipe.run.save_minutes)
     run.network.causal.train()
+
+    def one_step(number: int) -> dict[str, Any]:
+        return take_step(run, run.plan.step(number, run.rows), stop)
+
     with stop_signals(alone=run.ranks.count == 1) as stop:
         if state.step == 0 or state.evaluation_due:
-            state, run = retry_on_oom(run, partial(evaluate_and_note, state=state, stop=stop))
+            state = retry_on_oom(run, partial(evaluate_and_note, run, state, stop))
             if stop.signal:
                 raise Stopped(exit_code(stop.signal), f"stopped before step {state.step + 1}")
         for number in range(state.step + 1, run.plan.steps + 1):
             if run.ranks.is_main and saver.overdue():
                 stop.save_wanted = True
-            one_step = lambda run, number=number: take_step(run, run.plan.step(number, run.rows), stop)  # noqa: E731
-            metrics, run = retry_on_oom(run, one_step)
+            values = retry_on_oom(run, partial(one_step, number))
             if run.ranks.is_main:
-                run.logbook.step(metrics)
+                run.metrics.step(values)
             state = replace(state, step=number)
             last = number == run.plan.steps
             if last or (settings.eval_every and number % settings.eval_every == 0):
-                state, run = retry_on_oom(run, partial(evaluate_and_note, state=state, stop=stop))
+                state = retry_on_oom(run, partial(evaluate_and_note, run, state, stop))
             planned = settings.save_every and number % settings.save_every == 0
             best = settings.keep_best and state.best_step == number
             if last or planned or best or stop.save or stop.signal:
-                with run.ranks.sync_errors():
-                    if run.ranks.is_main:
-                        state = saver.attempt(run, state, final=bool(last or stop.signal))
+                final = bool(last or stop.signal)
+                state = run.ranks.on_main(partial(saver.attempt, run, state, final=final))
             if stop.signal and (not last or state.evaluation_due):
                 raise Stopped(exit_code(stop.signal), f"stopped after step {number} of {run.plan.steps}, saved")
     return state
 
 
-def evaluate_and_note(run: Run, *, state: State, stop: StopRequest) -> State:
+def evaluate_and_note(run: Run, state: State, stop: StopRequest) -> State:
     """The held-out loss, noted; the state with it when it is the best so far. A signal leaves it due."""
     state = replace(state, evaluation_due=False)
     if run.held_out is None:
         return state
-    capacity = run.plan.micro_batch_tokens
-    result = evaluate(run.network, run.held_out, capacity=capacity, ranks=run.ranks, stop=stop)
+    result = evaluate(run, run.held_out, stop)
     if result is None:
         return replace(state, evaluation_due=True)
     loss, tokens = result
     if run.ranks.is_main:
-        run.logbook.evaluation(step=state.step, loss=loss, tokens=tokens)
+        run.metrics.evaluation(step=state.step, loss=loss, tokens=tokens)
     if state.best_loss is not None and state.best_loss <= loss:
         return state
     return replace(state, best_step=state.step, best_loss=loss)
 
 
-def evaluate(
-    network: Network, rows: TokenStore, *, capacity: int, ranks: Ranks, stop: StopRequest
-) -> tuple[float, int] | None:
-    """The mean loss per supervised token of held-out `rows`, in nats, and how many tokens; None after a signal.
-
-    Each process scores its share. Raises MicroBatchTooLarge when memory runs out.
-    """
-    total, tokens = 0.0, 0
-    score = partial(score_batches, network, rows, range(len(rows)), capacity=capacity)
+def evaluate(run: Run, rows: TokenStore, stop: StopRequest) -> tuple[float, int] | None:
+    """The mean loss per supervised token of held-out `rows`, in nats, and how many tokens; None after a signal."""
+    total, tokens, ranks = 0.0, 0, run.ranks
+    score = partial(score_batches, run.network, rows, range(len(rows)), capacity=run.plan.micro_batch_tokens)
     with ranks.sync_errors():
         for batch, losses in score(processes=ranks.count, index=ranks.index, explain=partial(oom_context, rows)):
             if stop.signal:  # of several processes none, before they agree on it in a step
@@ -145,15 +135,14 @@ def evaluate(
 
 
 def refuse_non_finite(run: Run, step: Step, *, loss: float, norm: float) -> None:
-    """Raise DivergedError, naming the rows of the step and the last good checkpoint."""
+    """Raise DivergedError, naming the first rows of the step and the last good checkpoint."""
     if math.isfinite(loss) and math.isfinite(norm):
         return
-    places = [str(run.rows.place(int(example))) for example in step.examples]
+    places = ", ".join(str(run.rows.place(int(example))) for example in step.examples[:8])
     saved = list_checkpoints(run.checkpoints)
-    shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
     what = f"step {step.number} is not finite (loss {loss}, gradient norm {norm}); nothing was updated"
     hint = f"look at these rows or lower optimizer.learning_rate; last good: {saved[-1] if saved else 'none yet'}"
-    raise DivergedError(what, where=shown, hint=hint)
+    raise DivergedError(what, where=places, hint=hint)
 
 
 def peak_memory(device: torch.device) -> int:

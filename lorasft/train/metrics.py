@@ -30,14 +30,9 @@ class Metrics:
         self.done = done
         self.log_every = recipe.run.log_every
         self.started = time.monotonic()
-        self.terminal = sys.stderr.isatty()
         self.trackers: list[Any] = []
         if recipe.run.trackers and not quiet:
             self._try_trackers(lambda: self.trackers.extend(start_trackers(recipe, folder)))
-
-    def note(self, text: str) -> None:
-        """One line for the reader."""
-        say(text, over=self.terminal)
 
     def step(self, values: dict[str, Any]) -> None:
         """The metrics of one optimizer step."""
@@ -50,12 +45,12 @@ class Metrics:
             f"step {number}/{self.steps}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
             f"{values['tokens_per_second']:,.0f} tokens/s  {time_text(left)} left"
         )
-        say(line, end="" if self.terminal and number < self.steps else "\n", over=self.terminal)
+        say(line, end="" if sys.stderr.isatty() and number < self.steps else "\n")
 
     def evaluation(self, *, step: int, loss: float, tokens: int) -> None:
         """A held-out loss."""
         self._record({"step": step, "eval_loss": loss, "eval_tokens": tokens})
-        self.note(f"step {step}/{self.steps}  held-out loss {loss:.4f} over {tokens:,} tokens")
+        say(f"step {step}/{self.steps}  held-out loss {loss:.4f} over {tokens:,} tokens")
 
     def secure(self) -> int:
         """Put all lines on the disk, for sure; their bytes. Raises CapacityError where the disk does not take them."""
@@ -75,7 +70,7 @@ class Metrics:
             self._write()
         except LorasftError as error:
             if not said:
-                self.note(f"metrics.jsonl: {error.what}; its lines wait in memory")
+                say(f"metrics.jsonl: {error.what}; its lines wait in memory")
         self._try_trackers(lambda: [tracker.log(dict(values), step=values["step"]) for tracker in self.trackers])
 
     def _write(self) -> None:

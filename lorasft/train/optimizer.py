@@ -14,7 +14,7 @@ from lorasft.recipe import OptimizerSettings
 
 def make_optimizer(settings: OptimizerSettings, parameters: Mapping[str, nn.Parameter]) -> Any:
     """AdamW over exactly `parameters`; `adamw8bit` keeps its moments in 8 bit (bitsandbytes)."""
-    kind = {"adamw": torch.optim.AdamW, "adamw8bit": AdamW8bit}[settings.name]
+    kind: Any = torch.optim.AdamW if settings.name == "adamw" else AdamW8bit
     rate, decay = settings.learning_rate, settings.weight_decay
     return kind(list(parameters.values()), lr=rate, betas=settings.betas, weight_decay=decay)
 
@@ -30,20 +30,13 @@ def optimizer_state(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> d
 
 
 def restore_optimizer(optimizer: Any, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
-    """Put a saved state back, bit for bit. Raises ValueError when it belongs to other parameters."""
-    states: dict[str, dict[str, Any]] = {}
+    """Put a saved state back, bit for bit. Raises LookupError or ValueError when it belongs to other parameters."""
     for key, value in tensors.items():
         name, _, field = key.rpartition("/")
-        parameter = parameters.get(name)
-        moment = field in ("exp_avg", "exp_avg_sq", "state1", "state2")
-        odd = (moment and parameter is not None and value.shape != parameter.shape) or (field == "step" and value.dim())
-        if parameter is None or odd:
+        parameter = parameters[name]
+        if value.shape != parameter.shape and field in ("exp_avg", "exp_avg_sq", "state1", "state2"):
             raise ValueError(f"{key} {list(value.shape)} is not of this model")
         if field == "step":  # torch counts in a tensor that stays on the CPU, bitsandbytes in a number
-            states.setdefault(name, {})[field] = value if value.is_floating_point() else int(value)
+            optimizer.state[parameter][field] = value if value.is_floating_point() else int(value)
         else:
-            states.setdefault(name, {})[field] = value.to(parameter.device)
-    if states and (states.keys() != parameters.keys() or not all("step" in state for state in states.values())):
-        raise ValueError("it lacks the state of some parameters")
-    for name, state in states.items():
-        optimizer.state[parameters[name]] = state
+            optimizer.state[parameter][field] = value.to(parameter.device)

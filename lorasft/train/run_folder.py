@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,32 @@ from huggingface_hub import snapshot_download
 from lorasft import __version__
 from lorasft.data.prepare import Prepared, read_ingredients
 from lorasft.errors import RecipeError
-from lorasft.files import LOCK, replace_file
-from lorasft.recipe import Recipe, dump_recipe, load_recipe, mathematics
+from lorasft.files import LOCK, locked, make_folder, refuse_overlap, remove_folder, replace_file, sweep
+from lorasft.recipe import Recipe, mathematics
+from lorasft.recipe.load import dump_recipe, load_recipe
 from lorasft.tensors import fingerprint
 from lorasft.train.state import State
 
-_LEFT_BEHIND = {"tokens", LOCK, "checkpoints", "provenance.json"}  # by a start that failed
+# By a start that failed.
+_LEFT_BEHIND = {LOCK, "tokens", "memory.json", "checkpoints", "checkpoints/step-000000", "provenance.json"}
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors", "numpy")
+
+
+@contextmanager
+def take_folder(recipe: Recipe, *, resume: bool) -> Iterator[str]:
+    """Hold the run folder, cleared of what a failed start left. Gives the process that was killed in it, if any."""
+    folder, base = Path(recipe.run.output), Path(recipe.model.base)
+    refuse_overlap(folder, *([base] if base.is_dir() else []))
+    check_run_folder(folder, resume=resume)
+    make_folder(folder)
+    with locked(folder) as left:
+        check_run_folder(folder, resume=resume)  # it may have become a run before the lock was ours
+        sweep(folder)
+        sweep(folder / "checkpoints")
+        for name in () if resume else ("tokens", "checkpoints"):
+            if (folder / name).is_dir():
+                remove_folder(folder / name)
+        yield left
 
 
 def check_run_folder(folder: Path, *, resume: bool) -> None:
@@ -31,15 +52,11 @@ def check_run_folder(folder: Path, *, resume: bool) -> None:
     if not resume and is_run:
         hint = f"--resume to continue it, or run.output={folder}-2 to start another"
         raise RecipeError("this run folder exists", where=str(folder), hint=hint)
-    if is_run:
-        return
-    present = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    ours = _LEFT_BEHIND if LOCK in present else set()  # of a start that failed, which is deleted
-    saved = (path.name for path in (folder / "checkpoints").glob("*"))
-    strangers = [name for name in present if name not in ours and not name.startswith(".")]
-    strangers += [f"checkpoints/{name}" for name in saved if name != "step-000000" and not name.startswith(".")]
+    ours = _LEFT_BEHIND if (folder / LOCK).is_file() else ()
+    paths = (path.relative_to(folder) for names in ("[!.]*", "checkpoints/[!.]*") for path in folder.glob(names))
+    strangers = [] if is_run else [str(path) for path in paths if str(path) not in ours]
     if strangers:
-        what = f"the folder holds {len(strangers)} files that are no run's, {strangers[0]} among them"
+        what = f"the folder holds {len(strangers)} files that are not a run's, {strangers[0]} among them"
         raise RecipeError(what, where=str(folder), hint="run.output=NEW_FOLDER")
 
 
@@ -67,15 +84,14 @@ def refuse_changes(recipe: Recipe, folder: Path, saved: State, *, prepared: Prep
 def compare(before: dict[str, Any], now: dict[str, Any], *, most: int = 10) -> str:
     """What differs, a line each: `key: old -> new`; long values from a little before the place where they differ."""
     old, new = _flatten(before), _flatten(now)
-    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     lines = []
-    for key in keys[:most]:
-        texts = [" ".join(str(values.get(key)).split()) for values in (old, new)]
-        same = next((place for place, (one, other) in enumerate(zip(*texts, strict=False)) if one != other), 0)
-        start = max(0, same - 12) if max(map(len, texts)) > 60 else 0
-        parts = [f"{'...' * (start > 0)}{text[start:][:60]}{'...' * (len(text) > start + 60)}" for text in texts]
-        lines.append(f"  {key}: {' -> '.join(parts)}")
-    return "\n".join(lines + ([f"  and {len(keys) - most} more"] if len(keys) > most else []))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            texts = [" ".join(str(values.get(key)).split()) for values in (old, new)]
+            same = next((place for place, pair in enumerate(zip(*texts, strict=False)) if len({*pair}) > 1), 0)
+            start = max(0, same - 12) if max(map(len, texts)) > 60 else 0
+            lines.append(f"  {key}: {' -> '.join(text[start:][:60] for text in texts)}")
+    return "\n".join(lines[:most] + ([f"  and {len(lines) - most} more"] if len(lines) > most else []))
 
 
 def write_start(folder: Path, recipe: Recipe, prepared: Prepared, *, state: State, config: Any) -> None:

@@ -13,6 +13,7 @@ from lorasft.data.packing import Plan
 from lorasft.data.prefixes import Sharing
 from lorasft.data.store import TokenStore
 from lorasft.model.loss import Network
+from lorasft.model.recompute import recomputed_layers
 from lorasft.recipe import Recipe
 from lorasft.train.distributed import Ranks
 from lorasft.train.metrics import Metrics
@@ -44,18 +45,9 @@ class State:
     best_loss: float | None = None
 
 
-@dataclass(frozen=True)
-class Learner:
-    """What training changes: the adapter on its base, and the optimizer of the parameters that train."""
-
-    model: Any  # the PEFT model
-    parameters: dict[str, nn.Parameter]
-    optimizer: Any
-
-
-@dataclass(frozen=True)
+@dataclass
 class Run:
-    """All that a run works with. What changes while it runs is the learner and the state that `train` hands on."""
+    """All that a run works with. What changes: parameters, optimizer, and the plan where memory ends."""
 
     folder: Path
     recipe: Recipe
@@ -63,10 +55,24 @@ class Run:
     rows: TokenStore
     held_out: TokenStore | None
     network: Network
-    learner: Learner
-    logbook: Metrics
+    model: Any  # the PEFT model
+    parameters: dict[str, nn.Parameter]  # that are trained
+    optimizer: Any  # of them
+    metrics: Metrics
     ranks: Ranks
 
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+    @property
+    def layout(self) -> Layout:
+        """How the run is laid out now, which a lack of memory may have changed."""
+        return Layout(
+            dtype=str(self.network.causal.dtype).removeprefix("torch."),
+            micro_batch_tokens=self.plan.micro_batch_tokens,
+            recomputed_layers=recomputed_layers(self.network.causal),
+            segments=self.network.segments,
+            share_prefixes=self.network.share,
+            processes=self.ranks.count,
+        )

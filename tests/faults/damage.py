@@ -74,7 +74,7 @@ def read_changed(recipe: Any, trace: Any, *, trials: int, seed: int, report: Pat
             told = change_checkpoint(place, random.Random(f"{seed}-{number}"))
             try:
                 newest_checkpoint(place.parent, run=opened.state.run)
-                restore_checkpoint(place, opened.run.learner)
+                restore_checkpoint(place, opened.run)
             except LorasftError:
                 pass
             except BaseException as fault:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +28,21 @@ from lorasft.train import state as state_module
 from lorasft.train.optimizer import optimizer_state
 
 
-def sync_no_file() -> None:
-    files._sync = lambda descriptor, path: None
-
-
-def sync_no_folder() -> None:
-    files._sync_folder = lambda path: None
+def sync_only(folders: bool) -> None:
+    plain = files._sync
+    files._sync = lambda path: plain(path) if path.is_dir() == folders else None
 
 
 def rename_before_sync() -> None:
     """The folder has its final name before its files are on the disk."""
     plain_sync, plain_rename = files._sync, files.rename
     late: list[Path] = []
-    files._sync = lambda descriptor, path: (
-        late.append(path) if ".stage-step" in str(path) else plain_sync(descriptor, path)
-    )
+    files._sync = lambda path: late.append(path) if ".stage-step" in str(path) and path.is_file() else plain_sync(path)
 
     def rename(source: Path, target: Path) -> None:
         plain_rename(source, target)
         for path in late:
-            with open(target / path.name, "rb") as file:
-                plain_sync(file.fileno(), target / path.name)
+            plain_sync(target / path.name)
         late.clear()
 
     files.rename = rename
@@ -70,14 +65,13 @@ def manifest_first() -> None:
 
 
 def state_after_rename() -> None:
-    def save_checkpoint(folder: Path, state: Any, learner: Any, *, base: Any) -> Path:
-        tensors = optimizer_state(learner.optimizer, learner.parameters)
-        target = folder / f"step-{state.step:06d}"
+    def save_checkpoint(run: Any, state: Any) -> None:
+        tensors = optimizer_state(run.optimizer, run.parameters)
+        target = run.checkpoints / f"step-{state.step:06d}"
         with files.staged_folder(target) as stage:
-            checkpoint.write_adapter(learner.model, stage, base=base)
+            checkpoint.write_adapter(run.model, stage, base=run.recipe.model)
             files.write_file(stage / "optimizer.safetensors", pack(tensors))
         files.write_file(target / "state.json", json.dumps(asdict(state)).encode())
-        return target
 
     checkpoint.save_checkpoint = save_checkpoint
 
@@ -86,12 +80,12 @@ def retain_unverified() -> None:
     """The newest count as kept, whole or not, and the rest goes before the new one is there."""
     plain = checkpoint.save_checkpoint
 
-    def save_checkpoint(folder: Path, *values: Any, **named: Any) -> Path:
-        for path in checkpoint.list_checkpoints(folder)[: 1 - KEEP]:
+    def save_checkpoint(run: Any, state: Any) -> None:
+        for path in checkpoint.list_checkpoints(run.checkpoints)[: 1 - KEEP]:
             files.remove_folder(path)
-        return plain(folder, *values, **named)
+        plain(run, state)
 
-    checkpoint.save_checkpoint, checkpoint.prune_checkpoints = save_checkpoint, lambda *values, **named: None
+    checkpoint.save_checkpoint, checkpoint.prune_checkpoints = save_checkpoint, lambda run, state: None
 
 
 def overwrite_in_place() -> None:
@@ -118,8 +112,8 @@ def resume_by_number() -> None:
 
 
 MUTANTS: dict[str, tuple[Callable[[], None], str]] = {
-    "no fsync of files": (sync_no_file, "P1"),
-    "no fsync of folders": (sync_no_folder, "P1"),
+    "no fsync of files": (partial(sync_only, folders=True), "P1"),
+    "no fsync of folders": (partial(sync_only, folders=False), "P1"),
     "rename before fsync": (rename_before_sync, "P1"),
     "manifest first": (manifest_first, "P1"),
     "state after rename": (state_after_rename, "P1"),

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from lorasft.model import scoring
-from lorasft.train import checkpoint, loop, metrics
-from lorasft.train import run as runs
+from lorasft.train import checkpoint, inputs, loop, metrics
 
 
 def before_step(number: int, act: Callable[[Any], object]) -> None:
@@ -30,11 +29,11 @@ def poison(number: int, where: str) -> None:
     plain_losses, plain_norm = loop.pair_losses, loop.get_total_norm
 
     def put(run: Any) -> None:
-        first = next(iter(run.learner.parameters.values()))
+        first = next(iter(run.parameters.values()))
         if where == "weight":
             first.data.view(-1)[0] = float("inf")
-        elif where == "moment" and run.learner.optimizer.state:
-            run.learner.optimizer.state[first]["exp_avg"].view(-1)[0] = float("nan")
+        elif where == "moment" and run.optimizer.state:
+            run.optimizer.state[first]["exp_avg"].view(-1)[0] = float("nan")
         elif where == "loss":
             loop.pair_losses = lambda *values: plain_losses(*values) * float("nan")
         elif where == "gradient":
@@ -80,7 +79,7 @@ def break_trackers(moment: str, way: str) -> None:
         return [Tracker()]
 
     metrics.start_trackers = start
-    runs.check_trackers = lambda names: None
+    inputs.check_trackers = lambda names: None
 
 
 def note_rows(ledger: Path) -> None:

@@ -94,7 +94,7 @@ def read_history(log: Path) -> History:
         own = Path(name).name
         if kind == "rename" and own.startswith("step-"):
             renamed += [change for change in history.changes if change.at == at and own in change.names]
-        if kind == "append":
+        if kind == "append" and own == "metrics.jsonl":
             lines = (log / tree[name][1]).read_text(encoding="utf-8").splitlines()
             steps = max((json.loads(line)["step"] for line in lines if '"loss"' in line), default=0)
         history.commits.append(sum(change.safe <= at for change in renamed))

@@ -26,11 +26,11 @@ from faults.campaigns import Tally
 from faults.judge import judge_remains, read_metrics
 from faults.subject import SAVE_EVERY
 from faults.trial import Bench, full_in, in_fork, kill_at, open_bench
-from lorasft import recipe
 from lorasft.cli import main
 from lorasft.commands import train
 from lorasft.errors import RecipeError
 from lorasft.files import LOCK, locked
+from lorasft.recipe import load as recipe
 from lorasft.train import loop, run
 from lorasft.train.schedule import learning_rate
 
@@ -72,7 +72,7 @@ def test_i04_strangers_files_are_not_touched(bench: Bench, tmp_path: Path) -> No
     mine.parent.mkdir(parents=True)
     mine.write_text("mine", encoding="utf-8")
     code, said = bench.changed("run", output=str(tmp_path / "run")).run()
-    assert code == 2 and "no run's" in said and mine.read_text(encoding="utf-8") == "mine"
+    assert code == 2 and "not a run's" in said and mine.read_text(encoding="utf-8") == "mine"
 
 
 def test_i04_no_link_is_followed(bench: Bench, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_run_that_ended_without_a_word_is_named(bench: Bench) -> None:
     child = bench.start(kill_at(bench.effects // 2, moment="after"))
     child.wait()
     code, said = bench.run()
-    assert code == 0 and f"process {child.pid} ended without a word" in said and "going on from step" in said
+    assert code == 0 and f"process {child.pid} ended without a word" in said and "continuing from step" in said
     assert "without a word" not in bench.run()[1]
 
 
@@ -230,7 +230,7 @@ def test_i11_what_is_shown_is_what_is_learned(
     assert 2 * sum(labels) == 2 * told["summary"]["supervised_tokens"] == sum(logged) > 0
 
 
-SAVED = {"make_plan": "before the first step", "_introduce": "not saved since step 0", "_show_answers": "is whole"}
+SAVED = {"read_inputs": "before the first step", "_introduce": "not saved since step 0", "_show_answers": "is whole"}
 
 
 @pytest.mark.parametrize("number", campaigns.STOPPED)
@@ -249,7 +249,7 @@ def test_a_signal_where_there_is_no_step_to_finish(
         (bench.folder / "checkpoints" / "step-000008.aside-1").mkdir(parents=True)  # damaged, put aside: no save
         signal.raise_signal(number)
 
-    monkeypatch.setattr(run if where == "make_plan" else train, where, ask)
+    monkeypatch.setattr(run if where == "read_inputs" else train, where, ask)
     assert main(command) == campaigns.STOPPED[number]
     said = capsys.readouterr().err
     assert SAVED[where] in said and "Traceback" not in said

@@ -1,0 +1,104 @@
+"""What a run is made of, before any weight is read: the checked recipe, the base's config, the data, the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from lorasft.artifact import Artifact, find_artifact
+from lorasft.data.packing import Plan, count_steps
+from lorasft.data.prepare import Prepared, prepare
+from lorasft.data.tokenizer import load_tokenizer
+from lorasft.errors import ModelError, RecipeError
+from lorasft.model.adapter import check_targets
+from lorasft.model.base import check_mostly_quantized, compute_dtype, make_skeleton, read_config
+from lorasft.model.recompute import decoder_layers
+from lorasft.recipe import AdapterSettings, Recipe
+from lorasft.train.metrics import check_trackers
+from lorasft.train.schedule import warmup_steps
+from lorasft.train.state import State
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What is known of a run before any weight is read."""
+
+    config: Any  # of the base
+    tokenizer: Any
+    prepared: Prepared
+    plan: Plan
+    adapter: AdapterSettings  # with the sizes of the adapter that it begins from
+    start: Artifact | None  # that adapter
+    checkpoint: Path | None = None  # that is resumed from
+    saved: State | None = None  # its state
+    notes: tuple[str, ...] = ()
+
+
+def read_inputs(recipe: Recipe, config: Any, folder: Path) -> RunInputs:
+    """Prepare the data in `folder`. Raises ModelError for ids that the model has no row for."""
+    adapter, start = recipe.adapter, None
+    if adapter.start:
+        start = find_artifact(adapter.start, base=recipe.model.base)
+        start.require_adapter()
+        adapter = adapter.model_copy(update=_read_sizes(start.adapter_config))
+    tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
+    prepared = prepare(recipe.data, recipe.chat, tokenizer=tokenizer, folder=folder)
+    rows, most = config.get_text_config().vocab_size, int(prepared.store.arrays["ids"].max())
+    if most >= rows:  # on which a GPU would only assert
+        what = f"the tokenizer gives id {most}, the model has {rows} embedding rows"
+        raise ModelError(what, where="model.base", hint="use the tokenizer that belongs to the model")
+    plan = make_plan(recipe, examples=len(prepared.train))
+    return RunInputs(config, tokenizer, prepared, plan, adapter, start)
+
+
+def read_checked_config(recipe: Recipe) -> Any:
+    """The config of the base. Raises RecipeError or DeviceError for what it or this machine cannot do for `recipe`."""
+    config = read_config(recipe.model.base, recipe.model.revision)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions and recipe.data.max_length > positions:
+        what = f"data.max_length is {recipe.data.max_length}, the model has {positions} positions"
+        raise RecipeError(what, where="data.max_length", hint=f"data.max_length={positions}")
+    skeleton = make_skeleton(config)
+    if recipe.adapter.targets != "all-linear" or recipe.adapter.modules_to_save:
+        check_targets(skeleton, recipe.adapter)
+    if recipe.machine.activation_checkpointing is True and not decoder_layers(skeleton):
+        what = "this model cannot recompute its activations"
+        raise RecipeError(what, where="machine.activation_checkpointing", hint="use auto or false")
+    decided = sorted(recipe.adapter.model_fields_set - {"start"})
+    if recipe.adapter.start and decided:
+        what = f"adapter.{decided[0]} has no effect with adapter.start, whose own config decides"
+        raise RecipeError(what, where=f"adapter.{decided[0]}", hint="leave one of the two out")
+    compute_dtype(recipe.model.dtype, PartialState().device)
+    if recipe.model.quantization == "nf4" and not hasattr(config, "quantization_config"):
+        check_mostly_quantized(skeleton)
+    check_trackers(recipe.run.trackers)
+    return config
+
+
+def make_plan(recipe: Recipe, *, examples: int) -> Plan:
+    """The run as a function of the step. Raises RecipeError when there are fewer rows than one batch."""
+    if examples < recipe.train.batch_size:
+        what = f"{examples} rows are fewer than one batch of {recipe.train.batch_size}"
+        raise RecipeError(what, where="train.batch_size", hint=f"train.batch_size={examples}")
+    train, tokens = recipe.train, recipe.machine.micro_batch_tokens
+    steps = count_steps(examples, batch_size=train.batch_size, epochs=train.epochs, steps=train.steps)
+    warmup_steps(steps, recipe.schedule)
+    if tokens == "auto":
+        tokens = 4096 if PartialState().device.type == "cuda" else 2048  # measured on CPU
+    return Plan(examples, train.batch_size, steps, train.seed, train.loss, tokens)
+
+
+def _read_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter's `config`, in PEFT's words, says of its size, in ours."""
+    targets = config["target_modules"]
+    return {
+        "rank": config["r"],
+        "dropout": config.get("lora_dropout", 0.0),
+        "dora": config.get("use_dora", False),
+        "targets": targets if isinstance(targets, str) else tuple(targets),
+        "modules_to_save": tuple(config.get("modules_to_save") or ()),
+    }
