@@ -176,10 +176,11 @@ def test_a_few_layers_tell_what_all_of_them_take(name: str, monkeypatch: pytest.
 
     monkeypatch.setattr(memory, "run_layers", remembered)
     batch = heaviest_batch(network, longest=40, capacity=100)
-    for recomputed in (0, 7):
+    uniform = len({*kinds}) == 1 and name != "smollm-3"
+    for recomputed in (0, 1, 4, 6, 7):
         ran.clear()
         assert dry_run(network, batch, recomputed=recomputed) == run(network, batch, recomputed)
-        assert ran == ([3, 5] if len({*kinds}) > 1 or name == "smollm-3" else [2, 3])
+        assert max(ran) == (3 if uniform else 5 if recomputed in (0, 7) else 7)
     layers = layer_list(network.causal)
     layers[3] = copy.deepcopy(layers[3])
     layers[3].other = 1

@@ -147,14 +147,19 @@ def dry_run(network: Network, batch: MicroBatch, *, recomputed: int) -> Activati
     kinds = layer_kinds(network.causal)
     count = len(kinds)
     period = next((size for size in range(1, count) if kinds[size:] == kinds[:-size]), count)
-    fewer = max(2, period + count % period) if count else 0
-    if recomputed in (0, count) and fewer + period < count:
-        short, long = (_run_first(network, batch, depth, recomputed) for depth in (fewer, fewer + period))
-        each = long.kept - short.kept
-        if each == long.peak - short.peak:  # else the peak is not where it is in a deep model
-            more = each * ((count - fewer) // period)
-            return ActivationMemory(short.kept + more, short.peak + more)
-    return run_layers(network, batch, recomputed)
+    fewer, some = max(2, period + count % period) if count else 0, 0 < recomputed < count
+    if fewer + period >= count or (some and period > 1):
+        return run_layers(network, batch, recomputed)
+    short, long = (_run_first(network, batch, depth, min(recomputed, 1) * depth) for depth in (fewer, fewer + period))
+    each, times = long.kept - short.kept, (count - fewer) // period
+    if each != long.peak - short.peak:  # the peak is not where it is in a deep model
+        return run_layers(network, batch, recomputed)
+    kept, peak = short.kept + times * each, short.peak + times * each
+    if some:  # the last layers keep more, and going back through them takes what it does where none recomputes
+        plain, mixed = (_run_first(network, batch, fewer, number) for number in (0, fewer - 1))
+        kept += (count - recomputed) * (mixed.kept - short.kept)
+        peak = max(peak - (count - recomputed) * each, kept + plain.peak - plain.kept)
+    return ActivationMemory(kept, peak)
 
 
 def _run_first(network: Network, batch: MicroBatch, depth: int, recomputed: int) -> ActivationMemory:
