@@ -67,25 +67,23 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
             raise ModelError(what, where=settings.base, hint="download the base again; is config.json its own?")
         return model
 
-    folder = place = kept = None
-    if quantize and keep:
+    keep = keep if quantize else False
+    place = kept = None
+    if keep:
         commit = getattr(config, "_commit_hash", None)
         folder = Path(cached_file(settings.base, "config.json", revision=commit)).parent
-        place = find_place(folder, scheme, device)
-    if place:
-        packed = copy.deepcopy(config)
-        packed.quantization_config = scheme.to_dict()
-        kept = read_kept(place, partial(read, config=packed))
+        if place := find_place(folder, scheme, device):
+            packed = copy.deepcopy(config)
+            packed.quantization_config = scheme.to_dict()
+            kept = read_kept(place, partial(read, config=packed))
     how = {"quantization_config": scheme} if quantize else {}  # None would hide the config's own
     model = read(settings.base, revision=settings.revision, **how) if kept is None else kept
     model.name_or_path = model.config._name_or_path = settings.base
     patch_linear4bit(model, device, settings.base)
     model.requires_grad_(False)
-    if folder and kept is None:
-        found = find_place(folder, scheme, device)
-        if found and place in (None, found):  # a hub's weights are there by now; others changed meanwhile
-            with quiet_progress():
-                keep_base(model, found, base=folder, wanted=keep)
+    if keep and kept is None and (place := place or find_place(folder, scheme, device)):  # a hub's weights are here now
+        with quiet_progress():
+            keep_base(model, place, base=folder, wanted=keep)
     return model
 
 

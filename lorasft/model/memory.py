@@ -100,27 +100,10 @@ class StaticBytes:
         """Bytes that the first step adds for good."""
         return self.gradients + self.optimizer
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """Bytes at the peak of a step by kind."""
-
-    static: StaticBytes
-    activations: ActivationMemory
-
-    @property
-    def total(self) -> int:
-        return self.static.loaded + self.static.upcoming + self.activations.peak
-
-    def kinds(self) -> dict[str, int]:
-        """Every kind by its name."""
-        return {
-            **self.static.weights,
-            "gradients": self.static.gradients,
-            "optimizer": self.static.optimizer,
-            "activations": self.activations.kept,
-            "transient": self.activations.peak - self.activations.kept,
-        }
+    def at_peak(self, step: ActivationMemory) -> dict[str, int]:
+        """Bytes at the peak of a step, by kind."""
+        beside = {"gradients": self.gradients, "optimizer": self.optimizer}
+        return {**self.weights, **beside, "activations": step.kept, "transient": step.peak - step.kept}
 
 
 def static_bytes(model: nn.Module, optimizer: str) -> StaticBytes:

@@ -1,8 +1,7 @@
 """The decoder layers of a model, and which recompute their activations going backwards: the first ones.
 
-Going backwards the last layers come first, so what they keep is freed before an early layer computes its own
-again. Were the last layers recomputed instead, each would do so while everything that the first ones keep is
-still held, and the peak would be higher by one layer.
+Going backwards the last layers come first, and what they keep is freed before an early layer computes its own again.
+Were they recomputed instead, each would do so while all that the first ones keep is held: one layer more at the peak.
 """
 
 from __future__ import annotations

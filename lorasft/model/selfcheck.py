@@ -99,9 +99,9 @@ def _limit(shares: tuple[float, float], causal: Any, losses: Tensor) -> float:
 def _branches(first: int, network: Network) -> tuple[Tokens, Tokens]:
     """Two sequences with a common stem; the first continues with the token `first`, below the second's."""
     vocabulary = network.causal.config.get_text_config().vocab_size
-    sizes = {4: _STEM, 4 + first: _TAIL, 7: _OTHER}
-    stem, tail, other = (np.random.default_rng(seed).integers(0, vocabulary, size) for seed, size in sizes.items())
-    ids = [np.concatenate([stem, [first], tail]), np.concatenate([stem, [3], other])]
+    stem, other = np.split(np.random.default_rng(0).integers(0, vocabulary, _STEM + _OTHER), [_STEM])
+    tail = np.random.default_rng(first).integers(0, vocabulary, _TAIL)
+    ids = np.concatenate([stem, [first], tail]), np.concatenate([stem, [3], other])
     return all_supervised(ids[0].astype(np.int32)), all_supervised(ids[1].astype(np.int32))
 
 

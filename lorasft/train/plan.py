@@ -17,7 +17,7 @@ from lorasft.data.store import TokenStore, example_lengths
 from lorasft.errors import ModelError
 from lorasft.model.free_memory import free_memory
 from lorasft.model.loss import Network
-from lorasft.model.memory import Prediction, dry_run, heaviest_batch, static_bytes
+from lorasft.model.memory import dry_run, heaviest_batch, static_bytes
 from lorasft.model.recompute import decoder_layers
 from lorasft.model.timing import Timing, time_sample
 from lorasft.model.weightless import Sample, make_weightless, plan_network
@@ -54,7 +54,7 @@ def _plan_inputs(recipe: Recipe, inputs: RunInputs, *, memory: int | None) -> di
     if fit.needs is None:
         what = "this model cannot be planned: it computes by numbers, not only shapes"
         raise ModelError(what, where=recipe.model.base)
-    prediction = Prediction(static, fit.needs)
+    kinds = static.at_peak(fit.needs)
     suggestions = () if fit.holds else find_suggestions(recipe, config, network, rows, memory=given - libraries)
     timing = time_sample(
         network,
@@ -69,8 +69,8 @@ def _plan_inputs(recipe: Recipe, inputs: RunInputs, *, memory: int | None) -> di
         "memory": given,  # that it is fitted to: what was given, or what is free
         "given": memory is not None,
         "libraries": libraries,  # of the memory, not ours
-        "bytes": prediction.kinds(),
-        "peak": prediction.total + libraries,
+        "bytes": kinds,
+        "peak": sum(kinds.values()) + libraries,
         "holds": fit.holds,
         "suggestions": list(islice(suggestions, 3)),
         "saved_by_8bit": static.optimizer - static_bytes(model, "adamw8bit").optimizer,
