@@ -90,15 +90,9 @@ class ErrorGroup(LorasftError):
         self.exit_code = errors[0].exit_code
 
     def __str__(self) -> str:
-        all_fit = len(self.errors) + (self.beyond > 0) <= self.most
-        shown = self.errors if all_fit else self.errors[: self.most - 1]
+        shown = self.errors[: self.most - 1]
         left = len(self.errors) - len(shown) + self.beyond
-        last = {error.hint: error for error in shown}  # a hint that several have appears once, after the last of them
-        lines = []
-        for error in shown:
-            hint = error.hint if last[error.hint] is error else None
-            text = str(LorasftError(error.what, where=error.where, hint=hint))
-            lines.append(" | ".join(" ".join(line.split()) for line in text.splitlines()))
+        lines = [" | ".join(" ".join(line.split()) for line in str(error).splitlines()) for error in shown]
         return "\n".join([*lines, f"... and {'at least ' if self.beyond else ''}{left:,} more"] if left else lines)
 
 

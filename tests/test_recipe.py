@@ -72,7 +72,7 @@ awkward = st.sampled_from(["1e3", "0o17", "no", "1:30", "~", "", " a", "a: b", "
 @given(st.recursive(scalars | awkward, lambda inner: st.lists(inner) | st.dictionaries(st.text() | awkward, inner)))
 def test_dumped_yaml_reads_back(value: Any) -> None:
     document = parse_yaml(dump_yaml([value]), "x")
-    assert document.value == [value] and not document.errors
+    assert document.value == [value]
     assert repr(document.value) == repr([value])  # also the types: 1 is not 1.0
 
 
@@ -144,7 +144,9 @@ def test_a_built_in_template_is_no_folder_of_that_name(tmp_path: Path) -> None:
     assert load(SMALLEST, "chat.template=plain").chat.template == "plain"
 
 
-text_values = st.text(min_size=1, max_size=8).filter(lambda text: "\x00" not in text) | awkward.filter(bool)
+text_values = (st.text(min_size=1, max_size=8) | awkward).filter(
+    lambda text: text[:1] not in ("", "~") and "\0" not in text
+)
 fractions = st.floats(0.001, 0.5)
 sections: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "model": {"revision": st.none() | text_values, "quantization": st.sampled_from(["nf4", "none"])},
@@ -198,7 +200,7 @@ def test_mathematics_ignores_run_and_machine() -> None:
 
 # Those of a plain misuse are in test_bad_inputs.py, by their numbers there.
 BAD = {  # what follows the smallest recipe (lines 1 and 2) -> exit code, line, what must be said
-    "train:\n  epochs: '2'": (2, 4, ["train.epochs", 'it is "2"', "train.epochs=2.0"]),
+    "train:\n  epochs: '2'": (2, 4, ["train.epochs", 'it is "2"']),
     "train: {epochs: true}": (2, 3, ["train.epochs", "it is true"]),
     "train: {seed: 1.0}": (2, 3, ["train.seed", "integer"]),
     "train: {epochs: 1e999}": (2, 3, ["train.epochs", "finite"]),
@@ -255,12 +257,12 @@ def test_bad_recipes_say_what_where_and_how_to_fix_it(text: str, code: int, line
 
 
 BAD_OVERRIDES = {
-    "train.btch_size=3": ["unknown key train.btch_size", "where: command line: train.btch_size=3", "batch_size?"],
+    "train.btch_size=3": ["unknown key train.btch_size", "where: command line: train.btch_size=...", "batch_size?"],
     "train.batch_size": ["section.key=value", "command line: train.batch_size"],
     "model={base: x}": ["section.key=value"],
     ".base=x": ["section.key=value"],
-    "train.batch_size=4x": ["command line: train.batch_size=4x"],
-    "chat.system=a: b: c": ["not YAML", "command line: chat.system=a: b: c"],
+    "train.batch_size=4x": ["command line: train.batch_size=...", 'it is "4x"'],
+    "chat.system=a: b: c": ["not YAML", "command line: chat.system"],
     "chat.system=!x y": ["tags", "command line: chat.system"],
     "lora_r=8": ["adapter.rank"],
     "model.hf_token=canary": ["model.hf_token", "command line: model.hf_token=..."],
@@ -268,7 +270,7 @@ BAD_OVERRIDES = {
     "adapter.rank.x=3": ["adapter.rank: "],
     "train.seed=\x1b[31m": ["train.seed"],
     "--epochs=3": ["unknown key --epochs"],
-    "data.train=[{path: 3}]": ["where: command line: data.train=[{path: 3}]"],
+    "data.train=[{path: 3}]": ["where: command line: data.train=...", "it is 3"],
 }
 
 
@@ -297,13 +299,17 @@ def test_whatever_is_written_loads_or_is_refused_in_our_words(raw: dict[str, Any
 
 
 def test_all_errors_come_at_once_and_the_unsafe_decides() -> None:
-    error = refused(SMALLEST + "train: {seed: x}\nlora_r: 2\nrun: {keep: 1, keep: 0}\ntrust_remote_code: true\n", "a")
-    assert isinstance(error, ErrorGroup) and len(error.errors) == 6
+    text = "train: {seed: x}\nlora_r: 2\nrun: {keep: 0}\ntrust_remote_code: true\n"
+    error = refused(SMALLEST + text, "adapter.rank=0")
+    assert isinstance(error, ErrorGroup) and len(error.errors) == 5
     assert error.exit_code == 8 and isinstance(error.errors[0], UnsafeError)
-    assert all(f"r.yaml:{line}" in str(error) for line in (3, 4, 5, 6)) and "command line: a" in str(error)
+    assert all(f"r.yaml:{line}" in str(error) for line in (3, 4, 5, 6)) and "command line: adapter.rank" in str(error)
     for count in (20, 50):
         lines = str(refused(SMALLEST + "".join(f"k{number}: 1\n" for number in range(count)))).splitlines()
         assert len(lines) == 20 and (count == 20 or lines[-1] == "... and 31 more")
+    doubled = str(refused("data: {train: d}\nmodel:\nmodel: {base: m}\n"))
+    assert doubled.count("error:") == 1  # none that follows from it
+    assert "known here: model, " in str(refused(SMALLEST + "xyzzy: 1\n"))  # no name is near
 
 
 @pytest.mark.parametrize("name", sorted({name for theirs in PEERS.values() for name in theirs.split()}))
@@ -391,8 +397,7 @@ def test_copying_makes_paths_beside_the_recipe_absolute(
     monkeypatch.setattr("lorasft.recipe.load.shipped_recipes", lambda: {"own": folder / "own.yaml"})
     recipes_command.run("copy", "own", "copy.yaml", as_json=False)
     text = (tmp_path / "copy.yaml").read_text()
-    shipped = (folder / "own.yaml").read_text()
-    assert text == shipped.replace("train: x.jsonl", f'train: "{folder}/x.jsonl"') != shipped  # and nothing else
+    assert yaml.safe_load(text)["data"]["train"] == f"{folder}/x.jsonl" and text.startswith("# A recipe.\n")
     copied = load_recipe("copy.yaml")
     assert copied.data.train[0].path == str(folder / "x.jsonl") and copied.optimizer.learning_rate == 2e-4
 
@@ -418,7 +423,6 @@ def test_list_show_and_schema_print_what_programs_can_read(capsys: pytest.Captur
     [
         ("show", "gtp2", None, "did you mean gpt2?"),
         ("show", None, None, "no recipe"),
-        ("copy", "gpt2", "no/such/folder.yaml", "mkdir -p no/such"),
     ],
 )
 def test_the_command_refuses_in_plain_words(action: str, name: str | None, to: str | None, said: str) -> None:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lorasft.commands.arguments import add_json
-from lorasft.errors import ModelError
+from lorasft.commands.arguments import add_json, show
 from lorasft.terminal import ByteProgress, say
 
 
@@ -32,7 +28,6 @@ def run(model: str, to: str, out: str, type: Any, as_json: bool) -> None:
     from lorasft.files import refuse_existing
 
     refuse_existing(Path(out))
-    started = time.monotonic()
     with _full_weights(model, Path(out)) as folder:
         progress = ByteProgress() if sys.stderr.isatty() else None
         if to == "ollama":
@@ -45,12 +40,9 @@ def run(model: str, to: str, out: str, type: Any, as_json: bool) -> None:
             from lorasft.export.gguf import write_gguf
 
             written = write_gguf(folder, Path(out), kind=type, on_progress=progress)
-    what = f"{written.tensors} tensors of {written.architecture} as {written.type}, {written.size / 1e9:.3f} GB"
-    say(f"{what} in {time.monotonic() - started:.1f} s")
-    if as_json:
-        print(json.dumps({**asdict(written), "file": str(written.file)}))
-    else:
-        print(out)
+    size = f"{written['size'] / 1e9:.3f} GB"
+    say(f"{written['tensors']} tensors of {written['architecture']} as {written['type']}, {size}")
+    show(written, [out], as_json=as_json)
 
 
 @contextmanager
@@ -61,14 +53,12 @@ def _full_weights(name: str, out: Path) -> Iterator[Path]:
 
     artifact = find_artifact(name)
     if artifact.adapter is None:
-        if not (Path(name) / "config.json").is_file():
-            raise ModelError("no config.json: this is not a model folder", where=name, hint="name a folder")
-        yield Path(name)
+        yield artifact.base
         return
     from lorasft.merge.merge import merge
 
     make_folder(out.absolute().parent)
     with TemporaryDirectory(prefix=STAGE, dir=out.absolute().parent) as scratch:
         merged = merge(artifact, Path(scratch) / "merged")
-        say(f"merged first, onto the {merged.onto} weights ({merged.why})")
-        yield merged.folder
+        say(f"merged first, onto the {merged['onto']} weights ({merged['why']})")
+        yield Path(scratch) / "merged"

@@ -60,6 +60,7 @@ PEERS = {
     "machine.attention": "flash_attention flash_attn attn_implementation sdp_attention use_flash_attention_2",
     "nothing: sequences are always packed, without padding": "packing sample_packing pad_to_sequence_len eval_packing",
     "nothing: torch's own kernels are used": "kernels liger use_liger use_liger_kernel",
+    "nothing: set HF_TOKEN in the environment, or run `hf auth login`": "hf_token hub_token token use_auth_token",
 }
 SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Recipe.model_fields.items()}
 
@@ -75,17 +76,14 @@ def explain(error: ValidationError, document: Document) -> list[LorasftError]:
     return [_explain_key(path, details, document) for path, details in found.items() if path not in above]
 
 
-def check_together(recipe: Recipe, document: Document) -> list[LorasftError]:
-    """Errors between keys that are each fine."""
+def check_together(recipe: Recipe, document: Document) -> None:
+    """Raise RecipeError for keys that are each fine, but not together."""
     held_out, every = recipe.data.eval is not None, recipe.run.eval_every is not None
-    wrong = {"eval_every": every and not held_out, "keep_best": recipe.run.keep_best and not (held_out and every)}
-    needed = "run.eval_every" if held_out else "data.eval"
-    hint = f"{needed}={100 if held_out else 0.02}, or run.eval_every=null and run.keep_best=false"
-    return [
-        RecipeError(f"run.{key} needs {needed}", where=place_of(("run", key), document), hint=hint)
-        for key, is_wrong in wrong.items()
-        if is_wrong
-    ]
+    key = "eval_every" if every and not held_out else "keep_best"
+    if (every or recipe.run.keep_best) and not (every and held_out):
+        needed, example = ("run.eval_every", 100) if held_out else ("data.eval", 0.02)
+        hint = f"{needed}={example}, or run.eval_every=null and run.keep_best=false"
+        raise RecipeError(f"run.{key} needs {needed}", where=place_of(("run", key), document), hint=hint)
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
@@ -121,21 +119,13 @@ def _written_path(value: Any, loc: tuple[int | str, ...], *, missing: bool) -> K
 
 def _explain_key(path: KeyPath, details: list[Any], document: Document) -> LorasftError:
     where, name = place_of(path, document), shorten(".".join(map(str, path)))
-    key, value, kind = str(path[-1]), value_at(path, document.value), details[0]["type"]
+    key, value = str(path[-1]), value_at(path, document.value)
     kernel = isinstance(value, str) and "/" in value and re.search("attn|attention|experts_impl", key, re.IGNORECASE)
     if kernel or key == "trust_remote_code":
         return UnsafeError(f"{name}: lorasft runs no code from repositories", where=where, hint="remove the key")
-    if kind == "missing":
-        return RecipeError(f"{name} is missing", where=where, hint=f"{name}=...")
-    if kind != "extra_forbidden":
-        field = SECTIONS[str(path[0])].model_fields.get(path[1]) if len(path) == 2 else None
-        default = None if field is None or field.is_required() else field.default
-        hint = "lorasft recipes schema" if default in (None, ()) else f"for example {name}={str(default).lower()}"
-        return RecipeError(in_words(details), where=where, hint=hint)
-    if re.search(r"(token|secret|password|api_key)$", key, re.IGNORECASE):
-        hint = "set HF_TOKEN in the environment, or run `hf auth login`"
-        return RecipeError(f"tokens do not belong in recipes: {name}", where=where, hint=hint)
-    return RecipeError(f"unknown key {name}", where=where, hint=_hint_for_name(key, path))
+    if details[0]["type"] == "extra_forbidden":
+        return RecipeError(f"unknown key {name}", where=where, hint=_hint_for_name(key, path))
+    return RecipeError(in_words(details), where=where, hint="lorasft recipes schema has each key and its values")
 
 
 def _hint_for_name(key: str, path: KeyPath) -> str:
