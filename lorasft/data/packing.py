@@ -39,17 +39,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward and backward pass: a flat row of tokens and the supervised pairs.
-
-    `weights`: 1 under `loss: token`, 1/|y| of the example under `loss: example`; the step divides their sum once.
-    """
+    """One forward and backward pass: a flat row of tokens and the supervised pairs."""
 
     ids: Integers  # (tokens,)
     positions: Integers  # (tokens,) of a segment: from its last ancestor's on, or from 0
     segments: tuple[Segment, ...]
     sources: Integers  # (pairs,) index into the row
     targets: Integers  # (pairs,) token ids
-    weights: NDArray[np.float32]  # (pairs,)
+    weights: NDArray[np.float32]  # (pairs,) 1 under `loss: token`, 1/|y| of its example under `loss: example`
     examples: Integers  # (pairs,) which example of the store a pair belongs to; of a merged pair the first
     learned: int  # supervised tokens: pairs, before equal ones were merged
 
