@@ -140,7 +140,7 @@ def test_a_dry_run_is_the_step(name: str) -> None:
     facts = [(one.segments, one.share, one.head is None) for one in (foreseen, network)]
     assert facts[0] == facts[1]
     batch = heaviest_batch(network, longest=20, capacity=60)
-    for count in (0, len(decoder_layers(base))):
+    for count in (0, 1, len(decoder_layers(base))):
         recompute(base, count)
         for parameter in model.train().parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None

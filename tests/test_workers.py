@@ -76,19 +76,17 @@ def test_processes_make_the_same_store(tmp_path: Path, tokenizer: Any, settings:
         settings = settings | {"eval": (str(tmp_path / "apart.jsonl"),)}
     sources = ({"path": files[0], "share": 0.5}, *files[1:])
     data = DataSettings(train=sources, on_bad_row="drop", **{"max_length": 120, "max_dropped": 1.0, **settings})
-    made = [
-        prepare(data, ChatSettings(), tokenizer=tokenizer, folder=tmp_path / str(workers), workers=workers)
-        for workers in (1, 3)
-    ]
-    alone, shared = (
-        {p.relative_to(m.folder): p.read_bytes() for p in m.folder.rglob("*") if p.is_file()} for m in made
-    )
-    assert alone == shared and alone
-    report = made[1].report
+    contents = []
+    for workers in (1, 3):
+        made = prepare(data, ChatSettings(), tokenizer=tokenizer, folder=tmp_path / str(workers), workers=workers)
+        files = (path for path in made.folder.rglob("*") if path.is_file())
+        contents.append({path.relative_to(made.folder): path.read_bytes() for path in files})
+    assert contents[0] == contents[1] != {}
+    report = made.report
     apart = 10 if isinstance(data.eval, tuple) else 0
     assert report.bad_rows >= 6 and report.rows == FILES * ROWS + 20 + 2 - 2 + apart
     assert len(report.dropped) == report.dropped_examples()
-    places = [made[1].train.place(at) for at in range(len(made[1].train))]
+    places = [made.train.place(at) for at in range(len(made.train))]
     assert places == sorted(places, key=lambda place: (place.file, place.line))
 
 
@@ -200,13 +198,8 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("group", [True, False])
 def test_a_signal_leaves_no_process_behind(number: int, group: bool) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT], start_new_session=True, **streams)
     assert process.stdout
     children = [int(word) for word in process.stdout.readline().split()]
     (os.killpg if group else os.kill)(process.pid, number)
