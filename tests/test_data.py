@@ -14,7 +14,7 @@ from tiny_tokenizer import TEMPLATE, save_tokenizer
 from lorasft.data import sources
 from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import Example, read_blocks, shape_block
-from lorasft.data.prepare import held_out_below, list_ingredients, make_key, open_prepared, prepare
+from lorasft.data.prepare import held_out_below, list_ingredients, open_prepared, prepare
 from lorasft.data.report import Report
 from lorasft.data.sources import LARGEST_ROW, RowLocation
 from lorasft.data.store import append_arrays, example_lengths, map_store, pack_examples
@@ -395,7 +395,7 @@ def test_every_ingredient_changes_the_key(
         template.write_text(text)
         data = {name: more.pop(name) for name in ("max_length", "overlong") if name in more}
         chat = ChatFormat(load_tokenizer(str(folder)), ChatSettings(template=str(template), **more))
-        return make_key(list_ingredients(DataSettings(train=(str(rows),), **data), chat))
+        return json.dumps(list_ingredients(DataSettings(train=(str(rows),), **data), chat))
 
     keys = [key(), key(max_length=77), key(overlong="truncate"), key(system="S"), key(supervise="last")]
     keys += [key(template_date=datetime.date(2025, 1, 1)), key(template_options={"a": 1}), key(folder=bare)]
@@ -417,7 +417,9 @@ def test_counts_that_a_recipe_does_not_allow(tmp_path: Path, tiny: Any) -> None:
 
     with pytest.raises(DataError, match=r"20 of 20 rows dropped \(0 bad, 20 over-long") as fault:
         made(max_length=8)
-    assert "50%: " in str(fault.value.hint) and "data.max_dropped 0.05" in str(fault.value.hint)
+    assert "tokens, over data.max_length (8)" in str(fault.value.hint) and "data.max_dropped 0.05" in str(
+        fault.value.hint
+    )
     with pytest.raises(DataError, match="0 to train on"):
         made(max_length=8, max_dropped=1.0)
     with pytest.raises(DataError, match=r"2 rows of data\.eval are in data\.train"):

@@ -136,6 +136,6 @@ def _learns_from_a_step(model: Any, network: Network) -> None:
 
 def test_targets_that_reach_into_a_vision_tower_are_refused() -> None:
     model = make_skeleton(_gemma_3_with_eyes())
-    with pytest.raises(RecipeError, match=r"\d of \d linears called q_proj are not of the language model"):
+    with pytest.raises(RecipeError, match=r"\d of \d called q_proj are not linears of the language model"):
         check_targets(model, AdapterSettings(targets=("q_proj",)))
     check_targets(model, AdapterSettings(targets=("gate_proj",)))

@@ -238,4 +238,4 @@ def test_an_adapter_to_begin_from_brings_its_sizes(recipe: Write, base: Path, tm
     (tmp_path / "start").mkdir()
     write_adapter(model, tmp_path / "start", base=settings)
     begun = load_recipe(recipe()).model_copy(update={"adapter": AdapterSettings(start=str(tmp_path / "start"))})
-    assert plan_run(begun, memory=None)["bytes"]["adapter"] == count_bytes(model).adapter
+    assert plan_run(begun, memory=None)["bytes"]["adapter"] == count_bytes(model)["adapter"]
