@@ -30,10 +30,10 @@ from lorasft.data.untrained import refuse_untrained
 from lorasft.errors import DivergedError
 from lorasft.files import replace_file, staged_folder, verify_folder, write_file
 from lorasft.model.adapter import attach_adapter, load_adapter, trainable, write_adapter
-from lorasft.model.base import check_files, compute_dtype, count_bytes, load_base, patch_linear4bit
+from lorasft.model.base import check_files, compute_dtype, load_base, patch_linear4bit
 from lorasft.model.free_memory import free_memory
 from lorasft.model.generate import own_stops
-from lorasft.model.memory import Prediction, StaticBytes, static_bytes
+from lorasft.model.memory import StaticBytes, static_bytes
 from lorasft.model.recompute import decoder_layers
 from lorasft.model.weightless import make_weightless
 from lorasft.recipe import Recipe
@@ -132,7 +132,8 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> ReadyRun:
         if ranks.is_main and not saved:  # from here on there is something to resume: this makes the folder a run
             save(run, state)
             write_start(folder, recipe, prepared, state=state, config=inputs.config)
-    notes = (*_notes(run, inputs), f"model on {device} in {settings.dtype}: {count_bytes(model)}", memory)
+    sizes = ", ".join(f"{kind} {size_text(size)}" for kind, size in static.weights.items() if size)
+    notes = (*_notes(run, inputs), f"model on {device} in {settings.dtype}: {sizes}", memory)
     return ReadyRun(run, state, inputs.tokenizer, prepared, notes)
 
 
@@ -151,22 +152,23 @@ def run_heaviest_batch(run: Run, fit: Fit, static: StaticBytes) -> str:
     Nothing is updated and no random number is used up: the losses keep their bits. Writes `memory.json` (bytes; null
     where a number is not known) and returns a line on it. Raises CapacityError when it fits in no layout.
     """
-    known = Prediction(static, fit.needs) if fit.needs else None
+    known = static.at_peak(fit.needs) if fit.needs else {}
+    peak = sum(known.values())
     early = 0 if run.optimizer.state else static.optimizer  # not there yet when it is run
     measured = retry_on_oom(run, partial(_measure_heaviest, run)) if sees_too_little(run, fit) else None
     free = static.loaded + static.upcoming + fit.spare
     record = {
         "device": str(run.network.device),
         "free": free,
-        "predicted": {**known.kinds(), "peak": known.total} if known else None,
-        "rehearsal": {"predicted": known.total - early if known else None, "measured": measured},
+        "predicted": {**known, "peak": peak} if known else None,
+        "rehearsal": {"predicted": peak - early if known else None, "measured": measured},
     }
     if run.ranks.is_main:
         replace_file(run.folder / "memory.json", json.dumps(record, indent=1).encode())
     seen = f"; {size_text(measured)} with the heaviest micro-batch" if measured else ""
-    if known is None:
+    if not known:
         return f"memory: not predicted, this model computes by numbers{seen}"
-    return f"memory: {size_text(known.total)} at the peak of a step, of {size_text(free)}{seen}"
+    return f"memory: {size_text(peak)} at the peak of a step, of {size_text(free)}{seen}"
 
 
 def sees_too_little(run: Run, fit: Fit) -> bool:
