@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lorasft.errors import ModelError, UnsafeError, in_words
 from lorasft.tensors import open_tensors
@@ -19,14 +19,25 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _AGAIN = "fetch the adapter again"
 _LARGEST = 16 << 20  # bytes of a config or of a header
-# What names code, other files, or places that PEFT would read or write.
+# What names code, other files, or places that PEFT would read or write; a text of targets is a pattern.
 _CODE = (
     "auto_mapping auto_map megatron_config loftq_config eva_config corda_config lora_ga_config trust_remote_code "
-    "tokenizer_kwargs model_kwargs"
+    "tokenizer_kwargs model_kwargs target_modules exclude_modules"
 )
 # Of no effect on a trained adapter.
 _IDLE = "task_type peft_version inference_mode init_lora_weights megatron_core runtime_config qalora_group_size"
+
+
+def _check_pattern(pattern: str) -> str:
+    """Refuse what might run for ever: PEFT's own patterns are paths, those of people say `.*` or `layers.[0-7].`."""
+    repeated = re.findall(r"[*+?{]", pattern)
+    if len(pattern) > 200 or len(repeated) > 2 or pattern.count("(") > 2 or re.search(r"\)[*+?{]", pattern):
+        raise ValueError("a pattern that might run for ever")
+    return pattern
+
+
 _Names = list[str] | None
+_Pattern = Annotated[str, AfterValidator(_check_pattern)]
 _Rank = Annotated[int, Field(ge=1, le=1024)]
 _Positive = Annotated[float, Field(gt=0)]
 _Index = Annotated[int, Field(ge=0)]
@@ -49,9 +60,9 @@ class _Fields(BaseModel):
     target_parameters: _Names = None
     modules_to_save: _Names = None
     layers_to_transform: _Index | list[_Index] | None = None
-    layers_pattern: str | _Names = None
-    rank_pattern: dict[str, _Rank] | None = None
-    alpha_pattern: dict[str, _Positive] | None = None
+    layers_pattern: _Pattern | list[_Pattern] | None = None
+    rank_pattern: dict[_Pattern, _Rank] | None = None
+    alpha_pattern: dict[_Pattern, _Positive] | None = None
     trainable_token_indices: list[_Index] | dict[str, list[_Index]] | None = None
     bias: Literal["none", "all", "lora_only"] | None = None
     fan_in_fan_out: bool | None = None
@@ -74,39 +85,24 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         known = {key: value for key, value in config.items() if value or key in _Fields.model_fields}
     except (ValueError, OSError, AttributeError, RecursionError) as error:
         raise ModelError(f"cannot read the adapter's config: {error}", where=str(path), hint=_AGAIN) from None
-    _refuse_code(known, str(path))
     fields = {key: value for key, value in known.items() if value is not None and key not in _IDLE.split()}
     try:
         _Fields.model_validate(fields)
     except ValidationError as error:
+        found = error.errors()
+        code = [one for one in found if one["type"] == "value_error" or one["loc"][-1] in _CODE.split()]
+        if code:
+            what = f"the adapter's config names code or a pattern: {in_words(code[:1])}"
+            raise UnsafeError(what, where=str(path), hint="take it out if the adapter is of use without it") from None
         hint = "lorasft takes LoRA, rslora and DoRA adapters as PEFT writes them"
-        raise ModelError(in_words(error.errors()[:1]), where=str(path), hint=hint) from None
+        raise ModelError(in_words(found[:1]), where=str(path), hint=hint) from None
     return fields
-
-
-def _refuse_code(config: dict[str, Any], where: str) -> None:
-    named = [key for key in _CODE.split() if config.get(key)]
-    # A pattern from a file could be made to run for ever.
-    named += [key for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), str)]
-    for key in ("rank_pattern", "alpha_pattern", "layers_pattern"):
-        patterns = config.get(key) or ()
-        patterns = [patterns] if isinstance(patterns, str) else patterns
-        named += [key] if isinstance(patterns, (dict, list)) and any(_is_odd(str(one)) for one in patterns) else []
-    if named:
-        what = f"the adapter's config names code or patterns: {', '.join(named)}"
-        raise UnsafeError(what, where=where, hint="take these out if the adapter is of use without them")
 
 
 def refuse_remote(base: str, where: Path) -> None:
     """Raise UnsafeError when an adapter's files name its base by a URL or a network share."""
     if ":" in base or base.startswith(("//", "\\\\")):
         raise UnsafeError(f"the adapter names {base} as its base", where=str(where), hint="--base MODEL")
-
-
-def _is_odd(pattern: str) -> bool:
-    """Whether a pattern might take long: PEFT's own are paths, those of people say `.*` or `layers.[0-7].`."""
-    repeated = re.findall(r"[*+?{]", pattern)
-    return len(pattern) > 200 or len(repeated) > 2 or pattern.count("(") > 2 or bool(re.search(r"\)[*+?{]", pattern))
 
 
 def read_adapter_weights(folder: Path) -> dict[str, Tensor]:

@@ -90,8 +90,7 @@ class ErrorGroup(LorasftError):
         self.exit_code = errors[0].exit_code
 
     def __str__(self) -> str:
-        all_fit = len(self.errors) + (self.beyond > 0) <= self.most
-        shown = self.errors if all_fit else self.errors[: self.most - 1]
+        shown = self.errors[: self.most - 1]
         left = len(self.errors) - len(shown) + self.beyond
         last = {error.hint: error for error in shown}  # a hint that several have appears once, after the last of them
         lines = []

@@ -79,21 +79,17 @@ def replace_file(path: Path, content: bytes) -> None:
         write_file(stage, content)
 
 
-def append(path: Path, content: bytes, *, at: int) -> None:
-    """Write `content` at byte `at` of a log, which ends there: what stands behind, of a lost write, is cut off.
+def append(path: Path, content: bytes, *, at: int, sync: bool = False) -> None:
+    """Write `content` at byte `at` of a log, which ends there: what comes after, of a lost write, is cut off.
 
-    A kill may leave the last line short; readers drop it. No link is followed.
+    A kill may leave the last line short; readers drop it. No link is followed. `sync`: fsync the log and its name.
     """
-    with _disk(path), effect("append", path), open(path, "ab", opener=_open_no_link) as file:
-        file.truncate(at)
-        file.write(content)
-
-
-def sync_log(path: Path) -> None:
-    """fsync a log that was appended to, and its name."""
     with _disk(path):
-        _sync(path)
-        _sync(path.parent)
+        with effect("append", path), open(path, "ab", opener=_open_no_link) as file:
+            file.truncate(at)
+            file.write(content)
+        for synced in (path, path.parent) if sync else ():
+            _sync(synced)
 
 
 def make_folder(path: Path) -> None:

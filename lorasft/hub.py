@@ -18,14 +18,13 @@ def hub_error() -> str | None:
     """Why the hub does not answer, or None when it does. Any answer will do."""
     address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=SECONDS):
-            return None
-    except urllib.error.HTTPError:
-        return None
+        urllib.request.urlopen(address, timeout=SECONDS).close()
     except (OSError, ValueError) as error:
-        if isinstance(getattr(error, "reason", None), ssl.SSLError):
-            return None  # somebody answers, and the client has certificates of its own
-        return f"{address} does not answer: {getattr(error, 'reason', error)}"
+        reason = getattr(error, "reason", error)
+        # Somebody who refuses answers, and the client has certificates of its own.
+        if not isinstance(error, urllib.error.HTTPError) and not isinstance(reason, ssl.SSLError):
+            return f"{address} does not answer: {reason}"
+    return None
 
 
 @functools.cache

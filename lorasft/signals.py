@@ -32,22 +32,16 @@ def exit_code(number: int) -> int:
 
 @dataclass
 class StopRequest:
-    """What is asked of a run: to stop, by which signal (0: not), and to save. Several processes agree on both."""
+    """What is asked of a run: to stop, by which `signal` (0: not), and to `save` after this step.
 
-    received: int = 0
-    agreed: int | None = None  # None: this process is alone
-    save: bool = False  # after this step; agreed on
+    Several processes agree on both after each step.
+    """
+
+    alone: bool = True
+    received: int = 0  # the signal that this process got
+    signal: int = 0
+    save: bool = False
     save_wanted: bool = False  # by this process, and not told yet
-
-    @property
-    def signal(self) -> int:
-        """The signal to stop by."""
-        return self.received if self.agreed is None else self.agreed
-
-    def tell_save(self) -> bool:
-        """Whether this process wants a save: asked once, done once."""
-        wanted, self.save_wanted = self.save_wanted, False
-        return wanted
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGUSR1:
@@ -55,7 +49,7 @@ class StopRequest:
         elif self.received:
             _unwind(number, frame)
         else:
-            self.received = number
+            self.received, self.signal = number, number if self.alone else 0
 
 
 def exit_signals() -> list[signal.Signals]:
@@ -67,7 +61,7 @@ def exit_signals() -> list[signal.Signals]:
 @contextmanager
 def stop_signals(*, alone: bool) -> Iterator[StopRequest]:
     """Take SIGINT, SIGTERM and SIGHUP as a request to stop, SIGUSR1 to save."""
-    stop = StopRequest(agreed=None if alone else 0)
+    stop = StopRequest(alone)
     with _answered(dict.fromkeys([*exit_signals(), signal.SIGUSR1], stop)):
         yield stop
 

@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -23,7 +24,8 @@ LARGEST_HEADER = 100 << 20  # bytes: safetensors' own limit
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8", "I8": "int8"}
 _AGAIN = "download it again"
 _FLUSH = 32 << 20  # bytes after which the system is asked to write them
-_COPIED = 4 << 20  # bytes copied at once
+_COPIED = 1 << 20  # bytes copied at once
+_WAITING = 8  # blocks in memory that are not written yet: with fewer the disk's pauses are those of the computation
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ class TensorWriter:
             end += spec.size
         header = json.dumps(fields, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
-        self._last = thread.submit(self._append, len(header).to_bytes(8, "little") + header)
+        self._waiting: deque[Future[None]] = deque()
+        self._submit(len(header).to_bytes(8, "little") + header)
 
     def write(self, block: torch.Tensor) -> None:
         """Append the numbers of `block`, which must not change any more."""
@@ -119,12 +122,14 @@ class TensorWriter:
 
     def finish(self) -> str:
         """Wait until all is written. Returns the SHA-256 of the file, in hex."""
-        self._last.result()
+        while self._waiting:
+            self._waiting.popleft().result()
         return self._sha256.hexdigest()
 
-    def _submit(self, content: bytearray | memoryview) -> None:
-        self._last.result()  # two blocks in memory: the one that is written and the one that is made
-        self._last = self._thread.submit(self._append, content)
+    def _submit(self, content: bytes | bytearray | memoryview) -> None:
+        self._waiting.append(self._thread.submit(self._append, content))
+        if len(self._waiting) > _WAITING:
+            self._waiting.popleft().result()
 
     def _append(self, content: bytes | bytearray | memoryview) -> None:
         self._file.write(content)
@@ -141,19 +146,17 @@ def find_weights(folder: Path) -> list[Path]:
     Raises ModelError when one is not there, UnsafeError when there are pickles only.
     """
     index, names = folder / INDEX, ["model.safetensors"]
+    missing = [name for name in names if not (folder / name).is_file()]
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-            outside = [name for name in names if Path(name).name != name]
+            missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ModelError("this index names no shards", where=str(index), hint=_AGAIN) from None
-        if outside:
-            raise ModelError(f"the index names a file outside its folder: {outside[0]}", where=str(index), hint=_AGAIN)
-    elif not (folder / names[0]).is_file() and (pickles := sorted(folder.glob("*.bin"))):
+    elif missing and (pickles := sorted(folder.glob("*.bin"))):
         what = f"the weights are a pickle ({pickles[0].name}), which could run code when it is read"
         raise UnsafeError(what, where=str(folder), hint="convert them to safetensors, or take another copy")
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
+    if missing:  # or lies elsewhere
         raise ModelError(f"{missing[0]} is missing", where=str(folder), hint="the base must be there as safetensors")
     return [folder / name for name in names]
 

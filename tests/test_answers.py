@@ -157,7 +157,7 @@ def test_other_columns_are_mapped_or_found(run: Path, tmp_path: Path, capsys: py
     capsys.readouterr()
     assert main([*merge, "--columns", "{prompt: question, completion: reply}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == str(data)
-    out = str(tmp_path / "none/out.jsonl")
+    out = str(data / "out.jsonl")  # in a file, which is no folder
     assert main(["evaluate", str(run), "--data", str(data), "--per-example", out]) == 2
 
 

@@ -1,11 +1,10 @@
-"""`lorasft doctor`: what it finds on a sound machine, and that each fault is a line with what mends it."""
+"""`lorasft doctor`: what it finds on a sound machine, and that each error is a line with what fixes it."""
 
 from __future__ import annotations
 
 import http.server
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import torch
 
 from lorasft.cli import main
 from lorasft.commands import doctor
+from lorasft.errors import DeviceError
 from lorasft.hub import hub_error
 from lorasft.model.health import nf4_error, nf4_tolerance, try_attention
 
@@ -35,16 +35,10 @@ def test_a_sound_machine_is_said_to_be_so(capsys: pytest.CaptureFixture[str], mo
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     names = [check["name"] for check in found["checks"]]
-    assert found["ok"] and {"lorasft", *doctor.FLOORS, "device", "memory", "NF4", "attention"} <= set(names)
+    assert found["ok"] and {"lorasft", *doctor.LIBRARIES, "device", "memory", "NF4", "attention"} <= set(names)
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(names) and all(line.startswith("ok    ") for line in lines)
-
-
-def test_the_floors_are_those_of_the_package() -> None:
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    for name, floor in doctor.FLOORS.items():
-        assert re.search(rf'"{name}>={re.escape(floor)}[",]', text), name
 
 
 def test_a_library_that_breaks_is_a_line(tmp_path: Path) -> None:
@@ -58,15 +52,8 @@ def test_a_library_that_breaks_is_a_line(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     failed = [line for line in lines if line.startswith("FAIL")]
     assert any("bitsandbytes" in line and "CUDA Setup failed" in line for line in failed), lines
-    assert any("mend it: pip install -U 'bitsandbytes>=0.49'" in line for line in lines)
+    assert any("fix it: pip install -U bitsandbytes" in line for line in lines)
     assert any(line.startswith("ok    memory") for line in lines) and "checks failed" in done.stderr
-
-
-def test_versions_that_are_too_old_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor._check_library("torch", "2.10")[1] is None
-    monkeypatch.setattr(doctor, "FLOORS", {"torch": "99.0", "no-such-library": "1.0"})
-    failed = {finding.name: finding for finding in doctor.examine(hub=False) if finding.mend}
-    assert failed["torch"].mend == "pip install -U 'torch>=99.0'" and "no-such-library" in failed
 
 
 def test_a_driver_that_torch_cannot_use_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,14 +63,16 @@ def test_a_driver_that_torch_cannot_use_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for built, words in ((None, "is for CPUs only"), ("13.0", "which CUDA 13.0 cannot use")):
         monkeypatch.setattr(torch.version, "cuda", built)
-        what, mend = doctor._check_device()
-        assert "NVIDIA driver 470.57.02" in what and words in what and mend
+        with pytest.raises(DeviceError, match=f"NVIDIA driver 470.57.02, .*{words}") as caught:
+            doctor._check_device()
+        assert caught.value.hint
 
 
 def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "LEAST_DISK", 1 << 60)
-    found = doctor._check_disk("hub cache", tmp_path / "not/there/yet", "export HF_HOME=FOLDER")
-    assert found.mend == "export HF_HOME=FOLDER, on a disk with more room"
+    with pytest.raises(DeviceError) as caught:
+        doctor._check_disk(tmp_path / "not/there/yet", "export HF_HOME=FOLDER")
+    assert caught.value.hint == "export HF_HOME=FOLDER, on a disk with more room"
 
 
 def test_a_wrong_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,5 +96,5 @@ def test_the_hub_is_there_when_anything_answers(server: str, monkeypatch: pytest
     assert hub_error() is None
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     assert "Connection refused" in str(hub_error())
-    found = doctor._check_hub()
-    assert "does not answer" in found.what and found.mend
+    with pytest.raises(DeviceError, match="does not answer"):
+        doctor._check_hub()

@@ -137,14 +137,13 @@ def test_a_run_in_4_bit_is_merged_onto_what_it_saw(
     assert table["trained"]["kl"] == 0 and table["trained"]["same_choice"] == 1
     assert 0 < table["merged"]["kl"] < table["onto original, before rounding"]["kl"] / 5
     assert table["onto original, before rounding"]["kl"] < table["without the adapter"]["kl"]
-    assert len(said["quantization"]) == 14 and all(0.01 < ratio < 100 for ratio in said["quantization"].values())
     record = json.loads((tmp_path / "out/merge.json").read_text(encoding="utf-8"))
     assert record["adapter"] == sha256(trained / "adapter/adapter_model.safetensors")
     assert record["base"]["fingerprint"] == record["base"]["trained_on"] and record["table"] == table
     assert record["result"] == {"model.safetensors": sha256(tmp_path / "out/model.safetensors")}
     card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
-    assert "dequantized weights" in card and "18 examples, 8 held out" in card and "please" not in card
-    assert str(tmp_path.parent) not in card and f"base: {Path(record['base']['name']).name}" in card
+    assert "dequantized weights" in card and "please" not in card
+    assert str(tmp_path.parent) not in card and f"base_model: {Path(record['base']['name']).name}" in card
     verify_folder(tmp_path / "out")
 
 

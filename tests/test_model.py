@@ -156,7 +156,7 @@ def _lose_a_tensor(folder: Path) -> None:
         (lambda folder: _edit(folder / "adapter_config.json", base_model_name_or_path=None), ModelError, "base_model"),
         (lambda folder: (folder / "adapter_config.json").write_bytes(b"{oops"), ModelError, "cannot read"),
         (lambda folder: _edit(folder / "adapter_config.json", auto_mapping={"a": 1}), UnsafeError, "auto_mapping"),
-        (lambda folder: _edit(folder / "adapter_config.json", target_modules="(a+)+$"), UnsafeError, "patterns"),
+        (lambda folder: _edit(folder / "adapter_config.json", target_modules="(a+)+$"), UnsafeError, "target_modules"),
         (lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"), UnsafeError,
          "pickle"),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x" * 99), ModelError, "[Hh]eader"),

@@ -127,7 +127,7 @@ def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> N
                 model.zero_grad()
                 parameters = list(run.parameters.values())
                 work = lambda run=run, step=step: loop.add_gradients(run, step)  # noqa: E731
-                value = ranks.sum_step(work, parameters, stop=StopRequest(agreed=0))
+                value = ranks.sum_step(work, parameters, stop=StopRequest(alone=False))
                 save_file(gradients(model) | {"loss": torch.tensor(value)}, tmp_path / f"{number}-{rank}.safetensors")
             (tmp_path / f"held_out-{rank}.json").write_text(
                 json.dumps(held_out(model, network, ranks)), encoding="utf-8"

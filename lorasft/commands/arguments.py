@@ -1,8 +1,11 @@
-"""Arguments that several commands take."""
+"""Arguments that several commands take, and how they print what they found."""
 
 from __future__ import annotations
 
+import json
 from argparse import ArgumentParser, ArgumentTypeError
+from collections.abc import Iterable
+from typing import Any
 
 
 def add_recipe(parser: ArgumentParser) -> None:
@@ -36,3 +39,8 @@ def whole_number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"{text} is not a whole number above 0")
     return int(text)
+
+
+def show(value: Any, lines: Iterable[str], *, as_json: bool) -> None:
+    """What a command found, on stdout: as JSON, or in `lines` for a reader."""
+    print(json.dumps(value) if as_json else "\n".join(lines))

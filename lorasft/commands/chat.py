@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lorasft.commands.arguments import add_saved, whole_number
-from lorasft.terminal import harmless
+from lorasft.terminal import harmless, say
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -57,10 +57,9 @@ def run(saved: str, base: str | None, prompt: str | None, max_new_tokens: int, t
 
 def _questions() -> Iterator[str]:
     """Lines from the terminal or a pipe until it ends; empty ones are passed over."""
-    terminal = sys.stdin.isatty()
     while True:
-        if terminal:
-            print("> ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.isatty():
+            say("> ", end="")
         line = sys.stdin.readline()
         if not line:
             return

@@ -6,8 +6,7 @@ import json
 from argparse import ArgumentParser
 from pathlib import Path
 
-from lorasft.commands.arguments import add_columns, add_json, add_saved
-from lorasft.errors import RecipeError
+from lorasft.commands.arguments import add_columns, add_json, add_saved, show
 from lorasft.terminal import say
 
 
@@ -25,7 +24,7 @@ def run(saved: str, base: str | None, data: str, columns: str | None, per_exampl
     from accelerate import PartialState
 
     from lorasft.artifact import find_artifact
-    from lorasft.files import refuse_existing, write_file
+    from lorasft.files import make_folder, refuse_existing, write_file
     from lorasft.model.adapter import load_artifact, read_tokenizer
     from lorasft.model.scoring import read_answers, score_answers, summarize
     from lorasft.model.selfcheck import verify
@@ -34,8 +33,7 @@ def run(saved: str, base: str | None, data: str, columns: str | None, per_exampl
 
     if per_example:
         refuse_existing(Path(per_example))
-        if not Path(per_example).parent.is_dir():
-            raise RecipeError("there is no such folder", where=str(Path(per_example).parent), hint="name another file")
+        make_folder(Path(per_example).absolute().parent)
     found = find_artifact(saved, base=base)
     source = read_source(data, columns)
     settings = found.recipe.data if found.recipe else DataSettings(train=(source,))
@@ -54,18 +52,15 @@ def run(saved: str, base: str | None, data: str, columns: str | None, per_exampl
             scores["base"] = score_answers(network, answers)
     scores["adapter" if found.adapter else "model"] = score_answers(network, answers)
     if per_example:
-        lines = [
+        objects = [
             {"source": {"file": answer.place.file, "line": answer.place.line}, "tokens": answer.length}
             | {name: vars(rows[index]) for name, rows in scores.items()}
             for index, answer in enumerate(answers)
         ]
-        write_file(Path(per_example), "".join(json.dumps(line) + "\n" for line in lines).encode())
+        write_file(Path(per_example), "".join(json.dumps(line) + "\n" for line in objects).encode())
         say(f"wrote {per_example}")
     totals = {name: summarize(answers, rows) for name, rows in scores.items()}
-    if as_json:
-        print(json.dumps(totals))
-        return
-    print(f"{len(answers)} answers in {data}")
-    print(f"{'':8}  {'nats a token':>12}  {'perplexity':>10}  {'tokens':>8}")
+    lines = [f"{len(answers)} answers in {data}", f"{'':8}  {'nats a token':>12}  {'perplexity':>10}  {'tokens':>8}"]
     for name, total in totals.items():
-        print(f"{name:8}  {total['loss']:12.4f}  {total['perplexity']:10.2f}  {total['tokens']:8,}")
+        lines.append(f"{name:8}  {total['loss']:12.4f}  {total['perplexity']:10.2f}  {total['tokens']:8,}")
+    show(totals, lines, as_json=as_json)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from argparse import ArgumentParser
@@ -13,8 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lorasft.commands.arguments import add_json
-from lorasft.errors import ModelError
+from lorasft.commands.arguments import add_json, show
 from lorasft.terminal import ByteProgress, say
 
 
@@ -47,10 +45,7 @@ def run(model: str, to: str, out: str, type: Any, as_json: bool) -> None:
             written = write_gguf(folder, Path(out), kind=type, on_progress=progress)
     what = f"{written.tensors} tensors of {written.architecture} as {written.type}, {written.size / 1e9:.3f} GB"
     say(f"{what} in {time.monotonic() - started:.1f} s")
-    if as_json:
-        print(json.dumps({**asdict(written), "file": str(written.file)}))
-    else:
-        print(out)
+    show({**asdict(written), "file": str(written.file)}, [out], as_json=as_json)
 
 
 @contextmanager
@@ -61,9 +56,7 @@ def _full_weights(name: str, out: Path) -> Iterator[Path]:
 
     artifact = find_artifact(name)
     if artifact.adapter is None:
-        if not (Path(name) / "config.json").is_file():
-            raise ModelError("no config.json: this is not a model folder", where=name, hint="name a folder")
-        yield Path(name)
+        yield artifact.base
         return
     from lorasft.merge.merge import merge
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from argparse import ArgumentParser
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from lorasft.commands.arguments import add_columns, add_json, add_saved
+from lorasft.commands.arguments import add_columns, add_json, add_saved, show
 from lorasft.terminal import ByteProgress, say
 
 if TYPE_CHECKING:
@@ -31,7 +29,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--quantize", choices=["nf4"], help="write a 4-bit checkpoint instead of full weights")
     parser.add_argument("--data", metavar="FILE", help="rows to compare answers on (default: held out in the run)")
     add_columns(parser)
-    parser.add_argument("--no-check", action="store_true", help="compare no answers; onto auto is then the original")
+    parser.add_argument(
+        "--no-check", action="store_false", dest="check", help="compare no answers; onto auto is then the original"
+    )
     parser.add_argument("--force-base", action="store_true", help="take a base that the run was not trained on")
     add_json(parser, "what was done")
 
@@ -40,15 +40,13 @@ def run(
     saved: str,
     base: str | None,
     out: str,
-    onto: Any,
-    quantize: str | None,
     data: str | None,
     columns: str | None,
-    no_check: bool,
-    force_base: bool,
+    quantize: str | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
-    """Merge `saved` into the new folder `out`; what was done on stdout."""
+    """Merge `saved` into the new folder `out`; what was done on stdout. `options`: those of `merge`, as they are."""
     from lorasft.artifact import find_artifact
     from lorasft.merge.merge import merge
     from lorasft.recipe.load import read_source
@@ -56,22 +54,13 @@ def run(
     artifact = find_artifact(saved, base=base)
     started = time.monotonic()
     progress = ByteProgress() if sys.stderr.isatty() else None
-    if not no_check:
+    if options["check"]:
         say("asking what was trained, to compare the merge with it (--no-check leaves this out)")
-    options = {
-        "onto": onto,
-        "quantize": quantize is not None,
-        "check": not no_check,
-        "force_base": force_base,
-        "data": read_source(data, columns) if data else None,
-    }
-    merged = merge(artifact, Path(out), **options, on_progress=progress)
-    if as_json:
-        print(json.dumps({**asdict(merged), "folder": out}))
-        return
-    for line in _describe(merged, seconds=time.monotonic() - started):
-        say(line)
-    print(out)
+    source = read_source(data, columns) if data else None
+    merged = merge(artifact, Path(out), data=source, quantize=quantize is not None, on_progress=progress, **options)
+    if not as_json:
+        say("\n".join(_describe(merged, seconds=time.monotonic() - started)))
+    show({**asdict(merged), "folder": out}, [out], as_json=as_json)
 
 
 def _describe(merged: Merged, *, seconds: float) -> list[str]:
@@ -81,9 +70,6 @@ def _describe(merged: Merged, *, seconds: float) -> list[str]:
     ]
     if merged.unchanged:
         lines.append(f"rounding left {merged.unchanged} of the merged tensors as they were")
-    if merged.quantization:
-        ratios = sorted(merged.quantization.values())
-        lines.append(f"NF4's error is {median(ratios):.2g} times the size of the update (median of tensors)")
     if merged.table:
         lines += [f"on {merged.rows}:", f"{'':30}  {'KL a token':>10}  {'same choice':>11}  {'nats a token':>12}"]
         lines += [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
@@ -10,11 +9,9 @@ from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lorasft.commands.arguments import add_json, add_recipe
+from lorasft.commands.arguments import add_json, add_recipe, show
 from lorasft.errors import CapacityError
 from lorasft.terminal import say, size_text, time_text
-
-_LABELS, _SIZES = 14, 9  # columns
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -45,12 +42,8 @@ def run(recipe: str, overrides: Sequence[str], memory: int | None, as_json: bool
     plan = plan_run(settings, memory=memory)
     for notice in plan["notices"]:
         say(notice)
-    if as_json:
-        print(json.dumps(plan))
-    else:
-        for line in picture(plan, width=min(shutil.get_terminal_size().columns, 100)):
-            print(line)
-        print("\n".join(("", *describe(plan))))
+    width = min(shutil.get_terminal_size().columns, 100)
+    show(plan, [*picture(plan, width=width), "", *describe(plan)], as_json=as_json)
     if not plan["holds"]:
         what = f"does not fit: {size_text(plan['peak'])} at the peak, and {size_text(plan['memory'])} less a tenth of "
         hint = "; or ".join(plan["suggestions"]) or "no single change suffices: a smaller model.base, or more memory"
@@ -60,7 +53,7 @@ def run(recipe: str, overrides: Sequence[str], memory: int | None, as_json: bool
 def picture(plan: Mapping[str, Any], *, width: int) -> Iterator[str]:
     """Bytes by kind as bars, each of which begins where the one before ends, and their sum against the memory."""
     total, memory = plan["peak"], plan["memory"]
-    columns = max(8, width - _LABELS - _SIZES - 4)
+    columns = max(8, width - 27)  # beside names and sizes
     scale = columns / max(total, memory)
     utf = (sys.stdout.encoding or "").lower().startswith("utf")
     full, thin, empty, beyond = "█▏░▓" if utf else "#|.!"
@@ -68,16 +61,11 @@ def picture(plan: Mapping[str, Any], *, width: int) -> Iterator[str]:
     for name, size in {**plan["bytes"], "libraries": plan["libraries"]}.items():
         if size:
             start, end = round(before * scale), round((before + size) * scale)
-            yield _line(name, size, " " * min(start, columns - 1) + (full * (end - start) or thin))
+            yield f"{name:<14} {size_text(size):>9}  {' ' * min(start, columns - 1)}{full * (end - start) or thin}"
             before += size
-    inside = round(min(total, memory) * scale)
-    rest = beyond if total > memory else empty
-    yield _line("peak", total, (full * inside or thin).ljust(columns, rest))
-    yield _line("given" if plan["given"] else "free here", memory, "")
-
-
-def _line(name: str, size: int, bar: str) -> str:
-    return f"{name:<{_LABELS}} {size_text(size):>{_SIZES}}  {bar}".rstrip()
+    bar = (full * round(min(total, memory) * scale) or thin).ljust(columns, beyond if total > memory else empty)
+    yield f"{'peak':<14} {size_text(total):>9}  {bar}"
+    yield f"{'given' if plan['given'] else 'free here':<14} {size_text(memory):>9}"
 
 
 def describe(plan: Mapping[str, Any]) -> Iterator[str]:

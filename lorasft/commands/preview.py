@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -30,8 +30,8 @@ COUNTS = {  # of the report, in words
     "duplicate_rows": "duplicates",
     "over_long_examples": "over-long, dropped",
     "truncated_examples": "over-long, truncated",
-    "windowed_texts": "over-long texts, learned in windows",
-    "examples_without_target": "with nothing to learn, dropped",
+    "windowed_texts": "over-long texts, supervised in windows",
+    "examples_without_target": "with nothing to supervise, dropped",
     "split_conversations": "conversations in one sequence per answer",
     "led_answers": "answers after text that only the template adds (an empty thought?); see chat.template_options",
     "straddling_tokens": "tokens across the border of prompt and answer",
@@ -80,7 +80,7 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
             print(json.dumps({"summary": prepared.report.as_dict()}))
             return
         shown = list(_rows(prepared.store, tokenizer, most=rows if rows is not None else 1000 if html else 3))
-    facts = list(summary(prepared.report, batch_size=settings.train.batch_size))
+    facts = list(summary(prepared.report))
     if html:
         write_file(Path(html), make_page(shown, facts).encode())
         print(html)
@@ -102,21 +102,16 @@ def painted(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> Iterator[Part
         yield (_harmless(text.removeprefix(before)), *kinds[start])
 
 
-def summary(report: Report, *, batch_size: int) -> Iterator[str]:
-    """What was read, dropped and made, a line each; counts of zero are left out. `batch_size`: examples a step."""
+def summary(report: Report) -> Iterator[str]:
+    """What was read, dropped and made, a line each; counts of zero are left out."""
     formats = ", ".join(sorted(set(report.formats.values())))
     yield f"{report.rows:,} rows read ({formats}), in {report.sequences:,} sequences"
     yield f"{report.train_examples:,} examples to train on, {report.held_out_examples:,} held out"
     share = report.supervised_tokens / max(report.tokens, 1)
-    yield f"{report.tokens:,} tokens, {report.supervised_tokens:,} learned ({share:.0%})"
-    examples = max(report.train_examples + report.held_out_examples, 1)
-    steps = math.ceil(report.train_examples / batch_size)
-    yield f"{steps:,} steps an epoch, about {report.tokens * batch_size // examples:,} tokens a step of {batch_size}"
+    yield f"{report.tokens:,} tokens, {report.supervised_tokens:,} supervised ({share:.0%})"
     if report.answers:
         held = report.answers - report.parity_breaks
         yield f"parity: {held:,} of {report.answers:,} answers follow the very ids that a server feeds"
-    lengths = ", ".join(f"{name}: {length:,}" for name, length in report.length_quantiles().items())
-    yield f"tokens of the longest sequence of an example: {lengths}"
     yield from (f"{count:,} {words}" for name, words in COUNTS.items() if (count := getattr(report, name)))
     yield from (f"dropped: {_harmless(row)}" for row in report.dropped[:DROPPED_SHOWN])
     if report.dropped_examples() > DROPPED_SHOWN:
@@ -126,11 +121,10 @@ def summary(report: Report, *, batch_size: int) -> Iterator[str]:
 
 def _print_json(store: TokenStore, tokenizer: PreTrainedTokenizerFast) -> None:
     for example in range(len(store)):
-        place, held_out = store.place(example), bool(store.arrays["held_out"][example])
         for tokens in store.sequences(example):
-            spans = [{"text": text, "learned": learned} for text, learned, _ in painted(tokens, tokenizer)]
-            line = {"source": vars(place), "ids": tokens.ids.tolist(), "labels": tokens.labels.tolist(), "spans": spans}
-            print(json.dumps(line | {"held_out": held_out}))
+            line = {"source": vars(store.place(example)), "ids": tokens.ids.tolist(), "labels": tokens.labels.tolist()}
+            spans = [{"text": text, "learned": supervised} for text, supervised, _ in painted(tokens, tokenizer)]
+            print(json.dumps(line | {"spans": spans, "held_out": bool(store.arrays["held_out"][example])}))
 
 
 def _rows(store: TokenStore, tokenizer: PreTrainedTokenizerFast, *, most: int) -> Iterator[Row]:
@@ -144,26 +138,24 @@ def _rows(store: TokenStore, tokenizer: PreTrainedTokenizerFast, *, most: int) -
 
 
 def _print_text(shown: Sequence[Row], facts: Sequence[str]) -> None:
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    paint = _coloured if sys.stdout.isatty() and "NO_COLOR" not in os.environ else _bracketed
     for row in shown:
-        print(f"--- {row['title']}")
-        parts: list[Part] = row["parts"]
-        print("".join(_coloured(*part) for part in parts) if colour else _bracketed(parts), end="\n\n")
+        print(f"--- {row['title']}\n{paint(row['parts'])}\n")
     print("\n".join(facts))
 
 
-def _coloured(text: str, learned: bool, special: bool) -> str:
-    return f"{MAGENTA if special else ''}{GREEN if learned and not special else '' if learned else DIM}{text}{PLAIN}"
+def _coloured(parts: Sequence[Part]) -> str:
+    return "".join(
+        f"{MAGENTA if special else ''}{'' if supervised and special else GREEN if supervised else DIM}{text}{PLAIN}"
+        for text, supervised, special in parts
+    )
 
 
 def _bracketed(parts: Sequence[Part]) -> str:
     """Parts with what is supervised in brackets."""
-    opened = False
-    text = ""
-    for part, learned, _ in parts:
-        text += ("⟦" if learned else "⟧") * (learned != opened) + part
-        opened = learned
-    return text + "⟧" * opened
+    runs = groupby(parts, key=lambda part: part[1])
+    texts = (("".join(text for text, _, _ in run), supervised) for supervised, run in runs)
+    return "".join(f"⟦{text}⟧" if supervised else text for text, supervised in texts)
 
 
 def _harmless(text: str) -> str:

@@ -6,9 +6,8 @@ import json
 from argparse import ArgumentParser
 from pathlib import Path
 
-from lorasft.commands.arguments import add_json
-from lorasft.errors import RecipeError
-from lorasft.terminal import say, shorten
+from lorasft.commands.arguments import add_json, show
+from lorasft.terminal import say
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -25,10 +24,6 @@ def run(action: str, name: str | None, to: str | None, as_json: bool) -> None:
     from lorasft.recipe.load import find_shipped
     from lorasft.recipe.yaml_reader import read_yaml
 
-    surplus = [word for word in (name, to) if word is not None][{"show": 1, "copy": 2}.get(action, 0) :]
-    if surplus:
-        what = f"recipes {action} does not take {', '.join(map(shorten, surplus))}"
-        raise RecipeError(what, hint=f"lorasft recipes {action}")
     if action == "list":
         _print_list(as_json)
     elif action == "show":
@@ -44,31 +39,21 @@ def _print_list(as_json: bool) -> None:
     from lorasft.recipe.load import shipped_recipes
     from lorasft.recipe.yaml_reader import read_yaml
 
-    rows = [
-        {
-            "name": name,
-            "base": read_yaml(path).value["model"]["base"],
-            "about": path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# "),
-            "path": str(path),
-        }
-        for name, path in shipped_recipes().items()
-    ]
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
+    rows = []
+    for name, path in shipped_recipes().items():
+        about = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        rows.append({"name": name, "base": read_yaml(path).value["model"]["base"], "about": about, "path": str(path)})
     widths = [max(len(row[key]) for row in rows) for key in ("name", "base")]
-    for row in rows:
-        print(f"{row['name']:{widths[0]}}  {row['base']:{widths[1]}}  {row['about']}")
+    lines = [f"{row['name']:{widths[0]}}  {row['base']:{widths[1]}}  {row['about']}" for row in rows]
+    show(rows, lines, as_json=as_json)
 
 
 def _copy(source: Path, target: Path) -> None:
-    from lorasft import files
+    from lorasft.files import make_folder, refuse_existing, write_file
     from lorasft.recipe.load import portable_text
 
-    if target.is_dir():
-        target = target / source.name
-    files.refuse_existing(target)
-    if not target.parent.is_dir():
-        raise RecipeError(f"there is no folder {target.parent}", hint=f"mkdir -p {target.parent}")
-    files.write_file(target, portable_text(source).encode())
+    target = target / source.name if target.is_dir() else target
+    refuse_existing(target)
+    make_folder(target.absolute().parent)
+    write_file(target, portable_text(source).encode())
     say(f"wrote {target}")

@@ -50,12 +50,11 @@ def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
 def _saying_what_is_saved(folder: Path) -> Iterator[None]:
     """Where a signal ends the run at once: before the first step, after the last, or for the second time."""
     from lorasft.signals import Ended
+    from lorasft.train.checkpoint import list_checkpoints
 
     try:
         yield
     except Ended as signalled:
-        from lorasft.train.checkpoint import list_checkpoints
-
         what, hint = "stopped before the first step", "start it again"
         if (folder / "adapter").is_dir():
             what, hint = f"stopped; the adapter is whole: {folder / 'adapter'}", ""

@@ -7,7 +7,7 @@ how its attention is scaled). A model that differs there is refused by name: it 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,17 @@ class Family:
     activation: str = "silu"
     full_every: int = 0  # every n-th layer sees everything, the others a window; 0: llama.cpp knows no windows here
     large: int = 0  # how many layers the size has whose attention is scaled by hidden size / heads
+    rope: str = ""  # the kind of rotary positions that it has besides the default and the linear
 
 
 FAMILIES = {
-    "llama": Family("llama", paired=True, biases=True),
-    "mistral": Family("llama", paired=True, biases=True),
+    "llama": Family("llama", paired=True, biases=True, rope="llama3"),
+    "mistral": Family("llama", paired=True, biases=True, rope="llama3"),
     "qwen2": Family("qwen2", biases=True),
     "qwen3": Family("qwen3"),
     "gemma2": Family("gemma2", norm_offset=1.0, activation="gelu_pytorch_tanh", full_every=2, large=46),
     "gemma3_text": Family("gemma3", norm_offset=1.0, activation="gelu_pytorch_tanh", full_every=6, large=62),
-    "phi3": Family("phi3"),
+    "phi3": Family("phi3", rope="longrope"),
 }
 
 
@@ -45,12 +46,10 @@ class GgufLayout:
     """A model as GGUF describes it. `fields` lack the architecture's name in front; `extra`: tensors of its own."""
 
     family: Family
-    layers: int
+    config: Any  # of the text model
     head_size: int
-    vocabulary: int
-    tied: bool
     fields: dict[str, Field]
-    extra: dict[str, list[float]] = field(default_factory=dict)
+    extra: dict[str, list[float]]
 
 
 def usual_converter(model: Path) -> str:
@@ -60,38 +59,23 @@ def usual_converter(model: Path) -> str:
 
 def read_gguf_layout(model: Path) -> GgufLayout:
     """Describe the model in the folder `model`. Raises ModelError for what llama.cpp would not compute alike."""
-    config = _read_config(model)
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise ModelError(f"no GGUF export for {config.model_type} here", where=str(model), hint=usual_converter(model))
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    fault = _fault(config, family, head_size)
-    if fault:
-        raise ModelError(f"llama.cpp does not compute {fault}", where=str(model / "config.json"))
-    fields = _sizes(config, family, head_size)
-    positions, extra = _positions(config, family, head_size, model)
-    return GgufLayout(
-        family=family,
-        layers=config.num_hidden_layers,
-        head_size=head_size,
-        vocabulary=config.vocab_size,
-        tied=bool(config.tie_word_embeddings),
-        fields=fields | positions,
-        extra=extra,
-    )
-
-
-def _read_config(model: Path) -> Any:
-    """The text model's config, with its fields as transformers 5 names them."""
     from lorasft.model.base import read_config
 
     config = read_config(str(model))
     if getattr(config, "quantization_config", None):
         raise ModelError("the model is quantized", where=str(model), hint="export 16-bit weights, such as merge writes")
-    return config.get_text_config() if config.model_type == "gemma3" else config
+    config = config.get_text_config() if config.model_type == "gemma3" else config
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise ModelError(f"no GGUF export for {config.model_type} here", where=str(model), hint=usual_converter(model))
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if difference := _find_difference(config, family, head_size):
+        raise ModelError(f"llama.cpp does not compute {difference}", where=str(model / "config.json"))
+    positions, extra = _positions(config, family, head_size, model)
+    return GgufLayout(family, config, head_size, _sizes(config, family, head_size) | positions, extra)
 
 
-def _fault(config: Any, family: Family, head_size: int) -> str | None:
+def _find_difference(config: Any, family: Family, head_size: int) -> str | None:
     """What llama.cpp's source has otherwise than this config, in words; None when nothing is."""
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation != family.activation:
@@ -141,48 +125,33 @@ def _positions(
     config: Any, family: Family, head_size: int, model: Path
 ) -> tuple[dict[str, Field], dict[str, list[float]]]:
     """Fields and tensors of the rotary positions. Raises ModelError for a kind that has no place in a GGUF."""
-    rope = dict(config.rope_parameters)
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = config.rope_parameters
     fields: dict[str, Field] = {}
+    extra: dict[str, list[float]] = {}
     if family.name == "gemma3":
         fields["rope.freq_base_swa"] = float(rope["sliding_attention"]["rope_theta"])
         rope = rope["full_attention"]
-    turned = int(head_size * (rope.get("partial_rotary_factor") or 1.0))
     kind = rope.get("rope_type", "default")
+    if kind not in ("default", "linear", family.rope):
+        what = f"rope type {kind} of {family.name} has no GGUF export here"
+        raise ModelError(what, where=str(model), hint=usual_converter(model))
+    turned = int(head_size * (rope.get("partial_rotary_factor") or 1.0))
     fields |= {"rope.dimension_count": turned, "rope.freq_base": float(rope["rope_theta"])}
-    extra: dict[str, list[float]] = {}
-    if kind in ("linear", "yarn"):
+    if kind == "linear":
         fields |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
-    if kind == "yarn":
-        fields["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
     if kind == "llama3":
-        extra["rope_freqs.weight"] = _slowdowns(config, turned)
+        slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+        usual = [float(rope["rope_theta"]) ** (-2 * at / turned) for at in range(len(slowed))]
+        # By how much Llama 3 slows each frequency down, as numbers to divide by.
+        extra["rope_freqs.weight"] = [fast / float(slow) for fast, slow in zip(usual, slowed, strict=True)]
     if kind == "longrope":
         short = int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
         growth = config.max_position_embeddings / short
-        usual = math.sqrt(1 + math.log(growth) / math.log(short)) if growth > 1 else 1.0
+        factor = math.sqrt(1 + math.log(growth) / math.log(short)) if growth > 1 else 1.0
         fields["rope.scaling.original_context_length"] = short
-        fields["rope.scaling.attn_factor"] = float(rope.get("attention_factor") or usual)
+        fields["rope.scaling.attn_factor"] = float(rope.get("attention_factor") or factor)
         for name in ("long", "short"):
             extra[f"rope_factors_{name}.weight"] = [float(factor) for factor in rope[f"{name}_factor"]]
-    places = {"default": True, "linear": True, "yarn": _plain_yarn(rope), "llama3": family.name == "llama"}
-    if not places.get(kind, kind == "longrope" and family.name == "phi3"):
-        raise ModelError(
-            f"rope type {kind} of {family.name} has no GGUF export here", where=str(model), hint=usual_converter(model)
-        )
     return fields, extra
-
-
-def _plain_yarn(rope: dict[str, Any]) -> bool:
-    """Whether YaRN has nothing but the numbers that llama.cpp takes for granted."""
-    usual = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "partial_rotary_factor": 1.0}
-    known = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
-    return all(usual.get(name) == value for name, value in rope.items() if name not in known and value is not None)
-
-
-def _slowdowns(config: Any, turned: int) -> list[float]:
-    """By how much Llama 3 slows each frequency down, as numbers to divide by."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    theta = float(config.rope_parameters["rope_theta"])
-    return [theta ** (-2 * at / turned) / float(frequency) for at, frequency in enumerate(slowed)]

@@ -14,19 +14,12 @@ from lorasft.errors import DeviceError, ModelError
 from lorasft.export.families import GgufLayout, read_gguf_layout, usual_converter
 from lorasft.export.tokenizer import describe_tokenizer
 from lorasft.files import make_folder, need_space, refuse_existing, staged_file
-from lorasft.tensors import TensorFile, find_weights, open_tensors
+from lorasft.tensors import TensorFile, TensorSpec, find_weights, open_tensors
 
 Kind = Literal["f16", "q8_0"]
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 _BLOCK = 4 << 20  # numbers held of a tensor at a time
-_PREFIXES = {
-    "model.language_model.": "model.",
-    "language_model.": "",
-    "model.vision_tower.": None,  # of a Gemma 3 with eyes the language model is exported
-    "model.multi_modal_projector.": None,
-    "vision_tower.": None,
-    "multi_modal_projector.": None,
-}
+_EYES = ("vision_tower.", "multi_modal_projector.")  # of a Gemma 3 that has these the language model is exported
 
 
 @dataclass(frozen=True)
@@ -35,14 +28,10 @@ class Tensor:
 
     shard: TensorFile
     source: str
+    spec: TensorSpec  # as it is stored
     name: str
     type: Any  # gguf.GGMLQuantizationType
     size: int  # bytes
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As it is stored."""
-        return self.shard.specs[self.source].shape
 
 
 @dataclass(frozen=True)
@@ -75,9 +64,8 @@ def write_gguf(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progr
     gguf = load_library()
     refuse_existing(out)
     layout = read_gguf_layout(model)
-    tokenizer = describe_tokenizer(model, layout.vocabulary)
+    tokenizer = describe_tokenizer(model, layout.config.vocab_size)
     tensors = list(_find_tensors(gguf, model, layout, kind))
-    _check_complete(tensors, layout, model)
     total, done = sum(tensor.size for tensor in tensors), 0
     need_space(out.parent, total)
     make_folder(out.parent)
@@ -95,21 +83,19 @@ def write_gguf(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progr
                 done += tensor.size
                 if on_progress:
                     on_progress(done, total)
-        size = stage.stat().st_size
+            size = file.tell()
     return Written(out, layout.family.name, kind, len(tensors) + len(layout.extra), size)
 
 
 def _find_tensors(gguf: Any, model: Path, layout: GgufLayout, kind: Kind) -> Iterator[Tensor]:
     """Every tensor of the folder with its place in the GGUF. Raises ModelError for one that has none."""
     architecture = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[layout.family.name]
-    names = gguf.get_tensor_name_map(architecture, layout.layers)
+    names = gguf.get_tensor_name_map(architecture, layout.config.num_hidden_layers)
     for shard in map(open_tensors, find_weights(model)):
         for source, spec in sorted(shard.specs.items()):
-            prefix = next((prefix for prefix in _PREFIXES if source.startswith(prefix)), "")
-            start = _PREFIXES.get(prefix, "")
-            plain = f"{start}{source.removeprefix(prefix)}"
-            tied_head = layout.tied and plain == "lm_head.weight"
-            if start is None or tied_head or plain.endswith("rotary_emb.inv_freq"):
+            plain = source.replace("language_model.", "", 1)
+            tied_head = layout.config.tie_word_embeddings and plain == "lm_head.weight"
+            if tied_head or plain.removeprefix("model.").startswith(_EYES) or plain.endswith("rotary_emb.inv_freq"):
                 continue
             name = names.get_name(plain, (".weight", ".bias"))
             if name is None or (plain.endswith(".bias") and not layout.family.biases):
@@ -119,7 +105,7 @@ def _find_tensors(gguf: Any, model: Path, layout: GgufLayout, kind: Kind) -> Ite
                 raise ModelError(f"{source} is {spec.dtype}", where=str(shard.path))
             chosen = _choose_type(gguf, spec.shape, kind)
             numbers, size = gguf.GGML_QUANT_SIZES[chosen]
-            yield Tensor(shard, source, name, chosen, int(np.prod(spec.shape)) // numbers * size)
+            yield Tensor(shard, source, spec, name, chosen, spec.rows * spec.width // numbers * size)
 
 
 def _choose_type(gguf: Any, shape: tuple[int, ...], kind: Kind) -> Any:
@@ -128,22 +114,6 @@ def _choose_type(gguf: Any, shape: tuple[int, ...], kind: Kind) -> Any:
     if len(shape) < 2:
         return types.F32
     return types.Q8_0 if kind == "q8_0" and not shape[-1] % 32 else types.F16
-
-
-def _check_complete(tensors: list[Tensor], layout: GgufLayout, model: Path) -> None:
-    """Every layer has the tensors that the first one has, and there are embedding, last norm and head."""
-    names = [tensor.name for tensor in tensors]
-    needed = {"token_embd.weight", "output_norm.weight"} | (set() if layout.tied else {"output.weight"})
-    of_layer = {name.removeprefix("blk.0.") for name in names if name.startswith("blk.0.")}
-    needed |= {f"blk.{at}.{name}" for at in range(layout.layers) for name in of_layer or {"attn_norm.weight"}}
-    if missing := sorted(needed.difference(names)):
-        raise ModelError(f"the weights lack {missing[0]} ({len(missing)} missing)", where=str(model))
-    if len(names) != len(needed):
-        what = "tensors twice" if len(set(names)) < len(names) else "tensors that other layers lack"
-        raise ModelError(f"the weights have {what}", where=str(model))
-    shape = next(tensor.shape for tensor in tensors if tensor.name == "token_embd.weight")
-    if shape[0] != layout.vocabulary:
-        raise ModelError(f"the embedding has {shape[0]} rows, the config says {layout.vocabulary}", where=str(model))
 
 
 def _write_header(
@@ -159,7 +129,7 @@ def _write_header(
     for name, values in layout.extra.items():
         writer.add_tensor_info(name, (len(values),), np.dtype(np.float32), 4 * len(values))
     for tensor in tensors:
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.size, raw_dtype=tensor.type)
+        writer.add_tensor_info(tensor.name, tensor.spec.shape, np.dtype(np.float32), tensor.size, raw_dtype=tensor.type)
     writer.write_header_to_file(stage)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -173,7 +143,7 @@ def _add_field(writer: Any, name: str, value: Any) -> None:
 
 def _read_blocks(tensor: Tensor, layout: GgufLayout) -> Iterator[torch.Tensor]:
     """The tensor in fp32, some rows at a time, as llama.cpp wants it. Whole heads, where their rows change places."""
-    spec = tensor.shard.specs[tensor.source]
+    spec = tensor.spec
     turns = layout.family.paired and (".attn_q." in tensor.name or ".attn_k." in tensor.name)
     step = max(1, _BLOCK // spec.width)
     step = max(layout.head_size, step - step % layout.head_size) if turns else step

@@ -8,7 +8,7 @@ compared with the chat template on conversations of several shapes; where it doe
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,21 +27,12 @@ if TYPE_CHECKING:
 WEIGHTS, MODELFILE = "model.gguf", "Modelfile"
 _SHAPES = ("u", "su", "uau", "suau", "uauau", "suauauau")  # of conversations: system, user, assistant
 _ROLES = {"s": "system", "u": "user", "a": "assistant"}
-_START = ""  # the role before the first message
+_START, _ANSWER = "", "answer"  # the role before the first message, and the one after the last
 
 
-@dataclass(frozen=True)
-class Joints:
-    """The texts between the messages of a conversation, by the roles before and behind, and the one before an answer.
-
-    A template that takes no system messages has no joints for them.
-    """
-
-    between: dict[tuple[str, str], str]
-    answer: str
-
-    def __contains__(self, role: str) -> bool:
-        return any(role in pair for pair in self.between)
+# The texts between the messages of a conversation, by the roles before and after; a template that takes no system
+# messages has none for them.
+Joints = dict[tuple[str, str], str]
 
 
 def write_ollama(
@@ -59,7 +50,7 @@ def write_ollama(
     with staged_folder(out) as stage:
         written = write_gguf(model, stage / WEIGHTS, kind=kind, on_progress=on_progress)
         write_file(stage / MODELFILE, modelfile.encode())
-    return replace(written, file=out / WEIGHTS), "system" in joints
+    return replace(written, file=out / WEIGHTS), _has_system(joints)
 
 
 def find_joints(tokenizer: PreTrainedTokenizerFast, *, where: str) -> Joints:
@@ -69,24 +60,26 @@ def find_joints(tokenizer: PreTrainedTokenizerFast, *, where: str) -> Joints:
     if CLOCK.search(str(tokenizer.chat_template)):
         raise ModelError("the chat template asks for today's date, Ollama's cannot", where=where, hint="--to gguf")
     with_system = _cut(tokenizer, "su") is not None
-    between: dict[tuple[str, str], str] = {}
-    answer = ""
+    joints: Joints = {}
     for shape in _SHAPES:
         if "s" in shape and not with_system:
             continue
         texts = _cut(tokenizer, shape)
         if texts is None:
             raise ModelError(f"the chat template refuses {_spell(shape)}, Ollama would not", where=where)
-        answer = answer or texts[-1]
-        roles = [_START, *(_ROLES[letter] for letter in shape)]
-        for pair, text in zip(pairwise(roles), texts, strict=False):
-            if between.setdefault(pair, text) != text or texts[-1] != answer:
+        roles = [_START, *(_ROLES[letter] for letter in shape), _ANSWER]
+        for pair, text in zip(pairwise(roles), texts, strict=True):
+            if joints.setdefault(pair, text) != text:
                 what = f"the chat template writes {_spell(shape)} in a way that a Modelfile cannot"
                 raise ModelError(what, where=where, hint="--to gguf, and a server that takes the chat template from it")
     if starts_with_bos(tokenizer):
         bos = str(tokenizer.bos_token)
-        between = {pair: text.removeprefix(bos) if pair[0] == _START else text for pair, text in between.items()}
-    return Joints(between, answer)
+        joints = {pair: text.removeprefix(bos) if pair[0] == _START else text for pair, text in joints.items()}
+    return joints
+
+
+def _has_system(joints: Joints) -> bool:
+    return (_START, "system") in joints
 
 
 def _spell(shape: str) -> str:
@@ -111,8 +104,8 @@ def _cut(tokenizer: PreTrainedTokenizerFast, shape: str) -> list[str] | None:
 
 def go_template(joints: Joints) -> str:
     """The joints as a template of Ollama. An answer that is begun, the last message, is left open."""
-    text = {pair: _literal(said) for pair, said in joints.between.items()}
-    with_system = "system" in joints
+    text = {pair: _literal(said) for pair, said in joints.items()}
+    with_system = _has_system(joints)
     user = _do('if eq $before "assistant"') + text["assistant", "user"]
     if with_system:
         user += _do('else if eq $before "system"') + text["system", "user"]
@@ -124,7 +117,7 @@ def go_template(joints: Joints) -> str:
     if with_system:
         parts += [_do('else if eq .Role "system"'), text[_START, "system"], content]
     parts += [_do("end"), _do("$before = .Role"), _do("end")]
-    parts += [_do('if ne $before "assistant"'), _literal(joints.answer), _do("end")]
+    parts += [_do('if ne $before "assistant"'), text["user", _ANSWER], _do("end")]
     return "".join(parts)
 
 

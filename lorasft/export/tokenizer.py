@@ -64,19 +64,13 @@ def name_splitter(spec: dict[str, Any], model: Path) -> str:
     """llama.cpp's name for how a byte-level tokenizer (`spec`: its tokenizer.json) splits text before merging."""
     rule = spec["pre_tokenizer"] or {}
     parts = rule.get("pretokenizers", [rule])
-    kinds = [part.get("type") for part in parts]
-    last = parts[-1]
-    normalizer = (spec["normalizer"] or {}).get("type")
-    if kinds[-1] != "ByteLevel" or last["add_prefix_space"] or normalizer not in (None, "NFC"):
-        raise _unknown(model, "is not one of those that are known here")
-    if kinds == ["ByteLevel"] and last["use_regex"]:
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"] and last["use_regex"]:
-        return "smollm"
+    first, last, kinds = parts[0], parts[-1], tuple(part.get("type") for part in parts)
     name = None
-    if kinds == ["Split", "ByteLevel"] and parts[0]["behavior"] == "Isolated" and not last["use_regex"]:
-        name = _PATTERNS.get(parts[0]["pattern"].get("Regex"))
-    if name is None:
+    if kinds[-1] == "ByteLevel" and last["use_regex"] and first.get("individual_digits", True):
+        name = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm"}.get(kinds)
+    elif kinds == ("Split", "ByteLevel") and first["behavior"] == "Isolated":
+        name = _PATTERNS.get(first["pattern"].get("Regex"))
+    if name is None or last["add_prefix_space"] or (spec["normalizer"] or {}).get("type") not in (None, "NFC"):
         raise _unknown(model, "splits text by a rule that is not known here")
     if name == "llama-bpe" and not spec["model"].get("ignore_merges"):
         return "dbrx"  # the same rule, and every token is reached by merges
@@ -88,14 +82,12 @@ def _unknown(model: Path, what: str) -> ModelError:
 
 
 def _is_sentencepiece(spec: dict[str, Any]) -> bool:
-    steps = [part for key in ("normalizer", "pre_tokenizer") for part in _flatten(spec[key])]
     known = {"Prepend", "Replace", "Metaspace", "Split"}
-    spaces = any(part.get("content") == _SPACE or part.get("replacement") == _SPACE for part in steps)
+    steps: list[dict[str, Any]] = []
+    for step in filter(None, (spec["normalizer"], spec["pre_tokenizer"])):
+        steps += step.get("normalizers") or step.get("pretokenizers") or [step]
+    spaces = any(_SPACE in (part.get("content"), part.get("replacement")) for part in steps)
     return bool(spec["model"].get("byte_fallback")) and spaces and {part["type"] for part in steps} <= known
-
-
-def _flatten(step: dict[str, Any] | None) -> list[dict[str, Any]]:
-    return [] if step is None else step.get("normalizers") or step.get("pretokenizers") or [step]
 
 
 def _name_tokens(tokenizer: PreTrainedTokenizerFast, spec: dict[str, Any], vocabulary: int) -> dict[str, Any]:
@@ -111,11 +103,9 @@ def _name_tokens(tokenizer: PreTrainedTokenizerFast, spec: dict[str, Any], vocab
         special = added.special or _LOOKS_SPECIAL.fullmatch(added.content)
         types[at] = CONTROL if special else USER_DEFINED
         tokens[at] = added.content if special else added.content.replace(_SPACE, " ")
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in (
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
-    ):
-        types[tokenizer.unk_token_id] = UNKNOWN
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        types[unknown] = UNKNOWN
     return {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
 
 
@@ -131,34 +121,24 @@ def _describe_sentencepiece(
         if first < last and set(left + right) != {_SPACE}:
             raise _unknown(model, f"merges {left!r} and {right!r} at a rank that no score of a piece gives")
         last = max(last, first)
+    start = tokenizer.bos_token or tokenizer.eos_token or ""
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.scores": [-float(ranks.get(token, 0)) for token in tokens],
-        "tokenizer.ggml.add_space_prefix": _adds_space(tokenizer),
+        # Whether text after a special token gets a space in front, which the text of every prompt does.
+        "tokenizer.ggml.add_space_prefix": tokenizer.tokenize(f"{start}a")[-1].startswith(_SPACE),
     }
-
-
-def _adds_space(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether text behind a special token gets a space in front, as the text of every prompt stands."""
-    start = tokenizer.bos_token or tokenizer.eos_token or ""
-    return bool(tokenizer.tokenize(f"{start}a")[-1].startswith(_SPACE))
 
 
 def _special_fields(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    ids = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "eot_token_id": _end_of_turn(tokenizer),
-        "unknown_token_id": tokenizer.unk_token_id,
-        "padding_token_id": tokenizer.pad_token_id,
-    }
-    fields: dict[str, Any] = {f"tokenizer.ggml.{name}": int(at) for name, at in ids.items() if at is not None}
+    end = read_style(tokenizer).end_of_turn.strip() if tokenizer.chat_template else None
+    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "eot": tokenizer.get_vocab().get(end)}
+    ids |= {"unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
+    fields: dict[str, Any] = {f"tokenizer.ggml.{name}_token_id": int(at) for name, at in ids.items() if at is not None}
     fields["tokenizer.ggml.add_bos_token"] = starts_with_bos(tokenizer)
     fields["tokenizer.ggml.add_eos_token"] = False
-    if isinstance(tokenizer.chat_template, str):
-        fields["tokenizer.chat_template"] = tokenizer.chat_template
-    elif tokenizer.chat_template:
+    if tokenizer.chat_template:
         fields["tokenizer.chat_template"] = tokenizer.get_chat_template(None, None)
     return fields
 
@@ -168,12 +148,3 @@ def starts_with_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
     if not adds_bos(tokenizer) or not tokenizer.chat_template:
         return adds_bos(tokenizer)
     return render(tokenizer, [{"role": "user", "content": "a"}], generation_prompt=True).startswith(tokenizer.bos_token)
-
-
-def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The token that ends an answer under the template, if it is one."""
-    if not tokenizer.chat_template:
-        return None
-    end = read_style(tokenizer).end_of_turn.strip()
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
-    return vocabulary.get(end)

@@ -32,29 +32,22 @@ def read_changes(artifact: Artifact, places: ParameterMap) -> dict[str, Change]:
     """
     reader, config = AdapterReader(artifact, places), artifact.base_config
     vocabulary = {**config, **(config.get("text_config") or {})}.get("vocab_size")
-    found: dict[str, list[Change]] = {}
-    for parameter, change in reader.list_untied(vocabulary):
-        for name, part in reader.find_tensors(parameter, change):
-            found.setdefault(name, []).append(part)
-    if not found:
-        raise reader.fault("the adapter has no tensors")
-    changes = {}
-    for name, (first, *others) in found.items():  # a whole embedding may be adapted as well; all else has one change
-        if others and (first.replacement is None or others[1:] or others[0].replacement is not None):
-            raise reader.fault(f"the adapter changes {name} more than once")
-        if others and others[0].shape != first.shape:
-            raise reader.fault(f"what the adapter does to {name} does not fit together")
-        changes[name] = replace(others[0], replacement=first.replacement) if others else first
+    changes: dict[str, Change] = {}
+    try:
+        for parameter, change in reader.list_untied(vocabulary):
+            for name, part in reader.find_tensors(parameter, change):
+                first = changes.setdefault(name, part)
+                if first is not part:  # a whole embedding may be adapted as well; all else has one change
+                    wholes = (first.replacement is not None and not first.product, part.replacement is not None)
+                    if wholes != (True, False) or part.shape != first.shape:
+                        raise reader.error(f"the adapter changes {name} more than once")
+                    changes[name] = replace(part, replacement=first.replacement)
+    except (RuntimeError, ValueError, IndexError) as error:  # of torch, for shapes that fit nothing
+        raise reader.error(f"A and B do not fit the base: {error}") from None
+    if not changes:
+        raise reader.error("the adapter has no tensors")
     _refuse_misfits(changes, reader)
     return changes
-
-
-def match_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """What a config's rank_pattern or alpha_pattern says of a module, by PEFT's rule: the first that ends its path."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
 
 
 class AdapterReader:
@@ -70,17 +63,10 @@ class AdapterReader:
             path = name.removeprefix(_PREFIX)
             if match := _PART.fullmatch(path):
                 self.modules.setdefault(match[1], {})[match[2]] = tensor.float()
-            elif "lora_" in path or path == name:
-                raise self.fault(f"the adapter has a tensor that is no part of LoRA or DoRA: {name}")
             else:
                 self.tensors[path] = tensor
-        for saved in self.config.get("modules_to_save") or []:
-            if not any(parent.endswith(saved) for path in self.tensors for parent in _parents(path)):
-                raise self.fault(f"modules_to_save names {saved}, of which the adapter has no tensor")
-        if self.config.get("trainable_token_indices") and not any(_TOKENS in parts for parts in self.modules.values()):
-            raise self.fault("trainable_token_indices names tokens, of which the adapter has no tensor")
 
-    def fault(self, what: str) -> ModelError:
+    def error(self, what: str) -> ModelError:
         """The error for files that do not fit each other or the base."""
         return ModelError(what, where=str(self.folder), hint="--base with what it was trained on, or fetch it again")
 
@@ -92,19 +78,20 @@ class AdapterReader:
         """
         twins: dict[str, Tensor] = {}
         for parameter, change in self._list_changes():
-            tall = vocabulary is None or vocabulary in change.shape or change.replacement is not None
-            if not tall or parameter not in self.places.tied:
+            whole = change.replacement
+            tall = vocabulary is None or vocabulary in change.shape or whole is not None
+            if not tall or parameter not in self.places.tied:  # to ask what is tied takes the model
                 yield parameter, change
-            elif change.replacement is not None:
-                twins[parameter] = change.replacement
+            elif whole is not None:
+                twins[parameter] = whole
             elif change.token_rows:
                 yield from ((twin, change) for twin in self.places.stored_twins)
             else:
-                raise self.fault(f"{parameter} is tied to its twin, which the adapter does not change along")
+                raise self.error(f"{parameter} is tied to its twin, which the adapter does not change along")
         if twins:
             first, *others = twins.values()
             if len(twins) < len(self.places.tied) or not all(torch.equal(first, other) for other in others):
-                raise self.fault(f"{next(iter(twins))} is tied to its twin, which was not trained along")
+                raise self.error(f"{next(iter(twins))} is tied to its twin, which was not trained along")
             yield from ((twin, _replace_with(first)) for twin in self.places.stored_twins)
 
     def find_tensors(self, parameter: str, change: Change) -> Iterator[tuple[str, Change]]:
@@ -117,12 +104,8 @@ class AdapterReader:
         if len(stored) == 1 and experts > 1:
             yield stored[0][0], change
             return
-        if len(stored) != experts:
-            raise self.fault(f"the base has {len(stored)} experts for {parameter}, the adapter {experts}")
         for names, up, down in zip(stored, product.up, product.down, strict=True):
             heights = [self.places.specs[name].shape[0] for name in names]
-            if sum(heights) != len(up):
-                raise self.fault(f"{parameter} does not fit {', '.join(names)}")
             for name, part in zip(names, torch.split(up, heights), strict=True):
                 yield name, _add(LoraProduct(part, down, product.scaling))
 
@@ -137,7 +120,7 @@ class AdapterReader:
         for module, parameter in wrapped.items():
             parts = self.modules.get(module, {})
             if parts.keys() != {_A, _B}:
-                raise self.fault(f"{parameter} has {', '.join(parts) or 'no A and B'}: not what LoRA makes")
+                raise self.error(f"{parameter} has {', '.join(parts) or 'no A and B'}: not what LoRA makes")
             yield parameter, _add(self._read_wrapped(parameter, parts[_A], parts[_B]))
 
     def _explain(self, name: str) -> str:
@@ -152,47 +135,52 @@ class AdapterReader:
             or parameter in self.places.embeddings  # PEFT adds them where they were resized or are adapted
         ):
             return parameter
-        raise self.fault(f"nothing in the adapter's config explains {name}")
+        raise self.error(f"nothing in the adapter's config explains {name}")
 
     def _read_module(self, module: str, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Change]]:
         weight, names, dora = f"{module}.weight", parts.keys(), bool(self.config.get("use_dora"))
         linear = {_A, _B, _MAGNITUDE} if dora else {_A, _B}
-        if names == linear or (names == linear | {_BIAS} and not dora):
+        if names - {_BIAS} == linear:
             product = self._multiply(module, parts[_B], parts[_A], transposed=self.conv1d)
             yield weight, replace(_add(product), magnitude=parts.get(_MAGNITUDE))
             if _BIAS in parts:
                 bias = parts[_BIAS] * product.scaling
                 yield f"{module}.bias", Change(tuple(bias.shape), bias=bias)
-        elif names == {_EMBEDDING_A, _EMBEDDING_B} and not dora:
+        elif names == {_EMBEDDING_A, _EMBEDDING_B}:
             yield weight, _add(self._multiply(module, parts[_EMBEDDING_B], parts[_EMBEDDING_A], transposed=True))
         elif names == {_TOKENS}:
             yield weight, self._read_tokens(module, parts[_TOKENS])
         else:
             wanted = f"{', '.join(sorted(linear))}{' with use_dora' if dora else ''}"
-            raise self.fault(f"{module} has {', '.join(names)}: LoRA makes {wanted}")
+            raise self.error(f"{module} has {', '.join(names)}: LoRA makes {wanted}")
 
-    def _scale(self, path: str, rank: int) -> float:
-        """What B A of the module or parameter is multiplied by. Raises ModelError unless it has the config's rank."""
-        wanted = match_pattern(self.config.get("rank_pattern"), path, self.config["r"])
-        if rank != wanted:
-            raise self.fault(f"{path} has rank {rank}, the config says {wanted}")
-        alpha: float = match_pattern(self.config.get("alpha_pattern"), path, self.config["lora_alpha"])
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+    def _look_up(self, patterns: str, path: str) -> Any:
+        """What the config's `patterns` say of a module, by PEFT's rule: the first that ends its path."""
+        said: Mapping[str, Any] = self.config.get(patterns) or {}
+        return next((value for pattern, value in said.items() if re.match(rf"(.*\.)?({pattern})$", path)), None)
 
     def _multiply(self, path: str, up: Tensor, down: Tensor, *, transposed: bool) -> LoraProduct:
-        if down.dim() != 2 or up.dim() != 2 or up.shape[1] != down.shape[0]:
-            raise self.fault(f"{path}: B of {tuple(up.shape)} and A of {tuple(down.shape)} are of no linear")
-        return LoraProduct(up, down, self._scale(path, len(down)), transposed)
+        """B A of a module or parameter, with its factor. Raises ModelError unless it has the config's rank."""
+        rank = down.shape[-2]
+        wanted = self._look_up("rank_pattern", path) or self.config["r"]
+        if up.dim() != down.dim() or up.shape[-1] != rank:
+            raise self.error(f"{path}: B of {tuple(up.shape)} and A of {tuple(down.shape)} are of no linear")
+        if rank != wanted:
+            raise self.error(f"{path} has rank {rank}, the config says {wanted}")
+        alpha = self._look_up("alpha_pattern", path) or self.config["lora_alpha"]
+        return LoraProduct(up, down, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank), transposed)
 
     def _read_tokens(self, module: str, values: Tensor) -> Change:
         given = self.config.get("trainable_token_indices") or []
         if isinstance(given, dict):
             given = next((given[name] for name in given if module.endswith(name)), [])
         shape = self.places.specs[self.places.find(f"{module}.weight")].shape
-        if len(set(given)) != len(given) or tuple(values.shape) != (len(given), shape[-1]):
-            raise self.fault(f"{module} has {len(values)} trained tokens, the config names {len(given)}")
-        if not all(0 <= index < shape[0] for index in given):
-            raise self.fault(f"{module}: a trained token is outside the vocabulary of {shape[0]}")
+        if (
+            len(set(given)) != len(given)
+            or max(given, default=0) >= shape[0]
+            or tuple(values.shape) != (len(given), shape[-1])
+        ):
+            raise self.error(f"{module} has {len(values)} trained tokens, which the config does not name")
         return Change(shape, token_rows=dict(zip(given, values, strict=True)))
 
     def _find_wrapped(self) -> dict[str, str]:
@@ -217,13 +205,11 @@ class AdapterReader:
         if len(shape) == 2:
             return self._multiply(parameter, up, down, transposed=False)
         experts = shape[0]
-        if len(shape) != 3 or down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1] or len(down) % experts:
-            raise self.fault(f"A and B of {parameter} do not fit its {experts} experts")
         downs = down.view(experts, -1, down.shape[1])
         ups = up.view(len(up), -1, experts).permute(2, 0, 1)
         if getattr(self.places.model.get_submodule(parameter.rpartition(".")[0]), "is_transposed", False):
             ups, downs = downs.mT, ups.mT  # they are stored (in, out)
-        return LoraProduct(ups.contiguous(), downs.contiguous(), self._scale(parameter, len(down) // experts))
+        return self._multiply(parameter, ups.contiguous(), downs.contiguous(), transposed=False)
 
 
 def _add(product: LoraProduct) -> Change:
@@ -240,15 +226,14 @@ def _parents(path: str) -> list[str]:
 
 def _refuse_misfits(changes: Mapping[str, Change], reader: AdapterReader) -> None:
     """Only an embedding and its head may get another height, and then the same."""
-    places, resized = reader.places, set()
-    for name, change in changes.items():
-        shape = places.specs[name].shape
-        if change.shape != shape:
-            if change.replacement is None or len(change.shape) != 2 or change.shape[1:] != shape[1:]:
-                raise reader.fault(f"{name} is {shape}, the adapter fits {change.shape}")
-            resized.add(name)
+    places = reader.places
+    resized = {name for name, change in changes.items() if change.shape != places.specs[name].shape}
+    for name in resized:
+        change, shape = changes[name], places.specs[name].shape
+        if change.replacement is None or len(change.shape) != 2 or change.shape[1:] != shape[1:]:
+            raise reader.error(f"{name} is {shape}, the adapter fits {change.shape}")
     if resized:
         embeddings = {places.find(parameter) for parameter in places.stored_twins or places.embeddings}
-        heights = {(changes[name] if name in changes else places.specs[name]).shape[0] for name in embeddings}
+        heights = {(changes.get(name) or places.specs[name]).shape[0] for name in embeddings}
         if not resized <= embeddings or len(heights) > 1:
-            raise reader.fault(f"the adapter gives {', '.join(sorted(resized))} another height alone")
+            raise reader.error(f"the adapter gives {', '.join(sorted(resized))} another height alone")

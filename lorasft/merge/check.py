@@ -7,10 +7,12 @@ layer at a time.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,22 +39,20 @@ _TEXT = "The quick brown fox jumps over the lazy dog. What is the answer to the 
 _ORIGINAL = "onto original, before rounding"
 
 
-@dataclass(frozen=True)
-class Distance:
-    """How far a model is from what was trained, over the supervised tokens of held-out rows."""
-
-    kl: float  # mean KL(trained || model), nats a token
-    same_choice: float  # share of tokens at which the likeliest one is the same
-    nll: float  # of the model, nats a token
-
-
 class MergeCheck:
-    """Compares candidates with what was trained, on the given rows."""
+    """Compares candidates with what was trained, over the supervised tokens of the given rows.
+
+    `table`, of each model: kl, the mean KL(trained || model) in nats a token; same_choice, the share of tokens at
+    which the likeliest one is the same; nll, its own loss in nats a token.
+    """
 
     def __init__(self, artifact: Artifact, rows: Sequence[Tokens], *, origin: str) -> None:
         """Loads what was trained, asks it and lets it go. `origin`: where the rows come from."""
         self.artifact, self.rows, self.origin = artifact, rows, origin
-        self.table: dict[str, Distance] = {}
+        self.table: dict[str, dict[str, float]] = {}
+        targets = [row.labels[row.labels != UNSUPERVISED] for row in rows]
+        self.lengths = [len(part) for part in targets]
+        self.targets = torch.from_numpy(np.concatenate(targets).astype("int64")).unsqueeze(1)  # (pairs, 1)
         self.four_bit = artifact.model.quantization == "nf4"
         model = _load(artifact)
         self.trained = log_probs(model, rows)
@@ -61,7 +61,14 @@ class MergeCheck:
         del model
         self._compare("trained", self.trained)
         self._compare("without the adapter", untuned)
-        self.wanted: dict[Onto, Tensor] = {"dequantized" if self.four_bit else "original": self.trained}
+
+    @cached_property
+    def original(self) -> Tensor:
+        """What the base's own weights answer with the adapter on them; of a run in 16 bits that was trained."""
+        if not self.four_bit:
+            return self.trained
+        own = replace(self.artifact, model=self.artifact.model.model_copy(update={"quantization": "none"}))
+        return self._compare(_ORIGINAL, log_probs(_load(own), self.rows))
 
     def choose(self) -> tuple[Onto, str]:
         """The base whose answers to held-out rows are likelier; between equals the one nearer to what was trained.
@@ -70,21 +77,19 @@ class MergeCheck:
         """
         if not self.four_bit:
             return "original", "the run was not in 4 bit"
-        gains = self._nll(self.trained) - self._nll(self._ask_original())
+        gains = self._nll(self.trained) - self._nll(self.original)
         gains /= len(self.trained) / len(self.rows)
         gain, error = float(gains.mean()), float(gains.std()) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
         if gain > 2 * error:
             return "original", f"its answers to held-out rows are likelier by {gain:.4f} ± {error:.4f} nats a token"
-        kl = self.table[_ORIGINAL].kl
+        kl = self.table[_ORIGINAL]["kl"]
         return "dequantized", f"the original is {kl:.1e} nats a token away from what was trained"
 
     def verify(self, merged: Path, onto: Onto) -> None:
         """Ask the merged weights. Raises ModelError when they differ from base and adapter by more than rounding."""
-        if onto == "original" and onto not in self.wanted:
-            self._ask_original()
-        answers = self.ask(merged, "merged")
-        off = mean_kl(self.wanted.get(onto, self.trained), answers)
-        learned = self.table["without the adapter"].kl
+        wanted = self.original if onto == "original" else self.trained
+        off = mean_kl(wanted, self.ask(merged, "merged"))
+        learned = self.table["without the adapter"]["kl"]
         if not off <= max(learned, _ROUNDING):
             what = f"the merged model does not answer like its base with the adapter: {off:.1e} nats a token apart"
             raise ModelError(what, where=str(merged), hint=f"the adapter moves the base by {learned:.1e}")
@@ -93,22 +98,16 @@ class MergeCheck:
         """Ask the model in `folder` and put it into the table. Returns its log-probabilities."""
         return self._compare(name, log_probs(_load(find_artifact(str(folder))), self.rows))
 
-    def _ask_original(self) -> Tensor:
-        own = replace(self.artifact, model=self.artifact.model.model_copy(update={"quantization": "none"}))
-        self.wanted["original"] = self._compare(_ORIGINAL, log_probs(_load(own), self.rows))
-        return self.wanted["original"]
-
     def _compare(self, name: str, logs: Tensor) -> Tensor:
         same = float((self.trained.argmax(-1) == logs.argmax(-1)).double().mean())
         nll = float(self._nll(logs).sum()) / len(logs)
-        self.table[name] = Distance(mean_kl(self.trained, logs), same, nll)
+        self.table[name] = {"kl": mean_kl(self.trained, logs), "same_choice": same, "nll": nll}
         return logs
 
     def _nll(self, logs: Tensor) -> Tensor:
         """Of each row, summed over its supervised tokens: (rows,) fp64."""
-        targets = [torch.from_numpy(row.labels[row.labels != UNSUPERVISED].astype("int64")) for row in self.rows]
-        parts = torch.split(logs.double(), [len(part) for part in targets])
-        return torch.stack([-part.gather(1, ids.unsqueeze(1)).sum() for part, ids in zip(parts, targets, strict=True)])
+        parts = torch.split(logs.gather(1, self.targets).double(), self.lengths)
+        return torch.stack([-part.sum() for part in parts])
 
 
 def make_check(artifact: Artifact, data: DataSource | None) -> MergeCheck:
@@ -134,8 +133,7 @@ def log_probs(model: Any, rows: Sequence[Tokens]) -> Tensor:
 
     (pairs, vocabulary) fp32 on the CPU, row after row.
     """
-    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-    logs = []
+    device, logs = PartialState().device, []
     with torch.no_grad():
         for row in rows:
             sources = torch.from_numpy((row.labels != UNSUPERVISED).nonzero()[0] - 1)
@@ -157,21 +155,14 @@ def _find_rows(artifact: Artifact, data: DataSource | None) -> tuple[Sequence[To
         answers, _ = read_answers(data, settings, artifact.chat, tokenizer=read_tokenizer(artifact))
         places = [(answer.ids, np.arange(len(answer.ids)) < answer.start) for answer in answers]
         return [Tokens(ids, np.where(given, UNSUPERVISED, ids)) for ids, given in places], data.path
-    if artifact.run is None:
-        return _own_text(artifact), "a text of lorasft's own"
-    for folder in sorted((artifact.run / "tokens").glob("*/prepared.json")):
-        try:
+    for folder in sorted((artifact.run / "tokens").glob("*/prepared.json")) if artifact.run else ():
+        with contextlib.suppress(ModelError):  # damaged, or of another version
             prepared = open_prepared(folder.parent)
-        except ModelError as error:  # damaged, or of another version
-            return _own_text(artifact), f"a text of lorasft's own ({error.what})"
-        store = prepared.held_out if prepared.held_out else prepared.train
-        rows = [tokens for example in range(min(len(store), _PAIRS)) for tokens in store.sequences(example)]
-        return rows, "held-out rows" if prepared.held_out else "rows of the training set: none were held out"
-    raise DataError("the tokens of this run are gone", where=str(artifact.run / "tokens"), hint="--data FILE")
-
-
-def _own_text(artifact: Artifact) -> list[Tokens]:
-    return [all_supervised(np.array(read_tokenizer(artifact)(_TEXT)["input_ids"], dtype=np.int32))]
+            store = prepared.held_out or prepared.train
+            rows = [tokens for example in range(min(len(store), _PAIRS)) for tokens in store.sequences(example)]
+            return rows, "held-out rows" if prepared.held_out else "rows of the training set: none were held out"
+    ids = np.array(read_tokenizer(artifact)(_TEXT)["input_ids"], dtype=np.int32)
+    return [all_supervised(ids)], "a text of lorasft's own"
 
 
 def _load(artifact: Artifact) -> Any:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -27,15 +25,15 @@ from lorasft.files import (
     staged_folder,
     write_file,
 )
-from lorasft.merge.write import MergePlan, Progress, WrittenTensor, plan_merge, rewrite_config, write_weights
+from lorasft.merge.write import MergePlan, Progress, plan_merge, rewrite_config, write_weights
 from lorasft.recipe import DataSource
 from lorasft.tensors import INDEX
 
 if TYPE_CHECKING:
     from lorasft.merge.check import MergeCheck, Onto
 
+TEMPLATE = "chat_template.jinja"
 _SIDECARS = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
-_LOCAL_PATH = re.compile(r"(?<![\w.<])/(?:[^\s/'\"]+/)+([^\s/'\"]+)")  # a path of this machine, and the name at its end
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,6 @@ class Merged:
     unchanged: int  # of these, how many the rounding left as they were
     copied: int  # tensors copied as they are
     size: int  # bytes of weights
-    quantization: dict[str, float] = field(default_factory=dict)  # tensor -> |error of NF4| / |update|
     rows: str = ""  # what the answers were compared on
     table: dict[str, dict[str, float]] = field(default_factory=dict)  # model -> kl, same_choice, nll
 
@@ -68,91 +65,69 @@ def merge(
     """Write the base of `artifact` with its adapter folded in to the new folder `out`.
 
     `onto`: which weights the update is added to: the base's own, the ones that NF4 made of them, or what the answers
-    to held-out rows (or to `data`) speak for. `quantize`: write a checkpoint in NF4 instead of full weights.
-    `force_base`: take a base that is not the one of training. Raises ModelError before anything is written when the
-    adapter does not fit, CapacityError when `out` has no room; a merge that fails, its check included, leaves nothing
-    under `out`.
+    to held-out rows (or to `data`) speak for. `quantize`: write a checkpoint in NF4. `force_base`: take a base that is
+    not the one of training. Raises ModelError before anything is written when the adapter does not fit, CapacityError
+    when `out` has no room; a merge that fails, its check included, leaves nothing under `out`.
     """
-    _check_options(artifact, out, data, check=check, force_base=force_base)
+    refuse_existing(out)
+    artifact.verify(force_base=force_base)
+    adapter = artifact.require_adapter()
+    refuse_overlap(out, artifact.base, adapter, *([artifact.run] if artifact.run else []))
+    if data is not None and not check:
+        raise RecipeError("--data has no use with --no-check", where=data.path, hint="leave one of the two out")
     plan = plan_merge(artifact)
-    adapter_hash = sha256(artifact.require_adapter() / WEIGHTS)
+    adapter_hash = sha256(adapter / WEIGHTS)
     _refuse_second_merge(artifact.base, adapter_hash)
     if plan.packed and (onto == "original" or quantize):  # it has no original, and an update falls back onto its steps
-        what = "--quantize" if quantize else "--onto original"
-        raise ModelError(f"the base is stored in 4 bit: no {what}", hint="--base with the 16-bit original")
+        what = "the base is stored in 4 bit: no --quantize, no --onto original"
+        raise ModelError(what, hint="--base with the 16-bit original")
     need_space(out, plan.size * (2 if quantize else 1))
-    judge = None
-    if check:
-        from lorasft.merge.check import make_check  # takes seconds and hundreds of megabytes to import
-
-        judge = make_check(artifact, data)
+    judge = _ask_trained(artifact, data) if check else None
     chosen, why = _choose("dequantized" if plan.packed else onto, judge, quantize=quantize)
     hashes: dict[str, str] = {}
     with staged_folder(out, hashes=hashes) as stage:
-        written, found = _write_stage(
-            stage, artifact, plan, judge, onto=chosen, quantize=quantize, progress=on_progress
-        )
+        weights = stage / "16-bit" if quantize else stage
+        written, found = _write_full(weights, artifact, plan, onto=chosen, on_progress=on_progress)
+        if judge:
+            judge.verify(weights, chosen)
+        if quantize:
+            found = _quantize(weights, stage)
+        if judge and quantize:
+            judge.ask(stage, "merged, in 4 bit")
         hashes.update(found)
         merged = Merged(
             folder=out,
             onto=chosen,
             why=why,
             updated=len(plan.changes),
-            unchanged=sum(not written[name].changed for name in plan.changes),
+            unchanged=sum(not written[name] for name in plan.changes),
             copied=sum(map(len, plan.targets)) - len(written),
-            size=sum(path.stat().st_size for path in stage.glob("*.safetensors")),
-            quantization={
-                name: w.quantization / w.update for name, w in written.items() if w.quantization and w.update
-            },
+            size=sum((stage / name).stat().st_size for name in found),
             rows=judge.origin if judge else "",
-            table={name: asdict(distance) for name, distance in judge.table.items()} if judge else {},
+            table=judge.table if judge else {},
         )
         _write_record(stage, artifact, merged, adapter_hash=adapter_hash, hashes=hashes)
     return merged
 
 
-def _check_options(artifact: Artifact, out: Path, data: DataSource | None, *, check: bool, force_base: bool) -> None:
-    """What can be refused before anything is read."""
-    refuse_existing(out)
-    artifact.verify(force_base=force_base)
-    refuse_overlap(out, artifact.base, artifact.require_adapter(), *([artifact.run] if artifact.run else []))
-    if data is not None and not check:
-        raise RecipeError("--data has no use with --no-check", where=data.path, hint="leave one of the two out")
+def _ask_trained(artifact: Artifact, data: DataSource | None) -> MergeCheck:
+    from lorasft.merge.check import make_check  # takes seconds and hundreds of megabytes to import
+
+    return make_check(artifact, data)
 
 
-def _write_stage(
-    stage: Path,
-    artifact: Artifact,
-    plan: MergePlan,
-    judge: MergeCheck | None,
-    *,
-    onto: Onto,
-    quantize: bool,
-    progress: Progress | None,
-) -> tuple[dict[str, WrittenTensor], dict[str, str]]:
-    """Write and check everything but the record. Returns what became of tensors, and the hashes of files if known.
-
-    Raises ModelError when no weight changed, or when the merge does not answer like what was trained.
-    """
-    onto_nf4 = onto == "dequantized" and not plan.packed
-    quantized, dtype = _find_quantized(artifact, plan) if judge or onto_nf4 else ([], torch.float32)
-    weights = stage / "16-bit" if quantize else stage
-    make_folder(weights)
-    written, hashes = write_weights(
-        weights, plan, quantized=quantized, dtype=dtype, onto_nf4=onto_nf4, on_progress=progress
-    )
-    base, adapter = artifact.base, artifact.require_adapter()
-    if not any(written[name].changed for name in plan.changes):
+def _write_full(
+    folder: Path, artifact: Artifact, plan: MergePlan, *, onto: Onto, on_progress: Progress | None
+) -> tuple[dict[str, bool], dict[str, str]]:
+    """Full weights and what lies beside them, as `write_weights`. Raises ModelError when no weight changed."""
+    make_folder(folder)
+    nf4, dtype = _find_quantized(artifact, plan) if onto == "dequantized" else ([], torch.float32)
+    written, hashes = write_weights(folder, plan, nf4=nf4, dtype=dtype, on_progress=on_progress)
+    if not any(written[name] for name in plan.changes):
         what = "no weight changed: the adapter is empty, or too small for the base's dtype"
-        raise ModelError(what, where=str(adapter))
-    _copy_sidecars(base, adapter, weights, rewritten=rewrite_config(plan, artifact.base_config))
-    if judge:
-        judge.verify(weights, onto)
-    if quantize:
-        _quantize(weights, stage)
-        if judge:
-            judge.ask(stage, "merged, in 4 bit")
-    return written, {} if quantize else hashes
+        raise ModelError(what, where=str(artifact.adapter))
+    _write_sidecars(folder, artifact, rewrite_config(plan, artifact.base_config))
+    return written, hashes
 
 
 def _write_record(
@@ -168,9 +143,7 @@ def _write_record(
     }
     record = {"lorasft": __version__, "base": origin, "adapter": adapter_hash}
     record |= {name: value for name, value in asdict(merged).items() if name != "folder"}
-    record["result"] = {
-        path.name: hashes.get(path.name) or sha256(path) for path in sorted(stage.glob("*.safetensors"))
-    }
+    record["result"] = hashes
     write_file(stage / MERGE_RECORD, json.dumps(record, indent=1).encode())
     write_file(stage / "README.md", _make_card(artifact, record).encode())
 
@@ -188,22 +161,21 @@ def _find_quantized(artifact: Artifact, plan: MergePlan) -> tuple[list[str], tor
     return names, compute_dtype(dtype, PartialState().device)
 
 
-def _quantize(weights: Path, stage: Path) -> None:
-    """Turn the full weights into a 4-bit checkpoint in `stage`, with everything that stands beside them."""
+def _quantize(weights: Path, stage: Path) -> dict[str, str]:
+    """Turn the full weights into a 4-bit checkpoint in `stage`, with all that lies beside them. Returns its hashes."""
     from lorasft.model.base import load_base, quiet_progress
     from lorasft.recipe import ModelSettings
 
     model = load_base(ModelSettings(base=str(weights)), torch.device("cpu"))
     with quiet_progress():
         model.save_pretrained(stage)
-    mask = os.umask(0)
-    os.umask(mask)
     for path in stage.glob("*.safetensors"):  # safetensors lets nobody else read them
-        path.chmod(0o666 & ~mask)
+        shutil.copymode(stage / "config.json", path)
     for path in _list_sidecars(weights):
         if not (stage / path.name).exists() and path.name != INDEX:
             shutil.copyfile(path, stage / path.name)
     shutil.rmtree(weights)
+    return {path.name: sha256(path) for path in sorted(stage.glob("*.safetensors"))}
 
 
 def _choose(onto: Onto | Literal["auto"], judge: MergeCheck | None, *, quantize: bool) -> tuple[Onto, str]:
@@ -221,18 +193,19 @@ def _refuse_second_merge(base: Path, adapter_hash: str) -> None:
         raise ModelError("this adapter is merged into this base already", where=str(path), hint="use the base as it is")
 
 
-def _copy_sidecars(base: Path, adapter: Path, stage: Path, *, rewritten: Mapping[str, bytes]) -> None:
+def _write_sidecars(folder: Path, artifact: Artifact, rewritten: Mapping[str, bytes]) -> None:
     """Config, tokenizer and generation config as the base has them, unless `rewritten`; the template of training."""
-    changed = {"chat_template.jinja"} if (adapter / "chat_template.jinja").is_file() else set()
-    if set(read_stops(adapter)) - set(read_stops(base)):  # training found that generation would run past a turn's end
-        changed.add(GENERATION_CONFIG)
-    for path in sorted(_list_sidecars(base)):
-        if path.name in rewritten:
-            write_file(stage / path.name, rewritten[path.name])
-        elif path.name not in changed:
-            shutil.copyfile(path, stage / path.name)
-    for name in sorted(changed):
-        shutil.copyfile(adapter / name, stage / name)
+    adapter = artifact.require_adapter()
+    sources = {path.name: path for path in _list_sidecars(artifact.base)}
+    if (adapter / TEMPLATE).is_file():
+        sources[TEMPLATE] = adapter / TEMPLATE
+    if set(read_stops(adapter)) - set(read_stops(artifact.base)):  # generation would run past a turn's end
+        sources[GENERATION_CONFIG] = adapter / GENERATION_CONFIG
+    for name, path in sources.items():
+        if name in rewritten:
+            write_file(folder / name, rewritten[name])
+        else:
+            shutil.copyfile(path, folder / name)
 
 
 def _list_sidecars(base: Path) -> Iterator[Path]:
@@ -246,34 +219,17 @@ def _make_card(artifact: Artifact, record: dict[str, Any]) -> str:
 
     No row of the data and no path of this machine. `record`: what merge.json holds.
     """
-    given, trained = artifact.model.base, artifact.provenance
+    given = artifact.model.base
     name = Path(given).name if Path(given).is_dir() else given
-    parts = [
-        f"---\nbase_model: {name}\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
-        f"# {name}, fine-tuned\n\nA LoRA adapter merged into full weights by lorasft {record['lorasft']}.",
-        f"Base: commit {record['base']['commit'] or 'unknown'}, fingerprint `{record['base']['fingerprint']}`.",
-        f"The update was added to the {record['onto']} weights: {record['why']}.",
-    ]
-    if record["table"]:
-        head = "| model | KL to what was trained | same likeliest token | nats a token |\n|---|---|---|---|\n"
-        rows = [f"| {model} | {x['kl']:.1e} | {x['same_choice']:.1%} | {x['nll']:.4f} |"
-                for model, x in record["table"].items()]  # fmt: skip
-        parts.append(f"## Answers, measured on {record['rows']}\n\n{head}" + "\n".join(rows))
-    if artifact.run and trained:
-        parts.append(_describe_training(artifact.run, trained.record))
-    return "\n\n".join(parts) + "\n"
-
-
-def _describe_training(run: Path, provenance: Mapping[str, Any]) -> str:
-    report, metrics = provenance["report"], run / "metrics.jsonl"
     text = (
-        f"## Training\n\n{report['train_examples']:,} examples, {report['held_out_examples']:,} held out, "
-        f"{report['supervised_tokens']:,} learned tokens; data `{provenance['data']}`."
+        f"---\nbase_model: {name}\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+        f"# {name}, fine-tuned\n\nA LoRA adapter merged into full weights by lorasft {__version__}.\n\n"
+        f"Base: commit {record['base']['commit'] or 'unknown'}, fingerprint `{record['base']['fingerprint']}`.\n\n"
+        f"The update was added to the {record['onto']} weights: {record['why']}.\n"
     )
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    evaluations = [json.loads(line) for line in lines if line.endswith("}") and '"eval_loss"' in line]
-    if evaluations:
-        last = evaluations[-1]
-        text += f" Held-out loss {last['eval_loss']:.4f} nats a token after step {last['step']}."
-    recipe = _LOCAL_PATH.sub(r"\1", (run / "recipe.yaml").read_text(encoding="utf-8")).strip()
-    return f"{text}\n\n```yaml\n{recipe}\n```"
+    if record["table"]:
+        text += f"\n## Answers, measured on {record['rows']}\n\n"
+        text += "| model | KL to what was trained | same likeliest token | nats a token |\n|---|---|---|---|\n"
+        for model, x in record["table"].items():
+            text += f"| {model} | {x['kl']:.1e} | {x['same_choice']:.1%} | {x['nll']:.4f} |\n"
+    return text

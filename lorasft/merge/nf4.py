@@ -30,10 +30,13 @@ class PackedWeight:
 
     def read(self) -> Tensor:
         """The numbers, in the dtype that they were quantized from: the same bits as bitsandbytes' own."""
-        parts = {name.removeprefix(f"{self.name}."): file.read(name) for name, file in self.files.items()}
-        codes = parts.pop(self.name)
-        state = _import_functional().QuantState.from_dict(parts, device=torch.device("cpu"))
-        return _dequantize(codes, state).view(self.spec.shape)
+        try:
+            parts = {name.removeprefix(f"{self.name}."): file.read(name) for name, file in self.files.items()}
+            codes = parts.pop(self.name)
+            state = _import_functional().QuantState.from_dict(parts, device=torch.device("cpu"))
+            return _dequantize(codes, state).view(self.spec.shape)
+        except (KeyError, ValueError, RuntimeError, AssertionError) as fault:
+            raise ModelError(f"{self.name} does not fit its own description: {fault}") from None
 
 
 def find_packed(files: Sequence[TensorFile]) -> dict[str, PackedWeight]:
@@ -45,13 +48,6 @@ def find_packed(files: Sequence[TensorFile]) -> dict[str, PackedWeight]:
             weight = match[1]
             spec = _read_spec(places[state], state)
             parts = {name: file for name, file in places.items() if name == weight or name.startswith(f"{weight}.")}
-            codes, suffixes = places[weight].specs[weight], {name.removeprefix(weight) for name in parts}
-            if len(spec.shape) != 2 or codes.size != -(-math.prod(spec.shape) // 2):
-                raise ModelError(f"{weight} does not fit its own description", where=str(places[weight].path))
-            if not suffixes >= {".absmax", ".quant_map"} or any(
-                f.specs[n].dtype not in DTYPES for n, f in parts.items()
-            ):
-                raise ModelError(f"{weight} has no scales, or parts of unknown types", where=str(places[weight].path))
             found[weight] = PackedWeight(weight, spec, parts)
     return found
 

@@ -51,25 +51,15 @@ class MergePlan:
         return sum(spec.size for specs in self.targets for spec in specs.values())
 
 
-@dataclass(frozen=True)
-class WrittenTensor:
-    """What became of one tensor. The sizes are Euclidean norms."""
-
-    changed: bool  # any of its bytes
-    update: float  # of what the adapter changed
-    quantization: float  # of what NF4 changed, where the weight was put into it
-
-
 def plan_merge(artifact: Artifact) -> MergePlan:
     """What a merge of an adapter into its base will write. Raises ModelError for what does not fit or cannot be."""
     sources = [open_tensors(path) for path in find_weights(artifact.base)]
     packed = find_packed(sources)
-    parts = {name for weight in packed.values() for name in weight.files}  # of no use any more, but for the weights
+    parts = {name for weight in packed.values() for name in weight.files} - packed.keys()  # of no use any more
     targets = [
-        {name: packed[name].spec if name in packed else spec for name, spec in file.specs.items()
-         if name in packed or name not in parts}
+        {name: packed[name].spec if name in packed else spec for name, spec in file.specs.items() if name not in parts}
         for file in sources
-    ]  # fmt: skip
+    ]
     places = ParameterMap({name: spec for specs in targets for name, spec in specs.items()}, base=artifact.base)
     changes = read_changes(artifact, places)
     for specs in targets:
@@ -104,22 +94,16 @@ def rewrite_config(plan: MergePlan, base_config: Mapping[str, Any]) -> dict[str,
 
 
 def write_weights(
-    stage: Path,
-    plan: MergePlan,
-    *,
-    quantized: Collection[str],
-    dtype: torch.dtype,
-    onto_nf4: bool,
-    on_progress: Progress | None = None,
-) -> tuple[dict[str, WrittenTensor], dict[str, str]]:
-    """Write the checkpoint of `plan` to the folder `stage`. Returns what became of each tensor in question, and the
-    SHA-256 of each file.
+    stage: Path, plan: MergePlan, *, nf4: Collection[str], dtype: torch.dtype, on_progress: Progress | None = None
+) -> tuple[dict[str, bool], dict[str, str]]:
+    """Write the checkpoint of `plan` to the folder `stage`. Returns the tensors that were not just copied, each with
+    whether its change survived the rounding, and the SHA-256 of each file.
 
-    `quantized`: the tensors that training had in NF4, taken out in `dtype`; with `onto_nf4` they are written so, else
-    as they are stored. Raises ModelError when a number leaves its dtype's range.
+    `nf4`: the tensors that are put into NF4 and taken out again in `dtype` first, as a 4-bit run had them. Raises
+    ModelError when a number leaves its dtype's range.
     """
     done = 0
-    written: dict[str, WrittenTensor] = {}
+    written: dict[str, bool] = {}
     hashes: dict[str, str] = {}
     buffer = torch.empty(max(_slice_rows(change) * change.shape[-1] for change in plan.changes.values()))
     with _one_thread(), ThreadPoolExecutor(1) as thread:
@@ -129,12 +113,9 @@ def write_weights(
                 writer = TensorWriter(file, specs, source.metadata, thread)
                 for name, spec in specs.items():
                     change = plan.changes.get(name)
-                    if change or name in plan.packed or (onto_nf4 and name in quantized):
-                        weight = _read_weight(plan, source, name, spec)
-                        seen = nf4_view(weight(0, spec.rows), dtype) if name in quantized else None
-                        written[name] = _merge_tensor(
-                            writer, weight, seen, change, name=name, spec=spec, onto_nf4=onto_nf4, buffer=buffer
-                        )
+                    if change or name in plan.packed or name in nf4:
+                        weight = _read_weight(plan, source, name, spec, dtype if name in nf4 else None)
+                        written[name] = _merge_tensor(writer, weight, change, name=name, spec=spec, buffer=buffer)
                     else:
                         writer.copy(source, name)
                     done += spec.size
@@ -152,29 +133,33 @@ def _slice_rows(change: Change) -> int:
     return rows if change.needs_all_rows else min(rows, max(1, _SLICE // (change.shape[-1] * unit)) * unit)
 
 
-def _read_weight(plan: MergePlan, source: TensorFile, name: str, spec: TensorSpec) -> Callable[[int, int], Tensor]:
-    """The base's own weight: gives rows `first` to `first + count`, (count, width)."""
+def _read_weight(
+    plan: MergePlan, source: TensorFile, name: str, spec: TensorSpec, nf4_dtype: torch.dtype | None
+) -> Callable[[int, int], Tensor]:
+    """What the base has for a tensor: gives rows `first` to `first + count`, (count, width)."""
     if name in plan.packed:
         numbers = plan.packed[name].read()
-        return lambda first, count: numbers[first : first + count]
-    if source.specs[name].shape != spec.shape:  # what is of another shape takes its place
+    elif nf4_dtype:
+        numbers = nf4_view(source.read(name), nf4_dtype)
+    elif source.specs[name].shape != spec.shape:  # what is of another shape takes its place
         return lambda first, count: torch.zeros(count, spec.width, dtype=spec.torch_dtype)
-    return partial(source.read, name)
+    else:
+        return partial(source.read, name)
+    return lambda first, count: numbers[first : first + count]
 
 
 def _merge_tensor(
     writer: TensorWriter,
     weight: Callable[[int, int], Tensor],
-    seen: Tensor | None,
     change: Change | None,
     *,
     name: str,
     spec: TensorSpec,
-    onto_nf4: bool,
     buffer: Tensor,
-) -> WrittenTensor:
-    """Write one tensor: its change added in fp32, a block of rows at a time, then rounded once."""
-    changed, update, error = False, 0.0, 0.0
+) -> bool:
+    """Write one tensor: its change added in fp32, a block of rows at a time, then rounded once. Returns whether
+    anything of the change is left."""
+    changed = False
     step = _slice_rows(change) if change else spec.rows
     for first in range(0, spec.rows, step):
         end = min(first + step, spec.rows)
@@ -183,26 +168,15 @@ def _merge_tensor(
         for start in range(first, end, rows):
             before = weight(start, min(rows, end - start))
             total = before.to(torch.float32, copy=True)
-            if seen is not None:
-                quantized = seen[start : start + len(before)].float()
-                error += _square(quantized - total)
-                total = quantized if onto_nf4 else total
-            base = total.clone() if seen is not None else None
             if change:
                 change.apply(total, start, None if product is None else product[start - first :][: len(before)])
-            if base is not None:
-                update += _square(base.sub_(total))
-            after = total.to(before.dtype)
+            after = total.to(spec.torch_dtype)
             low, high = torch.aminmax(after)  # a third of what isfinite costs; not-a-number shows in both
             if not math.isfinite(low) or not math.isfinite(high):
                 raise ModelError(f"{name} leaves the range of {spec.dtype}")
-            changed = changed or not torch.equal(before, after)
+            changed = changed or not torch.equal(before.to(after.dtype), after)
             writer.write(after)
-    return WrittenTensor(changed, math.sqrt(update), math.sqrt(error))
-
-
-def _square(block: Tensor) -> float:
-    return float(block.view(-1).dot(block.view(-1)))
+    return changed
 
 
 @contextlib.contextmanager

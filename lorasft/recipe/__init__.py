@@ -12,9 +12,14 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=0.5)]
 # Of a path that need not be there yet; the system's calls end a text at a NUL.
 PathText = Annotated[str, Field(pattern=r"^[^\x00]*$")]
-Beta = Annotated[float, Field(ge=0, lt=1)]
+RunPath = Annotated[PathText, AfterValidator(os.path.expanduser)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Auto = Literal["auto"]
 Scalar = str | int | float | bool | None
 Format = Literal["auto", "chat", "sharegpt", "alpaca", "prompt-completion", "text"]
+
+
+_DATE = datetime.date(2024, 7, 26)
 
 
 class _Section(BaseModel):
@@ -68,15 +73,11 @@ _Sources = Annotated[
 
 class DataSettings(_Section):
     train: _Sources = Field(description="a source or a list of sources")
-    eval: Share | _Sources | None = Field(
-        0.02, description="held out: a share of the training data, a source or a list of sources, or null"
-    )
+    eval: Share | _Sources | None = Field(0.02, description="held out: a share of the data, a source, a list, or null")
     format: Format = Field("auto", description="shape of the rows")
     columns: dict[str, str] | None = Field(None, description="field of the format -> name of the column in the data")
     max_length: int = Field(4096, ge=8, description="tokens of the longest sequence")
-    overlong: Literal["drop", "truncate", "split", "error"] = Field(
-        "drop", description="what to do with longer sequences"
-    )
+    overlong: Literal["drop", "truncate", "split", "error"] = Field("drop", description="longer sequences")
     on_bad_row: Literal["error", "drop"] = Field("error", description="what to do with rows that cannot be read")
     max_dropped: float = Field(0.05, ge=0, le=1, description="largest share of the rows that may be dropped")
 
@@ -84,13 +85,9 @@ class DataSettings(_Section):
 class ChatSettings(_Section):
     template: PathText | None = Field(None, description="null: the tokenizer's own; or plain, chatml, none, or a file")
     template_options: dict[str, Scalar] = Field({}, description="variables of the template, as a server would set")
-    template_date: datetime.date | None = Field(
-        datetime.date(2024, 7, 26), description="what a template that asks for today's date gets; null: the day's own"
-    )
+    template_date: datetime.date | None = Field(_DATE, description="what a template gets as today's; null: the clock's")
     system: str | None = Field(None, description="system message for conversations without one")
-    supervise: Literal["all", "last", "flagged", "everything"] = Field(
-        "all", description="messages that are supervised"
-    )
+    supervise: Literal["all", "last", "flagged", "everything"] = Field("all", description="supervised messages")
     thinking: Literal["follow_template", "mask", "drop", "error"] = Field(
         "follow_template", description="reasoning: supervised as rendered, context, taken out, never to be lost"
     )
@@ -110,21 +107,17 @@ class OptimizerSettings(_Section):
     name: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit keeps its state in 8 bit")
     learning_rate: float = Field(2e-4, gt=0, le=0.01, description="peak of the schedule")
     weight_decay: float = Field(0.0, ge=0, description="decoupled, times the learning rate")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="decay of the first and second moment")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="decay of the first and second moment")
 
 
 class ScheduleSettings(_Section):
     name: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after the warm-up")
-    warmup: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.03, description="whole number: steps; fraction: share of all steps"
-    )
+    warmup: Annotated[int, Field(ge=0)] | Fraction = Field(0.03, description="whole: steps; fraction: a share of them")
     min_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate / peak")
 
 
 class RunSettings(_Section):
-    output: Annotated[PathText, AfterValidator(os.path.expanduser)] = Field(
-        "runs/recipe", min_length=1, description="run folder; default: runs/ and the recipe's name"
-    )
+    output: RunPath = Field("runs/recipe", min_length=1, description="run folder; default: runs/ and the recipe's name")
     log_every: int = Field(1, ge=1, description="steps")
     eval_every: PositiveInt | None = Field(100, description="steps; null: only at the end")
     save_every: PositiveInt | None = Field(100, description="steps; null: by the clock and at the end")
@@ -135,15 +128,11 @@ class RunSettings(_Section):
 
 
 class MachineSettings(_Section):
-    micro_batch_tokens: Literal["auto"] | PositiveInt = Field("auto", description="tokens per micro-batch")
-    activation_checkpointing: Literal["auto"] | bool = Field(
-        "auto", description="recompute layers going backwards; auto: as few as the memory needs"
-    )
-    share_prefixes: Literal["auto"] | bool = Field("auto", description="compute common beginnings once")
+    micro_batch_tokens: Auto | PositiveInt = Field("auto", description="tokens per micro-batch")
+    activation_checkpointing: Auto | bool = Field("auto", description="recompute layers; auto: as few as must be")
+    share_prefixes: Auto | bool = Field("auto", description="compute common beginnings once")
     attention: Literal["auto", "segments", "sdpa", "eager"] = Field("auto", description="attention backend")
-    cache_base: Literal["auto"] | bool = Field(
-        "auto", description="keep the 4-bit base for the next start; auto: from 64 MB"
-    )
+    cache_base: Auto | bool = Field("auto", description="keep the 4-bit base for the next start; auto: from 64 MB")
 
 
 class Recipe(_Section):

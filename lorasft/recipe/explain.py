@@ -75,17 +75,14 @@ def explain(error: ValidationError, document: Document) -> list[LorasftError]:
     return [_explain_key(path, details, document) for path, details in found.items() if path not in above]
 
 
-def check_together(recipe: Recipe, document: Document) -> list[LorasftError]:
-    """Errors between keys that are each fine."""
+def check_together(recipe: Recipe, document: Document) -> None:
+    """Raise RecipeError for keys that are each fine, but not together."""
     held_out, every = recipe.data.eval is not None, recipe.run.eval_every is not None
-    wrong = {"eval_every": every and not held_out, "keep_best": recipe.run.keep_best and not (held_out and every)}
-    needed = "run.eval_every" if held_out else "data.eval"
-    hint = f"{needed}={100 if held_out else 0.02}, or run.eval_every=null and run.keep_best=false"
-    return [
-        RecipeError(f"run.{key} needs {needed}", where=place_of(("run", key), document), hint=hint)
-        for key, is_wrong in wrong.items()
-        if is_wrong
-    ]
+    key = "eval_every" if every and not held_out else "keep_best"
+    if (every or recipe.run.keep_best) and not (every and held_out):
+        needed, example = ("run.eval_every", 100) if held_out else ("data.eval", 0.02)
+        hint = f"{needed}={example}, or run.eval_every=null and run.keep_best=false"
+        raise RecipeError(f"run.{key} needs {needed}", where=place_of(("run", key), document), hint=hint)
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:

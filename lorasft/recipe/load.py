@@ -7,11 +7,11 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from pydantic import ValidationError
 
-from lorasft.errors import ErrorGroup, LorasftError, RecipeError
+from lorasft.errors import ErrorGroup, RecipeError
 from lorasft.recipe import DataSource, Recipe
 from lorasft.recipe.explain import check_together, explain, nearest, value_at
 from lorasft.recipe.yaml_reader import MOST_DEPTH, Document, KeyPath, dump_yaml, parse_yaml, read_yaml
@@ -45,9 +45,9 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
         # As JSON: strict Python validation would refuse lists for tuples.
         recipe = Recipe.model_validate_json(json.dumps(document.value))
     except ValidationError as error:
-        _raise(document.errors + explain(error, document))
-    if errors := document.errors + check_together(recipe, document):
-        _raise(errors)
+        errors = sorted(explain(error, document), key=lambda error: -error.exit_code)  # what is unsafe decides
+        raise errors[0] if len(errors) == 1 else ErrorGroup(errors) from None
+    check_together(recipe, document)
     return recipe
 
 
@@ -60,7 +60,7 @@ def read_source(path: str, columns: str | None) -> DataSource:
         return DataSource(path=path)
     document = parse_yaml(columns, "--columns")
     with contextlib.suppress(ValidationError):
-        if not document.errors and isinstance(document.value, dict):
+        if isinstance(document.value, dict):
             return DataSource(path=path, format="auto", columns=document.value)
     raise RecipeError("not a mapping", where=f"--columns {columns}", hint="--columns '{prompt: question}'")
 
@@ -97,11 +97,6 @@ def portable_text(path: Path) -> str:
     return text
 
 
-def _raise(errors: list[LorasftError]) -> NoReturn:
-    errors = sorted(errors, key=lambda error: -error.exit_code)  # what is unsafe decides the exit code
-    raise errors[0] if len(errors) == 1 else ErrorGroup(errors)
-
-
 def _find_paths(document: Document, folders: Sequence[Path]) -> Iterator[tuple[KeyPath, str]]:
     """The places in `document` that hold a path to what exists in one of `folders`, and that path, absolute."""
     for place in document.spans:
@@ -118,18 +113,14 @@ def _find_paths(document: Document, folders: Sequence[Path]) -> Iterator[tuple[K
 def _apply_override(override: str, document: Document) -> None:
     """Put the value of `section.key=value` into the document; its place becomes the command line."""
     name, equals, text = override.partition("=")
-    secret = re.search(r"(token|secret|password|api_key)\b", override, re.IGNORECASE)
-    where = f"command line: {name}=..." if secret else f"command line: {shorten(override)}"
-    keys = tuple(name.split("."))
+    where, keys = f"command line: {shorten(name)}=...", tuple(name.split("."))
     if not equals or not all(keys) or len(keys) > MOST_DEPTH or name in Recipe.model_fields:
         hint = "for example train.batch_size=16"
-        document.errors.append(RecipeError("not of the form section.key=value", where=where, hint=hint))
-        return
+        raise RecipeError("not of the form section.key=value", where=where, hint=hint)
     given = parse_yaml(text, where, keys)
     _put(document.value, keys, value_at(keys, given.value))
     for place, path in _find_paths(given, [Path.cwd()]):
         _put(document.value, place, path)
-    document.errors += given.errors
     document.places = {place: line for place, line in document.places.items() if place[: len(keys)] != keys}
     document.places |= dict.fromkeys(given.places, where)
     for end in range(1, len(keys) + 1):

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from lorasft.errors import LorasftError, RecipeError, UnsafeError
+from lorasft.errors import RecipeError, UnsafeError
 
 KeyPath = tuple[str | int, ...]
 
@@ -33,7 +33,6 @@ class Document:
     value: Any = None  # plain Python
     places: dict[KeyPath, str] = field(default_factory=dict)  # file and line of each key
     spans: dict[KeyPath, tuple[int, int]] = field(default_factory=dict)  # first character and end of each scalar
-    errors: list[LorasftError] = field(default_factory=list)  # in single keys
 
 
 def read_yaml(path: Path) -> Document:
@@ -53,8 +52,8 @@ def read_yaml(path: Path) -> Document:
 def parse_yaml(text: str | bytes, name: str, above: Sequence[str] = ()) -> Document:
     """Parse one YAML document; `name` precedes the line in every place. `above`: the keys that it is the value of.
 
-    Doubled keys and keys that are not text are collected. Raises RecipeError for text that is not YAML, UnsafeError
-    for tags, aliases, and text nested deeper than 32.
+    Raises RecipeError for text that is not YAML, doubled keys and keys that are not text, UnsafeError for tags,
+    aliases, and text nested deeper than 32.
     """
     document = Document()
     try:
@@ -96,9 +95,6 @@ class _Dumper(yaml.SafeDumper):
             return self.represent_scalar("tag:yaml.org,2002:str", data, style='"')
         return super().represent_data(data)
 
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's, which refuses tags, aliases and depth at the event, before it composes a node of it."""
@@ -121,7 +117,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _read_node(node: yaml.Node, path: KeyPath, document: Document) -> Any:
-    """The value of `node`, which is at `path`; places, spans and errors go into the document."""
+    """The value of `node`, which is at `path`; places and spans go into the document."""
     document.places.setdefault(path, _place(node))
     if isinstance(node, yaml.SequenceNode):
         return [_read_node(item, (*path, number), document) for number, item in enumerate(node.value)]
@@ -138,12 +134,11 @@ def _read_mapping(node: yaml.MappingNode, path: KeyPath, document: Document) -> 
         where = _place(key_node)
         key = _read_scalar_node(key_node) if isinstance(key_node, yaml.ScalarNode) else None
         if not isinstance(key, str):
-            document.errors.append(RecipeError("a key that is not text", where=where, hint="put the key into quotes"))
-            continue
+            raise RecipeError("a key that is not text", where=where, hint="put the key into quotes")
         place = (*path, key)
         if key in mapping:
             both = f"{document.places[place]} and {where}"
-            document.errors.append(RecipeError(f"the key {key!r} appears twice", where=both, hint="remove one"))
+            raise RecipeError(f"the key {key!r} appears twice", where=both, hint="remove one")
         document.places[place] = where
         mapping[key] = _read_node(value_node, place, document)
     return mapping

@@ -126,10 +126,11 @@ class Ranks:
         """
         with self.sync_errors():
             loss = work()
-        told = self.gather((loss, stop.received, stop.tell_save()))
+        wanted, stop.save_wanted = stop.save_wanted, False
+        told = self.gather((loss, stop.received, wanted))
         stop.save = any(save for _, _, save in told)
         if self.count > 1:
-            stop.agreed = max(number for _, number, _ in told)
+            stop.signal = max(number for _, number, _ in told)
             _sum_gradients(parameters)
         return sum(loss for loss, _, _ in told)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasft.errors import DeviceError, LorasftError
-from lorasft.files import append, sync_log
+from lorasft.files import append
 from lorasft.recipe import Recipe, mathematics
 from lorasft.terminal import say, time_text
 
@@ -55,8 +55,8 @@ class Metrics:
     def secure(self) -> int:
         """Put all lines on the disk, for sure; their bytes. Raises CapacityError where the disk does not take them."""
         self._write()
-        if self.path.exists():
-            sync_log(self.path)
+        if self.written:
+            append(self.path, b"", at=self.written, sync=True)
         return self.written
 
     def close(self) -> None:
