@@ -7,6 +7,7 @@ resumed, else chosen by what was verified on the model, by the lengths of the da
 from __future__ import annotations
 
 from bisect import bisect_left
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -63,10 +64,10 @@ def choose_layout(
     optimizer. `weightless`: the model without numbers. `kept`: the layout of the checkpoint that is resumed from.
     """
     machine = recipe.machine
-    own = machine.attention if machine.attention in ("eager", "sdpa") else None
-    network = verify(model.get_base_model(), segments=kept.segments if kept else own is None)
+    own = machine.attention in ("eager", "sdpa")
+    network = verify(model.get_base_model(), segments=kept.segments if kept else not own)
     if own:
-        network.causal.set_attn_implementation(own)
+        network.causal.set_attn_implementation(machine.attention)
     network = choose_sharing(network, machine.share_prefixes, kept=kept)
     plan = replace(plan, share_prefixes=network.share, rope_switch_length=network.rope_switch_length)
     free = machine.micro_batch_tokens == "auto" and kept is None and network.segments
@@ -135,15 +136,13 @@ def choose_fit(network: Network, plan: Plan, rows: TokenStore, *, wanted: int | 
 def measure_fit(network: Network, plan: Plan, rows: TokenStore, *, wanted: int | None, spare: int) -> Fit:
     """How the heaviest micro-batch fits, with `wanted` recomputed layers or as few as possible; without weights."""
     heaviest, layers = find_heaviest(plan, rows), len(decoder_layers(network.causal))
-    needs: ActivationMemory | None
-    try:
+    recomputed, needs = layers if wanted is None else wanted, None
+    with suppress(LookupError, TypeError, ValueError, RuntimeError):  # it reads numbers: the layout that needs least
         if wanted is None:
-            wanted, needs = fewest_recomputed(network, heaviest, free=spare)
+            recomputed, needs = fewest_recomputed(network, heaviest, free=spare)
         else:
             needs = dry_run(network, heaviest, recomputed=wanted)
-    except (LookupError, TypeError, ValueError, RuntimeError):  # it reads numbers: the layout that needs least
-        wanted, needs = layers if wanted is None else wanted, None
-    return Fit(plan, wanted, layers, heaviest, needs, spare, computed=plan.step(1, rows).tokens)
+    return Fit(plan, recomputed, layers, heaviest, needs, spare, computed=plan.step(1, rows).tokens)
 
 
 def fewest_recomputed(network: Network, batch: MicroBatch, *, free: int) -> tuple[int, ActivationMemory]:
