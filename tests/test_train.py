@@ -35,7 +35,7 @@ from lorasft.train import loop
 from lorasft.train import run as runs
 from lorasft.train.distributed import ALONE
 from lorasft.train.loop import evaluate
-from lorasft.train.schedule import learning_rate
+from lorasft.train.optimizer import learning_rate
 
 Write = Callable[..., str]
 

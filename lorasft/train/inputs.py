@@ -19,7 +19,7 @@ from lorasft.model.base import check_mostly_quantized, compute_dtype, make_skele
 from lorasft.model.recompute import decoder_layers
 from lorasft.recipe import AdapterSettings, Recipe
 from lorasft.train.metrics import check_trackers
-from lorasft.train.schedule import warmup_steps
+from lorasft.train.optimizer import warmup_steps
 from lorasft.train.state import State
 
 

@@ -19,8 +19,8 @@ from lorasft.model.loss import pair_losses
 from lorasft.model.scoring import score_batches
 from lorasft.signals import StopRequest, exit_code, stop_signals
 from lorasft.train.checkpoint import CheckpointSaver, list_checkpoints
-from lorasft.train.oom import oom_context, retry_on_oom
-from lorasft.train.schedule import learning_rate
+from lorasft.train.layout import oom_context, retry_on_oom
+from lorasft.train.optimizer import learning_rate
 from lorasft.train.state import Run, State
 
 

@@ -56,11 +56,12 @@ def _plan_inputs(recipe: Recipe, inputs: RunInputs, *, memory: int | None) -> di
         raise ModelError(what, where=recipe.model.base)
     prediction = Prediction(static, fit.needs)
     suggestions = () if fit.holds else find_suggestions(recipe, config, network, rows, memory=given - libraries)
+    first = fit.plan.step(1, rows)
     timing = time_sample(
         network,
         sample,
         length=max(1, rows.count_tokens() // len(rows)),
-        supervised=fit.plan.step(1, rows).supervised_tokens / fit.computed,
+        supervised=first.supervised_tokens / first.tokens,
         vocabulary=config.get_text_config().vocab_size,
     )
     return {

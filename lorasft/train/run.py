@@ -39,15 +39,21 @@ from lorasft.model.weightless import make_weightless
 from lorasft.recipe import Recipe
 from lorasft.recipe.load import dump_recipe
 from lorasft.terminal import size_text
-from lorasft.train.checkpoint import newest_checkpoint, restore_checkpoint, save
+from lorasft.train.checkpoint import (
+    newest_checkpoint,
+    read_run_id,
+    refuse_changes,
+    restore_checkpoint,
+    save,
+    take_folder,
+    write_start,
+)
 from lorasft.train.distributed import ALONE, Ranks
 from lorasft.train.inputs import RunInputs, read_checked_config, read_inputs
-from lorasft.train.layout import Fit, choose_layout, find_heaviest
+from lorasft.train.layout import Fit, choose_layout, find_heaviest, plain_oom_errors, retry_on_oom
 from lorasft.train.loop import add_gradients, peak_memory
 from lorasft.train.metrics import Metrics
-from lorasft.train.oom import plain_oom_errors, retry_on_oom
 from lorasft.train.optimizer import make_optimizer
-from lorasft.train.run_folder import read_run_id, refuse_changes, take_folder, write_start
 from lorasft.train.state import Run, State
 
 
