@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -84,3 +85,27 @@ def recipe(base: Path, rows: Path, tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return write
+
+
+class Done(NamedTuple):
+    """Exit code of a command, and what it has said."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Done]
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command line in this process."""
+    from lorasft.cli import main
+
+    def run(*words: object) -> Done:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        return Done(code, *capsys.readouterr())
+
+    return run

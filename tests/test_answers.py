@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
@@ -9,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Command
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasft.cli import main
+from lorasft.data.chat_format import ChatFormat
+from lorasft.recipe import ChatSettings
 from lorasft.terminal import harmless
 
 
@@ -28,13 +32,11 @@ def run(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_the_identity_holds_and_equals_plain_transformers(
-    run: Path, rows: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, rows: Path, base: Path, tmp_path: Path, cli: Command
 ) -> None:
     """x and [x, y] are scored in separate passes; the oracle is transformers + PEFT, a row at a time."""
-    capsys.readouterr()
     out = tmp_path / "scores.jsonl"
-    assert main(["evaluate", str(run), "--data", str(rows), "--per-example", str(out), "--json"]) == 0
-    totals = json.loads(capsys.readouterr().out)
+    totals = json.loads(cli("evaluate", run, "--data", rows, "--per-example", out, "--json").out)
     scores = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     conversations = [json.loads(line)["messages"] for line in rows.read_text(encoding="utf-8").splitlines()]
     assert [score["source"]["line"] for score in scores] == list(range(1, len(conversations) + 1))
@@ -62,9 +64,7 @@ def test_the_identity_holds_and_equals_plain_transformers(
     assert totals["adapter"]["tokens"] == tokens and totals["adapter"]["loss"] < totals["base"]["loss"]
 
 
-def test_the_held_out_loss_of_a_run_is_the_one_of_evaluate(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_held_out_loss_of_a_run_is_the_one_of_evaluate(run: Path, tmp_path: Path, cli: Command) -> None:
     """The same rows, the same number, by the two ways through the code."""
     from lorasft.data.prepare import open_prepared
 
@@ -75,20 +75,16 @@ def test_the_held_out_loss_of_a_run_is_the_one_of_evaluate(
     lines = Path(places[0].file).read_text(encoding="utf-8").splitlines()
     data = tmp_path / "held_out.jsonl"
     data.write_text("".join(lines[place.line - 1] + "\n" for place in places), encoding="utf-8")
-    capsys.readouterr()
-    assert main(["evaluate", str(run), "--data", str(data), "--json"]) == 0
-    totals = json.loads(capsys.readouterr().out)
+    totals = json.loads(cli("evaluate", run, "--data", data, "--json").out)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     noted = [line["eval_loss"] for line in metrics if "eval_loss" in line]
     assert totals["base"]["loss"] == pytest.approx(noted[0], rel=1e-4)
     assert totals["adapter"]["loss"] == pytest.approx(noted[-1], rel=1e-4)
 
 
-def test_chat_answers_as_plain_transformers_does(run: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chat_answers_as_plain_transformers_does(run: Path, base: Path, cli: Command) -> None:
     question = "what is 3 + 3?"
-    capsys.readouterr()
-    assert main(["chat", str(run), "--prompt", question, "--max-new-tokens", "12"]) == 0
-    said = capsys.readouterr().out
+    said = cli("chat", run, "--prompt", question, "--max-new-tokens", 12).out
     tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(plain, run / "adapter", torch_device="cpu").eval()
@@ -104,11 +100,7 @@ def test_chat_answers_as_plain_transformers_does(run: Path, base: Path, capsys: 
     assert said == harmless(tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True)) + "\n"
 
 
-def test_chat_keeps_the_turns(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import io
-
-    from lorasft.data.chat_format import ChatFormat
-
+def test_chat_keeps_the_turns(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts: list[list[str]] = []
     plain = ChatFormat.prompt_ids
 
@@ -123,42 +115,33 @@ def test_chat_keeps_the_turns(run: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_the_end_of_a_turn_is_among_the_stops(run: Path) -> None:
-    from lorasft.data.chat_format import ChatFormat
-    from lorasft.recipe import ChatSettings
-
     tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
     chat_format = ChatFormat(tokenizer, ChatSettings())
     assert set(tokenizer.convert_tokens_to_ids(["<|end|>", "</s>"])) <= set(chat_format.stop_ids)
 
 
 def test_an_adapter_that_was_moved_knows_its_base(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rows: Path
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command, rows: Path
 ) -> None:
     """Under a relative name, away from its run: the same numbers, so its base is quantized as in training."""
-    capsys.readouterr()
-    assert main(["evaluate", str(run), "--data", str(rows), "--json"]) == 0
-    wanted = json.loads(capsys.readouterr().out)
+    wanted = json.loads(cli("evaluate", run, "--data", rows, "--json").out)
     shutil.copytree(run / "adapter", tmp_path / "far/moved")
     monkeypatch.chdir(tmp_path / "far")
-    assert main(["evaluate", "moved", "--data", str(rows), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == wanted
-    assert main(["merge", "moved", "--out", "merged"]) == 0
+    assert json.loads(cli("evaluate", "moved", "--data", rows, "--json").out) == wanted
+    assert cli("merge", "moved", "--out", "merged").code == 0
 
 
-def test_other_columns_are_mapped_or_found(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = tmp_path / "other.jsonl"
+def test_other_columns_are_mapped_or_found(run: Path, tmp_path: Path, cli: Command) -> None:
+    data, columns = tmp_path / "other.jsonl", ["--columns", "{prompt: question, completion: reply}"]
     data.write_text('{"question": "what is 1 + 1?", "reply": "2"}\n', encoding="utf-8")
-    assert main(["evaluate", str(run), "--data", str(data)]) == 3
-    assert "known format" in capsys.readouterr().err
-    assert main(["evaluate", str(run), "--data", str(data), "--columns", "{prompt: question, completion: reply}"]) == 0
-    assert main(["evaluate", str(run), "--data", str(data), "--columns", "prompt"]) == 2
-    merge = ["merge", str(run), "--out", str(tmp_path / "merged"), "--data", str(data)]
-    assert main(merge) == 3
-    capsys.readouterr()
-    assert main([*merge, "--columns", "{prompt: question, completion: reply}", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["rows"] == str(data)
-    out = str(data / "out.jsonl")  # in a file, which is no folder
-    assert main(["evaluate", str(run), "--data", str(data), "--per-example", out]) == 2
+    refused = cli("evaluate", run, "--data", data)
+    assert refused.code == 3 and "known format" in refused.err
+    assert cli("evaluate", run, "--data", data, *columns).code == 0
+    assert cli("evaluate", run, "--data", data, "--columns", "prompt").code == 2
+    assert cli("evaluate", run, "--data", data, "--per-example", data / "out.jsonl").code == 2  # in a file
+    merge = ["merge", run, "--out", tmp_path / "merged", "--data", data]
+    assert cli(*merge).code == 3
+    assert json.loads(cli(*merge, *columns, "--json").out)["rows"] == str(data)
 
 
 @pytest.mark.parametrize("options", [["--max-new-tokens", "0"], ["--temperature", "-1"], ["--temperature", "nan"]])
@@ -166,12 +149,8 @@ def test_numbers_that_make_no_sense_are_usage(options: list[str]) -> None:
     assert main(["chat", "x", *options]) == 2
 
 
-def test_a_prompt_longer_than_the_model_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["chat", str(run), "--prompt", "word " * 200]) == 3
-    assert "128 positions" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["nowhere/to/be/found", "."])
-def test_what_is_nothing_is_named(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["chat", str(tmp_path / name), "--prompt", "x"]) == 4
-    assert str(tmp_path / name) in capfd.readouterr().err
+@pytest.mark.parametrize("name", [None, "nowhere/to/be/found", "."])
+def test_what_cannot_answer_is_named(name: str | None, run: Path, tmp_path: Path, cli: Command) -> None:
+    """Folders that are nothing, and a prompt that is longer than the model."""
+    code, _, said = cli("chat", tmp_path / name if name else run, "--prompt", "word " * 200)
+    assert (code, str(tmp_path / name) in said) == (4, True) if name else (code == 3 and "128 positions" in said)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults.damage import HARMS
 from safetensors.torch import load_file, save_file
 from tiny_models import make_base, shape
 from torch import Tensor
@@ -142,55 +143,51 @@ def test_what_needs_no_keeping_is_not_kept(root: Path, tmp_path: Path) -> None:
     assert not root.exists()
 
 
-def _flip(path: Path, position: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(bytes(content))
-
-
-@pytest.mark.parametrize(
-    "harm",
-    [
-        lambda place: _flip(place / "model.safetensors", -100),
-        lambda place: _flip(place / "model.safetensors", 20),
-        lambda place: (place / "model.safetensors").write_bytes(b""),
-        lambda place: (place / "model.safetensors").unlink(),
-        lambda place: _flip(place / "config.json", 0),
-        lambda place: _flip(place / "generation_config.json", 30),
-        lambda place: (place / MANIFEST).write_bytes(b"{"),
-    ],
-)
-def test_a_damaged_one_is_made_again(
-    harm: Callable[[Path], object], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def kept(root: Path, tmp_path: Path) -> tuple[ModelSettings, Path]:
+    """A base that is kept, and where."""
     settings = make(tmp_path / "base")
-    first = load_base(settings, CPU, keep=True)
+    load_base(settings, CPU, keep=True)
     (place,) = root.iterdir()
-    harm(place)
+    return settings, place
+
+
+WEIGHTS = [("model.safetensors", harm) for harm in ("flipped", "zeroed", "emptied", "deleted")]
+OTHERS = [("config.json", "flipped"), ("generation_config.json", "flipped"), (MANIFEST, "cut to a byte")]
+
+
+@pytest.mark.parametrize(("name", "harm"), [*WEIGHTS, *OTHERS])
+def test_a_damaged_one_is_made_again(
+    name: str, harm: str, kept: tuple[ModelSettings, Path], root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, place = kept
+    HARMS[harm](place / name, place / MANIFEST)
     capsys.readouterr()
-    assert_equal(load_base(settings, CPU, keep=True), first)
+    assert_equal(load_base(settings, CPU, keep=True), load_base(settings, CPU))
     assert "is damaged" in capsys.readouterr().err
     assert list(root.iterdir()) == [place]
     verify_folder(place)
 
 
 def test_a_folder_that_others_may_use_is_not_used(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kept: tuple[ModelSettings, Path], root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = make(tmp_path / "base")
-    load_base(settings, CPU, keep=True)
-    (place,) = root.iterdir()
-    _flip(place / "model.safetensors", -100)  # which would be noticed
+    settings, place = kept
+    HARMS["flipped"](place / "model.safetensors", place)  # which would be noticed
+    with monkeypatch.context() as patch:
+        patch.setattr("os.geteuid", lambda: os.getuid() + 1)  # it is another user's
+        load_base(settings, CPU, keep=True)
+    assert list(root.iterdir()) == [place] and "damaged" not in capsys.readouterr().err
     root.chmod(0o755)
     load_base(settings, CPU, keep=True)
     said = capsys.readouterr().err
     assert list(root.iterdir()) == [place] and "damaged" not in said and "chmod 700" in said
-    (tmp_path / "cache" / "elsewhere").mkdir(mode=0o700)
-    place.rename(tmp_path / "cache" / "elsewhere" / place.name)
+    (root.parent / "elsewhere").mkdir(mode=0o700)
+    place.rename(root.parent / "elsewhere" / place.name)
     load_base(settings, CPU, keep=True)
     assert "not kept" in capsys.readouterr().err and not list(root.iterdir())
     root.chmod(0o700)
-    place.symlink_to(tmp_path / "cache" / "elsewhere" / place.name)  # somebody's, whoever's
+    place.symlink_to(root.parent / "elsewhere" / place.name)  # somebody's, whoever's
     load_base(settings, CPU, keep=True)
     assert place.is_symlink() and "damaged" not in capsys.readouterr().err
 
@@ -221,16 +218,11 @@ def test_of_two_that_keep_at_once_one_wins(root: Path, tmp_path: Path) -> None:
     assert_equal(load_base(settings, CPU, keep=True), models[0])
 
 
-def test_what_nobody_uses_goes_after_a_month(root: Path, tmp_path: Path) -> None:
-    settings = make(tmp_path / "base")
-    load_base(settings, CPU, keep=True)
-    (unused,) = root.iterdir()
-    strangers = [root / "notes.txt", root / "letters", root / ".stage-mine"]
-    strangers[0].write_text("", encoding="utf-8")
-    strangers[1].mkdir()
-    strangers[2].mkdir()
-    left = root / f".stage-{unused.name}-0123"
-    left.mkdir()
+def test_what_nobody_uses_goes_after_a_month(kept: tuple[ModelSettings, Path], root: Path) -> None:
+    settings, unused = kept
+    strangers, left = [root / "letters", root / ".stage-mine"], root / f".stage-{unused.name}-0123"
+    for path in (left, *strangers):
+        path.mkdir()
     past = time.time() - 31 * 86400
     for path in (unused, left, *strangers):
         os.utime(path, (past, past))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,12 @@ def make_encoder(tokenizer: Any, *, chat: dict[str, Any] | None = None, **data: 
     return Encoder(tokenizer, chat or {}, data)
 
 
+def own(folder: Path, tiny: Any, template: str, **chat: Any) -> Encoder:
+    """Of the tiny tokenizer, loaded anew, with the template of a file."""
+    (folder / "own.jinja").write_text(template)
+    return make_encoder(load_tokenizer(tiny.name_or_path), chat={"template": str(folder / "own.jinja"), **chat})
+
+
 def conversation(*texts: str, system: str | None = None, tools: list[dict[str, Any]] | None = None) -> Example:
     """User and assistant in turn."""
     messages = [
@@ -98,20 +105,21 @@ def server_ids(tokenizer: Any, example: Example, upto: int) -> list[int]:
     )
 
 
-def check_against_server(tokenizer: Any, example: Example, sequences: tuple[Tokens, ...]) -> None:
-    """Each answer stands behind exactly the ids that a server would feed, and is learned to its end, once."""
-    runs = [(tokens, start, end) for tokens in sequences for start, end in supervised_runs(tokens)]
+def check_against_server(encoder: Encoder, example: Example) -> list[str]:
+    """Each answer is after exactly the ids that a server would feed, and supervised to its end, once. Returns them."""
+    tokenizer, texts = encoder.format.tokenizer, []
+    runs = [(tokens, start, end) for tokens in encoder.encode(example) for start, end in supervised_runs(tokens)]
     answers = [index for index, message in enumerate(example.messages) if message["role"] == "assistant"]
-    assert len(runs) == len(answers)
+    assert len(runs) == len(answers) and encoder.report.parity_breaks == 0
+    ends = [tokenizer.convert_ids_to_tokens(token) for token in encoder.format.stop_ids]
     for (tokens, start, end), index in zip(runs, answers, strict=True):
         prompt = server_ids(tokenizer, example, index)
-        assert tokens.ids[: len(prompt)].tolist() == prompt
-        assert start >= len(prompt)
-        content = example.messages[index]["content"].strip()
+        assert tokens.ids[: len(prompt)].tolist() == prompt and start >= len(prompt)
         text = tokenizer.decode(tokens.ids[start:end])
-        assert text.lstrip().startswith(content), (text, content)
-        assert text.strip()[len(content) :].strip() in tokenizer.get_added_vocab(), text
+        texts.append(unicodedata.normalize("NFC", next(text[: -len(stop)] for stop in ends if text.endswith(stop))))
+        assert texts[-1].strip() == unicodedata.normalize("NFC", example.messages[index]["content"]).strip()
         assert tokens.labels[0] == UNSUPERVISED
+    return texts
 
 
 @needs_shared
@@ -152,15 +160,18 @@ CHATS = {
 
 @needs_shared
 @pytest.mark.parametrize(("name", "template"), PAIRS)
-def test_prompts_are_what_a_server_feeds(name: str, template: str | None) -> None:
+def test_prompts_and_texts_are_what_a_server_has(name: str, template: str | None) -> None:
     tokenizer = shared_tokenizer(name)
     file = str(SHARED / "templates" / f"{template}.jinja") if template else None
     encoder = make_encoder(tokenizer, chat={"template": file})
     for texts in CHATS.values():
-        example = conversation(*texts)
-        check_against_server(tokenizer, example, encoder.encode(example))
-    example = conversation("Hi", "Hello!", "Who?", "Me.", system="Be brief.")
-    check_against_server(tokenizer, example, encoder.encode(example))
+        check_against_server(encoder, conversation(*texts))
+    check_against_server(encoder, conversation("Hi", "Hello!", "Who?", "Me.", system="Be brief."))
+    answer = {"role": "assistant", "content": "A", "reasoning_content": "hm"}
+    for messages in (({"role": "user", "content": "q"}, answer), conversation("q", "A", "r", system="S").messages):
+        for prompt in (False, True):
+            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+            assert render(tokenizer, messages, generation_prompt=prompt) == text
 
 
 @needs_shared
@@ -231,11 +242,9 @@ def test_a_token_across_the_border_gives_the_servers_prompt_all_the_same(tiny: A
 @needs_shared
 def test_sentencepiece_answers_joined_to_their_prompt_keep_their_text() -> None:
     tokenizer = shared_tokenizer("mistral-v0.2")
-    encoder = make_encoder(tokenizer)
-    example = conversation("a", "{{ x }}")
-    (tokens,) = encoder.encode(example)
-    check_against_server(tokenizer, example, (tokens,))
-    assert tokenizer.decode(tokens.ids).endswith("[INST] a [/INST]{{ x }}</s>")
+    encoder, example = make_encoder(tokenizer), conversation("a", "{{ x }}")
+    assert check_against_server(encoder, example) == ["{{ x }}"]
+    assert tokenizer.decode(encoder.encode(example)[0].ids).endswith("[INST] a [/INST]{{ x }}</s>")
 
 
 @pytest.mark.parametrize(
@@ -266,35 +275,29 @@ def test_control_tokens_in_the_data(tiny: Any) -> None:
 
 
 def test_template_refusals_name_roles_and_the_templates_words(tmp_path: Path, tiny: Any) -> None:
-    file = tmp_path / "strict.jinja"
-    file.write_text("{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-                    "{{ raise_exception('Roles must alternate!') }}{% endif %}"
-                    "{{ m.content }}</s>{% endfor %}")  # fmt: skip
-    tokenizer = load_tokenizer(tiny.name_or_path)
-    encoder = make_encoder(tokenizer, chat={"template": str(file)})
+    strict = ("{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+              "{{ raise_exception('Roles must alternate!') }}{% endif %}{{ m.content }}</s>{% endfor %}")  # fmt: skip
+    encoder = own(tmp_path, tiny, strict)
     again = Example((conversation("a").messages[0], *conversation("b", "c").messages), None, None, PLACE)
     with pytest.raises(DataError, match=r"\(user, user, assistant\): Roles must alternate!") as fault:
         encoder.encode(again)
     assert fault.value.where == "rows.jsonl:1"
-    file.write_text("{% for m in messages %}{{ m.content }")
     with pytest.raises(ModelError, match="does not parse"):
-        make_encoder(tokenizer, chat={"template": str(file)})
+        own(tmp_path, tiny, "{% for m in messages %}{{ m.content }")
     with pytest.raises(ModelError, match="cannot read the chat template"):
-        make_encoder(tokenizer, chat={"template": str(tmp_path / "none.jinja")})
+        make_encoder(tiny, chat={"template": str(tmp_path / "none.jinja")})
 
 
 def test_a_template_that_refuses_systems_gets_them_in_the_first_question(tmp_path: Path, tiny: Any) -> None:
-    file = tmp_path / "systemless.jinja"
-    file.write_text("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('No system!') }}{% endif %}"
-                    "<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
-                    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")  # fmt: skip
-    tokenizer = load_tokenizer(tiny.name_or_path)
-    encoder = make_encoder(tokenizer, chat={"template": str(file)})
-    example = conversation("q", "A", "r", "B", system="S")
+    systemless = ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('No system!') }}{% endif %}"
+                  "<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+                  "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")  # fmt: skip
+    encoder = own(tmp_path, tiny, systemless)
+    tokenizer, example = encoder.format.tokenizer, conversation("q", "A", "r", "B", system="S")
     (tokens,) = encoder.encode(example)
     assert "<|start|>user\nS\n\nq<|end|>" in tiny.decode(tokens.ids) and "system" not in tiny.decode(tokens.ids)
     assert encoder.encode(conversation("q", "A")) and encoder.report.merged_systems == 1
-    check_against_server(tokenizer, example, (tokens,))
+    check_against_server(encoder, example)
     tokenizer.save_pretrained(tmp_path / "saved")  # a server that loads it feeds the same
     served = load_tokenizer(str(tmp_path / "saved"))
     assert server_ids(served, example, 2) == server_ids(tokenizer, example, 2)
@@ -303,22 +306,19 @@ def test_a_template_that_refuses_systems_gets_them_in_the_first_question(tmp_pat
 
 
 def test_a_template_reads_the_recipes_date_and_serves_it(tmp_path: Path, tiny: Any) -> None:
-    file = tmp_path / "dated.jinja"
-    file.write_text("{% if not today is defined %}{% set today = strftime_now(\"%d %b %Y\") %}{% endif %}"
-                    "<|start|>{{ today }}, {{ strftime_now('%Y') }}\n{% for m in messages %}"
-                    "<|start|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
-                    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")  # fmt: skip
+    dated = ("{% if not today is defined %}{% set today = strftime_now(\"%d %b %Y\") %}{% endif %}"
+             "<|start|>{{ today }}, {{ strftime_now('%Y') }}\n{% for m in messages %}"
+             "<|start|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
+             "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")  # fmt: skip
     heads = []
     for date in (datetime.date(2024, 7, 26), datetime.date(2025, 1, 2)):
-        tokenizer = load_tokenizer(tiny.name_or_path)
-        encoder = make_encoder(tokenizer, chat={"template": str(file), "template_date": date})
+        encoder = own(tmp_path, tiny, dated, template_date=date)
         heads.append(tiny.decode(encoder.encode(conversation("q", "A"))[0].ids).split("\n")[0])
-        tokenizer.save_pretrained(tmp_path / str(date))
+        encoder.format.tokenizer.save_pretrained(tmp_path / str(date))
         served = load_tokenizer(str(tmp_path / str(date))).apply_chat_template([{"role": "user"}], tokenize=False)
         assert served.split("\n")[0] == heads[-1]
     assert heads == ["<|start|>26 Jul 2024, 2024", "<|start|>02 Jan 2025, 2025"]
-    clock = make_encoder(load_tokenizer(tiny.name_or_path), chat={"template": str(file), "template_date": None})
-    assert "strftime_now" in clock.format.tokenizer.chat_template
+    assert "strftime_now" in own(tmp_path, tiny, dated, template_date=None).format.tokenizer.chat_template
     with pytest.raises(ValueError, match="template_date"):
         ChatSettings(template_date="yesterday")
 
@@ -326,16 +326,13 @@ def test_a_template_reads_the_recipes_date_and_serves_it(tmp_path: Path, tiny: A
 def test_templates_without_end_or_measure_are_stopped(
     tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = tmp_path / "endless.jinja"
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    file.write_text(loop + TEMPLATE)
     monkeypatch.setattr("lorasft.data.templates.SECONDS", 0.3)
     with pytest.raises(ModelError, match=r"over 0\.3 s"):
-        make_encoder(load_tokenizer(tiny.name_or_path), chat={"template": str(file)})
+        own(tmp_path, tiny, loop + TEMPLATE)
     monkeypatch.undo()
-    file.write_text(TEMPLATE + "{{ 'x' * 99000000 }}")
     with pytest.raises(ModelError, match="text without end"):
-        make_encoder(load_tokenizer(tiny.name_or_path), chat={"template": str(file)})
+        own(tmp_path, tiny, TEMPLATE + "{{ 'x' * 99000000 }}")
 
 
 def test_built_in_templates(tmp_path: Path) -> None:
@@ -366,14 +363,10 @@ def test_chatml_where_the_tokenizer_knows_it() -> None:
 
 
 def test_template_options_are_saved_as_defaults(tmp_path: Path, tiny: Any) -> None:
-    file = tmp_path / "options.jinja"
-    file.write_text("\n{% macro tone() %}{{ mood }}{% endmacro %}{{ tone() }}{% if loud %}!{% endif %}"
-                    "{% if gone is none %}0{% endif %}"
-                    "{% for m in messages %}{{ m.content }}</s>{% endfor %}")  # fmt: skip
-    tokenizer = load_tokenizer(tiny.name_or_path)
+    moody = ("\n{% macro tone() %}{{ mood }}{% endmacro %}{{ tone() }}{% if loud %}!{% endif %}"
+             "{% if gone is none %}0{% endif %}{% for m in messages %}{{ m.content }}</s>{% endfor %}")  # fmt: skip
     options = {"mood": 'glad "é\n👋', "loud": True, "gone": None}
-    make_encoder(tokenizer, chat={"template": str(file), "template_options": options})
-    tokenizer.save_pretrained(tmp_path / "saved")
+    own(tmp_path, tiny, moody, template_options=options).format.tokenizer.save_pretrained(tmp_path / "saved")
     served = load_tokenizer(str(tmp_path / "saved"))
     messages = [{"role": "user", "content": "x"}]
     assert served.apply_chat_template(messages, tokenize=False) == '\nglad "é\n👋!0x</s>'
@@ -382,10 +375,9 @@ def test_template_options_are_saved_as_defaults(tmp_path: Path, tiny: Any) -> No
 
 def test_a_token_of_the_template_and_the_answer_is_not_learned(tmp_path: Path, tiny: Any) -> None:
     assert len(tiny.encode("the", add_special_tokens=False)) == 1
-    file = tmp_path / "gluing.jinja"
-    file.write_text("{% for m in messages %}<|start|>{{ 'th' if m.role == 'assistant' else '' }}{{ m.content }}<|end|>"
-                    "{% endfor %}{% if add_generation_prompt %}<|start|>{% endif %}")  # fmt: skip
-    encoder = make_encoder(load_tokenizer(tiny.name_or_path), chat={"template": str(file)})
+    gluing = ("{% for m in messages %}<|start|>{{ 'th' if m.role == 'assistant' else '' }}{{ m.content }}<|end|>"
+              "{% endfor %}{% if add_generation_prompt %}<|start|>{% endif %}")  # fmt: skip
+    encoder = own(tmp_path, tiny, gluing)
     (tokens,) = encoder.encode(conversation("q", "e cat"))
     assert learned_text(tiny, tokens) == [" cat<|end|>"]
     assert encoder.report.straddling_tokens == 1
@@ -455,16 +447,3 @@ def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}}')
     with pytest.raises(UnsafeError, match="code of its own"):
         load_tokenizer(str(folder))
-
-
-@needs_shared
-@pytest.mark.parametrize(("name", "template"), PAIRS)
-def test_rendering_is_what_apply_chat_template_gives(name: str, template: str | None) -> None:
-    tokenizer = shared_tokenizer(name)
-    file = str(SHARED / "templates" / f"{template}.jinja") if template else None
-    make_encoder(tokenizer, chat={"template": file})
-    answer = {"role": "assistant", "content": "A", "reasoning_content": "hm"}
-    for messages in (({"role": "user", "content": "q"}, answer), conversation("q", "A", "r", system="S").messages):
-        for prompt in (False, True):
-            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
-            assert render(tokenizer, messages, generation_prompt=prompt) == text

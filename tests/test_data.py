@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 from tiny_tokenizer import TEMPLATE, save_tokenizer
 
-from lorasft import cli
 from lorasft.data import sources
 from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import Example, read_blocks, shape_block
@@ -402,37 +400,23 @@ def test_rows_are_parsed_once_and_split_by_their_content_alone(
 def test_every_ingredient_changes_the_key(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_bytes(numbered(3))
-    template = tmp_path / "own.jinja"
-    template.write_text(TEMPLATE)
-    data, chat = DataSettings(train=(str(rows),)), ChatSettings(template=str(template))
+    rows, template = tmp_path / "rows.jsonl", tmp_path / "own.jinja"
+    bare = save_tokenizer(tmp_path / "other", bos=False)
 
-    def key(data: DataSettings = data, chat: ChatSettings = chat, folder: Path = tokenizer_folder) -> str:
-        return make_key(list_ingredients(data, ChatFormat(load_tokenizer(str(folder)), chat)))
+    def key(content: bytes = numbered(3), text: str = TEMPLATE, folder: Path = tokenizer_folder, **more: Any) -> str:
+        rows.write_bytes(content)
+        template.write_text(text)
+        data = {name: more.pop(name) for name in ("max_length", "overlong") if name in more}
+        chat = ChatFormat(load_tokenizer(str(folder)), ChatSettings(template=str(template), **more))
+        return make_key(list_ingredients(DataSettings(train=(str(rows),), **data), chat))
 
-    first = key()
-    assert key() == first
-    other = [
-        key(data.model_copy(update={"max_length": 77})),
-        key(data.model_copy(update={"overlong": "truncate"})),
-        key(chat=chat.model_copy(update={"system": "S"})),
-        key(chat=chat.model_copy(update={"supervise": "last"})),
-        key(chat=chat.model_copy(update={"template_date": datetime.date(2025, 1, 1)})),
-        key(chat=chat.model_copy(update={"template_options": {"a": 1}})),
-        key(folder=save_tokenizer(tmp_path / "other", bos=False)),
-    ]
-    template.write_text(TEMPLATE + "{% if tools %}{{ tools }}{% endif %}")
-    other.append(key())
-    template.write_text(TEMPLATE)
-    rows.write_bytes(numbered(3, start=1))
-    other.append(key())
-    rows.write_bytes(numbered(3))
-    monkeypatch.setattr("lorasft.data.prepare.SCHEMA", 0)
-    other.append(key())
-    monkeypatch.undo()
-    assert key() == first
-    assert len({first, *other}) == 1 + len(other)
+    keys = [key(), key(max_length=77), key(overlong="truncate"), key(system="S"), key(supervise="last")]
+    keys += [key(template_date=datetime.date(2025, 1, 1)), key(template_options={"a": 1}), key(folder=bare)]
+    keys += [key(text=TEMPLATE + "{% if tools %}{{ tools }}{% endif %}"), key(numbered(3, start=1))]
+    with monkeypatch.context() as patch:
+        patch.setattr("lorasft.data.prepare.SCHEMA", 0)
+        keys.append(key())
+    assert key() == keys[0] and len(set(keys)) == len(keys)
 
 
 def test_counts_that_a_recipe_does_not_allow(tmp_path: Path, tokenizer: Any) -> None:
@@ -461,40 +445,6 @@ def test_counts_that_a_recipe_does_not_allow(tmp_path: Path, tokenizer: Any) -> 
         made()
     dropped = made(on_bad_row="drop", eval=None)
     assert (dropped.report.bad_rows, len(dropped.train)) == (1, 20)
-
-
-@pytest.fixture
-def recipe(tmp_path: Path, tokenizer_folder: Path) -> Path:
-    (tmp_path / "rows.jsonl").write_bytes(numbered(9) + b'{"prompt": "\\u001b[31mred\\u0007", "completion": "<b>&"}\n')
-    file = tmp_path / "recipe.yaml"
-    file.write_text(f"model: {{base: {tokenizer_folder}}}\ndata: {{train: [{tmp_path}/rows.jsonl], eval: null}}\n")
-    return file
-
-
-def test_preview_prints_every_sequence_as_json(recipe: Path, capsys: Any, monkeypatch: Any, tokenizer: Any) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("a local base must not reach for the network")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    assert cli.main(["preview", str(recipe), "--json"]) == 0
-    *lines, last = map(json.loads, capsys.readouterr().out.splitlines())
-    assert [line["source"] for line in lines] == [
-        {"file": f"{recipe.parent}/rows.jsonl", "line": n} for n in range(1, 11)
-    ]
-    learned = [token for token in lines[0]["labels"] if token != UNSUPERVISED]
-    assert tokenizer.decode(learned) == "1<|end|>" and len(lines[0]["ids"]) == len(lines[0]["labels"])
-    assert [span["text"] for span in lines[0]["spans"] if span["learned"]] == ["1", "<|end|>"]
-    assert "".join(span["text"] for span in lines[0]["spans"]) == tokenizer.decode(lines[0]["ids"])
-    assert last["summary"]["rows"] == 10 and last["summary"]["formats"]
-    assert last["summary"]["parity_breaks"] == 0 and last["summary"]["answers"] == 10
-
-
-def test_preview_marks_what_is_learned_and_sends_no_control_characters(recipe: Path, capsys: Any) -> None:
-    assert cli.main(["preview", str(recipe), "--rows", "10"]) == 0
-    out = capsys.readouterr().out
-    assert "What is 3 + 1?<|end|>\n<|start|>assistant\n⟦4<|end|>⟧" in out
-    assert "\\x1b[31mred\\x07" in out and "\x1b" not in out and "\x07" not in out
-    assert "10 rows read (prompt-completion), in 10 sequences" in out
 
 
 def test_data_sets_of_the_hub_go_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

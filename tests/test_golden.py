@@ -7,20 +7,18 @@ conversations: what is learned is what was said, and it stands behind what a ser
 from __future__ import annotations
 
 import functools
-import unicodedata
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quirks import QUIRKS
-from test_chat import PAIRS, PLACE, SHARED, Encoder, conversation, make_encoder, server_ids
+from test_chat import PAIRS, PLACE, SHARED, Encoder, check_against_server, conversation, make_encoder, needs_shared
 from tiny_tokenizer import save_tokenizer
 
 from lorasft.commands.preview import _bracketed, painted
 from lorasft.data.examples import Example, normalize_message
 from lorasft.data.tokenizer import load_tokenizer
-from lorasft.data.tokens import supervised_runs
 from lorasft.errors import DataError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -104,10 +102,7 @@ def test_own_templates(quirk: str) -> None:
     assert describe(own_encoder(quirk)) == (GOLDEN / f"own, {quirk}.txt").read_text(encoding="utf-8")
 
 
-needs_tokenizer = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared tokenizers are not here")
-
-
-@needs_tokenizer
+@needs_shared
 @pytest.mark.parametrize(("name", "template"), PAIRS)
 def test_real_templates(name: str, template: str | None) -> None:
     assert describe(shared_encoder(name, template)) == shared_file(name, template).read_text(encoding="utf-8")
@@ -121,43 +116,25 @@ SAID = st.text(st.one_of(CHARACTERS, st.sampled_from(" \n\tab.")), min_size=1, m
 TALKS = st.lists(st.tuples(SAID, SAID), min_size=1, max_size=3)
 
 
-def check_talk(encoder: Encoder, pairs: list[tuple[str, str]]) -> None:
-    tokenizer = encoder.format.tokenizer
-    example = conversation(*(text for asked, said in pairs for text in (f"{asked}{ASKED}", said)))
-    runs = [
-        (tokens, int(start), int(end)) for tokens in encoder.encode(example) for start, end in supervised_runs(tokens)
-    ]
-    assert len(runs) == len(pairs) and encoder.report.parity_breaks == 0
-    ends = {tokenizer.convert_ids_to_tokens(token) for token in encoder.format.stop_ids}
-    for (tokens, start, end), index in zip(runs, range(1, 2 * len(pairs), 2), strict=True):
-        prompt = server_ids(tokenizer, example, index)
-        assert tokens.ids[: len(prompt)].tolist() == prompt and start >= len(prompt)
-        learned = tokenizer.decode(tokens.ids[start:end])
-        said = unicodedata.normalize("NFC", example.messages[index]["content"])
-        ended = next(learned[: -len(text)] for text in ends if learned.endswith(text))
-        assert unicodedata.normalize("NFC", ended).strip() == said.strip(), (learned, said)
-        assert ASKED not in learned
+def check_talks(encoder: Encoder) -> None:
+    @given(TALKS)
+    @settings(max_examples=15, deadline=None)
+    def check(pairs: list[tuple[str, str]]) -> None:
+        talk = conversation(*(text for asked, said in pairs for text in (f"{asked}{ASKED}", said)))
+        assert not any(ASKED in text for text in check_against_server(encoder, talk))
+
+    check()
 
 
 @pytest.mark.parametrize("quirk", QUIRKS)
 def test_random_talks_under_own_templates(quirk: str) -> None:
-    @given(TALKS)
-    @settings(max_examples=15, deadline=None)
-    def check(pairs: list[tuple[str, str]]) -> None:
-        check_talk(own_encoder(quirk), pairs)
-
-    check()
+    check_talks(own_encoder(quirk))
 
 
-@needs_tokenizer
+@needs_shared
 @pytest.mark.parametrize(("name", "template"), PAIRS)
 def test_random_talks_under_real_templates(name: str, template: str | None) -> None:
-    @given(TALKS)
-    @settings(max_examples=15, deadline=None)
-    def check(pairs: list[tuple[str, str]]) -> None:
-        check_talk(shared_encoder(name, template), pairs)
-
-    check()
+    check_talks(shared_encoder(name, template))
 
 
 if __name__ == "__main__":

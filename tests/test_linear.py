@@ -144,6 +144,18 @@ def test_large_weights_are_dequantized_by_blocks_to_the_same_bits(
     assert smaller.data_ptr() == got.data_ptr()  # the same memory
 
 
+def test_what_needs_no_gradient_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An input without gradient: the weight is not read backwards; without autograd, the base computes as ever."""
+    layer, reads, own = make_layer("nf4"), [], FrozenWeights.read
+    x, dy = torch.randn(5, IN), torch.randn(5, OUT)
+    monkeypatch.setattr(FrozenWeights, "read", lambda *args: reads.append(1) or own(*args))
+    layer(x).backward(dy)
+    assert len(reads) == 1 and gradients(layer).keys() == {"lora_A.default.weight", "lora_B.default.weight"}
+    with torch.no_grad():
+        without = layer(x)
+    assert len(reads) == 1 and torch.allclose(without, layer(x), atol=1e-5)
+
+
 def test_a_layer_that_is_disabled_dropping_or_partly_trained_takes_the_plain_way() -> None:
     x, dy = torch.randn(5, IN), torch.randn(5, OUT)
     layer = make_layer("bias")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -16,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from conftest import save_base
+from conftest import Command, save_base
 from test_architectures import ARCHITECTURES
 from test_oracles import Rows, packed_step
 from test_prefixes import Relatives
+from test_train import die, stop_at
 from tiny_models import CONFIGS, make_base, randomize_adapter
 from torch.profiler import ProfilerActivity, profile
 
@@ -34,7 +34,6 @@ from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
 from lorasft.model.selfcheck import verify
 from lorasft.model.weightless import Sample, make_weightless, plan_network, shrink_vocabulary
 from lorasft.recipe import AdapterSettings, ModelSettings
-from lorasft.signals import Ended
 from lorasft.train import layout as layouts
 from lorasft.train import loop
 from lorasft.train import run as runs
@@ -211,12 +210,8 @@ def test_control_groups_limit_the_free_memory(version: int, tmp_path: Path) -> N
     assert list(cgroup_free(tmp_path / "nowhere")) == []
 
 
-def layout(folder: Path) -> Any:
-    return json.loads((folder / "provenance.json").read_text())["layout"]
-
-
 def test_auto_recomputes_what_the_free_memory_asks_for(
-    recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
 ) -> None:
     asked: list[Any] = []
     plain = layouts.fewest_recomputed
@@ -229,10 +224,9 @@ def test_auto_recomputes_what_the_free_memory_asks_for(
 
     def train(name: str, free: int) -> tuple[int, list[float]]:
         monkeypatch.setattr(runs, "free_memory", lambda device: free)
-        path = recipe(run={"output": str(tmp_path / name)}, train={"steps": 3})
-        assert main(["train", path]) == 0
+        said = cli("train", recipe(run={"output": str(tmp_path / name)}, train={"steps": 3})).err
         count = json.loads((tmp_path / name / "provenance.json").read_text())["layout"]["recomputed_layers"]
-        assert f"activations: {count} of 2 layers recomputed" in capsys.readouterr().err
+        assert f"activations: {count} of 2 layers recomputed" in said
         return count, losses_of(tmp_path / name)
 
     none, want = train("plenty", GIB)
@@ -244,61 +238,39 @@ def test_auto_recomputes_what_the_free_memory_asks_for(
 
 
 def test_a_resumed_run_keeps_its_layers_unless_the_recipe_states_otherwise(
-    recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
 ) -> None:
     path = recipe()
     with monkeypatch.context() as patch:
         patch.setattr(runs, "free_memory", lambda device: 0)
-        patch.setattr(loop, "take_step", stop_after(4))
+        stop_at(patch, 5, die)
         assert main(["train", path]) == 130
     kept = read_state(tmp_path / "run/checkpoints/step-000003", run=None).layout
     assert kept.recomputed_layers == 2  # all: none fits
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "take_step", stop_after(0))
+        stop_at(patch, 4, die)
         for setting, count in (("auto", 2), ("false", 0), ("true", 2)):
-            capsys.readouterr()
-            assert main(["train", path, f"machine.activation_checkpointing={setting}", "--resume"]) == 130
-            assert f"activations: {count} of 2 layers recomputed" in capsys.readouterr().err
+            done = cli("train", path, f"machine.activation_checkpointing={setting}", "--resume")
+            assert done.code == 130 and f"activations: {count} of 2 layers recomputed" in done.err
 
 
-def stop_after(steps: int) -> Any:
-    plain, taken = loop.take_step, []
-
-    def take_step(*args: Any) -> Any:
-        if len(taken) == steps:
-            raise Ended(signal.SIGINT)
-        taken.append(1)
-        return plain(*args)
-
-    return take_step
+ENDS = [  # where memory ends, exit code, what is said
+    ("transformers.AutoModelForCausalLM.from_pretrained", 6, "while loading"),
+    ("lorasft.train.run.choose_layout", 6, "start again"),
+    ("lorasft.model.generate.generate", 0, "no more answers"),  # nothing is lost
+]
 
 
+@pytest.mark.parametrize(("where", "code", "words"), ENDS)
 def test_memory_that_ends_around_the_steps(
-    recipe: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    where: str, code: int, words: str, recipe: Write, monkeypatch: pytest.MonkeyPatch, cli: Command
 ) -> None:
-    """While the base loads: exit 6, to be started again. While answers are shown: nothing is lost."""
-    path = recipe()
-
     def fill(*_: object, **__: object) -> None:
-        raise OSError(12, "Cannot allocate memory")
+        raise OSError(12, "Cannot allocate memory") if "transformers" in where else torch.OutOfMemoryError("injected")
 
-    with monkeypatch.context() as patch:
-        patch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fill)
-        assert main(["train", path]) == 6
-    said = capsys.readouterr().err
-    assert "while loading" in said and "--resume" not in said
-
-    def fill_later(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("injected")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("lorasft.train.run.choose_layout", fill_later)
-        assert main(["train", path]) == 6
-    said = capsys.readouterr().err
-    assert "start again" in said and "--resume" not in said
-    monkeypatch.setattr("lorasft.model.generate.generate", fill_later)
-    assert main(["train", path]) == 0
-    assert "no more answers" in capsys.readouterr().err
+    monkeypatch.setattr(where, fill)
+    done = cli("train", recipe())
+    assert done.code == code and words in done.err and "--resume" not in done.err
 
 
 class Fills:
@@ -349,15 +321,12 @@ def losses_of(folder: Path) -> list[float]:
     ],
 )
 def test_a_run_survives_running_out_of_memory_with_the_same_losses(
-    fills: Fills, where: str, recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    fills: Fills, where: str, recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
+) -> None:
     settings: dict[str, Any] = {"adapter": {"dropout": 0.0}, "train": {"steps": 4}}
     assert main(["train", recipe(**settings, run={"output": str(tmp_path / "roomy")})]) == 0
     monkeypatch.setattr(loop if where == "step" else scoring, "pair_losses", fills)
-    path = recipe(**settings, run={"output": str(tmp_path / "tight")})
-    assert main(["train", path]) == 0
-    said = capsys.readouterr().err
+    said = cli("train", recipe(**settings, run={"output": str(tmp_path / "tight")})).err
     assert 0 < fills.raised < 5 and "out of memory with" in said and "from here on micro-batches of" in said
     want, got = losses_of(tmp_path / "roomy"), losses_of(tmp_path / "tight")
     assert got == pytest.approx(want, rel=1e-6) and len(got) == len(want)
@@ -409,16 +378,14 @@ def test_a_run_survives_a_real_lack_of_memory(recipe: Write, tmp_path: Path) -> 
 
 
 def test_out_of_memory_at_the_end_names_the_rows_and_what_would_help(
-    recipe: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: Write, monkeypatch: pytest.MonkeyPatch, cli: Command
 ) -> None:
-    path = recipe()
     with monkeypatch.context() as patch:
         patch.setattr(loop, "pair_losses", Fills(10))
-        assert main(["train", path]) == 6
-    said = capsys.readouterr().err
-    assert "rows.jsonl:" in said and "tokens)" in said and "Traceback" not in said
+        code, _, said = cli("train", recipe())
+    assert code == 6 and "rows.jsonl:" in said and "tokens)" in said and "Traceback" not in said
     assert "adapter.rank" in said and "lorasft plan" in said, said
-    assert main(["train", path, "--resume"]) == 0
+    assert cli("train", recipe(), "--resume").code == 0
 
 
 def test_other_runtime_errors_are_not_taken_for_memory(recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:

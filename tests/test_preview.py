@@ -6,6 +6,7 @@ import html
 import json
 import re
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tiny_tokenizer import save_tokenizer
 from lorasft import cli
 from lorasft.commands.preview import DIM, GREEN, MAGENTA, PLAIN, painted
 from lorasft.data.tokenizer import load_tokenizer
+from lorasft.data.tokens import UNSUPERVISED
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = '</script><img src=x onerror="document.title=1"> \u202e \x1b[31mred\x07 & <b>'
@@ -38,6 +40,42 @@ def test_the_facts_of_the_whole_set(recipe: Path, capsys: Any) -> None:
     assert "25 rows read (prompt-completion), in 24 sequences" in out
     assert "parity: 25 of 25 answers" in out and "1 over-long, dropped" in out
     assert re.search(r"dropped: .*rows.jsonl:25: \d+ tokens, over data.max_length \(80\)", out)
+
+
+def test_the_terminal_shows_what_is_supervised_and_no_control_character(recipe: Path, capsys: Any) -> None:
+    assert cli.main(["preview", str(recipe), "--rows", "25"]) == 0
+    out = capsys.readouterr().out
+    assert "What is 3 + 1?<|end|>\n<|start|>assistant\n⟦4 apples<|end|>⟧" in out
+    assert "\\x1b[31mred\\x07" in out and "\x1b" not in out and "\x07" not in out
+
+
+def test_json_has_every_sequence(recipe: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a local base must not reach for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    assert cli.main(["preview", str(recipe), "--json"]) == 0
+    *lines, last = map(json.loads, capsys.readouterr().out.splitlines())
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
+    assert [line["source"] for line in lines] == [{"file": f"{tmp_path}/rows.jsonl", "line": n} for n in range(1, 26)]
+    supervised = [token for token in lines[0]["labels"] if token != UNSUPERVISED]
+    assert tokenizer.decode(supervised) == "pears<|end|>" and len(lines[0]["ids"]) == len(lines[0]["labels"])
+    assert [span["text"] for span in lines[0]["spans"] if span["learned"]] == ["pears", "<|end|>"]
+    assert "".join(span["text"] for span in lines[0]["spans"]) == tokenizer.decode(lines[0]["ids"])
+    assert last["summary"]["rows"] == 25 and last["summary"]["formats"]
+    assert last["summary"]["parity_breaks"] == 0 and last["summary"]["answers"] == 25
+
+
+@pytest.mark.parametrize("key", ["hf_" + "aB1" * 11, "AKIA" + "A1" * 8, "-----BEGIN RSA PRIVATE KEY-----"])
+def test_rows_that_hold_keys_are_named(recipe: Path, capsys: Any, key: str) -> None:
+    rows = recipe.parent / "rows.jsonl"
+    rows.write_bytes(rows.read_bytes() + json.dumps({"prompt": "login", "completion": f"use {key}!"}).encode())
+    assert cli.main(["preview", str(recipe), "--rows", "1"]) == 0
+    assert f"1 rows seem to hold a token or a private key, which will be learned: {rows}:26" in capsys.readouterr().out
+    array = rows.with_suffix(".json")
+    array.write_text(json.dumps([{"prompt": "hf_x sk-learn", "completion": "AKIA"}]), encoding="utf-8")
+    assert cli.main(["preview", str(recipe), f"data.train={array}"]) == 0
+    assert "seem to hold" not in capsys.readouterr().out
 
 
 def test_colours_where_there_is_a_terminal(recipe: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,21 +119,15 @@ def test_the_page_in_a_browser(recipe: Path, tmp_path: Path) -> None:
     assert html.unescape(found).count("<mark>harm</mark>") >= 1
 
 
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    " --disable-component-update --disable-sync --virtual-time-budget=3000 --dump-dom"
+)
+
+
 def browse(page: Path, profile: Path, fragment: str = "") -> str:
     """The page's document after its script ran, from where its rows begin to the data."""
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--virtual-time-budget=3000",
-        "--dump-dom",
-    ]
     assert BROWSER is not None
-    command = [BROWSER, *flags, f"--user-data-dir={profile}", f"{page.as_uri()}{fragment}"]
+    command = [BROWSER, *FLAGS.split(), f"--user-data-dir={profile}", f"{page.as_uri()}{fragment}"]
     out = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     return re.sub(r"<script.*?</script>", "", out, flags=re.DOTALL)

@@ -305,6 +305,9 @@ def test_all_errors_come_at_once_and_the_unsafe_decides() -> None:
     for count in (20, 50):
         lines = str(refused(SMALLEST + "".join(f"k{number}: 1\n" for number in range(count)))).splitlines()
         assert len(lines) == 20 and (count == 20 or lines[-1] == "... and 31 more")
+    doubled = str(refused("data: {train: d}\nmodel:\nmodel: {base: m}\n"))
+    assert doubled.count("error:") == 1  # none that follows from it
+    assert "known here: model, " in str(refused(SMALLEST + "xyzzy: 1\n"))  # no name is near
 
 
 @pytest.mark.parametrize("name", sorted({name for theirs in PEERS.values() for name in theirs.split()}))
