@@ -158,14 +158,13 @@ def run_heaviest_batch(run: Run, fit: Fit, static: StaticBytes) -> str:
     where a number is not known) and returns a line on it. Raises CapacityError when it fits in no layout.
     """
     known = Prediction(static, fit.needs) if fit.needs else None
-    early = 0 if run.optimizer.state else static.optimizer  # not there yet when it is run
     measured = retry_on_oom(run, partial(_measure_heaviest, run)) if sees_too_little(run, fit) else None
     free = static.loaded + static.upcoming + fit.spare
     record = {
         "device": str(run.network.device),
         "free": free,
         "predicted": {**known.kinds(), "peak": known.total} if known else None,
-        "rehearsal": {"predicted": known.total - early if known else None, "measured": measured},
+        "measured": measured,
     }
     if run.ranks.is_main:
         replace_file(run.folder / "memory.json", json.dumps(record, indent=1).encode())
