@@ -57,13 +57,9 @@ def _plan_inputs(recipe: Recipe, inputs: RunInputs, *, memory: int | None) -> di
     prediction = Prediction(static, fit.needs)
     suggestions = () if fit.holds else find_suggestions(recipe, config, network, rows, memory=given - libraries)
     first = fit.plan.step(1, rows)
-    timing = time_sample(
-        network,
-        sample,
-        length=max(1, rows.count_tokens() // len(rows)),
-        supervised=first.supervised_tokens / first.tokens,
-        vocabulary=config.get_text_config().vocab_size,
-    )
+    length, share = max(1, rows.count_tokens() // len(rows)), first.supervised_tokens / first.tokens
+    vocabulary = config.get_text_config().vocab_size
+    timing = time_sample(network, sample, length=length, supervised=share, vocabulary=vocabulary)
     return {
         "device": str(device),
         "dtype": str(network.causal.dtype).removeprefix("torch."),

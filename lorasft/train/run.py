@@ -30,7 +30,7 @@ from lorasft.data.untrained import refuse_untrained
 from lorasft.errors import DivergedError
 from lorasft.files import replace_file, staged_folder, verify_folder, write_file
 from lorasft.model.adapter import attach_adapter, load_adapter, trainable, write_adapter
-from lorasft.model.base import check_files, compute_dtype, count_bytes, load_base, patch_linear4bit
+from lorasft.model.base import check_files, compute_dtype, load_base, patch_linear4bit
 from lorasft.model.free_memory import free_memory
 from lorasft.model.generate import own_stops
 from lorasft.model.memory import Prediction, StaticBytes, static_bytes
@@ -112,15 +112,8 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> ReadyRun:
         else:
             model = attach_adapter(base, recipe.adapter, seed=recipe.train.seed)
         static = static_bytes(model, recipe.optimizer.name)
-        network, fit = choose_layout(
-            recipe,
-            model,
-            weightless,
-            plan=replace(inputs.plan, processes=ranks.count),
-            rows=prepared.train,
-            kept=kept,
-            spare=free_memory(device) - static.upcoming,
-        )
+        plan, spare = replace(inputs.plan, processes=ranks.count), free_memory(device) - static.upcoming
+        network, fit = choose_layout(recipe, model, weightless, plan=plan, rows=prepared.train, kept=kept, spare=spare)
     # All processes must cut a step in the same way.
     plan = replace(fit.plan, micro_batch_tokens=min(ranks.gather(fit.plan.micro_batch_tokens)))
     parameters = trainable(model)
@@ -138,17 +131,17 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> ReadyRun:
         if ranks.is_main and not saved:  # from here on there is something to resume: this makes the folder a run
             save(run, state)
             write_start(folder, recipe, prepared, state=state, config=inputs.config)
-    notes = (*_notes(run, inputs), f"model on {device} in {settings.dtype}: {count_bytes(model)}", memory)
-    return ReadyRun(run, state, inputs.tokenizer, prepared, notes)
+    return ReadyRun(run, state, inputs.tokenizer, prepared, (*_notes(run, inputs), memory))
 
 
 def _notes(run: Run, inputs: RunInputs) -> Iterator[str]:
     """What a person should know before the first step."""
-    causal = run.network.causal
+    causal, layout = run.network.causal, run.layout
     for token in inputs.tokenizer.convert_ids_to_tokens(missing_stops(inputs.prepared, causal)):
         yield f"generation of this base does not stop at {token}: the adapter's generation_config.json will"
     yield from (*inputs.notes, *run.network.notices)
-    yield f"activations: {run.layout.recomputed_layers} of {len(decoder_layers(causal))} layers recomputed"
+    layers = f"{layout.recomputed_layers} of {len(decoder_layers(causal))} layers"
+    yield f"on {run.network.device} in {layout.dtype}; activations: {layers} recomputed"
 
 
 def run_heaviest_batch(run: Run, fit: Fit, static: StaticBytes) -> str:
