@@ -431,7 +431,7 @@ def test_counts_that_a_recipe_does_not_allow(tmp_path: Path, tokenizer: Any) -> 
     with pytest.raises(DataError, match=r"20 of 20 rows dropped \(0 bad, 20 over-long") as fault:
         made(max_length=8)
     assert "50%: " in str(fault.value.hint) and "data.max_dropped 0.05" in str(fault.value.hint)
-    with pytest.raises(DataError, match="nothing to train on"):
+    with pytest.raises(DataError, match="0 to train on"):
         made(max_length=8, max_dropped=1.0)
     with pytest.raises(DataError, match=r"2 rows of data\.eval are in data\.train"):
         made(eval=(str(copy),))

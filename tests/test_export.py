@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_families import EYES
 from tiny_models import SOFT_CAPS
 from tiny_tokenizer import save_tokenizer
 from transformers import (
@@ -106,7 +107,7 @@ def test_transformers_reads_the_same_model_back(name: str, kind: Any, tmp_path: 
         tmp_path, gguf_file="m.gguf", dtype=torch.float32, attn_implementation="eager", **given
     )
     assert distance(logits(back.eval()), logits(model)) < ERROR[kind]
-    assert written.size == (tmp_path / "m.gguf").stat().st_size
+    assert written["size"] == (tmp_path / "m.gguf").stat().st_size
     found = read(tmp_path / "m.gguf")
     assert {tensor.tensor_type.name for tensor in found.tensors} == {"F32", kind.upper()}
     rooms = [gguf.Keys.General, gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope, gguf.Keys.Tokenizer]
@@ -158,9 +159,7 @@ def test_phi_3_5_has_short_and_long_factors(tmp_path: Path) -> None:
 def test_a_model_with_eyes_gives_its_language_model(tmp_path: Path) -> None:
     text = MODELS["gemma3"]().to_dict()
     places = {"image_token_index": 320, "boi_token_index": 321, "eoi_token_index": 322}
-    eyes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    eyes |= {"image_size": 28, "patch_size": 14, "vision_use_head": False, "model_type": "siglip_vision_model"}
-    config = Gemma3Config(text_config=text, vision_config=eyes, mm_tokens_per_image=4, **places)
+    config = Gemma3Config(text_config=text, vision_config=EYES, mm_tokens_per_image=4, **places)
     torch.manual_seed(3)
     model = Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
     model.save_pretrained(tmp_path / "model")

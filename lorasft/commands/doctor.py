@@ -11,7 +11,6 @@ import re
 import shutil
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,19 +26,6 @@ LEAST_DISK = 2 << 30  # bytes: below this hardly a model fits
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What a check found, in one line; `mend`: the command that fixes it, None where nothing is wrong."""
-
-    name: str
-    what: str
-    mend: str | None = None
-
-    def __str__(self) -> str:
-        line = redact(harmless(f"{'FAIL' if self.mend else 'ok':4}  {self.name}: {self.what}"))
-        return f"{line}\n      fix it: {self.mend}" if self.mend else line
-
-
 def add_arguments(parser: ArgumentParser) -> None:
     """What `lorasft doctor` takes."""
     parser.add_argument("--hub", action="store_true", help="ask the hub as well whether it can be reached")
@@ -52,16 +38,24 @@ def run(hub: bool, as_json: bool) -> None:
     for finding in examine(hub=hub):
         findings.append(finding)
         if not as_json:
-            print(finding, flush=True)
-    failed = [finding.name for finding in findings if finding.mend]
+            line = f"{'FAIL' if finding['mend'] else 'ok':4}  {finding['name']}: {finding['what']}"
+            print(
+                redact(harmless(line)) + (f"\n      fix it: {finding['mend']}" if finding["mend"] else ""), flush=True
+            )
+    failed = [finding["name"] for finding in findings if finding["mend"]]
     if as_json:
-        print(json.dumps({"ok": not failed, "checks": [asdict(finding) for finding in findings]}, indent=1))
+        print(json.dumps({"ok": not failed, "checks": findings}, indent=1))
     if failed:
-        raise DeviceError(f"{len(failed)} of {len(findings)} checks failed: {', '.join(failed)}", hint="see above")
+        raise DeviceError(
+            f"{len(failed)} of {len(findings)} checks failed: {', '.join(map(str, failed))}", hint="see above"
+        )
 
 
-def examine(*, hub: bool) -> Iterator[Finding]:
-    """Check after check; none of them ends the others. `hub`: ask the hub as well."""
+def examine(*, hub: bool) -> Iterator[dict[str, str | None]]:
+    """Check after check, none of which ends the others: its name, what it found, and the command that fixes it.
+
+    `hub`: ask the hub as well.
+    """
     cache = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     checks: dict[str, Callable[[], str]] = {
         "lorasft": lambda: f"{__version__}, Python {platform.python_version()}, {platform.platform()}",
@@ -76,13 +70,15 @@ def examine(*, hub: bool) -> Iterator[Finding]:
     if hub:
         checks["hub"] = _check_hub
     for name, check in checks.items():
+        fix = None
         try:
-            yield Finding(name, check())
+            what = check()
         except DeviceError as error:
-            yield Finding(name, error.what, error.hint)
+            what, fix = error.what, error.hint
         except (Exception, SystemExit) as error:  # a library may break in any way, also while it is imported
             what = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            yield Finding(name, what, f"pip install -U {name if name in LIBRARIES else ' '.join(LIBRARIES)}")
+            fix = f"pip install -U {name if name in LIBRARIES else ' '.join(LIBRARIES)}"
+        yield {"name": name, "what": what, "mend": fix}
 
 
 def _require(holds: bool, what: str, fix: str) -> str:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sys
-import time
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,7 +28,6 @@ def run(model: str, to: str, out: str, type: Any, as_json: bool) -> None:
     from lorasft.files import refuse_existing
 
     refuse_existing(Path(out))
-    started = time.monotonic()
     with _full_weights(model, Path(out)) as folder:
         progress = ByteProgress() if sys.stderr.isatty() else None
         if to == "ollama":
@@ -43,9 +40,9 @@ def run(model: str, to: str, out: str, type: Any, as_json: bool) -> None:
             from lorasft.export.gguf import write_gguf
 
             written = write_gguf(folder, Path(out), kind=type, on_progress=progress)
-    what = f"{written.tensors} tensors of {written.architecture} as {written.type}, {written.size / 1e9:.3f} GB"
-    say(f"{what} in {time.monotonic() - started:.1f} s")
-    show({**asdict(written), "file": str(written.file)}, [out], as_json=as_json)
+    size = f"{written['size'] / 1e9:.3f} GB"
+    say(f"{written['tensors']} tensors of {written['architecture']} as {written['type']}, {size}")
+    show(written, [out], as_json=as_json)
 
 
 @contextmanager
@@ -63,5 +60,5 @@ def _full_weights(name: str, out: Path) -> Iterator[Path]:
     make_folder(out.absolute().parent)
     with TemporaryDirectory(prefix=STAGE, dir=out.absolute().parent) as scratch:
         merged = merge(artifact, Path(scratch) / "merged")
-        say(f"merged first, onto the {merged.onto} weights ({merged.why})")
-        yield merged.folder
+        say(f"merged first, onto the {merged['onto']} weights ({merged['why']})")
+        yield Path(scratch) / "merged"

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import sys
-import time
 from argparse import ArgumentParser
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorasft.commands.arguments import add_columns, add_json, add_saved, show
 from lorasft.terminal import ByteProgress, say
-
-if TYPE_CHECKING:
-    from lorasft.merge.merge import Merged
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -52,28 +48,23 @@ def run(
     from lorasft.recipe.load import read_source
 
     artifact = find_artifact(saved, base=base)
-    started = time.monotonic()
     progress = ByteProgress() if sys.stderr.isatty() else None
     if options["check"]:
         say("asking what was trained, to compare the merge with it (--no-check leaves this out)")
     source = read_source(data, columns) if data else None
     merged = merge(artifact, Path(out), data=source, quantize=quantize is not None, on_progress=progress, **options)
     if not as_json:
-        say("\n".join(_describe(merged, seconds=time.monotonic() - started)))
-    show({**asdict(merged), "folder": out}, [out], as_json=as_json)
+        say("\n".join(_describe(merged)))
+    show({**merged, "folder": out}, [out], as_json=as_json)
 
 
-def _describe(merged: Merged, *, seconds: float) -> list[str]:
-    lines = [
-        f"merged {merged.updated} tensors onto the {merged.onto} weights ({merged.why}), copied {merged.copied}: "
-        f"{merged.size / 1e9:.3f} GB in {seconds:.1f} s to {merged.folder}"
-    ]
-    if merged.unchanged:
-        lines.append(f"rounding left {merged.unchanged} of the merged tensors as they were")
-    if merged.table:
-        lines += [f"on {merged.rows}:", f"{'':30}  {'KL a token':>10}  {'same choice':>11}  {'nats a token':>12}"]
-        lines += [
-            f"{name:30}  {x['kl']:10.1e}  {x['same_choice']:11.1%}  {x['nll']:12.4f}"
-            for name, x in merged.table.items()
-        ]
-    return lines
+def _describe(merged: Mapping[str, Any]) -> Iterator[str]:
+    what = f"merged {merged['updated']} tensors onto the {merged['onto']} weights ({merged['why']})"
+    yield f"{what}, copied {merged['copied']}: {merged['size'] / 1e9:.3f} GB"
+    if merged["unchanged"]:
+        yield f"rounding left {merged['unchanged']} of the merged tensors as they were"
+    if merged["table"]:
+        yield f"on {merged['rows']}:"
+        yield f"{'':30}  {'KL a token':>10}  {'same choice':>11}  {'nats a token':>12}"
+    for name, x in merged["table"].items():
+        yield f"{name:30}  {x['kl']:10.1e}  {x['same_choice']:11.1%}  {x['nll']:12.4f}"

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorasft.commands.arguments import add_json, add_recipe, whole_number
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from lorasft.data.report import Report
+    from lorasft.data.sources import RowLocation
     from lorasft.data.store import TokenStore
     from lorasft.data.tokens import Tokens
 
 Part = tuple[str, bool, bool]  # text, whether it is supervised, whether it is a special token
-Row = dict[str, Any]  # title, parts
 DROPPED_SHOWN = 10
 DIM, GREEN, MAGENTA, PLAIN = "\x1b[2m", "\x1b[32m", "\x1b[35m", "\x1b[0m"
 COUNTS = {  # of the report, in words
@@ -33,12 +33,7 @@ COUNTS = {  # of the report, in words
     "windowed_texts": "over-long texts, supervised in windows",
     "examples_without_target": "with nothing to supervise, dropped",
     "split_conversations": "conversations in one sequence per answer",
-    "led_answers": "answers after text that only the template adds (an empty thought?); see chat.template_options",
-    "straddling_tokens": "tokens across the border of prompt and answer",
-    "merged_systems": "system texts put into the first user turn, as does the template saved with the adapter",
-    "dropped_characters": "characters of answers that the template drops",
-    "dropped_reasoning": "characters of reasoning among what is dropped",
-    "masked_reasoning": "characters of reasoning that are context (chat.thinking=mask)",
+    "dropped_reasoning": "characters of reasoning that the template or the recipe drops",
     "tools_left_out": "examples whose tools the template does not show",
 }
 
@@ -76,16 +71,21 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
         if not settings.adapter.modules_to_save:
             refuse_untrained(settings.model.base, tokenizer, learned=prepared.learned_special)
         if as_json:
-            _print_json(prepared.store, tokenizer)
+            for place, held_out, tokens, parts in _sequences(prepared.store, tokenizer):
+                spans = [{"text": text, "learned": supervised} for text, supervised, _ in parts]
+                line = {"source": vars(place), "ids": tokens.ids.tolist(), "labels": tokens.labels.tolist()}
+                print(json.dumps({**line, "spans": spans, "held_out": held_out}))
             print(json.dumps({"summary": prepared.report.as_dict()}))
             return
-        shown = list(_rows(prepared.store, tokenizer, most=rows if rows is not None else 1000 if html else 3))
+        found = _sequences(prepared.store, tokenizer, most=rows or (1000 if html else 3))
+        shown = [(_harmless(f"{place}{' (held out)' * held_out}"), parts) for place, held_out, _, parts in found]
     facts = list(summary(prepared.report))
     if html:
         write_file(Path(html), make_page(shown, facts).encode())
         print(html)
-    else:
-        _print_text(shown, facts)
+        return
+    paint = _coloured if sys.stdout.isatty() and "NO_COLOR" not in os.environ else _bracketed
+    print("\n".join([*(f"--- {title}\n{paint(parts)}\n" for title, parts in shown), *facts]))
 
 
 def painted(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> Iterator[Part]:
@@ -104,8 +104,7 @@ def painted(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> Iterator[Part
 
 def summary(report: Report) -> Iterator[str]:
     """What was read, dropped and made, a line each; counts of zero are left out."""
-    formats = ", ".join(sorted(set(report.formats.values())))
-    yield f"{report.rows:,} rows read ({formats}), in {report.sequences:,} sequences"
+    yield f"{report.rows:,} rows read, in {report.sequences:,} sequences"
     yield f"{report.train_examples:,} examples to train on, {report.held_out_examples:,} held out"
     share = report.supervised_tokens / max(report.tokens, 1)
     yield f"{report.tokens:,} tokens, {report.supervised_tokens:,} supervised ({share:.0%})"
@@ -119,29 +118,14 @@ def summary(report: Report) -> Iterator[str]:
         yield f"dropped: {report.dropped_examples() - DROPPED_SHOWN:,} more (--json names the first {named:,})"
 
 
-def _print_json(store: TokenStore, tokenizer: PreTrainedTokenizerFast) -> None:
-    for example in range(len(store)):
+def _sequences(
+    store: TokenStore, tokenizer: PreTrainedTokenizerFast, *, most: int | None = None
+) -> Iterator[tuple[RowLocation, bool, Tokens, list[Part]]]:
+    """Of the first `most` examples: where each is from, whether it is held out, its tokens, and their text in parts."""
+    for example in range(len(store))[:most]:
+        held_out = bool(store.arrays["held_out"][example])
         for tokens in store.sequences(example):
-            line = {"source": vars(store.place(example)), "ids": tokens.ids.tolist(), "labels": tokens.labels.tolist()}
-            spans = [{"text": text, "learned": supervised} for text, supervised, _ in painted(tokens, tokenizer)]
-            print(json.dumps(line | {"spans": spans, "held_out": bool(store.arrays["held_out"][example])}))
-
-
-def _rows(store: TokenStore, tokenizer: PreTrainedTokenizerFast, *, most: int) -> Iterator[Row]:
-    for example in range(min(most, len(store))):
-        sequences = store.sequences(example)
-        for number, tokens in enumerate(sequences, start=1):
-            part = f", sequence {number} of {len(sequences)}" if len(sequences) > 1 else ""
-            held_out = " (held out)" if store.arrays["held_out"][example] else ""
-            title = _harmless(f"{store.place(example)}{part}{held_out}")
-            yield {"title": title, "parts": list(painted(tokens, tokenizer))}
-
-
-def _print_text(shown: Sequence[Row], facts: Sequence[str]) -> None:
-    paint = _coloured if sys.stdout.isatty() and "NO_COLOR" not in os.environ else _bracketed
-    for row in shown:
-        print(f"--- {row['title']}\n{paint(row['parts'])}\n")
-    print("\n".join(facts))
+            yield store.place(example), held_out, tokens, list(painted(tokens, tokenizer))
 
 
 def _coloured(parts: Sequence[Part]) -> str:

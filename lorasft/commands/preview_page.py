@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 PAGE = """<!doctype html>
@@ -23,8 +23,8 @@ button,input{font:inherit;padding:.2em .6em}
 input{width:24em;max-width:60%}
 li{margin:.1em 0;white-space:pre-wrap}
 </style>
-<h1>What is learned</h1>
-<p><mark>Marked text</mark> is learned, grey text is context, <b>special tokens</b> are coloured.</p>
+<h1>What is supervised</h1>
+<p><mark>Marked text</mark> is supervised, grey text is context, <b>special tokens</b> are coloured.</p>
 <details open><summary>The whole set</summary><ul>@FACTS@</ul></details>
 <nav><input id="search" type="search" placeholder="search in the text" aria-label="search">
 <button id="back">&larr;</button> <span id="where"></span> <button id="on">&rarr;</button></nav>
@@ -35,8 +35,8 @@ li{margin:.1em 0;white-space:pre-wrap}
 const all = JSON.parse(document.getElementById("data").textContent), size = 10;
 const [rows, where, search] = ["rows", "where", "search"].map(id => document.getElementById(id));
 let found = all, first = 0;
-function part([text, learned, special]) {
-  const node = document.createElement(learned ? "mark" : "span");
+function part([text, supervised, special]) {
+  const node = document.createElement(supervised ? "mark" : "span");
   const inner = special ? node.appendChild(document.createElement("b")) : node;
   inner.textContent = text;
   return node;
@@ -66,10 +66,11 @@ if (location.hash) { search.value = decodeURIComponent(location.hash.slice(1)); 
 """
 
 
-def make_page(rows: Sequence[dict[str, Any]], facts: Sequence[str]) -> str:
-    """The page of `rows`, each {"title", "parts": [[text, learned, special], ...]}, and lines of facts."""
+def make_page(rows: Iterable[tuple[str, Any]], facts: Iterable[str]) -> str:
+    """The page of `rows`, each a title and its parts [[text, supervised, special], ...], and lines of facts."""
     # Text of the data never becomes markup: it is JSON without "<", and the script puts it in as text.
-    data = json.dumps(list(rows), ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
+    objects = [{"title": title, "parts": parts} for title, parts in rows]
+    data = json.dumps(objects, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
     items = "".join(f"<li>{html.escape(fact)}</li>" for fact in facts)
     before, between, after = PAGE.replace("@DATA@", "@FACTS@").split("@FACTS@")
     return before + items + between + data + after

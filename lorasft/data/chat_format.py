@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lorasft.data.encoding import FIRST, MARK, TextEncoder
-from lorasft.data.examples import Example, Message
-from lorasft.data.reasoning import reasoning_of, without_reasoning
+from lorasft.data.examples import Example, Message, reasoning_of, without_reasoning
 from lorasft.data.sources import RowLocation
 from lorasft.data.templates import render, render_within_limits, set_template
 from lorasft.data.tokenizer import control_tokens
@@ -43,15 +42,11 @@ class TemplateStyle:
 
 @dataclass(frozen=True)
 class AnswerSpan:
-    """Characters of a text: the prompt ends at `prompt`; `start` to `end` is supervised.
-
-    `masked`: characters of reasoning before `start`, which are context.
-    """
+    """Characters of a text: the prompt ends at `prompt`; `start` to `end` is supervised."""
 
     prompt: int
     start: int
     end: int
-    masked: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,10 @@ class MarkedText:
 
 
 class ChatFormat:
-    """A tokenizer and the template of a recipe: what a server feeds, and what ends an answer."""
+    """A tokenizer and the template of a recipe: what a server feeds, what ends an answer, and where answers are.
+
+    Conversations are rendered within the caller's limits.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, chat: ChatSettings) -> None:
         """Sets the recipe's template on `tokenizer`. Raises ModelError when they do not go together."""
@@ -73,8 +71,11 @@ class ChatFormat:
         self.chat = chat
         self.style = read_style(tokenizer)
         self.encoder = TextEncoder(tokenizer, prompt=self.style.prompt)
+        self._end = self.style.end_of_turn.strip()
+        self._ends = (*self.encoder.control, *([self._end] if self._end else ()))
+        self._only_ends = re.compile("|".join([r"\s", *map(re.escape, _turn_ends(tokenizer))]).join(("(?:", ")*")))
         self._control = re.compile("|".join(map(re.escape, (*self.encoder.control, MARK))))
-        end = tokenizer.backend_tokenizer.encode(self.style.end_of_turn.strip(), add_special_tokens=False).ids[-1:]
+        end = tokenizer.backend_tokenizer.encode(self._end, add_special_tokens=False).ids[-1:]
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.stop_ids = tuple(dict.fromkeys([*end, *eos]))  # what ends an answer, the usual one first
         if not self.stop_ids:
@@ -101,25 +102,10 @@ class ChatFormat:
 
     def _replace_control(self, found: re.Match[str]) -> str:
         token = found.group()
-        if token == MARK:
-            raise DataError("the text holds U+FFFFE, which is not a character")
-        if self.chat.control_tokens == "error":
+        if self.chat.control_tokens == "error" or token == MARK:
             hint = "if it is meant as plain text: chat.control_tokens=as_text"
             raise DataError(f"the content holds the control token {token}", hint=hint)
         return MARK + chr(FIRST + self.encoder.control.index(token))
-
-
-class AnswerLocator:
-    """Renders conversations with a tokenizer's template, within the caller's limits, and finds the answers in them."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, style: TemplateStyle, *, mask_reasoning: bool) -> None:
-        """`mask_reasoning`: reasoning is context, not supervised."""
-        self._tokenizer = tokenizer
-        self._style = style
-        self._mask_reasoning = mask_reasoning
-        self._end = style.end_of_turn.strip()
-        self._ends = (*control_tokens(tokenizer), *([self._end] if self._end else ()))
-        self._only_ends = re.compile("|".join([r"\s", *map(re.escape, _turn_ends(tokenizer))]).join(("(?:", ")*")))
 
     def mark(self, example: Example, targets: Sequence[int]) -> tuple[MarkedText, ...]:
         """One text that holds all answers (`targets`: message indices), or one per answer where that is not exact."""
@@ -137,7 +123,7 @@ class AnswerLocator:
         """The conversation up to one answer, exactly as it is when that answer is the last."""
         message = example.messages[target]
         text, prompt = self.render(example, target + 1), self._prompt(example, target)
-        base = prompt.removesuffix(self._style.prompt_only)
+        base = prompt.removesuffix(self.style.prompt_only)
         if not text.startswith(base) and reasoning_of(message):
             bare = _with_message(example, target, without_reasoning(message))
             if self.render(bare, target + 1).startswith(base):
@@ -155,8 +141,9 @@ class AnswerLocator:
             what = f"the chat template leaves out the tool calls of message {target + 1}"
             raise DataError(what, hint="chat.template=FILE with a template that renders them")
         start, end, add_eos = self._locate(region, message)
-        masked = self._count_reasoning(region[start:end], example, target) if self._masks(message) else 0
-        answer = AnswerSpan(len(prompt), len(prompt) + start + masked, len(prompt) + end, masked)
+        if self._masks(message):
+            start += self._count_reasoning(region[start:end], example, target)
+        answer = AnswerSpan(len(prompt), len(prompt) + start, len(prompt) + end)
         return MarkedText(prompt + (region[:end] if add_eos else region), (answer,), add_eos)
 
     def _locate_earlier(self, text: str, example: Example, target: int) -> AnswerSpan | None:
@@ -165,7 +152,7 @@ class AnswerLocator:
         if not text.startswith(before):
             return None
         prompt = len(before)
-        message, style = example.messages[target], self._style
+        message, style = example.messages[target], self.style
         if style.end_of_turn and not message.get("tool_calls") and not self._masks(message):
             start = prompt + len(style.answer_prefix)
             end = start + len(message["content"]) + len(style.end_of_turn)
@@ -179,7 +166,7 @@ class AnswerLocator:
         """Start and end of what is supervised in the text after the prompt, and whether an EOS has to be added."""
         end = self._end_of_turn(region)
         stop = len(region) if end is None else len(region[:end].removesuffix(self._end))
-        prefix = len(self._style.answer_prefix) if region.startswith(self._style.answer_prefix) else 0
+        prefix = len(self.style.answer_prefix) if region.startswith(self.style.answer_prefix) else 0
         # Whatever is before a row's own text is the template's. Rewritten content, reasoning, tool calls: all of it
         # comes from the row, but for the template's usual prefix.
         said = self._find_said(region, message["content"], prefix, stop) if message.keys() <= PLAIN_KEYS else None
@@ -211,7 +198,7 @@ class AnswerLocator:
         return after_last
 
     def _masks(self, message: Message) -> bool:
-        return self._mask_reasoning and bool(reasoning_of(message))
+        return self.chat.thinking == "mask" and bool(reasoning_of(message))
 
     def _count_reasoning(self, said: str, example: Example, target: int) -> int:
         """How many characters of an answer are its reasoning: it ends as it would had there been none."""
@@ -225,11 +212,11 @@ class AnswerLocator:
 
     def _prompt(self, example: Example, target: int) -> str:
         """What a server would render before the message `target`."""
-        return render_within_limits(self._tokenizer, example.messages[:target], example.tools, generation_prompt=True)
+        return render_within_limits(self.tokenizer, example.messages[:target], example.tools, generation_prompt=True)
 
     def render(self, example: Example, upto: int) -> str:
         """The conversation up to a message, nothing to be answered."""
-        return render_within_limits(self._tokenizer, example.messages[:upto], example.tools)
+        return render_within_limits(self.tokenizer, example.messages[:upto], example.tools)
 
 
 def read_style(tokenizer: PreTrainedTokenizerFast) -> TemplateStyle:

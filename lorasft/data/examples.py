@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +36,8 @@ NEEDED = {  # format -> the columns that make it
     "prompt-completion": ("prompt", "completion"),
     "text": ("text",),
 }
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that transformers reads, in its order
+INLINE = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
@@ -129,8 +132,6 @@ def _find_format(raw: Raw, place: RowLocation, source: DataSource, settings: Dat
 def shape_block(block: RowBlock, settings: DataSettings, *, report: Report) -> Iterator[Example]:
     """The examples of a block, within their source's share. Raises DataError after them when the file ends wrong."""
     columns, share = block.source.columns or settings.columns or {}, block.source.share
-    if block.kind:
-        report.formats[block.file] = block.kind
     for line, raw in block.rows:
         place = RowLocation(block.file, line)
         try:
@@ -192,6 +193,20 @@ def normalize_tools(tools: Any) -> tuple[dict[str, Any], ...] | None:
             raise DataError("a tool must be an object")
         wrapped.append(tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool})
     return tuple(wrapped)
+
+
+def reasoning_of(message: Message) -> str:
+    """The reasoning of a message, without tags; empty when there is none."""
+    field = next((str(message[name]) for name in REASONING if message.get(name)), "")
+    inline = INLINE.match(message["content"])
+    return (field or (inline.group(1) if inline else "")).strip()
+
+
+def without_reasoning(message: Message) -> Message:
+    """The message as it would be had there been no reasoning."""
+    kept = {name: value for name, value in message.items() if name not in REASONING}
+    inline = INLINE.match(message["content"])
+    return {**kept, "content": message["content"][inline.end() :]} if inline else kept
 
 
 def _list_messages(row: Row, kind: str) -> list[Any]:

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from lorasft.data.chat_format import AnswerLocator, AnswerSpan, ChatFormat, MarkedText, name_of
+from lorasft.data.chat_format import ChatFormat, MarkedText, name_of
 from lorasft.data.encoding import Encoded
-from lorasft.data.examples import BLOCK, Example, Message
-from lorasft.data.reasoning import FIELDS, reasoning_of, without_reasoning
+from lorasft.data.examples import BLOCK, Example, Message, reasoning_of, without_reasoning
 from lorasft.data.report import Report
-from lorasft.data.templates import MERGE_SYSTEM, limits
+from lorasft.data.templates import limits
 from lorasft.data.tokenizer import adds_bos
 from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs
 from lorasft.errors import DataError
@@ -32,10 +31,8 @@ class Labeler:
         self.chat = chat_format.chat
         self.data = data
         tokenizer = chat_format.tokenizer
-        self.locator = AnswerLocator(tokenizer, chat_format.style, mask_reasoning=self.chat.thinking == "mask")
         self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self.eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        self._merges_system = MERGE_SYSTEM in str(tokenizer.chat_template)
 
     def encode_all(
         self, examples: Iterable[Example], *, report: Report
@@ -72,17 +69,16 @@ class Labeler:
             return (MarkedText(example.text, (), add_eos=True),)
         if self.chat.thinking == "drop":
             example = _drop_reasoning(example, report)
-        report.merged_systems += self._merges_system and example.messages[0]["role"] == "system"
         if self.chat.supervise == "everything":
-            return (MarkedText(self.locator.render(example, len(example.messages)), ()),)
+            return (MarkedText(self.format.render(example, len(example.messages)), ()),)
         targets = self._targets(example.messages)
         if not targets:
             _drop_without_target(example, report)
-        texts = self.locator.mark(example, targets)
+        texts = self.format.mark(example, targets)
         report.split_conversations += len(texts) > 1
         answers = ((marked, answer) for marked in texts for answer in marked.answers)
         for target, (marked, answer) in zip(targets, answers, strict=True):
-            self._count_losses(example.messages[target], target, marked.text, answer, report)
+            self._check_reasoning(example.messages[target], target, marked.text[answer.prompt : answer.end], report)
         if example.tools and not any(name_of(tool) in marked.text for tool in example.tools for marked in texts):
             report.tools_left_out += 1
         return texts
@@ -97,20 +93,14 @@ class Labeler:
             return [index for index in answers if messages[index].get("train", not some)]
         return answers
 
-    def _count_losses(self, message: Message, target: int, text: str, answer: AnswerSpan, report: Report) -> None:
-        """Count what the template changed or left out. Raises DataError for reasoning that must not be lost."""
+    def _check_reasoning(self, message: Message, target: int, rendered: str, report: Report) -> None:
+        """Count reasoning that is not in the `rendered` answer. Raises DataError where it must not be lost."""
         reasoning = reasoning_of(message)
-        if reasoning and reasoning not in text[answer.start - answer.masked : answer.end]:
+        if reasoning and reasoning not in rendered:
             if self.chat.thinking == "error":
                 what = f"the template drops the reasoning of message {target + 1}"
                 raise DataError(what, hint="chat.thinking=follow_template or drop")
             report.dropped_reasoning += len(reasoning)
-        report.masked_reasoning += answer.masked
-        report.led_answers += bool(text[answer.prompt : answer.start - answer.masked].strip())
-        if not message.get("tool_calls"):  # their content is rewritten altogether; the locator looks after the calls
-            field = reasoning if any(message.get(name) for name in FIELDS) else ""
-            shown = answer.end - answer.start + answer.masked - len(self.format.style.end_of_turn)
-            report.dropped_characters += max(0, len(message["content"].strip()) + len(field) - shown)
 
     def _label(self, texts: Sequence[MarkedText], encoded: Mapping[str, Encoded], report: Report) -> list[Tokens]:
         """Ids and labels; `encoded`: each text, and each prompt."""
@@ -128,19 +118,16 @@ class Labeler:
                 alone.append(replace(marked, answers=marked.answers[-1:]))
                 return self._label(alone, self.format.encoder.encode(_texts_of(alone)), report)
             if not fits:
-                report.straddling_tokens += 1
                 cut = marked.answers[0].prompt
                 whole, count = self.format.encoder.encode_apart(marked.text[:cut], marked.text[cut:])
                 prompts = [whole.ids[:count]]
-            tokens = self._supervise_answers(marked, whole, prompts, report)
+            tokens = self._supervise_answers(marked, whole, prompts)
             report.answers += len(prompts)
             report.parity_breaks += parity_breaks(tokens, prompts)
             labelled.append(tokens)
         return labelled
 
-    def _supervise_answers(
-        self, marked: MarkedText, whole: Encoded, prompts: Sequence[list[int]], report: Report
-    ) -> Tokens:
+    def _supervise_answers(self, marked: MarkedText, whole: Encoded, prompts: Sequence[list[int]]) -> Tokens:
         ids = np.array(whole.ids + (self.eos if marked.add_eos else []), dtype=np.int32)
         labels = np.full(len(ids), UNSUPERVISED, dtype=np.int32)
         for answer, prompt in zip(marked.answers, prompts, strict=True):
@@ -151,7 +138,6 @@ class Labeler:
                 # part of the word after it.
                 before = bool(marked.text[start : answer.start].strip())
                 after = bool(marked.text[answer.end : stop].strip())
-                report.straddling_tokens += before + after
                 supervised = slice(max(first + before, len(prompt)), end - after)
                 labels[supervised] = ids[supervised]
         if marked.add_eos:

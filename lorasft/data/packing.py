@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -232,8 +232,8 @@ class _Piece:
     ids: Integers
     sources: Integers
     targets: Integers
-    weight: float
-    example: int
+    weights: NDArray[np.float32]
+    examples: Integers
 
 
 def _pieces(sequences: tuple[Tokens, ...], example: int, loss: str) -> Iterator[_Piece]:
@@ -244,16 +244,15 @@ def _pieces(sequences: tuple[Tokens, ...], example: int, loss: str) -> Iterator[
             continue
         ids = tokens.ids.astype(np.int64)
         # The shift, made here and nowhere else: the token at p is predicted from position p - 1.
-        yield _Piece(ids[: places[-1]], places - 1, ids[places], weight, example)
+        weights = np.full(len(places), weight, dtype=np.float32)
+        yield _Piece(ids[: places[-1]], places - 1, ids[places], weights, np.full(len(places), example, dtype=np.int64))
 
 
 def layout_segments(pieces: list[_Piece], trees: list[Tree]) -> MicroBatch:
     """Lay trees out in a row, segment after segment, and point the pairs of each piece at the tokens it is made of."""
     segments: list[Segment] = []
-    members: list[_Piece] = []
-    ids: list[Integers] = []
-    positions: list[Integers] = []
-    sources: list[Integers] = []
+    runs: list[tuple[Integers, ...]] = []  # of each segment: ids, positions
+    pairs: list[tuple[NDArray[Any], ...]] = []  # of each piece: sources, targets, weights, examples
     for tree in trees:
         path: list[tuple[int, int]] = []  # of the last piece: number of a segment, tokens of the piece up to its end
         for place, (member, start) in enumerate(zip(tree.members, tree.common, strict=True)):
@@ -262,23 +261,14 @@ def layout_segments(pieces: list[_Piece], trees: list[Tree]) -> MicroBatch:
             for end in branch_ends(tree.common, place, len(piece.ids)):
                 begin = segments[-1].end if segments else 0
                 segments.append(Segment(begin, begin + end - start, tuple(number for number, _ in path)))
-                ids.append(piece.ids[start:end])
-                positions.append(np.arange(start, end))
+                runs.append((piece.ids[start:end], np.arange(start, end)))
                 path.append((len(segments) - 1, end))
                 start = end
             row = np.concatenate([np.arange(segments[number].start, segments[number].end) for number, _ in path])
-            members.append(piece)
-            sources.append(row[piece.sources])
-    return MicroBatch(
-        ids=np.concatenate(ids),
-        positions=np.concatenate(positions),
-        segments=tuple(segments),
-        sources=np.concatenate(sources),
-        targets=np.concatenate([piece.targets for piece in members]),
-        weights=np.concatenate([np.full(len(piece.targets), piece.weight, dtype=np.float32) for piece in members]),
-        examples=np.concatenate([np.full(len(piece.targets), piece.example, dtype=np.int64) for piece in members]),
-        learned=sum(len(piece.targets) for piece in members),
-    )
+            pairs.append((row[piece.sources], piece.targets, piece.weights, piece.examples))
+    ids, positions = map(np.concatenate, zip(*runs, strict=True))
+    sources, targets, weights, examples = map(np.concatenate, zip(*pairs, strict=True))
+    return MicroBatch(ids, positions, tuple(segments), sources, targets, weights, examples, learned=len(targets))
 
 
 def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:

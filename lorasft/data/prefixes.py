@@ -36,7 +36,7 @@ class Tree:
 def build_trees(sequences: Sequence[NDArray[np.int64]], *, capacity: int, share: Sharing) -> list[Tree]:
     """Trees over `sequences`, each of at most max(capacity, longest sequence) tokens, in the order of first members.
 
-    A tree that is too large is cut where that repeats the fewest tokens.
+    A tree that is too large is cut where it is full.
     """
     lengths = [len(ids) for ids in sequences]
     if share is False or len(sequences) < 2:
@@ -81,25 +81,14 @@ def drop_small_nodes(common: Sequence[int], *, cost: int) -> list[int]:
 
 
 def split_tree(lengths: Sequence[int], common: Sequence[int], *, limit: int) -> list[tuple[int, int]]:
-    """Cut a tree into stretches of members of at most `limit` tokens, with the fewest tokens computed in all.
-
-    Of two ways that compute as many the one in fewer stretches. A member alone is always allowed.
-    """
-    if sum(lengths) - sum(common) <= limit:
-        return [(0, len(lengths))]
-    best: list[tuple[int, int, int]] = [(0, 0, 0)]  # for the members before each place: tokens, stretches, last cut
-    for end in range(1, len(lengths) + 1):
-        tokens, choices = 0, []
-        for start in range(end - 1, -1, -1):
-            tokens += lengths[start] - (common[start + 1] if start + 1 < end else 0)
-            if tokens > limit and start + 1 < end:
-                break
-            choices.append((best[start][0] + tokens, best[start][1] + 1, start))
-        best.append(min(choices))
-    cuts = [len(lengths)]
-    while cuts[-1]:
-        cuts.append(best[cuts[-1]][2])
-    return list(zip(cuts[:0:-1], cuts[-2::-1], strict=True))
+    """Cut a tree into stretches of members of at most `limit` tokens; a member alone is always allowed."""
+    cuts, tokens = [0], 0
+    for place, (length, shared) in enumerate(zip(lengths, common, strict=True)):
+        tokens += length - shared
+        if tokens > limit and place:
+            cuts.append(place)
+            tokens = length
+    return list(pairwise([*cuts, len(lengths)]))
 
 
 def branch_ends(common: Sequence[int], place: int, length: int) -> list[int]:

@@ -85,7 +85,7 @@ def prepare(
         record = _write_store(stage, data, labeler, workers or available_workers())
         record |= {"key": key, "ingredients": ingredients, "stop_ids": labeler.format.stop_ids}
         write_file(stage / "prepared.json", json.dumps(record).encode())
-    return _open(target)
+    return open_prepared(target)
 
 
 def open_prepared(folder: Path) -> Prepared:
@@ -94,10 +94,6 @@ def open_prepared(folder: Path) -> Prepared:
     Raises ModelError when a file is missing or differs, or when a version made it that laid it out otherwise.
     """
     verify_folder(folder)
-    return _open(folder)
-
-
-def _open(folder: Path) -> Prepared:
     record = json.loads((folder / "prepared.json").read_bytes())
     if record["ingredients"]["schema"] != SCHEMA:
         raise ModelError("another version of lorasft prepared this data", where=str(folder))
@@ -132,6 +128,14 @@ def make_key(ingredients: dict[str, Any]) -> str:
 def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, Any]:
     """Everything that the tokens are made from, as JSON values. Raises DataError when a source is missing."""
     tokenizer = chat_format.tokenizer
+    files: dict[str, str] = {}
+    for source, _ in _sources(data):
+        found = source_files(source.path)
+        files.update((str(file), sha256(file)) for file in found)
+        if not found:
+            files[" ".join(filter(None, (source.path, source.config, source.split)))] = str(
+                load_hub(source)._fingerprint
+            )
     return {
         "schema": SCHEMA,
         "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "jinja2", "transformers")},
@@ -141,7 +145,7 @@ def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, A
         "probe": chat_format.style.text,  # holds today's date where the template writes it
         "chat": chat_format.chat.model_dump(mode="json"),
         "data": data.model_dump(mode="json"),
-        "files": dict(entry for source, _ in _sources(data) for entry in _source_hashes(source)),
+        "files": files,
     }
 
 
@@ -149,12 +153,6 @@ def _sources(data: DataSettings) -> list[tuple[DataSource, bool]]:
     """All sources of the recipe, and whether they are held out."""
     apart = data.eval if isinstance(data.eval, tuple) else ()
     return [*((source, False) for source in data.train), *((source, True) for source in apart)]
-
-
-def _source_hashes(source: DataSource) -> list[tuple[str, str]]:
-    files = source_files(source.path)
-    name = " ".join(filter(None, (source.path, source.config, source.split)))
-    return [(str(file), sha256(file)) for file in files] or [(name, str(load_hub(source)._fingerprint))]
 
 
 def encode_source(
@@ -280,23 +278,19 @@ def held_out_below(digests: Digests, share: float) -> int:
 
 def _refuse_losses(data: DataSettings, report: Report) -> None:
     """Raise DataError when more of the rows were dropped than the recipe allows, or nothing is left."""
-    dropped = report.dropped_examples()
-    lengths = ", ".join(f"{name}: {length}" for name, length in report.length_quantiles().items())
-    hint = f"lengths in tokens {lengths}; data.max_length is {data.max_length}, data.max_dropped {data.max_dropped}"
-    if data.overlong == "split" and report.over_long_examples:
-        hint += "; data.overlong=split cuts texts only, and drops conversations"
-    what = (
-        f"{dropped} of {report.rows} rows dropped ({report.bad_rows} bad, {report.over_long_examples} over-long, "
-        f"{report.examples_without_target} with nothing to learn)"
-    )
-    if dropped > data.max_dropped * report.rows:
-        raise DataError(what, where=_paths(data), hint=hint)
     if report.parity_breaks:
         what = f"{report.parity_breaks} of {report.answers} answers do not follow what a server would feed"
         hint = "a bug in lorasft: please report the template and one row"
         raise DataError(what, where=_paths(data), hint=hint)
-    if not report.train_examples:
-        raise DataError(f"nothing to train on: {what}", where=_paths(data), hint=hint)
+    dropped = report.dropped_examples()
+    if dropped > data.max_dropped * report.rows or not report.train_examples:
+        what = (
+            f"{dropped} of {report.rows} rows dropped ({report.bad_rows} bad, {report.over_long_examples} over-long, "
+            f"{report.examples_without_target} with nothing to learn): {report.train_examples} to train on"
+        )
+        lengths = ", ".join(f"{name}: {length}" for name, length in report.length_quantiles().items())
+        hint = f"lengths in tokens {lengths}; data.max_length is {data.max_length}, data.max_dropped {data.max_dropped}"
+        raise DataError(what, where=_paths(data), hint=hint)
 
 
 def _paths(data: DataSettings) -> str:

@@ -30,14 +30,8 @@ class Report:
     sequences: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
-    led_answers: int = 0  # after text that the template puts between prompt and answer, such as an empty thought
-    straddling_tokens: int = 0
-    merged_systems: int = 0  # conversations whose system text is put into the first user turn
-    dropped_characters: int = 0
     dropped_reasoning: int = 0  # characters: by the template, or by chat.thinking
-    masked_reasoning: int = 0  # characters of the template's text: context by chat.thinking
     tools_left_out: int = 0
-    formats: dict[str, str] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)  # of the first rows that are not trained on: "file:line: why"
     errors: list[LorasftError] = field(default_factory=list, repr=False)  # of bad rows that are not to be dropped
     lengths: list[int] = field(default_factory=list, repr=False)  # the longest sequence of each example
@@ -71,10 +65,7 @@ class Report:
     def join(self, later: Report) -> None:
         """Take in what became of rows that come after. Raises ErrorGroup from 20 errors on: more help nobody."""
         for name, value in vars(later).items():
-            if isinstance(value, dict):
-                getattr(self, name).update(value)
-            else:
-                setattr(self, name, getattr(self, name) + value)
+            setattr(self, name, getattr(self, name) + value)
         del self.dropped[NAMED:], self.errors[ErrorGroup.most :]
         if len(self.errors) == ErrorGroup.most:
             self.raise_errors()

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from lorasft.data.reasoning import FIELDS
+from lorasft.data.examples import REASONING
 from lorasft.data.tokenizer import adds_bos
 from lorasft.errors import DataError, ModelError, UnsafeError
 
@@ -168,7 +168,7 @@ def _join(pieces: Iterable[str]) -> str:
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     """The message with its reasoning under both names that templates read, as transformers gives it to them."""
-    reasoning = next((message[name] for name in FIELDS if message.get(name) is not None), None)
+    reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 

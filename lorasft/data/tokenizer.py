@@ -1,4 +1,4 @@
-"""The tokenizer, loaded and checked against its own file."""
+"""The tokenizer, loaded; which texts are its control tokens."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenize
         tokenizer = AutoTokenizer.from_pretrained(
             base, revision=revision, use_fast=True, trust_remote_code=False, local_files_only=local
         )
-        if getattr(tokenizer, "is_fast", False):
-            tokenizer.backend_tokenizer.encode("a")  # a file at odds with itself shows here
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError("it is a slow one, and labels need a fast one")
+        tokenizer.backend_tokenizer.encode("a")  # a file at odds with itself shows here
     except BaseException as fault:  # transformers, its parsers and the hub raise a dozen kinds here
         if not isinstance(fault, Exception) and type(fault).__name__ != "PanicException":  # the one of tokenizers
             raise
@@ -43,9 +44,6 @@ def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenize
             what = "no tokenizer.json in this folder"
         hint = "the folder needs a tokenizer.json that is whole; or name another base"
         raise ModelError(what, where=base, hint=hint) from None
-    if not getattr(tokenizer, "is_fast", False):
-        hint = "convert it: the folder needs a tokenizer.json"
-        raise ModelError("this base has only a slow tokenizer, and labels need a fast one", where=base, hint=hint)
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer

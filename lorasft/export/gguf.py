@@ -34,17 +34,6 @@ class Tensor:
     size: int  # bytes
 
 
-@dataclass(frozen=True)
-class Written:
-    """What an export did."""
-
-    file: Path
-    architecture: str
-    type: str
-    tensors: int
-    size: int  # bytes of the file
-
-
 def load_library() -> Any:
     """The package gguf, which is an extra. Raises DeviceError when it is not installed."""
     try:
@@ -55,7 +44,7 @@ def load_library() -> Any:
     return gguf
 
 
-def write_gguf(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progress | None = None) -> Written:
+def write_gguf(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progress | None = None) -> dict[str, Any]:
     """Write the model in the folder `model`, with its tokenizer and chat template, to the new file `out`.
 
     Matrices become `kind`, what is not a matrix fp32. Raises ModelError for what llama.cpp would not read or compute
@@ -84,7 +73,8 @@ def write_gguf(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progr
                 if on_progress:
                     on_progress(done, total)
             size = file.tell()
-    return Written(out, layout.family.name, kind, len(tensors) + len(layout.extra), size)
+    count = len(tensors) + len(layout.extra)
+    return {"file": str(out), "architecture": layout.family.name, "type": kind, "tensors": count, "size": size}
 
 
 def _find_tensors(gguf: Any, model: Path, layout: GgufLayout, kind: Kind) -> Iterator[Tensor]:

@@ -8,16 +8,15 @@ compared with the chat template on conversations of several shapes; where it doe
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorasft.artifact import read_stops
 from lorasft.data.templates import CLOCK, render
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import DataError, ModelError
-from lorasft.export.gguf import Kind, Progress, Written, write_gguf
+from lorasft.export.gguf import Kind, Progress, write_gguf
 from lorasft.export.tokenizer import starts_with_bos
 from lorasft.files import staged_folder, write_file
 
@@ -37,7 +36,7 @@ Joints = dict[tuple[str, str], str]
 
 def write_ollama(
     model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progress | None = None
-) -> tuple[Written, bool]:
+) -> tuple[dict[str, Any], bool]:
     """Write the new folder `out`: model.gguf and Modelfile. Also returns whether system messages have a place.
 
     Raises ModelError when the chat template cannot be written as a Go template, and what write_gguf raises.
@@ -50,7 +49,7 @@ def write_ollama(
     with staged_folder(out) as stage:
         written = write_gguf(model, stage / WEIGHTS, kind=kind, on_progress=on_progress)
         write_file(stage / MODELFILE, modelfile.encode())
-    return replace(written, file=out / WEIGHTS), _has_system(joints)
+    return {**written, "file": str(out / WEIGHTS)}, _has_system(joints)
 
 
 def find_joints(tokenizer: PreTrainedTokenizerFast, *, where: str) -> Joints:

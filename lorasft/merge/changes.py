@@ -38,10 +38,9 @@ def read_changes(artifact: Artifact, places: ParameterMap) -> dict[str, Change]:
             for name, part in reader.find_tensors(parameter, change):
                 first = changes.setdefault(name, part)
                 if first is not part:  # a whole embedding may be adapted as well; all else has one change
-                    wholes = (first.replacement is not None and not first.product, part.replacement is not None)
-                    if wholes != (True, False) or part.shape != first.shape:
+                    if first.replacement is None or first.product or part.replacement is not None:
                         raise reader.error(f"the adapter changes {name} more than once")
-                    changes[name] = replace(part, replacement=first.replacement)
+                    changes[name] = replace(part, replacement=first.replacement.view(part.shape))
     except (RuntimeError, ValueError, IndexError) as error:  # of torch, for shapes that fit nothing
         raise reader.error(f"A and B do not fit the base: {error}") from None
     if not changes:
@@ -80,19 +79,19 @@ class AdapterReader:
         for parameter, change in self._list_changes():
             whole = change.replacement
             tall = vocabulary is None or vocabulary in change.shape or whole is not None
-            if not tall or parameter not in self.places.tied:  # to ask what is tied takes the model
+            if not (tall and self.places.tied and parameter in self.places.embeddings):  # to ask takes the model
                 yield parameter, change
             elif whole is not None:
                 twins[parameter] = whole
             elif change.token_rows:
-                yield from ((twin, change) for twin in self.places.stored_twins)
+                yield from ((twin, change) for twin in self.places.stored_embeddings)
             else:
                 raise self.error(f"{parameter} is tied to its twin, which the adapter does not change along")
         if twins:
             first, *others = twins.values()
-            if len(twins) < len(self.places.tied) or not all(torch.equal(first, other) for other in others):
+            if len(twins) < len(self.places.embeddings) or not all(torch.equal(first, other) for other in others):
                 raise self.error(f"{next(iter(twins))} is tied to its twin, which was not trained along")
-            yield from ((twin, _replace_with(first)) for twin in self.places.stored_twins)
+            yield from ((twin, _replace_with(first)) for twin in self.places.stored_embeddings)
 
     def find_tensors(self, parameter: str, change: Change) -> Iterator[tuple[str, Change]]:
         """The tensors of the files that a parameter's change concerns, and what becomes of each."""
@@ -115,13 +114,7 @@ class AdapterReader:
             yield self._explain(name), _replace_with(tensor)
         wrapped = self._find_wrapped() if self.config.get("target_parameters") else {}
         for module, parts in self.modules.items():
-            if module not in wrapped:
-                yield from self._read_module(module, parts)
-        for module, parameter in wrapped.items():
-            parts = self.modules.get(module, {})
-            if parts.keys() != {_A, _B}:
-                raise self.error(f"{parameter} has {', '.join(parts) or 'no A and B'}: not what LoRA makes")
-            yield parameter, _add(self._read_wrapped(parameter, parts[_A], parts[_B]))
+            yield from self._read_module(module, parts, wrapped.get(module))
 
     def _explain(self, name: str) -> str:
         """The parameter that a whole tensor replaces. Raises ModelError unless the config has a reason for it."""
@@ -137,10 +130,15 @@ class AdapterReader:
             return parameter
         raise self.error(f"nothing in the adapter's config explains {name}")
 
-    def _read_module(self, module: str, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Change]]:
+    def _read_module(
+        self, module: str, parts: Mapping[str, Tensor], wrapped: str | None
+    ) -> Iterator[tuple[str, Change]]:
+        """What its parts do to a module, or to the parameter `wrapped`."""
         weight, names, dora = f"{module}.weight", parts.keys(), bool(self.config.get("use_dora"))
         linear = {_A, _B, _MAGNITUDE} if dora else {_A, _B}
-        if names - {_BIAS} == linear:
+        if wrapped and names == linear:
+            yield wrapped, _add(self._read_wrapped(wrapped, parts[_A], parts[_B]))
+        elif names - {_BIAS} == linear:
             product = self._multiply(module, parts[_B], parts[_A], transposed=self.conv1d)
             yield weight, replace(_add(product), magnitude=parts.get(_MAGNITUDE))
             if _BIAS in parts:
@@ -151,8 +149,8 @@ class AdapterReader:
         elif names == {_TOKENS}:
             yield weight, self._read_tokens(module, parts[_TOKENS])
         else:
-            wanted = f"{', '.join(sorted(linear))}{' with use_dora' if dora else ''}"
-            raise self.error(f"{module} has {', '.join(names)}: LoRA makes {wanted}")
+            wanted = f"{', '.join(sorted(linear))}{' with use_dora' * dora}"
+            raise self.error(f"{wrapped or module} has {', '.join(names)}: LoRA makes {wanted}")
 
     def _look_up(self, patterns: str, path: str) -> Any:
         """What the config's `patterns` say of a module, by PEFT's rule: the first that ends its path."""
@@ -233,7 +231,7 @@ def _refuse_misfits(changes: Mapping[str, Change], reader: AdapterReader) -> Non
         if change.replacement is None or len(change.shape) != 2 or change.shape[1:] != shape[1:]:
             raise reader.error(f"{name} is {shape}, the adapter fits {change.shape}")
     if resized:
-        embeddings = {places.find(parameter) for parameter in places.stored_twins or places.embeddings}
+        embeddings = {places.find(parameter) for parameter in places.stored_embeddings}
         heights = {(changes.get(name) or places.specs[name]).shape[0] for name in embeddings}
         if not resized <= embeddings or len(heights) > 1:
             raise reader.error(f"the adapter gives {', '.join(sorted(resized))} another height alone")

@@ -46,9 +46,13 @@ class MergeCheck:
     which the likeliest one is the same; nll, its own loss in nats a token.
     """
 
-    def __init__(self, artifact: Artifact, rows: Sequence[Tokens], *, origin: str) -> None:
-        """Loads what was trained, asks it and lets it go. `origin`: where the rows come from."""
-        self.artifact, self.rows, self.origin = artifact, rows, origin
+    def __init__(self, artifact: Artifact, data: DataSource | None) -> None:
+        """Loads what was trained, asks it and lets it go. On the held-out rows of the run, those in `data`, or a text.
+
+        Raises DataError without rows.
+        """
+        rows, self.origin = _choose_rows(artifact, data)
+        self.artifact, self.rows = artifact, rows
         self.table: dict[str, dict[str, float]] = {}
         targets = [row.labels[row.labels != UNSUPERVISED] for row in rows]
         self.lengths = [len(part) for part in targets]
@@ -56,11 +60,9 @@ class MergeCheck:
         self.four_bit = artifact.model.quantization == "nf4"
         model = _load(artifact)
         self.trained = log_probs(model, rows)
-        with model.disable_adapter():
-            untuned = log_probs(model, rows)
-        del model
         self._compare("trained", self.trained)
-        self._compare("without the adapter", untuned)
+        with model.disable_adapter():
+            self._compare("without the adapter", log_probs(model, rows))
 
     @cached_property
     def original(self) -> Tensor:
@@ -88,11 +90,10 @@ class MergeCheck:
     def verify(self, merged: Path, onto: Onto) -> None:
         """Ask the merged weights. Raises ModelError when they differ from base and adapter by more than rounding."""
         wanted = self.original if onto == "original" else self.trained
-        off = mean_kl(wanted, self.ask(merged, "merged"))
-        learned = self.table["without the adapter"]["kl"]
-        if not off <= max(learned, _ROUNDING):
+        off, moved = mean_kl(wanted, self.ask(merged, "merged")), self.table["without the adapter"]["kl"]
+        if not off <= max(moved, _ROUNDING):
             what = f"the merged model does not answer like its base with the adapter: {off:.1e} nats a token apart"
-            raise ModelError(what, where=str(merged), hint=f"the adapter moves the base by {learned:.1e}")
+            raise ModelError(what, where=str(merged), hint=f"the adapter moves the base by {moved:.1e}")
 
     def ask(self, folder: Path, name: str) -> Tensor:
         """Ask the model in `folder` and put it into the table. Returns its log-probabilities."""
@@ -110,8 +111,8 @@ class MergeCheck:
         return torch.stack([-part.sum() for part in parts])
 
 
-def make_check(artifact: Artifact, data: DataSource | None) -> MergeCheck:
-    """A check on the held-out rows of the run, on those in `data`, or on a text. Raises DataError without rows."""
+def _choose_rows(artifact: Artifact, data: DataSource | None) -> tuple[list[Tokens], str]:
+    """As many rows as are compared, and where they come from."""
     config = artifact.base_config
     vocabulary = config.get("vocab_size") or config["text_config"]["vocab_size"]
     most = max(1, min(_PAIRS, _BYTES // (4 * vocabulary)))
@@ -125,7 +126,7 @@ def make_check(artifact: Artifact, data: DataSource | None) -> MergeCheck:
             pairs += supervised
     if not kept:
         raise DataError("no row has anything to compare answers on", where=origin)
-    return MergeCheck(artifact, kept, origin=origin)
+    return kept, origin
 
 
 def log_probs(model: Any, rows: Sequence[Tokens]) -> Tensor:

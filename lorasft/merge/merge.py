@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,21 +35,6 @@ TEMPLATE = "chat_template.jinja"
 _SIDECARS = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 
 
-@dataclass(frozen=True)
-class Merged:
-    """What a merge did, and what was measured."""
-
-    folder: Path
-    onto: str  # original | dequantized: the weights that the update was added to
-    why: str
-    updated: int  # tensors that the adapter changes
-    unchanged: int  # of these, how many the rounding left as they were
-    copied: int  # tensors copied as they are
-    size: int  # bytes of weights
-    rows: str = ""  # what the answers were compared on
-    table: dict[str, dict[str, float]] = field(default_factory=dict)  # model -> kl, same_choice, nll
-
-
 def merge(
     artifact: Artifact,
     out: Path,
@@ -61,13 +45,13 @@ def merge(
     data: DataSource | None = None,
     force_base: bool = False,
     on_progress: Progress | None = None,
-) -> Merged:
+) -> dict[str, Any]:
     """Write the base of `artifact` with its adapter folded in to the new folder `out`.
 
-    `onto`: which weights the update is added to: the base's own, the ones that NF4 made of them, or what the answers
-    to held-out rows (or to `data`) speak for. `quantize`: write a checkpoint in NF4. `force_base`: take a base that is
-    not the one of training. Raises ModelError before anything is written when the adapter does not fit, CapacityError
-    when `out` has no room; a merge that fails, its check included, leaves nothing under `out`.
+    `onto`: which weights the update is added to: the base's own, those that NF4 made of them, or what held-out rows (or
+    `data`) speak for. `quantize`: write NF4. `force_base`: take a base that is not the one of training. Raises
+    ModelError before anything is written when the adapter does not fit, CapacityError when `out` has no room; a merge
+    that fails leaves nothing under `out`. Returns what merge.json says.
     """
     refuse_existing(out)
     artifact.verify(force_base=force_base)
@@ -82,7 +66,11 @@ def merge(
         what = "the base is stored in 4 bit: no --quantize, no --onto original"
         raise ModelError(what, hint="--base with the 16-bit original")
     need_space(out, plan.size * (2 if quantize else 1))
-    judge = _ask_trained(artifact, data) if check else None
+    judge = None
+    if check:
+        from lorasft.merge.check import MergeCheck  # takes seconds and hundreds of megabytes to import
+
+        judge = MergeCheck(artifact, data)
     chosen, why = _choose("dequantized" if plan.packed else onto, judge, quantize=quantize)
     hashes: dict[str, str] = {}
     with staged_folder(out, hashes=hashes) as stage:
@@ -95,25 +83,18 @@ def merge(
         if judge and quantize:
             judge.ask(stage, "merged, in 4 bit")
         hashes.update(found)
-        merged = Merged(
-            folder=out,
-            onto=chosen,
-            why=why,
-            updated=len(plan.changes),
-            unchanged=sum(not written[name] for name in plan.changes),
-            copied=sum(map(len, plan.targets)) - len(written),
-            size=sum((stage / name).stat().st_size for name in found),
-            rows=judge.origin if judge else "",
-            table=judge.table if judge else {},
-        )
-        _write_record(stage, artifact, merged, adapter_hash=adapter_hash, hashes=hashes)
-    return merged
-
-
-def _ask_trained(artifact: Artifact, data: DataSource | None) -> MergeCheck:
-    from lorasft.merge.check import make_check  # takes seconds and hundreds of megabytes to import
-
-    return make_check(artifact, data)
+        done = {
+            "adapter": adapter_hash,
+            "onto": chosen,
+            "why": why,
+            "updated": len(plan.changes),  # tensors that the adapter changes
+            "unchanged": sum(not written[name] for name in plan.changes),  # of these, as the rounding left them
+            "copied": sum(map(len, plan.targets)) - len(written),
+            "size": sum((stage / name).stat().st_size for name in found),  # bytes of weights
+            **({"rows": judge.origin, "table": judge.table} if judge else {"rows": "", "table": {}}),
+            "result": found,
+        }
+        return _write_record(stage, artifact, done)
 
 
 def _write_full(
@@ -130,22 +111,27 @@ def _write_full(
     return written, hashes
 
 
-def _write_record(
-    stage: Path, artifact: Artifact, merged: Merged, *, adapter_hash: str, hashes: Mapping[str, str]
-) -> None:
-    """merge.json, which says where the merge came from and how it was made, and the model card."""
-    trained = artifact.provenance
+def _write_record(stage: Path, artifact: Artifact, done: dict[str, Any]) -> dict[str, Any]:
+    """merge.json, which says where the merge came from and how it was made, and the model card, whose front matter hubs
+    read: no row of the data and no path of this machine."""
+    trained, given = artifact.provenance, artifact.model.base
     origin = {
-        "name": artifact.model.base,
+        "name": given,
         "commit": trained.commit if trained else None,
         "fingerprint": artifact.base_fingerprint,
         "trained_on": trained.fingerprint if trained else None,
     }
-    record = {"lorasft": __version__, "base": origin, "adapter": adapter_hash}
-    record |= {name: value for name, value in asdict(merged).items() if name != "folder"}
-    record["result"] = hashes
+    record = {"lorasft": __version__, "base": origin, **done}
+    name = Path(given).name if Path(given).is_dir() else given
+    card = (
+        f"---\nbase_model: {name}\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+        f"# {name}, fine-tuned\n\nA LoRA adapter merged into full weights by lorasft {__version__}.\n\n"
+        f"Base: commit {origin['commit'] or 'unknown'}, fingerprint `{origin['fingerprint']}`.\n\n"
+        f"The update was added to the {done['onto']} weights: {done['why']}.\n"
+    )
     write_file(stage / MERGE_RECORD, json.dumps(record, indent=1).encode())
-    write_file(stage / "README.md", _make_card(artifact, record).encode())
+    write_file(stage / "README.md", card.encode())
+    return record
 
 
 def _find_quantized(artifact: Artifact, plan: MergePlan) -> tuple[list[str], torch.dtype]:
@@ -212,24 +198,3 @@ def _list_sidecars(base: Path) -> Iterator[Path]:
     """What lies beside the weights, but for the records of an earlier merge."""
     records = {MERGE_RECORD, MANIFEST}
     return (p for p in base.iterdir() if p.is_file() and p.suffix in _SIDECARS and p.name not in records)
-
-
-def _make_card(artifact: Artifact, record: dict[str, Any]) -> str:
-    """The model card, Markdown with the front matter that hubs read: what it was made of and what was measured.
-
-    No row of the data and no path of this machine. `record`: what merge.json holds.
-    """
-    given = artifact.model.base
-    name = Path(given).name if Path(given).is_dir() else given
-    text = (
-        f"---\nbase_model: {name}\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
-        f"# {name}, fine-tuned\n\nA LoRA adapter merged into full weights by lorasft {__version__}.\n\n"
-        f"Base: commit {record['base']['commit'] or 'unknown'}, fingerprint `{record['base']['fingerprint']}`.\n\n"
-        f"The update was added to the {record['onto']} weights: {record['why']}.\n"
-    )
-    if record["table"]:
-        text += f"\n## Answers, measured on {record['rows']}\n\n"
-        text += "| model | KL to what was trained | same likeliest token | nats a token |\n|---|---|---|---|\n"
-        for model, x in record["table"].items():
-            text += f"| {model} | {x['kl']:.1e} | {x['same_choice']:.1%} | {x['nll']:.4f} |\n"
-    return text

@@ -30,10 +30,10 @@ class ParameterMap:
         for name in (parameter, parameter.partition(".")[2]):
             if name in self.specs:
                 return self._readable(name)
-        [parts] = self.find_experts(parameter) or [[]]
-        if len(parts) != 1:
+        stored = self.find_experts(parameter)
+        if list(map(len, stored)) != [1]:
             raise ModelError(f"the base has no tensor for {parameter}", hint="is it the right base?")
-        return parts[0]
+        return stored[0][0]
 
     def find_experts(self, parameter: str) -> list[list[str]]:
         """The tensors that loading stacks into a parameter: for each matrix of the stack those that are joined to it.
@@ -43,21 +43,18 @@ class ParameterMap:
         """
         sources = self._sources.get(parameter, [])
         patterns = list(dict.fromkeys(pattern for pattern, _ in sources))
-        if patterns == [None]:
-            return [[self._readable(name) for _, name in sources]]
         columns = [[self._readable(name) for found, name in sources if found == pattern] for pattern in patterns]
         return [list(parts) for parts in zip(*columns, strict=True)]
 
     @cached_property
-    def tied(self) -> tuple[str, ...]:
-        """The embedding and the head where they are one tensor, by their paths; else nothing."""
-        config = self.model.config.get_text_config()
-        return self.embeddings if getattr(config, "tie_word_embeddings", False) else ()
+    def tied(self) -> bool:
+        """Whether the embedding and the head are one tensor."""
+        return bool(getattr(self.model.config.get_text_config(), "tie_word_embeddings", False))
 
     @cached_property
-    def stored_twins(self) -> tuple[str, ...]:
-        """Those of a tied embedding and head that the files have: the embedding, and some have both."""
-        return tuple(path for path in self.tied if path in self.specs or self._sources.get(path))
+    def stored_embeddings(self) -> tuple[str, ...]:
+        """The embedding and the head as far as the files have them: where they are tied, some have both."""
+        return tuple(path for path in self.embeddings if path in self.specs or self._sources.get(path))
 
     @cached_property
     def parameters(self) -> dict[str, Any]:

@@ -72,20 +72,19 @@ def plan_merge(artifact: Artifact) -> MergePlan:
 
 def rewrite_config(plan: MergePlan, base_config: Mapping[str, Any]) -> dict[str, bytes]:
     """The base's config and index where its tensors get other forms or names; else nothing."""
-    before = {name: spec for file in plan.sources for name, spec in file.specs.items()}
-    after = {name: spec for specs in plan.targets for name, spec in specs.items()}
-    if before == after:
+    specs = plan.places.specs
+    resized = [change.shape[0] for name, change in plan.changes.items() if change.shape != specs[name].shape]
+    if not resized and not plan.packed:
         return {}
     config = copy.deepcopy(dict(base_config))
     config.pop("quantization_config", None)
-    resized = [spec for name, spec in after.items() if spec.shape != plan.places.specs[name].shape]
     if resized:
-        config.get("text_config", config)["vocab_size"] = resized[0].shape[0]
+        config.get("text_config", config)["vocab_size"] = resized[0]
     files = {"config.json": config}
     index = plan.sources[0].path.with_name(INDEX)
     if index.is_file():
         content = json.loads(index.read_bytes())
-        content["weight_map"] = {name: file for name, file in content["weight_map"].items() if name in after}
+        content["weight_map"] = {name: file for name, file in content["weight_map"].items() if name in specs}
         content.setdefault("metadata", {})["total_size"] = plan.size
         files[INDEX] = content
     return {
