@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import Required, TypedDict
 
 from lorasft.errors import ModelError, UnsafeError, in_words
 from lorasft.tensors import open_tensors
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _AGAIN = "fetch the adapter again"
-_LARGEST = 16 << 20  # bytes of a config or of a header
+_LARGEST = 16 << 20  # bytes of a config
 # What names code, other files, or places that PEFT would read or write; a text of targets is a pattern.
 _CODE = (
     "auto_mapping auto_map megatron_config loftq_config eva_config corda_config lora_ga_config trust_remote_code "
@@ -36,40 +37,39 @@ def _check_pattern(pattern: str) -> str:
     return pattern
 
 
-_Names = list[str] | None
+_Names = list[str]
 _Pattern = Annotated[str, AfterValidator(_check_pattern)]
 _Rank = Annotated[int, Field(ge=1, le=1024)]
 _Positive = Annotated[float, Field(gt=0)]
 _Index = Annotated[int, Field(ge=0)]
 
 
-class _Fields(BaseModel):
+# Forbidden: what is not known may compute something else, as variants of LoRA do, or take any amount of memory.
+@with_config(ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+class _Fields(TypedDict, total=False):
     """The fields that are read."""
 
-    # Forbidden: what is not known may compute something else, as variants of LoRA do, or take any amount of memory.
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    peft_type: Literal["LORA"]
-    base_model_name_or_path: str = Field(min_length=1)
-    revision: str | None = None
-    r: _Rank
-    lora_alpha: _Positive
-    lora_dropout: float | None = Field(default=None, ge=0, lt=1)
-    target_modules: _Names = None
-    exclude_modules: _Names = None
-    target_parameters: _Names = None
-    modules_to_save: _Names = None
-    layers_to_transform: _Index | list[_Index] | None = None
-    layers_pattern: _Pattern | list[_Pattern] | None = None
-    rank_pattern: dict[_Pattern, _Rank] | None = None
-    alpha_pattern: dict[_Pattern, _Positive] | None = None
-    trainable_token_indices: list[_Index] | dict[str, list[_Index]] | None = None
-    bias: Literal["none", "all", "lora_only"] | None = None
-    fan_in_fan_out: bool | None = None
-    use_rslora: bool | None = None
-    use_dora: bool | None = None
-    lora_bias: bool | None = None
-    ensure_weight_tying: bool | None = None
+    peft_type: Required[Literal["LORA"]]
+    base_model_name_or_path: Required[Annotated[str, Field(min_length=1)]]
+    revision: str
+    r: Required[_Rank]
+    lora_alpha: Required[_Positive]
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
+    target_modules: _Names
+    exclude_modules: _Names
+    target_parameters: _Names
+    modules_to_save: _Names
+    layers_to_transform: _Index | list[_Index]
+    layers_pattern: _Pattern | list[_Pattern]
+    rank_pattern: dict[_Pattern, _Rank]
+    alpha_pattern: dict[_Pattern, _Positive]
+    trainable_token_indices: list[_Index] | dict[str, list[_Index]]
+    bias: Literal["none", "all", "lora_only"]
+    fan_in_fan_out: bool
+    use_rslora: bool
+    use_dora: bool
+    lora_bias: bool
+    ensure_weight_tying: bool
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -82,12 +82,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         if path.stat().st_size > _LARGEST:
             raise ValueError("too large")
         config = json.loads(path.read_bytes())
-        known = {key: value for key, value in config.items() if value or key in _Fields.model_fields}
+        known = {key: value for key, value in config.items() if value or key in _Fields.__annotations__}
     except (ValueError, OSError, AttributeError, RecursionError) as error:
         raise ModelError(f"cannot read the adapter's config: {error}", where=str(path), hint=_AGAIN) from None
     fields = {key: value for key, value in known.items() if value is not None and key not in _IDLE.split()}
     try:
-        _Fields.model_validate(fields)
+        TypeAdapter(_Fields).validate_python(fields)
     except ValidationError as error:
         found = error.errors()
         code = [one for one in found if one["type"] == "value_error" or one["loc"][-1] in _CODE.split()]
@@ -97,12 +97,6 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         hint = "lorasft takes LoRA, rslora and DoRA adapters as PEFT writes them"
         raise ModelError(in_words(found[:1]), where=str(path), hint=hint) from None
     return fields
-
-
-def refuse_remote(base: str, where: Path) -> None:
-    """Raise UnsafeError when an adapter's files name its base by a URL or a network share."""
-    if ":" in base or base.startswith(("//", "\\\\")):
-        raise UnsafeError(f"the adapter names {base} as its base", where=str(where), hint="--base MODEL")
 
 
 def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
@@ -116,7 +110,7 @@ def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
             what = "the adapter is a pickle, which could run code when it is read"
             raise UnsafeError(what, where=str(folder), hint=f"convert it to {WEIGHTS}")
         raise ModelError(f"no {WEIGHTS}", where=str(folder), hint=_AGAIN)
-    file = open_tensors(path, largest=_LARGEST)
+    file = open_tensors(path)
     wrong = next((name for name, spec in file.specs.items() if spec.dtype not in ("F32", "F16", "BF16")), None)
     if wrong is not None:
         raise ModelError(f"{wrong} is {file.specs[wrong].dtype}", where=str(path), hint="save it in 16 or 32 bits")

@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lorasft.adapter_config import CONFIG, read_adapter_config, refuse_remote
-from lorasft.errors import ModelError
+from lorasft.adapter_config import CONFIG, read_adapter_config
+from lorasft.errors import ModelError, UnsafeError
 from lorasft.files import MANIFEST, verify_folder
 from lorasft.hub import find_hub, refuse_offline
 from lorasft.recipe import ChatSettings, ModelSettings, Recipe
@@ -26,7 +26,6 @@ _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"
 class Provenance:
     """What a run recorded of how it was made."""
 
-    base: str  # the name
     fingerprint: str  # of the base's files
     commit: str | None  # of the base on the hub
     dtype: str  # of the computation, such as bfloat16
@@ -69,7 +68,7 @@ class Artifact:
             base, dtype = record["base"], record["layout"]["dtype"]
             if dtype not in ("bfloat16", "float16", "float32"):
                 raise ValueError(f"dtype {dtype}")
-            return Provenance(base["name"], base["fingerprint"], base["commit"], dtype, record)
+            return Provenance(base["fingerprint"], base["commit"], dtype, record)
         except (ValueError, KeyError, TypeError, RecursionError) as fault:
             what = f"the run's record cannot be read: {fault}"
             raise ModelError(what, where=str(path), hint="name the adapter's folder alone") from None
@@ -127,7 +126,7 @@ class Artifact:
         trained = self.provenance
         if trained and trained.fingerprint and not force_base and trained.fingerprint != self.base_fingerprint:
             what = "this base is not the one that the adapter was trained on"
-            hint = f"--base FOLDER with the files of {trained.base}, or --force-base"
+            hint = "--base FOLDER with the files of training, or --force-base"
             raise ModelError(what, where=str(self.base), hint=hint)
 
 
@@ -141,10 +140,10 @@ def find_artifact(name: str, *, base: str | None = None) -> Artifact:
     is_run = (folder / "recipe.yaml").is_file() or (folder / "checkpoints").is_dir()
     if is_run and not (folder / CONFIG).is_file():
         folder = folder / "adapter"
-        if not (folder / CONFIG).is_file():
+    if not (folder / CONFIG).is_file():
+        if is_run:
             hint = "finish it with lorasft train ... --resume"
             raise ModelError("this run has no adapter yet", where=name, hint=hint)
-    if not (folder / CONFIG).is_file():
         if folder.exists() and not (folder / "config.json").is_file():
             what = "this is not a run, an adapter or a model"
             raise ModelError(what, where=name, hint="name a run folder, an adapter, a model folder or a hub id")
@@ -153,9 +152,9 @@ def find_artifact(name: str, *, base: str | None = None) -> Artifact:
     places = [parent / "recipe.yaml" for parent in (folder, *folder.resolve().parents[:2])]
     recipe = next((load_recipe(str(path)) for path in places if path.is_file()), None)
     trained = recipe.model if recipe else ModelSettings(base=config["base_model_name_or_path"])
-    if base is None:
-        for named in (trained.base, config["base_model_name_or_path"]):
-            refuse_remote(named, folder / CONFIG)
+    for named in (trained.base, config["base_model_name_or_path"]) if base is None else ():
+        if ":" in named or named.startswith(("//", "\\\\")):
+            raise UnsafeError(f"the adapter names {named} as its base", where=str(folder / CONFIG), hint="--base MODEL")
     where = {"base": config["base_model_name_or_path"], "revision": config.get("revision")}
     model = trained.model_copy(update={"base": base, "revision": None} if base else where)
     return Artifact(name, model, folder, config, recipe)

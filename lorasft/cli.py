@@ -7,10 +7,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import re
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from errno import ENAMETOOLONG
 from typing import Any, NoReturn
 
@@ -36,13 +34,8 @@ EXIT_CODES = """exit codes: 0 done; 1 a bug; 2 usage or recipe; 3 data; 4 model,
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong with the command line as all errors are said, with the nearest name that there is."""
-        wrong, _, known = message.partition(" (choose from ")
-        names = re.findall(r"[\w-]+", known) or list(self._option_string_actions)
-        words = re.findall(r"[\w-]+", wrong.rpartition(": ")[2]) or [""]
-        near = get_close_matches(words[0], names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(names)}" if known else f"{self.prog} --help"
-        raise RecipeError(wrong, hint=hint)
+        """Say what is wrong with the command line as all errors are said."""
+        raise RecipeError(message, hint=f"{self.prog} --help")
 
 
 def read_command_line(words: Sequence[str]) -> tuple[str, dict[str, Any]]:

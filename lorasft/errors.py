@@ -92,12 +92,7 @@ class ErrorGroup(LorasftError):
     def __str__(self) -> str:
         shown = self.errors[: self.most - 1]
         left = len(self.errors) - len(shown) + self.beyond
-        last = {error.hint: error for error in shown}  # a hint that several have appears once, after the last of them
-        lines = []
-        for error in shown:
-            hint = error.hint if last[error.hint] is error else None
-            text = str(LorasftError(error.what, where=error.where, hint=hint))
-            lines.append(" | ".join(" ".join(line.split()) for line in text.splitlines()))
+        lines = [" | ".join(" ".join(line.split()) for line in str(error).splitlines()) for error in shown]
         return "\n".join([*lines, f"... and {'at least ' if self.beyond else ''}{left:,} more"] if left else lines)
 
 

@@ -94,12 +94,12 @@ def append(path: Path, content: bytes, *, at: int, sync: bool = False) -> None:
 
 def make_folder(path: Path) -> None:
     """Create a folder and its parents, with their names on the disk; an existing one is fine."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
     with _disk(path):
-        for folder in reversed([folder for folder in (path, *path.parents) if not folder.exists()]):
-            with effect("make folder", folder):
-                folder.mkdir(exist_ok=True)
+        with effect("make folder", path):
+            path.mkdir(parents=True, exist_ok=True)
+        for folder in new:
             _sync(folder.parent)
-        path.mkdir(exist_ok=True)  # refuses what is there and no folder
 
 
 def rename(source: Path, target: Path) -> None:

@@ -161,17 +161,17 @@ def find_weights(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def open_tensors(path: Path, *, largest: int = LARGEST_HEADER) -> TensorFile:
+def open_tensors(path: Path) -> TensorFile:
     """Check a safetensors file and find its tensors. Only its header is read.
 
-    Raises ModelError for what is none, is cut short, has tensors that overlap, or a header of over `largest` bytes.
+    Raises ModelError for what is none, is cut short, has tensors that overlap, or too long a header.
     """
     from safetensors import SafetensorError, safe_open
 
     with open(path, "rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(path.stat().st_size, largest):
+        if len(prefix) < 8 or length > min(path.stat().st_size, LARGEST_HEADER):
             what = "not a safetensors file, but a Git LFS pointer or a web page (HTML)?, or its header is too long"
             raise ModelError(what, where=str(path), hint=f"git lfs pull, or {_AGAIN}")
         header = file.read(length)

@@ -1,17 +1,8 @@
-"""Promise I18: every bad input that this program can meet: exit code, what, where and how to mend it, on one screen.
+"""Promise I18: every bad input that this program can meet: exit code, what, where and how to fix it, on one screen.
 
-The numbers are those of a list of 94 inputs that break fine-tuning tools. The rest of it cannot be met here:
-
-13      there are no includes: the key is unknown, like any other
-19, 23  one batch size, in examples; targets are linears, never fused experts
-22      a vision tower: test_families.py
-32, 90  a locked folder, a run that ended without a word: faults
-34      adapters have no names; `run.output` is a path of the user's
-54      a template that refuses system texts gets them in the first user turn: test_chat.py
-62, 64, 66, 67, 70  rows of over 8 MiB, without target, held out twice, that change meanwhile, with keys: test_data.py
-73, 76  there are no flags that allow pickles or remote code: both are refused for good
-87      without a GPU everything runs on the CPU; `lorasft doctor` says what is there: test_doctor.py
-89, 91 - 94  memory, disk, signals, divergence, closed pipes: test_memory.py, faults, test_train.py
+The numbers are those of a list of 94 inputs that break fine-tuning tools. Not here: 13, 19, 23 cannot be met; 22 is in
+test_families.py; 54 in test_chat.py; 41, 42, 62, 64, 66, 67, 70 in test_data.py; 87 in test_doctor.py; 32, 89 to 94 in
+test_memory.py, test_train.py and faults.
 """
 
 from __future__ import annotations
@@ -97,6 +88,16 @@ def of_base(harm: Callable[[Path], object], *words: str, whole: bool = False, ve
     return make
 
 
+def of_config(**values: Any) -> Make:
+    """`train` on a copy of the base with other `values` in its config."""
+    return of_base(lambda model: edit(model / "config.json", **values), whole=True)
+
+
+def of_template(text: str) -> Make:
+    """`preview` with a base that has this chat template."""
+    return of_base(lambda model: write(model / "chat_template.jinja", text), verb="preview")
+
+
 def of_adapter(harm: Callable[[Path], object], *verb: str) -> Make:
     """`merge` (or `verb`) of a copy of an adapter that `harm` was done to."""
 
@@ -108,17 +109,6 @@ def of_adapter(harm: Callable[[Path], object], *verb: str) -> Make:
         harm(folder)
         command, *words = verb or ("merge", "--out", "out", "--no-check")
         return [command, str(folder), *words]
-
-    return make
-
-
-def of_own_adapter(*verb: str, **values: Any) -> Make:
-    """`verb` of a copy of a run's adapter, recipe and all, with other `values` in its config."""
-
-    def make(at: Place) -> list[str]:
-        folder = Path(shutil.copytree(at.run / "adapter", at.folder / "adapter"))
-        edit(folder / "adapter_config.json", **values)
-        return [verb[0], str(folder), *verb[1:]]
 
     return make
 
@@ -144,24 +134,13 @@ def header(fields: object, data: bytes = b"", *, length: int | None = None) -> C
 
 
 def of_run(harm: Callable[[Path], object], *words: str, verb: str = "train") -> Make:
-    """`verb` on the recipe of a copy of a finished run that `harm` was done to."""
+    """`verb` on a copy of a finished run that `harm` was done to; `train`: on its recipe."""
 
     def make(at: Place) -> list[str]:
         folder = Path(shutil.copytree(at.run, at.folder / "run"))
         harm(folder)
         write(at.folder / "r.yaml", (folder / "recipe.yaml").read_bytes())
-        return [verb, "r.yaml", f"run.output={folder}", *words]
-
-    return make
-
-
-def of_run_adapter(harm: Callable[[Path], object]) -> Make:
-    """`merge` of a copy of a finished run that `harm` was done to."""
-
-    def make(at: Place) -> list[str]:
-        folder = Path(shutil.copytree(at.run, at.folder / "run"))
-        harm(folder)
-        return ["merge", str(folder), "--out", "out"]
+        return ["train", "r.yaml", f"run.output={folder}", *words] if verb == "train" else [verb, str(folder), *words]
 
     return make
 
@@ -193,7 +172,6 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
     "1": (2, ["no recipe recpe.yaml", "did you mean recipe.yaml?"],
           lambda at: [*of_file("recipe.yaml", "")(at)[:1], "recpe.yaml"]),
     "2 folder": (2, ["cannot read the recipe"], lambda at: ["train", str(at.folder)]),
-    "2 binary": (2, ["not YAML", "r.yaml"], of_file("r.yaml", b"\x89PNG")),
     "2 empty": (2, ["the recipe is empty", "r.yaml"], of_file("r.yaml", "")),
     "3": (2, ["not YAML", "r.yaml:4:1", "spaces"], of_recipe("run:\n\tkeep: 1")),
     "4": (2, ["'learning_rate'", "r.yaml:4 and r.yaml:5"],
@@ -203,7 +181,7 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
     "7": (2, ["optimizer.learning_rate", "it is 2", "r.yaml:3"], of_recipe("optimizer: {learning_rate: 2}")),
     "8": (2, ["learnig_rate", "r.yaml:3", "did you mean learning_rate?"], of_recipe("optimizer: {learnig_rate: 1e-4}")),
     "9": (2, ["torch_dtype", "r.yaml:3", "model.dtype"], of_recipe("torch_dtype: float32")),
-    "10": (2, ["adapter.dora", "adapter.dora=false"], of_recipe("adapter: {dora: on}")),
+    "10": (2, ["adapter.dora", "boolean", '"on"'], of_recipe("adapter: {dora: on}")),
     "11": (8, ["tags", "r.yaml:3", "remove"], of_recipe("run: !!python/object/apply:os.system [touch hacked]")),
     "12 aliases": (8, ["aliases", "r.yaml:4"], of_recipe("chat: &a {system: x}\nrun: *a")),
     "12 size": (8, ["too large", "r.yaml"], of_recipe("#" * (2 << 20))),
@@ -225,9 +203,9 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
     "25": (2, ["run.eval_every", "run.eval_every=null", "data.eval"],
            of_recipe("run: {eval_every: 5}", "data.eval=null")),
     "26": (0, [], of_recipe("train: {batch_size: fast}", "train.batch_size=2", verb="preview")),
-    "27 verb": (2, ["trian", "did you mean train?"], lambda at: ["trian", "x"]),
-    "27 flag": (2, ["--resumee", "did you mean --resume?"], of_recipe("", "--resumee")),
-    "27 words": (2, ["surplus"], lambda at: ["recipes", "list", "surplus"]),
+    "27 verb": (2, ["trian", "lorasft --help"], lambda at: ["trian", "x"]),
+    "27 flag": (2, ["--resumee", "lorasft train --help"], of_recipe("", "--resumee")),
+    "27 words": (2, ["surplus"], lambda at: ["doctor", "surplus"]),
     "28": (2, ["not a run's", "notes.txt", "run.output"],
            lambda at: [*of_recipe()(at), f"run.output={write(at.folder / 'full/notes.txt', 'x').parent}"]),
     "29": (2, ["this run folder exists", "--resume"], of_run(lambda run: None)),
@@ -242,7 +220,7 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
     "34 nul": (2, ["run.output"], of_recipe("", r'run.output="a\0b"')),
     "34 nul template": (2, ["chat.template"], of_recipe("", r'chat.template="a\0.jinja"')),
     "34 deep": (2, ["section.key=value"], of_recipe("", "train." + ".".join("a" * 99) + "=1")),
-    "34 date": (2, ["chat.template_date", "2024-07-26"], of_recipe("", "chat.template_date=foo")),
+    "34 date": (2, ["chat.template_date", '"foo"'], of_recipe("", "chat.template_date=foo")),
     "27 memory": (2, ["a size like"], of_recipe("", "--memory", "9" * 400 + "GiB", verb="plan")),
     "33 root": (2, ["nothing is written there"], of_recipe("", "run.output=/")),
     "33 home": (2, ["nothing is written there"], of_recipe("", "run.output=HOME")),
@@ -250,28 +228,16 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
     # --- data
     "35 file": (3, ["no such file", "absent.jsonl", "folder"],
                 of_recipe("", "data.train=absent.jsonl", verb="preview")),
-    "35 address": (3, ["no such file", "https://", "folder"],
-                   of_recipe("", "data.train=https://example.com/rows.jsonl", verb="preview")),
     "35 glob": (3, ["no such file", "*.jsonl", "folder"], of_recipe("", "data.train=none/*.jsonl", verb="preview")),
-    "35 pattern": (3, ["no such file", "**a", "folder"], of_recipe("", "data.train=x/**a/*.jsonl", verb="preview")),
-    "35 two arrays": (3, ["Extra data", "rows.json:1", "fix the file"],
-                      of_rows(json.dumps([GOOD]) + json.dumps([GOOD]), name="rows.json")),
     "35 ending": (0, [], of_rows([GOOD], name="rows.JSONL")),
-    "35 csv ending": (0, [], of_rows("prompt,completion\nQ,A\n", name="rows.CSV")),
     "35 unknown": (3, ["unknown kind of file: .txt", "rows.txt", ".jsonl"], of_rows("x", name="rows.txt")),
     "36 empty": (3, ["no rows", "rows.jsonl"], of_rows("")),
-    "36 blank": (3, ["no rows", "rows.jsonl"], of_rows("\n\n \n")),
     "37": (3, ["Expecting value", "rows.jsonl:2", "on_bad_row"],
            of_rows('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": oops}\n')),
     "38": (3, ["cut off", "rows.jsonl:2", "fetch"],
            of_rows('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "compl')),
     "39": (0, [], of_rows(json.dumps([GOOD]))),
-    "39 cut": (3, ["Expecting", "rows.jsonl:1", "fetch it again"], of_rows(json.dumps([GOOD])[:-1])),
-    "40": (3, ["utf-8", "0xe9", "rows.jsonl:1", "iconv"],
-           of_rows(b'{"prompt": "caf\xe9", "completion": "b"}\n')),
-    "40 utf-16": (3, ["utf-8", "rows.jsonl:1", "iconv"], of_rows(json.dumps(GOOD).encode("utf-16"))),
-    "41": (0, [], of_rows(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())),
-    "42": (0, [], of_rows('{"prompt": "a\u2028b\u0085c", "completion": "d"}\n')),
+    "40": (3, ["utf-8", "0xe9", "rows.jsonl:1", "iconv"], of_rows(b'{"prompt": "caf\xe9", "completion": "b"}\n')),
     "43": (3, ["surrogate", "rows.jsonl:1"], of_rows('{"prompt": "\\ud83d", "completion": "b"}\n')),
     "44": (3, ["'prompt' twice", "rows.jsonl:1"], of_rows('{"prompt": "a", "completion": "b", "prompt": "c"}\n')),
     "45": (3, ["NaN", "rows.jsonl:1"], of_rows('{"prompt": "a", "completion": NaN}\n')),
@@ -300,15 +266,13 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
            of_recipe("", "train.batch_size=64", "data.eval=null", "model.base=BASE")),
     "68": (5, ["hub cannot be reached", "no/dataset"], of_recipe("", "data.train=no/dataset", verb="preview")),
     "69": (3, ["'content'", "int64|int"], of_rows([chat(("user", "Q"), ("assistant", 7))])),
-    "69 torn": (3, ["Parquet", "rows.parquet"], of_rows(b"PAR1 nothing", name="rows.parquet")),
     "SEC-14": (3, ["unknown role"], of_rows([chat(("\x1b]0;x\x07\u202e", "a"), *QA)])),
     "SEC-14 key": (3, ["columns seen"], of_rows([{"\x1b[31m\u202e": "a"}])),
     "SEC-14 name": (3, ["x\\x1b]0;\\u202e.jsonl:1"], lambda at: of_recipe(
         "", f"data.train={write(at.folder / 'rows' / ODD_NAME, 'x').parent}", verb="preview")(at)),
     # --- model, tokenizer, adapter, checkpoint
     "71 nothing": (4, ["no config.json", "model"], of_base(lambda model: (model / "config.json").unlink())),
-    "71 adapter": (4, ["an adapter", "its base is"],
-                   lambda at: of_recipe("", f"model.base={at.run / 'adapter'}")(at)),
+    "71 adapter": (4, ["an adapter", "its base is"], lambda at: of_recipe("", f"model.base={at.run / 'adapter'}")(at)),
     "71 absent": (4, ["no such folder", "no/such/base"], of_recipe("", "model.base=no/such/base", verb="preview")),
     "71 hub": (5, ["hub cannot be reached", "some/model"], of_recipe("", "model.base=some/model", verb="preview")),
     "72 missing": (4, ["model.safetensors"], of_base(lambda model: None)),
@@ -319,31 +283,23 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
     "72 cut": (4, ["model.safetensors", "download"],
                of_base(lambda model: os.truncate(model / "model.safetensors", 9999), whole=True)),
     "73": (8, ["pickle", "model", "safetensors"], of_base(lambda model: write(model / "pytorch_model.bin", b"x"))),
-    "74": (4, ["gptq", "16-bit"],
-           of_base(lambda model: edit(model / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}))),
-    "75": (4, ["t5", "causal"],
-           of_base(lambda model: edit(model / "config.json", model_type="t5", is_encoder_decoder=True))),
-    "76": (8, ["code"], of_base(lambda m: edit(m / "config.json", model_type="odd", auto_map={"AutoConfig": "a.B"}))),
+    "74": (4, ["gptq", "16-bit"], of_config(quantization_config={"quant_method": "gptq", "bits": 4})),
+    "75": (4, ["t5", "causal"], of_config(model_type="t5", is_encoder_decoder=True)),
+    "76": (8, ["code"], of_config(model_type="odd", auto_map={"AutoConfig": "a.B"})),
     "77": (4, ["cannot read the chat template", "absent.jinja"], of_rows([GOOD], "chat.template=absent.jinja")),
-    "78 syntax": (4, ["does not parse", "line 1"],
-                  of_base(lambda m: write(m / "chat_template.jinja", "{% if %}"), verb="preview")),
-    "78 size": (4, ["chat template"],
-                of_base(lambda m: write(m / "chat_template.jinja", "x" * (2 << 20)), verb="preview")),
-    "78 number": (4, ["takes too much"],
-                  of_base(lambda m: write(m / "chat_template.jinja", "{% set x = 7 ** 70000000 %}a"), verb="preview")),
-    "78 list": (4, ["takes too much"],
-                of_base(lambda m: write(m / "chat_template.jinja", "{% set x = ['x'] * 10 ** 9 %}a"), verb="preview")),
-    "78 wide": (4, ["takes too much"],
-                of_base(lambda m: write(m / "chat_template.jinja", "{{ 'x'.center(2000000000) }}"), verb="preview")),
-    "78 doubled": (4, ["takes too much"],
-                   of_base(lambda m: write(m / "chat_template.jinja", "{% set n = namespace(s='x') %}"
-                           "{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}"), verb="preview")),
-    "78 code": (8, ["__class__"],
-                of_base(lambda m: write(m / "chat_template.jinja", "{{ ''.__class__.__mro__[1] }}"), verb="preview")),
+    "78 syntax": (4, ["does not parse", "line 1"], of_template("{% if %}")),
+    "78 size": (4, ["chat template"], of_template("x" * (2 << 20))),
+    "78 number": (4, ["takes too much"], of_template("{% set x = 7 ** 70000000 %}a")),
+    "78 list": (4, ["takes too much"], of_template("{% set x = ['x'] * 10 ** 9 %}a")),
+    "78 wide": (4, ["takes too much"], of_template("{{ 'x'.center(2000000000) }}")),
+    "78 doubled": (4, ["takes too much"], of_template("{% set n = namespace(s='x') %}"
+                           "{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}")),
+    "78 code": (8, ["__class__"], of_template("{{ ''.__class__.__mro__[1] }}")),
     "79": (4, ["tokenizer.json"], of_base(lambda model: (model / "tokenizer.json").unlink(), verb="preview")),
-    "80": (4, ["id", "embedding rows"], of_base(lambda model: edit(model / "config.json", vocab_size=20), whole=True)),
+    "80": (4, ["id", "embedding rows"], of_config(vocab_size=20)),
     "83 remote, with a recipe": (8, ["https://", "base"],
-                                 of_own_adapter("chat", "--prompt", "q", base_model_name_or_path="https://host/x")),
+           of_run(lambda run: config(base_model_name_or_path="https://host/x")(run / "adapter"),
+                  "--prompt", "q", verb="chat")),
     "81 missing": (4, ["lora_A", "q_proj"], of_adapter(tensors(lambda found: found.pop(TENSOR)))),
     "81 extra": (4, ["odd"], of_adapter(tensors(lambda found: found.update(odd=found[TENSOR] * 1)))),
     "81 shape": (4, ["q_proj"], of_adapter(tensors(lambda found: found.update({TENSOR: found[TENSOR][:, 1:] * 1})))),
@@ -366,7 +322,8 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
         lambda folder: write(folder / "recipe.yaml", "model: {base: //evil/share}\ndata: {train: x}"),
         "chat", "--prompt", "x")),
     "83 manifest": (4, ["manifest.json"], of_adapter(lambda folder: write(folder / "manifest.json", '{"a": []}'))),
-    "83 record": (4, ["provenance.json"], of_run_adapter(lambda run: write(run / "provenance.json", '{"base": 1}'))),
+    "83 record": (4, ["provenance.json"],
+           of_run(lambda run: write(run / "provenance.json", '{"base": 1}'), "--out", "out", verb="merge")),
     "84": (4, ["not the one", "--base", "--force-base"],
            lambda at: ["merge", str(at.run), "--base", str(at.bare), "--out", "out"]),
     "85 huge": (4, ["adapter_model.safetensors"], of_adapter(header({TENSOR: F32}, bytes(1024), length=2**63))),

@@ -144,7 +144,9 @@ def test_a_built_in_template_is_no_folder_of_that_name(tmp_path: Path) -> None:
     assert load(SMALLEST, "chat.template=plain").chat.template == "plain"
 
 
-text_values = st.text(min_size=1, max_size=8).filter(lambda text: "\x00" not in text) | awkward.filter(bool)
+text_values = (st.text(min_size=1, max_size=8) | awkward).filter(
+    lambda text: text[:1] not in ("", "~") and "\0" not in text
+)
 fractions = st.floats(0.001, 0.5)
 sections: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "model": {"revision": st.none() | text_values, "quantization": st.sampled_from(["nf4", "none"])},
@@ -198,7 +200,7 @@ def test_mathematics_ignores_run_and_machine() -> None:
 
 # Those of a plain misuse are in test_bad_inputs.py, by their numbers there.
 BAD = {  # what follows the smallest recipe (lines 1 and 2) -> exit code, line, what must be said
-    "train:\n  epochs: '2'": (2, 4, ["train.epochs", 'it is "2"', "train.epochs=2.0"]),
+    "train:\n  epochs: '2'": (2, 4, ["train.epochs", 'it is "2"']),
     "train: {epochs: true}": (2, 3, ["train.epochs", "it is true"]),
     "train: {seed: 1.0}": (2, 3, ["train.seed", "integer"]),
     "train: {epochs: 1e999}": (2, 3, ["train.epochs", "finite"]),
@@ -395,8 +397,7 @@ def test_copying_makes_paths_beside_the_recipe_absolute(
     monkeypatch.setattr("lorasft.recipe.load.shipped_recipes", lambda: {"own": folder / "own.yaml"})
     recipes_command.run("copy", "own", "copy.yaml", as_json=False)
     text = (tmp_path / "copy.yaml").read_text()
-    shipped = (folder / "own.yaml").read_text()
-    assert text == shipped.replace("train: x.jsonl", f'train: "{folder}/x.jsonl"') != shipped  # and nothing else
+    assert yaml.safe_load(text)["data"]["train"] == f"{folder}/x.jsonl" and text.startswith("# A recipe.\n")
     copied = load_recipe("copy.yaml")
     assert copied.data.train[0].path == str(folder / "x.jsonl") and copied.optimizer.learning_rate == 2e-4
 

@@ -16,10 +16,9 @@ import pytest
 from lorasft.cli import main
 from lorasft.data.templates import render
 from lorasft.data.tokenizer import load_tokenizer
-from lorasft.errors import DataError, LorasftError, ModelError, UnsafeError
+from lorasft.errors import DataError, LorasftError, ModelError
 from lorasft.files import sha256
 from lorasft.recipe.load import load_recipe
-from lorasft.tensors import open_tensors
 from lorasft.terminal import harmless, redact
 
 SOURCES = sorted(path for room in ("lorasft", "scripts") for path in (Path(__file__).parents[1] / room).rglob("*.py"))
@@ -69,8 +68,7 @@ def test_i15_what_a_model_folder_holds_never_runs(
     program = f"open({str(canary)!r}, 'w').close()\n"
     pickled = b"cbuiltins\nexec\n(S" + repr(program).encode() + b"\ntR."  # protocol 0: loads() runs the program
     exec_check = f"import pickle; pickle.loads({pickled!r})"
-    namespace: dict[str, object] = {}
-    exec(exec_check, namespace)
+    exec(exec_check, {})
     assert canary.exists()  # the bait works
     canary.unlink()
 
@@ -104,9 +102,8 @@ def test_i15_what_a_model_folder_holds_never_runs(
             said = capsys.readouterr()
             assert "Traceback" not in said.err and not canary.exists(), (words, said.err)
     assert codes["trap", "train"] == codes["trap", "chat"] == 0  # what runs nothing is not refused
-    assert {codes[name, verb] for name in ("code", "pickles", "kernel") for verb in ("train", "chat", "evaluate")} == {
-        8
-    }
+    refused = {codes[name, verb] for name in ("code", "pickles", "kernel") for verb in ("train", "chat", "evaluate")}
+    assert refused == {8}
     assert codes["adapter", "merge"] == 8
 
 
@@ -137,17 +134,10 @@ def cycle(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         recipe = f"model: {{base: {base}, dtype: float32}}\ndata: {{train: {rows}, max_length: 120, eval: 0.2}}\n"
         run = "train: {batch_size: 8, steps: 4, seed: 7}\nrun: {save_every: 2, output: run}\n"
         Path("r.yaml").write_text(recipe + run, encoding="utf-8")
-        for words in (
-            ["preview", "r.yaml"],
-            ["train", "r.yaml"],
-            ["train", "r.yaml", "--resume"],
-            ["evaluate", "run", "--data", str(rows)],
-            ["chat", "run", "--prompt", "x", "--max-new-tokens", "4"],
-            ["merge", "run", "--out", "merged"],
-            ["chat", "merged", "--prompt", "x", "--max-new-tokens", "4"],
-            ["recipes", "list"],
-        ):
-            assert main(words) == 0, (words, said.getvalue())
+        for line in ("preview r.yaml", "train r.yaml", "train r.yaml --resume", f"evaluate run --data {rows}",
+                     "chat run --prompt x --max-new-tokens 4", "merge run --out merged",
+                     "chat merged --prompt x --max-new-tokens 4", "recipes list"):  # fmt: skip
+            assert main(line.split()) == 0, (line, said.getvalue())
     yield folder, said.getvalue()
 
 
@@ -242,20 +232,3 @@ def test_a_template_does_not_leave_its_sandbox(
     assert not Path("canary").exists()
     for word in ("root:", "builtin", "subprocess", "<class 'int'>, <class", "posix"):
         assert word not in said, said
-
-
-def test_a_template_that_reaches_for_code_is_unsafe(base: Path) -> None:
-    tokenizer = load_tokenizer(str(base))
-    tokenizer.chat_template = ESCAPES[0]
-    with pytest.raises(UnsafeError, match="not data"):
-        render(tokenizer, [{"role": "user", "content": "q"}])
-
-
-@pytest.mark.parametrize("length", [60, 0x3C20, 0x3C0A])
-def test_a_header_whose_length_reads_like_a_web_page_is_read(tmp_path: Path, length: int) -> None:
-    """The length is eight bytes, and those of 15,392 are a blank and `<`."""
-    fields = {"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}
-    header = json.dumps(fields).encode().ljust(length)
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(length.to_bytes(8, "little") + header + b"x")
-    assert list(open_tensors(path).specs) == ["a"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from lorasft.errors import ErrorGroup, RecipeError
 from lorasft.recipe import DataSource, Recipe
 from lorasft.recipe.explain import check_together, explain, nearest, value_at
-from lorasft.recipe.yaml_reader import MOST_DEPTH, Document, KeyPath, dump_yaml, parse_yaml, read_yaml
+from lorasft.recipe.yaml_reader import MOST_DEPTH, Document, dump_yaml, parse_yaml, read_yaml
 from lorasft.terminal import shorten
 
 _PATHS = (("model", "base"), ("adapter", "start"), ("chat", "template"), ("data", "train"), ("data", "eval"))
@@ -31,13 +31,10 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
         path = find_shipped(source)
     document = read_yaml(path)
     if not isinstance(document.value, dict):
-        what = (
-            "the recipe is empty" if document.value is None else "a recipe is a mapping of sections (model, data, ...)"
-        )
+        what = "the recipe is empty" if document.value is None else "a recipe is a mapping of sections"
         hint = "model.base and data.train are needed; lorasft recipes show tiny"
         raise RecipeError(what, where=document.places.get((), str(path)), hint=hint)
-    for place, text in _find_paths(document, [path.parent, Path.cwd()]):
-        _put(document.value, place, text)
+    _absolute_paths(document, [path.parent, Path.cwd()])
     for override in overrides:
         _apply_override(override, document)
     _complete(document.value, path.stem)
@@ -58,11 +55,11 @@ def read_source(path: str, columns: str | None) -> DataSource:
     """
     if columns is None:
         return DataSource(path=path)
-    document = parse_yaml(columns, "--columns")
-    with contextlib.suppress(ValidationError):
-        if isinstance(document.value, dict):
-            return DataSource(path=path, format="auto", columns=document.value)
-    raise RecipeError("not a mapping", where=f"--columns {columns}", hint="--columns '{prompt: question}'")
+    try:
+        return DataSource(path=path, format="auto", columns=parse_yaml(columns, "--columns").value)
+    except ValidationError:
+        hint = "--columns '{prompt: question}'"
+        raise RecipeError("not a mapping", where=f"--columns {columns}", hint=hint) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -89,25 +86,24 @@ def find_shipped(name: str) -> Path:
 
 
 def portable_text(path: Path) -> str:
-    """The YAML of a recipe file for another folder: where it names paths beside itself, these become absolute."""
+    """The YAML of a recipe file for another folder: with absolute paths where it names what is beside it."""
     text, document = path.read_text(encoding="utf-8"), read_yaml(path)
-    for place, found in reversed(list(_find_paths(document, [path.parent]))):
-        start, end = document.spans[place]
-        text = text[:start] + json.dumps(found, ensure_ascii=False) + text[end:]
-    return text
+    _absolute_paths(document, [path.parent])
+    title = text.partition("\n")[0]
+    return text if document.value == read_yaml(path).value else f"{title}\n{dump_yaml(document.value)}"
 
 
-def _find_paths(document: Document, folders: Sequence[Path]) -> Iterator[tuple[KeyPath, str]]:
-    """The places in `document` that hold a path to what exists in one of `folders`, and that path, absolute."""
-    for place in document.spans:
+def _absolute_paths(document: Document, folders: Sequence[Path]) -> None:
+    """Make the paths in `document` absolute where they exist in one of `folders`."""
+    for place in document.places:
         text = value_at(place, document.value)
         if place[:2] not in _PATHS or not (len(place) == 2 or place[-1] == "path" or isinstance(place[-1], int)):
             continue
         if not text or not isinstance(text, str) or (place[1] == "template" and not re.search("[./]", text)):
             continue
         with contextlib.suppress(OSError, ValueError, RuntimeError):  # not a name that a file could have
-            paths = (folder / Path(text).expanduser() for folder in folders)
-            yield from [(place, str(path.absolute())) for path in paths if path.exists()][:1]
+            found = [path for path in (folder / Path(text).expanduser() for folder in folders) if path.exists()]
+            value_at(place[:-1], document.value)[place[-1]] = str(found[0].absolute()) if found else text
 
 
 def _apply_override(override: str, document: Document) -> None:
@@ -118,22 +114,17 @@ def _apply_override(override: str, document: Document) -> None:
         hint = "for example train.batch_size=16"
         raise RecipeError("not of the form section.key=value", where=where, hint=hint)
     given = parse_yaml(text, where, keys)
-    _put(document.value, keys, value_at(keys, given.value))
-    for place, path in _find_paths(given, [Path.cwd()]):
-        _put(document.value, place, path)
+    _absolute_paths(given, [Path.cwd()])
+    tree = document.value
+    for key in keys[:-1]:
+        if not isinstance(tree.get(key), dict):
+            tree[key] = {}
+        tree = tree[key]
+    tree[keys[-1]] = value_at(keys, given.value)
     document.places = {place: line for place, line in document.places.items() if place[: len(keys)] != keys}
     document.places |= dict.fromkeys(given.places, where)
     for end in range(1, len(keys) + 1):
         document.places.setdefault(keys[:end], where)
-
-
-def _put(tree: Any, place: KeyPath, value: Any) -> None:
-    """Put `value` at `place`; what is on the way and not a tree becomes one."""
-    for key in place[:-1]:
-        if not isinstance(value_at((key,), tree), (dict, list)):
-            tree[key] = {}
-        tree = tree[key]
-    tree[place[-1]] = value
 
 
 def _complete(raw: dict[str, Any], stem: str) -> None:

@@ -1,14 +1,14 @@
 """YAML 1.2 as plain values, with the line of every key; no tags, aliases or doubled keys; size and depth bounded.
 
-PyYAML composes the nodes; values are made from them here, because PyYAML's own constructors follow YAML 1.1
-(`2e-4` is text, `no` is false, `1:30` is 90), let the last of two equal keys win, and forget the lines.
+PyYAML by itself follows YAML 1.1 (`2e-4` is text, `no` is false, `1:30` is 90), lets the last of two equal keys win,
+ and forgets the lines.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,8 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 class Document:
     """What a YAML text says."""
 
-    value: Any = None  # plain Python
-    places: dict[KeyPath, str] = field(default_factory=dict)  # file and line of each key
-    spans: dict[KeyPath, tuple[int, int]] = field(default_factory=dict)  # first character and end of each scalar
+    value: Any  # plain Python
+    places: dict[KeyPath, str]  # file and line of each key
 
 
 def read_yaml(path: Path) -> Document:
@@ -55,22 +54,19 @@ def parse_yaml(text: str | bytes, name: str, above: Sequence[str] = ()) -> Docum
     Raises RecipeError for text that is not YAML, doubled keys and keys that are not text, UnsafeError for tags,
     aliases, and text nested deeper than 32.
     """
-    document = Document()
     try:
         loader = _Loader(text)
-        loader.name = name
-        node = loader.get_single_node()
+        loader.name, loader.path = name, tuple(above)
+        value = loader.get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
         reason = getattr(error, "problem", None) or getattr(error, "reason", None)
         hint = "UTF-8, spaces instead of tabs, and text with : # or brackets in quotes"
         raise RecipeError(f"this is not YAML: {reason}", where=where, hint=hint) from None
-    if node:
-        document.value = _read_node(node, tuple(above), document)
     for key in reversed(above):
-        document.value = {key: document.value}
-    return document
+        value = {key: value}
+    return Document(value, loader.places)
 
 
 def read_scalar(text: str) -> Any:
@@ -97,12 +93,19 @@ class _Dumper(yaml.SafeDumper):
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's, which refuses tags, aliases and depth at the event, before it composes a node of it."""
+    """PyYAML's, which refuses tags, aliases, doubled keys and depth before it composes a node, and notes places."""
 
+    path: KeyPath = ()  # of the node that is composed
     depth = 0
 
+    def __init__(self, text: str | bytes) -> None:
+        super().__init__(text)
+        self.yaml_implicit_resolvers = {}  # those of YAML 1.1: see read_scalar
+        self.places: dict[KeyPath, str] = {}
+
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        """`index`: of the node in a list, or its key as a node; None for the document and for a key itself."""
+        event, above = self.peek_event(), self.path  # type: ignore[no-untyped-call]
         where = _place(event)
         if isinstance(event, yaml.AliasEvent):
             raise UnsafeError("aliases (*name) are not allowed", where=where, hint="write the value out")
@@ -110,47 +113,33 @@ class _Loader(yaml.SafeLoader):
             raise UnsafeError("tags (!name) are not allowed", where=where, hint="remove the tag")
         if self.depth > MOST_DEPTH:
             raise UnsafeError(f"nested deeper than {MOST_DEPTH}", where=where, hint="write it flat")
+        if isinstance(index, yaml.Node):
+            where, index = _place(index), self.construct_object(index)
+            if not isinstance(index, str):
+                raise RecipeError("a key that is not text", where=where, hint="put the key into quotes")
+        if parent is None or index is not None:
+            self.path = above if index is None else (*above, index)
+            if self.path in self.places:
+                both = f"{self.places[self.path]} and {where}"
+                raise RecipeError(f"the key {index!r} appears twice", where=both, hint="remove one")
+            self.places[self.path] = where
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
+        self.path = above
         return node
 
 
-def _read_node(node: yaml.Node, path: KeyPath, document: Document) -> Any:
-    """The value of `node`, which is at `path`; places and spans go into the document."""
-    document.places.setdefault(path, _place(node))
-    if isinstance(node, yaml.SequenceNode):
-        return [_read_node(item, (*path, number), document) for number, item in enumerate(node.value)]
-    if isinstance(node, yaml.MappingNode):
-        return _read_mapping(node, path, document)
-    assert isinstance(node, yaml.ScalarNode)
-    document.spans[path] = node.start_mark.index, node.end_mark.index
-    return _read_scalar_node(node)
-
-
-def _read_mapping(node: yaml.MappingNode, path: KeyPath, document: Document) -> dict[str, Any]:
-    mapping: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        where = _place(key_node)
-        key = _read_scalar_node(key_node) if isinstance(key_node, yaml.ScalarNode) else None
-        if not isinstance(key, str):
-            raise RecipeError("a key that is not text", where=where, hint="put the key into quotes")
-        place = (*path, key)
-        if key in mapping:
-            both = f"{document.places[place]} and {where}"
-            raise RecipeError(f"the key {key!r} appears twice", where=both, hint="remove one")
-        document.places[place] = where
-        mapping[key] = _read_node(value_node, place, document)
-    return mapping
-
-
-def _read_scalar_node(node: yaml.ScalarNode) -> Any:
+def _construct_scalar(loader: _Loader, node: yaml.ScalarNode) -> Any:
     try:  # JSON writes characters outside the basic plane as a pair of escapes
         text = node.value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
     except UnicodeDecodeError:
         hint = "write the character itself"
         raise RecipeError("half a surrogate pair in a text", where=_place(node), hint=hint) from None
     return read_scalar(text) if node.style is None else text
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _construct_scalar)
 
 
 def _place(marked: Any) -> str:
