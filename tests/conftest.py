@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -44,6 +44,22 @@ def save_base(folder: Path, name: str = "llama", *, dtype: str = "bfloat16") -> 
     model = make_base(name, dtype=getattr(torch, dtype), vocabulary=384, hidden=64)  # bitsandbytes: blocks of 64
     model.save_pretrained(folder)
     return save_tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny tokenizer alone."""
+    from tiny_tokenizer import save_tokenizer
+
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def tiny(tokenizer_folder: Path) -> Any:
+    """The tiny tokenizer, loaded anew."""
+    from lorasft.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(str(tokenizer_folder))
 
 
 @pytest.fixture(scope="session")
@@ -87,6 +103,32 @@ def recipe(base: Path, rows: Path, tmp_path: Path) -> Callable[..., str]:
     return write
 
 
+def save_to_hub(base: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put `base` where the hub's client keeps a snapshot of people/tiny, links to files elsewhere."""
+    commit, folder = "0" * 40, cache / "models--people--tiny"
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    for path in base.iterdir():
+        (folder / "snapshots" / commit / path.name).symlink_to(path)
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text(commit, encoding="utf-8")
+    for name in ("huggingface_hub.constants.HF_HUB_CACHE", "transformers.utils.hub.TRANSFORMERS_CACHE"):
+        monkeypatch.setattr(name, str(cache), raising=False)
+
+
+@pytest.fixture(scope="session")
+def run(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run in fp32 that has learned something."""
+    from lorasft.cli import main
+
+    folder = tmp_path_factory.mktemp("trained")
+    data = {"data.train": rows, "data.eval": 0.2, "data.max_length": 120, "adapter.rank": 4, "adapter.alpha": 8}
+    settings = data | {"train.epochs": 6, "train.batch_size": 8, "optimizer.learning_rate": 5e-3, "run.eval_every": 4}
+    (folder / "r.yaml").write_text(f"model: {{base: {base}, dtype: float32, quantization: none}}\n", encoding="utf-8")
+    words = [f"{key}={value}" for key, value in (settings | {"run.output": folder / "run"}).items()]
+    assert main(["train", str(folder / "r.yaml"), *words]) == 0
+    return folder / "run"
+
+
 class Done(NamedTuple):
     """Exit code of a command, and what it has said."""
 
@@ -105,7 +147,10 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Command:
 
     def run(*words: object) -> Done:
         capsys.readouterr()
-        code = main([str(word) for word in words])
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as ended:  # argparse
+            code = int(str(ended.code))
         return Done(code, *capsys.readouterr())
 
     return run

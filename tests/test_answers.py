@@ -20,17 +20,6 @@ from lorasft.recipe import ChatSettings
 from lorasft.terminal import harmless
 
 
-@pytest.fixture(scope="module")
-def run(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    data = {"data.train": rows, "data.eval": 0.2, "data.max_length": 120, "adapter.rank": 4, "adapter.alpha": 8}
-    settings = data | {"train.epochs": 6, "train.batch_size": 8, "optimizer.learning_rate": 5e-3, "run.eval_every": 4}
-    (folder / "r.yaml").write_text(f"model: {{base: {base}, dtype: float32, quantization: none}}\n", encoding="utf-8")
-    words = [f"{key}={value}" for key, value in (settings | {"run.output": folder / "run"}).items()]
-    assert main(["train", str(folder / "r.yaml"), *words]) == 0
-    return folder / "run"
-
-
 def test_the_identity_holds_and_equals_plain_transformers(
     run: Path, rows: Path, base: Path, tmp_path: Path, cli: Command
 ) -> None:

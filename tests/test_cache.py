@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import save_to_hub
 from faults.damage import HARMS
 from safetensors.torch import load_file, save_file
 from tiny_models import make_base, shape
@@ -106,15 +107,8 @@ def test_a_kept_base_is_the_one_that_was_quantized(
 
 
 def test_a_model_of_the_hub_is_kept_as_well(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its snapshot lies where the hub's client puts it, a link to a file elsewhere."""
-    commit, hub = "0" * 40, tmp_path / "hub/models--people--tiny"
     make(tmp_path / "base")
-    (hub / "snapshots" / commit).mkdir(parents=True)
-    for path in (tmp_path / "base").iterdir():
-        (hub / "snapshots" / commit / path.name).symlink_to(path)
-    (hub / "refs").mkdir()
-    (hub / "refs/main").write_text(commit, encoding="utf-8")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    save_to_hub(tmp_path / "base", tmp_path / "hub", monkeypatch)
     settings = ModelSettings(base="people/tiny", dtype="bfloat16")
     first = load_base(settings, CPU, keep=True)
     refuse_to_quantize(monkeypatch)

@@ -46,7 +46,7 @@ def make_layer(kind: str, *, lean: bool = True, **settings: Any) -> Any:
     inject_adapter_in_model(LoraConfig(target_modules=["layer"], **{**options, **settings}), holder)
     randomize_adapter(holder)
     if lean:
-        assert use_lean_linears(holder) == 1
+        use_lean_linears(holder)
     return holder["layer"]
 
 
@@ -176,7 +176,7 @@ def test_recomputed_activations_give_the_same_bits(monkeypatch: pytest.MonkeyPat
     """The forward is entered again inside the backward pass, and reads weights into the same memory."""
     monkeypatch.setattr(linear, "_MALLOC_KEEPS", 0)
     holder = nn.Sequential(make_layer("nf4-double"), nn.Linear(OUT, IN).requires_grad_(False), make_layer("nf4"))
-    assert use_lean_linears(holder) == 2  # one memory for both
+    use_lean_linears(holder)  # one memory for both
     assert holder[0].frozen_weights is holder[2].frozen_weights
     x, dy = torch.randn(5, IN), torch.randn(5, OUT)
     plain = run(holder, x, dy)

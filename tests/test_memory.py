@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import subprocess
@@ -24,15 +25,16 @@ from tiny_models import CONFIGS, make_base, randomize_adapter
 from torch.profiler import ProfilerActivity, profile
 
 from lorasft.cli import main
-from lorasft.model import scoring
+from lorasft.model import memory, scoring
 from lorasft.model.adapter import attach_adapter
+from lorasft.model.attention import SEGMENTS
 from lorasft.model.base import load_base
 from lorasft.model.free_memory import cgroup_free
 from lorasft.model.loss import Network, pair_losses
 from lorasft.model.memory import ActivationMemory, StorageMeter, dry_run, heaviest_batch, static_bytes
-from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
+from lorasft.model.recompute import decoder_layers, layer_list, recompute, recomputed_layers
 from lorasft.model.selfcheck import verify
-from lorasft.model.weightless import Sample, make_weightless, plan_network, shrink_vocabulary
+from lorasft.model.weightless import Sample, make_weightless, plan_network
 from lorasft.recipe import AdapterSettings, ModelSettings
 from lorasft.train import layout as layouts
 from lorasft.train import loop
@@ -135,12 +137,12 @@ def test_a_dry_run_is_the_step(name: str) -> None:
     network = verify(base)
     weightless, planned = without_numbers(network, adapter, settings=settings)
     assert static_bytes(weightless, "adamw") == static_bytes(model, "adamw")
-    sample = Sample(make_weightless(shrink_vocabulary(ARCHITECTURES[name]()), settings, adapter, CPU), CPU)
+    sample = Sample(weightless, ARCHITECTURES[name](), settings, adapter, CPU)
     foreseen = verify(sample.model.get_base_model())
     facts = [(one.segments, one.share, one.head is None) for one in (foreseen, network)]
     assert facts[0] == facts[1]
     batch = heaviest_batch(network, longest=20, capacity=60)
-    for count in (0, len(decoder_layers(base))):
+    for count in (0, 1, len(decoder_layers(base))):
         recompute(base, count)
         for parameter in model.train().parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -152,6 +154,38 @@ def test_a_dry_run_is_the_step(name: str) -> None:
         predicted = dry_run(planned, batch, recomputed=count)
         assert predicted.kept == pytest.approx(measured.kept, abs=2000)
         assert predicted.peak == pytest.approx(measured.peak, abs=2000)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma-2", "gemma-4", "gpt-2", "gpt-oss", "qwen-3-moe", "smollm-3"])
+def test_a_few_layers_tell_what_all_of_them_take(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes as the whole depth, of layers of one kind and of two in turn; of other orders all are run."""
+    config, ran, run = ARCHITECTURES[name](), [], memory.run_layers
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * 2
+    config.num_hidden_layers = 7
+    config.layer_types = (kinds * 4)[:7]
+    config.no_rope_layers = [1, 0] * 3 + [1]
+    settings, adapter = ModelSettings(base="-", quantization="none", dtype="float32"), AdapterSettings(rank=4)
+    model = make_weightless(config, settings, adapter, CPU)
+    model.get_base_model().set_attn_implementation(SEGMENTS)
+    network = Network(model.get_base_model(), head=None, segments=True, planned=CPU)
+
+    def remembered(network: Network, batch: Any, recomputed: int) -> ActivationMemory:
+        ran.append(len(decoder_layers(network.causal)))
+        return run(network, batch, recomputed)
+
+    monkeypatch.setattr(memory, "run_layers", remembered)
+    batch = heaviest_batch(network, longest=40, capacity=100)
+    uniform = len({*kinds}) == 1 and name != "smollm-3"
+    for recomputed in (0, 1, 4, 6, 7):
+        ran.clear()
+        assert dry_run(network, batch, recomputed=recomputed) == run(network, batch, recomputed)
+        assert max(ran) == (3 if uniform else 5 if recomputed in (0, 7) else 7)
+    layers = layer_list(network.causal)
+    layers[3] = copy.deepcopy(layers[3])
+    layers[3].other = 1
+    ran.clear()
+    dry_run(network, batch, recomputed=0)
+    assert ran == [7]
 
 
 def test_the_meter_counts_each_storage_once_until_it_is_freed() -> None:
@@ -192,20 +226,14 @@ def test_the_heaviest_batch_is_full_and_holds_the_longest() -> None:
     assert len(heaviest_batch(replace(network, segments=False), longest=9, capacity=20).ids) == 9
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_control_groups_limit_the_free_memory(version: int, tmp_path: Path) -> None:
-    first = version == 1
-    mount = tmp_path / "sys/fs/cgroup" / ("memory" if first else "")
-    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if first else ("memory.max", "memory.current")
-    unlimited = str(2**63) if first else "max"
-    for folder, limit, used in ((mount, unlimited, 0), (mount / "a", "1000", 300), (mount / "a/b", "5000", 100)):
+def test_control_groups_limit_the_free_memory(tmp_path: Path) -> None:
+    mount = tmp_path / "sys/fs/cgroup"
+    for folder, limit, used in ((mount, "max", 0), (mount / "a", "1000", 300), (mount / "a/b", "5000", 100)):
         folder.mkdir(parents=True, exist_ok=True)
-        for name, value in zip(names, (limit, used), strict=True):
-            (folder / name).write_text(f"{value}\n")
-        (folder / "memory.stat").write_text(f"cache 9\n{'total_' if first else ''}inactive_file 50\n")
+        for name, value in (("max", limit), ("current", used), ("stat", "cache 9\ninactive_file 50")):
+            (folder / f"memory.{name}").write_text(f"{value}\n")
     (tmp_path / "proc/self").mkdir(parents=True)
-    line = "4:memory:/a/b" if first else "0::/a/b"
-    (tmp_path / "proc/self/cgroup").write_text(f"3:cpuset:/a\n{line}\n")
+    (tmp_path / "proc/self/cgroup").write_text("3:cpuset:/a\n0::/a/b\n")
     assert min(cgroup_free(tmp_path)) == 750
     assert list(cgroup_free(tmp_path / "nowhere")) == []
 

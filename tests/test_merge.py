@@ -13,9 +13,9 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from conftest import save_base
+from conftest import Command, save_base, save_to_hub
 from safetensors.torch import load_file, save_file
-from test_merge_variants import KINDS, PEFT_DOUBTS, edit_config, load, make_pair, merge, save_adapter
+from test_merge_variants import KINDS, PEFT_DOUBTS, load, make_pair, merge, save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lorasft.artifact import find_artifact
@@ -85,25 +85,6 @@ def test_a_stop_that_training_added_is_kept(base: Path, tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "more").generation_config.eos_token_id == stops
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
-        (b"<html>login</html>", "web page"),
-        (None, "cannot read the weights"),
-    ],
-)
-def test_a_broken_base_is_named(content: bytes | None, words: str, base: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "base"
-    shutil.copytree(base, broken)
-    adapter = save_adapter(base, tmp_path / "adapter", **ALL)
-    weights = broken / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100] if content is None else content)
-    with pytest.raises(ModelError, match=words):
-        merge(broken, adapter, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.fixture(scope="module")
 def trained(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in 4 bit that has learned something."""
@@ -121,12 +102,9 @@ def trained(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return folder / "run"
 
 
-def test_a_run_in_4_bit_is_merged_onto_what_it_saw(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_in_4_bit_is_merged_onto_what_it_saw(trained: Path, tmp_path: Path, cli: Command) -> None:
     """Held-out rows do not speak for the original here, and the dequantized base is what was trained against."""
-    assert main(["merge", str(trained), "--out", str(tmp_path / "out"), "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
+    said = json.loads(cli("merge", trained, "--out", tmp_path / "out", "--json").out)
     table = said["table"]
     assert said["updated"] == 14 and said["onto"] == "dequantized" and said["rows"] == "held-out rows"
     assert table["trained"]["kl"] == 0 and table["trained"]["same_choice"] == 1
@@ -187,30 +165,19 @@ def test_a_merge_that_answers_otherwise_gets_no_name(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_may_not_be_merged(trained: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, out = str(trained), str(tmp_path / "out")
-    assert main(["merge", run, "--out", out, "--onto", "original", "--no-check"]) == 0
-    assert main(["merge", run, "--out", out]) == 2
-    assert main(["merge", run, "--out", str(base / "inside"), "--base", str(base)]) == 2
-    assert main(["merge", run, "--out", str(trained / "inside")]) == 2
-    assert main(["merge", run, "--out", str(tmp_path / "none"), "--no-check", "--data", "x.jsonl"]) == 2
-    other = save_base(tmp_path / "other", dtype="float32")
-    shutil.copytree(trained / "adapter", tmp_path / "changed")
-    edit_config(tmp_path / "changed", lora_alpha=7)
-    for name, options, words in (
-        (run, ["--base", str(other)], "not the one that the adapter was trained on"),
-        (str(tmp_path / "changed"), [], "error: adapter_config.json"),
-        (str(base), [], "this is a model"),
-        (str(tmp_path / "nowhere"), [], "there is no such folder"),
-    ):
-        assert main(["merge", name, "--out", str(tmp_path / "none"), *options]) == 4
-        assert words in capsys.readouterr().err
-    arguments = ["--no-check", "--force-base"]
-    assert main(["merge", run, "--out", str(tmp_path / "forced"), "--base", str(other), *arguments]) == 0
+def test_what_may_not_be_merged(trained: Path, base: Path, tmp_path: Path, cli: Command) -> None:
+    out, other = tmp_path / "out", save_base(tmp_path / "other", dtype="float32")
+    assert cli("merge", trained, "--out", out, "--onto", "original", "--no-check").code == 0
+    assert cli("merge", trained, "--out", out).code == 2
+    assert cli("merge", trained, "--out", base / "inside", "--base", base).code == 2
+    refused = cli("merge", trained, "--out", tmp_path / "wrong", "--base", other)
+    assert refused.code == 4 and "not the one that the adapter was trained on" in refused.err
+    forced = ["merge", trained, "--no-check", "--force-base", "--out"]
+    assert cli(*forced, tmp_path / "forced", "--base", other).code == 0
     record = json.loads((tmp_path / "forced/merge.json").read_text(encoding="utf-8"))
     assert record["base"]["fingerprint"] != record["base"]["trained_on"]
-    assert main(["merge", run, "--out", str(tmp_path / "twice"), "--base", out, *arguments]) == 4
-    assert "is merged into this base already" in capsys.readouterr().err
+    twice = cli(*forced, tmp_path / "twice", "--base", out)
+    assert twice.code == 4 and "is merged into this base already" in twice.err
 
 
 def test_a_merged_folder_takes_another_adapter(base: Path, tmp_path: Path) -> None:
@@ -225,9 +192,8 @@ def test_a_merged_folder_takes_another_adapter(base: Path, tmp_path: Path) -> No
     assert record["adapter"] == sha256(other / "adapter_model.safetensors")
 
 
-def test_a_merge_in_4_bit(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["merge", str(trained), "--out", str(tmp_path / "out"), "--quantize", "nf4", "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
+def test_a_merge_in_4_bit(trained: Path, tmp_path: Path, cli: Command) -> None:
+    said = json.loads(cli("merge", trained, "--out", tmp_path / "out", "--quantize", "nf4", "--json").out)
     assert said["onto"] == "original"
     assert said["table"]["merged, in 4 bit"]["kl"] < said["table"]["without the adapter"]["kl"]
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -238,13 +204,13 @@ def test_a_merge_in_4_bit(trained: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_an_adapter_of_another_tool_is_merged_with_the_check_and_into_4_bit(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, tmp_path: Path, cli: Command
 ) -> None:
     """It brings no tokenizer, and nothing says that it was trained in 4 bit."""
-    adapter = str(save_adapter(base, tmp_path / "adapter", **ALL))
-    assert main(["merge", adapter, "--out", str(tmp_path / "out"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["rows"] == "a text of lorasft's own"
-    assert main(["merge", adapter, "--out", str(tmp_path / "four"), "--quantize", "nf4", "--no-check"]) == 0
+    adapter = save_adapter(base, tmp_path / "adapter", **ALL)
+    said = json.loads(cli("merge", adapter, "--out", tmp_path / "out", "--json").out)
+    assert said["rows"] == "a text of lorasft's own"
+    assert cli("merge", adapter, "--out", tmp_path / "four", "--quantize", "nf4", "--no-check").code == 0
     assert (tmp_path / "four/model.safetensors").stat().st_mode == (tmp_path / "four/config.json").stat().st_mode
 
 
@@ -261,21 +227,13 @@ def test_a_fine_tune_has_another_fingerprint(tmp_path: Path) -> None:
 
 
 def test_a_run_on_a_hub_model_knows_its_base(
-    recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: Callable[..., str], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
 ) -> None:
     """The hub's client keeps a snapshot of each commit; nothing is downloaded that is there."""
-    commit, kept = "0" * 40, tmp_path / "hub/models--people--tiny"
-    save_base(kept / "snapshots" / commit)
-    (kept / "refs").mkdir()
-    (kept / "refs/main").write_text(commit, encoding="utf-8")
-    for module, name in (
-        ("huggingface_hub.constants", "HF_HUB_CACHE"),
-        ("transformers.utils.hub", "TRANSFORMERS_CACHE"),
-    ):
-        monkeypatch.setattr(f"{module}.{name}", str(tmp_path / "hub"), raising=False)
+    save_to_hub(base, tmp_path / "hub", monkeypatch)
     path = recipe(model={"base": "people/tiny", "dtype": "float32"}, train={"steps": 3, "batch_size": 8})
-    assert main(["train", path]) == 0
-    assert main(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--no-check"]) == 0
-    other = ["--base", str(save_base(tmp_path / "other", "qwen3"))]
-    assert main(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "wrong"), "--no-check", *other]) == 4
-    assert "not the one that the adapter was trained on" in capsys.readouterr().err
+    assert cli("train", path).code == 0
+    merge = ["merge", tmp_path / "run", "--no-check", "--out"]
+    assert cli(*merge, tmp_path / "out").code == 0
+    done = cli(*merge, tmp_path / "wrong", "--base", save_base(tmp_path / "other", "qwen3"))
+    assert done.code == 4 and "not the one that the adapter was trained on" in done.err

@@ -320,25 +320,6 @@ def test_names_of_peers_lead_to_a_key_that_exists(name: str) -> None:
     assert key == "nothing" or field in type(getattr(load(SMALLEST), section)).model_fields, hint
 
 
-FILES = {"binary.yaml": b"\x89PNG\r\n\x1a\n\x00", "nul.yaml": b"a: \x00\n", "llama.yaml": b""}
-NOT_RECIPES = {
-    "nul.yaml": "not YAML",
-    "binry.yaml": "did you mean binary.yaml?",
-    "llama3.1-8b": "did you mean llama-3.1-8b?",
-    "qqqqq": "lorasft recipes list",
-    "\x1b\x00": "no recipe",
-}
-
-
-@pytest.mark.parametrize(("name", "said"), NOT_RECIPES.items())
-def test_files_that_are_not_a_recipe(name: str, said: str, tmp_path: Path) -> None:
-    for file, content in FILES.items():
-        (tmp_path / file).write_bytes(content)
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(name)
-    assert said in str(caught.value)
-
-
 def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "bom.yaml").write_bytes(b"\xef\xbb\xbf" + SMALLEST.encode())
     assert load_recipe("bom.yaml").model.base == "some/model"
@@ -416,19 +397,6 @@ def test_list_show_and_schema_print_what_programs_can_read(capsys: pytest.Captur
     assert json.loads(capsys.readouterr().out)["data"]["max_length"] == 1024
     recipes_command.run("schema", None, None, as_json=False)
     assert json.loads(capsys.readouterr().out) == recipe_schema()
-
-
-@pytest.mark.parametrize(
-    ("action", "name", "to", "said"),
-    [
-        ("show", "gtp2", None, "did you mean gpt2?"),
-        ("show", None, None, "no recipe"),
-    ],
-)
-def test_the_command_refuses_in_plain_words(action: str, name: str | None, to: str | None, said: str) -> None:
-    with pytest.raises(RecipeError) as caught:
-        recipes_command.run(action, name, to, as_json=False)
-    assert said in str(caught.value)
 
 
 def test_a_reader_that_goes_away_is_no_fault() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -152,22 +151,6 @@ def test_other_adapters_train_and_load(adapter: dict[str, Any], dtype: str, reci
     assert main(["chat", str(run_folder(path)), "--prompt", "what is 1 + 1?", "--max-new-tokens", "3"]) == 0
 
 
-def test_a_stop_in_the_first_evaluation_can_be_resumed(recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the first step there is already a checkpoint, so a run folder is never a dead end."""
-    path = recipe()
-    plain = loop.evaluate
-
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return plain(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate", interrupted)
-        assert main(["train", path]) == 143
-    assert main(["train", path, "--resume"]) == 0
-    assert [line["step"] for line in metrics(run_folder(path)) if "eval_loss" in line] == [0, 4, 8, 9]
-
-
 def test_a_reader_that_goes_away_does_not_end_the_run(recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     class Gone(io.StringIO):
         def write(self, text: str) -> int:
@@ -203,46 +186,6 @@ def test_keep_best_gives_the_best_adapter(recipe: Write) -> None:
     assert folders == sorted({f"step-{best:06d}", "step-000009"})
     saved = sha256(run_folder(path) / "checkpoints" / f"step-{best:06d}/adapter_model.safetensors")
     assert sha256(run_folder(path) / "adapter/adapter_model.safetensors") == saved
-
-
-@pytest.mark.parametrize(
-    ("sections", "arguments", "code", "words"),
-    [
-        ({"train": {"batch_size": 64}}, [], 2, ["fewer than one batch", "train.batch_size=21"]),
-        ({"schedule": {"warmup": 9}}, [], 2, ["warm-up of 9 steps", "run of 9 steps"]),
-        ({"data": {"max_length": 4096}}, [], 2, ["128 positions", "data.max_length=128"]),
-        ({"adapter": {"targets": ["q_prj"]}}, [], 2, ["q_prj", "did you mean q_proj?"]),
-        ({"adapter": {"targets": ["norm"]}}, [], 2, ["norm is not a linear"]),
-        ({"adapter": {"targets": []}}, [], 2, ["no targets", "all-linear"]),
-        ({"adapter": {"modules_to_save": ["lm_haed"]}}, [], 2, ["lm_haed", "did you mean lm_head?"]),
-        ({"adapter": {"start": "runs/x"}}, [], 2, ["no effect with adapter.start"]),
-        ({"run": {"output": "/dev/null"}}, [], 2, ["/dev/null"]),
-        ({"model": {"dtype": "float16"}}, [], 5, ["loss scaling", "float32"]),
-        ({"model": {"base": "no/such/folder"}}, [], 4, ["no/such/folder"]),
-        ({"data": {"train": "missing.jsonl"}}, [], 3, ["missing.jsonl"]),
-        ({}, ["--resume"], 2, ["no run to resume"]),
-        ({"run": {"trackers": ["mlflow"]}}, [], 5, ["mlflow", "pip install"]),
-    ],
-)
-def test_what_cannot_work_is_refused(
-    sections: dict[str, Any], arguments: list[str], code: int, words: list[str], recipe: Write,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    assert main(["train", recipe(**sections), *arguments]) == code
-    said = capsys.readouterr().err
-    assert said.count("error:") == 1 and "Traceback" not in said and len(said.splitlines()) <= 20
-    assert all(word in said for word in words), said
-
-
-def test_a_folder_in_use_is_refused_saying_both_ways_out(recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
-    path = recipe(train={"steps": 3})
-    assert main(["train", path]) == 0
-    assert main(["train", path]) == 2
-    said = capsys.readouterr().err
-    assert "--resume" in said and "run.output=" in said
-    assert main(["train", path, "--resume", "train.seed=5"]) == 2
-    assert "train.seed: 0 -> 5" in capsys.readouterr().err
-    assert main(["train", path, "--resume", "machine.micro_batch_tokens=64"]) == 0  # layout may change
 
 
 def test_a_start_that_failed_leaves_a_folder_that_can_be_used(recipe: Write) -> None:

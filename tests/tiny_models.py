@@ -33,6 +33,10 @@ def shape(hidden: int = 32) -> dict[str, Any]:
 
 
 WINDOWS: dict[str, Any] = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+LLAMA_3: dict[str, Any] = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA_3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+EYES: dict[str, Any] = {"model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 32}
+EYES |= {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "vision_use_head": False}
 SOFT_CAPS: dict[str, Any] = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
 CONFIGS: dict[str, Any] = {
     "llama": lambda hidden: LlamaConfig(**shape(hidden)),

@@ -54,7 +54,7 @@ def run(saved: str, base: str | None, data: str, columns: str | None, per_exampl
     if per_example:
         objects = [
             {"source": {"file": answer.place.file, "line": answer.place.line}, "tokens": answer.length}
-            | {name: vars(rows[index]) for name, rows in scores.items()}
+            | {name: rows[index] for name, rows in scores.items()}
             for index, answer in enumerate(answers)
         ]
         write_file(Path(per_example), "".join(json.dumps(line) + "\n" for line in objects).encode())

@@ -17,11 +17,7 @@ body{font:16px/1.5 system-ui,sans-serif;max-width:64em;margin:2em auto;padding:0
 pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f6;padding:1em;color:#666;border-radius:4px}
 mark{background:#bfe8c6;color:#033}
 b{font-weight:normal;color:#a0509a}
-h2{font-size:1em;margin:1.5em 0 .3em}
 nav{position:sticky;top:0;background:#fff;padding:.6em 0;border-bottom:1px solid #ddd}
-button,input{font:inherit;padding:.2em .6em}
-input{width:24em;max-width:60%}
-li{margin:.1em 0;white-space:pre-wrap}
 </style>
 <h1>What is supervised</h1>
 <p><mark>Marked text</mark> is supervised, grey text is context, <b>special tokens</b> are coloured.</p>

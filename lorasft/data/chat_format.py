@@ -1,9 +1,8 @@
 """How a tokenizer with its chat template writes a conversation: prompts, what ends an answer, and where answers are.
 
-The prompt of an answer is what a server would render (`add_generation_prompt=True`). What the template puts between
-that prompt and the answer, such as an empty think block, is context; the answer is the text of the row and what ends
-the turn. Nothing is known of any template: its style is read off a rendering of a probe, and each conversation is
-checked against it.
+The prompt of an answer is what a server would render. What the template puts between the two, such as an empty think
+block, is context; the answer is the text of the row and what ends the turn. Nothing is known of any template: its
+style is read off a rendering of a probe, and each conversation is checked against it.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lorasft.data.encoding import FIRST, MARK, TextEncoder
 from lorasft.data.examples import Example, Message, reasoning_of, without_reasoning
 from lorasft.data.sources import RowLocation
-from lorasft.data.templates import render, render_within_limits, set_template
+from lorasft.data.templates import render, set_template
 from lorasft.data.tokenizer import control_tokens
 from lorasft.errors import DataError, ModelError
 
@@ -59,10 +58,7 @@ class MarkedText:
 
 
 class ChatFormat:
-    """A tokenizer and the template of a recipe: what a server feeds, what ends an answer, and where answers are.
-
-    Conversations are rendered within the caller's limits.
-    """
+    """A tokenizer and the template of a recipe: what a server feeds, what ends an answer, and where answers are."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, chat: ChatSettings) -> None:
         """Sets the recipe's template on `tokenizer`. Raises ModelError when they do not go together."""
@@ -212,11 +208,11 @@ class ChatFormat:
 
     def _prompt(self, example: Example, target: int) -> str:
         """What a server would render before the message `target`."""
-        return render_within_limits(self.tokenizer, example.messages[:target], example.tools, generation_prompt=True)
+        return render(self.tokenizer, example.messages[:target], example.tools, generation_prompt=True)
 
     def render(self, example: Example, upto: int) -> str:
         """The conversation up to a message, nothing to be answered."""
-        return render_within_limits(self.tokenizer, example.messages[:upto], example.tools)
+        return render(self.tokenizer, example.messages[:upto], example.tools)
 
 
 def read_style(tokenizer: PreTrainedTokenizerFast) -> TemplateStyle:

@@ -42,10 +42,10 @@ class Encoded:
         self._stretches = stretches
         self._encodings = encodings
 
-    def tokens_between(self, start: int, end: int) -> tuple[Span, Span] | None:
-        """The first token that holds a character of `start` to `end`, and the one after the last such token; and the
-        characters that those tokens hold. None where there is no such token."""
-        found: list[tuple[Span, Span]] = []
+    def tokens_between(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        """The first and the last token that hold a character of `start` to `end`: their number, and start and end of
+        the characters that they hold. Empty where there is no such token."""
+        found: list[tuple[int, int, int]] = []
         at = token = 0
         for stretch, encoding in zip(self._stretches, self._encodings, strict=True):
             if at < end and start < at + len(stretch):
@@ -53,14 +53,10 @@ class Encoded:
                 first = bisect_right(offsets, start - at, key=itemgetter(1))
                 stop = bisect_left(offsets, end - at, key=itemgetter(0))
                 if first < stop:
-                    found.append(((token + first, token + stop), (at + offsets[first][0], at + offsets[stop - 1][1])))
+                    found += [(token + n, at + offsets[n][0], at + offsets[n][1]) for n in (first, stop - 1)]
             at += len(stretch)
             token += len(encoding)
-        if not found:
-            return None
-        (first, _), (before, _) = found[0]
-        (_, stop), (_, after) = found[-1]
-        return (first, stop), (before, after)
+        return [found[0], found[-1]] if found else []
 
 
 class TextEncoder:

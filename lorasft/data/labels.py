@@ -53,9 +53,8 @@ class Labeler:
 
     def _mark_block(self, block: list[Example], report: Report) -> list[tuple[Example, tuple[MarkedText, ...]]]:
         marked = []
-        with limits() as start_again:
+        with limits():  # once, which is dearer than a rendering
             for example in block:
-                start_again()
                 try:
                     if texts := self._mark(example, report):
                         marked.append((example, texts))
@@ -131,14 +130,13 @@ class Labeler:
         ids = np.array(whole.ids + (self.eos if marked.add_eos else []), dtype=np.int32)
         labels = np.full(len(ids), UNSUPERVISED, dtype=np.int32)
         for answer, prompt in zip(marked.answers, prompts, strict=True):
-            found = whole.tokens_between(answer.start, answer.end)
-            if found:
-                (first, end), (start, stop) = found
+            if found := whole.tokens_between(answer.start, answer.end):
+                (first, start, _), (last, _, stop) = found
                 # A token that holds foreign text is not supervised, unless that is a blank, which SentencePiece makes
                 # part of the word after it.
                 before = bool(marked.text[start : answer.start].strip())
                 after = bool(marked.text[answer.end : stop].strip())
-                supervised = slice(max(first + before, len(prompt)), end - after)
+                supervised = slice(max(first + before, len(prompt)), last + 1 - after)
                 labels[supervised] = ids[supervised]
         if marked.add_eos:
             labels[-1] = ids[-1]
@@ -149,7 +147,6 @@ class Labeler:
         """The sequences of one example within `max_length`, by the over-long policy; none when it is dropped."""
         limit, policy, is_text = self.data.max_length, self.data.overlong, example.text is not None
         longest = max(map(len, sequences))
-        report.lengths.append(longest)
         if longest > limit:  # what the template writes after the last answer goes first
             sequences = [_slice(tokens, 0, _last_run(tokens)[1]) for tokens in sequences]
         if max(map(len, sequences)) <= limit:

@@ -1,10 +1,6 @@
-"""Which examples make a step, and how a step is cut into flat micro-batches of segments.
+"""Which examples make a step, and how a step is cut into flat micro-batches of segments, where nothing is padded.
 
-    Plan.examples(step)      a pure function of (seed, epoch, step): no state, nothing to restore
-    make_micro_batches(...)  sequences -> micro-batches: flat rows of ids, nothing padded, shared prefixes once
-    MicroBatch               what the model sees; the one shift from labels to (source, target) pairs is made here
-
-How a step is cut is layout: it depends on the machine and changes no result.
+The examples are a pure function of seed and step. How they are cut depends on the machine and changes no result.
 """
 
 from __future__ import annotations
@@ -45,8 +41,7 @@ class Segment:
 class MicroBatch:
     """One forward and backward pass: a flat row of tokens and the supervised pairs.
 
-    A source may serve several targets. `weights` is 1 for each pair under `loss: token`, 1/|y| of its example
-    under `loss: example`; the step divides the weighted sum once.
+    `weights`: 1 under `loss: token`, 1/|y| of the example under `loss: example`; the step divides their sum once.
     """
 
     ids: Integers  # (tokens,)
@@ -130,11 +125,8 @@ def count_steps(examples: int, *, batch_size: int, epochs: float, steps: int | N
 
 @lru_cache(maxsize=2)
 def shuffle(count: int, *, seed: int, epoch: int) -> Integers:
-    """A permutation of 0..count-1 that depends on nothing but its arguments.
-
-    Sorts the indices by splitmix64 of (seed, epoch, index) (Steele, Lea, Flood 2014), so that the order is the
-    same on every machine and with every version of numpy.
-    """
+    """A permutation of 0..count-1 by splitmix64 of (seed, epoch, index) (Steele, Lea, Flood 2014): the same on every
+    machine and with every version of numpy."""
     salt = _mix(np.array([seed], dtype=np.uint64) * np.uint64(0x10001) + np.uint64(epoch))[0]
     keys = _mix(np.arange(count, dtype=np.uint64) + salt)
     order = np.argsort(keys, kind="stable").astype(np.int64)
@@ -152,12 +144,10 @@ def make_micro_batches(
     share: Sharing = False,
     rope_switch_length: int | None = None,
 ) -> Iterator[MicroBatch]:
-    """Cut examples into micro-batches of at most `capacity` tokens, best fit in order of falling length.
+    """Cut examples into micro-batches of at most `capacity` tokens, or of one longer sequence; best fit.
 
-    A sequence longer than `capacity` gets a micro-batch of its own; several processes get smaller ones where that
-    gives each of them work. The last target of a sequence is never an
-    input, and what comes after it is not computed: no supervised token looks at it. With `share`, what sequences
-    begin with in common is computed once, and a tree may be as large as the longest sequence. Sequences up to
+    Several processes get smaller ones where that gives each of them work. What comes after the last target of a
+    sequence is not computed. With `share`, what sequences begin with in common is computed once. Sequences up to
     `rope_switch_length` tokens and longer ones never meet: some models compute all positions of a row by its longest.
     """
     pieces = [piece for example in examples for piece in _pieces(store.sequences(int(example)), int(example), loss)]

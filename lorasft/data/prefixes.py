@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 
 Sharing = Literal["auto"] | bool  # auto: where it saves work after its own cost; true: whatever it saves
 
-# A segment costs its calls, and on a GPU a branch the copies of its ancestors' keys: about as much as computing this
-# many tokens. Measured with 56 million parameters on two cores: a stem of 16 tokens before eight branches, 112 tokens
-# saved, gives 0.97 times the speed, of 48 tokens 1.14, of 96 tokens 1.34, of 96 before two branches 1.01
-# (scripts/bench.py prefix --stem 16 --batch 8). Larger models pay less.
+# A segment costs about as much as computing this many tokens, on two cores with 56 million parameters: a stem of 16
+# tokens before eight branches gives 0.97 times the speed, of 48 tokens 1.14 (scripts/bench.py prefix). Larger models
+# pay less.
 _SEGMENT_COST = 16
 
 

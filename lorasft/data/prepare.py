@@ -74,7 +74,7 @@ def prepare(
     """
     labeler = Labeler(ChatFormat(tokenizer, chat), data)
     ingredients = list_ingredients(data, labeler.format)
-    key = make_key(ingredients)
+    key = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
     target = folder / key[:16]
     if target.exists():
         try:
@@ -118,11 +118,6 @@ def read_ingredients(folder: Path, key: str) -> dict[str, Any]:
         return dict(record["ingredients"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def make_key(ingredients: dict[str, Any]) -> str:
-    """SHA-256, in hex."""
-    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
 
 def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, Any]:
@@ -242,7 +237,7 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     report.train_examples = len(held_out) - report.held_out_examples
     _refuse_losses(data, report)
     return {
-        "report": vars(report),
+        "report": report.as_dict(),
         "names": list(names),
         "learned_special": sorted(supervised & labeler.format.tokenizer.added_tokens_decoder.keys()),
     }
@@ -288,8 +283,8 @@ def _refuse_losses(data: DataSettings, report: Report) -> None:
             f"{dropped} of {report.rows} rows dropped ({report.bad_rows} bad, {report.over_long_examples} over-long, "
             f"{report.examples_without_target} with nothing to learn): {report.train_examples} to train on"
         )
-        lengths = ", ".join(f"{name}: {length}" for name, length in report.length_quantiles().items())
-        hint = f"lengths in tokens {lengths}; data.max_length is {data.max_length}, data.max_dropped {data.max_dropped}"
+        examples = "; ".join(report.dropped[:3])
+        hint = f"{examples}; data.max_length is {data.max_length}, data.max_dropped {data.max_dropped}"
         raise DataError(what, where=_paths(data), hint=hint)
 
 

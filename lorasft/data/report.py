@@ -34,20 +34,10 @@ class Report:
     tools_left_out: int = 0
     dropped: list[str] = field(default_factory=list)  # of the first rows that are not trained on: "file:line: why"
     errors: list[LorasftError] = field(default_factory=list, repr=False)  # of bad rows that are not to be dropped
-    lengths: list[int] = field(default_factory=list, repr=False)  # the longest sequence of each example
 
     def as_dict(self) -> dict[str, Any]:
-        """The counts, for a program to read; of the lengths only quantiles."""
-        counts = {name: value for name, value in vars(self).items() if name not in ("lengths", "errors")}
-        return counts | {"length_quantiles": self.length_quantiles()}
-
-    def length_quantiles(self) -> dict[str, int]:
-        """Tokens of the longest sequence of an example: median, 90 %, 99 % and most."""
-        if not self.lengths:
-            return {}
-        ordered = sorted(self.lengths)
-        shares = {"50%": 0.5, "90%": 0.9, "99%": 0.99, "100%": 1.0}
-        return {name: ordered[min(int(share * len(ordered)), len(ordered) - 1)] for name, share in shares.items()}
+        """The counts and the rows that were dropped, as JSON values."""
+        return {name: value for name, value in vars(self).items() if name != "errors"}
 
     def note_dropped(self, place: object, why: str) -> None:
         """Name a row that is not trained on; who calls this counts it."""

@@ -61,7 +61,7 @@ LARGEST_TEXT = 64 << 20  # characters
 MOST_PIECES = 1 << 20  # that a template makes of one conversation: some for each message
 LARGEST_NUMBER = 1 << 16  # bits
 ROOM = 1 << 29  # bytes, for one conversation
-SECONDS = 10  # for one conversation, which takes a thousandth of one
+SECONDS = 10  # for one rendering, which takes a thousandth of one
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {"*": operator.mul, "**": operator.pow}
 BUILT_IN = {"plain": PLAIN, "chatml": CHATML, "none": NONE}
 
@@ -91,31 +91,20 @@ def render(
 
     Raises DataError with the roles and the template's own words when it refuses, ModelError when it is broken.
     """
-    with limits():
-        return render_within_limits(tokenizer, messages, tools, generation_prompt=generation_prompt)
-
-
-def render_within_limits(
-    tokenizer: PreTrainedTokenizerFast,
-    messages: Sequence[dict[str, Any]],
-    tools: Sequence[dict[str, Any]] | None = None,
-    *,
-    generation_prompt: bool = False,
-) -> str:
-    """As `render`, for many conversations in one block of `limits`."""
     import jinja2
 
     given = list(tools) if tools else None
     where, hint = tokenizer.name_or_path, "chat.template=plain, or FILE with another"
     try:
         # What apply_chat_template does with messages of plain JSON types, at half its price; a test compares the two.
-        return _compile(tokenizer.get_chat_template(None, given)).render(
-            messages=[_with_reasoning(message) for message in messages],
-            tools=given,
-            documents=None,
-            add_generation_prompt=generation_prompt,
-            **tokenizer.special_tokens_map,
-        )
+        with limits():
+            return _compile(tokenizer.get_chat_template(None, given)).render(
+                messages=[_with_reasoning(message) for message in messages],
+                tools=given,
+                documents=None,
+                add_generation_prompt=generation_prompt,
+                **tokenizer.special_tokens_map,
+            )
     except (MemoryError, TimeoutError) as error:
         what = f"the chat template takes too much: {str(error) or 'memory'}"
         raise ModelError(what, where=where, hint=hint) from None
@@ -173,11 +162,16 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def limits() -> Iterator[Callable[[], object]]:
+def limits() -> Iterator[None]:
     """Raise TimeoutError in the block after SECONDS, and MemoryError where it takes over ROOM more bytes than now.
 
-    What it gives sets the clock back. Only a main thread on a Unix can be interrupted; Linux alone counts the memory.
+    A block within another sets the clock back and no more. Only a main thread can be interrupted; Linux alone counts
+    the memory.
     """
+    if signal.getsignal(signal.SIGALRM) is _stop:
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        yield
+        return
     with ExitStack() as stack:
         if sys.platform.startswith("linux"):
             soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -185,13 +179,11 @@ def limits() -> Iterator[Callable[[], object]]:
             if soft == resource.RLIM_INFINITY or soft > taken + ROOM:
                 resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM, hard))
                 stack.callback(resource.setrlimit, resource.RLIMIT_AS, (soft, hard))
-        start: Callable[[], object] = int
         if threading.current_thread() is threading.main_thread():
             stack.callback(signal.signal, signal.SIGALRM, signal.signal(signal.SIGALRM, _stop))
             stack.callback(signal.setitimer, signal.ITIMER_REAL, 0)
-            start = partial(signal.setitimer, signal.ITIMER_REAL, SECONDS)
-        start()
-        yield start
+            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        yield
 
 
 def _stop(*_: object) -> None:
@@ -213,14 +205,9 @@ def _freeze_clock(template: str, day: datetime.date | None) -> str:
 
 
 def _refuses_system(tokenizer: PreTrainedTokenizerFast) -> bool:
-    question = {"role": "user", "content": "q"}
     try:
-        render(tokenizer, [question])
-    except DataError:  # it refuses more than that; its words come when a conversation is rendered
-        return False
-    try:
-        render(tokenizer, [{"role": "system", "content": "s"}, question])
-    except DataError:
+        render(tokenizer, [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}])
+    except DataError:  # if it refuses more than that, its words come when a conversation is rendered
         return True
     return False
 
@@ -232,9 +219,6 @@ def _load_template(tokenizer: PreTrainedTokenizerFast, name: str) -> str:
         except (OSError, UnicodeDecodeError) as fault:
             hint = f"chat.template is {', '.join(BUILT_IN)}, a file, or null for the tokenizer's own"
             raise ModelError(f"cannot read the chat template: {fault}", where=name, hint=hint) from None
-    if tokenizer.eos_token is None:
-        what = f"template {name} ends answers with an EOS token, and this tokenizer has none"
-        raise ModelError(what, where=tokenizer.name_or_path, hint="chat.template=FILE with one that needs none")
     encode = tokenizer.backend_tokenizer.encode
     needed = ("<|im_start|>", "<|im_end|>") if name == "chatml" else ()
     if unknown := [text for text in needed if encode(text, add_special_tokens=False).tokens != [text]]:

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -43,7 +42,7 @@ def map_blocks(
     """`work` of each block, in the order of the blocks; by `workers` processes if there are more than a few blocks.
 
     What a process gives back is pickled. Close the iterator to end the processes. Raises CapacityError when one of
-    them dies, RuntimeError with its traceback when `work` raises.
+    them dies, as it does when `work` raises.
     """
     stream = iter(blocks)
     first = list(islice(stream, FEW + 1))
@@ -73,16 +72,13 @@ def _ask(idle: SimpleQueue[Process], block: Any) -> Any:
     line, process = idle.get()
     try:
         line.send(block)
-        answer, error = line.recv()
+        return line.recv()
     except (EOFError, OSError):
         process.join(1)
         what = f"a process that prepares data died (exit code {process.exitcode})"
         raise CapacityError(what, hint="if it ran out of memory, the kernel's log says so") from None
     finally:
         idle.put((line, process))
-    if error:
-        raise RuntimeError(f"in a process that prepares data:\n{error}")
-    return answer
 
 
 @contextmanager
@@ -123,15 +119,9 @@ def _serve(work: Callable[[Any], Any], line: Connection, others: list[Connection
         other.close()  # a parent that is gone must be seen
     while True:
         try:
-            block = line.recv()
-            try:
-                answer: tuple[Any, str | None] = work(block), None
-            except MemoryError:
-                sys.exit(CapacityError.exit_code)
-            except Exception:
-                answer = None, traceback.format_exc()
-            line.send(answer)
+            line.send(work(line.recv()))
+        except MemoryError:
+            sys.exit(CapacityError.exit_code)
         except (EOFError, OSError):  # the parent is gone
             return
-        del block, answer
         gc.collect()

@@ -104,20 +104,16 @@ def _cut(tokenizer: PreTrainedTokenizerFast, shape: str) -> list[str] | None:
 def go_template(joints: Joints) -> str:
     """The joints as a template of Ollama. An answer that is begun, the last message, is left open."""
     text = {pair: _literal(said) for pair, said in joints.items()}
-    with_system = _has_system(joints)
     user = _do('if eq $before "assistant"') + text["assistant", "user"]
-    if with_system:
+    if _has_system(joints):
         user += _do('else if eq $before "system"') + text["system", "user"]
     user += _do("else") + text[_START, "user"] + _do("end")
-    content = _do(".Content")
-    parts = [_do('$before := ""'), _do("range .Messages")]
-    parts += [_do('if eq .Role "user"'), user, content]
-    parts += [_do('else if eq .Role "assistant"'), text["user", "assistant"], content]
-    if with_system:
-        parts += [_do('else if eq .Role "system"'), text[_START, "system"], content]
-    parts += [_do("end"), _do("$before = .Role"), _do("end")]
-    parts += [_do('if ne $before "assistant"'), text["user", _ANSWER], _do("end")]
-    return "".join(parts)
+    messages = {"user": user, "assistant": text["user", "assistant"]}
+    if _has_system(joints):
+        messages["system"] = text[_START, "system"]
+    parts = [_do(f'if eq .Role "{role}"') + before + _do(".Content") + _do("end") for role, before in messages.items()]
+    loop = [_do('$before := ""'), _do("range .Messages"), *parts, _do("$before = .Role"), _do("end")]
+    return "".join([*loop, _do('if ne $before "assistant"'), text["user", _ANSWER], _do("end")])
 
 
 def _do(action: str) -> str:

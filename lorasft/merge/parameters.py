@@ -41,10 +41,8 @@ class ParameterMap:
         One list with one tensor for a parameter that is stored as it is, none for what the files do not have.
         Raises ModelError for what is put together in any other way.
         """
-        sources = self._sources.get(parameter, [])
-        patterns = list(dict.fromkeys(pattern for pattern, _ in sources))
-        columns = [[self._readable(name) for found, name in sources if found == pattern] for pattern in patterns]
-        return [list(parts) for parts in zip(*columns, strict=True)]
+        columns = self._sources.get(parameter, [])
+        return [list(map(self._readable, parts)) for parts in zip(*columns, strict=True)]
 
     @cached_property
     def tied(self) -> bool:
@@ -54,7 +52,7 @@ class ParameterMap:
     @cached_property
     def stored_embeddings(self) -> tuple[str, ...]:
         """The embedding and the head as far as the files have them: where they are tied, some have both."""
-        return tuple(path for path in self.embeddings if path in self.specs or self._sources.get(path))
+        return tuple(path for path in self.embeddings if path in self.specs or path in self._sources)
 
     @cached_property
     def parameters(self) -> dict[str, Any]:
@@ -76,8 +74,8 @@ class ParameterMap:
         return make_skeleton(read_config(str(self.base)))
 
     @cached_property
-    def _sources(self) -> dict[str, list[tuple[str | None, str]]]:
-        """For each parameter its tensors, with the pattern of the conversion that takes them, in their order."""
+    def _sources(self) -> dict[str, list[list[str]]]:
+        """For each parameter its tensors in their order: a list for each pattern of the conversion that takes them."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
             Concatenate,
@@ -94,18 +92,18 @@ class ParameterMap:
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         known = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
         stacks = [rule for rule in converters if [(type(step), step.dim) for step in rule.operations] in known]
-        stacked = {pattern for rule in stacks for pattern in rule.source_patterns}
-        order = {pattern: place for rule in converters for place, pattern in enumerate(rule.source_patterns)}
-        sources: dict[str, list[tuple[str | None, str]]] = {}
-        for name in sorted(self.specs, key=dot_natural_key):
+        order = {pattern: place for rule in stacks for place, pattern in enumerate(rule.source_patterns)}
+        sources: dict[str, dict[str | None, list[str]]] = {}
+        for name in sorted(self.specs, key=dot_natural_key):  # experts in their order
             target, pattern = rename_source_key(name, renamings, converters, prefix, state)
             if target not in state and name in state:
                 target, pattern = name, None
-            if pattern is None or pattern in stacked:
-                sources.setdefault(target, []).append((pattern, name))
-        for found in sources.values():
-            found.sort(key=lambda source: order.get(source[0] or "", 0))  # stable: experts stay in their order
-        return sources
+            if pattern is None or pattern in order:
+                sources.setdefault(target, {}).setdefault(pattern, []).append(name)
+        return {
+            target: [found[pattern] for pattern in sorted(found, key=lambda pattern: order.get(pattern or "", 0))]
+            for target, found in sources.items()
+        }
 
     def _readable(self, name: str) -> str:
         if self.specs[name].dtype not in _READABLE:

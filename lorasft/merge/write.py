@@ -10,7 +10,7 @@ import contextlib
 import copy
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -105,7 +105,11 @@ def write_weights(
     written: dict[str, bool] = {}
     hashes: dict[str, str] = {}
     buffer = torch.empty(max(_slice_rows(change) * change.shape[-1] for change in plan.changes.values()))
-    with _one_thread(), ThreadPoolExecutor(1) as thread:
+    with contextlib.ExitStack() as stack:
+        # One thread of torch: blocks are small, and threads that wait for the next keep the writer from its core.
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
+        thread = stack.enter_context(ThreadPoolExecutor(1))
         for source, specs in zip(plan.sources, plan.targets, strict=True):
             path = stage / source.path.name
             with new_file(path) as file:
@@ -176,14 +180,3 @@ def _merge_tensor(
             changed = changed or not torch.equal(before.to(after.dtype), after)
             writer.write(after)
     return changed
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread of torch: blocks are small, and threads that wait for the next would keep the writer from its core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

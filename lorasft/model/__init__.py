@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from unittest.mock import patch
 
 # On a CPU oneDNN compiles its kernels for each shape and keeps a thousand of them in each of two caches, which grow by
 # tens of megabytes a step (pytorch/pytorch#27971). A micro-batch needs about 40, and `pair_losses` rounds its sizes up,
@@ -16,7 +17,9 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 _hidden = "kernels" not in sys.modules
 if _hidden:
     sys.modules["kernels"] = None  # type: ignore[assignment]
-import bitsandbytes  # noqa: E402, F401
+# It has torch compile the kernels for devices without its own: not used here, and the compiler's import takes a second.
+with patch("torch.compile", lambda function, **_: function):
+    import bitsandbytes  # noqa: F401
 
 if _hidden:
     del sys.modules["kernels"]

@@ -178,35 +178,30 @@ def check_targets(base: Any, settings: AdapterSettings) -> None:
 
     `base` may be a skeleton without weights. A tied head or embedding that is trained would leave its twin behind.
     """
-    modules = dict(base.named_modules())
     if not settings.targets:
         raise RecipeError("no targets: nothing would train", where="adapter.targets", hint="use all-linear")
+    modules = dict(base.named_modules())
     embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
     language = {id(module) for module in (*base.get_decoder().modules(), *embeddings)}
     tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
-    linears = {path: module for path, module in modules.items() if isinstance(module, (nn.Linear, Conv1D))}
+    linears = {path for path, one in modules.items() if isinstance(one, (nn.Linear, Conv1D)) and id(one) in language}
     targets = () if settings.targets == "all-linear" else settings.targets
-    for key, names, fitting in (
-        ("adapter.targets", targets, linears),
-        ("adapter.modules_to_save", settings.modules_to_save, modules),
-    ):
-        for name in names:
-            found = {path: module for path, module in modules.items() if path == name or path.endswith(f".{name}")}
-            outside = sum(id(module) not in language for module in found.values()) if key == "adapter.targets" else 0
-            if not found or not found.keys() <= fitting.keys():
-                known = sorted({path.rpartition(".")[2] for path in fitting if path and not path[-1].isdigit()})
-                near = difflib.get_close_matches(name, known, n=1)
-                what = f"{name} is not a linear of this model" if found else f"no module is called {name}"
-                hint = f"did you mean {near[0]}?" if near else f"names: {', '.join(known[:12])}"
-            elif outside:
-                what = f"{outside} of {len(found)} linears called {name} are not of the language model"
-                hint = "all-linear, or full paths"
-            elif tied and any(module in embeddings for module in found.values()):
-                what = f"{name} is tied to its twin, which would not be trained along"
-                hint = "leave it out, or use a base that is not tied"
-            else:
-                continue
-            raise RecipeError(f"{key}: {what}", where=key, hint=hint)
+    wanted = [("adapter.targets", name, linears) for name in targets]
+    wanted += [("adapter.modules_to_save", name, set(modules)) for name in settings.modules_to_save]
+    for key, name, fitting in wanted:
+        found = {path for path in modules if path == name or path.endswith(f".{name}")}
+        if not found or found - fitting:
+            known = sorted({path.rpartition(".")[2] for path in fitting if path and not path[-1].isdigit()})
+            near = difflib.get_close_matches(name, known, n=1)
+            what = f"{len(found - fitting)} of {len(found)} called {name} are not linears of the language model"
+            what = what if found else f"no module is called {name}"
+            hint = f"did you mean {near[0]}?" if near else f"all-linear, full paths, or names: {', '.join(known[:12])}"
+        elif tied and any(modules[path] in embeddings for path in found):
+            what = f"{name} is tied to its twin, which would not be trained along"
+            hint = "leave it out, or use a base that is not tied"
+        else:
+            continue
+        raise RecipeError(f"{key}: {what}", where=key, hint=hint)
 
 
 def _wrap(base: Any, config: LoraConfig) -> Any:

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,20 +31,6 @@ from lorasft.tensors import find_weights, open_tensors
 
 # Above this share of the linear weights left in 16 bits, a "4-bit" model is one in name only (fused experts).
 _MOST_UNQUANTIZED = 0.15
-
-
-@dataclass(frozen=True)
-class WeightBytes:
-    """Bytes of a loaded model by kind."""
-
-    four_bit: int
-    sixteen_bit: int
-    full: int
-    adapter: int
-
-    def __str__(self) -> str:
-        kinds = {"4-bit": self.four_bit, "16-bit": self.sixteen_bit, "32-bit": self.full, "adapter": self.adapter}
-        return ", ".join(f"{kind} {size / 1e6:,.1f} MB" for kind, size in kinds.items() if size)
 
 
 def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool = False, keep: Keep = False) -> Any:
@@ -82,27 +67,23 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
             raise ModelError(what, where=settings.base, hint="download the base again; is config.json its own?")
         return model
 
-    folder = place = kept = None
-    if quantize and keep:
+    keep = keep if quantize else False
+    place = kept = None
+    if keep:
         commit = getattr(config, "_commit_hash", None)
         folder = Path(cached_file(settings.base, "config.json", revision=commit)).parent
-        place = find_place(folder, scheme, device)
-    if place:
-        packed = copy.deepcopy(config)
-        packed.quantization_config = scheme.to_dict()
-        kept = read_kept(place, partial(read, config=packed))
+        if place := find_place(folder, scheme, device):
+            packed = copy.deepcopy(config)
+            packed.quantization_config = scheme.to_dict()
+            kept = read_kept(place, partial(read, config=packed))
     how = {"quantization_config": scheme} if quantize else {}  # None would hide the config's own
     model = read(settings.base, revision=settings.revision, **how) if kept is None else kept
     model.name_or_path = model.config._name_or_path = settings.base
     patch_linear4bit(model, device, settings.base)
     model.requires_grad_(False)
-    if settings.quantization == "nf4":
-        check_mostly_quantized(model)
-    if folder and kept is None:
-        found = find_place(folder, scheme, device)
-        if found and place in (None, found):  # a hub's weights are there by now; others changed meanwhile
-            with quiet_progress():
-                keep_base(model, found, base=folder, wanted=keep)
+    if keep and kept is None and (place := place or find_place(folder, scheme, device)):  # a hub's weights are here now
+        with quiet_progress():
+            keep_base(model, place, base=folder, wanted=keep)
     return model
 
 
@@ -206,46 +187,32 @@ def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if wanted == "bfloat16" or (wanted == "auto" and native) else torch.float32
 
 
-def count_bytes(model: nn.Module) -> WeightBytes:
+def count_bytes(model: nn.Module) -> dict[str, int]:
     """Where the bytes of a loaded model are, by kind; quantization constants count as 4-bit."""
-    sizes = dict.fromkeys(("four_bit", "sixteen_bit", "full", "adapter"), 0)
+    sizes = dict.fromkeys(("4-bit weights", "16-bit weights", "32-bit weights", "adapter"), 0)
     for parameter in model.parameters():
+        kind = "adapter" if parameter.requires_grad else f"{16 if parameter.element_size() == 2 else 32}-bit weights"
         state = getattr(parameter, "quant_state", None)
-        kind = "adapter" if parameter.requires_grad else "sixteen_bit" if parameter.element_size() == 2 else "full"
-        sizes["four_bit" if state else kind] += parameter.nbytes + sum(one.nbytes for one in _constants(state))
-    return WeightBytes(**sizes)
+        sizes["4-bit weights" if state else kind] += parameter.nbytes
+        while state:
+            constants = (state.absmax, state.code, state.offset)
+            sizes["4-bit weights"] += sum(one.nbytes for one in constants if one is not None)
+            state = state.state2
+    return sizes
 
 
-def _constants(state: Any) -> list[torch.Tensor]:
-    if state is None:
-        return []
-    return [one for one in (state.absmax, state.code, state.offset) if one is not None] + _constants(state.state2)
-
-
-def check_mostly_quantized(model: Any) -> None:
-    """Raise ModelError for a "4-bit" model, or the skeleton of one, whose weights are mostly not.
-
-    transformers leaves fused experts in 16 bits, silently.
-    """
-    embeddings = {id(model.get_input_embeddings().weight), id(getattr(model.get_output_embeddings(), "weight", None))}
-    linears = {id(layer.weight) for layer in model.modules() if isinstance(layer, (nn.Linear, Conv1D))}
-    packed = loose = 0
-    largest: list[tuple[int, str]] = []
-    for name, parameter in model.named_parameters():
-        if id(parameter) in embeddings:
-            continue
-        if getattr(parameter, "quant_state", None) is not None:
-            packed += 2 * parameter.numel()  # two 4-bit weights in a byte
-        elif parameter.is_meta and id(parameter) in linears:
-            packed += parameter.numel()
-        else:
-            loose += parameter.numel()
-            largest.append((parameter.numel(), name))
-    if loose > _MOST_UNQUANTIZED * (packed + loose):
-        names = ", ".join(name for _, name in sorted(largest, reverse=True)[:3])
-        what = f"{loose / (packed + loose):.0%} of the weights are not 4-bit: {names}"
+def check_mostly_quantized(skeleton: Any) -> None:
+    """Raise ModelError for the skeleton of a model most of whose weights would stay in 16 bits, as fused experts do."""
+    embeddings = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
+    linears = {id(one.weight) for one in skeleton.modules() if isinstance(one, (nn.Linear, Conv1D))}
+    outside = {id(one.weight) for one in embeddings if one is not None}
+    sizes = {name: one.numel() for name, one in skeleton.named_parameters() if id(one) not in outside}
+    loose = {name: one.numel() for name, one in skeleton.named_parameters() if id(one) not in linears | outside}
+    share = sum(loose.values()) / max(1, sum(sizes.values()))
+    if share > _MOST_UNQUANTIZED:
+        names = ", ".join(sorted(loose, key=lambda name: -loose[name])[:3])
         hint = "use model.quantization=none, or a model whose experts are separate linears"
-        raise ModelError(what, where="model.quantization", hint=hint)
+        raise ModelError(f"{share:.0%} of the weights are not 4-bit: {names}", where="model.quantization", hint=hint)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from transformers import BitsAndBytesConfig, GenerationConfig
@@ -39,9 +40,10 @@ def find_place(base: Path, scheme: BitsAndBytesConfig, device: torch.device) -> 
     A change anywhere in the weights shows in the time of their files, if not in `fingerprint`.
     """
     files = sorted(base.glob("*.safetensors"))
-    root = _find_root()
-    if not files or root is None:
+    if not files:
         return None
+    own, shared = os.environ.get("LORASFT_CACHE"), os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = Path(own or f"{shared}/lorasft") / "bases"
     generation = base / GENERATION_CONFIG
     facts = {
         "base": fingerprint(base),
@@ -85,7 +87,7 @@ def keep_base(model: Any, place: Path, *, base: Path, wanted: Keep) -> None:
 
     The first process of a machine does it. Of two at once, the first one to end has done it.
     """
-    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
     if (wanted == "auto" and size < _LEAST) or int(os.environ.get("LOCAL_RANK", "0")):
         return
     try:
@@ -97,11 +99,8 @@ def keep_base(model: Any, place: Path, *, base: Path, wanted: Keep) -> None:
         need_space(place.parent, 2 * size)
         with staged_folder(place) as stage:
             # Its generation config comes from the base: transformers might refuse to save it.
-            own, model.generation_config = model.generation_config, GenerationConfig()
-            try:
+            with patch.object(model, "generation_config", GenerationConfig()):
                 model.save_pretrained(stage, max_shard_size="500MB")
-            finally:
-                model.generation_config = own
             (stage / GENERATION_CONFIG).unlink(missing_ok=True)
             if (base / GENERATION_CONFIG).is_file():
                 write_file(stage / GENERATION_CONFIG, (base / GENERATION_CONFIG).read_bytes())
@@ -111,13 +110,6 @@ def keep_base(model: Any, place: Path, *, base: Path, wanted: Keep) -> None:
             say(f"the 4-bit base is not kept in {place.parent}: {getattr(error, 'what', error)}")
         return
     say(f"the 4-bit base is kept for the next start: {size / 1e9:.2f} GB in {place} (machine.cache_base=false: never)")
-
-
-def _find_root() -> Path | None:
-    own, shared = os.environ.get("LORASFT_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    with suppress(RuntimeError):  # nobody's home
-        return Path(own) / "bases" if own else Path(shared or Path.home() / ".cache") / "lorasft" / "bases"
-    return None
 
 
 def _is_private(folder: Path) -> bool:

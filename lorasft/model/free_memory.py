@@ -21,27 +21,15 @@ def free_memory(device: torch.device) -> int:
 
 
 def cgroup_free(root: Path) -> Iterator[int]:
-    """Bytes left to each control group of Linux that this process is in, for those with a limit; versions 1 and 2."""
-    groups = root / "proc/self/cgroup"
+    """Bytes left to each control group of Linux (version 2) that this process is in, for those with a limit."""
+    groups, mount = root / "proc/self/cgroup", root / "sys/fs/cgroup"
     for line in groups.read_text(encoding="utf-8").splitlines() if groups.is_file() else []:
-        _, controllers, name = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        mount = root / "sys/fs/cgroup" / controllers
-        own = mount / name.strip("/")
-        for folder in (own, *own.parents):
-            if folder.is_relative_to(mount):
-                yield from _one_cgroup_free(folder, version=1 if controllers else 2)
-
-
-def _one_cgroup_free(folder: Path, *, version: int) -> Iterator[int]:
-    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
-    with contextlib.suppress(OSError):  # a container sees not all of its groups
-        limit, used = ((folder / name).read_text(encoding="utf-8").strip() for name in names)
-        counts = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
-        if limit.isdecimal():  # version 2 says "max"; cached files give way
-            cached = int(counts.get("total_inactive_file" if version == 1 else "inactive_file", 0))
-            yield int(limit) - int(used) + cached
+        own = mount / line.rpartition(":")[2].strip("/")
+        for folder in (own, *own.parents) if line.startswith("0::") else ():
+            with contextlib.suppress(OSError):  # a container sees not all of its groups
+                limit, used, lines = ((folder / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
+                if limit.strip().isdecimal():  # else "max"; cached files give way
+                    yield int(limit) - int(used) + int(dict(map(str.split, lines.splitlines()))["inactive_file"])
 
 
 def out_of_memory(fault: BaseException) -> bool:

@@ -28,34 +28,32 @@ _MALLOC_KEEPS = 32 << 20  # bytes
 _BLOCK_ELEMENTS = 1 << 22
 
 
-def use_lean_linears(model: nn.Module) -> int:
-    """Give every plain LoRA layer of `model` the lean forward. Returns how many there are.
+def use_lean_linears(model: nn.Module) -> None:
+    """Give every plain LoRA layer of `model` the lean forward.
 
     Layers with a variant (DoRA), a bias in B or several adapters keep PEFT's own forward.
     """
-    for wrapper in model.modules():
-        if isinstance(wrapper, ModulesToSaveWrapper):
-            wrapper.forward = MethodType(_forward_saved, wrapper)
-    plain = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and _is_plain(layer)]
     weights = FrozenWeights()
-    for layer in plain:
-        layer.frozen_weights = weights
-        layer.forward = MethodType(_forward, layer)
-    return len(plain)
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.forward = MethodType(_forward_saved, module)
+        elif isinstance(module, LoraLayer) and _is_plain(module):
+            module.frozen_weights = weights
+            module.forward = MethodType(_forward, module)
 
 
 class FrozenWeights:
-    """The weights of frozen linears in a compute dtype, in memory that the next reading uses again.
+    """The weights of frozen linears in a compute dtype, large ones in memory that the next reading uses again.
 
     What is read is used at once, in the order of one stream, so it does not matter which thread reads.
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._buffer = torch.empty(0)
 
     def release(self) -> None:
         """Give the memory back; the next reading takes it anew."""
-        self._buffers.clear()
+        self._buffer = torch.empty(0)
 
     def read(self, base: Any, dtype: torch.dtype) -> Tensor:
         """The weight of `base`, (out, in) in `dtype`; valid until the next reading."""
@@ -65,18 +63,14 @@ class FrozenWeights:
         return weight.t() if isinstance(base, Conv1D) else weight
 
     def _dequantize(self, packed: Tensor, state: Any) -> Tensor:
-        rows, columns = state.shape
-        on_cpu = packed.device.type == "cpu"
-        if (on_cpu or packed.is_meta) and rows * columns * state.dtype.itemsize <= _MALLOC_KEEPS:
+        size = state.shape.numel()
+        if packed.is_cuda or size * state.dtype.itemsize <= _MALLOC_KEEPS:
             return bnb.functional.dequantize_4bit(packed, state)  # type: ignore[no-any-return]
-        key, size = (packed.device, state.dtype), rows * columns
-        if key not in self._buffers or len(self._buffers[key]) < size:
-            self._buffers[key] = torch.empty(size, dtype=state.dtype, device=packed.device)
-        out = self._buffers[key][:size].view(rows, columns)
-        if on_cpu:
+        if len(self._buffer) < size:
+            self._buffer = torch.empty(size, dtype=state.dtype, device=packed.device)
+        out = self._buffer[:size].view(state.shape)
+        if not packed.is_meta:
             _dequantize_by_blocks(packed, state, out)
-        elif not packed.is_meta:
-            bnb.functional.dequantize_4bit(packed, state, out=out)
         return out
 
 

@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lorasft.data.packing import MicroBatch, make_micro_batches
-from lorasft.model.base import WeightBytes, count_bytes
+from lorasft.model.base import count_bytes
 from lorasft.model.loss import Network, pair_losses
-from lorasft.model.recompute import recompute
+from lorasft.model.recompute import layer_kinds, layer_list, recompute
 from lorasft.model.scoring import Given, all_supervised
 
 # Share of the free memory that is planned with: the rest is for fragments and other programs.
@@ -86,45 +86,24 @@ class ActivationMemory:
 class StaticBytes:
     """What lives all through a run, in bytes by kind."""
 
-    weights: WeightBytes  # the adapter among them
+    weights: dict[str, int]  # by kind, the adapter among them
     gradients: int
     optimizer: int
 
     @property
     def loaded(self) -> int:
         """Bytes of the weights."""
-        return sum(vars(self.weights).values())
+        return sum(self.weights.values())
 
     @property
     def upcoming(self) -> int:
         """Bytes that the first step adds for good."""
         return self.gradients + self.optimizer
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """Bytes at the peak of a step by kind."""
-
-    static: StaticBytes
-    activations: ActivationMemory
-
-    @property
-    def total(self) -> int:
-        return self.static.loaded + self.static.upcoming + self.activations.peak
-
-    def kinds(self) -> dict[str, int]:
-        """Every kind by its name."""
-        weights = self.static.weights
-        return {
-            "4-bit weights": weights.four_bit,
-            "16-bit weights": weights.sixteen_bit,
-            "32-bit weights": weights.full,
-            "adapter": weights.adapter,
-            "gradients": self.static.gradients,
-            "optimizer": self.static.optimizer,
-            "activations": self.activations.kept,
-            "transient": self.activations.peak - self.activations.kept,
-        }
+    def at_peak(self, step: ActivationMemory) -> dict[str, int]:
+        """Bytes at the peak of a step, by kind."""
+        beside = {"gradients": self.gradients, "optimizer": self.optimizer}
+        return {**self.weights, **beside, "activations": step.kept, "transient": step.peak - step.kept}
 
 
 def static_bytes(model: nn.Module, optimizer: str) -> StaticBytes:
@@ -145,8 +124,40 @@ def _optimizer_bytes(trained: Iterable[Tensor], optimizer: str) -> int:
 def dry_run(network: Network, batch: MicroBatch, *, recomputed: int) -> ActivationMemory:
     """Run `batch` forwards and backwards on a `network` without weights, whose first `recomputed` layers recompute.
 
+    Where all layers do alike and repeat, few of them are run, and what more of them add is added.
     Raises RuntimeError, NotImplementedError among them, where the model reads numbers to decide what it computes.
     """
+    kinds = layer_kinds(network.causal)
+    count = len(kinds)
+    period = next((size for size in range(1, count) if kinds[size:] == kinds[:-size]), count)
+    fewer, some = max(2, period + count % period) if count else 0, 0 < recomputed < count
+    if fewer + period >= count or (some and period > 1):
+        return run_layers(network, batch, recomputed)
+    short, long = (_run_first(network, batch, depth, min(recomputed, 1) * depth) for depth in (fewer, fewer + period))
+    each, times = long.kept - short.kept, (count - fewer) // period
+    if each != long.peak - short.peak:  # the peak is not where it is in a deep model
+        return run_layers(network, batch, recomputed)
+    kept, peak = short.kept + times * each, short.peak + times * each
+    if some:  # the last layers keep more, and going back through them takes what it does where none recomputes
+        plain, mixed = (_run_first(network, batch, fewer, number) for number in (0, fewer - 1))
+        kept += (count - recomputed) * (mixed.kept - short.kept)
+        peak = max(peak - (count - recomputed) * each, kept + plain.peak - plain.kept)
+    return ActivationMemory(kept, peak)
+
+
+def _run_first(network: Network, batch: MicroBatch, depth: int, recomputed: int) -> ActivationMemory:
+    """What `batch` needs on the first `depth` layers of `network`."""
+    layers = layer_list(network.causal)
+    rest = list(layers)[depth:]
+    del layers[depth:]
+    try:
+        return run_layers(network, batch, min(recomputed, depth))
+    finally:
+        layers.extend(rest)
+
+
+def run_layers(network: Network, batch: MicroBatch, recomputed: int) -> ActivationMemory:
+    """What `batch` needs on `network` as it is."""
     recompute(network.causal, recomputed)
     network.causal.train()
     for module in network.causal.modules():

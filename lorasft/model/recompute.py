@@ -1,8 +1,7 @@
-"""Which layers recompute their activations going backwards: the first ones of the model.
+"""The decoder layers of a model, and which recompute their activations going backwards: the first ones.
 
-Going backwards the last layers come first, so what they keep is freed before an early layer computes its own
-again. Were the last layers recomputed instead, each would do so while everything that the first ones keep is
-still held, and the peak would be higher by one layer.
+Going backwards the last layers come first, and what they keep is freed before an early layer computes its own again.
+Were they recomputed instead, each would do so while all that the first ones keep is held: one layer more at the peak.
 """
 
 from __future__ import annotations
@@ -39,3 +38,25 @@ def recompute(causal: Any, count: int) -> None:
     causal.disable_input_require_grads()
     for index, layer in enumerate(decoder_layers(causal)):
         layer.gradient_checkpointing = index < count  # type: ignore[assignment]
+
+
+def layer_kinds(causal: Any) -> list[str]:
+    """What decides the time and memory of each decoder layer: its modules, their shapes and plain settings."""
+    return [_kind(layer) for layer in decoder_layers(causal)]
+
+
+def _kind(layer: nn.Module) -> str:
+    parts = []
+    for name, module in layer.named_modules():
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, (int, float, str))}
+        settings = {key: value for key, value in plain.items() if key not in ("layer_idx", "gradient_checkpointing")}
+        shapes = [(tuple(parameter.shape), parameter.requires_grad) for parameter in module.parameters(recurse=False)]
+        parts.append(f"{name} {type(module).__name__} {settings} {shapes}")
+    return "\n".join(parts)
+
+
+def layer_list(causal: Any) -> nn.ModuleList:
+    """The list in which `causal` has its decoder layers; an empty one where it has none that can recompute."""
+    layers = decoder_layers(causal)
+    lists = (module for module in causal.modules() if isinstance(module, nn.ModuleList))
+    return next((module for module in lists if list(module) == layers), nn.ModuleList())

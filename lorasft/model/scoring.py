@@ -110,15 +110,6 @@ class Answer:
         return len(self.ids) - self.start
 
 
-@dataclass(frozen=True)
-class Score:
-    """Log-probabilities of one answer, natural, summed over tokens. The first token of all has no source."""
-
-    log_prob_y_given_x: float  # read off the pass over [x, y]
-    log_prob_x: float  # from a pass of its own
-    log_prob_xy: float
-
-
 def read_answers(
     source: DataSource, data: DataSettings, chat: ChatSettings, *, tokenizer: Any
 ) -> tuple[list[Answer], Report]:
@@ -138,19 +129,25 @@ def read_answers(
     return answers, report
 
 
-def score_answers(network: Network, answers: Sequence[Answer]) -> list[Score]:
-    """Score every answer. x and [x, y] go through separate passes, so that the identity
-    log Pr(y|x) = log Pr([x,y]) - log Pr(x) is a real test."""
+def score_answers(network: Network, answers: Sequence[Answer]) -> list[dict[str, float]]:
+    """The log-probabilities of every answer, natural, summed over tokens; the first token of all has no source.
+
+    x and [x, y] go through separate passes, so that log Pr(y|x) = log Pr([x,y]) - log Pr(x) is a real test.
+    """
     wholes = log_probabilities(network, [answer.ids for answer in answers], capacity=_CAPACITY)
     prompts = log_probabilities(network, [answer.ids[: answer.start] for answer in answers], capacity=_CAPACITY)
     return [
-        Score(float(whole[answer.start - 1 :].sum()), float(prompt.sum()), float(whole.sum()))
+        {
+            "log_prob_y_given_x": float(whole[answer.start - 1 :].sum()),
+            "log_prob_x": float(prompt.sum()),
+            "log_prob_xy": float(whole.sum()),
+        }
         for answer, whole, prompt in zip(answers, wholes, prompts, strict=True)
     ]
 
 
-def summarize(answers: Sequence[Answer], scores: Sequence[Score]) -> dict[str, float]:
+def summarize(answers: Sequence[Answer], scores: Sequence[dict[str, float]]) -> dict[str, float]:
     """The mean negative log-likelihood per token of the answers, in nats, its perplexity, and the counts."""
     tokens = sum(answer.length for answer in answers)
-    loss = -sum(score.log_prob_y_given_x for score in scores) / tokens
+    loss = -sum(score["log_prob_y_given_x"] for score in scores) / tokens
     return {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens, "answers": len(scores)}

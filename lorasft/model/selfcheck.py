@@ -6,7 +6,6 @@ ones do) is run one sequence at a time; a head that does more than is known here
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +19,7 @@ from lorasft.model.attention import SEGMENTS, attention
 from lorasft.model.loss import Network, pair_losses, read_head
 from lorasft.model.scoring import Given, all_supervised
 
-# Lengths of the probe sequences. The longer one is first in a row, so it is what the other must not see.
-_EARLY, _LATE = 24, 17
+_STEM, _TAIL, _OTHER = 17, 17, 9  # tokens that two sequences begin with, and with which each continues
 # What rounding may move, as shares of the losses, in 32 bits and in 16: the losses of a sequence beside another first
 # one (an expert's product has other rows then), and their mean by other kernels.
 _LEAK, _DRIFT = (2e-6, 1.6e-2), (1e-4, 3e-2)
@@ -38,63 +36,41 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
         causal, head=None, segments=False, rope_switch_length=_rope_switch_length(causal.config.get_text_config())
     )
     with torch.no_grad():
+        alone = torch.cat([pair_losses(network, _row(sequence)) for sequence in _branches(1, network)])
         if segments:
-            network = _try_segments(network)
+            packed = replace(network, segments=True)
+            reason = _find_leak(packed, alone)
+            network = _noted(network, f"sequences go one at a time: {reason}") if reason else packed
         if network.segments:
             causal.set_attn_implementation(SEGMENTS)
-            network = _try_sharing(_try_varlen(network))
+            at_once = replace(network, varlen=True)
+            if network.device.type == "cuda" and not _find_leak(at_once, alone, share=True):
+                network = at_once
+            reason = _find_leak(network, alone, share=True)
+            shared = replace(network, share="auto")
+            network = _noted(network, f"shared prefixes are computed for each example: {reason}") if reason else shared
         network = _try_head(network)
     causal.train(training)
     return network
 
 
-def _try_segments(plain: Network) -> Network:
-    """Packed equals alone, and another first sequence leaves the losses of the second untouched."""
-    early, other, late = (_random(length, plain, seed=seed) for length, seed in ((_EARLY, 1), (_EARLY, 2), (_LATE, 3)))
-    packed = replace(plain, segments=True)
-    try:
-        with attention(plain.causal, SEGMENTS):
-            losses = [pair_losses(packed, row) for row in (_row(early, late), _row(other, late))]
-    except (TypeError, ValueError, RuntimeError) as error:
-        return replace(plain, notices=(f"sequences go one at a time: no segment attention ({error})",))
-    reason = _find_leak(plain, losses, _row(early, late), alone=(early, late))
-    return replace(plain, notices=(f"sequences go one at a time: {reason}",)) if reason else packed
+def _find_leak(network: Network, alone: Tensor, *, share: bool = False) -> str | None:
+    """What is wrong with two sequences in a row under segment attention, whose stem they may share; None: nothing.
 
-
-def _find_leak(plain: Network, losses: Sequence[Tensor], row: MicroBatch, *, alone: Sequence[Tokens]) -> str | None:
-    """What is wrong with the `losses` of `row`, and of a row with another first sequence; None: nothing.
-
-    The same shapes run the same kernels, so what does not look at the first sequence differs by rounding at most.
+    Both have the losses that they have `alone`. Another first one leaves the second's as they are: the same shapes run
+    the same kernels, so what does not look at it differs by rounding at most.
     """
-    own = torch.cat([pair_losses(plain, _row(sequence)) for sequence in alone])
-    leak = float((losses[0] - losses[1])[row.examples == 1].abs().max())
-    drift = float((losses[0] - own).abs().mean())
-    if leak <= _limit(_LEAK, plain.causal, own) and drift <= _limit(_DRIFT, plain.causal, own):
+    rows = [_row(*_branches(first, network), share=share) for first in (1, 2)]
+    try:
+        with attention(network.causal, SEGMENTS):
+            losses = [pair_losses(network, row) for row in rows]
+    except (ImportError, TypeError, ValueError, RuntimeError) as error:
+        return f"no segment attention ({error})"
+    leak = float((losses[0] - losses[1])[rows[0].examples == 1].abs().max())
+    drift = float((losses[0] - alone).abs().mean())
+    if leak <= _limit(_LEAK, network.causal, alone) and drift <= _limit(_DRIFT, network.causal, alone):
         return None
     return f"losses move by {leak:.1e} with another neighbour and by {drift:.1e} in company"
-
-
-def _try_varlen(network: Network) -> Network:
-    """One kernel for all segments gives what each segment alone gives. It is CUDA's, and not on every device."""
-    if network.device.type != "cuda":
-        return network
-    row, at_once = _tree(_branches(1, network)), replace(network, varlen=True)
-    own = pair_losses(network, row)
-    try:
-        drift = float((pair_losses(at_once, row) - own).abs().mean())
-    except (ImportError, TypeError, ValueError, RuntimeError):
-        return network
-    return at_once if drift <= _limit(_DRIFT, network.causal, own) else network
-
-
-def _try_sharing(network: Network) -> Network:
-    """A stem computed once for two branches equals both alone, and another first branch leaves the second untouched."""
-    rows = [_tree(_branches(first, network)) for first in (1, 2)]
-    losses = [pair_losses(network, row) for row in rows]
-    reason = _find_leak(network, losses, rows[0], alone=_branches(1, network))
-    if reason:
-        return replace(network, notices=(*network.notices, f"shared prefixes are computed for each example: {reason}"))
-    return replace(network, share="auto")
 
 
 def _try_head(network: Network) -> Network:
@@ -102,13 +78,17 @@ def _try_head(network: Network) -> Network:
     head = read_head(network.causal)
     if head is None:
         return network
-    row = _row(_random(_EARLY, network, seed=1))
+    row = _row(_branches(1, network)[0])
     own = pair_losses(network, row)
     drift = float((own - pair_losses(replace(network, head=head), row)).abs().mean())
-    if not drift <= _limit(_DRIFT, network.causal, own):
-        notice = f"the head does more than is known here (losses differ by {drift:.1e}): its own logits are used"
-        return replace(network, notices=(*network.notices, notice))
-    return replace(network, head=head)
+    if drift <= _limit(_DRIFT, network.causal, own):
+        return replace(network, head=head)
+    notice = f"the head does more than is known here (losses differ by {drift:.1e}): its own logits are used"
+    return _noted(network, notice)
+
+
+def _noted(network: Network, notice: str) -> Network:
+    return replace(network, notices=(*network.notices, notice))
 
 
 def _limit(shares: tuple[float, float], causal: Any, losses: Tensor) -> float:
@@ -116,21 +96,13 @@ def _limit(shares: tuple[float, float], causal: Any, losses: Tensor) -> float:
     return shares[causal.dtype.itemsize == 2] * max(1.0, float(losses.abs().mean()))
 
 
-def _random(length: int, network: Network, *, seed: int) -> Tokens:
-    vocabulary = network.causal.config.get_text_config().vocab_size
-    return all_supervised(np.random.default_rng(seed).integers(0, vocabulary, length).astype(np.int32))
-
-
 def _branches(first: int, network: Network) -> tuple[Tokens, Tokens]:
     """Two sequences with a common stem; the first continues with the token `first`, below the second's."""
-    stem, tail, other = (_random(_LATE, network, seed=seed).ids for seed in (4, 4 + first, 7))
-    ids = [np.concatenate([stem, [first], tail]), np.concatenate([stem, [3], other[:9]])]
+    vocabulary = network.causal.config.get_text_config().vocab_size
+    stem, other = np.split(np.random.default_rng(0).integers(0, vocabulary, _STEM + _OTHER), [_STEM])
+    tail = np.random.default_rng(first).integers(0, vocabulary, _TAIL)
+    ids = np.concatenate([stem, [first], tail]), np.concatenate([stem, [3], other])
     return all_supervised(ids[0].astype(np.int32)), all_supervised(ids[1].astype(np.int32))
-
-
-def _tree(sequences: tuple[Tokens, Tokens]) -> MicroBatch:
-    (batch,) = make_micro_batches(Given(sequences), range(2), capacity=4 * _LATE, share=True)
-    return batch
 
 
 def _rope_switch_length(config: Any) -> int | None:
@@ -143,6 +115,7 @@ def _rope_switch_length(config: Any) -> int | None:
     return None
 
 
-def _row(*sequences: Tokens) -> MicroBatch:
-    (batch,) = make_micro_batches(Given(sequences), range(len(sequences)), capacity=_EARLY + _LATE)
+def _row(*sequences: Tokens, share: bool = False) -> MicroBatch:
+    size = sum(len(sequence.ids) for sequence in sequences)
+    (batch,) = make_micro_batches(Given(sequences), range(len(sequences)), capacity=size, share=share)
     return batch

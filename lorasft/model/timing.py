@@ -26,22 +26,13 @@ class Timing:
     """Seconds of a small and of a larger micro-batch; others are on the line through both."""
 
     costs: tuple[float, ...]  # see `packing.cost`
-    forward: tuple[float, ...]
-    both: tuple[float, ...]  # forwards and backwards
-    layers: tuple[float, ...]  # of `forward`, through the decoder layers: what recomputing all of them takes
+    seconds: tuple[NDArray[np.float64], ...]  # of each: forwards, both ways, and through all decoder layers forwards
 
-    def scoring(self, costs: list[float]) -> float:
-        """Seconds of micro-batches of `costs`, forwards."""
-        return self._sum(self.forward, costs)
-
-    def training(self, costs: list[float], *, recomputed: float) -> float:
-        """Seconds of micro-batches of `costs`, both ways, when this share of the layers recompute."""
-        return self._sum(self.both, costs) + recomputed * self._sum(self.layers, costs)
-
-    def _sum(self, seconds: tuple[float, ...], costs: list[float]) -> float:
-        slope = (seconds[1] - seconds[0]) / (self.costs[1] - self.costs[0])
-        slope = min(max(0.0, slope), seconds[1] / self.costs[1])  # a disturbed clock: nothing costs less than nothing
-        return sum(seconds[1] + slope * (cost - self.costs[1]) for cost in costs)
+    def predict(self, costs: list[float]) -> NDArray[np.float64]:
+        """The same seconds for micro-batches of `costs`, summed."""
+        (small, large), (less, more) = self.costs, self.seconds
+        slope = np.clip((more - less) / (large - small), 0, more / large)  # a disturbed clock: nothing costs less
+        return len(costs) * more + slope * (sum(costs) - len(costs) * large)
 
 
 def time_sample(network: Network, sample: Sample, *, length: int, supervised: float, vocabulary: int) -> Timing:
@@ -60,9 +51,8 @@ def time_sample(network: Network, sample: Sample, *, length: int, supervised: fl
     tokens = int(min(max(_WORK / 8 / weights, _TOKENS[0]), _TOKENS[1]))
     batches = [_thin(heaviest_batch(network, longest=min(length, size), capacity=size), supervised)
                for size in (tokens, 3 * tokens)]  # fmt: skip
-    forward, both, layers = zip(*(_time_batch(network, sample, batch, wider=wider) for batch in batches), strict=True)
-    sample.run_only(*sample.live)
-    return Timing(tuple(map(cost, batches)), forward, both, layers)
+    seconds = tuple(_time_batch(network, sample, batch, wider=wider) for batch in batches)
+    return Timing(tuple(map(cost, batches)), seconds)
 
 
 def _thin(batch: MicroBatch, share: float) -> MicroBatch:
@@ -72,7 +62,7 @@ def _thin(batch: MicroBatch, share: float) -> MicroBatch:
     return replace(batch, **{name: getattr(batch, name)[kept] for name in names})
 
 
-def _time_batch(network: Network, sample: Sample, batch: MicroBatch, *, wider: float) -> tuple[float, float, float]:
+def _time_batch(network: Network, sample: Sample, batch: MicroBatch, *, wider: float) -> NDArray[np.float64]:
     """Seconds forwards, both ways, and of all layers forwards."""
     sample.run_only()
     around = _time_rounds(network, batch)
@@ -80,8 +70,7 @@ def _time_batch(network: Network, sample: Sample, batch: MicroBatch, *, wider: f
     for kind, count in Counter(sample.kinds).items():
         sample.run_only(kind)
         layers += count * np.maximum(0.0, _time_rounds(network, batch) - around)
-    forward, both = (wider * around + layers).tolist()
-    return forward, both, float(layers[0])
+    return np.append(wider * around + layers, layers[0])
 
 
 def _time_rounds(network: Network, batch: MicroBatch) -> NDArray[np.float64]:

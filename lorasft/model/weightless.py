@@ -16,16 +16,23 @@ from lorasft.model.adapter import attach_adapter
 from lorasft.model.attention import default_attention
 from lorasft.model.base import compute_dtype, patch_linear4bit, quantize_skeleton
 from lorasft.model.loss import Network, read_head
-from lorasft.model.recompute import decoder_layers
+from lorasft.model.recompute import decoder_layers, layer_kinds, layer_list
 from lorasft.recipe import AdapterSettings, ModelSettings
 
 
-def make_weightless(config: Any, settings: ModelSettings, adapter: AdapterSettings, device: torch.device) -> Any:
-    """The PEFT model that `load_base` and `attach_adapter` would make for `device`, on the meta device."""
+def make_weightless(
+    config: Any, settings: ModelSettings, adapter: AdapterSettings, device: torch.device, *, depth: int | None = None
+) -> Any:
+    """The PEFT model that `load_base` and `attach_adapter` would make for `device`, on the meta device.
+
+    `depth`: only its first layers.
+    """
     dtype = compute_dtype(settings.dtype, device)
     config = copy.deepcopy(config)  # transformers notes the attention in it
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=default_attention(config))
+        if depth:
+            del layer_list(base)[depth:]
         if settings.quantization == "nf4" or hasattr(config, "quantization_config"):
             quantize_skeleton(base, dtype)
     _quantize_nothing()
@@ -45,7 +52,7 @@ def plan_network(network: Network, model: Any) -> Network:
     return replace(network, causal=base, head=head, planned=network.runs_on, varlen=False)
 
 
-def shrink_vocabulary(config: Any, most: int = 8192) -> Any:
+def _shrink_vocabulary(config: Any, most: int = 8192) -> Any:
     """`config` with at most so many tokens: embedding and head are large, and the time of a head grows with them."""
     config = copy.deepcopy(config)
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
@@ -59,23 +66,27 @@ def shrink_vocabulary(config: Any, most: int = 8192) -> Any:
 class Sample:
     """A model without weights in which one decoder layer of each kind, and all around the layers, get random numbers.
 
-    The other layers hand on what they are given, so that little is computed. Time does not depend on the values.
+    The other layers hand on what they are given, and those after are left out, as is most of the vocabulary. Time does
+    not depend on the values.
     """
 
-    def __init__(self, model: Any, device: torch.device) -> None:
-        self.model, self.device = model, device
-        self.layers = decoder_layers(model.get_base_model())
-        self.kinds = [layer_kind(layer) for layer in self.layers]
+    def __init__(
+        self, whole: Any, config: Any, settings: ModelSettings, adapter: AdapterSettings, device: torch.device
+    ) -> None:
+        """A sample of the model `whole` without weights, which was made with the same arguments."""
+        self.kinds = layer_kinds(whole.get_base_model())  # of all its layers
+        depth = 1 + max(map(self.kinds.index, self.kinds), default=-1)
+        self.model = make_weightless(_shrink_vocabulary(config), settings, adapter, device, depth=depth)
+        self.layers = decoder_layers(self.model.get_base_model())
+        self.live = {kind: self.layers[self.kinds.index(kind)] for kind in self.kinds}  # the first of each kind
         self._output: Any = None  # of the layer that ran last
-        first = dict(reversed(list(zip(self.kinds, self.layers, strict=True))))
-        self.live = first  # by kind
-        idle = {id(module) for layer in self.layers if layer not in first.values() for module in layer.modules()}
-        base = model.get_base_model()
+        base, live = self.model.get_base_model(), list(self.live.values())
+        idle = {id(module) for layer in self.layers if layer not in live for module in layer.modules()}
         used = [*base.get_decoder().modules(), *base.get_output_embeddings().modules()]
         _fill(base, [module for module in used if id(module) not in idle], device=device)
-        for layer in first.values():
+        for layer in live:
             layer.register_forward_hook(self._remember)
-        self.run_only(*first)
+        self.run_only(*self.live)
 
     def run_only(self, *kinds: str) -> None:
         """Let the first layers of `kinds` compute, and the others hand on what they are given."""
@@ -91,17 +102,6 @@ class Sample:
         return hidden if isinstance(self._output, Tensor) else (hidden, *self._output)
 
 
-def layer_kind(layer: nn.Module) -> str:
-    """What decides the time of a layer: its modules, their shapes and plain settings (windows, types)."""
-    parts = []
-    for name, module in layer.named_modules():
-        settings = {key: value for key, value in vars(module).items() if isinstance(value, (int, float, str))}
-        settings.pop("layer_idx", None)
-        shapes = [(tuple(parameter.shape), parameter.requires_grad) for parameter in module.parameters(recurse=False)]
-        parts.append(f"{name} {type(module).__name__} {settings} {shapes}")
-    return "\n".join(parts)
-
-
 @torch.no_grad()
 def _fill(base: Any, modules: list[nn.Module], *, device: torch.device) -> None:
     """Give the parameters and buffers of `modules` themselves random values on `device`."""
@@ -113,12 +113,12 @@ def _fill(base: Any, modules: list[nn.Module], *, device: torch.device) -> None:
             setattr(module, name, torch.ones_like(buffer, device=device))
         if isinstance(module, bnb.nn.Linear4bit):
             shape, dtype = (module.out_features, module.in_features), module.compute_dtype
-            _quantize(module, torch.randn(shape, dtype=dtype, device=device).mul_(0.02))
+            _quantize(module, torch.empty(shape, dtype=dtype, device=device).uniform_(-0.03, 0.03))
             patch_linear4bit(module, device, base.name_or_path)
             continue
         for name, old in list(module.named_parameters(recurse=False)):
             if id(old) not in made:
-                values = torch.empty_like(old, device=device).normal_(std=0.02)
+                values = torch.empty_like(old, device=device).uniform_(-0.03, 0.03)
                 made[id(old)] = nn.Parameter(values, requires_grad=old.requires_grad)
             setattr(module, name, made[id(old)])
         owners[id(module)]._init_weights(module)

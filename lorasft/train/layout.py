@@ -81,7 +81,7 @@ def choose_layout(
     if machine.activation_checkpointing == "auto":
         wanted = kept.recomputed_layers if kept else None
     else:
-        wanted = machine.activation_checkpointing * len(decoder_layers(network.causal))
+        wanted = machine.activation_checkpointing * len(decoder_layers(weightless.get_base_model()))
     fit = choose_fit(plan_network(network, weightless), plan, rows, wanted=wanted, free=free, spare=spare)
     recompute(network.causal, fit.recomputed)
     return network, fit

@@ -17,10 +17,10 @@ from lorasft.data.store import TokenStore, example_lengths
 from lorasft.errors import ModelError
 from lorasft.model.free_memory import free_memory
 from lorasft.model.loss import Network
-from lorasft.model.memory import Prediction, dry_run, heaviest_batch, static_bytes
+from lorasft.model.memory import dry_run, heaviest_batch, static_bytes
 from lorasft.model.recompute import decoder_layers
 from lorasft.model.timing import Timing, time_sample
-from lorasft.model.weightless import Sample, make_weightless, plan_network, shrink_vocabulary
+from lorasft.model.weightless import Sample, make_weightless, plan_network
 from lorasft.recipe import Recipe
 from lorasft.train.inputs import RunInputs, read_checked_config, read_inputs
 from lorasft.train.layout import Fit, choose_layout
@@ -47,14 +47,14 @@ def _plan_inputs(recipe: Recipe, inputs: RunInputs, *, memory: int | None) -> di
     libraries = 0 if memory is None else _LIBRARIES
     given = free_memory(device) if memory is None else memory
     model = make_weightless(config, recipe.model, recipe.adapter, device)
-    sample = Sample(make_weightless(shrink_vocabulary(config), recipe.model, recipe.adapter, device), device)
+    sample = Sample(model, config, recipe.model, recipe.adapter, device)
     static = static_bytes(model, recipe.optimizer.name)
     spare = given - libraries - static.loaded - static.upcoming
     network, fit = choose_layout(recipe, sample.model, model, plan=inputs.plan, rows=rows, kept=None, spare=spare)
     if fit.needs is None:
         what = "this model cannot be planned: it computes by numbers, not only shapes"
         raise ModelError(what, where=recipe.model.base)
-    prediction = Prediction(static, fit.needs)
+    kinds = static.at_peak(fit.needs)
     suggestions = () if fit.holds else find_suggestions(recipe, config, network, rows, memory=given - libraries)
     first = fit.plan.step(1, rows)
     length, share = max(1, rows.count_tokens() // len(rows)), first.supervised_tokens / first.tokens
@@ -66,8 +66,8 @@ def _plan_inputs(recipe: Recipe, inputs: RunInputs, *, memory: int | None) -> di
         "memory": given,  # that it is fitted to: what was given, or what is free
         "given": memory is not None,
         "libraries": libraries,  # of the memory, not ours
-        "bytes": prediction.kinds(),
-        "peak": prediction.total + libraries,
+        "bytes": kinds,
+        "peak": sum(kinds.values()) + libraries,
         "holds": fit.holds,
         "suggestions": list(islice(suggestions, 3)),
         "saved_by_8bit": static.optimizer - static_bytes(model, "adamw8bit").optimizer,
@@ -87,14 +87,15 @@ def predict_duration(recipe: Recipe, timing: Timing, fit: Fit, inputs: RunInputs
     plan, held_out, every = fit.plan, inputs.prepared.held_out, recipe.run.eval_every
     steps = [plan.step(number, inputs.prepared.train) for number in range(1, min(_STEPS_TIMED, plan.steps) + 1)]
     costs = [cost(batch) for step in steps for batch in step.micro_batches]
-    seconds = timing.training(costs, recomputed=fit.recomputed / max(1, fit.layers))
+    forward, both, layers = timing.predict(costs)
+    seconds = both + layers * fit.recomputed / max(1, fit.layers)
     evaluations = 2 + (plan.steps // every if every else 0)
     scored = evaluations * held_out.count_tokens() if held_out else 0
     return {
         "examples_per_second": sum(len(step.examples) for step in steps) / seconds,
         "supervised_tokens_per_second": sum(step.supervised_tokens for step in steps) / seconds,
         "training": plan.steps / len(steps) * seconds,
-        "evaluation": scored / sum(costs) * timing.scoring(costs),
+        "evaluation": scored / sum(costs) * forward,
     }
 
 

@@ -33,7 +33,7 @@ from lorasft.model.adapter import attach_adapter, load_adapter, trainable, write
 from lorasft.model.base import check_files, compute_dtype, load_base, patch_linear4bit
 from lorasft.model.free_memory import free_memory
 from lorasft.model.generate import own_stops
-from lorasft.model.memory import Prediction, StaticBytes, static_bytes
+from lorasft.model.memory import StaticBytes, static_bytes
 from lorasft.model.recompute import decoder_layers
 from lorasft.model.weightless import make_weightless
 from lorasft.recipe import Recipe
@@ -150,21 +150,22 @@ def run_heaviest_batch(run: Run, fit: Fit, static: StaticBytes) -> str:
     Nothing is updated and no random number is used up: the losses keep their bits. Writes `memory.json` (bytes; null
     where a number is not known) and returns a line on it. Raises CapacityError when it fits in no layout.
     """
-    known = Prediction(static, fit.needs) if fit.needs else None
+    known = static.at_peak(fit.needs) if fit.needs else {}
+    peak = sum(known.values())
     measured = retry_on_oom(run, partial(_measure_heaviest, run)) if sees_too_little(run, fit) else None
     free = static.loaded + static.upcoming + fit.spare
     record = {
         "device": str(run.network.device),
         "free": free,
-        "predicted": {**known.kinds(), "peak": known.total} if known else None,
+        "predicted": {**known, "peak": peak} if known else None,
         "measured": measured,
     }
     if run.ranks.is_main:
         replace_file(run.folder / "memory.json", json.dumps(record, indent=1).encode())
     seen = f"; {size_text(measured)} with the heaviest micro-batch" if measured else ""
-    if known is None:
+    if not known:
         return f"memory: not predicted, this model computes by numbers{seen}"
-    return f"memory: {size_text(known.total)} at the peak of a step, of {size_text(free)}{seen}"
+    return f"memory: {size_text(peak)} at the peak of a step, of {size_text(free)}{seen}"
 
 
 def sees_too_little(run: Run, fit: Fit) -> bool:

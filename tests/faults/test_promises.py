@@ -1,8 +1,8 @@
 """What a run promises, I1 to I20, each by its number: held while it is killed, starved, damaged and disturbed.
 
 The short form of `campaigns.py`, which tells what each campaign does. Other promises stand where their
-subject does, by number too: I9 in test_oracles.py, I14 in test_merge.py, I15, I16, I17 and I19 in test_trust.py, I18 in
-test_bad_inputs.py.
+subject does, by number too: I9 in test_oracles.py, I14 in test_merge.py, I15, I16, I17 and I19 in
+test_trust.py, I18 in test_bad_inputs.py.
 """
 
 from __future__ import annotations
@@ -254,6 +254,8 @@ def test_a_signal_where_there_is_no_step_to_finish(
     said = capsys.readouterr().err
     assert SAVED[where] in said and "Traceback" not in said
     assert ("--resume" in said) == (where == "_introduce")
+    monkeypatch.undo()
+    assert where != "_introduce" or main([*command, "--resume"]) == 0  # a run folder is never a dead end
     assert not (bench.folder / LOCK).read_text(encoding="ascii")
 
 
