@@ -105,11 +105,6 @@ class Artifact:
             raise ModelError(what, where=str(path), hint="--base with the folder of a model") from None
         return config
 
-    @cached_property
-    def base_fingerprint(self) -> str:
-        """What tells the base's files from those of other models."""
-        return fingerprint(self.base)
-
     def require_adapter(self) -> Path:
         """The adapter's folder. Raises ModelError when there is no adapter."""
         if self.adapter is not None:
@@ -124,7 +119,7 @@ class Artifact:
         if (adapter / MANIFEST).is_file():
             verify_folder(adapter)
         trained = self.provenance
-        if trained and trained.fingerprint and not force_base and trained.fingerprint != self.base_fingerprint:
+        if trained and trained.fingerprint and not force_base and trained.fingerprint != fingerprint(self.base):
             what = "this base is not the one that the adapter was trained on"
             hint = "--base FOLDER with the files of training, or --force-base"
             raise ModelError(what, where=str(self.base), hint=hint)

@@ -1,9 +1,8 @@
 """Every effect on the disk that must be whole or not at all: stage, fsync, verify, rename, lock.
 
-A folder is committed in this order: write and fsync its files in a stage beside the target, write a manifest
-with their hashes, fsync the stage, rename it, fsync the parent. Whatever is killed when, a folder under its
-final name is complete and verifies. `effect` stands around each effect, so that a test can kill the process before
-or after the n-th one, let it fail, cut it short, slow it down or write it down.
+A folder is committed in this order: write and fsync its files in a stage beside the target, write a manifest with their
+hashes, fsync the stage, rename it, fsync the parent. Whatever is killed when, a folder under its final name is complete
+and verifies.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 @contextlib.contextmanager
 def effect(kind: str, *paths: Path) -> Iterator[None]:
-    """Stands around each effect on the disk and does nothing. The fault campaigns put their own in its place."""
+    """Around each effect on the disk; does nothing. Fault campaigns put one in its place that kills, fails or cuts."""
     yield
 
 
@@ -43,8 +42,8 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     """Create `path`, yield it to be written, and fsync it. It must not exist: nothing is written in place."""
     with _disk(path):
         with effect("create", path):
-            path.touch(exist_ok=False)
-        with open(path, "wb") as file:
+            file = open(path, "xb")  # noqa: SIM115
+        with file:
             yield file
         _sync(path)
 

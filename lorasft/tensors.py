@@ -145,20 +145,20 @@ def find_weights(folder: Path) -> list[Path]:
 
     Raises ModelError when one is not there, UnsafeError when there are pickles only.
     """
-    index, names = folder / INDEX, ["model.safetensors"]
-    missing = [name for name in names if not (folder / name).is_file()]
+    index, paths = folder / INDEX, [folder / "model.safetensors"]
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-            missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+            paths = [folder / Path(name).name for name in names]  # none lies elsewhere
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ModelError("this index names no shards", where=str(index), hint=_AGAIN) from None
-    elif missing and (pickles := sorted(folder.glob("*.bin"))):
+    elif not paths[0].is_file() and (pickles := sorted(folder.glob("*.bin"))):
         what = f"the weights are a pickle ({pickles[0].name}), which could run code when it is read"
         raise UnsafeError(what, where=str(folder), hint="convert them to safetensors, or take another copy")
-    if missing:  # or lies elsewhere
-        raise ModelError(f"{missing[0]} is missing", where=str(folder), hint="the base must be there as safetensors")
-    return [folder / name for name in names]
+    for path in paths:
+        if not path.is_file():
+            raise ModelError("these weights are missing", where=str(path), hint="the base must be there as safetensors")
+    return paths
 
 
 def open_tensors(path: Path) -> TensorFile:

@@ -183,7 +183,7 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
     "5": (0, [], of_recipe("optimizer: {learning_rate: 2e-4}", verb="preview")),
     "6": (2, ["optimizer.learning_rate", "r.yaml:3"], of_recipe("optimizer: {learning_rate: fast}")),
     "7": (2, ["optimizer.learning_rate", "it is 2", "r.yaml:3"], of_recipe("optimizer: {learning_rate: 2}")),
-    "8": (2, ["learnig_rate", "r.yaml:3", "did you mean learning_rate?"], of_recipe("optimizer: {learnig_rate: 1e-4}")),
+    "8": (2, ["learnig_rate", "r.yaml:3", "optimizer.learning_rate"], of_recipe("optimizer: {learnig_rate: 1e-4}")),
     "9": (2, ["torch_dtype", "r.yaml:3", "model.dtype"], of_recipe("torch_dtype: float32")),
     "10": (2, ["adapter.dora", "boolean", '"on"'], of_recipe("adapter: {dora: on}")),
     "11": (8, ["tags", "r.yaml:3", "remove"], of_recipe("run: !!python/object/apply:os.system [touch hacked]")),

@@ -26,7 +26,7 @@ from lorasft.files import (
 )
 from lorasft.merge.write import MergePlan, Progress, plan_merge, rewrite_config, write_weights
 from lorasft.recipe import DataSource
-from lorasft.tensors import INDEX
+from lorasft.tensors import INDEX, fingerprint
 
 if TYPE_CHECKING:
     from lorasft.merge.check import MergeCheck, Onto
@@ -118,7 +118,7 @@ def _write_record(stage: Path, artifact: Artifact, done: dict[str, Any]) -> dict
     origin = {
         "name": given,
         "commit": trained.commit if trained else None,
-        "fingerprint": artifact.base_fingerprint,
+        "fingerprint": fingerprint(artifact.base),
         "trained_on": trained.fingerprint if trained else None,
     }
     record = {"lorasft": __version__, "base": origin, **done}

@@ -14,27 +14,19 @@ from lorasft.recipe import DataSource, Recipe
 from lorasft.recipe.yaml_reader import Document, KeyPath
 from lorasft.terminal import shorten
 
-# What TRL, transformers, PEFT, Axolotl, LLaMA-Factory, Unsloth and torchtune call it -> what it is here.
+# What it is here -> what TRL, transformers, PEFT, Axolotl, LLaMA-Factory, Unsloth and torchtune call it, if that is
+# not near by its letters (as lora_alpha is).
 PEERS = {
     "model.base": "base_model model_name_or_path model_name model_id pretrained_model_name_or_path",
-    "model.revision": "model_revision",
     "model.quantization (nf4 or none)": "load_in_4bit load_in_8bit quantization_bit quantization_config",
     "model.dtype": "bf16 fp16 tf32 torch_dtype bnb_4bit_compute_dtype compute_dtype",
     "adapter.rank": "r lora_r lora_rank lora_dim",
-    "adapter.alpha": "lora_alpha",
-    "adapter.dropout": "lora_dropout",
     "adapter.targets": "lora_target target_modules lora_target_modules lora_target_linear lora_attn_modules",
-    "adapter.rslora": "use_rslora peft_use_rslora",
-    "adapter.dora": "use_dora peft_use_dora",
-    "adapter.modules_to_save": "lora_modules_to_save additional_target",
     "adapter.start": "lora_model_dir adapter_name_or_path",
     "data.train": "dataset datasets dataset_name dataset_path train_file data_files",
     "data.eval": "val_set_size eval_dataset test_datasets eval_split validation_file",
     "data.format": "dataset_format dataset_type",
     "data.max_length": "sequence_len max_seq_length max_seq_len cutoff_len model_max_length",
-    "chat.template": "chat_template chat_template_path chat_template_jinja",
-    "chat.template_options": "chat_template_kwargs",
-    "chat.system": "system_prompt default_system system_message",
     "chat.supervise": "train_on_inputs assistant_only_loss completion_only_loss roles_to_train mask_history",
     "train.epochs": "num_train_epochs num_epochs",
     "train.steps": "max_steps max_steps_per_epoch",
@@ -49,7 +41,6 @@ PEERS = {
     "schedule.name": "lr_scheduler lr_scheduler_type",
     "schedule.warmup (a whole number is steps, a fraction a share)": "warmup_ratio warmup_steps num_warmup_steps",
     "schedule.min_ratio": "cosine_min_lr_ratio min_lr_rate",
-    "run.output": "output_dir",
     "run.log_every": "logging_steps log_every_n_steps",
     "run.eval_every": "eval_steps evals_per_epoch eval_strategy",
     "run.save_every": "save_steps saves_per_epoch save_strategy",
@@ -62,7 +53,10 @@ PEERS = {
     "nothing: torch's own kernels are used": "kernels liger use_liger use_liger_kernel",
     "nothing: set HF_TOKEN in the environment, or run `hf auth login`": "hf_token hub_token token use_auth_token",
 }
-SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Recipe.model_fields.items()}
+_SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Recipe.model_fields.items()}
+_NAMES = {name: name for name in _SECTIONS}  # each key -> its last part
+_NAMES |= {f"{name}.{key}": key for name, section in _SECTIONS.items() for key in section.model_fields}
+_NAMES |= {f"data.train.{key}": key for key in DataSource.model_fields}
 
 
 def explain(error: ValidationError, document: Document) -> list[LorasftError]:
@@ -124,15 +118,12 @@ def _explain_key(path: KeyPath, details: list[Any], document: Document) -> Loras
     if kernel or key == "trust_remote_code":
         return UnsafeError(f"{name}: lorasft runs no code from repositories", where=where, hint="remove the key")
     if details[0]["type"] == "extra_forbidden":
-        return RecipeError(f"unknown key {name}", where=where, hint=_hint_for_name(key, path))
+        return RecipeError(f"unknown key {name}", where=where, hint=_hint_for_name(key))
     return RecipeError(in_words(details), where=where, hint="lorasft recipes schema has each key and its values")
 
 
-def _hint_for_name(key: str, path: KeyPath) -> str:
+def _hint_for_name(key: str) -> str:
     ours = [ours for ours, theirs in PEERS.items() if key.lower() in theirs.split()]
-    ours += [f"{name}.{key}" for name, section in SECTIONS.items() if key in section.model_fields]
-    if ours:
-        return f"here it is {' or '.join(ours)}"
-    parent = Recipe if len(path) == 1 else SECTIONS[str(path[0])] if len(path) == 2 else DataSource
-    close = nearest(key, parent.model_fields)
-    return f"did you mean {close}?" if close else f"known here: {', '.join(parent.model_fields)}"
+    close = None if ours else nearest(key, _NAMES.values())
+    ours += [name for name, own in _NAMES.items() if own == close]
+    return f"here it is {' or '.join(ours)}" if ours else "lorasft recipes schema has each key"

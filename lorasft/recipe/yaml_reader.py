@@ -1,7 +1,7 @@
 """YAML 1.2 as plain values, with the line of every key; no tags, aliases or doubled keys; size and depth bounded.
 
 PyYAML by itself follows YAML 1.1 (`2e-4` is text, `no` is false, `1:30` is 90), lets the last of two equal keys win,
- and forgets the lines.
+and forgets the lines.
 """
 
 from __future__ import annotations
