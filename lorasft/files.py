@@ -1,9 +1,8 @@
 """Every effect on the disk that must be whole or not at all: stage, fsync, verify, rename, lock.
 
-A folder is committed in this order: write and fsync its files in a stage beside the target, write a manifest
-with their hashes, fsync the stage, rename it, fsync the parent. Whatever is killed when, a folder under its
-final name is complete and verifies. `effect` stands around each effect, so that a test can kill the process before
-or after the n-th one, let it fail, cut it short, slow it down or write it down.
+A folder is committed in this order: write and fsync its files in a stage beside the target, write a manifest with their
+hashes, fsync the stage, rename it, fsync the parent. Whatever is killed when, a folder under its final name is complete
+and verifies.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 @contextlib.contextmanager
 def effect(kind: str, *paths: Path) -> Iterator[None]:
-    """Stands around each effect on the disk and does nothing. The fault campaigns put their own in its place."""
+    """Around each effect on the disk; does nothing. Fault campaigns put one in its place that kills, fails or cuts."""
     yield
 
 
@@ -43,8 +42,8 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     """Create `path`, yield it to be written, and fsync it. It must not exist: nothing is written in place."""
     with _disk(path):
         with effect("create", path):
-            path.touch(exist_ok=False)
-        with open(path, "wb") as file:
+            file = open(path, "xb")  # noqa: SIM115
+        with file:
             yield file
         _sync(path)
 
@@ -80,9 +79,9 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def append(path: Path, content: bytes, *, at: int, sync: bool = False) -> None:
-    """Write `content` at byte `at` of a log, which ends there: what comes after, of a lost write, is cut off.
+    """Write `content` at byte `at` of a log, and cut off what comes after, of a lost write; `sync`: fsync log and name.
 
-    A kill may leave the last line short; readers drop it. No link is followed. `sync`: fsync the log and its name.
+    A kill may leave the last line short; readers drop it. No link is followed.
     """
     with _disk(path):
         with effect("append", path), open(path, "ab", opener=_open_no_link) as file:
@@ -114,8 +113,7 @@ def rename(source: Path, target: Path) -> None:
 def staged_folder(target: Path, *, hashes: Mapping[str, str] | None = None) -> Iterator[Path]:
     """A new folder that appears under `target` complete, with a manifest of hashes, or not at all.
 
-    Yields the stage to write into; what killed processes have left of theirs is removed. `hashes`: of files whose
-    writer knows their SHA-256 at the end. Raises RecipeError when `target` exists.
+    Yields the stage to write into. `hashes`: SHA-256 of files, if known. Raises RecipeError when `target` exists.
     """
     refuse_existing(target)
     make_folder(target.parent)
@@ -206,10 +204,7 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[str]:
-    """One writer per run folder. The system releases the lock when its holder dies, also by SIGKILL.
-
-    Yields the process that held it before and never let go in order, else nothing.
-    """
+    """One writer per run folder. Yields the process that held it before and was killed, else nothing."""
     path = folder / LOCK
     with _disk(path):
         os.close(_open_no_link(str(path), os.O_CREAT))

@@ -67,8 +67,7 @@ class TensorFile:
     def read(self, name: str, first: int = 0, count: int | None = None) -> torch.Tensor:
         """Rows `first` to `first + count` of a tensor seen as a matrix, (count, width), or all of it in its own shape.
 
-        Read and not mapped: the pages of a mapped file count in the size of the process. Raises KeyError for a type
-        that is not in DTYPES.
+        Read and not mapped: mapped pages count in the size of the process. Raises KeyError for a type not in DTYPES.
         """
         import torch
 
@@ -91,10 +90,7 @@ class TensorFile:
 
 
 class TensorWriter:
-    """Streams tensors to a safetensors file, in the order of `specs`; a thread writes one block while the next is made.
-
-    The system's errors are raised here.
-    """
+    """Streams tensors to a safetensors file, in the order of `specs`; a thread writes while the next block is made."""
 
     def __init__(self, file: BinaryIO, specs: Mapping[str, TensorSpec], metadata: Any, thread: Executor) -> None:
         """Writes the header. `file`: new, and open for writing; `thread`: with one worker; `metadata`: or None."""
@@ -141,31 +137,25 @@ class TensorWriter:
 
 
 def find_weights(folder: Path) -> list[Path]:
-    """The safetensors files that a loader reads: those of the index, else the single one. Others are left aside.
-
-    Raises ModelError when one is not there, UnsafeError when there are pickles only.
-    """
-    index, names = folder / INDEX, ["model.safetensors"]
-    missing = [name for name in names if not (folder / name).is_file()]
+    """The safetensors files that a loader reads. Raises ModelError for a missing one, UnsafeError for pickles only."""
+    index, paths = folder / INDEX, [folder / "model.safetensors"]
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-            missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+            paths = [folder / Path(name).name for name in names]  # none lies elsewhere
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ModelError("this index names no shards", where=str(index), hint=_AGAIN) from None
-    elif missing and (pickles := sorted(folder.glob("*.bin"))):
+    elif not paths[0].is_file() and (pickles := sorted(folder.glob("*.bin"))):
         what = f"the weights are a pickle ({pickles[0].name}), which could run code when it is read"
         raise UnsafeError(what, where=str(folder), hint="convert them to safetensors, or take another copy")
-    if missing:  # or lies elsewhere
-        raise ModelError(f"{missing[0]} is missing", where=str(folder), hint="the base must be there as safetensors")
-    return [folder / name for name in names]
+    for path in paths:
+        if not path.is_file():
+            raise ModelError("these weights are missing", where=str(path), hint="the base must be there as safetensors")
+    return paths
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """Check a safetensors file and find its tensors. Only its header is read.
-
-    Raises ModelError for what is none, is cut short, has tensors that overlap, or too long a header.
-    """
+    """Check a safetensors file, of which only the header is read. Raises ModelError for what cannot be trusted."""
     from safetensors import SafetensorError, safe_open
 
     with open(path, "rb") as file:

@@ -211,9 +211,9 @@ def time_step(run: Any, number: int) -> tuple[float, Any, float]:
     from lorasft.signals import StopRequest
     from lorasft.train.loop import take_step
 
-    started = time.perf_counter()
     step = run.plan.step(number, run.rows)
-    loss = take_step(run, step, StopRequest())["loss"]
+    started = time.perf_counter()
+    loss = take_step(run, number, StopRequest())["loss"]
     return time.perf_counter() - started, step, loss
 
 

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -44,6 +44,22 @@ def save_base(folder: Path, name: str = "llama", *, dtype: str = "bfloat16") -> 
     model = make_base(name, dtype=getattr(torch, dtype), vocabulary=384, hidden=64)  # bitsandbytes: blocks of 64
     model.save_pretrained(folder)
     return save_tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny tokenizer alone."""
+    from tiny_tokenizer import save_tokenizer
+
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def tiny(tokenizer_folder: Path) -> Any:
+    """The tiny tokenizer, loaded anew."""
+    from lorasft.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(str(tokenizer_folder))
 
 
 @pytest.fixture(scope="session")

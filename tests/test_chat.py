@@ -49,11 +49,6 @@ def shared_tokenizer(name: str) -> Any:
     return LOADED[name]
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return load_tokenizer(str(save_tokenizer(tmp_path_factory.mktemp("tokenizer"))))
-
-
 class Encoder:
     """A labeler of one recipe, its report, and the sequences of one example."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -333,36 +332,24 @@ def test_the_store_gives_back_what_was_written(tmp_path: Path, at_once: int) -> 
                 assert (mine.ids == written.ids).all() and (mine.labels == written.labels).all()
 
 
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture
-def tokenizer(tokenizer_folder: Path) -> Iterator[Any]:
-    yield load_tokenizer(str(tokenizer_folder))
-
-
-def test_prepare_splits_counts_and_reuses(tmp_path: Path, tokenizer: Any) -> None:
+def test_prepare_splits_counts_and_reuses(tmp_path: Path, tiny: Any) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(numbered(50) + numbered(5))
     data = DataSettings(train=(str(rows),), eval=0.1)
-    first = prepare(data, ChatSettings(), tokenizer=tokenizer, folder=tmp_path / "cache")
+    first = prepare(data, ChatSettings(), tokenizer=tiny, folder=tmp_path / "cache")
     report, held_out = first.report, first.held_out
     assert held_out is not None
     assert (report.rows, report.duplicate_rows, report.train_examples + report.held_out_examples) == (55, 5, 55)
     assert (len(first.train), len(held_out)) == (report.train_examples, report.held_out_examples)
-    decoded = [
-        {tokenizer.decode(store.sequences(n)[0].ids) for n in range(len(store))} for store in (first.train, held_out)
-    ]
+    decoded = [{tiny.decode(store.sequences(n)[0].ids) for n in range(len(store))} for store in (first.train, held_out)]
     assert len(decoded[0]) == 45 and len(decoded[1]) == 5 and not decoded[0] & decoded[1]
     for index in range(len(held_out)):
         line = rows.read_text().split("\n")[held_out.place(index).line - 1]
-        assert json.loads(line)["prompt"] in tokenizer.decode(held_out.sequences(index)[0].ids)
+        assert json.loads(line)["prompt"] in tiny.decode(held_out.sequences(index)[0].ids)
 
     (folder,) = (tmp_path / "cache").iterdir()
     before = (folder / "manifest.json").stat().st_ino
-    again = prepare(data, ChatSettings(), tokenizer=tokenizer, folder=tmp_path / "cache")
+    again = prepare(data, ChatSettings(), tokenizer=tiny, folder=tmp_path / "cache")
     assert (again.key, again.report) == (first.key, report)
     assert (folder / "manifest.json").stat().st_ino == before  # opened, not made again
     written = first.store.arrays["ids"].copy()
@@ -370,12 +357,12 @@ def test_prepare_splits_counts_and_reuses(tmp_path: Path, tokenizer: Any) -> Non
     ids.write_bytes(ids.read_bytes()[:-4])
     with pytest.raises(ModelError):
         open_prepared(folder)
-    mended = prepare(data, ChatSettings(), tokenizer=tokenizer, folder=tmp_path / "cache")
+    mended = prepare(data, ChatSettings(), tokenizer=tiny, folder=tmp_path / "cache")
     assert (mended.store.arrays["ids"] == written).all()
 
 
 def test_rows_are_parsed_once_and_split_by_their_content_alone(
-    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither the kind of file, nor lines, nor what is dropped for its length moves a row to the other side."""
     lines = numbered(40).decode().splitlines()
@@ -387,7 +374,7 @@ def test_rows_are_parsed_once_and_split_by_their_content_alone(
 
     def held_out(name: str, **settings: Any) -> set[int]:
         data = DataSettings(train=(str(tmp_path / name),), eval=0.3, max_dropped=1.0, **settings)
-        store = prepare(data, ChatSettings(), tokenizer=tokenizer, folder=tmp_path / "cache").held_out
+        store = prepare(data, ChatSettings(), tokenizer=tiny, folder=tmp_path / "cache").held_out
         assert store is not None
         return {store.place(example).line for example in range(len(store))}
 
@@ -419,14 +406,14 @@ def test_every_ingredient_changes_the_key(
     assert key() == keys[0] and len(set(keys)) == len(keys)
 
 
-def test_counts_that_a_recipe_does_not_allow(tmp_path: Path, tokenizer: Any) -> None:
+def test_counts_that_a_recipe_does_not_allow(tmp_path: Path, tiny: Any) -> None:
     rows, copy = tmp_path / "rows.jsonl", tmp_path / "copy.jsonl"
     rows.write_bytes(numbered(20))
     copy.write_bytes(numbered(4, start=18))
 
     def made(**settings: Any) -> Any:
         data = DataSettings(train=(str(rows),), **settings)
-        return prepare(data, ChatSettings(), tokenizer=tokenizer, folder=tmp_path / "cache")
+        return prepare(data, ChatSettings(), tokenizer=tiny, folder=tmp_path / "cache")
 
     with pytest.raises(DataError, match=r"20 of 20 rows dropped \(0 bad, 20 over-long") as fault:
         made(max_length=8)

@@ -10,23 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_families import EYES
-from tiny_models import SOFT_CAPS
+import transformers as hf
+from tiny_models import EYES, LLAMA_3, SOFT_CAPS, shape
 from tiny_tokenizer import save_tokenizer
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Gemma2Config,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    Gemma3TextConfig,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasft.cli import main
 from lorasft.errors import DeviceError, ModelError
@@ -34,33 +21,20 @@ from lorasft.export.gguf import write_gguf
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
 VOCABULARY = 331  # one more than the tokenizer has: a token that is only padding
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": None,
-}
-LLAMA_3: dict[str, Any] = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
-LLAMA_3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+SHAPE = {**shape(64), "vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+del SHAPE["head_dim"]
 LONG: dict[str, Any] = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64}
 LONG |= {"short_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5], "long_factor": [4.0] * 6}
 # transformers' reader fills the numbers that it does not read with the defaults of Gemma's and Qwen's configs.
 MODELS: dict[str, Any] = {
-    "llama": lambda: LlamaConfig(**SHAPE, head_dim=16),
-    "llama-biased-tied": lambda: LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
-    "mistral": lambda: MistralConfig(**SHAPE, head_dim=24, sliding_window=None),
-    "qwen2": lambda: Qwen2Config(**SHAPE),
-    "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=128),
-    "gemma2": lambda: Gemma2Config(**SHAPE, head_dim=256, sliding_window=6),
-    "gemma3": lambda: Gemma3TextConfig(**{**SHAPE, "num_hidden_layers": 6}, head_dim=256, sliding_window=6),
-    "phi3": lambda: Phi3Config(**SHAPE),
+    "llama": lambda: hf.LlamaConfig(**SHAPE, head_dim=16),
+    "llama-biased-tied": lambda: hf.LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "mistral": lambda: hf.MistralConfig(**SHAPE, head_dim=24, sliding_window=None),
+    "qwen2": lambda: hf.Qwen2Config(**SHAPE),
+    "qwen3": lambda: hf.Qwen3Config(**SHAPE, head_dim=128),
+    "gemma2": lambda: hf.Gemma2Config(**SHAPE, head_dim=256, sliding_window=6),
+    "gemma3": lambda: hf.Gemma3TextConfig(**{**SHAPE, "num_hidden_layers": 6}, head_dim=256, sliding_window=6),
+    "phi3": lambda: hf.Phi3Config(**SHAPE),
 }
 # fp16 keeps 11 bits of a weight, Q8_0 8 bits of a block's largest: relative L2 error of the logits.
 ERROR = {"f16": 2e-3, "q8_0": 6e-2}
@@ -130,7 +104,7 @@ def test_bfloat16_shards_and_small_blocks_make_the_same_file(tmp_path: Path, mon
 
 
 def test_llama_3_slows_frequencies_down_by_a_tensor(tmp_path: Path) -> None:
-    save_model(tmp_path / "model", LlamaConfig(**SHAPE, rope_parameters=dict(LLAMA_3)))
+    save_model(tmp_path / "model", hf.LlamaConfig(**SHAPE, rope_parameters=dict(LLAMA_3)))
     write_gguf(tmp_path / "model", tmp_path / "m.gguf")
     tensors = {tensor.name: tensor.data for tensor in read(tmp_path / "m.gguf").tensors}
     waves = 2 * np.pi * 10000.0 ** (np.arange(0, 16, 2) / 16)
@@ -142,7 +116,7 @@ def test_llama_3_slows_frequencies_down_by_a_tensor(tmp_path: Path) -> None:
 
 
 def test_phi_3_5_has_short_and_long_factors(tmp_path: Path) -> None:
-    config = Phi3Config(
+    config = hf.Phi3Config(
         **SHAPE, original_max_position_embeddings=64, partial_rotary_factor=0.75, rope_parameters=dict(LONG)
     )
     save_model(tmp_path / "model", config)
@@ -159,9 +133,9 @@ def test_phi_3_5_has_short_and_long_factors(tmp_path: Path) -> None:
 def test_a_model_with_eyes_gives_its_language_model(tmp_path: Path) -> None:
     text = MODELS["gemma3"]().to_dict()
     places = {"image_token_index": 320, "boi_token_index": 321, "eoi_token_index": 322}
-    config = Gemma3Config(text_config=text, vision_config=EYES, mm_tokens_per_image=4, **places)
+    config = hf.Gemma3Config(text_config=text, vision_config=EYES, mm_tokens_per_image=4, **places)
     torch.manual_seed(3)
-    model = Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    model = hf.Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
     model.save_pretrained(tmp_path / "model")
     save_tokenizer(tmp_path / "model")
     write_gguf(tmp_path / "model", tmp_path / "m.gguf")
@@ -171,16 +145,16 @@ def test_a_model_with_eyes_gives_its_language_model(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "gpt2": (lambda: GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2), "no GGUF export for gpt2"),
-    "activation": (lambda: LlamaConfig(**SHAPE, hidden_act="gelu"), "activation gelu"),
+    "gpt2": (lambda: hf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2), "no GGUF export for gpt2"),
+    "activation": (lambda: hf.LlamaConfig(**SHAPE, hidden_act="gelu"), "activation gelu"),
     "windows": (
-        lambda: Gemma2Config(**SHAPE, head_dim=256, layer_types=["full_attention"] * 2),
+        lambda: hf.Gemma2Config(**SHAPE, head_dim=256, layer_types=["full_attention"] * 2),
         "sliding windows on these layers",
     ),
-    "scale": (lambda: Gemma2Config(**SHAPE, head_dim=16, query_pre_attn_scalar=32), "query_pre_attn_scalar 32"),
-    "caps": (lambda: Gemma3TextConfig(**SHAPE, head_dim=256, **SOFT_CAPS), "soft caps"),
-    "rope": (lambda: Qwen2Config(**SHAPE, rope_parameters=dict(LLAMA_3)), "rope type llama3"),
-    "bias": (lambda: Qwen3Config(**SHAPE, head_dim=16, attention_bias=True), "k_proj.bias has no place"),
+    "scale": (lambda: hf.Gemma2Config(**SHAPE, head_dim=16, query_pre_attn_scalar=32), "query_pre_attn_scalar 32"),
+    "caps": (lambda: hf.Gemma3TextConfig(**SHAPE, head_dim=256, **SOFT_CAPS), "soft caps"),
+    "rope": (lambda: hf.Qwen2Config(**SHAPE, rope_parameters=dict(LLAMA_3)), "rope type llama3"),
+    "bias": (lambda: hf.Qwen3Config(**SHAPE, head_dim=16, attention_bias=True), "k_proj.bias has no place"),
 }
 
 

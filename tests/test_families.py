@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from tiny_models import SOFT_CAPS, VOCABULARY, WINDOWS, shape
+from tiny_models import EYES, LLAMA_3, SOFT_CAPS, VOCABULARY, WINDOWS, shape
 from torch import nn
 
 from lorasft.data.packing import make_micro_batches
@@ -24,13 +24,8 @@ from lorasft.recipe.load import load_recipe, shipped_recipes
 
 SHAPE = shape()
 _SHAPE = {key: value for key, value in SHAPE.items() if key != "head_dim"}
-ROPE_LLAMA_3: dict[str, Any] = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0}
-ROPE_LLAMA_3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-ROPE_YARN: dict[str, Any] = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 2.0}
-ROPE_YARN |= {"original_max_position_embeddings": 64}
+ROPE_YARN = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 2.0, "original_max_position_embeddings": 64}
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-EYES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-EYES |= {"image_size": 28, "patch_size": 14, "vision_use_head": False, "model_type": "siglip_vision_model"}
 
 
 def _long_rope(rotary: int, **own: Any) -> hf.Phi3Config:
@@ -53,7 +48,7 @@ def _granite(**own: Any) -> hf.GraniteConfig:
 
 
 FAMILIES: dict[str, Any] = {  # by the names of recipes
-    r"llama-3.*|.*distill-llama.*": lambda **own: hf.LlamaConfig(**SHAPE, rope_parameters=dict(ROPE_LLAMA_3), **own),
+    r"llama-3.*|.*distill-llama.*": lambda **own: hf.LlamaConfig(**SHAPE, rope_parameters=dict(LLAMA_3), **own),
     r"qwen2\.5-.*|.*distill-qwen.*": lambda **own: hf.Qwen2Config(**_SHAPE, **own),
     r"gemma-2-.*": lambda **own: hf.Gemma2Config(**SHAPE, **WINDOWS, **SOFT_CAPS, query_pre_attn_scalar=8, **own),
     r"gemma-3-12b": _gemma_3_with_eyes,

@@ -9,21 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from test_chat import conversation, make_encoder
-from tiny_tokenizer import save_tokenizer
 
 from lorasft.data.labels import Labeler, parity_breaks
 from lorasft.data.prepare import prepare
-from lorasft.data.tokenizer import load_tokenizer
 from lorasft.data.tokens import UNSUPERVISED, Tokens
 from lorasft.errors import DataError
 from lorasft.recipe import ChatSettings, DataSettings
 
 THREE = conversation("a", "A", "b", "B", "c", "C")
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Any:
-    return load_tokenizer(str(save_tokenizer(tmp_path)))
 
 
 def one_earlier(tokens: Tokens) -> Tokens:

@@ -274,7 +274,7 @@ def no_model(*args: Any, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("arguments", "broken", "code", "words"),
     [
-        (["train.batch=3"], None, 2, "did you mean batch_size"),
+        (["train.batch=3"], None, 2, "here it is train.batch_size"),
         (["data.train=missing.jsonl"], None, 3, "missing.jsonl"),
         (["run.save_every=2"], "disk", 6, "--resume from step 2"),
         ([], "model", 4, "cannot load"),

@@ -18,10 +18,8 @@ from hypothesis import strategies as st
 from lorasft.commands import recipes as recipes_command
 from lorasft.errors import ErrorGroup, LorasftError, RecipeError, UnsafeError
 from lorasft.recipe import DataSource, Recipe, mathematics, recipe_schema
-from lorasft.recipe.explain import PEERS
-from lorasft.recipe.load import dump_recipe, load_recipe, shipped_recipes
+from lorasft.recipe.load import PEERS, dump_recipe, load_recipe, shipped_recipes
 from lorasft.recipe.yaml_reader import dump_yaml, parse_yaml, read_scalar
-from lorasft.terminal import harmless
 
 SMALLEST = "model: {base: some/model}\ndata: {train: x.jsonl}\n"
 
@@ -235,7 +233,11 @@ BAD_DATA = {  # a whole recipe of its own, where the data or the base is the mat
     "model: {base: m}\ndata:": (2, 2, ["data.train"]),
     "model: {base: m}\ndata:\n  train: []": (2, 3, ["data.train"]),
     "model: {base: m}\ndata:\n  train:\n    - a\n    - {share: 2}": (2, 5, ["train.1.path", "train.1.share"]),
-    "model: {base: m}\ndata:\n  train:\n    path: a\n    pth: b": (2, 5, ["unknown key data.train.pth", "path?"]),
+    "model: {base: m}\ndata:\n  train:\n    path: a\n    pth: b": (
+        2,
+        5,
+        ["unknown key data.train.pth", "data.train.path"],
+    ),
     "model: {base: m}\ndata: {train: a, eval: 0}": (2, 2, ["data.eval", "greater than 0"]),
     "model: {base: m}\ndata:\n  train: a\n  eval:\n    - {path: b, share: 0}": (2, 5, ["data.eval.0.share"]),
     "model: {base: m}\ndata: {train: a, eval: null}\nrun: {keep_best: true}": (2, 3, ["keep_best needs data.eval"]),
@@ -257,7 +259,11 @@ def test_bad_recipes_say_what_where_and_how_to_fix_it(text: str, code: int, line
 
 
 BAD_OVERRIDES = {
-    "train.btch_size=3": ["unknown key train.btch_size", "where: command line: train.btch_size=...", "batch_size?"],
+    "train.btch_size=3": [
+        "unknown key train.btch_size",
+        "where: command line: train.btch_size=...",
+        "here it is train.batch_size",
+    ],
     "train.batch_size": ["section.key=value", "command line: train.batch_size"],
     "model={base: x}": ["section.key=value"],
     ".base=x": ["section.key=value"],
@@ -281,23 +287,6 @@ def test_bad_overrides_name_the_command_line(override: str, said: list[str]) -> 
     assert "canary" not in message and "\x1b" not in message
 
 
-names = (
-    st.sampled_from([*Recipe.model_fields, "base", "train", "eval", "path", "targets", "betas", "lora_r"]) | st.text()
-)
-values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3))
-overrides = st.lists(st.text() | st.builds("{}.{}={}".format, names, names, st.text()), max_size=2)
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.dictionaries(names, values), overrides)
-def test_whatever_is_written_loads_or_is_refused_in_our_words(raw: dict[str, Any], given_overrides: list[str]) -> None:
-    try:
-        load(dump_yaml(raw), *given_overrides)
-    except LorasftError as fault:
-        assert fault.exit_code in (2, 8) and "error: " in str(fault)
-        assert harmless(str(fault)) == str(fault)
-
-
 def test_all_errors_come_at_once_and_the_unsafe_decides() -> None:
     text = "train: {seed: x}\nlora_r: 2\nrun: {keep: 0}\ntrust_remote_code: true\n"
     error = refused(SMALLEST + text, "adapter.rank=0")
@@ -309,34 +298,18 @@ def test_all_errors_come_at_once_and_the_unsafe_decides() -> None:
         assert len(lines) == 20 and (count == 20 or lines[-1] == "... and 31 more")
     doubled = str(refused("data: {train: d}\nmodel:\nmodel: {base: m}\n"))
     assert doubled.count("error:") == 1  # none that follows from it
-    assert "known here: model, " in str(refused(SMALLEST + "xyzzy: 1\n"))  # no name is near
+    assert "recipes schema" in str(refused(SMALLEST + "xyzzy: 1\n"))  # no name is near
 
 
-@pytest.mark.parametrize("name", sorted({name for theirs in PEERS.values() for name in theirs.split()}))
+NEAR = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "chat_template", "system_prompt", "output_dir")
+
+
+@pytest.mark.parametrize("name", sorted({*NEAR, *(name for theirs in PEERS.values() for name in theirs.split())}))
 def test_names_of_peers_lead_to_a_key_that_exists(name: str) -> None:
     hint = str(refused(SMALLEST + f"{name}: 1\n"))
     key = hint.partition("here it is ")[2].split()[0].rstrip(":")
     section, _, field = key.partition(".")
-    assert key == "nothing" or field in type(getattr(load(SMALLEST), section)).model_fields, hint
-
-
-FILES = {"binary.yaml": b"\x89PNG\r\n\x1a\n\x00", "nul.yaml": b"a: \x00\n", "llama.yaml": b""}
-NOT_RECIPES = {
-    "nul.yaml": "not YAML",
-    "binry.yaml": "did you mean binary.yaml?",
-    "llama3.1-8b": "did you mean llama-3.1-8b?",
-    "qqqqq": "lorasft recipes list",
-    "\x1b\x00": "no recipe",
-}
-
-
-@pytest.mark.parametrize(("name", "said"), NOT_RECIPES.items())
-def test_files_that_are_not_a_recipe(name: str, said: str, tmp_path: Path) -> None:
-    for file, content in FILES.items():
-        (tmp_path / file).write_bytes(content)
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(name)
-    assert said in str(caught.value)
+    assert key == "nothing" or field in Recipe.model_fields[section].annotation.model_fields, hint  # type: ignore[union-attr]
 
 
 def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
@@ -371,11 +344,6 @@ def test_shipped_recipes_are_short_and_load(name: str) -> None:
     assert yaml.safe_load(text)["model"]["base"]  # an ordinary YAML file, too
 
 
-def test_shipped_names_are_unique() -> None:
-    files = list((Path(__file__).parents[1] / "recipes").glob("*/*.yaml"))
-    assert len(files) == len({path.stem for path in files}) >= 11
-
-
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_a_copied_recipe_means_the_same(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipes_command.run("copy", name, None, as_json=False)
@@ -403,32 +371,16 @@ def test_copying_makes_paths_beside_the_recipe_absolute(
 
 
 def test_list_show_and_schema_print_what_programs_can_read(capsys: pytest.CaptureFixture[str]) -> None:
-    recipes_command.run("list", None, None, as_json=True)
-    rows = json.loads(capsys.readouterr().out)
-    assert {"name": "gpt2", "base": "openai-community/gpt2"}.items() <= next(
-        r for r in rows if r["name"] == "gpt2"
-    ).items()
-    recipes_command.run("list", None, None, as_json=False)
-    assert len(capsys.readouterr().out.splitlines()) == len(rows)
-    recipes_command.run("show", "gpt2", None, as_json=False)
-    assert capsys.readouterr().out == shipped_recipes()["gpt2"].read_text()
-    recipes_command.run("show", "gpt2", None, as_json=True)
-    assert json.loads(capsys.readouterr().out)["data"]["max_length"] == 1024
-    recipes_command.run("schema", None, None, as_json=False)
-    assert json.loads(capsys.readouterr().out) == recipe_schema()
+    def said(action: str, name: str | None = None, *, as_json: bool = False) -> str:
+        recipes_command.run(action, name, None, as_json=as_json)
+        return capsys.readouterr().out
 
-
-@pytest.mark.parametrize(
-    ("action", "name", "to", "said"),
-    [
-        ("show", "gtp2", None, "did you mean gpt2?"),
-        ("show", None, None, "no recipe"),
-    ],
-)
-def test_the_command_refuses_in_plain_words(action: str, name: str | None, to: str | None, said: str) -> None:
-    with pytest.raises(RecipeError) as caught:
-        recipes_command.run(action, name, to, as_json=False)
-    assert said in str(caught.value)
+    rows = json.loads(said("list", as_json=True))
+    assert [row["base"] for row in rows if row["name"] == "gpt2"] == ["openai-community/gpt2"]
+    assert len(said("list").splitlines()) == len(rows) >= 11
+    assert said("show", "gpt2") == shipped_recipes()["gpt2"].read_text()
+    assert json.loads(said("show", "gpt2", as_json=True))["data"]["max_length"] == 1024
+    assert json.loads(said("schema")) == recipe_schema()
 
 
 def test_a_reader_that_goes_away_is_no_fault() -> None:

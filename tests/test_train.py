@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from lorasft.artifact import find_artifact
 from lorasft.cli import main
-from lorasft.data.packing import Plan, Step
+from lorasft.data.packing import Plan
 from lorasft.files import sha256
 from lorasft.model.adapter import attach_adapter, load_artifact
 from lorasft.model.attention import attention
@@ -34,7 +34,7 @@ from lorasft.train import loop
 from lorasft.train import run as runs
 from lorasft.train.distributed import ALONE
 from lorasft.train.loop import evaluate
-from lorasft.train.schedule import learning_rate
+from lorasft.train.optimizer import learning_rate
 
 Write = Callable[..., str]
 
@@ -54,10 +54,10 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None
     """Do `act` in the middle of step `number`."""
     plain = loop.take_step
 
-    def take_step(run: loop.Run, step: Step, stop: StopRequest) -> dict[str, Any]:
-        if step.number == number:
+    def take_step(run: loop.Run, now: int, stop: StopRequest) -> dict[str, Any]:
+        if now == number:
             act()
-        return plain(run, step, stop)
+        return plain(run, now, stop)
 
     monkeypatch.setattr(loop, "take_step", take_step)
 

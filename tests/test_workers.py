@@ -16,21 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_tokenizer import save_tokenizer
 
 from lorasft.data.prepare import prepare
-from lorasft.data.tokenizer import load_tokenizer
 from lorasft.data.workers import available_workers, map_blocks
 from lorasft.errors import CapacityError, DataError, LorasftError
 from lorasft.recipe import ChatSettings, DataSettings
 
 pytestmark = pytest.mark.skipif(available_workers() < 1 or not hasattr(os, "fork"), reason="no fork here")
 FILES, ROWS = 7, 40  # a file is a block at least: enough for processes to be started
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return load_tokenizer(str(save_tokenizer(tmp_path_factory.mktemp("tokenizer"))))
 
 
 def row(number: int, **more: Any) -> dict[str, Any]:
@@ -68,7 +61,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_processes_make_the_same_store(tmp_path: Path, tokenizer: Any, settings: dict[str, Any]) -> None:
+def test_processes_make_the_same_store(tmp_path: Path, tiny: Any, settings: dict[str, Any]) -> None:
     (tmp_path / "rows").mkdir()
     files = write_files(tmp_path / "rows", BAD)
     (tmp_path / "apart.jsonl").write_text("".join(json.dumps(row(n)) + "\n" for n in range(900, 910)))
@@ -78,7 +71,7 @@ def test_processes_make_the_same_store(tmp_path: Path, tokenizer: Any, settings:
     data = DataSettings(train=sources, on_bad_row="drop", **{"max_length": 120, "max_dropped": 1.0, **settings})
     contents = []
     for workers in (1, 3):
-        made = prepare(data, ChatSettings(), tokenizer=tokenizer, folder=tmp_path / str(workers), workers=workers)
+        made = prepare(data, ChatSettings(), tokenizer=tiny, folder=tmp_path / str(workers), workers=workers)
         files = (path for path in made.folder.rglob("*") if path.is_file())
         contents.append({path.relative_to(made.folder): path.read_bytes() for path in files})
     assert contents[0] == contents[1] != {}
@@ -90,10 +83,10 @@ def test_processes_make_the_same_store(tmp_path: Path, tokenizer: Any, settings:
     assert places == sorted(places, key=lambda place: (place.file, place.line))
 
 
-def failure(tokenizer: Any, folder: Path, workers: int, **settings: Any) -> str:
+def failure(tiny: Any, folder: Path, workers: int, **settings: Any) -> str:
     data = DataSettings(train=(str(folder),), eval=None, **settings)
     with pytest.raises(LorasftError) as fault:
-        prepare(data, ChatSettings(), tokenizer=tokenizer, folder=folder / "store", workers=workers)
+        prepare(data, ChatSettings(), tokenizer=tiny, folder=folder / "store", workers=workers)
     return str(fault.value)
 
 
@@ -108,24 +101,24 @@ FAULTS: dict[str, tuple[dict[int, str], int]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_faults_come_together_and_in_order(tmp_path: Path, tokenizer: Any, name: str) -> None:
+def test_faults_come_together_and_in_order(tmp_path: Path, tiny: Any, name: str) -> None:
     bad, count = FAULTS[name]
     write_files(tmp_path, bad)
     (tmp_path / "9.csv").unlink()
-    alone, shared = (failure(tokenizer, tmp_path, workers) for workers in (1, 3))
+    alone, shared = (failure(tiny, tmp_path, workers) for workers in (1, 3))
     assert alone == shared and alone.count("error: ") == count
     lines = re.findall("where: ([^ \n]+)", alone)
     assert lines == sorted(lines, key=lambda line: (line.split(":")[0], int(line.split(":")[1])))
 
 
-def test_a_file_that_ends_wrong_comes_behind_the_rows_before_it(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_file_that_ends_wrong_comes_behind_the_rows_before_it(tmp_path: Path, tiny: Any) -> None:
     write_files(tmp_path, dict.fromkeys(range(0, 36, 2), "{"))
     (tmp_path / "9.csv").unlink()
     (tmp_path / "8.json").write_text("[" + json.dumps(row(1)) + ", 3, 4, {", encoding="utf-8")
-    alone, shared = (failure(tokenizer, tmp_path, workers) for workers in (1, 3))
+    alone, shared = (failure(tiny, tmp_path, workers) for workers in (1, 3))
     assert alone == shared and alone.count("error: ") == 19 and "8.json:1" in alone
     (tmp_path / "0.jsonl").write_text("{", encoding="utf-8")
-    alone, shared = (failure(tokenizer, tmp_path, workers) for workers in (1, 3))
+    alone, shared = (failure(tiny, tmp_path, workers) for workers in (1, 3))
     assert alone == shared and alone.count("error: ") == 2 and alone.startswith("error: not JSON: Expecting property")
 
 

@@ -24,7 +24,6 @@ class Family:
     paired: bool = False  # rotary positions turn neighbouring rows of q and k, not rows half a head apart
     norm_offset: float = 0.0  # added to norm weights: Gemma's are stored as w, used as 1 + w
     biases: bool = False
-    activation: str = "silu"
     full_every: int = 0  # every n-th layer sees everything, the others a window; 0: llama.cpp knows no windows here
     large: int = 0  # how many layers the size has whose attention is scaled by hidden size / heads
     rope: str = ""  # the kind of rotary positions that it has besides the default and the linear
@@ -35,8 +34,8 @@ FAMILIES = {
     "mistral": Family("llama", paired=True, biases=True, rope="llama3"),
     "qwen2": Family("qwen2", biases=True),
     "qwen3": Family("qwen3"),
-    "gemma2": Family("gemma2", norm_offset=1.0, activation="gelu_pytorch_tanh", full_every=2, large=46),
-    "gemma3_text": Family("gemma3", norm_offset=1.0, activation="gelu_pytorch_tanh", full_every=6, large=62),
+    "gemma2": Family("gemma2", norm_offset=1.0, full_every=2, large=46),
+    "gemma3_text": Family("gemma3", norm_offset=1.0, full_every=6, large=62),
     "phi3": Family("phi3", rope="longrope"),
 }
 
@@ -78,7 +77,7 @@ def read_gguf_layout(model: Path) -> GgufLayout:
 def _find_difference(config: Any, family: Family, head_size: int) -> str | None:
     """What llama.cpp's source has otherwise than this config, in words; None when nothing is."""
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    if activation != family.activation:
+    if activation != ("gelu_pytorch_tanh" if family.norm_offset else "silu"):
         return f"the activation {activation} in {family.name}"
     layers = range(config.num_hidden_layers)
     every = family.full_every

@@ -34,23 +34,17 @@ class Tensor:
     size: int  # bytes
 
 
-def load_library() -> Any:
-    """The package gguf, which is an extra. Raises DeviceError when it is not installed."""
-    try:
-        import gguf
-    except ImportError:
-        hint = "pip install 'lorasft[gguf]', or pip install gguf"
-        raise DeviceError("the export needs the package gguf, which is not installed", hint=hint) from None
-    return gguf
-
-
 def write_gguf(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progress | None = None) -> dict[str, Any]:
     """Write the model in the folder `model`, with its tokenizer and chat template, to the new file `out`.
 
     Matrices become `kind`, what is not a matrix fp32. Raises ModelError for what llama.cpp would not read or compute
     alike, DeviceError without the package gguf, CapacityError when there is no room; then there is no `out`.
     """
-    gguf = load_library()
+    try:
+        import gguf
+    except ImportError:
+        hint = "pip install 'lorasft[gguf]', or pip install gguf"
+        raise DeviceError("the export needs the package gguf, which is not installed", hint=hint) from None
     refuse_existing(out)
     layout = read_gguf_layout(model)
     tokenizer = describe_tokenizer(model, layout.config.vocab_size)
@@ -93,17 +87,11 @@ def _find_tensors(gguf: Any, model: Path, layout: GgufLayout, kind: Kind) -> Ite
                 raise ModelError(what, where=str(shard.path), hint=usual_converter(model))
             if spec.dtype not in ("BF16", "F16", "F32"):
                 raise ModelError(f"{source} is {spec.dtype}", where=str(shard.path))
-            chosen = _choose_type(gguf, spec.shape, kind)
-            numbers, size = gguf.GGML_QUANT_SIZES[chosen]
-            yield Tensor(shard, source, spec, name, chosen, spec.rows * spec.width // numbers * size)
-
-
-def _choose_type(gguf: Any, shape: tuple[int, ...], kind: Kind) -> Any:
-    """A matrix whose rows are not whole blocks of Q8_0 stays in fp16."""
-    types = gguf.GGMLQuantizationType
-    if len(shape) < 2:
-        return types.F32
-    return types.Q8_0 if kind == "q8_0" and not shape[-1] % 32 else types.F16
+            # A matrix whose rows are not whole blocks of Q8_0 stays in fp16.
+            chosen = "F32" if len(spec.shape) < 2 else "Q8_0" if kind == "q8_0" and not spec.width % 32 else "F16"
+            type = gguf.GGMLQuantizationType[chosen]
+            numbers, size = gguf.GGML_QUANT_SIZES[type]
+            yield Tensor(shard, source, spec, name, type, spec.rows * spec.width // numbers * size)
 
 
 def _write_header(
@@ -113,9 +101,10 @@ def _write_header(
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if kind == "f16" else gguf.LlamaFileType.MOSTLY_Q8_0)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     own = {f"{layout.family.name}.{name}": value for name, value in layout.fields.items()}
     for name, value in (own | tokenizer).items():
-        _add_field(writer, name, value)
+        add.get(type(value), writer.add_array)(name, value)
     for name, values in layout.extra.items():
         writer.add_tensor_info(name, (len(values),), np.dtype(np.float32), 4 * len(values))
     for tensor in tensors:
@@ -124,11 +113,6 @@ def _write_header(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
-
-
-def _add_field(writer: Any, name: str, value: Any) -> None:
-    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-    add.get(type(value), writer.add_array)(name, value)
 
 
 def _read_blocks(tensor: Tensor, layout: GgufLayout) -> Iterator[torch.Tensor]:

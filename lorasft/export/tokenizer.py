@@ -51,12 +51,8 @@ def describe_tokenizer(model: Path, vocabulary: int) -> dict[str, Any]:
     if _is_sentencepiece(spec):
         own = _describe_sentencepiece(tokenizer, spec, model, pieces["tokenizer.ggml.tokens"])
     else:
-        merges = [" ".join(merge) for merge in spec["model"]["merges"]]
-        own = {
-            "tokenizer.ggml.model": "gpt2",
-            "tokenizer.ggml.pre": name_splitter(spec, model),
-            "tokenizer.ggml.merges": merges,
-        }
+        own = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name_splitter(spec, model)}
+        own["tokenizer.ggml.merges"] = [" ".join(merge) for merge in spec["model"]["merges"]]
     return own | pieces | _special_fields(tokenizer)
 
 

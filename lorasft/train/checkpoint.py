@@ -1,4 +1,6 @@
-"""Checkpoints of a run: written whole or not at all, verified, restored; what a disk does not take costs one save.
+"""The folder of a run: taken, recorded, compared with the recipe that resumes it; and its checkpoints.
+
+A checkpoint is written whole or not at all, verified, restored; what a disk does not take costs one save.
 
 checkpoints/step-000200/   adapter_model.safetensors, adapter_config.json   the adapter, in PEFT's format
                            optimizer.safetensors                            its moments, by parameter
@@ -8,29 +10,147 @@ checkpoints/step-000200/   adapter_model.safetensors, adapter_config.json   the 
 
 from __future__ import annotations
 
-import contextlib
+import importlib.metadata
 import json
 import re
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
+import torch
+from huggingface_hub import snapshot_download
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
+from lorasft import __version__
 from lorasft.adapter_config import read_adapter_weights
+from lorasft.data.prepare import Prepared, read_ingredients
 from lorasft.errors import CapacityError, DivergedError, LorasftError, ModelError, RecipeError
-from lorasft.files import remove_folder, rename, staged_folder, verify_folder, write_file
+from lorasft.files import (
+    LOCK,
+    locked,
+    make_folder,
+    refuse_overlap,
+    remove_folder,
+    rename,
+    replace_file,
+    staged_folder,
+    sweep,
+    verify_folder,
+    write_file,
+)
 from lorasft.model.adapter import adapter_weights, give_weights, write_adapter
+from lorasft.recipe import Recipe, mathematics
+from lorasft.recipe.load import dump_recipe, load_recipe
+from lorasft.tensors import fingerprint
 from lorasft.terminal import say
-from lorasft.train.oom import plain_oom_errors
+from lorasft.train.layout import plain_oom_errors
 from lorasft.train.optimizer import optimizer_state, restore_optimizer
 from lorasft.train.state import Run, State
 
+_LEFT_BEHIND = {
+    LOCK,
+    "tokens",
+    "memory.json",
+    "metrics.jsonl",
+    "checkpoints",
+    "provenance.json",
+}  # by a start that failed
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors", "numpy")
 _NAME = re.compile(r"step-(\d{6,})")
+
+
+@contextmanager
+def take_folder(recipe: Recipe, *, resume: bool) -> Iterator[str]:
+    """Hold the run folder, cleared of what a failed start left. Gives the process that was killed in it, if any."""
+    folder, base = Path(recipe.run.output), Path(recipe.model.base)
+    refuse_overlap(folder, *([base] if base.is_dir() else []))
+    check_run_folder(folder, resume=resume)
+    make_folder(folder)
+    with locked(folder) as left:
+        check_run_folder(folder, resume=resume)  # it may have become a run before the lock was ours
+        sweep(folder)
+        sweep(folder / "checkpoints")
+        for name in () if resume else ("tokens", "checkpoints/step-000000"):
+            if (folder / name).is_dir():
+                remove_folder(folder / name)
+        yield left
+
+
+def check_run_folder(folder: Path, *, resume: bool) -> None:
+    """Raise RecipeError when the run folder is taken or holds other files, or when there is nothing to resume."""
+    is_run = (folder / "recipe.yaml").is_file()
+    if resume and not is_run:
+        raise RecipeError("there is no run to resume", where=str(folder), hint="leave out --resume to start one")
+    if not resume and is_run:
+        hint = f"--resume to continue it, or run.output={folder}-2 to start another"
+        raise RecipeError("this run folder exists", where=str(folder), hint=hint)
+    present = {path.name for path in folder.glob("[!.]*")}
+    strangers = sorted(present - _LEFT_BEHIND if LOCK in present else present)
+    if strangers and not is_run:
+        what = f"the folder holds {len(strangers)} files that are not a run's, {strangers[0]} among them"
+        raise RecipeError(what, where=str(folder), hint="run.output=NEW_FOLDER")
+
+
+def read_run_id(folder: Path) -> str | None:
+    """The id of the run in `folder`; None when provenance.json, which holds it, is lost."""
+    try:
+        return str(json.loads((folder / "provenance.json").read_bytes()).get("run", ""))
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def refuse_changes(recipe: Recipe, folder: Path, saved: State, *, prepared: Prepared) -> None:
+    """Raise RecipeError, with a table old -> new, when what decides the result differs from what the run began with."""
+    before, now = mathematics(load_recipe(str(folder / "recipe.yaml"))), mathematics(recipe)
+    what = "the recipe differs from the one that this run was started with"
+    if before == now:
+        if saved.data == prepared.key:
+            return
+        before, now = (read_ingredients(folder / "tokens", key) for key in (saved.data, prepared.key))
+        what = f"the data, the tokenizer or their libraries changed since step {saved.step}"
+    hint = "restore them, or start another run with run.output=FOLDER"
+    raise RecipeError(f"{what}:\n{compare(before, now)}", where=str(folder), hint=hint)
+
+
+def compare(before: dict[str, Any], now: dict[str, Any], *, most: int = 10) -> str:
+    """What differs, a line each: `key: old -> new`."""
+    old, new = _flatten(before), _flatten(now)
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    lines = [f"  {key}: {old.get(key)!r:.200} -> {new.get(key)!r:.200}" for key in keys[:most]]
+    return "\n".join([*lines, f"  and {len(keys) - most} more"] if len(keys) > most else lines)
+
+
+def write_start(folder: Path, recipe: Recipe, prepared: Prepared, *, state: State, config: Any) -> None:
+    """Record what the run is made of; recipe.yaml comes last and makes the folder a run."""
+    base, commit = Path(recipe.model.base), getattr(config, "_commit_hash", None)
+    if not base.is_dir():  # where the hub's client keeps what was loaded from it
+        base = Path(snapshot_download(recipe.model.base, revision=commit, local_files_only=True))
+    provenance = {
+        "lorasft": __version__,
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "run": state.run,
+        "layout": asdict(state.layout),
+        "threads": torch.get_num_threads(),
+        "base": {"name": recipe.model.base, "commit": commit, "fingerprint": fingerprint(base)},
+        "data": prepared.key,
+        "report": prepared.report.as_dict(),
+    }
+    replace_file(folder / "provenance.json", json.dumps(provenance, indent=1).encode())
+    replace_file(folder / "recipe.yaml", dump_recipe(recipe).encode())
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def save_checkpoint(run: Run, state: State) -> None:
@@ -99,7 +219,7 @@ def prune_checkpoints(run: Run, state: State) -> None:
     """
     own = []
     for path in list_checkpoints(run.checkpoints):
-        with contextlib.suppress(ModelError):
+        with suppress(ModelError):
             own.append((path, read_state(path, run=state.run).step))
     for path, step in own[: -run.recipe.run.keep]:
         if not run.recipe.run.keep_best or step != state.best_step:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,9 @@ from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import ModelError, RecipeError
 from lorasft.model.adapter import check_targets
 from lorasft.model.base import check_mostly_quantized, compute_dtype, make_skeleton, read_config
-from lorasft.model.recompute import decoder_layers
 from lorasft.recipe import AdapterSettings, Recipe
 from lorasft.train.metrics import check_trackers
-from lorasft.train.schedule import warmup_steps
+from lorasft.train.optimizer import warmup_steps
 from lorasft.train.state import State
 
 
@@ -44,7 +42,15 @@ def read_inputs(recipe: Recipe, config: Any, folder: Path) -> RunInputs:
     if adapter.start:
         start = find_artifact(adapter.start, base=recipe.model.base)
         start.require_adapter()
-        adapter = adapter.model_copy(update=_read_sizes(start.adapter_config))
+        fields = start.adapter_config
+        sizes = {
+            "rank": fields["r"],
+            "dropout": fields.get("lora_dropout", 0.0),
+            "dora": fields.get("use_dora", False),
+            "targets": fields["target_modules"],
+            "modules_to_save": fields.get("modules_to_save") or (),
+        }
+        adapter = adapter.model_copy(update=sizes)
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
     prepared = prepare(recipe.data, recipe.chat, tokenizer=tokenizer, folder=folder)
     rows, most = config.get_text_config().vocab_size, int(prepared.store.arrays["ids"].max())
@@ -65,9 +71,6 @@ def read_checked_config(recipe: Recipe) -> Any:
     skeleton = make_skeleton(config)
     if recipe.adapter.targets != "all-linear" or recipe.adapter.modules_to_save:
         check_targets(skeleton, recipe.adapter)
-    if recipe.machine.activation_checkpointing is True and not decoder_layers(skeleton):
-        what = "this model cannot recompute its activations"
-        raise RecipeError(what, where="machine.activation_checkpointing", hint="use auto or false")
     decided = sorted(recipe.adapter.model_fields_set - {"start"})
     if recipe.adapter.start and decided:
         what = f"adapter.{decided[0]} has no effect with adapter.start, whose own config decides"
@@ -90,15 +93,3 @@ def make_plan(recipe: Recipe, *, examples: int) -> Plan:
     if tokens == "auto":
         tokens = 4096 if PartialState().device.type == "cuda" else 2048  # measured on CPU
     return Plan(examples, train.batch_size, steps, train.seed, train.loss, tokens)
-
-
-def _read_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What an adapter's `config`, in PEFT's words, says of its size, in ours."""
-    targets = config["target_modules"]
-    return {
-        "rank": config["r"],
-        "dropout": config.get("lora_dropout", 0.0),
-        "dora": config.get("use_dora", False),
-        "targets": targets if isinstance(targets, str) else tuple(targets),
-        "modules_to_save": tuple(config.get("modules_to_save") or ()),
-    }

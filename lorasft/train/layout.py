@@ -1,31 +1,41 @@
 """How a run is fitted to its machine: dtype, micro-batches, shared prefixes, recomputed layers. It changes no result.
 
 What the recipe states under `machine` is taken; what it leaves to `auto` is kept from the checkpoint when a run is
-resumed, else chosen by what was verified on the model, by the lengths of the data and by the memory that is free.
+resumed, else chosen by what was verified on the model, by the lengths of the data and by the memory that is free. When
+memory runs out all the same, the work is cut smaller and done again: first in micro-batches of half the tokens, down to
+the longest sequence; then all layers recompute their activations; then the run ends with the rows that did not fit.
 """
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from torch import nn
 
 from lorasft.data.packing import MicroBatch, Plan, Sequences, cost, shuffle
 from lorasft.data.prefixes import Sharing
 from lorasft.data.store import TokenStore, example_lengths
+from lorasft.errors import CapacityError
+from lorasft.model.free_memory import out_of_memory
 from lorasft.model.loss import Network
-from lorasft.model.memory import USABLE, ActivationMemory, dry_run
-from lorasft.model.recompute import decoder_layers, recompute
+from lorasft.model.memory import ActivationMemory, dry_run
+from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
 from lorasft.model.selfcheck import verify
 from lorasft.model.weightless import plan_network
 from lorasft.recipe import Recipe
-from lorasft.train.state import Layout
+from lorasft.terminal import say
+from lorasft.train.state import Layout, Run
 
-_FIXED = 240  # a micro-batch takes the time of so many tokens on top of its own: dequantizing, launches
+Result = TypeVar("Result")
 _STEPS_SEEN = 64  # whose micro-batches are weighed to find the heaviest
 _MOST_TOKENS = 16_384  # that shared prefixes may widen it to
 _WORTH = 0.9  # a wider micro-batch has to compute at most this share of the tokens
@@ -41,19 +51,11 @@ class Fit:
     heaviest: MicroBatch
     needs: ActivationMemory | None  # None: this model cannot be run without numbers
     spare: int  # bytes for it
-    computed: int  # tokens of the first step
 
     @property
     def holds(self) -> bool:
         """Whether it fits; True where that is not known."""
         return self.needs is None or self.needs.fits(self.spare)
-
-    @property
-    def price(self) -> tuple[float, float]:
-        """What a fit is chosen by: how far it is from fitting, then how long a step takes."""
-        missing = self.needs.peak - USABLE * self.spare if self.needs else 0.0
-        slower = (1 + self.recomputed / max(1, self.layers) / 3) * (1 + _FIXED / self.plan.micro_batch_tokens)
-        return max(0.0, missing), self.computed * slower
 
 
 def choose_layout(
@@ -63,10 +65,10 @@ def choose_layout(
     optimizer. `weightless`: the model without numbers. `kept`: the layout of the checkpoint that is resumed from.
     """
     machine = recipe.machine
-    own = machine.attention if machine.attention in ("eager", "sdpa") else None
-    network = verify(model.get_base_model(), segments=kept.segments if kept else own is None)
+    own = machine.attention in ("eager", "sdpa")
+    network = verify(model.get_base_model(), segments=kept.segments if kept else not own)
     if own:
-        network.causal.set_attn_implementation(own)
+        network.causal.set_attn_implementation(machine.attention)
     network = choose_sharing(network, machine.share_prefixes, kept=kept)
     plan = replace(plan, share_prefixes=network.share, rope_switch_length=network.rope_switch_length)
     free = machine.micro_batch_tokens == "auto" and kept is None and network.segments
@@ -119,31 +121,27 @@ def has_dropout(model: nn.Module) -> bool:
 
 
 def choose_fit(network: Network, plan: Plan, rows: TokenStore, *, wanted: int | None, free: bool, spare: int) -> Fit:
-    """The fastest fit: `free` micro-batches are halved while that saves more time than recomputing layers costs."""
-    best: Fit | None = None
-    longest = int(example_lengths(rows).max())
+    """The first fit: `free` micro-batches are halved once before layers recompute, and again where all of them do."""
+    most, longest = plan.micro_batch_tokens, int(example_lengths(rows).max())
     while True:
         fit = measure_fit(network, plan, rows, wanted=wanted, spare=spare)
-        if best and fit.price >= best.price:
-            return best
         tokens = plan.micro_batch_tokens
-        if not free or tokens <= longest or fit.needs is None or (fit.holds and not fit.recomputed):
+        enough = fit.needs is None or (fit.holds and (tokens < most or not fit.recomputed))
+        if enough or not free or tokens <= longest:
             return fit
-        best, plan = fit, replace(plan, micro_batch_tokens=max(longest, min(tokens, len(fit.heaviest.ids)) // 2))
+        plan = replace(plan, micro_batch_tokens=max(longest, min(tokens, len(fit.heaviest.ids)) // 2))
 
 
 def measure_fit(network: Network, plan: Plan, rows: TokenStore, *, wanted: int | None, spare: int) -> Fit:
     """How the heaviest micro-batch fits, with `wanted` recomputed layers or as few as possible; without weights."""
     heaviest, layers = find_heaviest(plan, rows), len(decoder_layers(network.causal))
-    needs: ActivationMemory | None
-    try:
+    recomputed, needs = layers if wanted is None else wanted, None
+    with suppress(LookupError, TypeError, ValueError, RuntimeError):  # it reads numbers: the layout that needs least
         if wanted is None:
-            wanted, needs = fewest_recomputed(network, heaviest, free=spare)
+            recomputed, needs = fewest_recomputed(network, heaviest, free=spare)
         else:
             needs = dry_run(network, heaviest, recomputed=wanted)
-    except (LookupError, TypeError, ValueError, RuntimeError):  # it reads numbers: the layout that needs least
-        wanted, needs = layers if wanted is None else wanted, None
-    return Fit(plan, wanted, layers, heaviest, needs, spare, computed=plan.step(1, rows).tokens)
+    return Fit(plan, recomputed, layers, heaviest, needs, spare)
 
 
 def fewest_recomputed(network: Network, batch: MicroBatch, *, free: int) -> tuple[int, ActivationMemory]:
@@ -162,3 +160,77 @@ def find_heaviest(plan: Plan, rows: TokenStore) -> MicroBatch:
     longest = 1 + int(np.argmax(example_lengths(rows)[order])) // plan.batch_size
     numbers = {*range(1, min(plan.steps, _STEPS_SEEN) + 1), longest}
     return max((batch for number in sorted(numbers) for batch in plan.step(number, rows).micro_batches), key=cost)
+
+
+class MicroBatchTooLarge(CapacityError):
+    """A micro-batch did not fit: its tokens, and those of its longest sequence, below which it cannot be cut."""
+
+    tokens = longest = 0
+
+
+@contextmanager
+def oom_context(rows: TokenStore, batch: MicroBatch) -> Iterator[None]:
+    """Turn the device's out-of-memory error into a MicroBatchTooLarge that names the rows and what would help."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as raised:
+        if not out_of_memory(raised):
+            raise
+        examples = sorted(set(batch.examples.tolist()))
+        places = (f"{rows.place(one)} ({max(map(len, rows.sequences(one)))} tokens)" for one in examples[:5])
+        error = MicroBatchTooLarge(
+            f"out of memory with {len(batch.ids)} tokens in a micro-batch of {len(examples)} rows",
+            where=", ".join(places),
+            hint="free memory and try again, with --resume if the run had begun; or start anew with a smaller "
+            "data.max_length, adapter.rank or model.base: lorasft plan RECIPE --memory SIZE finds what fits",
+        )
+        error.tokens, error.longest = len(batch.ids), int(batch.positions.max()) + 1
+        raise error from raised
+
+
+@contextmanager
+def plain_oom_errors(folder: Path) -> Iterator[None]:
+    """Turn an out-of-memory error that cutting the work does not help, as in an update, into a CapacityError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as raised:
+        if not out_of_memory(raised):
+            raise
+        begun = (folder / "recipe.yaml").is_file()
+        again = "continue with --resume" if begun else "start again, or with a smaller model.base"
+        reason, _, _ = str(raised).strip().partition("\n")
+        raise CapacityError(f"out of memory: {reason}", hint=f"free memory and {again}") from raised
+
+
+def retry_on_oom(run: Run, work: Callable[[], Result]) -> Result:
+    """What `work` gives, done again with less memory until it fits.
+
+    `work` must change nothing before the last micro-batch is done. Raises CapacityError when nothing is left to try,
+    and at once where several processes would have to try together.
+    """
+    while True:
+        try:
+            return work()
+        except MicroBatchTooLarge as caught:
+            if run.ranks.count > 1:
+                raise
+            error = caught.with_traceback(None)
+            error.__cause__ = error.__context__ = None
+        gc.collect()  # here the frames are gone that held the tensors of the failed pass
+        if run.network.device.type == "cuda":
+            torch.cuda.empty_cache()
+        reduce_memory(run, error)
+
+
+def reduce_memory(run: Run, error: MicroBatchTooLarge) -> None:
+    """Give `run` a layout that needs less, without the gradients of the pass that failed. Raises `error` at the end."""
+    run.optimizer.zero_grad(set_to_none=True)
+    layers, tokens = len(decoder_layers(run.network.causal)), run.plan.micro_batch_tokens
+    if error.tokens > error.longest:
+        run.plan = replace(run.plan, micro_batch_tokens=max(error.longest, min(error.tokens, tokens) // 2))
+        say(f"{error.what}: from here on micro-batches of {run.plan.micro_batch_tokens} tokens")
+    elif recomputed_layers(run.network.causal) < layers:
+        recompute(run.network.causal, layers)
+        say(f"{error.what}: from here on all {layers} layers recomputed")
+    else:
+        raise error

@@ -19,17 +19,18 @@ from lorasft.model.loss import pair_losses
 from lorasft.model.scoring import score_batches
 from lorasft.signals import StopRequest, exit_code, stop_signals
 from lorasft.train.checkpoint import CheckpointSaver, list_checkpoints
-from lorasft.train.oom import oom_context, retry_on_oom
-from lorasft.train.schedule import learning_rate
+from lorasft.train.layout import oom_context, retry_on_oom
+from lorasft.train.optimizer import learning_rate
 from lorasft.train.state import Run, State
 
 
-def take_step(run: Run, step: Step, stop: StopRequest) -> dict[str, Any]:
-    """One optimizer step: its losses summed over all micro-batches and divided once. Returns its metrics.
+def take_step(run: Run, number: int, stop: StopRequest) -> dict[str, Any]:
+    """Optimizer step `number`, from 1: its losses summed over all micro-batches and divided once. Returns its metrics.
 
     Of several processes each does its share; `stop` holds what they agreed on afterwards. Raises DivergedError before
     the update when loss or gradient is not finite, naming the rows, and MicroBatchTooLarge when memory runs out.
     """
+    step = run.plan.step(number, run.rows)
     started = time.monotonic()
     parameters, optimizer = run.parameters, run.optimizer
     loss = run.ranks.sum_step(lambda: add_gradients(run, step), list(parameters.values()), stop=stop)
@@ -38,14 +39,14 @@ def take_step(run: Run, step: Step, stop: StopRequest) -> dict[str, Any]:
     if run.recipe.train.max_grad_norm is not None:
         clip_grads_with_norm_(parameters.values(), run.recipe.train.max_grad_norm, norm)
     peak = run.recipe.optimizer.learning_rate
-    rate = learning_rate(step.number, steps=run.plan.steps, peak=peak, schedule=run.recipe.schedule)
+    rate = learning_rate(number, steps=run.plan.steps, peak=peak, schedule=run.recipe.schedule)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     seconds = time.monotonic() - started
     return {
-        "step": step.number,
+        "step": number,
         "epoch": step.epoch,
         "loss": loss,
         "learning_rate": rate,
@@ -75,10 +76,6 @@ def train(run: Run, state: State) -> State:
     """Run from `state` to the end of the plan. Returns the last state; raises Stopped after a signal, saved."""
     settings, saver = run.recipe.run, CheckpointSaver(state, minutes=run.recipe.run.save_minutes)
     run.network.causal.train()
-
-    def one_step(number: int) -> dict[str, Any]:
-        return take_step(run, run.plan.step(number, run.rows), stop)
-
     with stop_signals(alone=run.ranks.count == 1) as stop:
         if state.step == 0 or state.evaluation_due:
             state = retry_on_oom(run, partial(evaluate_and_note, run, state, stop))
@@ -87,7 +84,7 @@ def train(run: Run, state: State) -> State:
         for number in range(state.step + 1, run.plan.steps + 1):
             if run.ranks.is_main and saver.overdue():
                 stop.save_wanted = True
-            values = retry_on_oom(run, partial(one_step, number))
+            values = retry_on_oom(run, partial(take_step, run, number, stop))
             if run.ranks.is_main:
                 run.metrics.step(values)
             state = replace(state, step=number)

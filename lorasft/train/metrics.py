@@ -54,9 +54,8 @@ class Metrics:
 
     def secure(self) -> int:
         """Put all lines on the disk, for sure; their bytes. Raises CapacityError where the disk does not take them."""
-        self._write()
-        if self.written:
-            append(self.path, b"", at=self.written, sync=True)
+        if self.written or self.waiting:
+            self._write(sync=True)
         return self.written
 
     def close(self) -> None:
@@ -73,11 +72,10 @@ class Metrics:
                 say(f"metrics.jsonl: {error.what}; its lines wait in memory")
         self._try_trackers(lambda: [tracker.log(dict(values), step=values["step"]) for tracker in self.trackers])
 
-    def _write(self) -> None:
-        if self.waiting:
-            append(self.path, self.waiting, at=self.written)
-            self.written += len(self.waiting)
-            self.waiting = b""
+    def _write(self, *, sync: bool = False) -> None:
+        append(self.path, self.waiting, at=self.written, sync=sync)
+        self.written += len(self.waiting)
+        self.waiting = b""
 
     def _try_trackers(self, work: Callable[[], object]) -> None:
         """What a tracker raises never reaches the run: trackers are off from then on."""

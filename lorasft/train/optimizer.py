@@ -1,7 +1,8 @@
-"""The optimizer of the recipe, and its state as named tensors."""
+"""The optimizer of the recipe, its state as named tensors, and its learning rate, a pure function of the step."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from bitsandbytes.optim import AdamW8bit
 from torch import Tensor, nn
 
-from lorasft.recipe import OptimizerSettings
+from lorasft.errors import RecipeError
+from lorasft.recipe import OptimizerSettings, ScheduleSettings
 
 
 def make_optimizer(settings: OptimizerSettings, parameters: Mapping[str, nn.Parameter]) -> Any:
@@ -40,3 +42,28 @@ def restore_optimizer(optimizer: Any, parameters: Mapping[str, nn.Parameter], te
             optimizer.state[parameter][field] = value if value.is_floating_point() else int(value)
         else:
             optimizer.state[parameter][field] = value.to(parameter.device)
+
+
+def learning_rate(step: int, *, steps: int, peak: float, schedule: ScheduleSettings) -> float:
+    """The learning rate of optimizer step `step` (from 1) of `steps`.
+
+    Rises in a line over the warm-up, then falls from `peak` to `min_ratio` x `peak`, which the last step has.
+    """
+    warmup = warmup_steps(steps, schedule)
+    if step <= warmup:
+        return peak * step / warmup
+    if schedule.name == "constant":
+        return peak
+    done = (step - warmup) / max(1, steps - warmup)
+    left = 0.5 * (1 + math.cos(math.pi * done)) if schedule.name == "cosine" else 1 - done
+    return peak * (schedule.min_ratio + (1 - schedule.min_ratio) * left)
+
+
+def warmup_steps(steps: int, schedule: ScheduleSettings) -> int:
+    """Steps of the warm-up: a whole number as it is, a share of `steps` rounded. Raises RecipeError if too long."""
+    warmup = schedule.warmup if isinstance(schedule.warmup, int) else round(schedule.warmup * steps)
+    if warmup >= steps and warmup > 0:
+        what = f"the warm-up of {warmup} steps leaves nothing of a run of {steps} steps"
+        hint = "use a smaller schedule.warmup, more train.epochs or a smaller train.batch_size"
+        raise RecipeError(what, where="schedule.warmup", hint=hint)
+    return warmup

@@ -56,13 +56,10 @@ def _plan_inputs(recipe: Recipe, inputs: RunInputs, *, memory: int | None) -> di
         raise ModelError(what, where=recipe.model.base)
     kinds = static.at_peak(fit.needs)
     suggestions = () if fit.holds else find_suggestions(recipe, config, network, rows, memory=given - libraries)
-    timing = time_sample(
-        network,
-        sample,
-        length=max(1, rows.count_tokens() // len(rows)),
-        supervised=fit.plan.step(1, rows).supervised_tokens / fit.computed,
-        vocabulary=config.get_text_config().vocab_size,
-    )
+    first = fit.plan.step(1, rows)
+    length, share = max(1, rows.count_tokens() // len(rows)), first.supervised_tokens / first.tokens
+    vocabulary = config.get_text_config().vocab_size
+    timing = time_sample(network, sample, length=length, supervised=share, vocabulary=vocabulary)
     return {
         "device": str(device),
         "dtype": str(network.causal.dtype).removeprefix("torch."),

@@ -39,15 +39,21 @@ from lorasft.model.weightless import make_weightless
 from lorasft.recipe import Recipe
 from lorasft.recipe.load import dump_recipe
 from lorasft.terminal import size_text
-from lorasft.train.checkpoint import newest_checkpoint, restore_checkpoint, save
+from lorasft.train.checkpoint import (
+    newest_checkpoint,
+    read_run_id,
+    refuse_changes,
+    restore_checkpoint,
+    save,
+    take_folder,
+    write_start,
+)
 from lorasft.train.distributed import ALONE, Ranks
 from lorasft.train.inputs import RunInputs, read_checked_config, read_inputs
-from lorasft.train.layout import Fit, choose_layout, find_heaviest
+from lorasft.train.layout import Fit, choose_layout, find_heaviest, plain_oom_errors, retry_on_oom
 from lorasft.train.loop import add_gradients, peak_memory
 from lorasft.train.metrics import Metrics
-from lorasft.train.oom import plain_oom_errors, retry_on_oom
 from lorasft.train.optimizer import make_optimizer
-from lorasft.train.run_folder import read_run_id, refuse_changes, take_folder, write_start
 from lorasft.train.state import Run, State
 
 
@@ -106,15 +112,8 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> ReadyRun:
         else:
             model = attach_adapter(base, recipe.adapter, seed=recipe.train.seed)
         static = static_bytes(model, recipe.optimizer.name)
-        network, fit = choose_layout(
-            recipe,
-            model,
-            weightless,
-            plan=replace(inputs.plan, processes=ranks.count),
-            rows=prepared.train,
-            kept=kept,
-            spare=free_memory(device) - static.upcoming,
-        )
+        plan, spare = replace(inputs.plan, processes=ranks.count), free_memory(device) - static.upcoming
+        network, fit = choose_layout(recipe, model, weightless, plan=plan, rows=prepared.train, kept=kept, spare=spare)
     # All processes must cut a step in the same way.
     plan = replace(fit.plan, micro_batch_tokens=min(ranks.gather(fit.plan.micro_batch_tokens)))
     parameters = trainable(model)
@@ -132,18 +131,17 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> ReadyRun:
         if ranks.is_main and not saved:  # from here on there is something to resume: this makes the folder a run
             save(run, state)
             write_start(folder, recipe, prepared, state=state, config=inputs.config)
-    sizes = ", ".join(f"{kind} {size_text(size)}" for kind, size in static.weights.items() if size)
-    notes = (*_notes(run, inputs), f"model on {device} in {settings.dtype}: {sizes}", memory)
-    return ReadyRun(run, state, inputs.tokenizer, prepared, notes)
+    return ReadyRun(run, state, inputs.tokenizer, prepared, (*_notes(run, inputs), memory))
 
 
 def _notes(run: Run, inputs: RunInputs) -> Iterator[str]:
     """What a person should know before the first step."""
-    causal = run.network.causal
+    causal, layout = run.network.causal, run.layout
     for token in inputs.tokenizer.convert_ids_to_tokens(missing_stops(inputs.prepared, causal)):
         yield f"generation of this base does not stop at {token}: the adapter's generation_config.json will"
     yield from (*inputs.notes, *run.network.notices)
-    yield f"activations: {run.layout.recomputed_layers} of {len(decoder_layers(causal))} layers recomputed"
+    layers = f"{layout.recomputed_layers} of {len(decoder_layers(causal))} layers"
+    yield f"on {run.network.device} in {layout.dtype}; activations: {layers} recomputed"
 
 
 def run_heaviest_batch(run: Run, fit: Fit, static: StaticBytes) -> str:
@@ -154,14 +152,13 @@ def run_heaviest_batch(run: Run, fit: Fit, static: StaticBytes) -> str:
     """
     known = static.at_peak(fit.needs) if fit.needs else {}
     peak = sum(known.values())
-    early = 0 if run.optimizer.state else static.optimizer  # not there yet when it is run
     measured = retry_on_oom(run, partial(_measure_heaviest, run)) if sees_too_little(run, fit) else None
     free = static.loaded + static.upcoming + fit.spare
     record = {
         "device": str(run.network.device),
         "free": free,
         "predicted": {**known, "peak": peak} if known else None,
-        "rehearsal": {"predicted": peak - early if known else None, "measured": measured},
+        "measured": measured,
     }
     if run.ranks.is_main:
         replace_file(run.folder / "memory.json", json.dumps(record, indent=1).encode())

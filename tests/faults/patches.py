@@ -17,10 +17,10 @@ def before_step(number: int, act: Callable[[Any], object]) -> None:
     """Do `act` once, before step `number`, in this process."""
     plain, done = loop.take_step, []
 
-    def take_step(run: Any, step: Any, stop: Any) -> dict[str, Any]:
-        if step.number == number and not done:
+    def take_step(run: Any, now: int, stop: Any) -> dict[str, Any]:
+        if now == number and not done:
             done.append(act(run))
-        return plain(run, step, stop)
+        return plain(run, now, stop)
 
     loop.take_step = take_step
 
@@ -86,10 +86,10 @@ def note_rows(ledger: Path) -> None:
     """Each step and the rows of it, as lines of JSON."""
     plain = loop.take_step
 
-    def take_step(run: Any, step: Any, stop: Any) -> dict[str, Any]:
+    def take_step(run: Any, number: int, stop: Any) -> dict[str, Any]:
         with open(ledger, "a", encoding="utf-8") as file:
-            file.write(json.dumps([step.number, [int(row) for row in step.examples]]) + "\n")
-        return plain(run, step, stop)
+            file.write(json.dumps([number, run.plan.step_examples(number).tolist()]) + "\n")
+        return plain(run, number, stop)
 
     loop.take_step = take_step
 

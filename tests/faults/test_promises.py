@@ -32,7 +32,7 @@ from lorasft.errors import RecipeError
 from lorasft.files import LOCK, locked
 from lorasft.recipe import load as recipe
 from lorasft.train import loop, run
-from lorasft.train.schedule import learning_rate
+from lorasft.train.optimizer import learning_rate
 
 TRIALS = {"K1": 6, "K2": 2, "K4": 2, "P1": 4, "D1": 5, "T1": 4, "T2": 4, "W2": 4, "S1": 4, "S2": 3, "S3": 1, "N1": 3,
           "N2": 4, "C1": 2, "C2": 5, "H1": 3}  # fmt: skip
