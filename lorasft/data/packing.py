@@ -48,7 +48,7 @@ class MicroBatch:
     targets: Integers  # (pairs,) token ids
     weights: NDArray[np.float32]  # (pairs,) 1 under `loss: token`, 1/|y| of its example under `loss: example`
     examples: Integers  # (pairs,) which example of the store a pair belongs to; of a merged pair the first
-    learned: int  # supervised tokens: pairs, before equal ones were merged
+    supervised: int  # tokens: pairs, before equal ones were merged
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Step:
     @property
     def supervised_tokens(self) -> int:
         """Supervised tokens; one in a shared prefix counts for each example that supervises it."""
-        return sum(batch.learned for batch in self.micro_batches)
+        return sum(batch.supervised for batch in self.micro_batches)
 
     @property
     def divisor(self) -> float:
@@ -255,7 +255,7 @@ def layout_segments(pieces: list[_Piece], trees: list[Tree]) -> MicroBatch:
             pairs.append((row[piece.sources], piece.targets, piece.weights, piece.examples))
     ids, positions = map(np.concatenate, zip(*runs, strict=True))
     sources, targets, weights, examples = map(np.concatenate, zip(*pairs, strict=True))
-    return MicroBatch(ids, positions, tuple(segments), sources, targets, weights, examples, learned=len(targets))
+    return MicroBatch(ids, positions, tuple(segments), sources, targets, weights, examples, supervised=len(targets))
 
 
 def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -48,7 +48,7 @@ class Prepared:
     report: Report
     key: str
     stop_ids: tuple[int, ...]  # that end an answer under this template, the usual one first
-    learned_special: tuple[int, ...]  # supervised added tokens
+    supervised_special: tuple[int, ...]  # supervised added tokens
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Between processes it travels as the folder that was committed, never as a copy of all tokens."""
@@ -101,7 +101,7 @@ def open_prepared(folder: Path) -> Prepared:
         report=Report(**record["report"]),
         key=record["key"],
         stop_ids=tuple(record["stop_ids"]),
-        learned_special=tuple(record["learned_special"]),
+        supervised_special=tuple(record["supervised_special"]),
     )
 
 
@@ -234,7 +234,7 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     return {
         "report": report.as_dict(),
         "names": list(names),
-        "learned_special": sorted(supervised & labeler.format.tokenizer.added_tokens_decoder.keys()),
+        "supervised_special": sorted(supervised & labeler.format.tokenizer.added_tokens_decoder.keys()),
     }
 
 
