@@ -145,7 +145,7 @@ class Labeler:
         limit, policy, is_text = self.data.max_length, self.data.overlong, example.text is not None
         longest = max(map(len, sequences))
         if longest > limit:  # what the template writes after the last answer goes first
-            sequences = [_slice(tokens, 0, _last_run(tokens)[1]) for tokens in sequences]
+            sequences = [_first(_last_run(tokens)[1], tokens) for tokens in sequences]
         if max(map(len, sequences)) <= limit:
             return sequences
         too_long = f"{longest:,} tokens, over data.max_length ({limit:,})"
@@ -156,7 +156,7 @@ class Labeler:
             return [window for tokens in sequences for window in _windows(tokens, limit, self.bos)]
         if policy == "truncate":
             report.truncated_examples += 1
-            return [_slice(one, 0, limit) if is_text else _cut_context(one, limit, self.bos) for one in sequences]
+            return [_first(limit, one) if is_text else _cut_context(one, limit, self.bos) for one in sequences]
         report.over_long_examples += 1
         report.dropped.append(f"{example.place}: {too_long}")
         return []
@@ -211,13 +211,13 @@ def _drop_without_target(example: Example, report: Report) -> None:
 def _supervise_all(ids: npt.ArrayLike) -> Tokens:
     """Every token but the first."""
     array = np.array(ids, dtype=np.int32)
-    return _slice(Tokens(array, array), 0, len(array))
+    return _first(len(array), Tokens(array, array))
 
 
-def _slice(tokens: Tokens, start: int, end: int) -> Tokens:
-    labels = tokens.labels[start:end].copy()
+def _first(count: int, tokens: Tokens) -> Tokens:
+    labels = tokens.labels[:count].copy()
     labels[:1] = UNSUPERVISED
-    return Tokens(tokens.ids[start:end], labels)
+    return Tokens(tokens.ids[:count], labels)
 
 
 def _last_run(tokens: Tokens) -> tuple[int, int]:
@@ -241,4 +241,4 @@ def _cut_context(tokens: Tokens, limit: int, bos: list[int]) -> Tokens:
     start, end = _last_run(tokens)
     first = min(start - 1, end - limit) + head  # one token, or BOS, stays before the answer
     kept = [*range(head), *range(first, min(end, first + limit - head))]
-    return _slice(Tokens(tokens.ids[kept], tokens.labels[kept]), 0, limit)
+    return _first(limit, Tokens(tokens.ids[kept], tokens.labels[kept]))

@@ -37,8 +37,6 @@ def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenize
             what = "this tokenizer needs code of its own, which lorasft does not run"
             raise UnsafeError(what, where=base, hint="take a base that transformers knows") from None
         what = f"cannot load the tokenizer: {(str(fault) or type(fault).__name__).splitlines()[0]}"
-        if local and not (Path(base) / "tokenizer.json").is_file():
-            what = "no tokenizer.json in this folder"
         hint = "the folder needs a tokenizer.json that is whole; or name another base"
         raise ModelError(what, where=base, hint=hint) from None
     tokenizer.backend_tokenizer.no_truncation()
