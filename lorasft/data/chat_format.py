@@ -1,8 +1,7 @@
 """How a tokenizer with its chat template writes a conversation: prompts, what ends an answer, and where answers are.
 
-The prompt of an answer is what a server would render. What the template puts between the two, such as an empty think
-block, is context; the answer is the text of the row and what ends the turn. Nothing is known of any template: its
-style is read off a rendering of a probe, and each conversation is checked against it.
+The prompt of an answer is what a server would render; the answer is the text of the row and what ends the turn. Nothing
+is known of any template: its style is read off a rendering of a probe, and each conversation is checked against it.
 """
 
 from __future__ import annotations
@@ -126,12 +125,13 @@ class ChatFormat:
         region = next((text[len(head) :] for head in (prompt, base) if text.startswith(head)), None)
         if region is None:
             # The answer changes what is before it: take the answer, and keep the server's prompt.
-            said = self._find_said(text, message["content"], 0, len(text))
-            if said is None or not message["content"].strip():
+            shown = self._find_said(text, message["content"], 0, len(text))
+            if shown is None or not message["content"].strip():
                 raise DataError(f"the chat template does not show the answer of message {target + 1}")
-            region = text[said[0] :]
+            region = text[shown[0] :]
         names = [name_of(call) for call in message.get("tool_calls", ())]
-        if any(region.count(name) - message["content"].count(name) < names.count(name) for name in names):
+        said = message["content"] + reasoning_of(message)
+        if any(region.count(name) - said.count(name) < names.count(name) for name in names):
             what = f"the chat template leaves out the tool calls of message {target + 1}"
             raise DataError(what, hint="chat.template=FILE with a template that renders them")
         start, end, add_eos = self._locate(region, message)

@@ -79,26 +79,20 @@ class RowBlock:
 def read_blocks(source: DataSource, settings: DataSettings) -> Iterator[RowBlock]:
     """The rows of a source in order, hardly looked at; raises nothing for what a file holds."""
     files = [(str(file), read_file(file)) for file in source_files(source.path)]
-    for name, rows in files or [(f"{source.path}/{source.split}", read_hub(source))]:
-        yield from _cut_blocks(rows, name, source, settings)
-
-
-def _cut_blocks(
-    rows: Iterator[tuple[int, Raw]], file: str, source: DataSource, settings: DataSettings
-) -> Iterator[RowBlock]:
-    block, size = RowBlock(source, file, "", []), 0
-    try:
-        for line, raw in rows:
-            size += len(raw) if isinstance(raw, bytes) else 0
-            if not block.kind:
-                raw, block.kind = _find_format(raw, RowLocation(file, line), source, settings)
-            block.rows.append((line, raw))
-            if len(block.rows) == BLOCK or size > BLOCK_BYTES:
-                yield block
-                block, size = RowBlock(source, file, block.kind, []), 0
-    except DataError as error:
-        block.error = error
-    yield block
+    for file, rows in files or [(f"{source.path}/{source.split}", read_hub(source))]:
+        block, size = RowBlock(source, file, "", []), 0
+        try:
+            for line, raw in rows:
+                size += len(raw) if isinstance(raw, bytes) else 0
+                if not block.kind:
+                    raw, block.kind = _find_format(raw, RowLocation(file, line), source, settings)
+                block.rows.append((line, raw))
+                if len(block.rows) == BLOCK or size > BLOCK_BYTES:
+                    yield block
+                    block, size = RowBlock(source, file, block.kind, []), 0
+        except DataError as error:
+            block.error = error
+        yield block
 
 
 def _find_format(raw: Raw, place: RowLocation, source: DataSource, settings: DataSettings) -> tuple[Raw, str]:

@@ -31,13 +31,21 @@ class Labeler:
         self.chat = chat_format.chat
         self.data = data
         tokenizer = chat_format.tokenizer
+        self._reads_thinking = "</think>" in str(tokenizer.chat_template)
         self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
 
     def encode_all(
         self, examples: Sequence[Example], *, report: Report
     ) -> Iterator[tuple[Example, tuple[Tokens, ...]]]:
         """Each example with its sequences. Dropped and bad ones are left out, and counted in `report`."""
-        marked = self._mark_block(examples, report)
+        marked = []
+        with limits():  # once, which is dearer than a rendering
+            for example in examples:
+                try:
+                    if texts := self._mark(example, report):
+                        marked.append((example, texts))
+                except DataError as error:
+                    report.add_error(error, example.place, policy=self.data.on_bad_row)
         encoded = self.format.encoder.encode(_texts_of(chain.from_iterable(texts for _, texts in marked)))
         for example, texts in marked:
             try:
@@ -48,21 +56,14 @@ class Labeler:
             if kept := self._keep_supervised(sequences, example, report):
                 yield example, kept
 
-    def _mark_block(self, block: Sequence[Example], report: Report) -> list[tuple[Example, tuple[MarkedText, ...]]]:
-        marked = []
-        with limits():  # once, which is dearer than a rendering
-            for example in block:
-                try:
-                    if texts := self._mark(example, report):
-                        marked.append((example, texts))
-                except DataError as error:
-                    report.add_error(error, example.place, policy=self.data.on_bad_row)
-        return marked
-
     def _mark(self, example: Example, report: Report) -> tuple[MarkedText, ...]:
         example = self.format.complete(example)
         if example.text is not None:
             return (MarkedText(example.text, (), add_eos=True),)
+        answers = [message["content"] for message in example.messages if message["role"] == "assistant"]
+        if self._reads_thinking and any(text.count("<think>") != text.count("</think>") for text in answers):
+            hint = "write <think>...</think>answer, or give reasoning_content"
+            raise DataError("an answer with <think> or </think> alone, which the template would cut", hint=hint)
         if self.chat.thinking == "drop":
             example = _drop_reasoning(example, report)
         if self.chat.supervise == "everything":
@@ -72,8 +73,8 @@ class Labeler:
             _drop_without_target(example, report)
         texts = self.format.mark(example, targets)
         report.split_conversations += len(texts) > 1
-        answers = ((marked, answer) for marked in texts for answer in marked.answers)
-        for target, (marked, answer) in zip(targets, answers, strict=True):
+        found = ((marked, answer) for marked in texts for answer in marked.answers)
+        for target, (marked, answer) in zip(targets, found, strict=True):
             self._check_reasoning(example.messages[target], target, marked.text[answer.prompt : answer.end], report)
         if example.tools and not any(name_of(tool) in marked.text for tool in example.tools for marked in texts):
             report.tools_left_out += 1

@@ -1,8 +1,7 @@
 """Sequences that begin with the same tokens, as trees: what they have in common is computed once.
 
-In sorted order sequences with a common beginning are neighbours, and all that is common follows from one number for
-each: how many tokens it shares with the one before it. A node of a tree is a stretch of these numbers above their
-surroundings; to give a node up is to lower them, to cut a tree in two is to set one of them to 0.
+In sorted order all that is common follows from one number for each sequence: how many tokens it shares with the one
+before it. A node of a tree is a stretch of these numbers above their surroundings; to give it up is to lower them.
 """
 
 from __future__ import annotations
