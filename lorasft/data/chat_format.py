@@ -125,20 +125,29 @@ class ChatFormat:
         region = next((text[len(head) :] for head in (prompt, base) if text.startswith(head)), None)
         if region is None:
             # The answer changes what is before it: take the answer, and keep the server's prompt.
-            shown = self._find_said(text, message["content"], 0, len(text))
-            if shown is None or not message["content"].strip():
+            said = self._find_said(text, message["content"], 0, len(text))
+            if said is None or not message["content"].strip():
                 raise DataError(f"the chat template does not show the answer of message {target + 1}")
-            region = text[shown[0] :]
-        names = [name_of(call) for call in message.get("tool_calls", ())]
-        said = message["content"] + reasoning_of(message)
-        if any(region.count(name) - said.count(name) < names.count(name) for name in names):
-            what = f"the chat template leaves out the tool calls of message {target + 1}"
-            raise DataError(what, hint="chat.template=FILE with a template that renders them")
+            region = text[said[0] :]
+        if message.get("tool_calls"):
+            self._refuse_lost_calls(example, target, text)
         start, end, add_eos = self._locate(region, message)
         if self._masks(message):
             start += self._count_reasoning(region[start:end], example, target)
         answer = AnswerSpan(len(prompt), len(prompt) + start, len(prompt) + end)
         return MarkedText(prompt + (region[:end] if add_eos else region), (answer,), add_eos)
+
+    def _refuse_lost_calls(self, example: Example, target: int, text: str) -> None:
+        """Raise DataError unless the calls of a message bring their names into the text, each as often as it is called."""
+        message = dict(example.messages[target])
+        names = [name_of(call) for call in message.pop("tool_calls")]
+        try:
+            without = self.render(_with_message(example, target, message), target + 1)
+        except DataError:  # the template looks for the calls
+            without = ""
+        if any(text.count(name) - without.count(name) < names.count(name) for name in names):
+            what = f"the chat template leaves out the tool calls of message {target + 1}"
+            raise DataError(what, hint="chat.template=FILE with a template that renders them")
 
     def _locate_earlier(self, text: str, example: Example, target: int) -> AnswerSpan | None:
         """An earlier answer within the whole conversation, if it is there as it would be as the last."""
