@@ -138,7 +138,7 @@ class ChatFormat:
         return MarkedText(prompt + (region[:end] if add_eos else region), (answer,), add_eos)
 
     def _refuse_lost_calls(self, example: Example, target: int, text: str) -> None:
-        """Raise DataError unless the calls of a message bring their names into the text, each as often as it is called."""
+        """Raise DataError unless the calls of a message bring their names into the text, one for each call."""
         message = dict(example.messages[target])
         names = [name_of(call) for call in message.pop("tool_calls")]
         try:

@@ -40,7 +40,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that tra
 INLINE = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
+SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
     "function_call": "assistant",
@@ -220,9 +220,7 @@ def _list_messages(row: Row, kind: str) -> list[Any]:
 def _from_sharegpt(turn: Any) -> Message:
     if not isinstance(turn, dict) or not isinstance(turn.get("from"), str) or "value" not in turn:
         raise DataError("a turn of a sharegpt conversation has `from` and `value`")
-    if turn["from"] not in SHAREGPT_ROLES:
-        raise DataError(f"unknown role {turn['from']!r}", hint=f"known: {', '.join(SHAREGPT_ROLES)}")
-    message: Message = {"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]}
+    message: Message = {"role": SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
     if "train" in turn:
         message["train"] = turn["train"]
     if turn["from"] in ("function_call", "tool_call"):
