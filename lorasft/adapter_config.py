@@ -111,11 +111,11 @@ def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
             raise UnsafeError(what, where=str(folder), hint=f"convert it to {WEIGHTS}")
         raise ModelError(f"no {WEIGHTS}", where=str(folder), hint=_AGAIN)
     file = open_tensors(path)
-    wrong = next((name for name, spec in file.specs.items() if spec.dtype not in ("F32", "F16", "BF16")), None)
-    if wrong is not None:
-        raise ModelError(f"{wrong} is {file.specs[wrong].dtype}", where=str(path), hint="save it in 16 or 32 bits")
-    tensors = {name: file.read(name) for name in file.specs}
-    wrong = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
-    if wrong is not None:
-        raise ModelError(f"{wrong} is not finite", where=str(path), hint="train it again, or take an earlier one")
+    tensors = {}
+    for name, spec in file.specs.items():
+        if spec.dtype not in ("F32", "F16", "BF16"):
+            raise ModelError(f"{name} is {spec.dtype}", where=str(path), hint="save it in 16 or 32 bits")
+        tensors[name] = file.read(name)
+        if not tensors[name].isfinite().all():
+            raise ModelError(f"{name} is not finite", where=str(path), hint="train it again, or take an earlier one")
     return tensors

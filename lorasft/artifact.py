@@ -34,10 +34,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A model with or without an adapter, where its files are, and how it was trained.
-
-    The base's files are looked for, and fetched from the hub if need be, when they are first asked for.
-    """
+    """A model with or without an adapter, where its files are, and how it was trained. Files come when asked for."""
 
     name: str  # as it was given
     model: ModelSettings  # the base, and how it was loaded in training
@@ -88,8 +85,7 @@ class Artifact:
             return Path(snapshot_download(name, revision=self.model.revision, allow_patterns=_FILES))
         except Exception as fault:  # the hub raises a dozen kinds
             refuse_offline(fault, name)
-            reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
-            raise ModelError(f"cannot get the base: {reason}", where=name, hint="--base FOLDER") from None
+            raise ModelError(f"cannot get the base: {str(fault)[:200]}", where=name, hint="--base FOLDER") from None
 
     @cached_property
     def base_config(self) -> Mapping[str, Any]:
@@ -113,8 +109,7 @@ class Artifact:
         raise ModelError(what, where=self.name, hint="name a run, or an adapter's folder")
 
     def verify(self, *, force_base: bool = False) -> None:
-        """Raise ModelError when there is no adapter, when it was changed after its run or, but for `force_base`, when
-        the base is not the one of training."""
+        """Raise ModelError for an adapter changed after its run, or, but for `force_base`, for another base."""
         adapter = self.require_adapter()
         if (adapter / MANIFEST).is_file():
             verify_folder(adapter)
@@ -128,8 +123,7 @@ class Artifact:
 def find_artifact(name: str, *, base: str | None = None) -> Artifact:
     """Resolve a run folder, an adapter folder, a model folder or a hub id. `base` replaces the adapter's base.
 
-    Raises ModelError for a run that is not finished or an adapter that is not LoRA, UnsafeError for an adapter that
-    names code, or a base by something else than a folder or a hub id.
+    Raises ModelError for a run without an adapter, and for one that is not LoRA; UnsafeError for one that names code.
     """
     folder = Path(name)
     is_run = (folder / "recipe.yaml").is_file() or (folder / "checkpoints").is_dir()

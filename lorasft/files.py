@@ -79,9 +79,9 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def append(path: Path, content: bytes, *, at: int, sync: bool = False) -> None:
-    """Write `content` at byte `at` of a log, which ends there: what comes after, of a lost write, is cut off.
+    """Write `content` at byte `at` of a log, and cut off what comes after, of a lost write; `sync`: fsync log and name.
 
-    A kill may leave the last line short; readers drop it. No link is followed. `sync`: fsync the log and its name.
+    A kill may leave the last line short; readers drop it. No link is followed.
     """
     with _disk(path):
         with effect("append", path), open(path, "ab", opener=_open_no_link) as file:
@@ -113,8 +113,7 @@ def rename(source: Path, target: Path) -> None:
 def staged_folder(target: Path, *, hashes: Mapping[str, str] | None = None) -> Iterator[Path]:
     """A new folder that appears under `target` complete, with a manifest of hashes, or not at all.
 
-    Yields the stage to write into; what killed processes have left of theirs is removed. `hashes`: of files whose
-    writer knows their SHA-256 at the end. Raises RecipeError when `target` exists.
+    Yields the stage to write into. `hashes`: SHA-256 of files, if known. Raises RecipeError when `target` exists.
     """
     refuse_existing(target)
     make_folder(target.parent)
@@ -205,10 +204,7 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[str]:
-    """One writer per run folder. The system releases the lock when its holder dies, also by SIGKILL.
-
-    Yields the process that held it before and never let go in order, else nothing.
-    """
+    """One writer per run folder. Yields the process that held it before and was killed, else nothing."""
     path = folder / LOCK
     with _disk(path):
         os.close(_open_no_link(str(path), os.O_CREAT))

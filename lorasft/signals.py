@@ -1,8 +1,7 @@
 """Signals. SIGINT, SIGTERM, SIGHUP: the first stops a training run after the step, saved; the second at once.
 
-Everywhere else the first one stops at once: it unwinds, and what was begun is cleared away. SIGHUP changes nothing
-under nohup; SIGINT is heard in a shell's background job too, where shells have it ignored: nothing is lost by it.
-SIGUSR1 saves after the step, and the run continues; before and after the steps it changes nothing.
+Everywhere else the first one unwinds, and what was begun is cleared away. SIGHUP changes nothing under nohup; SIGINT is
+heard in background jobs too, where shells ignore it. SIGUSR1 saves after a step, and the run continues.
 """
 
 from __future__ import annotations
@@ -32,10 +31,7 @@ def exit_code(number: int) -> int:
 
 @dataclass
 class StopRequest:
-    """What is asked of a run: to stop, by which `signal` (0: not), and to `save` after this step.
-
-    Several processes agree on both after each step.
-    """
+    """What is asked of a run: to stop, by `signal` (0: not), and to `save` after this step. Processes agree on both."""
 
     alone: bool = True
     received: int = 0  # the signal that this process got
@@ -68,10 +64,7 @@ def stop_signals(*, alone: bool) -> Iterator[StopRequest]:
 
 @contextmanager
 def ended_in_order() -> Iterator[None]:
-    """Signals that ask to end raise Ended; one that comes meanwhile, or while something is imported, ends at once.
-
-    SIGUSR1, which ends a process by default, ends nothing where there is nothing to save.
-    """
+    """Signals that ask to end raise Ended; a second one, or one in an import, ends at once. SIGUSR1 ends nothing."""
     with _answered({**dict.fromkeys(exit_signals(), _unwind), signal.SIGUSR1: signal.SIG_IGN}):
         yield
 

@@ -67,8 +67,7 @@ class TensorFile:
     def read(self, name: str, first: int = 0, count: int | None = None) -> torch.Tensor:
         """Rows `first` to `first + count` of a tensor seen as a matrix, (count, width), or all of it in its own shape.
 
-        Read and not mapped: the pages of a mapped file count in the size of the process. Raises KeyError for a type
-        that is not in DTYPES.
+        Read and not mapped: mapped pages count in the size of the process. Raises KeyError for a type not in DTYPES.
         """
         import torch
 
@@ -91,10 +90,7 @@ class TensorFile:
 
 
 class TensorWriter:
-    """Streams tensors to a safetensors file, in the order of `specs`; a thread writes one block while the next is made.
-
-    The system's errors are raised here.
-    """
+    """Streams tensors to a safetensors file, in the order of `specs`; a thread writes while the next block is made."""
 
     def __init__(self, file: BinaryIO, specs: Mapping[str, TensorSpec], metadata: Any, thread: Executor) -> None:
         """Writes the header. `file`: new, and open for writing; `thread`: with one worker; `metadata`: or None."""
@@ -141,10 +137,7 @@ class TensorWriter:
 
 
 def find_weights(folder: Path) -> list[Path]:
-    """The safetensors files that a loader reads: those of the index, else the single one. Others are left aside.
-
-    Raises ModelError when one is not there, UnsafeError when there are pickles only.
-    """
+    """The safetensors files that a loader reads. Raises ModelError for a missing one, UnsafeError for pickles only."""
     index, paths = folder / INDEX, [folder / "model.safetensors"]
     if index.is_file():
         try:
@@ -162,10 +155,7 @@ def find_weights(folder: Path) -> list[Path]:
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """Check a safetensors file and find its tensors. Only its header is read.
-
-    Raises ModelError for what is none, is cut short, has tensors that overlap, or too long a header.
-    """
+    """Check a safetensors file, of which only the header is read. Raises ModelError for what cannot be trusted."""
     from safetensors import SafetensorError, safe_open
 
     with open(path, "rb") as file:

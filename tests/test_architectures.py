@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from test_oracles import differences, gradients
-from tiny_models import SOFT_CAPS, WINDOWS, shape
+from tiny_models import GPT_2, SOFT_CAPS, WINDOWS, shape
 
 from lorasft.data.packing import MicroBatch, make_micro_batches
 from lorasft.data.tokens import Tokens
@@ -23,8 +23,6 @@ PLAIN = {key: value for key, value in SHAPE.items() if key != "head_dim"}
 MULTIHEAD = {**PLAIN, "num_key_value_heads": 4}
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LOCAL_EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
-GPT_2: dict[str, Any] = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
-DRY: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 WET: dict[str, Any] = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
 LINEAR_ATTENTION: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention"],
@@ -56,7 +54,7 @@ ARCHITECTURES: dict[str, Any] = {
         global_head_dim=8,
     ),
     "glm-4": lambda: hf.Glm4Config(**SHAPE),
-    "gpt-2": lambda: hf.GPT2Config(**GPT_2, **DRY),
+    "gpt-2": lambda: hf.GPT2Config(**GPT_2, n_embd=32),
     "gpt-neox": lambda: hf.GPTNeoXConfig(**MULTIHEAD, **WET),
     "gpt-oss": lambda: hf.GptOssConfig(**SHAPE, **WINDOWS, **LOCAL_EXPERTS),
     "granite": lambda: hf.GraniteConfig(**PLAIN, logits_scaling=4.0, attention_multiplier=0.25),
@@ -91,7 +89,7 @@ REFUSED: dict[str, Any] = {
         **SHAPE, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8
     ),
     "falcon": lambda: hf.FalconConfig(**MULTIHEAD, **WET),
-    "gpt-j": lambda: hf.GPTJConfig(**GPT_2, **DRY, rotary_dim=4),
+    "gpt-j": lambda: hf.GPTJConfig(**GPT_2, n_embd=32, rotary_dim=4),
     "nemotron": lambda: hf.NemotronConfig(**SHAPE),
     "qwen-3-next": lambda: hf.Qwen3NextConfig(**SHAPE, **LINEAR_ATTENTION, num_experts=0, mlp_only_layers=[0, 1]),
     "qwen-3.5": lambda: hf.Qwen3_5TextConfig(**SHAPE, **LINEAR_ATTENTION),

@@ -7,6 +7,7 @@ conversations: what is learned is what was said, and it stands behind what a ser
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 
 import pytest
@@ -24,20 +25,13 @@ from lorasft.errors import DataError
 GOLDEN = Path(__file__).parent / "golden"
 CODE = "    for naïve in ['é', '日本']:\n\treturn 👩‍👩‍👧  # done\n"
 TOOL = {"type": "function", "function": {"name": "weather", "description": "Now.", "parameters": {"type": "object"}}}
+CALLS = [
+    {"type": "function", "id": f"call0000{n}", "function": {"name": "weather", "arguments": json.dumps({"city": city})}}
+    for n, city in enumerate(("Rome", "Oslo"))
+]
 PARALLEL = (
     {"role": "user", "content": "Rome and Oslo?"},
-    {
-        "role": "assistant",
-        "content": None,
-        "tool_calls": [
-            {
-                "type": "function",
-                "id": f"call0000{n}",
-                "function": {"name": "weather", "arguments": f'{{"city": "{city}"}}'},
-            }
-            for n, city in enumerate(("Rome", "Oslo"))
-        ],
-    },
+    {"role": "assistant", "content": None, "tool_calls": CALLS},
     {"role": "tool", "content": "31", "tool_call_id": "call00000", "name": "weather"},
     {"role": "tool", "content": "12", "tool_call_id": "call00001", "name": "weather"},
     {"role": "assistant", "content": "Rome 31, Oslo 12."},

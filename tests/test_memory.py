@@ -21,7 +21,7 @@ from test_architectures import ARCHITECTURES
 from test_oracles import Rows, packed_step
 from test_prefixes import Relatives
 from test_train import die, stop_at
-from tiny_models import CONFIGS, make_base, randomize_adapter
+from tiny_models import make_base, randomize_adapter
 from torch.profiler import ProfilerActivity, profile
 
 from lorasft.cli import main
@@ -52,16 +52,6 @@ def with_adapter(base: Any, **settings: Any) -> tuple[Any, Network]:
     return model.train(), network
 
 
-def deep(name: str) -> Any:
-    """The tiny model `name` with four layers."""
-    torch.manual_seed(2)
-    config = CONFIGS[name](32)
-    config.num_hidden_layers = 4
-    if hasattr(config, "layer_types"):
-        config.layer_types = ((config.layer_types or ["full_attention"]) * 4)[:4]
-    return hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-
-
 @pytest.fixture(scope="module")
 def nf4_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_base(tmp_path_factory.mktemp("nf4"), "qwen3", dtype="float32")
@@ -71,7 +61,7 @@ def nf4_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_gradients_have_the_same_bits_for_every_number_of_recomputed_layers(name: str, nf4_base: Path) -> None:
     """With adapter dropout, whose masks a recomputed layer draws again; shared prefixes on the second."""
     settings = ModelSettings(base=str(nf4_base), dtype="float32")
-    base = load_base(settings, torch.device("cpu")) if name == "nf4" else deep(name)
+    base = load_base(settings, torch.device("cpu")) if name == "nf4" else make_base(name, layers=4)
     model, network = with_adapter(base, dropout=0.1)
     rows, share = (Relatives(), True) if name == "gemma2" else (Rows(), False)
     want: Any = None
@@ -86,7 +76,7 @@ def test_gradients_have_the_same_bits_for_every_number_of_recomputed_layers(name
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_exactly_the_first_layers_run_twice(name: str) -> None:
-    _, network = with_adapter(deep(name))
+    _, network = with_adapter(make_base(name, layers=4))
     layers = decoder_layers(network.causal)
     assert len(layers) == 4
     ran: Counter[int] = Counter()
@@ -204,7 +194,7 @@ def test_the_meter_counts_each_storage_once_until_it_is_freed() -> None:
 
 def test_as_few_layers_as_fit_are_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four layers keep 100 bytes or 10, beside 30 at the peak; nothing is below 185."""
-    _, network = with_adapter(deep("llama"))
+    _, network = with_adapter(make_base("llama", layers=4))
     batch = heaviest_batch(network, longest=9, capacity=20)
 
     def run(network: Network, batch: Any, *, recomputed: int) -> ActivationMemory:

@@ -10,22 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Params4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, make_base, shape
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    GptOssConfig,
-    LlamaConfig,
-    MixtralConfig,
-    Qwen3MoeConfig,
-)
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lorasft.artifact import find_artifact
@@ -47,11 +39,11 @@ pytestmark = PEFT_DOUBTS
 PROJECTIONS = ("self_attn.q", "mlp.up")
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 MORE: dict[str, Callable[[], Any]] = {
-    "tied llama": lambda: LlamaConfig(**shape(), tie_word_embeddings=True),
-    "llama with biases": lambda: LlamaConfig(**shape(), attention_bias=True),
-    "qwen3_moe": lambda: Qwen3MoeConfig(**shape(), num_experts=12, num_experts_per_tok=2, moe_intermediate_size=24),
-    "mixtral": lambda: MixtralConfig(**shape(), num_local_experts=3),
-    "gpt_oss": lambda: GptOssConfig(**shape(), num_local_experts=3, num_experts_per_tok=2),
+    "tied llama": lambda: hf.LlamaConfig(**shape(), tie_word_embeddings=True),
+    "llama with biases": lambda: hf.LlamaConfig(**shape(), attention_bias=True),
+    "qwen3_moe": lambda: hf.Qwen3MoeConfig(**shape(), num_experts=12, num_experts_per_tok=2, moe_intermediate_size=24),
+    "mixtral": lambda: hf.MixtralConfig(**shape(), num_local_experts=3),
+    "gpt_oss": lambda: hf.GptOssConfig(**shape(), num_local_experts=3, num_experts_per_tok=2),
 }
 
 
@@ -65,9 +57,9 @@ def save_model(folder: Path, name: str, dtype: torch.dtype) -> Path:
     if name == "gemma3 with images":
         vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
                   "image_size": 28, "patch_size": 14}  # fmt: skip
-        config = Gemma3Config(text_config=shape(), vision_config=vision, mm_tokens_per_image=1)
+        config = hf.Gemma3Config(text_config=shape(), vision_config=vision, mm_tokens_per_image=1)
         torch.manual_seed(2)
-        model = Gemma3ForConditionalGeneration(config).to(dtype)
+        model = hf.Gemma3ForConditionalGeneration(config).to(dtype)
     elif name in MORE:
         torch.manual_seed(2)
         model = AutoModelForCausalLM.from_config(MORE[name](), dtype=dtype)
@@ -211,7 +203,7 @@ def test_a_four_bit_checkpoint_becomes_a_16_bit_one(
     kind: str, double: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(write, "_BLOCK", 500)  # several blocks of rows
-    scheme = BitsAndBytesConfig(
+    scheme = hf.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=kind,
         bnb_4bit_use_double_quant=double,

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from lorasft.commands import recipes as recipes_command
 from lorasft.errors import ErrorGroup, LorasftError, RecipeError, UnsafeError
 from lorasft.recipe import DataSource, Recipe, mathematics, recipe_schema
-from lorasft.recipe.explain import PEERS
-from lorasft.recipe.load import dump_recipe, load_recipe, shipped_recipes
+from lorasft.recipe.load import PEERS, dump_recipe, load_recipe, shipped_recipes
 from lorasft.recipe.yaml_reader import dump_yaml, parse_yaml, read_scalar
 
 SMALLEST = "model: {base: some/model}\ndata: {train: x.jsonl}\n"

@@ -38,32 +38,26 @@ LLAMA_3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 EYES: dict[str, Any] = {"model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 32}
 EYES |= {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "vision_use_head": False}
 SOFT_CAPS: dict[str, Any] = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
+GPT_2: dict[str, Any] = {"vocab_size": VOCABULARY, "n_layer": 2, "n_head": 4, "n_positions": 128}
+GPT_2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 CONFIGS: dict[str, Any] = {
     "llama": lambda hidden: LlamaConfig(**shape(hidden)),
     "qwen3": lambda hidden: Qwen3Config(**shape(hidden)),
     "gemma3": lambda hidden: Gemma3TextConfig(**shape(hidden), **WINDOWS),
     "gemma2": lambda hidden: Gemma2Config(**shape(hidden), **WINDOWS, **SOFT_CAPS, query_pre_attn_scalar=hidden // 4),
-    "gpt2": lambda hidden: GPT2Config(
-        vocab_size=VOCABULARY,
-        n_embd=hidden,
-        n_layer=2,
-        n_head=4,
-        n_positions=128,
-        initializer_range=0.2,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=1,
-        eos_token_id=2,
-    ),
+    "gpt2": lambda hidden: GPT2Config(**GPT_2, n_embd=hidden, initializer_range=0.2, bos_token_id=1, eos_token_id=2),
 }
 
 
-def make_base(name: str, dtype: torch.dtype = torch.float32, vocabulary: int = VOCABULARY, *, hidden: int = 32) -> Any:
+def make_base(
+    name: str, dtype: torch.dtype = torch.float32, vocabulary: int = VOCABULARY, *, hidden: int = 32, layers: int = 2
+) -> Any:
     """A random causal language model of the architecture `name`, always the same, under eager attention."""
     torch.manual_seed(2)
     config = CONFIGS[name](hidden)
-    config.vocab_size = vocabulary
+    config.vocab_size, config.num_hidden_layers = vocabulary, layers
+    if layer_types := getattr(config, "layer_types", None):
+        config.layer_types = (layer_types * layers)[:layers]
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
     with torch.no_grad():  # zeros and ones hide mistakes: biases and norms get values too
         for parameter in model.parameters():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,12 +22,21 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(model: str, to: str, out: str, type: Any, as_json: bool) -> None:
-    """Export the folder `model`, a run or an adapter merged first; the path of what was written on stdout."""
-    from lorasft.files import refuse_existing
+    """Export the folder `model`, or a run or adapter, merged first beside `out`; the path of the file on stdout."""
+    from lorasft.artifact import find_artifact
+    from lorasft.files import STAGE, make_folder, refuse_existing
 
     refuse_existing(Path(out))
-    with _full_weights(model, Path(out)) as folder:
-        progress = ByteProgress() if sys.stderr.isatty() else None
+    artifact, beside = find_artifact(model), Path(out).absolute().parent
+    make_folder(beside)
+    progress = ByteProgress() if sys.stderr.isatty() else None
+    with TemporaryDirectory(prefix=STAGE, dir=beside) as scratch:
+        folder = Path(scratch) / "merged" if artifact.adapter else artifact.base
+        if artifact.adapter:
+            from lorasft.merge.merge import merge
+
+            merged = merge(artifact, folder)
+            say(f"merged first, onto the {merged['onto']} weights ({merged['why']})")
         if to == "ollama":
             from lorasft.export.ollama import write_ollama
 
@@ -43,22 +50,3 @@ def run(model: str, to: str, out: str, type: Any, as_json: bool) -> None:
     size = f"{written['size'] / 1e9:.3f} GB"
     say(f"{written['tensors']} tensors of {written['architecture']} as {written['type']}, {size}")
     show(written, [out], as_json=as_json)
-
-
-@contextmanager
-def _full_weights(name: str, out: Path) -> Iterator[Path]:
-    """The model folder `name`; of a run or an adapter, one that is merged beside `out` and goes when it was read."""
-    from lorasft.artifact import find_artifact
-    from lorasft.files import STAGE, make_folder
-
-    artifact = find_artifact(name)
-    if artifact.adapter is None:
-        yield artifact.base
-        return
-    from lorasft.merge.merge import merge
-
-    make_folder(out.absolute().parent)
-    with TemporaryDirectory(prefix=STAGE, dir=out.absolute().parent) as scratch:
-        merged = merge(artifact, Path(scratch) / "merged")
-        say(f"merged first, onto the {merged['onto']} weights ({merged['why']})")
-        yield Path(scratch) / "merged"

@@ -114,8 +114,7 @@ def summary(report: Report) -> Iterator[str]:
     yield from (f"{count:,} {words}" for name, words in COUNTS.items() if (count := getattr(report, name)))
     yield from (f"dropped: {_harmless(row)}" for row in report.dropped[:DROPPED_SHOWN])
     if report.dropped_examples() > DROPPED_SHOWN:
-        named = len(report.dropped)
-        yield f"dropped: {report.dropped_examples() - DROPPED_SHOWN:,} more (--json names the first {named:,})"
+        yield f"dropped: {report.dropped_examples() - DROPPED_SHOWN:,} more"
 
 
 def _sequences(

@@ -26,13 +26,13 @@ def run(action: str, name: str | None, to: str | None, as_json: bool) -> None:
 
     if action == "list":
         _print_list(as_json)
-    elif action == "show":
-        path = find_shipped(name or "")
-        print(json.dumps(read_yaml(path).value, indent=2) if as_json else path.read_text(encoding="utf-8").rstrip())
+    elif action == "schema":
+        print(json.dumps(recipe_schema(), indent=2))
     elif action == "copy":
         _copy(find_shipped(name or ""), Path(to or "."))
     else:
-        print(json.dumps(recipe_schema(), indent=2))
+        path = find_shipped(name or "")
+        print(json.dumps(read_yaml(path).value, indent=2) if as_json else path.read_text(encoding="utf-8").rstrip())
 
 
 def _print_list(as_json: bool) -> None:

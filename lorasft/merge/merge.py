@@ -102,8 +102,8 @@ def _write_full(
 ) -> tuple[dict[str, bool], dict[str, str]]:
     """Full weights and what lies beside them, as `write_weights`. Raises ModelError when no weight changed."""
     make_folder(folder)
-    nf4, dtype = _find_quantized(artifact, plan, onto)
-    written, hashes = write_weights(folder, plan, nf4=nf4, dtype=dtype, on_progress=on_progress)
+    nf4 = _find_quantized(artifact, plan) if onto == "dequantized" else {}
+    written, hashes = write_weights(folder, plan, nf4=nf4, on_progress=on_progress)
     if not any(written[name] for name in plan.changes):
         what = "no weight changed: the adapter is empty, or too small for the base's dtype"
         raise ModelError(what, where=str(artifact.adapter))
@@ -134,17 +134,17 @@ def _write_record(stage: Path, artifact: Artifact, done: dict[str, Any]) -> dict
     return record
 
 
-def _find_quantized(artifact: Artifact, plan: MergePlan, onto: Onto) -> tuple[list[str], torch.dtype]:
-    """The tensors that are put into NF4, by their names in the files: those of a 4-bit run. And its dtype."""
+def _find_quantized(artifact: Artifact, plan: MergePlan) -> dict[str, torch.dtype]:
+    """The tensors that a 4-bit run had in NF4, by their names in the files, and its dtype; none for other runs."""
     from accelerate import PartialState
 
     from lorasft.model.base import compute_dtype, find_quantized, read_config
 
-    if onto == "original" or artifact.model.quantization != "nf4" or plan.packed:
-        return [], torch.float32
-    names = [plan.places.find(f"{path}.weight") for path in find_quantized(read_config(str(artifact.base)))]
-    dtype = artifact.provenance.dtype if artifact.provenance else artifact.model.dtype
-    return names, compute_dtype(dtype, PartialState().device)
+    if artifact.model.quantization != "nf4" or plan.packed:
+        return {}
+    trained = artifact.provenance.dtype if artifact.provenance else artifact.model.dtype
+    dtype = compute_dtype(trained, PartialState().device)
+    return {plan.places.find(f"{path}.weight"): dtype for path in find_quantized(read_config(str(artifact.base)))}
 
 
 def _quantize(weights: Path, stage: Path) -> dict[str, str]:

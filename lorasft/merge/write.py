@@ -10,7 +10,7 @@ import contextlib
 import copy
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -93,12 +93,12 @@ def rewrite_config(plan: MergePlan, base_config: Mapping[str, Any]) -> dict[str,
 
 
 def write_weights(
-    stage: Path, plan: MergePlan, *, nf4: Collection[str], dtype: torch.dtype, on_progress: Progress | None = None
+    stage: Path, plan: MergePlan, *, nf4: Mapping[str, torch.dtype], on_progress: Progress | None = None
 ) -> tuple[dict[str, bool], dict[str, str]]:
     """Write the checkpoint of `plan` to the folder `stage`. Returns the tensors that were not just copied, each with
     whether its change survived the rounding, and the SHA-256 of each file.
 
-    `nf4`: the tensors that are put into NF4 and taken out again in `dtype` first, as a 4-bit run had them. Raises
+    `nf4`: the tensors that are put into NF4 and taken out again in this dtype first, as a 4-bit run had them. Raises
     ModelError when a number leaves its dtype's range.
     """
     done = 0
@@ -117,7 +117,7 @@ def write_weights(
                 for name, spec in specs.items():
                     change = plan.changes.get(name)
                     if change or name in plan.packed or name in nf4:
-                        weight = _read_weight(plan, source, name, spec, dtype if name in nf4 else None)
+                        weight = _read_weight(plan, source, name, spec, nf4.get(name))
                         written[name] = _merge_tensor(writer, weight, change, name=name, spec=spec, buffer=buffer)
                     else:
                         writer.copy(source, name)

@@ -1,30 +1,73 @@
-"""How a YAML file with `section.key=value` overrides becomes a recipe: reading, paths, shipped recipes, and back."""
+"""How a YAML file with `section.key=value` overrides becomes a recipe, or errors with places and hints; and back."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from lorasft.errors import ErrorGroup, RecipeError
+from lorasft.errors import ErrorGroup, LorasftError, RecipeError, UnsafeError, in_words
 from lorasft.recipe import DataSource, Recipe
-from lorasft.recipe.explain import check_together, explain, nearest, value_at
-from lorasft.recipe.yaml_reader import MOST_DEPTH, Document, dump_yaml, parse_yaml, read_yaml
+from lorasft.recipe.yaml_reader import MOST_DEPTH, Document, KeyPath, dump_yaml, parse_yaml, read_yaml
 from lorasft.terminal import shorten
 
+# What it is here -> what TRL, transformers, PEFT, Axolotl, LLaMA-Factory, Unsloth and torchtune call it, if that is
+# not near by its letters (as lora_alpha is).
+PEERS = {
+    "model.base": "base_model model_name_or_path model_name model_id pretrained_model_name_or_path",
+    "model.quantization (nf4 or none)": "load_in_4bit load_in_8bit quantization_bit quantization_config",
+    "model.dtype": "bf16 fp16 tf32 torch_dtype bnb_4bit_compute_dtype compute_dtype",
+    "adapter.rank": "r lora_r lora_rank lora_dim",
+    "adapter.targets": "lora_target target_modules lora_target_modules lora_target_linear lora_attn_modules",
+    "adapter.start": "lora_model_dir adapter_name_or_path",
+    "data.train": "dataset datasets dataset_name dataset_path train_file data_files",
+    "data.eval": "val_set_size eval_dataset test_datasets eval_split validation_file",
+    "data.format": "dataset_format dataset_type",
+    "data.max_length": "sequence_len max_seq_length max_seq_len cutoff_len model_max_length",
+    "chat.supervise": "train_on_inputs assistant_only_loss completion_only_loss roles_to_train mask_history",
+    "train.epochs": "num_train_epochs num_epochs",
+    "train.steps": "max_steps max_steps_per_epoch",
+    "train.batch_size (examples per optimizer step, over all devices; the machine cuts it)": (
+        "gradient_accumulation_steps per_device_train_batch_size micro_batch_size train_batch_size global_batch_size"
+    ),
+    "train.max_grad_norm": "gradient_clipping clip_grad_norm",
+    "train.seed": "data_seed random_state",
+    "optimizer.learning_rate": "lr",
+    "optimizer.name (adamw or adamw8bit)": "optim",
+    "optimizer.betas": "adam_beta1 adam_beta2",
+    "schedule.name": "lr_scheduler lr_scheduler_type",
+    "schedule.warmup (a whole number is steps, a fraction a share)": "warmup_ratio warmup_steps num_warmup_steps",
+    "schedule.min_ratio": "cosine_min_lr_ratio min_lr_rate",
+    "run.log_every": "logging_steps log_every_n_steps",
+    "run.eval_every": "eval_steps evals_per_epoch eval_strategy",
+    "run.save_every": "save_steps saves_per_epoch save_strategy",
+    "run.keep": "save_total_limit",
+    "run.keep_best": "load_best_model_at_end",
+    "run.trackers": "report_to use_wandb wandb_project",
+    "machine.activation_checkpointing": "gradient_checkpointing use_gradient_checkpointing",
+    "machine.attention": "flash_attention flash_attn attn_implementation sdp_attention use_flash_attention_2",
+    "nothing: sequences are always packed, without padding": "packing sample_packing pad_to_sequence_len eval_packing",
+    "nothing: torch's own kernels are used": "kernels liger use_liger use_liger_kernel",
+    "nothing: set HF_TOKEN in the environment, or run `hf auth login`": "hf_token hub_token token use_auth_token",
+}
+_SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Recipe.model_fields.items()}
+_NAMES = {name: name for name in _SECTIONS}  # each key -> its last part
+_NAMES |= {f"{name}.{key}": key for name, section in _SECTIONS.items() for key in section.model_fields}
+_NAMES |= {f"data.train.{key}": key for key in DataSource.model_fields}
 _PATHS = (("model", "base"), ("adapter", "start"), ("chat", "template"), ("data", "train"), ("data", "eval"))
 
 
 def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file or of a shipped name, with `section.key=value` overrides.
 
-    Paths in the file are looked up beside it, then in the working directory; those of overrides in the working
-    directory only. What exists becomes absolute. Raises RecipeError, UnsafeError, or ErrorGroup for several errors.
+    Paths become absolute where they exist: beside the file, or else here, where those of overrides are looked up too.
+    Raises RecipeError, UnsafeError, or ErrorGroup for several errors.
     """
     path = Path(source)
     if not path.is_file() and (source in shipped_recipes() or not path.exists()):
@@ -42,17 +85,14 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
         # As JSON: strict Python validation would refuse lists for tuples.
         recipe = Recipe.model_validate_json(json.dumps(document.value))
     except ValidationError as error:
-        errors = sorted(explain(error, document), key=lambda error: -error.exit_code)  # what is unsafe decides
+        errors = sorted(_explain(error, document), key=lambda error: -error.exit_code)  # what is unsafe decides
         raise errors[0] if len(errors) == 1 else ErrorGroup(errors) from None
-    check_together(recipe, document)
+    _check_together(recipe, document)
     return recipe
 
 
 def read_source(path: str, columns: str | None) -> DataSource:
-    """A file of rows that the command line names, with its columns as `{ours: theirs}` if they are given.
-
-    Raises RecipeError when `columns` is not such a mapping.
-    """
+    """The rows that the command line names. Raises RecipeError when `columns` are not written as `{ours: theirs}`."""
     if columns is None:
         return DataSource(path=path)
     try:
@@ -79,7 +119,7 @@ def find_shipped(name: str) -> Path:
     """The file of the shipped recipe `name`. Raises RecipeError with the nearest name, or that of a file there."""
     shipped = shipped_recipes()
     if name not in shipped:
-        close = nearest(name, [*shipped, *map(str, Path(name).parent.glob("*.y*ml"))])
+        close = _nearest(name, [*shipped, *map(str, Path(name).parent.glob("*.y*ml"))])
         hint = f"did you mean {close}?" if close else "lorasft recipes list"
         raise RecipeError(f"no recipe {shorten(name)}: neither a file nor a shipped recipe", hint=hint)
     return shipped[name]
@@ -96,14 +136,14 @@ def portable_text(path: Path) -> str:
 def _absolute_paths(document: Document, folders: Sequence[Path]) -> None:
     """Make the paths in `document` absolute where they exist in one of `folders`."""
     for place in document.places:
-        text = value_at(place, document.value)
+        text = _value_at(place, document.value)
         if place[:2] not in _PATHS or not (len(place) == 2 or place[-1] == "path" or isinstance(place[-1], int)):
             continue
         if not text or not isinstance(text, str) or (place[1] == "template" and not re.search("[./]", text)):
             continue
         with contextlib.suppress(OSError, ValueError, RuntimeError):  # not a name that a file could have
             found = [path for path in (folder / Path(text).expanduser() for folder in folders) if path.exists()]
-            value_at(place[:-1], document.value)[place[-1]] = str(found[0].absolute()) if found else text
+            _value_at(place[:-1], document.value)[place[-1]] = str(found[0].absolute()) if found else text
 
 
 def _apply_override(override: str, document: Document) -> None:
@@ -120,11 +160,9 @@ def _apply_override(override: str, document: Document) -> None:
         if not isinstance(tree.get(key), dict):
             tree[key] = {}
         tree = tree[key]
-    tree[keys[-1]] = value_at(keys, given.value)
-    document.places = {place: line for place, line in document.places.items() if place[: len(keys)] != keys}
-    document.places |= dict.fromkeys(given.places, where)
-    for end in range(1, len(keys) + 1):
-        document.places.setdefault(keys[:end], where)
+    tree[keys[-1]] = _value_at(keys, given.value)
+    new_keys = dict.fromkeys((keys[:end] for end in range(1, len(keys) + 1)), where)
+    document.places = new_keys | document.places | dict.fromkeys(given.places, where)
 
 
 def _complete(raw: dict[str, Any], stem: str) -> None:
@@ -139,3 +177,73 @@ def _complete(raw: dict[str, Any], stem: str) -> None:
         run.setdefault("output", f"runs/{stem}")
         if isinstance(data, dict) and "eval" in data and data["eval"] is None:
             run.setdefault("eval_every", None)
+
+
+def _explain(error: ValidationError, document: Document) -> list[LorasftError]:
+    """One error for each key that pydantic refused, with the place where it was written."""
+    found: dict[KeyPath, list[Any]] = {}
+    for detail in error.errors(include_url=False):
+        path = _written_path(document.value, detail["loc"], missing=detail["type"] == "missing")
+        found.setdefault(path, []).append({**detail, "loc": path})
+    # A union reports every branch: the branch that got deepest is the one that was meant.
+    above = {path[:end] for path in found for end in range(len(path))}
+    return [_explain_key(path, details, document) for path, details in found.items() if path not in above]
+
+
+def _check_together(recipe: Recipe, document: Document) -> None:
+    """Raise RecipeError for keys that are each fine, but not together."""
+    held_out, every = recipe.data.eval is not None, recipe.run.eval_every is not None
+    key = "eval_every" if every and not held_out else "keep_best"
+    if (every or recipe.run.keep_best) and not (every and held_out):
+        needed, example = ("run.eval_every", 100) if held_out else ("data.eval", 0.02)
+        hint = f"{needed}={example}, or run.eval_every=null and run.keep_best=false"
+        raise RecipeError(f"run.{key} needs {needed}", where=_place_of(("run", key), document), hint=hint)
+
+
+def _nearest(name: str, names: Iterable[str]) -> str | None:
+    """The most similar of `names`, or None when none is similar."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)), None)
+
+
+def _value_at(path: KeyPath, value: Any) -> Any:
+    """What is at `path` in a tree of mappings and lists, or None."""
+    for part in path:
+        try:
+            value = value[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
+
+
+def _place_of(path: KeyPath, document: Document) -> str:
+    """Where `path` was written, or else what contains it."""
+    return next(document.places[path[:end]] for end in range(len(path), -1, -1) if path[:end] in document.places)
+
+
+def _written_path(value: Any, loc: tuple[int | str, ...], *, missing: bool) -> KeyPath:
+    """The part of pydantic's location that is in the recipe: without the names of union branches."""
+    path: list[int | str] = []
+    for part in loc:
+        keys: Any = range(len(value)) if isinstance(value, list) else value if isinstance(value, dict) else ()
+        if part in keys:
+            value = value[part]
+            path.append(part)
+    return (*path, loc[-1]) if missing else tuple(path)
+
+
+def _explain_key(path: KeyPath, details: list[Any], document: Document) -> LorasftError:
+    where, name = _place_of(path, document), shorten(".".join(map(str, path)))
+    key, value = str(path[-1]), _value_at(path, document.value)
+    kernel = isinstance(value, str) and "/" in value and re.search("attn|attention|experts_impl", key, re.IGNORECASE)
+    if kernel or key == "trust_remote_code":
+        return UnsafeError(f"{name}: lorasft runs no code from repositories", where=where, hint="remove the key")
+    if details[0]["type"] == "extra_forbidden":
+        return RecipeError(f"unknown key {name}", where=where, hint=_hint_for_name(key))
+    return RecipeError(in_words(details), where=where, hint="lorasft recipes schema has each key and its values")
+
+
+def _hint_for_name(key: str) -> str:
+    ours = [ours for ours, theirs in PEERS.items() if key.lower() in theirs.split()]
+    close = None if ours else _nearest(key, _NAMES.values())
+    ours += [name for name, own in _NAMES.items() if own == close]
+    return f"here it is {' or '.join(ours)}" if ours else "lorasft recipes schema has each key"

@@ -40,11 +40,10 @@ def read_yaml(path: Path) -> Document:
         with open(path, "rb") as file:
             content = file.read(MOST_BYTES + 1)
     except OSError as error:
-        what = f"cannot read the recipe: {error.strerror}"
-        raise RecipeError(what, where=str(path), hint="name a YAML file that you may read") from None
+        hint = "name a YAML file that you may read"
+        raise RecipeError(f"cannot read the recipe: {error.strerror}", where=str(path), hint=hint) from None
     if len(content) > MOST_BYTES:
-        what = f"larger than {MOST_BYTES} bytes, too large for a recipe"
-        raise UnsafeError(what, where=str(path), hint="rows go into files of their own, named in data.train")
+        raise UnsafeError("too large for a recipe", where=str(path), hint="rows go into files, named in data.train")
     return parse_yaml(content, str(path))
 
 
