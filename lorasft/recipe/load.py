@@ -238,12 +238,13 @@ def _explain_key(path: KeyPath, details: list[Any], document: Document) -> Loras
     if kernel or key == "trust_remote_code":
         return UnsafeError(f"{name}: lorasft runs no code from repositories", where=where, hint="remove the key")
     if details[0]["type"] == "extra_forbidden":
-        return RecipeError(f"unknown key {name}", where=where, hint=_hint_for_name(key))
+        return RecipeError(f"unknown key {name}", where=where, hint=_hint_for_name(key, str(path[0])))
     return RecipeError(in_words(details), where=where, hint="lorasft recipes schema has each key and its values")
 
 
-def _hint_for_name(key: str) -> str:
+def _hint_for_name(key: str, section: str) -> str:
     ours = [ours for ours, theirs in PEERS.items() if key.lower() in theirs.split()]
-    close = None if ours else _nearest(key, _NAMES.values())
+    beside = [own for name, own in _NAMES.items() if name.startswith(section)]
+    close = None if ours else _nearest(key, beside) or _nearest(key, _NAMES.values())
     ours += [name for name, own in _NAMES.items() if own == close]
     return f"here it is {' or '.join(ours)}" if ours else "lorasft recipes schema has each key"

@@ -94,7 +94,7 @@ def _prepare(recipe: Recipe, *, resume: bool, held: ExitStack) -> RunInputs:
         refuse_changes(recipe, folder, saved, prepared=inputs.prepared)
         notes += [*(f"skipped {reason}" for reason in skipped), f"continuing from step {saved.step}"]
     if not recipe.adapter.modules_to_save:
-        refuse_untrained(recipe.model.base, inputs.tokenizer, learned=inputs.prepared.learned_special)
+        refuse_untrained(recipe.model.base, inputs.tokenizer, supervised=inputs.prepared.supervised_special)
     return replace(inputs, checkpoint=path, saved=saved, notes=tuple(notes))
 
 

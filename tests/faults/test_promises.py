@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Command
 
 from faults import campaigns, mutants, patches
 from faults.campaigns import Tally
@@ -215,13 +216,10 @@ def test_sigusr1_before_the_first_step_ends_nothing(monkeypatch: pytest.MonkeyPa
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
-def test_i11_what_is_shown_is_what_is_learned(
-    bench: Bench, command: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_i11_what_is_shown_is_what_is_learned(bench: Bench, command: list[str], cli: Command) -> None:
     """The labels that a preview shows, added up, are the supervised tokens that each of the two epochs logs."""
     words = [*command[1:], "data.eval=null", "run.eval_every=null"]
-    assert main(["preview", *words, "--json"]) == 0
-    *shown, told = map(json.loads, capsys.readouterr().out.splitlines())
+    *shown, told = map(json.loads, cli("preview", *words, "--json").out.splitlines())
     labels = [sum(label != -100 for label in one["labels"]) for one in shown]
     texts = [[part["text"] for part in one["spans"] if part["learned"]] for one in shown]
     assert "".join(texts[8]) == "16!<|end|>" and len(labels) == 40
@@ -236,12 +234,7 @@ SAVED = {"read_inputs": "before the first step", "_introduce": "not saved since 
 @pytest.mark.parametrize("number", campaigns.STOPPED)
 @pytest.mark.parametrize("where", SAVED)
 def test_a_signal_where_there_is_no_step_to_finish(
-    where: str,
-    number: signal.Signals,
-    bench: Bench,
-    command: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    where: str, number: signal.Signals, bench: Bench, command: list[str], monkeypatch: pytest.MonkeyPatch, cli: Command
 ) -> None:
     """The run ends in order: it says what is saved, and the next start does not take it for killed."""
 
@@ -250,8 +243,8 @@ def test_a_signal_where_there_is_no_step_to_finish(
         signal.raise_signal(number)
 
     monkeypatch.setattr(run if where == "read_inputs" else train, where, ask)
-    assert main(command) == campaigns.STOPPED[number]
-    said = capsys.readouterr().err
+    code, _, said = cli(*command)
+    assert code == campaigns.STOPPED[number]
     assert SAVED[where] in said and "Traceback" not in said
     assert ("--resume" in said) == (where == "_introduce")
     monkeypatch.undo()
