@@ -146,9 +146,8 @@ class Bench:
         path.write_bytes(draw.choice([b"\n", b"\n", b"\r\n", b""]).join(lines))
         report = Report()
         source = self.data.train[0].model_copy(update={"path": str(path)})
-        rows = (row for block in read_blocks(source, self.data) for row in shape_block(block, self.data, report=report))
-        for _ in self.labeler.encode_all(rows, report=report):
-            pass
+        for block in read_blocks(source, self.data):
+            list(self.labeler.encode_all(list(shape_block(block, self.data, report=report)), report=report))
         report.raise_errors()
 
     def try_all(self, *uses: Callable[[], object]) -> None:

@@ -69,7 +69,7 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
     with TemporaryDirectory(prefix="lorasft-") as folder:
         prepared = prepare(settings.data, settings.chat, tokenizer=tokenizer, folder=Path(folder))
         if not settings.adapter.modules_to_save:
-            refuse_untrained(settings.model.base, tokenizer, learned=prepared.learned_special)
+            refuse_untrained(settings.model.base, tokenizer, supervised=prepared.supervised_special)
         if as_json:
             for place, held_out, tokens, parts in _sequences(prepared.store, tokenizer):
                 spans = [{"text": text, "learned": supervised} for text, supervised, _ in parts]

@@ -179,7 +179,7 @@ def _refuse_second_merge(base: Path, adapter_hash: str) -> None:
         raise ModelError("this adapter is merged into this base already", where=str(path), hint="use the base as it is")
 
 
-def _write_sidecars(folder: Path, artifact: Artifact, rewritten: Mapping[str, bytes]) -> None:
+def _write_sidecars(folder: Path, artifact: Artifact, rewritten: Mapping[str, Any]) -> None:
     """Config, tokenizer and generation config as the base has them, unless `rewritten`; the template of training."""
     adapter = artifact.require_adapter()
     sources = {path.name: path for path in _list_sidecars(artifact.base)}
@@ -189,7 +189,7 @@ def _write_sidecars(folder: Path, artifact: Artifact, rewritten: Mapping[str, by
         sources[GENERATION_CONFIG] = adapter / GENERATION_CONFIG
     for name, path in sources.items():
         if name in rewritten:
-            write_file(folder / name, rewritten[name])
+            write_file(folder / name, json.dumps(rewritten[name], indent=2).encode())
         else:
             shutil.copyfile(path, folder / name)
 
