@@ -1,7 +1,7 @@
 """A folder that `ollama create` takes: the GGUF, and a Modelfile whose template writes the prompts of training.
 
 Ollama renders Go templates, not the chat template in the file. What is written here is read off renderings: the text
-that stands before a message depends on its role and on that of the message before it, and on nothing else. That is
+that is before a message depends on its role and on that of the message before it, and on nothing else. That is
 compared with the chat template on conversations of several shapes; where it does not hold, the export is refused.
 """
 

@@ -35,8 +35,8 @@ class PackedWeight:
             codes = parts.pop(self.name)
             state = _import_functional().QuantState.from_dict(parts, device=torch.device("cpu"))
             return _dequantize(codes, state).view(self.spec.shape)
-        except (KeyError, ValueError, RuntimeError, AssertionError) as fault:
-            raise ModelError(f"{self.name} does not fit its own description: {fault}") from None
+        except (KeyError, ValueError, RuntimeError, AssertionError) as error:
+            raise ModelError(f"{self.name} does not fit its own description: {error}") from None
 
 
 def find_packed(files: Sequence[TensorFile]) -> dict[str, PackedWeight]:
@@ -83,5 +83,5 @@ def _read_spec(file: TensorFile, name: str) -> TensorSpec:
         state = json.loads(file.read_bytes(name, 0, _MOST))
         dtype, shape = _NAMES[state["dtype"]], tuple(int(size) for size in state["shape"])
         return TensorSpec(dtype, shape, math.prod(shape) * (4 if dtype == "F32" else 2))
-    except (ValueError, KeyError, TypeError, RecursionError) as fault:
-        raise ModelError(f"{name} is not what bitsandbytes writes: {fault}", where=str(file.path)) from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"{name} is not what bitsandbytes writes: {error}", where=str(file.path)) from None

@@ -54,14 +54,7 @@ from lorasft.train.layout import plain_oom_errors
 from lorasft.train.optimizer import optimizer_state, restore_optimizer
 from lorasft.train.state import Run, State
 
-_LEFT_BEHIND = {
-    LOCK,
-    "tokens",
-    "memory.json",
-    "metrics.jsonl",
-    "checkpoints",
-    "provenance.json",
-}  # by a start that failed
+_LEFT_BEHIND = {LOCK, "tokens", "memory.json", "checkpoints", "provenance.json"}  # by a start that failed
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors", "numpy")
 _NAME = re.compile(r"step-(\d{6,})")
 

@@ -100,9 +100,8 @@ def _prepare(recipe: Recipe, *, resume: bool, held: ExitStack) -> RunInputs:
 
 def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> ReadyRun:
     device, folder, prepared, saved = PartialState().device, Path(recipe.run.output), inputs.prepared, inputs.saved
-    kept = saved.layout if saved else None
     with ranks.sync_errors():
-        dtype = compute_dtype(kept.dtype if kept else recipe.model.dtype, device)
+        dtype = compute_dtype(inputs.kept.dtype if inputs.kept else recipe.model.dtype, device)
         settings = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
         weightless = make_weightless(inputs.config, settings, inputs.adapter, device)
         patch_linear4bit(weightless, device, recipe.model.base)  # refused before weights are read
@@ -112,8 +111,8 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> ReadyRun:
         else:
             model = attach_adapter(base, recipe.adapter, seed=recipe.train.seed)
         static = static_bytes(model, recipe.optimizer.name)
-        plan, spare = replace(inputs.plan, processes=ranks.count), free_memory(device) - static.upcoming
-        network, fit = choose_layout(recipe, model, weightless, plan=plan, rows=prepared.train, kept=kept, spare=spare)
+        spare = free_memory(device) - static.upcoming
+        network, fit = choose_layout(recipe, inputs, model, weightless=weightless, spare=spare)
     # All processes must cut a step in the same way.
     plan = replace(fit.plan, micro_batch_tokens=min(ranks.gather(fit.plan.micro_batch_tokens)))
     parameters = trainable(model)
