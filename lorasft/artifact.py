@@ -66,8 +66,8 @@ class Artifact:
             if dtype not in ("bfloat16", "float16", "float32"):
                 raise ValueError(f"dtype {dtype}")
             return Provenance(base["fingerprint"], base["commit"], dtype, record)
-        except (ValueError, KeyError, TypeError, RecursionError) as fault:
-            what = f"the run's record cannot be read: {fault}"
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            what = f"the run's record cannot be read: {error}"
             raise ModelError(what, where=str(path), hint="name the adapter's folder alone") from None
 
     @cached_property
@@ -83,9 +83,9 @@ class Artifact:
 
         try:
             return Path(snapshot_download(name, revision=self.model.revision, allow_patterns=_FILES))
-        except Exception as fault:  # the hub raises a dozen kinds
-            refuse_offline(fault, name)
-            raise ModelError(f"cannot get the base: {str(fault)[:200]}", where=name, hint="--base FOLDER") from None
+        except Exception as error:  # the hub raises a dozen kinds
+            refuse_offline(error, name)
+            raise ModelError(f"cannot get the base: {str(error)[:200]}", where=name, hint="--base FOLDER") from None
 
     @cached_property
     def base_config(self) -> Mapping[str, Any]:

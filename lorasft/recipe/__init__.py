@@ -21,7 +21,7 @@ _DATE = datetime.date(2024, 7, 26)
 
 
 class _Section(BaseModel):
-    # strict: a quoted number is no number, and 1 is not true.
+    # strict: a quoted number is not a number, and 1 is not true.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
