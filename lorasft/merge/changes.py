@@ -226,9 +226,12 @@ def _refuse_misfits(changes: Mapping[str, Change], reader: AdapterReader) -> Non
     """Only an embedding and its head may get another height, and then the same."""
     places = reader.places
     resized = {name for name, change in changes.items() if change.shape != places.specs[name].shape}
-    for name in resized:
-        change, shape = changes[name], places.specs[name].shape
-        if change.replacement is None or len(change.shape) != 2 or change.shape[1:] != shape[1:]:
+    for name, change in changes.items():
+        dtype, shape = places.specs[name].dtype, places.specs[name].shape
+        if dtype not in ("BF16", "F16", "F32"):
+            raise ModelError(f"{name} is {dtype}", hint="merge into the 16-bit original")
+        taller = change.replacement is not None and len(change.shape) == 2 and change.shape[1:] == shape[1:]
+        if name in resized and not taller:
             raise reader.error(f"{name} is {shape}, the adapter fits {change.shape}")
     if resized:
         embeddings = {places.find(parameter) for parameter in places.stored_embeddings}

@@ -60,8 +60,6 @@ def merge(
     if data is not None and not check:
         raise RecipeError("--data has no use with --no-check", where=data.path, hint="leave one of the two out")
     plan = plan_merge(artifact)
-    adapter_hash = sha256(adapter / WEIGHTS)
-    _refuse_second_merge(artifact.base, adapter_hash)
     if plan.packed and (onto == "original" or quantize):  # it has no original, and an update falls back onto its steps
         what = "the base is stored in 4 bit: no --quantize, no --onto original"
         raise ModelError(what, hint="--base with the 16-bit original")
@@ -84,7 +82,7 @@ def merge(
             judge.ask(stage, "merged, in 4 bit")
         hashes.update(found)
         done = {
-            "adapter": adapter_hash,
+            "adapter": sha256(adapter / WEIGHTS),
             "onto": chosen,
             "why": why,
             "updated": len(plan.changes),  # tensors that the adapter changes
@@ -170,13 +168,6 @@ def _choose(onto: Onto | Literal["auto"], judge: MergeCheck | None, *, quantize:
     if quantize:  # measured: of an update to weights that are on the grid already, most snaps back to it
         return "original", "weights that come from NF4 would fall back onto its steps"
     return judge.choose() if judge else ("original", "nothing was measured")
-
-
-def _refuse_second_merge(base: Path, adapter_hash: str) -> None:
-    """Raise ModelError when the base is itself a merge of this very adapter."""
-    path = base / MERGE_RECORD
-    if path.is_file() and json.loads(path.read_bytes()).get("adapter") == adapter_hash:
-        raise ModelError("this adapter is merged into this base already", where=str(path), hint="use the base as it is")
 
 
 def _write_sidecars(folder: Path, artifact: Artifact, rewritten: Mapping[str, Any]) -> None:

@@ -216,7 +216,7 @@ def test_sigusr1_before_the_first_step_ends_nothing(monkeypatch: pytest.MonkeyPa
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
-def test_i11_what_is_shown_is_what_is_learned(bench: Bench, command: list[str], cli: Command) -> None:
+def test_i11_what_is_shown_is_what_is_supervised(bench: Bench, command: list[str], cli: Command) -> None:
     """The labels that a preview shows, added up, are the supervised tokens that each of the two epochs logs."""
     words = [*command[1:], "data.eval=null", "run.eval_every=null"]
     *shown, told = map(json.loads, cli("preview", *words, "--json").out.splitlines())
@@ -254,7 +254,7 @@ def test_a_signal_where_there_is_no_step_to_finish(
 
 @pytest.mark.parametrize("number", campaigns.STOPPED)
 def test_a_signal_while_a_library_is_imported_ends_at_once(number: signal.Signals, tmp_path: Path) -> None:
-    """Raised there it might be caught, and half a library be gone on with."""
+    """Raised there it might be caught, and the process continue with half a library."""
     (tmp_path / "half.py").write_text(f"import signal\nsignal.raise_signal({int(number)})\n", encoding="utf-8")
     act = """
 import signal
@@ -264,7 +264,7 @@ with ended_in_order():
     try:
         import half
     except BaseException:
-        print("gone on")
+        print("continued")
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     done = subprocess.run([sys.executable, "-c", act], env=environment, capture_output=True, text=True, check=False)
@@ -299,7 +299,7 @@ def command(bench: Bench, tmp_path: Path) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("number", [5, 12])
 def test_a_signal_does_not_wait_for_an_evaluation(number: int, bench: Bench) -> None:
-    """Held-out rows are due after steps 5 and 12, the last: they are scored when the run goes on."""
+    """Held-out rows are due after steps 5 and 12, the last: they are scored when the run continues."""
     bench.clear()
     ask = partial(patches.before_step, number, lambda run: os.kill(os.getpid(), signal.SIGTERM))
     child = bench.patched(ask).start()
