@@ -123,9 +123,7 @@ class AdapterReader:
         biases = self.config.get("bias", "none")
         saved = self.config.get("modules_to_save") or []
         if (
-            any(
-                f"{given}." in parameter for given in saved
-            )  # ends the name of a module around it, as PEFT matches them
+            any(f"{given}." in parameter for given in saved)  # the end of a name of a module, as PEFT matches them
             or (kind == "bias" and (biases == "all" or (biases == "lora_only" and module in self.modules)))
             or parameter in self.places.embeddings  # PEFT adds them where they were resized or are adapted
         ):
