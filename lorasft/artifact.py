@@ -29,7 +29,6 @@ class Provenance:
     fingerprint: str  # of the base's files
     commit: str | None  # of the base on the hub
     dtype: str  # of the computation, such as bfloat16
-    record: Mapping[str, Any]  # the whole of provenance.json
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Artifact:
             base, dtype = record["base"], record["layout"]["dtype"]
             if dtype not in ("bfloat16", "float16", "float32"):
                 raise ValueError(f"dtype {dtype}")
-            return Provenance(base["fingerprint"], base["commit"], dtype, record)
+            return Provenance(base["fingerprint"], base["commit"], dtype)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             what = f"the run's record cannot be read: {error}"
             raise ModelError(what, where=str(path), hint="name the adapter's folder alone") from None
