@@ -191,7 +191,5 @@ def _connect() -> Ranks:
         state = PartialState(cpu=not cuda, backend=backend, timeout=timedelta(days=1))
     except RuntimeError as error:
         raise DeviceError(f"the processes cannot meet: {str(error).strip().splitlines()[0]}") from error
-    if not cuda and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's own choice, whatever the machine
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // state.num_processes))
     alone = Ranks(state.process_index, state.num_processes)
     return Ranks(alone.index, alone.count, watch(alone.gather(os.getpid())))

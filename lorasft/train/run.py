@@ -154,7 +154,6 @@ def run_heaviest_batch(run: Run, fit: Fit, static: StaticBytes) -> str:
     measured = retry_on_oom(run, partial(_measure_heaviest, run)) if sees_too_little(run, fit) else None
     free = static.loaded + static.upcoming + fit.spare
     record = {
-        "device": str(run.network.device),
         "free": free,
         "predicted": {**known, "peak": peak} if known else None,
         "measured": measured,
