@@ -130,24 +130,27 @@ class ChatFormat:
                 raise DataError(f"the chat template does not show the answer of message {target + 1}")
             region = text[said[0] :]
         if message.get("tool_calls"):
-            self._refuse_lost_calls(example, target, text)
+            self._refuse_lost_calls(example, target, text, region)
         start, end, add_eos = self._locate(region, message)
         if self._masks(message):
             start += self._count_reasoning(region[start:end], example, target)
         answer = AnswerSpan(len(prompt), len(prompt) + start, len(prompt) + end)
         return MarkedText(prompt + (region[:end] if add_eos else region), (answer,), add_eos)
 
-    def _refuse_lost_calls(self, example: Example, target: int, text: str) -> None:
-        """Raise DataError unless the calls of a message bring their names into the text, one for each call."""
+    def _refuse_lost_calls(self, example: Example, target: int, text: str, region: str) -> None:
+        """Raise DataError when a call's name is not in the answer's `region`, or `text` is the same without the call."""
         message = dict(example.messages[target])
-        names = [name_of(call) for call in message.pop("tool_calls")]
-        try:
-            without = self.render(_with_message(example, target, message), target + 1)
-        except DataError:  # the template looks for the calls
-            without = ""
-        if any(text.count(name) - without.count(name) < names.count(name) for name in names):
-            what = f"the chat template leaves out the tool calls of message {target + 1}"
-            raise DataError(what, hint="chat.template=FILE with a template that renders them")
+        calls = message.pop("tool_calls")
+        for at, call in enumerate(calls):
+            kept = [*calls[:at], *calls[at + 1 :]]
+            fewer = message | ({"tool_calls": kept} if kept else {})
+            try:
+                lost = self.render(_with_message(example, target, fewer), target + 1) == text
+            except DataError:  # the template looks for the calls
+                lost = False
+            if lost or name_of(call) not in region:
+                what = f"the chat template leaves out the tool calls of message {target + 1}"
+                raise DataError(what, hint="chat.template=FILE with a template that renders them")
 
     def _locate_earlier(self, text: str, example: Example, target: int) -> AnswerSpan | None:
         """An earlier answer within the whole conversation, if it is there as it would be as the last."""

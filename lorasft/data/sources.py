@@ -53,8 +53,7 @@ def source_files(path: str) -> tuple[Path, ...]:
             return ()
     if not found:
         what = f"no {', '.join(SUFFIXES)} file in this folder" if here.is_dir() else "there is no such file"
-        hint = f"the folder that was looked in: {here.absolute() if here.is_dir() else here.absolute().parent}"
-        raise DataError(what, where=path, hint=hint)
+        raise DataError(what, where=path, hint=f"the folder that was looked in: {here.absolute().parent}")
     return tuple(found)
 
 
