@@ -138,7 +138,7 @@ class ChatFormat:
         return MarkedText(prompt + (region[:end] if add_eos else region), (answer,), add_eos)
 
     def _refuse_lost_calls(self, example: Example, target: int, text: str, region: str) -> None:
-        """Raise DataError when a call's name is not in the answer's `region`, or `text` is the same without the call."""
+        """Raise DataError when a call's name is not in the answer's `region`, or `text` is the same without it."""
         message = dict(example.messages[target])
         calls = message.pop("tool_calls")
         for at, call in enumerate(calls):
