@@ -76,7 +76,7 @@ def _introduce(ready: ReadyRun) -> None:
 
 
 def _show_answers(ready: ReadyRun, most: int = 3) -> None:
-    """Up to three held-out prompts, answered by the base and by the adapter. Memory that runs out takes nothing away."""
+    """Up to three held-out prompts, answered by the base and by the adapter. To run out of memory here is no error."""
     from lorasft.data.tokens import supervised_runs
     from lorasft.model.free_memory import out_of_memory
     from lorasft.model.generate import generate
