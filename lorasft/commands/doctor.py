@@ -93,10 +93,8 @@ def _check_device() -> str:
     text = DRIVER.read_text(encoding="utf-8", errors="replace") if DRIVER.is_file() else ""
     driver = f"NVIDIA driver {' '.join(re.findall(r'[0-9]+[.][0-9.]+', text)[:1])}" if text else "no NVIDIA driver"
     built = torch.version.cuda or torch.version.hip
-    _require(
-        not text or bool(built), f"{driver}, and this torch is for CPUs only", "pip install --force-reinstall torch"
-    )
-    usable = not text or torch.cuda.is_available()
+    matching, usable = not text or bool(built), not text or torch.cuda.is_available()
+    _require(matching, f"{driver}, and this torch is for CPUs only", "pip install --force-reinstall torch")
     _require(usable, f"{driver}, which CUDA {built} cannot use", "update the NVIDIA driver, then nvidia-smi")
     device = _find_device()
     dtype = str(compute_dtype("auto", device)).removeprefix("torch.")

@@ -32,9 +32,7 @@ SAID = {"rows", "answers", "parity_breaks", "train_examples", "held_out_examples
 def add_arguments(parser: ArgumentParser) -> None:
     """What `lorasft preview` takes."""
     add_recipe(parser)
-    parser.add_argument(
-        "--rows", type=whole_number, metavar="N", help="examples to show (default: 3; with --html 1000)"
-    )
+    parser.add_argument("--rows", type=whole_number, metavar="N", help="examples to show (3, with --html 1000)")
     add_json(parser, "every example and a summary, a line each,")
     parser.add_argument("--html", metavar="FILE", help="write a page to search instead")
 

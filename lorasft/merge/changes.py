@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasft.adapter_config import read_adapter_weights
-from lorasft.artifact import Artifact
+from lorasft.artifact import Artifact, read_adapter_weights
 from lorasft.errors import ModelError
 from lorasft.merge.parameters import ParameterMap
 from lorasft.merge.updates import Change, LoraProduct
@@ -123,7 +122,7 @@ class AdapterReader:
         biases = self.config.get("bias", "none")
         saved = self.config.get("modules_to_save") or []
         if (
-            any(parent.endswith(given) for parent in _parents(parameter) for given in saved)  # as PEFT matches them
+            any(f"{given}." in parameter for given in saved)  # the end of a name of a module, as PEFT matches them
             or (kind == "bias" and (biases == "all" or (biases == "lora_only" and module in self.modules)))
             or parameter in self.places.embeddings  # PEFT adds them where they were resized or are adapted
         ):
@@ -216,10 +215,6 @@ def _add(product: LoraProduct) -> Change:
 
 def _replace_with(tensor: Tensor) -> Change:
     return Change(tuple(tensor.shape), replacement=tensor)
-
-
-def _parents(path: str) -> list[str]:
-    return [path[: dot.start()] for dot in re.finditer(r"\.", path)]
 
 
 def _refuse_misfits(changes: Mapping[str, Change], reader: AdapterReader) -> None:
