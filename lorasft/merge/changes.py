@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasft.adapter_config import read_adapter_weights
-from lorasft.artifact import Artifact
+from lorasft.artifact import Artifact, read_adapter_weights
 from lorasft.errors import ModelError
 from lorasft.merge.parameters import ParameterMap
 from lorasft.merge.updates import Change, LoraProduct

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lorasft import __version__, files
-from lorasft.adapter_config import WEIGHTS
-from lorasft.artifact import GENERATION_CONFIG, MERGE_RECORD, Artifact, read_stops
+from lorasft.artifact import GENERATION_CONFIG, MERGE_RECORD, WEIGHTS, Artifact, read_stops
 from lorasft.errors import ModelError, RecipeError
 from lorasft.merge.write import MergePlan, Progress, plan_merge, rewrite_config, write_weights
 from lorasft.recipe import DataSource

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
 from lorasft import __version__
-from lorasft.adapter_config import read_adapter_weights
+from lorasft.artifact import read_adapter_weights
 from lorasft.data.prepare import Prepared, read_ingredients
 from lorasft.errors import CapacityError, DivergedError, LorasftError, ModelError, RecipeError
 from lorasft.files import (
@@ -180,6 +180,14 @@ def read_state(path: Path, *, run: str | None) -> State:
     if run is not None and state.run != run:
         raise ModelError("of another run", where=str(path))
     return state
+
+
+def find_checkpoint(recipe: Recipe, prepared: Prepared) -> tuple[Path, State, list[str]]:
+    """The newest checkpoint in the run folder of `recipe`. Raises RecipeError unless recipe and data are its own."""
+    folder = Path(recipe.run.output)
+    path, saved, skipped = newest_checkpoint(folder / "checkpoints", run=read_run_id(folder))
+    refuse_changes(recipe, folder, saved, prepared=prepared)
+    return path, saved, skipped
 
 
 def newest_checkpoint(folder: Path, *, run: str | None) -> tuple[Path, State, list[str]]:
