@@ -58,7 +58,7 @@ def entry() -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns its exit code; an error that the user can mend is printed, never a traceback."""
+    """Run one command. Returns its exit code; an error that the user can fix is printed, never a traceback."""
     # Threads that spin long while they wait slow a run down twentyfold when another process wants the cores; a short
     # spin costs nothing on a quiet machine. Read by libgomp when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -1,4 +1,4 @@
-"""What can go wrong: each error says what, where, how to mend it, and the exit code that it ends with."""
+"""What can go wrong: each error says what, where, how to fix it, and the exit code that it ends with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lorasft.terminal import harmless, redact, shorten
 
 
 class LorasftError(Exception):
-    """A fault that the user can mend. Printed as `error: what`, `where:` and `hint:`, never as a traceback."""
+    """An error that the user can fix. Printed as `error: what`, `where:` and `hint:`, never as a traceback."""
 
     exit_code = 1
 
@@ -73,7 +73,7 @@ class UnsafeError(LorasftError):
 class Stopped(LorasftError):
     """A run was stopped by a signal. Exits with 130 for SIGINT, 143 for SIGTERM and SIGHUP."""
 
-    def __init__(self, exit_code: int, what: str, *, hint: str | None = "go on with --resume") -> None:
+    def __init__(self, exit_code: int, what: str, *, hint: str | None = "continue with --resume") -> None:
         super().__init__(what, hint=hint)
         self.exit_code = exit_code
 

@@ -140,7 +140,6 @@ def commit_folder(stage: Path, target: Path, *, hashes: Mapping[str, str]) -> No
             entries[name] = {"bytes": path.stat().st_size, "sha256": hashes.get(name) or sha256(path)}
     write_file(stage / MANIFEST, json.dumps(entries, indent=1).encode())
     _sync(stage)
-    refuse_existing(target)
     rename(stage, target)
 
 

@@ -168,8 +168,8 @@ def open_tensors(path: Path) -> TensorFile:
     try:
         with safe_open(path, "np"):  # refuses what is not to be trusted
             fields = json.loads(header)
-    except (SafetensorError, OSError, ValueError) as fault:
-        raise ModelError(f"cannot read the weights: {str(fault)[:120]}", where=str(path), hint=_AGAIN) from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"cannot read the weights: {str(error)[:120]}", where=str(path), hint=_AGAIN) from None
     metadata = fields.pop("__metadata__", None)
     ordered = sorted((field["data_offsets"], name, field) for name, field in fields.items())
     specs = {name: TensorSpec(at["dtype"], tuple(at["shape"]), end - start) for (start, end), name, at in ordered}

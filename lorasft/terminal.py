@@ -8,7 +8,7 @@ import sys
 import time
 
 CLEAR = "\r\x1b[K"  # the line, back to its start
-# What a terminal obeys, or shows in another order than it stands; half characters, which no terminal takes.
+# What a terminal obeys, or shows in another order than it is; half characters, which no terminal takes.
 _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )

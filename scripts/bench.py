@@ -491,7 +491,7 @@ def write_words(file: Path, words: list[str], *, rows: int, length: int) -> str:
 
 
 def bench_flat(bench: Bench) -> None:
-    """Synthetic rows, half of whose tokens are learned, all of one length, through the real preparation, plan and step.
+    """Synthetic rows of one length, half of whose tokens are supervised, through the real preparation, plan and step.
 
     rows: 1 to 100 thousand rows of 128 tokens. length: 64 to 2048 tokens a row, as many tokens a step; attention grows
     with the length by its nature, so its time (of the kernels, by torch's profiler) is shown and the rest compared.
@@ -596,7 +596,7 @@ def prefix_steps(base: str, stem: int, answer: int, batch: int, steps: int, toke
 
 
 def bench_prefix(bench: Bench) -> None:
-    """Examples that begin with the same `--stem` tokens and end with about `--answer` learned ones of their own.
+    """Examples that begin with the same `--stem` tokens and end with about `--answer` supervised ones of their own.
 
     With shared prefixes the micro-batches are as wide as `machine: auto` would make them; both begin with `--tokens`.
     With a short stem it shows from where on sharing pays (the cost of a segment in lorasft/data/prefixes.py).
@@ -748,12 +748,12 @@ def bench_memory(bench: Bench) -> None:
 
     The peak of the CPU's allocator over two micro-batches, the heaviest of the run, with an update between them, on the
     base as `lorasft train` loads it. `beside` is the peak without the weights, which are known; `off` is how far the
-    prediction is from it, and from the whole. Then learned tokens a second, predicted and over real steps.
+    prediction is from it, and from the whole. Then supervised tokens a second, predicted and over real steps.
     """
     peaks, speeds = [], []
     for shape, (config, sizes) in PLANNED.items():
         base = save_base(bench.folder / shape.split(",")[0], sizes, bench.options.tokenizer, config=config)
-        quantization = "none" if "MoE" in shape else "nf4"  # fused experts are no linears
+        quantization = "none" if "MoE" in shape else "nf4"  # fused experts are not linears
         for data in bench.options.data:
             for layers, recompute in (("none", False), ("all", True)):
                 case = {"base": base, "data": str(data.absolute()), "quantization": quantization}

@@ -35,8 +35,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
-from lorasft.adapter_config import CONFIG, WEIGHTS
-from lorasft.artifact import find_artifact
+from lorasft.artifact import CONFIG, WEIGHTS, find_artifact
 from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import read_blocks, shape_block
 from lorasft.data.labels import Labeler
@@ -146,9 +145,8 @@ class Bench:
         path.write_bytes(draw.choice([b"\n", b"\n", b"\r\n", b""]).join(lines))
         report = Report()
         source = self.data.train[0].model_copy(update={"path": str(path)})
-        rows = (row for block in read_blocks(source, self.data) for row in shape_block(block, self.data, report=report))
-        for _ in self.labeler.encode_all(rows, report=report):
-            pass
+        for block in read_blocks(source, self.data):
+            list(self.labeler.encode_all(list(shape_block(block, self.data, report=report)), report=report))
         report.raise_errors()
 
     def try_all(self, *uses: Callable[[], object]) -> None:

@@ -2,7 +2,7 @@
 
 Random weights at the shapes of Llama 3.1 8B and Qwen3 4B, made on the device and put into NF4 one by one; a rank-16
 adapter on all linears; rows as long as those of FILE (four bytes a token), else of a log-normal distribution, the
-second half of each learned; micro-batches of 2,048 and 8,192 tokens; AdamW. Each case in a process of its own:
+second half of each supervised; micro-batches of 2,048 and 8,192 tokens; AdamW. Each case in a process of its own:
 
 lorasft    its loss and linears, as few layers recomputed as fit
 peft       transformers, PEFT and bitsandbytes as their guides say: padded, prepared, checkpointed, autocast to bf16
@@ -176,13 +176,13 @@ def make_model(config: Any, device: Any) -> Any:
                 made = torch.nn.Parameter(drawn, requires_grad=False)
             module.register_parameter(name, made)
     model.tie_weights()
-    with torch.device(device):  # its frequencies are no weights
+    with torch.device(device):  # its frequencies are not weights
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model.eval()
 
 
 def make_batches(tokens: int, vocabulary: int, data: str | None, count: int = 10) -> list[Any]:
-    """Full micro-batches of rows, the second half of each learned."""
+    """Full micro-batches of rows, the second half of each supervised."""
     from lorasft.data.packing import make_micro_batches
     from lorasft.data.tokens import UNSUPERVISED, Tokens
     from lorasft.model.scoring import Given
@@ -264,7 +264,7 @@ def count_linears(model: Any) -> int:
 
 
 def count_flops(config: Any, model: Any, batch: Any) -> float:
-    """Forwards and backwards through frozen weights, attention, and the head where something is learned."""
+    """Forwards and backwards through frozen weights, attention, and the head where something is supervised."""
     width = config.num_attention_heads * config.head_dim
     pairs = sum((segment.end - segment.start) ** 2 / 2 for segment in batch.segments)
     attention = 14 * width * pairs * config.num_hidden_layers  # 4 forwards, 10 backwards

@@ -14,7 +14,7 @@ python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
 recipe=${1:-tiny}
 [ $# -eq 0 ] || shift
 case " $* " in
-    *" --resume "*) ;; # goes on in the run's own folder
+    *" --resume "*) ;; # continues in the run's own folder
     *)                 # a new run folder each time: runs/NAME, runs/NAME-2, ...
         first=$(python -c 'import sys
 from lorasft.errors import LorasftError

@@ -19,7 +19,7 @@ TYPES = {"string": "text", "integer": "whole number", "number": "number", "boole
 
 
 def page() -> str:
-    """The page: what stands above the mark, and a table for each section of a recipe."""
+    """The page: what is above the mark, and a table for each section of a recipe."""
     above = PAGE.read_text(encoding="utf-8").partition(MARK)[0]
     return above + MARK + "\n".join(tables(recipe_schema())) + "\n"
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Command
 
 from lorasft.cli import main
 
@@ -66,25 +67,21 @@ def test_configs_and_recipes_are_parsed_once(
 
 @pytest.mark.parametrize("version", sorted(path.name for path in VERSIONS.iterdir()))
 def test_a_run_of_an_earlier_version_is_read(
-    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
 ) -> None:
     """Its paths are relative to the folder. `expected.json` holds the losses that it gave."""
     shutil.copytree(VERSIONS / version, tmp_path / "old")
     monkeypatch.chdir(tmp_path / "old")
     expected = json.loads(Path("expected.json").read_bytes())
-    capsys.readouterr()
-    assert main(["evaluate", "run", "--data", "rows.jsonl", "--json"]) == 0
-    totals = json.loads(capsys.readouterr().out)
+    totals = json.loads(cli("evaluate", "run", "--data", "rows.jsonl", "--json").out)
     for name, loss in expected.items():
         assert totals[name]["loss"] == pytest.approx(loss, rel=1e-4)
-    assert main(["chat", "run/checkpoints/step-000016", "--prompt", "what is 1 + 1?", "--max-new-tokens", "4"]) == 0
-    assert main(["merge", "run", "--out", "merged", "--json"]) == 0
-    merged = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert cli("chat", "run/checkpoints/step-000016", "--prompt", "what is 1 + 1?", "--max-new-tokens", 4).code == 0
+    merged = json.loads(cli("merge", "run", "--out", "merged", "--json").out)
     assert merged["rows"] == "a text of lorasft's own" and merged["updated"] == 7
-    assert main(["evaluate", "merged", "--data", "rows.jsonl", "--json"]) == 0
-    loss = json.loads(capsys.readouterr().out)["model"]["loss"]
+    loss = json.loads(cli("evaluate", "merged", "--data", "rows.jsonl", "--json").out)["model"]["loss"]
     assert loss == pytest.approx(expected["adapter"], rel=0.02)
     pytest.importorskip("gguf", reason="the extra gguf is not installed")
-    assert main(["export", "run", "--to", "gguf", "--out", "m.gguf"]) == 0
-    assert main(["train", "run/recipe.yaml", "--resume"]) in (0, 2, 3, 4)
-    assert "Traceback" not in capsys.readouterr().err
+    assert cli("export", "run", "--to", "gguf", "--out", "m.gguf").code == 0
+    resumed = cli("train", "run/recipe.yaml", "--resume")
+    assert resumed.code in (0, 2, 3, 4) and "Traceback" not in resumed.err

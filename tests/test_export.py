@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from conftest import Command
 from tiny_models import EYES, LLAMA_3, SOFT_CAPS, shape
 from tiny_tokenizer import save_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorasft.cli import main
 from lorasft.errors import DeviceError, ModelError
 from lorasft.export.gguf import write_gguf
 
@@ -177,16 +177,15 @@ def test_weights_beyond_fp16_leave_nothing_behind(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_the_commands_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_words(tmp_path: Path, cli: Command) -> None:
     save_model(tmp_path / "model", MODELS["llama"]())
-    out = tmp_path / "m.gguf"
-    assert main(["export", str(tmp_path / "model"), "--to", "gguf", "--out", str(out), "--type", "q8_0", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["size"] == out.stat().st_size
-    assert main(["export", str(tmp_path / "model"), "--to", "gguf", "--out", str(out)]) == 2  # it exists
+    export = ["export", tmp_path / "model", "--to", "gguf", "--out", tmp_path / "m.gguf"]
+    assert json.loads(cli(*export, "--type", "q8_0", "--json").out)["size"] == (tmp_path / "m.gguf").stat().st_size
+    assert cli(*export).code == 2  # it exists
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text("{}", encoding="utf-8")
-    assert main(["export", str(tmp_path / "adapter"), "--to", "gguf", "--out", str(tmp_path / "n.gguf")]) == 4
-    assert "error:" in capsys.readouterr().err and not (tmp_path / "n.gguf").exists()
+    done = cli("export", tmp_path / "adapter", "--to", "gguf", "--out", tmp_path / "n.gguf")
+    assert done.code == 4 and "error:" in done.err and not (tmp_path / "n.gguf").exists()
 
 
 def test_without_the_package_its_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,7 +130,7 @@ def test_equal_pairs_are_merged_and_each_example_counted() -> None:
     merged = merge_pairs(batch)
     pairs = Counter(zip(batch.sources.tolist(), batch.targets.tolist(), strict=True))
     assert dict(zip(zip(merged.sources, merged.targets, strict=True), merged.weights, strict=True)) == pairs
-    assert sorted(pairs.values()) == [1, 1, 3, 3, 4, 4] and merged.learned == batch.learned == 16
+    assert sorted(pairs.values()) == [1, 1, 3, 3, 4, 4] and merged.supervised == batch.supervised == 16
     step = Plan(4, 4, 1, 0, "token", 100, share_prefixes=True).step(1, rows)
     assert step.supervised_tokens == 16 and step.divisor == 16 and step.tokens == 5
 

@@ -38,7 +38,7 @@ def test_the_facts_of_the_whole_set(recipe: Path, capsys: Any) -> None:
     assert cli.main(["preview", str(recipe), "data.max_length=80", "data.max_dropped=0.1"]) == 0
     out = capsys.readouterr().out
     assert "25 rows read, in 24 sequences" in out
-    assert "parity: 25 of 25 answers" in out and "1 over-long, dropped" in out
+    assert "parity: 25 of 25 answers" in out and "1 over long examples" in out
     assert re.search(r"dropped: .*rows.jsonl:25: \d+ tokens, over data.max_length \(80\)", out)
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import Command
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lorasft.commands import recipes as recipes_command
-from lorasft.errors import ErrorGroup, LorasftError, RecipeError, UnsafeError
+from lorasft.errors import ErrorGroup, LorasftError, UnsafeError
 from lorasft.recipe import DataSource, Recipe, mathematics, recipe_schema
 from lorasft.recipe.load import PEERS, dump_recipe, load_recipe, shipped_recipes
 from lorasft.recipe.yaml_reader import dump_yaml, parse_yaml, read_scalar
@@ -345,42 +345,36 @@ def test_shipped_recipes_are_short_and_load(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_a_copied_recipe_means_the_same(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipes_command.run("copy", name, None, as_json=False)
-    assert "wrote" in capsys.readouterr().err
+def test_a_copied_recipe_means_the_same(name: str, tmp_path: Path, cli: Command) -> None:
+    assert "wrote" in cli("recipes", "copy", name).err
     has_data = "train" in yaml.safe_load(shipped_recipes()[name].read_text(encoding="utf-8")).get("data", {})
     overrides = [] if has_data else ["data.train=x"]
     assert load_recipe(f"{name}.yaml", overrides) == load_recipe(name, overrides)
-    with pytest.raises(RecipeError, match="exists"):
-        recipes_command.run("copy", name, str(tmp_path), as_json=False)
+    assert "exists" in cli("recipes", "copy", name, tmp_path).err
 
 
 def test_copying_makes_paths_beside_the_recipe_absolute(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
 ) -> None:
     folder = tmp_path / "shipped"
     folder.mkdir()
     (folder / "x.jsonl").write_text("")
     (folder / "own.yaml").write_text("# A recipe.\n# More.\n" + SMALLEST + "optimizer: {learning_rate: 2e-4}\n")
     monkeypatch.setattr("lorasft.recipe.load.shipped_recipes", lambda: {"own": folder / "own.yaml"})
-    recipes_command.run("copy", "own", "copy.yaml", as_json=False)
+    assert cli("recipes", "copy", "own", "copy.yaml").code == 0
     text = (tmp_path / "copy.yaml").read_text()
     assert yaml.safe_load(text)["data"]["train"] == f"{folder}/x.jsonl" and text.startswith("# A recipe.\n")
     copied = load_recipe("copy.yaml")
     assert copied.data.train[0].path == str(folder / "x.jsonl") and copied.optimizer.learning_rate == 2e-4
 
 
-def test_list_show_and_schema_print_what_programs_can_read(capsys: pytest.CaptureFixture[str]) -> None:
-    def said(action: str, name: str | None = None, *, as_json: bool = False) -> str:
-        recipes_command.run(action, name, None, as_json=as_json)
-        return capsys.readouterr().out
-
-    rows = json.loads(said("list", as_json=True))
+def test_list_show_and_schema_print_what_programs_can_read(cli: Command) -> None:
+    rows = json.loads(cli("recipes", "list", "--json").out)
     assert [row["base"] for row in rows if row["name"] == "gpt2"] == ["openai-community/gpt2"]
-    assert len(said("list").splitlines()) == len(rows) >= 11
-    assert said("show", "gpt2") == shipped_recipes()["gpt2"].read_text()
-    assert json.loads(said("show", "gpt2", as_json=True))["data"]["max_length"] == 1024
-    assert json.loads(said("schema")) == recipe_schema()
+    assert len(cli("recipes", "list").out.splitlines()) == len(rows) >= 11
+    assert cli("recipes", "show", "gpt2").out == shipped_recipes()["gpt2"].read_text()
+    assert json.loads(cli("recipes", "show", "gpt2", "--json").out)["data"]["max_length"] == 1024
+    assert json.loads(cli("recipes", "schema").out) == recipe_schema()
 
 
 def test_a_reader_that_goes_away_is_no_fault() -> None:

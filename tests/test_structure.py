@@ -19,7 +19,6 @@ FLOORS = [
         "hub",
         "tensors",
         "recipe",
-        "adapter_config",
         "artifact",
         "signals",
         "terminal",
@@ -42,7 +41,7 @@ ROOMS = {
     "transformers": {"data", "model", "train", "merge", "export", "commands"},
     "gguf": {"export"},
     "yaml": {"recipe"},
-    "pydantic": {"recipe", "adapter_config", "train"},
+    "pydantic": {"recipe", "artifact", "train"},
 }
 FORBIDDEN = {"pickle", "shelve", "marshal", "subprocess", "joblib"}
 

@@ -43,11 +43,11 @@ def test_untrained_rows_are_refused_where_they_are_learned(
 ) -> None:
     folder = save_base(tmp_path)
     tokenizer = load_tokenizer(str(folder))
-    refuse_untrained(str(folder), tokenizer, learned=[START, END])
+    refuse_untrained(str(folder), tokenizer, supervised=[START, END])
     with_rows(folder, change, dtype)
-    refuse_untrained(str(folder), tokenizer, learned=[START])
+    refuse_untrained(str(folder), tokenizer, supervised=[START])
     with pytest.raises(DataError, match=r"asks to learn <\|end\|>") as fault:
-        refuse_untrained(str(folder), tokenizer, learned=[END, START])
+        refuse_untrained(str(folder), tokenizer, supervised=[END, START])
     assert "chat.template=plain" in str(fault.value.hint)
 
 
@@ -55,11 +55,11 @@ def test_shards_and_folders_without_weights(tmp_path: Path) -> None:
     folder = with_rows(save_base(tmp_path / "base"), empty, torch.float32)
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     tokenizer = load_tokenizer(str(folder))
-    refuse_untrained(str(folder), tokenizer, learned=[END])  # nothing to read
+    refuse_untrained(str(folder), tokenizer, supervised=[END])  # nothing to read
     index = {"weight_map": {EMBEDDING: "model-00001-of-00001.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(DataError, match="never trained"):
-        refuse_untrained(str(folder), tokenizer, learned=[END])
+        refuse_untrained(str(folder), tokenizer, supervised=[END])
 
 
 def test_preview_and_training_refuse_untrained_tokens(recipe: Any, tmp_path: Path, capsys: Any) -> None:

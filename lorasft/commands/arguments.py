@@ -11,9 +11,7 @@ from typing import Any
 def add_recipe(parser: ArgumentParser) -> None:
     """RECIPE and its overrides, as `recipe` and `overrides`."""
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="for example train.epochs=3"
-    )
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="as train.epochs=3")
 
 
 def add_saved(parser: ArgumentParser, kinds: str = "RUN|ADAPTER|MODEL") -> None:
@@ -24,9 +22,7 @@ def add_saved(parser: ArgumentParser, kinds: str = "RUN|ADAPTER|MODEL") -> None:
 
 def add_columns(parser: ArgumentParser) -> None:
     """The names of the columns in `--data`."""
-    parser.add_argument(
-        "--columns", metavar="MAPPING", help="of --data: '{prompt: question, completion: answer}', as in a recipe"
-    )
+    parser.add_argument("--columns", metavar="MAPPING", help="of --data: '{prompt: question, completion: answer}'")
 
 
 def add_json(parser: ArgumentParser, about: str) -> None:

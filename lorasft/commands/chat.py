@@ -61,7 +61,7 @@ def _questions() -> Iterator[str]:
         if sys.stdin.isatty():
             say("> ", end="")
         line = sys.stdin.readline()
-        if not line:
-            return
         if line.strip():
             yield line.rstrip("\n")
+        elif not line:
+            return

@@ -10,7 +10,7 @@ import platform
 import re
 import shutil
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,28 +34,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(hub: bool, as_json: bool) -> None:
     """Print what was found. Raises DeviceError when a check failed."""
-    findings = []
-    for finding in examine(hub=hub):
-        findings.append(finding)
-        if not as_json:
-            line = f"{'FAIL' if finding['mend'] else 'ok':4}  {finding['name']}: {finding['what']}"
-            print(
-                redact(harmless(line)) + (f"\n      fix it: {finding['mend']}" if finding["mend"] else ""), flush=True
-            )
-    failed = [finding["name"] for finding in findings if finding["mend"]]
-    if as_json:
-        print(json.dumps({"ok": not failed, "checks": findings}, indent=1))
-    if failed:
-        raise DeviceError(
-            f"{len(failed)} of {len(findings)} checks failed: {', '.join(map(str, failed))}", hint="see above"
-        )
-
-
-def examine(*, hub: bool) -> Iterator[dict[str, str | None]]:
-    """Check after check, none of which ends the others: its name, what it found, and the command that fixes it.
-
-    `hub`: ask the hub as well.
-    """
     cache = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     checks: dict[str, Callable[[], str]] = {
         "lorasft": lambda: f"{__version__}, Python {platform.python_version()}, {platform.platform()}",
@@ -69,16 +47,31 @@ def examine(*, hub: bool) -> Iterator[dict[str, str | None]]:
     }
     if hub:
         checks["hub"] = _check_hub
-    for name, check in checks.items():
-        fix = None
-        try:
-            what = check()
-        except DeviceError as error:
-            what, fix = error.what, error.hint
-        except (Exception, SystemExit) as error:  # a library may break in any way, also while it is imported
-            what = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            fix = f"pip install -U {name if name in LIBRARIES else ' '.join(LIBRARIES)}"
-        yield {"name": name, "what": what, "mend": fix}
+    findings, failed = [], []
+    for name, check in checks.items():  # none of which ends the others
+        what, fix = _attempt(name, check)
+        findings.append({"name": name, "what": what, "mend": fix})
+        if fix:
+            failed.append(name)
+        if not as_json:
+            print(redact(harmless(f"{'FAIL' if fix else 'ok':4}  {name}: {what}")), flush=True)
+            print(f"      fix it: {fix}\n" * bool(fix), end="")
+    if as_json:
+        print(json.dumps({"ok": not failed, "checks": findings}, indent=1))
+    if failed:
+        what = f"{len(failed)} of {len(findings)} checks failed: {', '.join(failed)}"
+        raise DeviceError(what, hint="see above")
+
+
+def _attempt(name: str, check: Callable[[], str]) -> tuple[str, str | None]:
+    """What a check found, and the command that fixes it. A library may break in any way, also while it is imported."""
+    try:
+        return check(), None
+    except DeviceError as error:
+        return error.what, error.hint
+    except (Exception, SystemExit) as error:
+        what = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return what, f"pip install -U {name if name in LIBRARIES else ' '.join(LIBRARIES)}"
 
 
 def _require(holds: bool, what: str, fix: str) -> str:
@@ -100,10 +93,8 @@ def _check_device() -> str:
     text = DRIVER.read_text(encoding="utf-8", errors="replace") if DRIVER.is_file() else ""
     driver = f"NVIDIA driver {' '.join(re.findall(r'[0-9]+[.][0-9.]+', text)[:1])}" if text else "no NVIDIA driver"
     built = torch.version.cuda or torch.version.hip
-    _require(
-        not text or bool(built), f"{driver}, and this torch is for CPUs only", "pip install --force-reinstall torch"
-    )
-    usable = not text or torch.cuda.is_available()
+    matching, usable = not text or bool(built), not text or torch.cuda.is_available()
+    _require(matching, f"{driver}, and this torch is for CPUs only", "pip install --force-reinstall torch")
     _require(usable, f"{driver}, which CUDA {built} cannot use", "update the NVIDIA driver, then nvidia-smi")
     device = _find_device()
     dtype = str(compute_dtype("auto", device)).removeprefix("torch.")

@@ -25,9 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--quantize", choices=["nf4"], help="write a 4-bit checkpoint instead of full weights")
     parser.add_argument("--data", metavar="FILE", help="rows to compare answers on (default: held out in the run)")
     add_columns(parser)
-    parser.add_argument(
-        "--no-check", action="store_false", dest="check", help="compare no answers; onto auto is then the original"
-    )
+    parser.add_argument("--no-check", action="store_false", dest="check", help="compare no answers; auto: original")
     parser.add_argument("--force-base", action="store_true", help="take a base that the run was not trained on")
     add_json(parser, "what was done")
 

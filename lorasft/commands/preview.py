@@ -25,25 +25,14 @@ if TYPE_CHECKING:
 Part = tuple[str, bool, bool]  # text, whether it is supervised, whether it is a special token
 DROPPED_SHOWN = 10
 DIM, GREEN, MAGENTA, PLAIN = "\x1b[2m", "\x1b[32m", "\x1b[35m", "\x1b[0m"
-COUNTS = {  # of the report, in words
-    "bad_rows": "bad rows dropped",
-    "duplicate_rows": "duplicates",
-    "over_long_examples": "over-long, dropped",
-    "truncated_examples": "over-long, truncated",
-    "windowed_texts": "over-long texts, supervised in windows",
-    "examples_without_target": "with nothing to supervise, dropped",
-    "split_conversations": "conversations in one sequence per answer",
-    "dropped_reasoning": "characters of reasoning that the template or the recipe drops",
-    "tools_left_out": "examples whose tools the template does not show",
-}
+SAID = {"rows", "answers", "parity_breaks", "train_examples", "held_out_examples", "sequences", "tokens",
+        "supervised_tokens"}  # of the report, in sentences; its other counts are said by their names  # fmt: skip
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """What `lorasft preview` takes."""
     add_recipe(parser)
-    parser.add_argument(
-        "--rows", type=whole_number, metavar="N", help="examples to show (default: 3; with --html 1000)"
-    )
+    parser.add_argument("--rows", type=whole_number, metavar="N", help="examples to show (3, with --html 1000)")
     add_json(parser, "every example and a summary, a line each,")
     parser.add_argument("--html", metavar="FILE", help="write a page to search instead")
 
@@ -69,7 +58,7 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
     with TemporaryDirectory(prefix="lorasft-") as folder:
         prepared = prepare(settings.data, settings.chat, tokenizer=tokenizer, folder=Path(folder))
         if not settings.adapter.modules_to_save:
-            refuse_untrained(settings.model.base, tokenizer, learned=prepared.learned_special)
+            refuse_untrained(settings.model.base, tokenizer, supervised=prepared.supervised_special)
         if as_json:
             for place, held_out, tokens, parts in _sequences(prepared.store, tokenizer):
                 spans = [{"text": text, "learned": supervised} for text, supervised, _ in parts]
@@ -111,7 +100,9 @@ def summary(report: Report) -> Iterator[str]:
     if report.answers:
         held = report.answers - report.parity_breaks
         yield f"parity: {held:,} of {report.answers:,} answers follow the very ids that a server feeds"
-    yield from (f"{count:,} {words}" for name, words in COUNTS.items() if (count := getattr(report, name)))
+    for name, count in vars(report).items():
+        if name not in SAID and isinstance(count, int) and count:
+            yield f"{count:,} {name.replace('_', ' ')}"
     yield from (f"dropped: {_harmless(row)}" for row in report.dropped[:DROPPED_SHOWN])
     if report.dropped_examples() > DROPPED_SHOWN:
         yield f"dropped: {report.dropped_examples() - DROPPED_SHOWN:,} more"

@@ -20,40 +20,28 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(action: str, name: str | None, to: str | None, as_json: bool) -> None:
     """`action`: list | show | copy | schema. Raises RecipeError for an unknown name and for a target that exists."""
+    from lorasft.files import make_folder, refuse_existing, write_file
     from lorasft.recipe import recipe_schema
-    from lorasft.recipe.load import find_shipped
+    from lorasft.recipe.load import find_shipped, portable_text, shipped_recipes
     from lorasft.recipe.yaml_reader import read_yaml
 
     if action == "list":
-        _print_list(as_json)
+        rows = []
+        for shipped, path in shipped_recipes().items():
+            base, about = read_yaml(path).value["model"]["base"], path.read_text(encoding="utf-8").partition("\n")[0]
+            rows.append({"name": shipped, "base": base, "about": about.lstrip("# "), "path": str(path)})
+        widths = [max(len(row[key]) for row in rows) for key in ("name", "base")]
+        lines = [f"{row['name']:{widths[0]}}  {row['base']:{widths[1]}}  {row['about']}" for row in rows]
+        show(rows, lines, as_json=as_json)
     elif action == "schema":
         print(json.dumps(recipe_schema(), indent=2))
-    elif action == "copy":
-        _copy(find_shipped(name or ""), Path(to or "."))
-    else:
+    elif action == "show":
         path = find_shipped(name or "")
-        print(json.dumps(read_yaml(path).value, indent=2) if as_json else path.read_text(encoding="utf-8").rstrip())
-
-
-def _print_list(as_json: bool) -> None:
-    from lorasft.recipe.load import shipped_recipes
-    from lorasft.recipe.yaml_reader import read_yaml
-
-    rows = []
-    for name, path in shipped_recipes().items():
-        about = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-        rows.append({"name": name, "base": read_yaml(path).value["model"]["base"], "about": about, "path": str(path)})
-    widths = [max(len(row[key]) for row in rows) for key in ("name", "base")]
-    lines = [f"{row['name']:{widths[0]}}  {row['base']:{widths[1]}}  {row['about']}" for row in rows]
-    show(rows, lines, as_json=as_json)
-
-
-def _copy(source: Path, target: Path) -> None:
-    from lorasft.files import make_folder, refuse_existing, write_file
-    from lorasft.recipe.load import portable_text
-
-    target = target / source.name if target.is_dir() else target
-    refuse_existing(target)
-    make_folder(target.absolute().parent)
-    write_file(target, portable_text(source).encode())
-    say(f"wrote {target}")
+        show(read_yaml(path).value, [path.read_text(encoding="utf-8").rstrip()], as_json=as_json)
+    else:
+        source, target = find_shipped(name or ""), Path(to or ".")
+        target = target / source.name if target.is_dir() else target
+        refuse_existing(target)
+        make_folder(target.absolute().parent)
+        write_file(target, portable_text(source).encode())
+        say(f"wrote {target}")

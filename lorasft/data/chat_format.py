@@ -72,8 +72,8 @@ class ChatFormat:
         self._only_ends = re.compile("|".join([r"\s", *map(re.escape, _turn_ends(tokenizer))]).join(("(?:", ")*")))
         self._control = re.compile("|".join(map(re.escape, (*self.encoder.control, MARK))))
         end = tokenizer.backend_tokenizer.encode(self._end, add_special_tokens=False).ids[-1:]
-        eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        self.stop_ids = tuple(dict.fromkeys([*end, *eos]))  # what ends an answer, the usual one first
+        self.eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self.stop_ids = tuple(dict.fromkeys([*end, *self.eos]))  # what ends an answer, the usual one first
         if not self.stop_ids:
             hint = "chat.template=FILE with one that ends answers, or an eos_token in the tokenizer's config"
             raise ModelError("neither the chat template nor the tokenizer has a token that ends an answer", hint=hint)
@@ -86,9 +86,7 @@ class ChatFormat:
 
     def complete(self, example: Example) -> Example:
         """The example with the recipe's system text, and placeholders for control tokens that are meant as text.
-
-        Raises DataError for control tokens that the recipe does not allow.
-        """
+        Raises DataError for those that are not allowed."""
         messages, system = example.messages, self.chat.system
         if system is not None and messages and all(message["role"] != "system" for message in messages):
             messages = ({"role": "system", "content": system}, *messages)

@@ -92,10 +92,8 @@ class TextEncoder:
         return [first, *(self.restart + other for other in others)]
 
     def _encode_parts(self, text: str, *, inside: bool = False) -> Pieces:
-        """Placeholders and what is between them encoded one by one, each but the first as in the middle of a text.
-
-        `inside`: the first, too.
-        """
+        """Placeholders and what is between them encoded one by one, each but the first as in the middle of a text;
+        `inside`: the first, too."""
         ids: list[int] = []
         offsets: list[Span] = []
         at = 0

@@ -67,16 +67,13 @@ class Example:
 
 @dataclass
 class RowBlock:
-    """Rows of one file (or data set) as they were read, in order, each with its line.
-
-    `kind`: their format, empty while no row of the file could be parsed; `error`: why the file cannot be read further.
-    """
+    """Rows of one file (or data set) as they were read, in order, each with its line."""
 
     source: DataSource
     file: str
-    kind: str
+    kind: str  # their format, empty while no row of the file could be parsed
     rows: list[tuple[int, Raw]]
-    error: DataError | None = None
+    error: DataError | None = None  # why the file cannot be read further
 
 
 def read_blocks(source: DataSource, settings: DataSettings) -> Iterator[RowBlock]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from lorasft.data.chat_format import ChatFormat, MarkedText, name_of
 from lorasft.data.encoding import Encoded
-from lorasft.data.examples import BLOCK, Example, Message, reasoning_of, without_reasoning
+from lorasft.data.examples import Example, Message, reasoning_of, without_reasoning
 from lorasft.data.report import Report
 from lorasft.data.templates import limits
 from lorasft.data.tokenizer import adds_bos
@@ -32,26 +32,23 @@ class Labeler:
         self.data = data
         tokenizer = chat_format.tokenizer
         self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-        self.eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def encode_all(
-        self, examples: Iterable[Example], *, report: Report
+        self, examples: Sequence[Example], *, report: Report
     ) -> Iterator[tuple[Example, tuple[Tokens, ...]]]:
         """Each example with its sequences. Dropped and bad ones are left out, and counted in `report`."""
-        stream = iter(examples)
-        while block := list(islice(stream, BLOCK)):
-            marked = self._mark_block(block, report)
-            encoded = self.format.encoder.encode(_texts_of(chain.from_iterable(texts for _, texts in marked)))
-            for example, texts in marked:
-                try:
-                    sequences = self._fit(self._label(texts, encoded, report), example, report)
-                except DataError as error:
-                    report.add_error(error, example.place, policy=self.data.on_bad_row)
-                    continue
-                if kept := self._keep_supervised(sequences, example, report):
-                    yield example, kept
+        marked = self._mark_block(examples, report)
+        encoded = self.format.encoder.encode(_texts_of(chain.from_iterable(texts for _, texts in marked)))
+        for example, texts in marked:
+            try:
+                sequences = self._fit(self._label(texts, encoded, report), example, report)
+            except DataError as error:
+                report.add_error(error, example.place, policy=self.data.on_bad_row)
+                continue
+            if kept := self._keep_supervised(sequences, example, report):
+                yield example, kept
 
-    def _mark_block(self, block: list[Example], report: Report) -> list[tuple[Example, tuple[MarkedText, ...]]]:
+    def _mark_block(self, block: Sequence[Example], report: Report) -> list[tuple[Example, tuple[MarkedText, ...]]]:
         marked = []
         with limits():  # once, which is dearer than a rendering
             for example in block:
@@ -107,7 +104,7 @@ class Labeler:
         for marked in texts:
             whole, prompts = encoded[marked.text], [encoded[marked.text[: a.prompt]].ids for a in marked.answers]
             if not prompts:  # all is supervised: a raw text, or what the template makes of a conversation
-                labelled.append(_supervise_all(self.bos + whole.ids + self.eos if marked.add_eos else whole.ids))
+                labelled.append(_supervise_all(self.bos + whole.ids + self.format.eos if marked.add_eos else whole.ids))
                 continue
             fits = all(whole.ids[: len(prompt)] == prompt for prompt in prompts)
             if not fits and len(prompts) > 1:
@@ -127,7 +124,7 @@ class Labeler:
         return labelled
 
     def _supervise_answers(self, marked: MarkedText, whole: Encoded, prompts: Sequence[list[int]]) -> Tokens:
-        ids = np.array(whole.ids + (self.eos if marked.add_eos else []), dtype=np.int32)
+        ids = np.array(whole.ids + (self.format.eos if marked.add_eos else []), dtype=np.int32)
         labels = np.full(len(ids), UNSUPERVISED, dtype=np.int32)
         for answer, prompt in zip(marked.answers, prompts, strict=True):
             if found := whole.tokens_between(answer.start, answer.end):
@@ -151,9 +148,9 @@ class Labeler:
             sequences = [_slice(tokens, 0, _last_run(tokens)[1]) for tokens in sequences]
         if max(map(len, sequences)) <= limit:
             return sequences
+        too_long = f"{longest:,} tokens, over data.max_length ({limit:,})"
         if policy == "error":
-            hint = "raise data.max_length, or state data.overlong"
-            raise DataError(f"{longest:,} tokens, over data.max_length ({limit:,})", hint=hint)
+            raise DataError(too_long, hint="raise data.max_length, or state data.overlong")
         if policy == "split" and is_text:
             report.windowed_texts += 1
             return [window for tokens in sequences for window in _windows(tokens, limit, self.bos)]
@@ -161,7 +158,7 @@ class Labeler:
             report.truncated_examples += 1
             return [_slice(one, 0, limit) if is_text else _cut_context(one, limit, self.bos) for one in sequences]
         report.over_long_examples += 1
-        report.note_dropped(example.place, f"{max(map(len, sequences)):,} tokens, over data.max_length ({limit:,})")
+        report.dropped.append(f"{example.place}: {too_long}")
         return []
 
     def _keep_supervised(self, sequences: list[Tokens], example: Example, report: Report) -> tuple[Tokens, ...]:
@@ -177,10 +174,7 @@ class Labeler:
 
 
 def parity_breaks(tokens: Tokens, prompts: Sequence[list[int]]) -> int:
-    """How many of a sequence's prompts (the ids that a server feeds, in turn) are not those before its labels.
-
-    Looks at nothing but the finished ids and labels, whatever made them.
-    """
+    """How many of a sequence's prompts (the ids that a server feeds, in turn) are not those before its labels."""
     supervised = tokens.labels != UNSUPERVISED
     breaks, before = 0, 0
     for prompt in prompts:
@@ -211,7 +205,7 @@ def _drop_reasoning(example: Example, report: Report) -> Example:
 
 def _drop_without_target(example: Example, report: Report) -> None:
     report.examples_without_target += 1
-    report.note_dropped(example.place, "nothing to learn")
+    report.dropped.append(f"{example.place}: nothing to supervise")
 
 
 def _supervise_all(ids: npt.ArrayLike) -> Tokens:

@@ -39,19 +39,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward and backward pass: a flat row of tokens and the supervised pairs.
-
-    `weights`: 1 under `loss: token`, 1/|y| of the example under `loss: example`; the step divides their sum once.
-    """
+    """One forward and backward pass: a flat row of tokens and the supervised pairs."""
 
     ids: Integers  # (tokens,)
     positions: Integers  # (tokens,) of a segment: from its last ancestor's on, or from 0
     segments: tuple[Segment, ...]
     sources: Integers  # (pairs,) index into the row
     targets: Integers  # (pairs,) token ids
-    weights: NDArray[np.float32]  # (pairs,)
+    weights: NDArray[np.float32]  # (pairs,) 1 under `loss: token`, 1/|y| of its example under `loss: example`
     examples: Integers  # (pairs,) which example of the store a pair belongs to; of a merged pair the first
-    learned: int  # supervised tokens: pairs, before equal ones were merged
+    supervised: int  # tokens: pairs, before equal ones were merged
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ class Step:
     @property
     def supervised_tokens(self) -> int:
         """Supervised tokens; one in a shared prefix counts for each example that supervises it."""
-        return sum(batch.learned for batch in self.micro_batches)
+        return sum(batch.supervised for batch in self.micro_batches)
 
     @property
     def divisor(self) -> float:
@@ -258,7 +255,7 @@ def layout_segments(pieces: list[_Piece], trees: list[Tree]) -> MicroBatch:
             pairs.append((row[piece.sources], piece.targets, piece.weights, piece.examples))
     ids, positions = map(np.concatenate, zip(*runs, strict=True))
     sources, targets, weights, examples = map(np.concatenate, zip(*pairs, strict=True))
-    return MicroBatch(ids, positions, tuple(segments), sources, targets, weights, examples, learned=len(targets))
+    return MicroBatch(ids, positions, tuple(segments), sources, targets, weights, examples, supervised=len(targets))
 
 
 def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -33,10 +33,7 @@ class Tree:
 
 
 def build_trees(sequences: Sequence[NDArray[np.int64]], *, capacity: int, share: Sharing) -> list[Tree]:
-    """Trees over `sequences`, each of at most max(capacity, longest sequence) tokens, in the order of first members.
-
-    A tree that is too large is cut where it is full.
-    """
+    """Trees over `sequences`, each of at most max(capacity, longest sequence) tokens, in the order of first members."""
     lengths = [len(ids) for ids in sequences]
     if share is False or len(sequences) < 2:
         return [Tree((index,), (0,), length) for index, length in enumerate(lengths)]

@@ -39,19 +39,16 @@ NO_DIGESTS: Digests = np.zeros(0, dtype=np.uint64)
 
 @dataclass(frozen=True)
 class Prepared:
-    """The data of a run, tokenized: `held_out` is None when nothing is, `store` has both.
-
-    `stop_ids` end an answer under this template, the usual one first; `learned_special`: supervised added tokens.
-    """
+    """The data of a run, tokenized."""
 
     folder: Path
-    store: TokenStore
+    store: TokenStore  # all of it
     train: TokenStore
     held_out: TokenStore | None
     report: Report
     key: str
-    stop_ids: tuple[int, ...]
-    learned_special: tuple[int, ...]
+    stop_ids: tuple[int, ...]  # that end an answer under this template, the usual one first
+    supervised_special: tuple[int, ...]  # supervised added tokens
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Between processes it travels as the folder that was committed, never as a copy of all tokens."""
@@ -89,10 +86,7 @@ def prepare(
 
 
 def open_prepared(folder: Path) -> Prepared:
-    """Open what `prepare` committed to `folder`.
-
-    Raises ModelError when a file is missing or differs, or when a version made it that laid it out otherwise.
-    """
+    """Open what `prepare` committed to `folder`. Raises ModelError when it is damaged, or of another version."""
     verify_folder(folder)
     record = json.loads((folder / "prepared.json").read_bytes())
     if record["ingredients"]["schema"] != SCHEMA:
@@ -107,7 +101,7 @@ def open_prepared(folder: Path) -> Prepared:
         report=Report(**record["report"]),
         key=record["key"],
         stop_ids=tuple(record["stop_ids"]),
-        learned_special=tuple(record["learned_special"]),
+        supervised_special=tuple(record["supervised_special"]),
     )
 
 
@@ -164,11 +158,12 @@ def encode_source(
         data = data.model_copy(update={"format": "auto", "columns": None})
         blocks = read_blocks(source, data)
         first = next(blocks)
-    report = Report()
-    rows = (example for block in chain([first], blocks) for example in shape_block(block, data, report=report))
-    examples = list(Labeler(ChatFormat(tokenizer, chat), data).encode_all(rows, report=report))
+    labeler, report = Labeler(ChatFormat(tokenizer, chat), data), Report()
+    encoded: list[tuple[Example, tuple[Tokens, ...]]] = []
+    for block in chain([first], blocks):
+        encoded += labeler.encode_all(list(shape_block(block, data, report=report)), report=report)
     report.raise_errors()
-    return examples, report
+    return encoded, report
 
 
 @dataclass(frozen=True)
@@ -239,7 +234,7 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     return {
         "report": report.as_dict(),
         "names": list(names),
-        "learned_special": sorted(supervised & labeler.format.tokenizer.added_tokens_decoder.keys()),
+        "supervised_special": sorted(supervised & labeler.format.tokenizer.added_tokens_decoder.keys()),
     }
 
 
@@ -258,11 +253,8 @@ def _split(data: DataSettings, train: Digests, apart: Digests, *, report: Report
 
 
 def held_out_below(digests: Digests, share: float) -> int:
-    """The digest below which an example is held out, so that about `share` of the distinct contents are.
-
-    At least one is held out and one is not; equal rows fall on the same side, in whatever order they come.
-    Raises DataError when all rows are equal.
-    """
+    """The digest below which an example is held out, so that about `share` of the distinct contents are, at least one
+    and not all. Raises DataError when all rows are equal."""
     distinct = np.unique(digests)
     if len(distinct) < 2:
         what = f"{len(distinct)} different rows: none can be held out"
@@ -281,7 +273,7 @@ def _refuse_losses(data: DataSettings, report: Report) -> None:
     if dropped > data.max_dropped * report.rows or not report.train_examples:
         what = (
             f"{dropped} of {report.rows} rows dropped ({report.bad_rows} bad, {report.over_long_examples} over-long, "
-            f"{report.examples_without_target} with nothing to learn): {report.train_examples} to train on"
+            f"{report.examples_without_target} with nothing to supervise): {report.train_examples} to train on"
         )
         examples = "; ".join(report.dropped[:3])
         hint = f"{examples}; data.max_length is {data.max_length}, data.max_dropped {data.max_dropped}"

@@ -39,17 +39,12 @@ class Report:
         """The counts and the rows that were dropped, as JSON values."""
         return {name: value for name, value in vars(self).items() if name != "errors"}
 
-    def note_dropped(self, place: object, why: str) -> None:
-        """Name a row that is not trained on; who calls this counts it."""
-        if len(self.dropped) < NAMED:
-            self.dropped.append(f"{place}: {why}")
-
     def add_error(self, error: DataError, place: object, *, policy: str) -> None:
         """Take one bad row, of this place where the error does not name one itself. `policy`: `data.on_bad_row`."""
         where = error.where or str(place)
         self.bad_rows += 1
-        self.note_dropped(where, error.what)
-        if policy == "error" and len(self.errors) < ErrorGroup.most:
+        self.dropped.append(f"{where}: {error.what}")
+        if policy == "error":
             self.errors.append(DataError(error.what, where=where, hint=error.hint or HINT))
 
     def join(self, later: Report) -> None:

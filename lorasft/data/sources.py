@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from lorasft.errors import DataError, UnsafeError
 from lorasft.hub import find_hub, refuse_offline
@@ -135,19 +135,13 @@ def _read_json(path: Path) -> Iterator[tuple[int, Raw]]:
         file.seek(0)
         if is_array:
             yield from enumerate(parse_strict(file.read().decode("utf-8-sig")), start=1)
-        else:
-            yield from _read_lines(file)
-
-
-def _read_lines(file: BinaryIO) -> Iterator[tuple[int, Raw]]:
-    # Read as bytes: text mode, or splitlines, would break rows at U+2028, U+0085 and \v.
-    for number, line in enumerate(iter(partial(file.readline, LARGEST_ROW + 1), b""), start=1):
-        if len(line) > LARGEST_ROW:
-            raise ValueError(f"a row of over {LARGEST_ROW:,} bytes")
-        if number == 1:
-            line = line.removeprefix(BOM)
-        if line.strip():
-            yield number, line
+            return
+        # Read as bytes: text mode, or splitlines, would break rows at U+2028, U+0085 and \v.
+        for number, line in enumerate(iter(partial(file.readline, LARGEST_ROW + 1), b""), start=1):
+            if len(line) > LARGEST_ROW:
+                raise ValueError(f"a row of over {LARGEST_ROW:,} bytes")
+            if row := line.removeprefix(BOM).strip():
+                yield number, row
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Raw]]:

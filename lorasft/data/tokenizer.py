@@ -13,10 +13,7 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a folder (which may hold nothing else) or of a hub id; runs no code that came with it.
-
-    Raises ModelError when there is none, or only a slow one: labels need offsets, which only fast ones give.
-    """
+    """The fast tokenizer of a folder (which may hold nothing else) or of a hub id; runs no code that came with it."""
     from transformers import AutoTokenizer
 
     local = Path(base).is_dir()

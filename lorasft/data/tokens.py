@@ -12,7 +12,7 @@ UNSUPERVISED = -100
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """One sequence: `ids` int32 (tokens,), `labels` int32 (tokens,), the id where it is learned, else -100."""
+    """One sequence: `ids` int32 (tokens,), `labels` int32 (tokens,), the id where it is supervised, else -100."""
 
     ids: npt.NDArray[np.int32]
     labels: npt.NDArray[np.int32]
@@ -22,8 +22,8 @@ class Tokens:
 
 
 def supervised_runs(tokens: Tokens) -> npt.NDArray[np.int32]:
-    """Start and end of each run of labels that are learned: (runs, 2)."""
-    learned = np.zeros(len(tokens) + 2, dtype=bool)
-    np.not_equal(tokens.labels, UNSUPERVISED, out=learned[1:-1])
-    runs: npt.NDArray[np.int32] = np.flatnonzero(learned[1:] != learned[:-1]).astype(np.int32)
+    """Start and end of each run of labels that are supervised: (runs, 2)."""
+    supervised = np.zeros(len(tokens) + 2, dtype=bool)
+    np.not_equal(tokens.labels, UNSUPERVISED, out=supervised[1:-1])
+    runs: npt.NDArray[np.int32] = np.flatnonzero(supervised[1:] != supervised[:-1]).astype(np.int32)
     return runs.reshape(-1, 2)

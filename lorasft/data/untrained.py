@@ -20,11 +20,11 @@ TABLES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_
 SMALL, ALIKE = 0.02, 0.01  # of an ordinary row's norm; of the row's own norm
 
 
-def refuse_untrained(base: str, tokenizer: PreTrainedTokenizerFast, *, learned: Sequence[int]) -> None:
-    """Raise DataError when special tokens among `learned` (token ids) look untrained in the weights of `base`."""
+def refuse_untrained(base: str, tokenizer: PreTrainedTokenizerFast, *, supervised: Sequence[int]) -> None:
+    """Raise DataError when special tokens among `supervised` (token ids) look untrained in the weights of `base`."""
     added = sorted(tokenizer.added_tokens_decoder)
-    tables = _find_tables(base) if learned else ()
-    found = sorted({token for file, name in tables for token in untrained_rows(file, name, learned, added=added)})
+    tables = _find_tables(base) if supervised else ()
+    found = sorted({token for file, name in tables for token in untrained_rows(file, name, supervised, added=added)})
     if found:
         names = ", ".join(tokenizer.convert_ids_to_tokens(found)[:10])
         raise DataError(
@@ -34,18 +34,18 @@ def refuse_untrained(base: str, tokenizer: PreTrainedTokenizerFast, *, learned: 
         )
 
 
-def untrained_rows(file: TensorFile, name: str, learned: Sequence[int], *, added: Sequence[int]) -> Iterator[int]:
-    """The ids of `learned` whose rows are empty next to ordinary ones, or equal to those of `added` that are idle."""
+def untrained_rows(file: TensorFile, name: str, supervised: Sequence[int], *, added: Sequence[int]) -> Iterator[int]:
+    """The ids of `supervised` whose rows are empty next to ordinary ones, or equal to two idle ones of `added`."""
     import torch
 
     count = file.specs[name].rows
     some = {place * (count - 1) // 255 for place in range(256)}
-    ordinary, idle = some.difference(added), [token for token in added if token < count and token not in learned]
+    ordinary, idle = some.difference(added), [token for token in added if token < count and token not in supervised]
     usual, others = (
         torch.cat([torch.zeros(0, file.specs[name].width), *(file.read(name, token, 1).float() for token in ids)])
         for ids in (sorted(ordinary), idle[:64])
     )
-    for token in (token for token in learned if token < count and len(usual)):
+    for token in (token for token in supervised if token < count and len(usual)):
         row = file.read(name, token, 1).float()
         norm = row.norm()
         alike = (others - row).norm(dim=1) <= ALIKE * norm

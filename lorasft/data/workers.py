@@ -41,8 +41,7 @@ def map_blocks(
 ) -> Generator[Result, None, None]:
     """`work` of each block, in the order of the blocks; by `workers` processes if there are more than a few blocks.
 
-    What a process gives back is pickled. Close the iterator to end the processes. Raises CapacityError when one of
-    them dies, as it does when `work` raises.
+    Close the iterator to end the processes. Raises CapacityError when one dies, as it does when `work` raises.
     """
     stream = iter(blocks)
     first = list(islice(stream, FEW + 1))

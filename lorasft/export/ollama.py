@@ -1,7 +1,7 @@
 """A folder that `ollama create` takes: the GGUF, and a Modelfile whose template writes the prompts of training.
 
 Ollama renders Go templates, not the chat template in the file. What is written here is read off renderings: the text
-that stands before a message depends on its role and on that of the message before it, and on nothing else. That is
+that is before a message depends on its role and on that of the message before it, and on nothing else. That is
 compared with the chat template on conversations of several shapes; where it does not hold, the export is refused.
 """
 
@@ -44,7 +44,8 @@ def write_ollama(
     tokenizer = load_tokenizer(str(model))
     joints = find_joints(tokenizer, where=str(model))
     modelfile = f'FROM ./{WEIGHTS}\nTEMPLATE """{go_template(joints)}"""\n'
-    for stop in _stop_texts(model, tokenizer):
+    ends = [*read_stops(model), tokenizer.eos_token_id]
+    for stop in dict.fromkeys(str(tokenizer.convert_ids_to_tokens(end)) for end in ends if end is not None):
         modelfile += f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}\n"
     with staged_folder(out) as stage:
         written = write_gguf(model, stage / WEIGHTS, kind=kind, on_progress=on_progress)
@@ -124,9 +125,3 @@ def _literal(text: str) -> str:
     """Text of a template; as a Go string where it could be taken for something else."""
     plain = "{" not in text and '"""' not in text and not text.startswith('"') and not text.endswith('"')
     return text if plain else _do(json.dumps(text, ensure_ascii=False))
-
-
-def _stop_texts(model: Path, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The texts of the tokens that end generation, by the model's generation config and its tokenizer."""
-    ids = [*read_stops(model), tokenizer.eos_token_id]
-    return list(dict.fromkeys(str(tokenizer.convert_ids_to_tokens(at)) for at in ids if at is not None))

@@ -108,7 +108,7 @@ def _name_tokens(tokenizer: PreTrainedTokenizerFast, spec: dict[str, Any], vocab
 def _describe_sentencepiece(
     tokenizer: PreTrainedTokenizerFast, spec: dict[str, Any], model: Path, tokens: list[str]
 ) -> dict[str, Any]:
-    """Scores stand for merges: a piece's is the rank of the first merge that makes it, counted downwards."""
+    """Scores instead of merges: a piece's is the rank of the first merge that makes it, counted downwards."""
     ranks: dict[str, int] = {}
     last = 0
     for rank, (left, right) in enumerate(spec["model"]["merges"]):

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasft.adapter_config import read_adapter_weights
-from lorasft.artifact import Artifact
+from lorasft.artifact import Artifact, read_adapter_weights
 from lorasft.errors import ModelError
 from lorasft.merge.parameters import ParameterMap
 from lorasft.merge.updates import Change, LoraProduct
@@ -123,7 +122,7 @@ class AdapterReader:
         biases = self.config.get("bias", "none")
         saved = self.config.get("modules_to_save") or []
         if (
-            any(parent.endswith(given) for parent in _parents(parameter) for given in saved)  # as PEFT matches them
+            any(f"{given}." in parameter for given in saved)  # the end of a name of a module, as PEFT matches them
             or (kind == "bias" and (biases == "all" or (biases == "lora_only" and module in self.modules)))
             or parameter in self.places.embeddings  # PEFT adds them where they were resized or are adapted
         ):
@@ -218,17 +217,16 @@ def _replace_with(tensor: Tensor) -> Change:
     return Change(tuple(tensor.shape), replacement=tensor)
 
 
-def _parents(path: str) -> list[str]:
-    return [path[: dot.start()] for dot in re.finditer(r"\.", path)]
-
-
 def _refuse_misfits(changes: Mapping[str, Change], reader: AdapterReader) -> None:
     """Only an embedding and its head may get another height, and then the same."""
     places = reader.places
     resized = {name for name, change in changes.items() if change.shape != places.specs[name].shape}
-    for name in resized:
-        change, shape = changes[name], places.specs[name].shape
-        if change.replacement is None or len(change.shape) != 2 or change.shape[1:] != shape[1:]:
+    for name, change in changes.items():
+        dtype, shape = places.specs[name].dtype, places.specs[name].shape
+        if dtype not in ("BF16", "F16", "F32"):
+            raise ModelError(f"{name} is {dtype}", hint="merge into the 16-bit original")
+        taller = change.replacement is not None and len(change.shape) == 2 and change.shape[1:] == shape[1:]
+        if name in resized and not taller:
             raise reader.error(f"{name} is {shape}, the adapter fits {change.shape}")
     if resized:
         embeddings = {places.find(parameter) for parameter in places.stored_embeddings}

@@ -115,15 +115,15 @@ def _choose_rows(artifact: Artifact, data: DataSource | None) -> tuple[list[Toke
     """As many rows as are compared, and where they come from."""
     config = artifact.base_config
     vocabulary = config.get("vocab_size") or config["text_config"]["vocab_size"]
-    most = max(1, min(_PAIRS, _BYTES // (4 * vocabulary)))
+    left = max(1, min(_PAIRS, _BYTES // (4 * vocabulary)))
     rows, origin = _find_rows(artifact, data)
     kept: list[Tokens] = []
-    pairs = 0
-    for row in (Tokens(row.ids[:_LONGEST], row.labels[:_LONGEST]) for row in rows):
+    for row in rows:
+        row = Tokens(row.ids[:_LONGEST], row.labels[:_LONGEST])
         supervised = int((row.labels != UNSUPERVISED).sum())
-        if supervised and (not kept or pairs + supervised <= most):
+        if supervised and (not kept or supervised <= left):
             kept.append(row)
-            pairs += supervised
+            left -= supervised
     if not kept:
         raise DataError("no row has anything to compare answers on", where=origin)
     return kept, origin
@@ -154,8 +154,8 @@ def _find_rows(artifact: Artifact, data: DataSource | None) -> tuple[Sequence[To
     if data is not None:
         settings = artifact.recipe.data if artifact.recipe else DataSettings(train=(data,))
         answers, _ = read_answers(data, settings, artifact.chat, tokenizer=read_tokenizer(artifact))
-        places = [(answer.ids, np.arange(len(answer.ids)) < answer.start) for answer in answers]
-        return [Tokens(ids, np.where(given, UNSUPERVISED, ids)) for ids, given in places], data.path
+        marked = [(answer.ids, np.arange(len(answer.ids)) < answer.start) for answer in answers]
+        return [Tokens(ids, np.where(given, UNSUPERVISED, ids)) for ids, given in marked], data.path
     for folder in sorted((artifact.run / "tokens").glob("*/prepared.json")) if artifact.run else ():
         with contextlib.suppress(ModelError):  # damaged, or of another version
             prepared = open_prepared(folder.parent)

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lorasft import __version__
-from lorasft.adapter_config import WEIGHTS
-from lorasft.artifact import GENERATION_CONFIG, MERGE_RECORD, Artifact, read_stops
+from lorasft.artifact import GENERATION_CONFIG, MERGE_RECORD, WEIGHTS, Artifact, read_stops
 from lorasft.errors import ModelError, RecipeError
 from lorasft.files import (
     MANIFEST,
@@ -60,8 +59,6 @@ def merge(
     if data is not None and not check:
         raise RecipeError("--data has no use with --no-check", where=data.path, hint="leave one of the two out")
     plan = plan_merge(artifact)
-    adapter_hash = sha256(adapter / WEIGHTS)
-    _refuse_second_merge(artifact.base, adapter_hash)
     if plan.packed and (onto == "original" or quantize):  # it has no original, and an update falls back onto its steps
         what = "the base is stored in 4 bit: no --quantize, no --onto original"
         raise ModelError(what, hint="--base with the 16-bit original")
@@ -84,7 +81,7 @@ def merge(
             judge.ask(stage, "merged, in 4 bit")
         hashes.update(found)
         done = {
-            "adapter": adapter_hash,
+            "adapter": sha256(adapter / WEIGHTS),
             "onto": chosen,
             "why": why,
             "updated": len(plan.changes),  # tensors that the adapter changes
@@ -172,14 +169,7 @@ def _choose(onto: Onto | Literal["auto"], judge: MergeCheck | None, *, quantize:
     return judge.choose() if judge else ("original", "nothing was measured")
 
 
-def _refuse_second_merge(base: Path, adapter_hash: str) -> None:
-    """Raise ModelError when the base is itself a merge of this very adapter."""
-    path = base / MERGE_RECORD
-    if path.is_file() and json.loads(path.read_bytes()).get("adapter") == adapter_hash:
-        raise ModelError("this adapter is merged into this base already", where=str(path), hint="use the base as it is")
-
-
-def _write_sidecars(folder: Path, artifact: Artifact, rewritten: Mapping[str, bytes]) -> None:
+def _write_sidecars(folder: Path, artifact: Artifact, rewritten: Mapping[str, Any]) -> None:
     """Config, tokenizer and generation config as the base has them, unless `rewritten`; the template of training."""
     adapter = artifact.require_adapter()
     sources = {path.name: path for path in _list_sidecars(artifact.base)}
@@ -189,7 +179,7 @@ def _write_sidecars(folder: Path, artifact: Artifact, rewritten: Mapping[str, by
         sources[GENERATION_CONFIG] = adapter / GENERATION_CONFIG
     for name, path in sources.items():
         if name in rewritten:
-            write_file(folder / name, rewritten[name])
+            write_file(folder / name, json.dumps(rewritten[name], indent=2).encode())
         else:
             shutil.copyfile(path, folder / name)
 

@@ -35,8 +35,8 @@ class PackedWeight:
             codes = parts.pop(self.name)
             state = _import_functional().QuantState.from_dict(parts, device=torch.device("cpu"))
             return _dequantize(codes, state).view(self.spec.shape)
-        except (KeyError, ValueError, RuntimeError, AssertionError) as fault:
-            raise ModelError(f"{self.name} does not fit its own description: {fault}") from None
+        except (KeyError, ValueError, RuntimeError, AssertionError) as error:
+            raise ModelError(f"{self.name} does not fit its own description: {error}") from None
 
 
 def find_packed(files: Sequence[TensorFile]) -> dict[str, PackedWeight]:
@@ -45,9 +45,14 @@ def find_packed(files: Sequence[TensorFile]) -> dict[str, PackedWeight]:
     found = {}
     for state in places:
         if (match := _STATE.fullmatch(state)) and match[1] in places:
-            weight = match[1]
-            spec = _read_spec(places[state], state)
+            weight, file = match[1], places[state]
             parts = {name: file for name, file in places.items() if name == weight or name.startswith(f"{weight}.")}
+            try:
+                described = json.loads(file.read_bytes(state, 0, _MOST))
+                dtype, shape = _NAMES[described["dtype"]], tuple(int(size) for size in described["shape"])
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ModelError(f"{state} is not what bitsandbytes writes: {error}", where=str(file.path)) from None
+            spec = TensorSpec(dtype, shape, math.prod(shape) * (4 if dtype == "F32" else 2))
             found[weight] = PackedWeight(weight, spec, parts)
     return found
 
@@ -76,12 +81,3 @@ def _import_functional() -> Any:
     import lorasft.model  # noqa: F401  # imports it without asking the hub
 
     return functional
-
-
-def _read_spec(file: TensorFile, name: str) -> TensorSpec:
-    try:
-        state = json.loads(file.read_bytes(name, 0, _MOST))
-        dtype, shape = _NAMES[state["dtype"]], tuple(int(size) for size in state["shape"])
-        return TensorSpec(dtype, shape, math.prod(shape) * (4 if dtype == "F32" else 2))
-    except (ValueError, KeyError, TypeError, RecursionError) as fault:
-        raise ModelError(f"{name} is not what bitsandbytes writes: {fault}", where=str(file.path)) from None

@@ -14,8 +14,6 @@ from typing import Any
 from lorasft.errors import ModelError
 from lorasft.tensors import TensorSpec
 
-_READABLE = {"BF16", "F16", "F32"}
-
 
 class ParameterMap:
     """Where the parameters of a model lie in its checkpoint."""
@@ -29,7 +27,7 @@ class ParameterMap:
         # A checkpoint may have been saved from the backbone (GPT-2's is), without the first part of the name.
         for name in (parameter, parameter.partition(".")[2]):
             if name in self.specs:
-                return self._readable(name)
+                return name
         stored = self.find_experts(parameter)
         if list(map(len, stored)) != [1]:
             raise ModelError(f"the base has no tensor for {parameter}", hint="is it the right base?")
@@ -41,8 +39,7 @@ class ParameterMap:
         One list with one tensor for a parameter that is stored as it is, none for what the files do not have.
         Raises ModelError for what is put together in any other way.
         """
-        columns = self._sources.get(parameter, [])
-        return [list(map(self._readable, parts)) for parts in zip(*columns, strict=True)]
+        return [list(parts) for parts in zip(*self._sources.get(parameter, []), strict=True)]
 
     @cached_property
     def tied(self) -> bool:
@@ -104,8 +101,3 @@ class ParameterMap:
             target: [found[pattern] for pattern in sorted(found, key=lambda pattern: order.get(pattern or "", 0))]
             for target, found in sources.items()
         }
-
-    def _readable(self, name: str) -> str:
-        if self.specs[name].dtype not in _READABLE:
-            raise ModelError(f"{name} is {self.specs[name].dtype}", hint="merge into the 16-bit original")
-        return name

@@ -70,7 +70,7 @@ def plan_merge(artifact: Artifact) -> MergePlan:
     return MergePlan(sources, targets, changes, packed, places)
 
 
-def rewrite_config(plan: MergePlan, base_config: Mapping[str, Any]) -> dict[str, bytes]:
+def rewrite_config(plan: MergePlan, base_config: Mapping[str, Any]) -> dict[str, Any]:
     """The base's config and index where its tensors get other forms or names; else nothing."""
     specs = plan.places.specs
     resized = [change.shape[0] for name, change in plan.changes.items() if change.shape != specs[name].shape]
@@ -87,9 +87,7 @@ def rewrite_config(plan: MergePlan, base_config: Mapping[str, Any]) -> dict[str,
         content["weight_map"] = {name: file for name, file in content["weight_map"].items() if name in specs}
         content.setdefault("metadata", {})["total_size"] = plan.size
         files[INDEX] = content
-    return {
-        name: (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode() for name, content in files.items()
-    }
+    return files
 
 
 def write_weights(

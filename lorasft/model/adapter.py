@@ -16,8 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorasft.adapter_config import CONFIG, WEIGHTS, read_adapter_weights
-from lorasft.artifact import Artifact
+from lorasft.artifact import CONFIG, WEIGHTS, Artifact, read_adapter_weights
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import ModelError, RecipeError
 from lorasft.files import write_file

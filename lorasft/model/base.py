@@ -19,8 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import cached_file
 
-from lorasft.adapter_config import read_adapter_config
-from lorasft.artifact import refuse_quantized
+from lorasft.artifact import read_adapter_config, refuse_quantized
 from lorasft.errors import CapacityError, DeviceError, LorasftError, ModelError, UnsafeError
 from lorasft.hub import find_hub, refuse_offline
 from lorasft.model.attention import default_attention

@@ -17,13 +17,11 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Auto = Literal["auto"]
 Scalar = str | int | float | bool | None
 Format = Literal["auto", "chat", "sharegpt", "alpaca", "prompt-completion", "text"]
-
-
 _DATE = datetime.date(2024, 7, 26)
 
 
 class _Section(BaseModel):
-    # strict: a quoted number is no number, and 1 is not true.
+    # strict: a quoted number is not a number, and 1 is not true.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -54,20 +52,17 @@ class DataSource(_Section):
     share: float = Field(1.0, gt=0, le=1, description="share of the rows to use")
 
 
-def _from_path(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
-
-
-def _as_tuple(value: Any) -> Any:
+def _as_sources(value: Any) -> Any:
+    """A source may be written as its path alone, and one source without a list."""
     sources = [value] if isinstance(value, (str, dict, DataSource)) else value
-    return tuple(sources) if isinstance(sources, list) else sources
+    if not isinstance(sources, (list, tuple)):
+        return value
+    return tuple({"path": one} if isinstance(one, str) else one for one in sources)
 
 
-# A source may be written as its path alone, and one source without a list.
-_Source = Annotated[DataSource, BeforeValidator(_from_path, json_schema_input_type=str | DataSource)]
-_Listed = Annotated[list[_Source], Field(min_length=1)]
+_Written = str | DataSource | Annotated[list[str | DataSource], Field(min_length=1)]
 _Sources = Annotated[
-    tuple[_Source, ...], Field(min_length=1), BeforeValidator(_as_tuple, json_schema_input_type=_Source | _Listed)
+    tuple[DataSource, ...], Field(min_length=1), BeforeValidator(_as_sources, json_schema_input_type=_Written)
 ]
 
 

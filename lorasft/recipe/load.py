@@ -43,14 +43,12 @@ PEERS = {
     "optimizer.betas": "adam_beta1 adam_beta2",
     "schedule.name": "lr_scheduler lr_scheduler_type",
     "schedule.warmup (a whole number is steps, a fraction a share)": "warmup_ratio warmup_steps num_warmup_steps",
-    "schedule.min_ratio": "cosine_min_lr_ratio min_lr_rate",
     "run.log_every": "logging_steps log_every_n_steps",
     "run.eval_every": "eval_steps evals_per_epoch eval_strategy",
     "run.save_every": "save_steps saves_per_epoch save_strategy",
     "run.keep": "save_total_limit",
     "run.keep_best": "load_best_model_at_end",
     "run.trackers": "report_to use_wandb wandb_project",
-    "machine.activation_checkpointing": "gradient_checkpointing use_gradient_checkpointing",
     "machine.attention": "flash_attention flash_attn attn_implementation sdp_attention use_flash_attention_2",
     "nothing: sequences are always packed, without padding": "packing sample_packing pad_to_sequence_len eval_packing",
     "nothing: torch's own kernels are used": "kernels liger use_liger use_liger_kernel",
@@ -238,12 +236,13 @@ def _explain_key(path: KeyPath, details: list[Any], document: Document) -> Loras
     if kernel or key == "trust_remote_code":
         return UnsafeError(f"{name}: lorasft runs no code from repositories", where=where, hint="remove the key")
     if details[0]["type"] == "extra_forbidden":
-        return RecipeError(f"unknown key {name}", where=where, hint=_hint_for_name(key))
+        return RecipeError(f"unknown key {name}", where=where, hint=_hint_for_name(key, str(path[0])))
     return RecipeError(in_words(details), where=where, hint="lorasft recipes schema has each key and its values")
 
 
-def _hint_for_name(key: str) -> str:
+def _hint_for_name(key: str, section: str) -> str:
     ours = [ours for ours, theirs in PEERS.items() if key.lower() in theirs.split()]
-    close = None if ours else _nearest(key, _NAMES.values())
+    beside = [own for name, own in _NAMES.items() if name.startswith(section)]
+    close = None if ours else _nearest(key, beside) or _nearest(key, _NAMES.values())
     ours += [name for name, own in _NAMES.items() if own == close]
     return f"here it is {' or '.join(ours)}" if ours else "lorasft recipes schema has each key"

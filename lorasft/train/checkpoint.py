@@ -21,7 +21,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
@@ -29,7 +28,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
 from lorasft import __version__
-from lorasft.adapter_config import read_adapter_weights
+from lorasft.artifact import read_adapter_weights
 from lorasft.data.prepare import Prepared, read_ingredients
 from lorasft.errors import CapacityError, DivergedError, LorasftError, ModelError, RecipeError
 from lorasft.files import (
@@ -54,14 +53,7 @@ from lorasft.train.layout import plain_oom_errors
 from lorasft.train.optimizer import optimizer_state, restore_optimizer
 from lorasft.train.state import Run, State
 
-_LEFT_BEHIND = {
-    LOCK,
-    "tokens",
-    "memory.json",
-    "metrics.jsonl",
-    "checkpoints",
-    "provenance.json",
-}  # by a start that failed
+_LEFT_BEHIND = {LOCK, "tokens", "memory.json", "checkpoints", "provenance.json"}  # by a start that failed
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors", "numpy")
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -69,8 +61,8 @@ _NAME = re.compile(r"step-(\d{6,})")
 @contextmanager
 def take_folder(recipe: Recipe, *, resume: bool) -> Iterator[str]:
     """Hold the run folder, cleared of what a failed start left. Gives the process that was killed in it, if any."""
-    folder, base = Path(recipe.run.output), Path(recipe.model.base)
-    refuse_overlap(folder, *([base] if base.is_dir() else []))
+    folder = Path(recipe.run.output)
+    refuse_overlap(folder, Path(recipe.model.base))
     check_run_folder(folder, resume=resume)
     make_folder(folder)
     with locked(folder) as left:
@@ -137,7 +129,6 @@ def write_start(folder: Path, recipe: Recipe, prepared: Prepared, *, state: Stat
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "run": state.run,
         "layout": asdict(state.layout),
-        "threads": torch.get_num_threads(),
         "base": {"name": recipe.model.base, "commit": commit, "fingerprint": fingerprint(base)},
         "data": prepared.key,
         "report": prepared.report.as_dict(),

@@ -29,32 +29,29 @@ T = TypeVar("T")
 _GRACE = 5.0  # seconds in which a process may find out by itself that another is gone, and end in order
 
 
-class Watch:
-    """Ends this process when another one of this machine has ended, whatever this one is busy with.
+def watch(pids: Sequence[int]) -> threading.Event:
+    """End this process when another one of `pids` has ended, whatever this one is busy with, unless the event is set.
 
     A collective over gloo fails at once, but one over NCCL waits for ever, and a long computation asks nobody.
     Where the system has no pidfd (before Linux 5.3) nothing is watched and no lost process is named.
     """
+    leaving = threading.Event()
 
-    def __init__(self, pids: Sequence[int]) -> None:
-        self.pids = pids
-        self.leaving = False
-        with contextlib.suppress(OSError, AttributeError):
-            others = {os.pidfd_open(pid): rank for rank, pid in enumerate(pids) if pid != os.getpid()}
-            threading.Thread(target=self._end_with, args=[others], daemon=True).start()
-
-    def _end_with(self, others: dict[int, int]) -> None:
-        """Wait for the first to end; the first that is left says which were lost. `others`: rank by descriptor."""
+    def end_with(others: dict[int, int]) -> None:
         select.select(others, [], [])
-        time.sleep(_GRACE)
-        if self.leaving:
+        if leaving.wait(_GRACE):
             return
         lost = sorted(others[descriptor] for descriptor in select.select(others, [], [], 0)[0])
-        if self.pids[min(set(range(len(self.pids))) - set(lost))] == os.getpid():
-            names = " and ".join(f"rank {rank} (process {self.pids[rank]})" for rank in lost)
+        if pids[min(set(range(len(pids))) - set(lost))] == os.getpid():  # the first that is left speaks
+            names = " and ".join(f"rank {rank} (process {pids[rank]})" for rank in lost)
             hint = "its own last words or the system's log (out of memory?) say why; continue with --resume"
-            say(str(DeviceError(f"{names} of {len(self.pids)} was lost", hint=hint)))
+            say(str(DeviceError(f"{names} of {len(pids)} was lost", hint=hint)))
         os._exit(DeviceError.exit_code)  # safe at any time: what is on the disk is whole or not there
+
+    with contextlib.suppress(OSError, AttributeError):
+        ranks = {os.pidfd_open(pid): rank for rank, pid in enumerate(pids) if pid != os.getpid()}
+        threading.Thread(target=end_with, args=[ranks], daemon=True).start()
+    return leaving
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class Ranks:
 
     index: int = 0
     count: int = 1
-    watch: Watch | None = None  # of the others, where there are any
+    leaving: threading.Event | None = None  # where there are others: from then on this process ends by itself
 
     @property
     def is_main(self) -> bool:
@@ -97,7 +94,7 @@ class Ranks:
         try:
             yield
         except BaseException as caught:
-            if self.count == 1 or (self.watch and self.watch.leaving):
+            if self.count == 1 or (self.leaving and self.leaving.is_set()):
                 raise
             error = caught
         code = getattr(error, "exit_code", None) or getattr(error, "code", None) or int(error is not None)
@@ -136,8 +133,8 @@ class Ranks:
 
     def leave(self) -> None:
         """From here on this process ends by itself, also where a launcher wants to end it with the others."""
-        if self.watch:
-            self.watch.leaving = True
+        if self.leaving:
+            self.leaving.set()
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -194,7 +191,5 @@ def _connect() -> Ranks:
         state = PartialState(cpu=not cuda, backend=backend, timeout=timedelta(days=1))
     except RuntimeError as error:
         raise DeviceError(f"the processes cannot meet: {str(error).strip().splitlines()[0]}") from error
-    if not cuda and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's own choice, whatever the machine
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // state.num_processes))
     alone = Ranks(state.process_index, state.num_processes)
-    return Ranks(alone.index, alone.count, Watch(alone.gather(os.getpid())))
+    return Ranks(alone.index, alone.count, watch(alone.gather(os.getpid())))

@@ -18,7 +18,7 @@ from lorasft.model.base import check_mostly_quantized, compute_dtype, make_skele
 from lorasft.recipe import AdapterSettings, Recipe
 from lorasft.train.metrics import check_trackers
 from lorasft.train.optimizer import warmup_steps
-from lorasft.train.state import State
+from lorasft.train.state import Layout, State
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class RunInputs:
     checkpoint: Path | None = None  # that is resumed from
     saved: State | None = None  # its state
     notes: tuple[str, ...] = ()
+
+    @property
+    def kept(self) -> Layout | None:
+        """The layout that a resumed run keeps, where the recipe leaves it open."""
+        return self.saved.layout if self.saved else None
 
 
 def read_inputs(recipe: Recipe, config: Any, folder: Path) -> RunInputs:
@@ -92,4 +97,5 @@ def make_plan(recipe: Recipe, *, examples: int) -> Plan:
     warmup_steps(steps, recipe.schedule)
     if tokens == "auto":
         tokens = 4096 if PartialState().device.type == "cuda" else 2048  # measured on CPU
-    return Plan(examples, train.batch_size, steps, train.seed, train.loss, tokens)
+    processes = PartialState().num_processes
+    return Plan(examples, train.batch_size, steps, train.seed, train.loss, tokens, processes)

@@ -33,6 +33,7 @@ from lorasft.model.selfcheck import verify
 from lorasft.model.weightless import plan_network
 from lorasft.recipe import Recipe
 from lorasft.terminal import say
+from lorasft.train.inputs import RunInputs
 from lorasft.train.state import Layout, Run
 
 Result = TypeVar("Result")
@@ -58,19 +59,17 @@ class Fit:
         return self.needs is None or self.needs.fits(self.spare)
 
 
-def choose_layout(
-    recipe: Recipe, model: Any, weightless: Any, *, plan: Plan, rows: TokenStore, kept: Layout | None, spare: int
-) -> tuple[Network, Fit]:
+def choose_layout(recipe: Recipe, inputs: RunInputs, model: Any, *, weightless: Any, spare: int) -> tuple[Network, Fit]:
     """The verified network of the PEFT `model`, and how its steps fit into `spare` bytes beside weights, gradients and
-    optimizer. `weightless`: the model without numbers. `kept`: the layout of the checkpoint that is resumed from.
+    optimizer. `weightless`: the model without numbers.
     """
-    machine = recipe.machine
+    machine, kept, rows = recipe.machine, inputs.kept, inputs.prepared.train
     own = machine.attention in ("eager", "sdpa")
     network = verify(model.get_base_model(), segments=kept.segments if kept else not own)
     if own:
         network.causal.set_attn_implementation(machine.attention)
     network = choose_sharing(network, machine.share_prefixes, kept=kept)
-    plan = replace(plan, share_prefixes=network.share, rope_switch_length=network.rope_switch_length)
+    plan = replace(inputs.plan, share_prefixes=network.share, rope_switch_length=network.rope_switch_length)
     free = machine.micro_batch_tokens == "auto" and kept is None and network.segments
     if not network.segments:
         plan = replace(plan, micro_batch_tokens=1)  # sequences go alone

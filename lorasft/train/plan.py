@@ -50,7 +50,7 @@ def _plan_inputs(recipe: Recipe, inputs: RunInputs, *, memory: int | None) -> di
     sample = Sample(model, config, recipe.model, recipe.adapter, device)
     static = static_bytes(model, recipe.optimizer.name)
     spare = given - libraries - static.loaded - static.upcoming
-    network, fit = choose_layout(recipe, sample.model, model, plan=inputs.plan, rows=rows, kept=None, spare=spare)
+    network, fit = choose_layout(recipe, inputs, sample.model, weightless=model, spare=spare)
     if fit.needs is None:
         what = "this model cannot be planned: it computes by numbers, not only shapes"
         raise ModelError(what, where=recipe.model.base)

@@ -94,15 +94,14 @@ def _prepare(recipe: Recipe, *, resume: bool, held: ExitStack) -> RunInputs:
         refuse_changes(recipe, folder, saved, prepared=inputs.prepared)
         notes += [*(f"skipped {reason}" for reason in skipped), f"continuing from step {saved.step}"]
     if not recipe.adapter.modules_to_save:
-        refuse_untrained(recipe.model.base, inputs.tokenizer, learned=inputs.prepared.learned_special)
+        refuse_untrained(recipe.model.base, inputs.tokenizer, supervised=inputs.prepared.supervised_special)
     return replace(inputs, checkpoint=path, saved=saved, notes=tuple(notes))
 
 
 def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> ReadyRun:
     device, folder, prepared, saved = PartialState().device, Path(recipe.run.output), inputs.prepared, inputs.saved
-    kept = saved.layout if saved else None
     with ranks.sync_errors():
-        dtype = compute_dtype(kept.dtype if kept else recipe.model.dtype, device)
+        dtype = compute_dtype(inputs.kept.dtype if inputs.kept else recipe.model.dtype, device)
         settings = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
         weightless = make_weightless(inputs.config, settings, inputs.adapter, device)
         patch_linear4bit(weightless, device, recipe.model.base)  # refused before weights are read
@@ -112,8 +111,8 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> ReadyRun:
         else:
             model = attach_adapter(base, recipe.adapter, seed=recipe.train.seed)
         static = static_bytes(model, recipe.optimizer.name)
-        plan, spare = replace(inputs.plan, processes=ranks.count), free_memory(device) - static.upcoming
-        network, fit = choose_layout(recipe, model, weightless, plan=plan, rows=prepared.train, kept=kept, spare=spare)
+        spare = free_memory(device) - static.upcoming
+        network, fit = choose_layout(recipe, inputs, model, weightless=weightless, spare=spare)
     # All processes must cut a step in the same way.
     plan = replace(fit.plan, micro_batch_tokens=min(ranks.gather(fit.plan.micro_batch_tokens)))
     parameters = trainable(model)
@@ -155,7 +154,6 @@ def run_heaviest_batch(run: Run, fit: Fit, static: StaticBytes) -> str:
     measured = retry_on_oom(run, partial(_measure_heaviest, run)) if sees_too_little(run, fit) else None
     free = static.loaded + static.upcoming + fit.spare
     record = {
-        "device": str(run.network.device),
         "free": free,
         "predicted": {**known, "peak": peak} if known else None,
         "measured": measured,

@@ -8,7 +8,7 @@ it is resumed without faults, and every logged number and the adapter must be th
 
     K1  SIGKILL before, in and after each effect on the disk        S1  SIGINT, SIGTERM or SIGHUP at a random moment
     K2  SIGKILL at random moments, also of the resumed run          S2  a second signal soon after, or a storm of 20
-    K4  the same among slow effects                                 S3  SIGUSR1 at random moments: saved, and goes on
+    K4  the same among slow effects                                 S3  SIGUSR1 at random moments: saved, then continues
     P1  power loss: any choice of what was not synced is lost       N1  loss, weights or moments that are not finite
     D1  a full or broken disk at each effect, once or for good      N2  out of memory in each part of a step
     T1  a checkpoint's file cut, flipped, swapped, deleted          C1  2 to 5 processes start one run at once

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Command
 
 from faults import campaigns, mutants, patches
 from faults.campaigns import Tally
@@ -215,13 +216,10 @@ def test_sigusr1_before_the_first_step_ends_nothing(monkeypatch: pytest.MonkeyPa
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
-def test_i11_what_is_shown_is_what_is_learned(
-    bench: Bench, command: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_i11_what_is_shown_is_what_is_supervised(bench: Bench, command: list[str], cli: Command) -> None:
     """The labels that a preview shows, added up, are the supervised tokens that each of the two epochs logs."""
     words = [*command[1:], "data.eval=null", "run.eval_every=null"]
-    assert main(["preview", *words, "--json"]) == 0
-    *shown, told = map(json.loads, capsys.readouterr().out.splitlines())
+    *shown, told = map(json.loads, cli("preview", *words, "--json").out.splitlines())
     labels = [sum(label != -100 for label in one["labels"]) for one in shown]
     texts = [[part["text"] for part in one["spans"] if part["learned"]] for one in shown]
     assert "".join(texts[8]) == "16!<|end|>" and len(labels) == 40
@@ -236,12 +234,7 @@ SAVED = {"read_inputs": "before the first step", "_introduce": "not saved since 
 @pytest.mark.parametrize("number", campaigns.STOPPED)
 @pytest.mark.parametrize("where", SAVED)
 def test_a_signal_where_there_is_no_step_to_finish(
-    where: str,
-    number: signal.Signals,
-    bench: Bench,
-    command: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    where: str, number: signal.Signals, bench: Bench, command: list[str], monkeypatch: pytest.MonkeyPatch, cli: Command
 ) -> None:
     """The run ends in order: it says what is saved, and the next start does not take it for killed."""
 
@@ -250,8 +243,8 @@ def test_a_signal_where_there_is_no_step_to_finish(
         signal.raise_signal(number)
 
     monkeypatch.setattr(run if where == "read_inputs" else train, where, ask)
-    assert main(command) == campaigns.STOPPED[number]
-    said = capsys.readouterr().err
+    code, _, said = cli(*command)
+    assert code == campaigns.STOPPED[number]
     assert SAVED[where] in said and "Traceback" not in said
     assert ("--resume" in said) == (where == "_introduce")
     monkeypatch.undo()
@@ -261,7 +254,7 @@ def test_a_signal_where_there_is_no_step_to_finish(
 
 @pytest.mark.parametrize("number", campaigns.STOPPED)
 def test_a_signal_while_a_library_is_imported_ends_at_once(number: signal.Signals, tmp_path: Path) -> None:
-    """Raised there it might be caught, and half a library be gone on with."""
+    """Raised there it might be caught, and the process continue with half a library."""
     (tmp_path / "half.py").write_text(f"import signal\nsignal.raise_signal({int(number)})\n", encoding="utf-8")
     act = """
 import signal
@@ -271,7 +264,7 @@ with ended_in_order():
     try:
         import half
     except BaseException:
-        print("gone on")
+        print("continued")
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     done = subprocess.run([sys.executable, "-c", act], env=environment, capture_output=True, text=True, check=False)
@@ -306,7 +299,7 @@ def command(bench: Bench, tmp_path: Path) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("number", [5, 12])
 def test_a_signal_does_not_wait_for_an_evaluation(number: int, bench: Bench) -> None:
-    """Held-out rows are due after steps 5 and 12, the last: they are scored when the run goes on."""
+    """Held-out rows are due after steps 5 and 12, the last: they are scored when the run continues."""
     bench.clear()
     ask = partial(patches.before_step, number, lambda run: os.kill(os.getpid(), signal.SIGTERM))
     child = bench.patched(ask).start()
