@@ -434,7 +434,7 @@ def test_which_tokenizers_add_a_bos() -> None:
 def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such folder"):
         load_tokenizer(str(tmp_path / "missing"))
-    with pytest.raises(ModelError, match=r"no tokenizer\.json"):
+    with pytest.raises(ModelError, match="cannot load the tokenizer"):
         load_tokenizer(str(tmp_path))
     folder = save_tokenizer(tmp_path / "own code")
     (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}}')

@@ -73,6 +73,8 @@ def test_reasoning_that_the_template_drops_is_counted_or_refused(tmp_path: Path)
     assert encoder.report.dropped_reasoning == 2
     with pytest.raises(DataError, match="drops the reasoning of message 2"):
         make_encoder(tokenizer, chat={"thinking": "error"}).encode(FIELD)
+    with pytest.raises(DataError, match="alone"):
+        make_encoder(tiny(tmp_path, THINKING)).encode(conversation("q", "hm</think>A"))
     only = conversation("q", "<think>hm</think>")
     with pytest.raises(DataError, match="nothing but reasoning"):
         make_encoder(tokenizer, chat={"thinking": "drop"}).encode(only)

@@ -1,8 +1,7 @@
 """How a tokenizer with its chat template writes a conversation: prompts, what ends an answer, and where answers are.
 
-The prompt of an answer is what a server would render. What the template puts between the two, such as an empty think
-block, is context; the answer is the text of the row and what ends the turn. Nothing is known of any template: its
-style is read off a rendering of a probe, and each conversation is checked against it.
+The prompt of an answer is what a server would render; the answer is the text of the row and what ends the turn. Nothing
+is known of any template: its style is read off a rendering of a probe, and each conversation is checked against it.
 """
 
 from __future__ import annotations
@@ -130,15 +129,25 @@ class ChatFormat:
             if said is None or not message["content"].strip():
                 raise DataError(f"the chat template does not show the answer of message {target + 1}")
             region = text[said[0] :]
-        names = [name_of(call) for call in message.get("tool_calls", ())]
-        if any(region.count(name) - message["content"].count(name) < names.count(name) for name in names):
-            what = f"the chat template leaves out the tool calls of message {target + 1}"
-            raise DataError(what, hint="chat.template=FILE with a template that renders them")
+        if message.get("tool_calls"):
+            self._refuse_lost_calls(example, target, text)
         start, end, add_eos = self._locate(region, message)
         if self._masks(message):
             start += self._count_reasoning(region[start:end], example, target)
         answer = AnswerSpan(len(prompt), len(prompt) + start, len(prompt) + end)
         return MarkedText(prompt + (region[:end] if add_eos else region), (answer,), add_eos)
+
+    def _refuse_lost_calls(self, example: Example, target: int, text: str) -> None:
+        """Raise DataError unless the calls of a message bring their names into the text, one for each call."""
+        message = dict(example.messages[target])
+        names = [name_of(call) for call in message.pop("tool_calls")]
+        try:
+            without = self.render(_with_message(example, target, message), target + 1)
+        except DataError:  # the template looks for the calls
+            without = ""
+        if any(text.count(name) - without.count(name) < names.count(name) for name in names):
+            what = f"the chat template leaves out the tool calls of message {target + 1}"
+            raise DataError(what, hint="chat.template=FILE with a template that renders them")
 
     def _locate_earlier(self, text: str, example: Example, target: int) -> AnswerSpan | None:
         """An earlier answer within the whole conversation, if it is there as it would be as the last."""

@@ -40,7 +40,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that tra
 INLINE = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
+SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
     "function_call": "assistant",
@@ -79,26 +79,20 @@ class RowBlock:
 def read_blocks(source: DataSource, settings: DataSettings) -> Iterator[RowBlock]:
     """The rows of a source in order, hardly looked at; raises nothing for what a file holds."""
     files = [(str(file), read_file(file)) for file in source_files(source.path)]
-    for name, rows in files or [(f"{source.path}/{source.split}", read_hub(source))]:
-        yield from _cut_blocks(rows, name, source, settings)
-
-
-def _cut_blocks(
-    rows: Iterator[tuple[int, Raw]], file: str, source: DataSource, settings: DataSettings
-) -> Iterator[RowBlock]:
-    block, size = RowBlock(source, file, "", []), 0
-    try:
-        for line, raw in rows:
-            size += len(raw) if isinstance(raw, bytes) else 0
-            if not block.kind:
-                raw, block.kind = _find_format(raw, RowLocation(file, line), source, settings)
-            block.rows.append((line, raw))
-            if len(block.rows) == BLOCK or size > BLOCK_BYTES:
-                yield block
-                block, size = RowBlock(source, file, block.kind, []), 0
-    except DataError as error:
-        block.error = error
-    yield block
+    for file, rows in files or [(f"{source.path}/{source.split}", read_hub(source))]:
+        block, size = RowBlock(source, file, "", []), 0
+        try:
+            for line, raw in rows:
+                size += len(raw) if isinstance(raw, bytes) else 0
+                if not block.kind:
+                    raw, block.kind = _find_format(raw, RowLocation(file, line), source, settings)
+                block.rows.append((line, raw))
+                if len(block.rows) == BLOCK or size > BLOCK_BYTES:
+                    yield block
+                    block, size = RowBlock(source, file, block.kind, []), 0
+        except DataError as error:
+            block.error = error
+        yield block
 
 
 def _find_format(raw: Raw, place: RowLocation, source: DataSource, settings: DataSettings) -> tuple[Raw, str]:
@@ -226,9 +220,7 @@ def _list_messages(row: Row, kind: str) -> list[Any]:
 def _from_sharegpt(turn: Any) -> Message:
     if not isinstance(turn, dict) or not isinstance(turn.get("from"), str) or "value" not in turn:
         raise DataError("a turn of a sharegpt conversation has `from` and `value`")
-    if turn["from"] not in SHAREGPT_ROLES:
-        raise DataError(f"unknown role {turn['from']!r}", hint=f"known: {', '.join(SHAREGPT_ROLES)}")
-    message: Message = {"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]}
+    message: Message = {"role": SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
     if "train" in turn:
         message["train"] = turn["train"]
     if turn["from"] in ("function_call", "tool_call"):

@@ -31,13 +31,21 @@ class Labeler:
         self.chat = chat_format.chat
         self.data = data
         tokenizer = chat_format.tokenizer
+        self._reads_thinking = "</think>" in str(tokenizer.chat_template)
         self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
 
     def encode_all(
         self, examples: Sequence[Example], *, report: Report
     ) -> Iterator[tuple[Example, tuple[Tokens, ...]]]:
         """Each example with its sequences. Dropped and bad ones are left out, and counted in `report`."""
-        marked = self._mark_block(examples, report)
+        marked = []
+        with limits():  # once, which is dearer than a rendering
+            for example in examples:
+                try:
+                    if texts := self._mark(example, report):
+                        marked.append((example, texts))
+                except DataError as error:
+                    report.add_error(error, example.place, policy=self.data.on_bad_row)
         encoded = self.format.encoder.encode(_texts_of(chain.from_iterable(texts for _, texts in marked)))
         for example, texts in marked:
             try:
@@ -48,21 +56,14 @@ class Labeler:
             if kept := self._keep_supervised(sequences, example, report):
                 yield example, kept
 
-    def _mark_block(self, block: Sequence[Example], report: Report) -> list[tuple[Example, tuple[MarkedText, ...]]]:
-        marked = []
-        with limits():  # once, which is dearer than a rendering
-            for example in block:
-                try:
-                    if texts := self._mark(example, report):
-                        marked.append((example, texts))
-                except DataError as error:
-                    report.add_error(error, example.place, policy=self.data.on_bad_row)
-        return marked
-
     def _mark(self, example: Example, report: Report) -> tuple[MarkedText, ...]:
         example = self.format.complete(example)
         if example.text is not None:
             return (MarkedText(example.text, (), add_eos=True),)
+        answers = [message["content"] for message in example.messages if message["role"] == "assistant"]
+        if self._reads_thinking and any(text.count("<think>") != text.count("</think>") for text in answers):
+            hint = "write <think>...</think>answer, or give reasoning_content"
+            raise DataError("an answer with <think> or </think> alone, which the template would cut", hint=hint)
         if self.chat.thinking == "drop":
             example = _drop_reasoning(example, report)
         if self.chat.supervise == "everything":
@@ -72,8 +73,8 @@ class Labeler:
             _drop_without_target(example, report)
         texts = self.format.mark(example, targets)
         report.split_conversations += len(texts) > 1
-        answers = ((marked, answer) for marked in texts for answer in marked.answers)
-        for target, (marked, answer) in zip(targets, answers, strict=True):
+        found = ((marked, answer) for marked in texts for answer in marked.answers)
+        for target, (marked, answer) in zip(targets, found, strict=True):
             self._check_reasoning(example.messages[target], target, marked.text[answer.prompt : answer.end], report)
         if example.tools and not any(name_of(tool) in marked.text for tool in example.tools for marked in texts):
             report.tools_left_out += 1
@@ -145,7 +146,7 @@ class Labeler:
         limit, policy, is_text = self.data.max_length, self.data.overlong, example.text is not None
         longest = max(map(len, sequences))
         if longest > limit:  # what the template writes after the last answer goes first
-            sequences = [_slice(tokens, 0, _last_run(tokens)[1]) for tokens in sequences]
+            sequences = [_first(_last_run(tokens)[1], tokens) for tokens in sequences]
         if max(map(len, sequences)) <= limit:
             return sequences
         too_long = f"{longest:,} tokens, over data.max_length ({limit:,})"
@@ -156,7 +157,7 @@ class Labeler:
             return [window for tokens in sequences for window in _windows(tokens, limit, self.bos)]
         if policy == "truncate":
             report.truncated_examples += 1
-            return [_slice(one, 0, limit) if is_text else _cut_context(one, limit, self.bos) for one in sequences]
+            return [_first(limit, one) if is_text else _cut_context(one, limit, self.bos) for one in sequences]
         report.over_long_examples += 1
         report.dropped.append(f"{example.place}: {too_long}")
         return []
@@ -211,13 +212,13 @@ def _drop_without_target(example: Example, report: Report) -> None:
 def _supervise_all(ids: npt.ArrayLike) -> Tokens:
     """Every token but the first."""
     array = np.array(ids, dtype=np.int32)
-    return _slice(Tokens(array, array), 0, len(array))
+    return _first(len(array), Tokens(array, array))
 
 
-def _slice(tokens: Tokens, start: int, end: int) -> Tokens:
-    labels = tokens.labels[start:end].copy()
+def _first(count: int, tokens: Tokens) -> Tokens:
+    labels = tokens.labels[:count].copy()
     labels[:1] = UNSUPERVISED
-    return Tokens(tokens.ids[start:end], labels)
+    return Tokens(tokens.ids[:count], labels)
 
 
 def _last_run(tokens: Tokens) -> tuple[int, int]:
@@ -241,4 +242,4 @@ def _cut_context(tokens: Tokens, limit: int, bos: list[int]) -> Tokens:
     start, end = _last_run(tokens)
     first = min(start - 1, end - limit) + head  # one token, or BOS, stays before the answer
     kept = [*range(head), *range(first, min(end, first + limit - head))]
-    return _slice(Tokens(tokens.ids[kept], tokens.labels[kept]), 0, limit)
+    return _first(limit, Tokens(tokens.ids[kept], tokens.labels[kept]))

@@ -1,8 +1,7 @@
 """Sequences that begin with the same tokens, as trees: what they have in common is computed once.
 
-In sorted order sequences with a common beginning are neighbours, and all that is common follows from one number for
-each: how many tokens it shares with the one before it. A node of a tree is a stretch of these numbers above their
-surroundings; to give a node up is to lower them, to cut a tree in two is to set one of them to 0.
+In sorted order all that is common follows from one number for each sequence: how many tokens it shares with the one
+before it. A node of a tree is a stretch of these numbers above their surroundings; to give it up is to lower them.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ Sharing = Literal["auto"] | bool  # auto: where it saves work after its own cost
 _SEGMENT_COST = 16
 
 
-@dataclass(frozen=True)
+@dataclass
 class Tree:
     """Sequences that are computed together; a single one is a tree too."""
 
-    members: tuple[int, ...]  # numbers of sequences, in sorted order
-    common: tuple[int, ...]  # tokens that each member shares with the one before it; 0 for the first
+    members: list[int]  # numbers of sequences, in sorted order
+    common: list[int]  # tokens that each member shares with the one before it; 0 for the first
     tokens: int  # computed
 
 
@@ -36,19 +35,21 @@ def build_trees(sequences: Sequence[NDArray[np.int64]], *, capacity: int, share:
     """Trees over `sequences`, each of at most max(capacity, longest sequence) tokens, in the order of first members."""
     lengths = [len(ids) for ids in sequences]
     if share is False or len(sequences) < 2:
-        return [Tree((index,), (0,), length) for index, length in enumerate(lengths)]
+        return [Tree([index], [0], length) for index, length in enumerate(lengths)]
     # Big-endian bytes compare as their numbers do.
     order = sorted(range(len(sequences)), key=[ids.astype(">i4").tobytes() for ids in sequences].__getitem__)
+    limit = max(capacity, *lengths)
     common = [0, *(_count_common(sequences[a], sequences[b]) for a, b in pairwise(order))]
     common = drop_small_nodes(common, cost=_SEGMENT_COST if share == "auto" else 0)
-    roots = [place for place, shared in enumerate(common) if shared == 0] + [len(order)]
-    trees = []
-    for first, last in pairwise(roots):
-        sizes = [lengths[index] for index in order[first:last]]
-        for start, end in split_tree(sizes, common[first:last], limit=max(capacity, *lengths)):
-            part = slice(first + start, first + end)
-            shared = (0, *common[part][1:])
-            trees.append(Tree(tuple(order[part]), shared, sum(sizes[start:end]) - sum(shared)))
+    trees: list[Tree] = []
+    for index, shared in zip(order, common, strict=True):
+        added = lengths[index] - shared
+        if shared and trees[-1].tokens + added <= limit:
+            trees[-1].members.append(index)
+            trees[-1].common.append(shared)
+            trees[-1].tokens += added
+        else:
+            trees.append(Tree([index], [0], lengths[index]))
     return sorted(trees, key=lambda tree: min(tree.members))
 
 
@@ -76,17 +77,6 @@ def drop_small_nodes(common: Sequence[int], *, cost: int) -> list[int]:
     return kept
 
 
-def split_tree(lengths: Sequence[int], common: Sequence[int], *, limit: int) -> list[tuple[int, int]]:
-    """Cut a tree into stretches of members of at most `limit` tokens; a member alone is always allowed."""
-    cuts, tokens = [0], 0
-    for place, (length, shared) in enumerate(zip(lengths, common, strict=True)):
-        tokens += length - shared
-        if tokens > limit and place:
-            cuts.append(place)
-            tokens = length
-    return list(pairwise([*cuts, len(lengths)]))
-
-
 def branch_ends(common: Sequence[int], place: int, length: int) -> list[int]:
     """Where the tokens that the member at `place` adds are cut: where a later member leaves them, and at its end."""
     start, ends, lowest = common[place], {length}, length
@@ -101,6 +91,5 @@ def branch_ends(common: Sequence[int], place: int, length: int) -> list[int]:
 def _count_common(one: NDArray[Any], other: NDArray[Any]) -> int:
     """How many tokens two sequences begin with in common."""
     size = min(len(one), len(other))
-    differ = one[:size] != other[:size]
-    first = int(differ.argmax()) if size else 0
-    return first if size and differ[first] else size
+    differ = np.flatnonzero(one[:size] != other[:size])
+    return int(differ[0]) if len(differ) else size

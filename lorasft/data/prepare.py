@@ -65,9 +65,8 @@ def prepare(
 ) -> Prepared:
     """The tokenized data of a recipe, from `folder/<key>` when it was made before and still verifies.
 
-    Sets the recipe's template on `tokenizer`. `workers`: processes that share the work (null: as many as pay); the
-    result is the same. Raises DataError (or ErrorGroup) for rows, files and counts that the recipe does not allow,
-    ModelError for a template that cannot be used, CapacityError when a process dies.
+    Sets the recipe's template on `tokenizer`. `workers`: processes that share the work (null: as many as pay). Raises
+    DataError or ErrorGroup for rows, files and counts, ModelError for templates, CapacityError when a process dies.
     """
     labeler = Labeler(ChatFormat(tokenizer, chat), data)
     ingredients = list_ingredients(data, labeler.format)

@@ -1,7 +1,6 @@
-"""Special tokens that the data asks to learn although the base never trained them: LoRA on linears cannot.
+"""Special tokens that the data supervises although the base never trained them: their rows are tiny, or all alike.
 
-A base without chat has rows for its chat markers that are zero, tiny, or all alike. Where there are no weights to read,
-as in a folder with a tokenizer only, nothing is said.
+Where there are no weights to read, as in a folder with a tokenizer only, nothing is said.
 """
 
 from __future__ import annotations

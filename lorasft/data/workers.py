@@ -30,8 +30,8 @@ DEAF = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}  # what this process hears
 
 def available_workers() -> int:
     """How many processes are worth starting here: one per core that this one may use, and 1 where none can fork."""
-    can_fork = hasattr(os, "fork") and not multiprocessing.current_process().daemon
-    if not can_fork or not hasattr(os, "sched_getaffinity"):  # macOS forks, and its libraries break
+    # macOS, which cannot tell, forks, and its libraries break.
+    if not hasattr(os, "sched_getaffinity") or multiprocessing.current_process().daemon:
         return 1
     return min(len(os.sched_getaffinity(0)), MOST)
 
