@@ -40,8 +40,8 @@ def run(saved: str, base: str | None, prompt: str | None, max_new_tokens: int, t
     chat_format = ChatFormat(tokenizer, found.chat)
     messages: list[dict[str, Any]] = []
     for question in [prompt] if prompt is not None else _questions():
-        question = question.encode(errors="replace").decode()  # an argument may be no UTF-8
-        messages.append({"role": "user", "content": question})
+        # An argument may be no UTF-8.
+        messages.append({"role": "user", "content": question.encode(errors="replace").decode()})
         ids = generate(
             model.get_base_model() if found.adapter else model,
             tokenizer,

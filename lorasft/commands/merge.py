@@ -31,14 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(
-    saved: str,
-    base: str | None,
-    out: str,
-    data: str | None,
-    columns: str | None,
-    quantize: str | None,
-    as_json: bool,
-    **options: Any,
+    saved: str, base: str | None, out: str, data: str | None, columns: str | None, as_json: bool, **options: Any
 ) -> None:
     """Merge `saved` into the new folder `out`; what was done on stdout. `options`: those of `merge`, as they are."""
     from lorasft.artifact import find_artifact
@@ -50,7 +43,7 @@ def run(
     if options["check"]:
         say("asking what was trained, to compare the merge with it (--no-check leaves this out)")
     source = read_source(data, columns) if data else None
-    merged = merge(artifact, Path(out), data=source, quantize=quantize is not None, on_progress=progress, **options)
+    merged = merge(artifact, Path(out), data=source, on_progress=progress, **options)
     if not as_json:
         say("\n".join(_describe(merged)))
     show({**merged, "folder": out}, [out], as_json=as_json)

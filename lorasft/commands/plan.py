@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import shutil
 import sys
@@ -37,9 +38,13 @@ def run(recipe: str, overrides: Sequence[str], memory: int | None, as_json: bool
     from lorasft.recipe.load import load_recipe
 
     settings = load_recipe(recipe, overrides)
-    from lorasft.train.plan import plan_run
+    gc.disable()  # the libraries make a million objects, which it would look through again and again
+    try:
+        from lorasft.train.plan import plan_run
 
-    plan = plan_run(settings, memory=memory)
+        plan = plan_run(settings, memory=memory)
+    finally:
+        gc.enable()
     for notice in plan["notices"]:
         say(notice)
     width = min(shutil.get_terminal_size().columns, 100)

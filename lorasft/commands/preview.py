@@ -40,8 +40,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, html: str | None) -> None:
     """Print the first `rows` examples and a summary; `as_json`: every sequence as a line, then the summary.
 
-    `html`: write a page to that file instead. Raises RecipeError, DataError or ModelError: DataError as well when
-    nothing would be supervised, when a supervised special token was never trained, or when parity does not hold.
+    `html`: write a page to that file instead. Raises RecipeError, ModelError, or DataError, also when nothing would be
+    supervised, when a supervised special token was never trained, or when parity does not hold.
     """
     from lorasft.commands.preview_page import make_page
     from lorasft.files import refuse_existing, write_file

@@ -76,10 +76,7 @@ def _introduce(ready: ReadyRun) -> None:
 
 
 def _show_answers(ready: ReadyRun, most: int = 3) -> None:
-    """Up to three held-out prompts, answered by the base and by the adapter.
-
-    The result is written: memory that runs out here takes nothing from it.
-    """
+    """Up to three held-out prompts, answered by the base and by the adapter. To run out of memory here is no error."""
     from lorasft.data.tokens import supervised_runs
     from lorasft.model.free_memory import out_of_memory
     from lorasft.model.generate import generate

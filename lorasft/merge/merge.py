@@ -10,19 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lorasft import __version__
+from lorasft import __version__, files
 from lorasft.artifact import GENERATION_CONFIG, MERGE_RECORD, WEIGHTS, Artifact, read_stops
 from lorasft.errors import ModelError, RecipeError
-from lorasft.files import (
-    MANIFEST,
-    make_folder,
-    need_space,
-    refuse_existing,
-    refuse_overlap,
-    sha256,
-    staged_folder,
-    write_file,
-)
 from lorasft.merge.write import MergePlan, Progress, plan_merge, rewrite_config, write_weights
 from lorasft.recipe import DataSource
 from lorasft.tensors import INDEX, fingerprint
@@ -39,7 +29,7 @@ def merge(
     out: Path,
     *,
     onto: Onto | Literal["auto"] = "auto",
-    quantize: bool = False,
+    quantize: Literal["nf4"] | None = None,
     check: bool = True,
     data: DataSource | None = None,
     force_base: bool = False,
@@ -48,29 +38,29 @@ def merge(
     """Write the base of `artifact` with its adapter folded in to the new folder `out`.
 
     `onto`: which weights the update is added to: the base's own, those that NF4 made of them, or what held-out rows (or
-    `data`) speak for. `quantize`: write NF4. `force_base`: take a base that is not the one of training. Raises
+    `data`) speak for. `quantize`: write in this. `force_base`: take a base that is not the one of training. Raises
     ModelError before anything is written when the adapter does not fit, CapacityError when `out` has no room; a merge
     that fails leaves nothing under `out`. Returns what merge.json says.
     """
-    refuse_existing(out)
+    files.refuse_existing(out)
     artifact.verify(force_base=force_base)
     adapter = artifact.require_adapter()
-    refuse_overlap(out, artifact.base, adapter, *([artifact.run] if artifact.run else []))
+    files.refuse_overlap(out, artifact.base, adapter, *([artifact.run] if artifact.run else []))
     if data is not None and not check:
         raise RecipeError("--data has no use with --no-check", where=data.path, hint="leave one of the two out")
     plan = plan_merge(artifact)
     if plan.packed and (onto == "original" or quantize):  # it has no original, and an update falls back onto its steps
         what = "the base is stored in 4 bit: no --quantize, no --onto original"
         raise ModelError(what, hint="--base with the 16-bit original")
-    need_space(out, plan.size * (2 if quantize else 1))
+    files.need_space(out, plan.size * (2 if quantize else 1))
     judge = None
     if check:
         from lorasft.merge.check import MergeCheck  # takes seconds and hundreds of megabytes to import
 
         judge = MergeCheck(artifact, data)
-    chosen, why = _choose("dequantized" if plan.packed else onto, judge, quantize=quantize)
+    chosen, why = _choose("dequantized" if plan.packed else onto, judge, quantize=bool(quantize))
     hashes: dict[str, str] = {}
-    with staged_folder(out, hashes=hashes) as stage:
+    with files.staged_folder(out, hashes=hashes) as stage:
         weights = stage / "16-bit" if quantize else stage
         written, found = _write_full(weights, artifact, plan, onto=chosen, on_progress=on_progress)
         if judge:
@@ -81,7 +71,7 @@ def merge(
             judge.ask(stage, "merged, in 4 bit")
         hashes.update(found)
         done = {
-            "adapter": sha256(adapter / WEIGHTS),
+            "adapter": files.sha256(adapter / WEIGHTS),
             "onto": chosen,
             "why": why,
             "updated": len(plan.changes),  # tensors that the adapter changes
@@ -98,7 +88,7 @@ def _write_full(
     folder: Path, artifact: Artifact, plan: MergePlan, *, onto: Onto, on_progress: Progress | None
 ) -> tuple[dict[str, bool], dict[str, str]]:
     """Full weights and what lies beside them, as `write_weights`. Raises ModelError when no weight changed."""
-    make_folder(folder)
+    files.make_folder(folder)
     nf4 = _find_quantized(artifact, plan) if onto == "dequantized" else {}
     written, hashes = write_weights(folder, plan, nf4=nf4, on_progress=on_progress)
     if not any(written[name] for name in plan.changes):
@@ -126,8 +116,8 @@ def _write_record(stage: Path, artifact: Artifact, done: dict[str, Any]) -> dict
         f"Base: commit {origin['commit'] or 'unknown'}, fingerprint `{origin['fingerprint']}`.\n\n"
         f"The update was added to the {done['onto']} weights: {done['why']}.\n"
     )
-    write_file(stage / MERGE_RECORD, json.dumps(record, indent=1).encode())
-    write_file(stage / "README.md", card.encode())
+    files.write_file(stage / MERGE_RECORD, json.dumps(record, indent=1).encode())
+    files.write_file(stage / "README.md", card.encode())
     return record
 
 
@@ -158,7 +148,7 @@ def _quantize(weights: Path, stage: Path) -> dict[str, str]:
         if not (stage / path.name).exists() and path.name != INDEX:
             shutil.copyfile(path, stage / path.name)
     shutil.rmtree(weights)
-    return {path.name: sha256(path) for path in sorted(stage.glob("*.safetensors"))}
+    return {path.name: files.sha256(path) for path in sorted(stage.glob("*.safetensors"))}
 
 
 def _choose(onto: Onto | Literal["auto"], judge: MergeCheck | None, *, quantize: bool) -> tuple[Onto, str]:
@@ -179,12 +169,12 @@ def _write_sidecars(folder: Path, artifact: Artifact, rewritten: Mapping[str, An
         sources[GENERATION_CONFIG] = adapter / GENERATION_CONFIG
     for name, path in sources.items():
         if name in rewritten:
-            write_file(folder / name, json.dumps(rewritten[name], indent=2).encode())
+            files.write_file(folder / name, json.dumps(rewritten[name], indent=2).encode())
         else:
             shutil.copyfile(path, folder / name)
 
 
 def _list_sidecars(base: Path) -> Iterator[Path]:
     """What lies beside the weights, but for the records of an earlier merge."""
-    records = {MERGE_RECORD, MANIFEST}
+    records = {MERGE_RECORD, files.MANIFEST}
     return (p for p in base.iterdir() if p.is_file() and p.suffix in _SIDECARS and p.name not in records)

@@ -73,26 +73,19 @@ class ParameterMap:
     @cached_property
     def _sources(self) -> dict[str, list[list[str]]]:
         """For each parameter its tensors in their order: a list for each pattern of the conversion that takes them."""
+        from transformers import core_model_loading as loading
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            Concatenate,
-            MergeModulelist,
-            WeightConverter,
-            WeightRenaming,
-            dot_natural_key,
-            rename_source_key,
-        )
 
         state, prefix = self.model.state_dict(), self.model.base_model_prefix
         rules = get_model_conversion_mapping(self.model)
-        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        known = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+        renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
+        converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
+        known = ([(loading.MergeModulelist, 0)], [(loading.MergeModulelist, 0), (loading.Concatenate, 1)])
         stacks = [rule for rule in converters if [(type(step), step.dim) for step in rule.operations] in known]
         order = {pattern: place for rule in stacks for place, pattern in enumerate(rule.source_patterns)}
         sources: dict[str, dict[str | None, list[str]]] = {}
-        for name in sorted(self.specs, key=dot_natural_key):  # experts in their order
-            target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        for name in sorted(self.specs, key=loading.dot_natural_key):  # experts in their order
+            target, pattern = loading.rename_source_key(name, renamings, converters, prefix, state)
             if target not in state and name in state:
                 target, pattern = name, None
             if pattern is None or pattern in order:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,7 @@ PEERS = {
     "chat.supervise": "train_on_inputs assistant_only_loss completion_only_loss roles_to_train mask_history",
     "train.epochs": "num_train_epochs num_epochs",
     "train.steps": "max_steps max_steps_per_epoch",
-    "train.batch_size (examples per optimizer step, over all devices; the machine cuts it)": (
-        "gradient_accumulation_steps per_device_train_batch_size micro_batch_size train_batch_size global_batch_size"
-    ),
+    "train.batch_size (examples per step)": "gradient_accumulation_steps per_device_train_batch_size micro_batch_size",
     "train.max_grad_norm": "gradient_clipping clip_grad_norm",
     "train.seed": "data_seed random_state",
     "optimizer.learning_rate": "lr",
@@ -117,8 +115,8 @@ def find_shipped(name: str) -> Path:
     """The file of the shipped recipe `name`. Raises RecipeError with the nearest name, or that of a file there."""
     shipped = shipped_recipes()
     if name not in shipped:
-        close = _nearest(name, [*shipped, *map(str, Path(name).parent.glob("*.y*ml"))])
-        hint = f"did you mean {close}?" if close else "lorasft recipes list"
+        close = get_close_matches(name, [*shipped, *map(str, Path(name).parent.glob("*.y*ml"))], n=1)
+        hint = f"did you mean {close[0]}?" if close else "lorasft recipes list"
         raise RecipeError(f"no recipe {shorten(name)}: neither a file nor a shipped recipe", hint=hint)
     return shipped[name]
 
@@ -198,11 +196,6 @@ def _check_together(recipe: Recipe, document: Document) -> None:
         raise RecipeError(f"run.{key} needs {needed}", where=_place_of(("run", key), document), hint=hint)
 
 
-def _nearest(name: str, names: Iterable[str]) -> str | None:
-    """The most similar of `names`, or None when none is similar."""
-    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)), None)
-
-
 def _value_at(path: KeyPath, value: Any) -> Any:
     """What is at `path` in a tree of mappings and lists, or None."""
     for part in path:
@@ -243,6 +236,6 @@ def _explain_key(path: KeyPath, details: list[Any], document: Document) -> Loras
 def _hint_for_name(key: str, section: str) -> str:
     ours = [ours for ours, theirs in PEERS.items() if key.lower() in theirs.split()]
     beside = [own for name, own in _NAMES.items() if name.startswith(section)]
-    close = None if ours else _nearest(key, beside) or _nearest(key, _NAMES.values())
-    ours += [name for name, own in _NAMES.items() if own == close]
+    close = [] if ours else get_close_matches(key, beside, n=1) or get_close_matches(key, list(_NAMES.values()), n=1)
+    ours += [name for name, own in _NAMES.items() if own in close]
     return f"here it is {' or '.join(ours)}" if ours else "lorasft recipes schema has each key"

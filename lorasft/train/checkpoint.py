@@ -182,6 +182,14 @@ def read_state(path: Path, *, run: str | None) -> State:
     return state
 
 
+def find_checkpoint(recipe: Recipe, prepared: Prepared) -> tuple[Path, State, list[str]]:
+    """The newest checkpoint in the run folder of `recipe`. Raises RecipeError unless recipe and data are its own."""
+    folder = Path(recipe.run.output)
+    path, saved, skipped = newest_checkpoint(folder / "checkpoints", run=read_run_id(folder))
+    refuse_changes(recipe, folder, saved, prepared=prepared)
+    return path, saved, skipped
+
+
 def newest_checkpoint(folder: Path, *, run: str | None) -> tuple[Path, State, list[str]]:
     """The newest checkpoint of `run` that verifies, its state, and why each newer one was skipped.
 

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -147,15 +147,25 @@ def join() -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
+    import torch
     from accelerate import PartialState
 
-    ranks = _connect()
+    cuda = torch.cuda.is_available()
+    # Gradients go from card to card, small objects over gloo. The long limit is for the others while the first
+    # prepares the data; who is gone is found out by the watch.
+    backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
+    try:
+        state = PartialState(cpu=not cuda, backend=backend, timeout=timedelta(days=1))
+    except RuntimeError as error:
+        raise DeviceError(f"the processes cannot meet: {str(error).strip().splitlines()[0]}") from error
+    ranks = Ranks(state.process_index, state.num_processes)
+    ranks = replace(ranks, leaving=watch(ranks.gather(os.getpid())))
     try:
         if int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count)) != ranks.count:
             raise DeviceError("the processes are on several machines", hint="start all of them on one")
         yield ranks
         ranks.gather(None)
-        PartialState().destroy_process_group()
+        state.destroy_process_group()
     except LorasftError as error:  # all have met it
         if ranks.is_main:
             raise
@@ -177,19 +187,3 @@ def _sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     torch.distributed.all_reduce(flat)
     for parameter, total in zip(parameters, torch.split(flat, [one.numel() for one in parameters]), strict=True):
         parameter.grad = total.view_as(parameter)
-
-
-def _connect() -> Ranks:
-    import torch
-    from accelerate import PartialState
-
-    cuda = torch.cuda.is_available()
-    # Gradients go from card to card, small objects over gloo. The long limit is for the others while the first
-    # prepares the data; who is gone is found out by the watch.
-    backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
-    try:
-        state = PartialState(cpu=not cuda, backend=backend, timeout=timedelta(days=1))
-    except RuntimeError as error:
-        raise DeviceError(f"the processes cannot meet: {str(error).strip().splitlines()[0]}") from error
-    alone = Ranks(state.process_index, state.num_processes)
-    return Ranks(alone.index, alone.count, watch(alone.gather(os.getpid())))

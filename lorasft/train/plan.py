@@ -102,8 +102,6 @@ def predict_duration(recipe: Recipe, timing: Timing, fit: Fit, inputs: RunInputs
 def find_suggestions(recipe: Recipe, config: Any, network: Network, rows: TokenStore, *, memory: int) -> Iterator[str]:
     """Changes with which `recipe` fits into `memory` bytes, each alone, as they would be typed: those first that change
     the result least. One key is changed, and the leanest layout that the recipe then allows is predicted.
-
-    Raises what `dry_run` raises.
     """
     lengths, adapter = example_lengths(rows), recipe.adapter
     # By key what it may be instead, the least change first.

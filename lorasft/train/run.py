@@ -39,15 +39,7 @@ from lorasft.model.weightless import make_weightless
 from lorasft.recipe import Recipe
 from lorasft.recipe.load import dump_recipe
 from lorasft.terminal import size_text
-from lorasft.train.checkpoint import (
-    newest_checkpoint,
-    read_run_id,
-    refuse_changes,
-    restore_checkpoint,
-    save,
-    take_folder,
-    write_start,
-)
+from lorasft.train.checkpoint import find_checkpoint, restore_checkpoint, save, take_folder, write_start
 from lorasft.train.distributed import ALONE, Ranks
 from lorasft.train.inputs import RunInputs, read_checked_config, read_inputs
 from lorasft.train.layout import Fit, choose_layout, find_heaviest, plain_oom_errors, retry_on_oom
@@ -90,8 +82,7 @@ def _prepare(recipe: Recipe, *, resume: bool, held: ExitStack) -> RunInputs:
     notes = [f"process {left} ended without a word: it was killed, or the power was lost"] if left else []
     path, saved = None, None
     if resume:
-        path, saved, skipped = newest_checkpoint(folder / "checkpoints", run=read_run_id(folder))
-        refuse_changes(recipe, folder, saved, prepared=inputs.prepared)
+        path, saved, skipped = find_checkpoint(recipe, inputs.prepared)
         notes += [*(f"skipped {reason}" for reason in skipped), f"continuing from step {saved.step}"]
     if not recipe.adapter.modules_to_save:
         refuse_untrained(recipe.model.base, inputs.tokenizer, supervised=inputs.prepared.supervised_special)
@@ -153,11 +144,7 @@ def run_heaviest_batch(run: Run, fit: Fit, static: StaticBytes) -> str:
     peak = sum(known.values())
     measured = retry_on_oom(run, partial(_measure_heaviest, run)) if sees_too_little(run, fit) else None
     free = static.loaded + static.upcoming + fit.spare
-    record = {
-        "free": free,
-        "predicted": {**known, "peak": peak} if known else None,
-        "measured": measured,
-    }
+    record = {"free": free, "predicted": {**known, "peak": peak} if known else None, "measured": measured}
     if run.ranks.is_main:
         replace_file(run.folder / "memory.json", json.dumps(record, indent=1).encode())
     seen = f"; {size_text(measured)} with the heaviest micro-batch" if measured else ""
@@ -187,10 +174,7 @@ def _measure_heaviest(run: Run) -> int:
 
 
 def export_adapter(ready: ReadyRun, state: State) -> Path:
-    """Write the result, the last adapter or the best one, to `adapter/`. Returns its folder.
-
-    Raises DivergedError when nothing was trained, ModelError when the best checkpoint is damaged.
-    """
+    """Write the result, the last adapter or the best, to `adapter/`. Raises DivergedError when nothing was trained."""
     run = ready.run
     if run.recipe.run.keep_best and state.best_step not in (None, state.step):
         best = run.checkpoints / f"step-{state.best_step:06d}"

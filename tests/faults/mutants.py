@@ -23,7 +23,7 @@ from faults.damage import seal
 from faults.subject import KEEP
 from faults.trial import Bench
 from lorasft import files
-from lorasft.train import checkpoint, run
+from lorasft.train import checkpoint
 from lorasft.train import state as state_module
 from lorasft.train.optimizer import optimizer_state
 
@@ -108,7 +108,7 @@ def resume_by_number() -> None:
         state = state_module.State(**{**fields, "layout": state_module.Layout(**fields["layout"])})
         return path, state, [f"skipped {path.name}"]
 
-    run.newest_checkpoint = newest
+    checkpoint.newest_checkpoint = newest
 
 
 MUTANTS: dict[str, tuple[Callable[[], None], str]] = {
