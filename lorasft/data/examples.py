@@ -96,10 +96,8 @@ def read_blocks(source: DataSource, settings: DataSettings) -> Iterator[RowBlock
 
 
 def _find_format(raw: Raw, place: RowLocation, source: DataSource, settings: DataSettings) -> tuple[Raw, str]:
-    """The first row of a file, parsed, and the format that it shows; empty if it cannot be parsed.
-
-    Raises DataError when it has no format or fits two, or has not the columns that the recipe names.
-    """
+    """The first row of a file, parsed, and the format that it shows; empty if it cannot be parsed. Raises DataError
+    when it has no format or fits two, or has not the columns that the recipe names."""
     try:
         row = parse_row(raw, place)
     except DataError as error:

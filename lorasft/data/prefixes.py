@@ -54,10 +54,8 @@ def build_trees(sequences: Sequence[NDArray[np.int64]], *, capacity: int, share:
 
 
 def drop_small_nodes(common: Sequence[int], *, cost: int) -> list[int]:
-    """`common` without the nodes that are not worth their segments.
-
-    A run of L tokens with c branches saves (c - 1) L tokens and makes one more segment, and c that look back.
-    """
+    """`common` without the nodes that are not worth their segments: a run of L tokens with c branches saves (c - 1) L
+    tokens and makes one more segment, and c that look back."""
     kept = list(common)
     open_nodes: list[tuple[int, list[int]]] = [(0, [])]  # depth, and where branches but the first begin
     for place, shared in enumerate([*common[1:], 0], start=1):

@@ -148,8 +148,7 @@ def encode_source(
 ) -> tuple[list[tuple[Example, tuple[Tokens, ...]]], Report]:
     """The examples of one source that is not trained on, with their sequences, and what became of its rows.
 
-    The format and columns of `data` hold if `source` states its own columns or begins with a row that has them, else
-    they are found. Raises DataError, or ErrorGroup, for what cannot be read or encoded.
+    The format and columns of `data` hold if `source` has columns or begins with a row that fits, else they are found.
     """
     blocks = read_blocks(source, data)
     first = next(blocks)

@@ -67,11 +67,8 @@ BUILT_IN = {"plain": PLAIN, "chatml": CHATML, "none": NONE}
 
 
 def set_template(tokenizer: PreTrainedTokenizerFast, chat: ChatSettings) -> None:
-    """Give the tokenizer the template of the recipe, so that saving the tokenizer saves it.
-
-    `template_options` become default values at the template's head: a server that is told nothing feeds the same.
-    Raises ModelError when the template cannot be used with this tokenizer.
-    """
+    """Give the tokenizer the template of the recipe, so that saving the tokenizer saves it, with `template_options` as
+    default values at its head. Raises ModelError when the template cannot be used with this tokenizer."""
     chosen = chat.template or (None if tokenizer.chat_template else "plain")
     if chosen:
         tokenizer.chat_template = _load_template(tokenizer, chosen)
@@ -87,10 +84,8 @@ def render(
     *,
     generation_prompt: bool = False,
 ) -> str:
-    """The text of a conversation, as `apply_chat_template` of any server gives it.
-
-    Raises DataError with the roles and the template's own words when it refuses, ModelError when it is broken.
-    """
+    """The text of a conversation, as `apply_chat_template` of any server gives it. Raises DataError with the template's
+    own words when it refuses, ModelError when it is broken."""
     import jinja2
 
     given = list(tools) if tools else None
@@ -165,8 +160,7 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 def limits() -> Iterator[None]:
     """Raise TimeoutError in the block after SECONDS, and MemoryError where it takes over ROOM more bytes than now.
 
-    A block within another sets the clock back and no more. Only a main thread can be interrupted; Linux alone counts
-    the memory.
+    A block within another only sets the clock back. A main thread alone can be interrupted; Linux counts the memory.
     """
     if signal.getsignal(signal.SIGALRM) is _stop:
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
