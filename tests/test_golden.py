@@ -59,9 +59,8 @@ def describe(encoder: Encoder) -> str:
             continue
         grown = {key: value - before[key] for key, value in vars(encoder.report).items() if isinstance(value, int)}
         held = f"parity {grown['answers'] - grown['parity_breaks']} of {grown['answers']}"
-        names = ("split_conversations", "dropped_reasoning", "tools_left_out")
-        counts = ", ".join(f"{key} {grown[key]}" for key in names if grown[key])
-        pages.append(f"=== {name}: {held}{', ' if counts else ''}{counts}\n")
+        lost = grown["dropped_reasoning"]
+        pages.append(f"=== {name}: {held}{f', dropped_reasoning {lost}' if lost else ''}\n")
         pages.extend(_bracketed(list(painted(tokens, tokenizer))) + "\n---\n" for tokens in sequences)
     return "".join(pages)
 

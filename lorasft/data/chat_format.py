@@ -148,7 +148,7 @@ class ChatFormat:
                 lost = self.render(_with_message(example, target, fewer), target + 1) == text
             except DataError:  # the template looks for the calls
                 lost = False
-            if lost or name_of(call) not in region:
+            if lost or call["function"]["name"] not in region:
                 what = f"the chat template leaves out the tool calls of message {target + 1}"
                 raise DataError(what, hint="chat.template=FILE with a template that renders them")
 
@@ -244,11 +244,6 @@ def read_style(tokenizer: PreTrainedTokenizerFast) -> TemplateStyle:
     end = tail[: min(ends)[0]] + min(ends)[2] if ends else ""
     shared = next(size for size in range(len(prompt), -1, -1) if text[:at].startswith(prompt[:size]))
     return TemplateStyle(prompt, text, answer_prefix=text[shared:at], end_of_turn=end, prompt_only=prompt[shared:])
-
-
-def name_of(tool: dict[str, Any]) -> str:
-    """The name of a tool or of a tool call."""
-    return str(tool.get("function", tool).get("name", ""))
 
 
 def _turn_ends(tokenizer: PreTrainedTokenizerFast) -> list[str]:

@@ -132,10 +132,9 @@ def shape_block(block: RowBlock, settings: DataSettings, *, report: Report) -> I
             example = shape_row(mapped, block.kind, place)
             if example.digest < share * 2**64:
                 yield example
-        except UnicodeEncodeError as error:  # half a character: "\\ud83d" alone
-            report.add_error(DataError(f"not text: {error}"), place, policy=settings.on_bad_row)
-        except DataError as error:
-            report.add_error(error, place, policy=settings.on_bad_row)
+        except (DataError, UnicodeEncodeError) as error:  # half a character: "\\ud83d" alone
+            bad = error if isinstance(error, DataError) else DataError(f"not text: {error}")
+            report.add_error(bad, place, policy=settings.on_bad_row)
     if block.error:
         raise block.error
 

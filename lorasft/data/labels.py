@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from lorasft.data.chat_format import ChatFormat, MarkedText, name_of
+from lorasft.data.chat_format import ChatFormat, MarkedText
 from lorasft.data.encoding import Encoded
 from lorasft.data.examples import Example, Message, reasoning_of, without_reasoning
 from lorasft.data.report import Report
@@ -72,12 +72,9 @@ class Labeler:
         if not targets:
             _drop_without_target(example, report)
         texts = self.format.mark(example, targets)
-        report.split_conversations += len(texts) > 1
         found = ((marked, answer) for marked in texts for answer in marked.answers)
         for target, (marked, answer) in zip(targets, found, strict=True):
             self._check_reasoning(example.messages[target], target, marked.text[answer.prompt : answer.end], report)
-        if example.tools and not any(name_of(tool) in marked.text for tool in example.tools for marked in texts):
-            report.tools_left_out += 1
         return texts
 
     def _targets(self, messages: tuple[Message, ...]) -> list[int]:
@@ -110,7 +107,6 @@ class Labeler:
             fits = all(whole.ids[: len(prompt)] == prompt for prompt in prompts)
             if not fits and len(prompts) > 1:
                 # A token holds the end of a prompt and the start of its answer: no one sequence has every prompt right.
-                report.split_conversations += 1
                 alone = [MarkedText(marked.text[: answer.end], (answer,)) for answer in marked.answers[:-1]]
                 alone.append(replace(marked, answers=marked.answers[-1:]))
                 return self._label(alone, self.format.encoder.encode(_texts_of(alone)), report)

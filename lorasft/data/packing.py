@@ -148,7 +148,7 @@ def make_micro_batches(
     `rope_switch_length` tokens and longer ones never meet: some models compute all positions of a row by its longest.
     """
     pieces = [piece for example in examples for piece in _pieces(store.sequences(int(example)), int(example), loss)]
-    switch = math.inf if rope_switch_length is None else rope_switch_length
+    switch = rope_switch_length or math.inf
     for is_long in (False, True):
         kind = [piece for piece in pieces if (len(piece.ids) > switch) == is_long]
         ids, room = [piece.ids for piece in kind], capacity

@@ -109,7 +109,7 @@ def read_ingredients(folder: Path, key: str) -> dict[str, Any]:
     try:
         record = json.loads((folder / key[:16] / "prepared.json").read_bytes())
         return dict(record["ingredients"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError):
         return {}
 
 

@@ -22,7 +22,6 @@ class Report:
     truncated_examples: int = 0
     windowed_texts: int = 0
     examples_without_target: int = 0
-    split_conversations: int = 0
     answers: int = 0  # supervised, before the over-long policy
     parity_breaks: int = 0  # of them, those that do not follow the ids that a server feeds
     train_examples: int = 0
@@ -31,7 +30,6 @@ class Report:
     tokens: int = 0
     supervised_tokens: int = 0
     dropped_reasoning: int = 0  # characters: by the template, or by chat.thinking
-    tools_left_out: int = 0
     dropped: list[str] = field(default_factory=list)  # of the first rows that are not trained on: "file:line: why"
     errors: list[LorasftError] = field(default_factory=list, repr=False)  # of bad rows that are not to be dropped
 

@@ -107,7 +107,7 @@ def load_hub(source: DataSource) -> Any:
             what = "this data set is a program of its own, which lorasft does not run"
             raise UnsafeError(what, where=source.path, hint="take its files: JSON, CSV or Parquet") from None
         raise DataError(
-            f"cannot load this data set: {type(error).__name__}: {str(error).partition(chr(10))[0]}",
+            f"cannot load this data set: {type(error).__name__}: {error}",
             where=source.path,
             hint="data.train takes a file, a folder, a glob or the id of a data set on the hub",
         ) from None
