@@ -304,6 +304,8 @@ ENDLESS = ("(a+)+$", "(a|a)" * 30, "a*" * 3, "x" * 300)  # patterns that might n
         ("tokens", say(trainable_token_indices=[3, 96, 97]), "has 3 trained tokens"),
         ("modules to save", put("model.layers.0.self_attn.q_proj.weight", 32, 32), "nothing .* explains .*q_proj"),
         ("modules to save", put("model.layers.0.self_attn.q_proj.lora_C.weight", 3), "nothing .* explains .*lora_C"),
+        ("tokens", drop("trainable"), "lacks tokens"),
+        ("modules to save", drop("lm_head"), "lacks lm_head"),
         ("modules to save", put("lm_head.weight", 120, 32), "another height alone"),
         ("modules to save", put("lm_head.base_layer.weight", 97, 32), "lm_head.weight more than once"),
         ("all biases", say(bias="none"), "nothing .* explains .*bias"),

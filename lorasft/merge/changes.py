@@ -63,6 +63,10 @@ class AdapterReader:
                 self.modules.setdefault(match[1], {})[match[2]] = tensor.float()
             else:
                 self.tensors[path] = tensor
+        saved, tokens = self.config.get("modules_to_save") or [], self.config.get("trainable_token_indices")
+        absent = [name for name in saved if not any(f"{name}." in path for path in self.tensors)]
+        if absent or (tokens and not any(_TOKENS in parts for parts in self.modules.values())):
+            raise self.error(f"the adapter lacks {', '.join(absent) or 'tokens'} that its config says were trained")
 
     def error(self, what: str) -> ModelError:
         """The error for files that do not fit each other or the base."""
