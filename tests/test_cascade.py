@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import HELD_TO_AVX2
 from torch import Tensor
 
 from lorasft.model import attention
@@ -69,6 +70,8 @@ def make_inputs(tokens: int, dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
 @pytest.mark.parametrize("tree", [*TREES, *range(5)])
 def test_outputs_and_gradients_are_those_of_dense_attention(tree: str | int, dtype: torch.dtype, error: float) -> None:
+    if HELD_TO_AVX2 and dtype == torch.bfloat16:
+        pytest.skip("torch has no bf16 attention here")
     segments = Paths(*(TREES[tree] if isinstance(tree, str) else random_tree(tree)))
     inputs = make_inputs(sum(segments.lengths), dtype)
     for got, want in zip(attend(segments, *inputs), dense(segments, *inputs), strict=True):

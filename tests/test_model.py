@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 def test_a_base_in_nf4_is_bitsandbytes_own(base: Path) -> None:
     """Every linear but the head is NF4 with double quantization, bitsandbytes' bits; all is frozen."""
-    model = load_base(ModelSettings(base=str(base)), CPU)
+    model = load_base(ModelSettings(base=str(base), dtype="bfloat16"), CPU)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
     assert len(linears) == 14 and not any("lm_head" in name for name in linears)

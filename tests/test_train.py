@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_oracles import Rows, packed_step
-from tiny_models import randomize_adapter
+from tiny_models import BF16, randomize_adapter
 from transformers import AutoModelForCausalLM
 
 from lorasft.artifact import find_artifact
@@ -141,10 +141,10 @@ def test_the_adapter_loads_in_peft_and_gives_the_same_logits(recipe: Write, base
                if "lora_B" in name)  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
 @pytest.mark.parametrize("adapter", [{"dora": True}, {"modules_to_save": ["lm_head"]}, {"rslora": True}])
-def test_other_adapters_train_and_load(adapter: dict[str, Any], dtype: str, recipe: Write) -> None:
-    path = recipe(adapter=adapter, model={"dtype": dtype})
+def test_other_adapters_train_and_load(adapter: dict[str, Any], dtype: torch.dtype, recipe: Write) -> None:
+    path = recipe(adapter=adapter, model={"dtype": str(dtype).removeprefix("torch.")})
     assert main(["train", path]) == 0
     losses = [line["loss"] for line in metrics(run_folder(path)) if "loss" in line]
     assert losses[-1] < losses[0]
