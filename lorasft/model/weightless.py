@@ -112,16 +112,21 @@ def _fill(base: Any, modules: list[nn.Module], *, device: torch.device) -> None:
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.ones_like(buffer, device=device))
         if isinstance(module, bnb.nn.Linear4bit):
-            shape, dtype = (module.out_features, module.in_features), module.compute_dtype
-            _quantize(module, torch.empty(shape, dtype=dtype, device=device).uniform_(-0.03, 0.03))
+            weight = torch.empty(module.out_features, module.in_features, dtype=module.compute_dtype, device="meta")
+            _quantize(module, _draw_like(weight, device))
             patch_linear4bit(module, device, base.name_or_path)
             continue
         for name, old in list(module.named_parameters(recurse=False)):
             if id(old) not in made:
-                values = torch.empty_like(old, device=device).uniform_(-0.03, 0.03)
-                made[id(old)] = nn.Parameter(values, requires_grad=old.requires_grad)
+                made[id(old)] = nn.Parameter(_draw_like(old, device), requires_grad=old.requires_grad)
             setattr(module, name, made[id(old)])
         owners[id(module)]._init_weights(module)
+
+
+def _draw_like(given: Tensor, device: torch.device) -> Tensor:
+    """Random numbers in the shape of `given`: a prime number of them, repeated, which is faster than to draw all."""
+    few = torch.empty(65_521, dtype=given.dtype, device=device).uniform_(-0.03, 0.03)
+    return few.repeat(-(-given.numel() // len(few)))[: given.numel()].view(given.shape)
 
 
 @cache
