@@ -101,3 +101,12 @@ def test_a_prompt_that_closes_the_thought_leaves_reasoning_no_place(tmp_path: Pa
     assert learned_text(encoder.format.tokenizer, tokens) == ["A<|end|>"]
     assert encoder.report.dropped_reasoning == 2
     check_prompts(encoder.format.tokenizer, FIELD, (tokens,))
+
+
+def test_what_else_the_template_leaves_out_is_counted(tmp_path: Path) -> None:
+    cut = MARKED.replace("{{ m.content }}<|end|>{% endgen", "{{ (m.content | trim).split('#')[0] }}<|end|>{% endgen")
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
+    encoder = make_encoder(tiny(tmp_path, cut))
+    encoder.encode(conversation("q", "  blanks\n", "r", "whole", "s", "before#after", tools=tools))
+    report = encoder.report
+    assert (report.trimmed_characters, report.dropped_characters, report.tools_left_out) == (3, len("before#after"), 1)

@@ -74,7 +74,10 @@ class Labeler:
         texts = self.format.mark(example, targets)
         found = ((marked, answer) for marked in texts for answer in marked.answers)
         for target, (marked, answer) in zip(targets, found, strict=True):
-            self._check_reasoning(example.messages[target], target, marked.text[answer.prompt : answer.end], report)
+            self._count_losses(example.messages[target], target, marked.text[answer.prompt : answer.end], report)
+        functions = [tool.get("function") for tool in example.tools or ()]
+        names = [str(one["name"]) for one in functions if isinstance(one, dict) and "name" in one]
+        report.tools_left_out += bool(names) and not any(name in marked.text for name in names for marked in texts)
         return texts
 
     def _targets(self, messages: tuple[Message, ...]) -> list[int]:
@@ -87,14 +90,20 @@ class Labeler:
             return [index for index in answers if messages[index].get("train", not some)]
         return answers
 
-    def _check_reasoning(self, message: Message, target: int, rendered: str, report: Report) -> None:
-        """Count reasoning that is not in the `rendered` answer. Raises DataError where it must not be lost."""
+    def _count_losses(self, message: Message, target: int, rendered: str, report: Report) -> None:
+        """Count what is not in the `rendered` answer. Raises DataError for reasoning that must not be lost."""
         reasoning = reasoning_of(message)
         if reasoning and reasoning not in rendered:
             if self.chat.thinking == "error":
                 what = f"the template drops the reasoning of message {target + 1}"
                 raise DataError(what, hint="chat.thinking=follow_template or drop")
             report.dropped_reasoning += len(reasoning)
+        content = without_reasoning(message)["content"]
+        if content not in rendered and not message.get("tool_calls"):  # with calls the content is rewritten altogether
+            blanks = len(content) - len(content.strip())
+            trimmed = content.strip() in rendered
+            report.trimmed_characters += blanks if trimmed else 0
+            report.dropped_characters += 0 if trimmed else len(content)
 
     def _label(self, texts: Sequence[MarkedText], encoded: Mapping[str, Encoded], report: Report) -> list[Tokens]:
         """Ids and labels; `encoded`: each text, and each prompt."""

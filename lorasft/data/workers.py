@@ -50,20 +50,17 @@ def map_blocks(
         yield from map(work, stream)
         return
     pool = ThreadPoolExecutor(workers)  # a thread waits for each process
-    with _forked(work, workers) as processes:
+    with _forked(work, workers, pool) as processes:
         idle: SimpleQueue[Process] = SimpleQueue()
         for process in processes:
             idle.put(process)
         pending: deque[Future[Any]] = deque()
-        try:
-            for block in stream:
-                pending.append(pool.submit(_ask, idle, block))
-                if len(pending) == AHEAD * workers:
-                    yield pending.popleft().result()
-            while pending:
+        for block in stream:
+            pending.append(pool.submit(_ask, idle, block))
+            if len(pending) == AHEAD * workers:
                 yield pending.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        while pending:
+            yield pending.popleft().result()
 
 
 def _ask(idle: SimpleQueue[Process], block: Any) -> Any:
@@ -81,8 +78,8 @@ def _ask(idle: SimpleQueue[Process], block: Any) -> Any:
 
 
 @contextmanager
-def _forked(work: Callable[[Any], Any], count: int) -> Iterator[list[Process]]:
-    """`count` processes that wait for blocks; they end with the block of code, and when this process does."""
+def _forked(work: Callable[[Any], Any], count: int, pool: ThreadPoolExecutor) -> Iterator[list[Process]]:
+    """`count` processes that wait for blocks; they and `pool` end with the block, or with this process."""
     fork = multiprocessing.get_context("fork")
     processes: list[Process] = []
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread each; set before, or tokenizers warns
@@ -101,8 +98,10 @@ def _forked(work: Callable[[Any], Any], count: int) -> Iterator[list[Process]]:
         yield processes
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        pool.shutdown(wait=False, cancel_futures=True)
         for _, process in processes:
             process.terminate()
+        pool.shutdown()  # its threads see that: two that wait for one process at once lose its end
         for line, process in processes:
             process.join()
             line.close()
