@@ -395,7 +395,9 @@ def test_over_long_conversations(tiny: Any) -> None:
     assert cut.ids[1:].tolist() == whole.ids[used - limit + 1 : used].tolist()
     assert cut.labels[cut.labels >= 0].tolist() == answer
     long_answer = conversation("hi", "the cat sat on the mat " * 9)
-    (short,) = make_encoder(tiny, max_length=10, overlong="truncate").encode(long_answer)
+    shortening = make_encoder(tiny, max_length=10, overlong="truncate")
+    (short,), (long,) = shortening.encode(long_answer), make_encoder(tiny).encode(long_answer)
+    assert shortening.report.truncated_tokens == np.count_nonzero(long.labels >= 0) - 9
     assert len(short) == 10 and tiny.decode(short.ids[1:]) == tiny.decode(short.labels[short.labels >= 0])
     assert tiny.convert_tokens_to_ids("<|end|>") not in short.ids  # no stop is invented where the answer was cut
 

@@ -162,14 +162,16 @@ class Labeler:
             return [window for tokens in sequences for window in _windows(tokens, limit, self.bos)]
         if policy == "truncate":
             report.truncated_examples += 1
-            return [_first(limit, one) if is_text else _cut_context(one, limit, self.bos) for one in sequences]
+            fitted = [_first(limit, one) if is_text else _cut_context(one, limit, self.bos) for one in sequences]
+            report.truncated_tokens += sum(_count_supervised(sequences)) - sum(_count_supervised(fitted))
+            return fitted
         report.over_long_examples += 1
         report.dropped.append(f"{example.place}: {too_long}")
         return []
 
     def _keep_supervised(self, sequences: list[Tokens], example: Example, report: Report) -> tuple[Tokens, ...]:
         """Those sequences in which anything is supervised, counted."""
-        counts = [int(np.count_nonzero(tokens.labels != UNSUPERVISED)) for tokens in sequences]
+        counts = _count_supervised(sequences)
         kept = tuple(tokens for tokens, count in zip(sequences, counts, strict=True) if count)
         if sequences and not kept:
             _drop_without_target(example, report)
@@ -177,6 +179,10 @@ class Labeler:
         report.tokens += sum(map(len, kept))
         report.supervised_tokens += sum(counts)
         return kept
+
+
+def _count_supervised(sequences: Sequence[Tokens]) -> list[int]:
+    return [int(np.count_nonzero(tokens.labels != UNSUPERVISED)) for tokens in sequences]
 
 
 def parity_breaks(tokens: Tokens, prompts: Sequence[list[int]]) -> int:

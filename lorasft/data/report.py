@@ -20,6 +20,7 @@ class Report:
     duplicate_rows: int = 0
     over_long_examples: int = 0
     truncated_examples: int = 0
+    truncated_tokens: int = 0  # supervised ones, that were cut off
     windowed_texts: int = 0
     examples_without_target: int = 0
     answers: int = 0  # supervised, before the over-long policy
