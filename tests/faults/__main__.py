@@ -40,6 +40,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     wrong: list[str] = []
+    if options.dir:
+        options.dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="lorasft-faults-", dir=options.dir) as place:
         bench = open_bench(Path(place), trials=options.trials, seed=options.seed)
         if options.mutants:
