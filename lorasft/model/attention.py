@@ -7,6 +7,7 @@ size tokens x tokens is ever built. The segments reach `attend` as a keyword arg
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -123,9 +124,12 @@ def attend(
         return _attend_at_once(query, torch.cat(keys, dim=2), torch.cat(values, dim=2), segments, scale), None
     outputs = []
     for q, k, v in zip(segments.split(query), keys, values, strict=True):
-        if open_scores:
-            seen = _causal(q, k, window=sliding_window)
-            outputs.append(_attend_openly(q, k, v, seen, scale, dropout=dropout, softcap=softcap, sinks=s_aux))
+        if open_scores:  # with soft caps (Gemma 2) or sinks (gpt-oss): the model's own function, under a mask to be added
+            own = sys.modules[type(module).__module__].eager_attention_forward
+            hidden = ~_causal(q, k, window=sliding_window)[None, None]
+            mask = torch.zeros_like(hidden, dtype=q.dtype).masked_fill(hidden, float("-inf"))
+            output, _ = own(module, q, k, v, mask, scaling=scale, dropout=dropout, softcap=softcap)
+            outputs.append(output.transpose(1, 2))
             continue
         square = q.shape[2] == k.shape[2] and (sliding_window is None or k.shape[2] <= sliding_window)
         mask = None if square else _causal(q, k, window=sliding_window)
@@ -206,24 +210,6 @@ def _causal(query: Tensor, key: Tensor, *, window: int | None) -> Tensor:
     keys = torch.arange(key.shape[2], device=key.device)
     ahead = keys - keys[key.shape[2] - query.shape[2] :].unsqueeze(1)
     return (ahead <= 0) if window is None else (ahead <= 0) & (ahead > -window)
-
-
-def _attend_openly(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float,
-    *, dropout: float, softcap: float | None, sinks: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """The general path: scores in the open, for soft caps (Gemma 2) and sinks (gpt-oss)."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = (query @ key.transpose(2, 3)) * scale  # (1, heads, queries, keys)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~mask, float("-inf"))
-    if sinks is not None:  # a learned score per head that takes weight and gives no value
-        scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights[..., : key.shape[2]], dropout)
-    return weights @ value
 
 
 def default_attention(config: Any) -> str:
