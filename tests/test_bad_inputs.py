@@ -201,7 +201,7 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
     "20": (2, ["warmup", "steps"],
            of_recipe("train: {batch_size: 2, steps: 3}\nschedule: {warmup: 5}", "model.base=BASE")),
     "20 share": (2, ["train.epochs"], of_recipe("train: {epochs: 0}")),
-    "21": (2, ["q_prj", "adapter.targets", "did you mean q_proj?"], of_recipe("adapter: {targets: [q_prj]}")),
+    "21": (2, ["q_prj", "adapter.targets", "names: down_proj"], of_recipe("adapter: {targets: [q_prj]}")),
     "21 no linear": (2, ["norm", "all-linear"], of_recipe("adapter: {targets: [norm]}")),
     "21 none": (2, ["no targets", "all-linear"], of_recipe("adapter: {targets: []}")),
     "21 saved": (2, ["lm_haed", "did you mean lm_head?"], of_recipe("adapter: {modules_to_save: [lm_haed]}")),

@@ -34,7 +34,7 @@ from lorasft.model.loss import Network, pair_losses
 from lorasft.model.memory import ActivationMemory, StorageMeter, dry_run, heaviest_batch, static_bytes
 from lorasft.model.recompute import decoder_layers, layer_list, recompute, recomputed_layers
 from lorasft.model.selfcheck import verify
-from lorasft.model.weightless import Sample, make_weightless, plan_network
+from lorasft.model.weightless import make_sample, make_weightless, plan_network
 from lorasft.recipe import AdapterSettings, ModelSettings
 from lorasft.train import layout as layouts
 from lorasft.train import loop
@@ -127,8 +127,8 @@ def test_a_dry_run_is_the_step(name: str) -> None:
     network = verify(base)
     weightless, planned = without_numbers(network, adapter, settings=settings)
     assert static_bytes(weightless, "adamw") == static_bytes(model, "adamw")
-    sample = Sample(weightless, ARCHITECTURES[name](), settings, adapter, CPU)
-    foreseen = verify(sample.model.get_base_model())
+    sample = make_sample(weightless, ARCHITECTURES[name](), settings, adapter, CPU)
+    foreseen = verify(sample.get_base_model())
     facts = [(one.segments, one.share, one.head is None) for one in (foreseen, network)]
     assert facts[0] == facts[1]
     batch = heaviest_batch(network, longest=20, capacity=60)

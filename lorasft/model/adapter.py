@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -111,15 +110,15 @@ def _take_embeddings(base: Any, weights: dict[str, Tensor], *, saved: Sequence[s
     modules that the adapter itself has as a whole.
     """
     embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
-    for path, module in list(base.named_modules()):
-        names = [f"base_model.model.{path}{part}.weight" for part in ("", ".base_layer")]
-        name = next((name for name in names if name in weights), None)
-        if module not in embeddings or name is None or any(path.endswith(end) for end in saved):
+    paths = {f"base_model.model.{path}": path for path, module in base.named_modules() if module in embeddings}
+    for name in list(weights):
+        path = paths.get(name.removesuffix(".weight").removesuffix(".base_layer"))
+        if path is None or path.endswith(tuple(saved)):
             continue
-        tensor = weights.pop(name)
-        if tensor.dim() != 2 or tensor.shape[1:] != module.weight.shape[1:]:
+        tensor, rows = weights.pop(name), base.get_input_embeddings().weight
+        if tensor.shape[1:] != rows.shape[1:]:
             raise ModelError(f"{name} is {list(tensor.shape)}", where=where)
-        if len(tensor) != base.get_input_embeddings().weight.shape[0]:
+        if len(tensor) != len(rows):
             base.resize_token_embeddings(len(tensor), mean_resizing=False)
         with torch.no_grad():
             base.get_submodule(path).weight.copy_(tensor)
@@ -133,22 +132,14 @@ def give_weights(model: Any, weights: dict[str, Tensor], *, where: str) -> None:
         what = f"the adapter does not fit this base: missing {missing[:5]}, not known {surplus[:5]}"
         raise ModelError(what, where=where, hint="use the base that it was trained on")
     for name, tensor in weights.items():
-        if tensor.shape != own[name].shape or not tensor.isfinite().all():
-            what = f"{name} is {list(tensor.shape)} and not {list(own[name].shape)}, or not finite"
+        if tensor.shape != own[name].shape:
+            what = f"{name} is {list(tensor.shape)} and not {list(own[name].shape)}"
             raise ModelError(what, where=where, hint="train it again, or take an earlier one")
-    if any(tensor.is_meta for tensor in own.values()):
-        _put_weights(model, weights)
+    if any(tensor.is_meta for tensor in own.values()):  # PEFT made A and B without numbers, as the base is streamed
+        named = {name.replace(".weight", ".default.weight"): tensor.float() for name, tensor in weights.items()}
+        model.load_state_dict(named, strict=False, assign=True)
     else:
         set_peft_model_state_dict(model, weights)
-
-
-def _put_weights(model: Any, weights: dict[str, Tensor]) -> None:
-    """Give an adapter real weights whose base is streamed from the disk, so that PEFT made it without any."""
-    for name, parameter in list(model.named_parameters()):
-        saved = name.replace(".default", "")
-        if parameter.is_meta and saved in weights:
-            module, _, own = name.rpartition(".")
-            setattr(model.get_submodule(module), own, nn.Parameter(weights[saved].float(), requires_grad=False))
 
 
 def adapter_weights(model: Any) -> dict[str, Tensor]:
@@ -191,10 +182,9 @@ def check_targets(base: Any, settings: AdapterSettings) -> None:
         found = {path for path in modules if path == name or path.endswith(f".{name}")}
         if not found or found - fitting:
             known = sorted({path.rpartition(".")[2] for path in fitting if path and not path[-1].isdigit()})
-            near = difflib.get_close_matches(name, known, n=1)
             what = f"{len(found - fitting)} of {len(found)} called {name} are not linears of the language model"
             what = what if found else f"no module is called {name}"
-            hint = f"did you mean {near[0]}?" if near else f"all-linear, full paths, or names: {', '.join(known[:12])}"
+            hint = f"all-linear, full paths, or names: {', '.join(known[:12])}"
         elif tied and any(modules[path] in embeddings for path in found):
             what = f"{name} is tied to its twin, which would not be trained along"
             hint = "leave it out, or use a base that is not tied"

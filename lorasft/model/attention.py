@@ -124,12 +124,14 @@ def attend(
         return _attend_at_once(query, torch.cat(keys, dim=2), torch.cat(values, dim=2), segments, scale), None
     outputs = []
     for q, k, v in zip(segments.split(query), keys, values, strict=True):
-        if open_scores:  # with soft caps (Gemma 2) or sinks (gpt-oss): the model's own function, under a mask to be added
+        if (
+            open_scores
+        ):  # with soft caps (Gemma 2) or sinks (gpt-oss): the model's own function, under a mask to be added
             own = sys.modules[type(module).__module__].eager_attention_forward
-            hidden = ~_causal(q, k, window=sliding_window)[None, None]
-            mask = torch.zeros_like(hidden, dtype=q.dtype).masked_fill(hidden, float("-inf"))
-            output, _ = own(module, q, k, v, mask, scaling=scale, dropout=dropout, softcap=softcap)
-            outputs.append(output.transpose(1, 2))
+            seen = _causal(q, k, window=sliding_window)[None, None]
+            added = torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, float("-inf"))
+            rows = own(module, q, k, v, added, scaling=scale, dropout=dropout, softcap=softcap)[0]
+            outputs.append(rows.transpose(1, 2))
             continue
         square = q.shape[2] == k.shape[2] and (sliding_window is None or k.shape[2] <= sliding_window)
         mask = None if square else _causal(q, k, window=sliding_window)
@@ -224,13 +226,11 @@ def default_attention(config: Any) -> str:
 def attention(model: Any, name: str) -> Iterator[None]:
     """Run `model` under the attention `name` and restore the one that it had."""
     before = model.config._attn_implementation
-    if before != name:
-        model.set_attn_implementation(name)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:
-        if before != name:
-            model.set_attn_implementation(before)
+        model.set_attn_implementation(before)
 
 
 AttentionInterface.register(SEGMENTS, attend)

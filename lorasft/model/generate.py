@@ -51,6 +51,10 @@ def generate(
         pad_token_id=stops[0] if stops else 0,
         use_cache=True,
     )
+    streamer = None
+    if on_text:  # transformers' own, which holds back half characters, with the text handed on instead of printed
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
     ids = torch.tensor([list(prompt)], device=causal.get_input_embeddings().weight.device)
     try:
         with torch.no_grad(), attention(causal, default_attention(causal.config)):
@@ -58,7 +62,7 @@ def generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=config,
-                streamer=_Streamer(tokenizer, on_text) if on_text else None,
+                streamer=streamer,
             )
     finally:
         causal.train(training)
@@ -66,14 +70,3 @@ def generate(
     while new and new[-1] in stops:
         new.pop()
     return new
-
-
-class _Streamer(TextStreamer):  # type: ignore[misc]
-    """transformers' streamer, which holds back half characters, with the text handed on instead of printed."""
-
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.on_text = on_text
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.on_text(text)

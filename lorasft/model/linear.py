@@ -129,10 +129,9 @@ class LoraLinear(torch.autograd.Function):
 def _is_plain(layer: Any) -> bool:
     return (
         not isinstance(layer, ParamWrapper)
-        and len(layer.lora_A) == 1
         and not layer.lora_variant
         and not any(layer.lora_bias.values())
-        and not isinstance(layer.get_base_layer(), nn.Embedding)
+        and type(layer.get_base_layer()) in (nn.Linear, Conv1D, bnb.nn.Linear4bit)
     )
 
 
@@ -157,15 +156,9 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
     a, b, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
     dropout = layer.lora_dropout[name]
     drops = layer.training and not isinstance(dropout, nn.Identity)
-    if torch.is_grad_enabled() and not drops and _is_frozen_linear(base):
+    if torch.is_grad_enabled() and not drops:
         fused: Tensor = LoraLinear.apply(x, a, b, scaling, base, layer.frozen_weights)  # type: ignore[no-untyped-call]
         return fused
     update = F.linear(F.linear(dropout(x), a.to(x.dtype)), (b * scaling).to(x.dtype))
     total: Tensor = base(x) + update
     return total
-
-
-def _is_frozen_linear(base: Any) -> bool:
-    return type(base) in (nn.Linear, Conv1D, bnb.nn.Linear4bit) and not any(
-        parameter.requires_grad for parameter in base.parameters(recurse=False)
-    )

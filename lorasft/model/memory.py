@@ -21,9 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lorasft.data.packing import MicroBatch, make_micro_batches
+from lorasft.model.adapter import trainable
 from lorasft.model.base import count_bytes
 from lorasft.model.loss import Network, pair_losses
-from lorasft.model.recompute import layer_kinds, layer_list, recompute
+from lorasft.model.recompute import layer_kinds, only_first, recompute
 from lorasft.model.scoring import Given, all_supervised
 
 # Share of the free memory that is planned with: the rest is for fragments and other programs.
@@ -81,36 +82,17 @@ class ActivationMemory:
         """Whether the peak stays within 90 % of `free` bytes."""
         return self.peak <= USABLE * free
 
-
-@dataclass(frozen=True)
-class StaticBytes:
-    """What lives all through a run, in bytes by kind."""
-
-    weights: dict[str, int]  # by kind, the adapter among them
-    gradients: int
-    optimizer: int
-
     @property
-    def loaded(self) -> int:
-        """Bytes of the weights."""
-        return sum(self.weights.values())
-
-    @property
-    def upcoming(self) -> int:
-        """Bytes that the first step adds for good."""
-        return self.gradients + self.optimizer
-
-    def at_peak(self, step: ActivationMemory) -> dict[str, int]:
-        """Bytes at the peak of a step, by kind."""
-        beside = {"gradients": self.gradients, "optimizer": self.optimizer}
-        return {**self.weights, **beside, "activations": step.kept, "transient": step.peak - step.kept}
+    def by_kind(self) -> dict[str, int]:
+        """The bytes of the peak."""
+        return {"activations": self.kept, "transient": self.peak - self.kept}
 
 
-def static_bytes(model: nn.Module, optimizer: str) -> StaticBytes:
-    """What `model` holds under the recipe's `optimizer.name`, with or without numbers in it."""
-    trained = _trained(model)
+def static_bytes(model: nn.Module, optimizer: str) -> dict[str, int]:
+    """What lives all through a run, in bytes by kind, under the recipe's `optimizer.name`; with or without numbers."""
+    trained = trainable(model).values()
     gradients = sum(parameter.nbytes for parameter in trained)
-    return StaticBytes(count_bytes(model), gradients, optimizer=_optimizer_bytes(trained, optimizer))
+    return {**count_bytes(model), "gradients": gradients, "optimizer": _optimizer_bytes(trained, optimizer)}
 
 
 def _optimizer_bytes(trained: Iterable[Tensor], optimizer: str) -> int:
@@ -147,13 +129,8 @@ def dry_run(network: Network, batch: MicroBatch, *, recomputed: int) -> Activati
 
 def _run_first(network: Network, batch: MicroBatch, depth: int, recomputed: int) -> ActivationMemory:
     """What `batch` needs on the first `depth` layers of `network`."""
-    layers = layer_list(network.causal)
-    rest = list(layers)[depth:]
-    del layers[depth:]
-    try:
-        return run_layers(network, batch, min(recomputed, depth))
-    finally:
-        layers.extend(rest)
+    with only_first(network.causal, depth):
+        return run_layers(network, batch, recomputed)
 
 
 def run_layers(network: Network, batch: MicroBatch, recomputed: int) -> ActivationMemory:
@@ -163,7 +140,7 @@ def run_layers(network: Network, batch: MicroBatch, recomputed: int) -> Activati
     for module in network.causal.modules():
         if hasattr(module, "frozen_weights"):
             module.frozen_weights.release()
-    for parameter in _trained(network.causal):
+    for parameter in trainable(network.causal).values():
         parameter.grad = torch.empty_like(parameter)  # of the micro-batch before: `static_bytes` counts it
     with _shapes_alone(), StorageMeter() as meter:
         loss = pair_losses(network, batch).sum()
@@ -204,7 +181,3 @@ def heaviest_batch(network: Network, *, longest: int, capacity: int) -> MicroBat
     rows = [all_supervised(draw.integers(0, vocabulary, length + 1).astype(np.int32)) for length in lengths]
     (batch,) = make_micro_batches(Given(rows), range(len(rows)), capacity=capacity)
     return batch
-
-
-def _trained(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]

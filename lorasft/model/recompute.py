@@ -6,6 +6,8 @@ Were they recomputed instead, each would do so while all that the first ones kee
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -40,9 +42,28 @@ def recompute(causal: Any, count: int) -> None:
         layer.gradient_checkpointing = index < count  # type: ignore[assignment]
 
 
+def layer_list(causal: Any) -> nn.ModuleList:
+    """The list in which `causal` has its decoder layers; an empty one where it has none that can recompute."""
+    layers = decoder_layers(causal)
+    lists = (module for module in causal.modules() if isinstance(module, nn.ModuleList))
+    return next((module for module in lists if list(module) == layers), nn.ModuleList())
+
+
+@contextmanager
+def only_first(causal: Any, depth: int) -> Iterator[None]:
+    """Let `causal` have no more than its first `depth` decoder layers."""
+    layers = layer_list(causal)
+    rest = list(layers)[depth:]
+    del layers[depth:]
+    try:
+        yield
+    finally:
+        layers.extend(rest)
+
+
 def layer_kinds(causal: Any) -> list[str]:
-    """What decides the time and memory of each decoder layer: its modules, their shapes and plain settings."""
-    return [_kind(layer) for layer in decoder_layers(causal)]
+    """What decides the time and memory of each layer of the list: its modules, their shapes and plain settings."""
+    return [_kind(layer) for layer in layer_list(causal)]
 
 
 def _kind(layer: nn.Module) -> str:
@@ -53,10 +74,3 @@ def _kind(layer: nn.Module) -> str:
         shapes = [(tuple(parameter.shape), parameter.requires_grad) for parameter in module.parameters(recurse=False)]
         parts.append(f"{name} {type(module).__name__} {settings} {shapes}")
     return "\n".join(parts)
-
-
-def layer_list(causal: Any) -> nn.ModuleList:
-    """The list in which `causal` has its decoder layers; an empty one where it has none that can recompute."""
-    layers = decoder_layers(causal)
-    lists = (module for module in causal.modules() if isinstance(module, nn.ModuleList))
-    return next((module for module in lists if list(module) == layers), nn.ModuleList())

@@ -20,7 +20,7 @@ from lorasft.model.loss import Network
 from lorasft.model.memory import dry_run, heaviest_batch, static_bytes
 from lorasft.model.recompute import decoder_layers
 from lorasft.model.timing import Timing, time_sample
-from lorasft.model.weightless import Sample, make_weightless, plan_network
+from lorasft.model.weightless import make_sample, make_weightless, plan_network
 from lorasft.recipe import Recipe
 from lorasft.train.inputs import RunInputs, read_checked_config, read_inputs
 from lorasft.train.layout import Fit, choose_layout
@@ -47,19 +47,18 @@ def _plan_inputs(recipe: Recipe, inputs: RunInputs, *, memory: int | None) -> di
     libraries = 0 if memory is None else _LIBRARIES
     given = free_memory(device) if memory is None else memory
     model = make_weightless(config, recipe.model, recipe.adapter, device)
-    sample = Sample(model, config, recipe.model, recipe.adapter, device)
+    sample = make_sample(model, config, recipe.model, recipe.adapter, device)
     static = static_bytes(model, recipe.optimizer.name)
-    spare = given - libraries - static.loaded - static.upcoming
-    network, fit = choose_layout(recipe, inputs, sample.model, weightless=model, spare=spare)
+    spare = given - libraries - sum(static.values())
+    network, fit = choose_layout(recipe, inputs, sample, weightless=model, spare=spare)
     if fit.needs is None:
         what = "this model cannot be planned: it computes by numbers, not only shapes"
         raise ModelError(what, where=recipe.model.base)
-    kinds = static.at_peak(fit.needs)
+    kinds = {**static, **fit.needs.by_kind}
     suggestions = () if fit.holds else find_suggestions(recipe, config, network, rows, memory=given - libraries)
     first = fit.plan.step(1, rows)
     length, share = max(1, rows.count_tokens() // len(rows)), first.supervised_tokens / first.tokens
-    vocabulary = config.get_text_config().vocab_size
-    timing = time_sample(network, sample, length=length, supervised=share, vocabulary=vocabulary)
+    timing = time_sample(network, model.get_base_model(), length=length, supervised=share)
     return {
         "device": str(device),
         "dtype": str(network.causal.dtype).removeprefix("torch."),
@@ -70,7 +69,7 @@ def _plan_inputs(recipe: Recipe, inputs: RunInputs, *, memory: int | None) -> di
         "peak": sum(kinds.values()) + libraries,
         "holds": fit.holds,
         "suggestions": list(islice(suggestions, 3)),
-        "saved_by_8bit": static.optimizer - static_bytes(model, "adamw8bit").optimizer,
+        "saved_by_8bit": static["optimizer"] - static_bytes(model, "adamw8bit")["optimizer"],
         "micro_batch_tokens": fit.plan.micro_batch_tokens,
         "heaviest": {"tokens": len(fit.heaviest.ids), "sequences": len(fit.heaviest.segments)},
         "layers": fit.layers,
@@ -123,7 +122,7 @@ def find_suggestions(recipe: Recipe, config: Any, network: Network, rows: TokenS
         tokens = longest if machine.micro_batch_tokens == "auto" else machine.micro_batch_tokens
         batch = heaviest_batch(planned, longest=longest, capacity=tokens)
         layers = 0 if machine.activation_checkpointing is False else len(decoder_layers(planned.causal))
-        return dry_run(planned, batch, recomputed=layers).fits(memory - static.loaded - static.upcoming)
+        return dry_run(planned, batch, recomputed=layers).fits(memory - sum(static.values()))
 
     for key, values in alternatives.items():
         section, name = key.split(".")
