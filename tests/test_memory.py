@@ -32,7 +32,7 @@ from lorasft.model.base import load_base
 from lorasft.model.free_memory import cgroup_free
 from lorasft.model.loss import Network, pair_losses
 from lorasft.model.memory import ActivationMemory, StorageMeter, dry_run, heaviest_batch, static_bytes
-from lorasft.model.recompute import decoder_layers, layer_list, recompute, recomputed_layers
+from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
 from lorasft.model.selfcheck import verify
 from lorasft.model.weightless import make_sample, make_weightless, plan_network
 from lorasft.recipe import AdapterSettings, ModelSettings
@@ -170,7 +170,7 @@ def test_a_few_layers_tell_what_all_of_them_take(name: str, monkeypatch: pytest.
         ran.clear()
         assert dry_run(network, batch, recomputed=recomputed) == run(network, batch, recomputed)
         assert max(ran) == (3 if uniform else 5 if recomputed in (0, 7) else 7)
-    layers = layer_list(network.causal)
+    layers = decoder_layers(network.causal)
     layers[3] = copy.deepcopy(layers[3])
     layers[3].other = 1
     ran.clear()

@@ -193,8 +193,7 @@ def count_bytes(model: nn.Module) -> dict[str, int]:
         state = getattr(parameter, "quant_state", None)
         sizes["4-bit weights" if state else kind] += parameter.nbytes
         while state:
-            constants = (state.absmax, state.code, state.offset)
-            sizes["4-bit weights"] += sum(one.nbytes for one in constants if one is not None)
+            sizes["4-bit weights"] += state.absmax.nbytes + state.code.nbytes
             state = state.state2
     return sizes
 

@@ -172,12 +172,19 @@ def _shapes_alone() -> Iterator[None]:
         yield
 
 
-def heaviest_batch(network: Network, *, longest: int, capacity: int) -> MicroBatch:
-    """A micro-batch that none of a run exceeds: full, of sequences as long as `longest` tokens, all of them learned."""
+def heaviest_batch(network: Network, *, longest: int, capacity: int, supervised: float = 1.0) -> MicroBatch:
+    """A micro-batch that none of a run exceeds: full, of sequences as long as `longest` tokens, the end of each
+    supervised, or all.
+    """
     capacity = max(longest, capacity if network.segments else 1)
     lengths = [longest] * (capacity // longest) + ([capacity % longest] if capacity % longest else [])
     vocabulary = network.causal.config.get_text_config().vocab_size
     draw = np.random.default_rng(0)
-    rows = [all_supervised(draw.integers(0, vocabulary, length + 1).astype(np.int32)) for length in lengths]
+    rows = [
+        all_supervised(
+            draw.integers(0, vocabulary, length + 1).astype(np.int32), start=1 + int((1 - supervised) * length)
+        )
+        for length in lengths
+    ]
     (batch,) = make_micro_batches(Given(rows), range(len(rows)), capacity=capacity)
     return batch

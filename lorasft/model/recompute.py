@@ -14,15 +14,13 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def decoder_layers(causal: Any) -> list[nn.Module]:
-    """The layers of `causal` that can recompute their activations, first to last; none where the model cannot."""
+def decoder_layers(causal: Any) -> nn.ModuleList:
+    """The list of the layers of `causal` that can recompute their activations; an empty one where it has none."""
     if not causal.supports_gradient_checkpointing:
-        return []
-    decoder = causal.get_decoder()  # beside it a model may have layers that see images
-    layers = {
-        name: module for name, module in decoder.named_modules() if isinstance(module, GradientCheckpointingLayer)
-    }
-    return [module for name, module in layers.items() if not any(name.startswith(f"{outer}.") for outer in layers)]
+        return nn.ModuleList()
+    lists = [module for module in causal.get_decoder().modules() if isinstance(module, nn.ModuleList)]
+    fitting = [one for one in lists if all(isinstance(layer, GradientCheckpointingLayer) for layer in one)]
+    return max(fitting, key=len, default=nn.ModuleList())  # beside it a model may have layers that see images
 
 
 def recomputed_layers(causal: Any) -> int:
@@ -42,17 +40,10 @@ def recompute(causal: Any, count: int) -> None:
         layer.gradient_checkpointing = index < count  # type: ignore[assignment]
 
 
-def layer_list(causal: Any) -> nn.ModuleList:
-    """The list in which `causal` has its decoder layers; an empty one where it has none that can recompute."""
-    layers = decoder_layers(causal)
-    lists = (module for module in causal.modules() if isinstance(module, nn.ModuleList))
-    return next((module for module in lists if list(module) == layers), nn.ModuleList())
-
-
 @contextmanager
 def only_first(causal: Any, depth: int) -> Iterator[None]:
     """Let `causal` have no more than its first `depth` decoder layers."""
-    layers = layer_list(causal)
+    layers = decoder_layers(causal)
     rest = list(layers)[depth:]
     del layers[depth:]
     try:
@@ -63,7 +54,7 @@ def only_first(causal: Any, depth: int) -> Iterator[None]:
 
 def layer_kinds(causal: Any) -> list[str]:
     """What decides the time and memory of each layer of the list: its modules, their shapes and plain settings."""
-    return [_kind(layer) for layer in layer_list(causal)]
+    return [_kind(layer) for layer in decoder_layers(causal)]
 
 
 def _kind(layer: nn.Module) -> str:

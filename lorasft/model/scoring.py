@@ -39,10 +39,10 @@ class Given:
         return (self.given[example],)
 
 
-def all_supervised(ids: NDArray[np.int32]) -> Tokens:
-    """`ids` with every token a target but the first, which no source predicts."""
+def all_supervised(ids: NDArray[np.int32], start: int = 1) -> Tokens:
+    """`ids` with every token from `start` on a target; the first has no source that predicts it."""
     labels = ids.copy()
-    labels[:1] = UNSUPERVISED
+    labels[:start] = UNSUPERVISED
     return Tokens(ids=ids, labels=labels)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -16,31 +15,22 @@ from numpy.typing import NDArray
 from lorasft.data.packing import MicroBatch, cost
 from lorasft.model.loss import Network, pair_losses
 from lorasft.model.memory import heaviest_batch
-from lorasft.model.recompute import layer_kinds, layer_list, only_first, recompute
+from lorasft.model.recompute import decoder_layers, layer_kinds, only_first, recompute
 
 _WORK = 2e10  # multiply-adds through what is timed
 _TOKENS = (48, 256)  # of the smaller of two micro-batches, at least and at most; the larger has three times as many
 _ROUNDS = 2  # of which the faster counts: in the first one a CPU compiles
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of a small and of a larger micro-batch; others are on the line through both."""
+def predict_seconds(
+    network: Network, whole: Any, costs: Sequence[float], *, length: int, supervised: float
+) -> NDArray[np.float64]:
+    """Seconds of micro-batches of `costs` (see `packing.cost`) through the model `whole`, summed: forwards, both ways,
+    and through all decoder layers forwards.
 
-    costs: tuple[float, ...]  # see `packing.cost`
-    seconds: tuple[NDArray[np.float64], ...]  # of each: forwards, both ways, and through all decoder layers forwards
-
-    def predict(self, costs: list[float]) -> NDArray[np.float64]:
-        """The same seconds for micro-batches of `costs`, summed."""
-        (small, large), (less, more) = self.costs, self.seconds
-        slope = np.clip((more - less) / (large - small), 0, more / large)  # a disturbed clock: nothing costs less
-        return len(costs) * more + slope * (sum(costs) - len(costs) * large)
-
-
-def time_sample(network: Network, whole: Any, *, length: int, supervised: float) -> Timing:
-    """Time the sample of `whole` that is in `network`, on rows of `length` tokens of which a share is supervised.
-
-    What is around the layers takes as much longer as the vocabulary of `whole` is larger.
+    Two are timed on the sample of `whole` that is in `network`, in rows of `length` tokens of which a share is
+    supervised; others are on the line through both. What is around the layers takes as much longer as the vocabulary
+    of `whole` is larger.
     """
     causal = network.causal
     causal.train()
@@ -48,19 +38,15 @@ def time_sample(network: Network, whole: Any, *, length: int, supervised: float)
     causal.enable_input_require_grads()  # a layer that is not the first gives its gradient on
     head = causal.get_output_embeddings()
     wider = len(whole.get_output_embeddings().weight) / len(head.weight)
-    weights = sum(parameter.numel() for part in (*layer_list(causal), head) for parameter in part.parameters())
+    weights = sum(parameter.numel() for part in (*decoder_layers(causal), head) for parameter in part.parameters())
     tokens = int(min(max(_WORK / 8 / weights, _TOKENS[0]), _TOKENS[1]))
-    batches = [_thin(heaviest_batch(network, longest=min(length, size), capacity=size), supervised)
+    batches = [heaviest_batch(network, longest=min(length, size), capacity=size, supervised=supervised)
                for size in (tokens, 3 * tokens)]  # fmt: skip
-    seconds = tuple(_time_batch(network, layer_kinds(whole), batch, wider=wider) for batch in batches)
-    return Timing(tuple(map(cost, batches)), seconds)
-
-
-def _thin(batch: MicroBatch, share: float) -> MicroBatch:
-    """`batch` with only a share of its pairs."""
-    kept = slice(max(1, round(share * len(batch.sources))))
-    names = ("sources", "targets", "weights", "examples")
-    return replace(batch, **{name: getattr(batch, name)[kept] for name in names})
+    less, more = (_time_batch(network, layer_kinds(whole), batch, wider=wider) for batch in batches)
+    small, large = map(cost, batches)
+    slope = np.clip((more - less) / (large - small), 0, more / large)  # a disturbed clock: nothing costs less
+    seconds: NDArray[np.float64] = len(costs) * more + slope * (sum(costs) - len(costs) * large)
+    return seconds
 
 
 def _time_batch(network: Network, kinds: Sequence[str], batch: MicroBatch, *, wider: float) -> NDArray[np.float64]:

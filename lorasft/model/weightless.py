@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorasft.model.adapter import attach_adapter
 from lorasft.model.base import compute_dtype, make_skeleton, patch_linear4bit, quantize_skeleton
 from lorasft.model.loss import Network, read_head
-from lorasft.model.recompute import layer_kinds, layer_list
+from lorasft.model.recompute import decoder_layers, layer_kinds
 from lorasft.recipe import AdapterSettings, ModelSettings
 
 
@@ -28,7 +28,7 @@ def make_weightless(
     dtype = compute_dtype(settings.dtype, device)
     base = make_skeleton(config, dtype)
     if depth:
-        del layer_list(base)[depth:]
+        del decoder_layers(base)[depth:]
     with torch.device("meta"):
         if settings.quantization == "nf4" or hasattr(config, "quantization_config"):
             quantize_skeleton(base, dtype)
@@ -72,7 +72,7 @@ def make_sample(
     depth = 1 + max(map(kinds.index, kinds), default=-1)
     model = make_weightless(_shrink_vocabulary(config), settings, adapter, device, depth=depth)
     base = model.get_base_model()
-    layers = layer_list(base)
+    layers = decoder_layers(base)
     for index, kind in enumerate(kinds[:depth]):
         if (first := kinds.index(kind)) < index:
             layers[index] = copy.copy(layers[first])

@@ -19,7 +19,7 @@ from lorasft.model.free_memory import free_memory
 from lorasft.model.loss import Network
 from lorasft.model.memory import dry_run, heaviest_batch, static_bytes
 from lorasft.model.recompute import decoder_layers
-from lorasft.model.timing import Timing, time_sample
+from lorasft.model.timing import predict_seconds
 from lorasft.model.weightless import make_sample, make_weightless, plan_network
 from lorasft.recipe import Recipe
 from lorasft.train.inputs import RunInputs, read_checked_config, read_inputs
@@ -56,9 +56,6 @@ def _plan_inputs(recipe: Recipe, inputs: RunInputs, *, memory: int | None) -> di
         raise ModelError(what, where=recipe.model.base)
     kinds = {**static, **fit.needs.by_kind}
     suggestions = () if fit.holds else find_suggestions(recipe, config, network, rows, memory=given - libraries)
-    first = fit.plan.step(1, rows)
-    length, share = max(1, rows.count_tokens() // len(rows)), first.supervised_tokens / first.tokens
-    timing = time_sample(network, model.get_base_model(), length=length, supervised=share)
     return {
         "device": str(device),
         "dtype": str(network.causal.dtype).removeprefix("torch."),
@@ -76,17 +73,18 @@ def _plan_inputs(recipe: Recipe, inputs: RunInputs, *, memory: int | None) -> di
         "recomputed_layers": fit.recomputed,
         "steps": fit.plan.steps,
         "examples": len(rows),
-        "duration": predict_duration(recipe, timing, fit, inputs),
+        "duration": predict_duration(recipe, network, model.get_base_model(), fit, inputs),
         "notices": network.notices,
     }
 
 
-def predict_duration(recipe: Recipe, timing: Timing, fit: Fit, inputs: RunInputs) -> dict[str, float]:
+def predict_duration(recipe: Recipe, network: Network, whole: Any, fit: Fit, inputs: RunInputs) -> dict[str, float]:
     """Speed, and seconds of training and evaluation, by the micro-batches of the first steps."""
-    plan, held_out, every = fit.plan, inputs.prepared.held_out, recipe.run.eval_every
-    steps = [plan.step(number, inputs.prepared.train) for number in range(1, min(_STEPS_TIMED, plan.steps) + 1)]
+    plan, rows, held_out, every = fit.plan, inputs.prepared.train, inputs.prepared.held_out, recipe.run.eval_every
+    steps = [plan.step(number, rows) for number in range(1, min(_STEPS_TIMED, plan.steps) + 1)]
     costs = [cost(batch) for step in steps for batch in step.micro_batches]
-    forward, both, layers = timing.predict(costs)
+    length, share = max(1, rows.count_tokens() // len(rows)), steps[0].supervised_tokens / steps[0].tokens
+    forward, both, layers = predict_seconds(network, whole, costs, length=length, supervised=share)
     seconds = both + layers * fit.recomputed / max(1, fit.layers)
     evaluations = 2 + (plan.steps // every if every else 0)
     scored = evaluations * held_out.count_tokens() if held_out else 0
