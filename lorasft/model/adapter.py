@@ -85,13 +85,18 @@ def all_linears(base: Any) -> list[str]:
     its short names stand for fused experts too where a model has them.
     """
     head = base.get_output_embeddings()
-    decoder = {id(module) for module in base.get_decoder().modules()}
-    linears = {path: module for path, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    paths = sorted(path for path, module in linears.items() if id(module) in decoder and module is not head)
+    paths = sorted(path for path in _find_linears(base) if base.get_submodule(path) is not head)
     names = sorted({path.rpartition(".")[2] for path in paths})
     same = {path for path, _ in base.named_modules() if path.rpartition(".")[2] in names}
     fused = any(parameter.dim() > 2 for parameter in base.parameters())
     return names if same == set(paths) and not fused else paths
+
+
+def _find_linears(base: Any) -> set[str]:
+    """The linears of the language model, its head among them, by their paths in `base`."""
+    language = {id(module) for module in (*base.get_decoder().modules(), base.get_output_embeddings())}
+    linears = {path: one for path, one in base.named_modules() if isinstance(one, (nn.Linear, Conv1D))}
+    return {path for path, module in linears.items() if id(module) in language}
 
 
 def _refuse_streamed(base: Any, weights: Mapping[str, Tensor], fields: Mapping[str, Any], *, where: str) -> None:
@@ -127,14 +132,11 @@ def _take_embeddings(base: Any, weights: dict[str, Tensor], *, saved: Sequence[s
 def give_weights(model: Any, weights: dict[str, Tensor], *, where: str) -> None:
     """Put adapter tensors into `model`, exactly. Raises ModelError naming what is missing, surplus or misshapen."""
     own = adapter_weights(model)
-    missing, surplus = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    if missing or surplus:
-        what = f"the adapter does not fit this base: missing {missing[:5]}, not known {surplus[:5]}"
-        raise ModelError(what, where=where, hint="use the base that it was trained on")
-    for name, tensor in weights.items():
-        if tensor.shape != own[name].shape:
-            what = f"{name} is {list(tensor.shape)} and not {list(own[name].shape)}"
-            raise ModelError(what, where=where, hint="train it again, or take an earlier one")
+    wanted, given = ({name: list(tensor.shape) for name, tensor in side.items()} for side in (own, weights))
+    for name in sorted(wanted.keys() | given.keys()):
+        if wanted.get(name) != given.get(name):
+            what = f"the adapter does not fit this base: {name} is {given.get(name)} and not {wanted.get(name)}"
+            raise ModelError(what, where=where, hint="use the base that it was trained on")
     if any(tensor.is_meta for tensor in own.values()):  # PEFT made A and B without numbers, as the base is streamed
         named = {name.replace(".weight", ".default.weight"): tensor.float() for name, tensor in weights.items()}
         model.load_state_dict(named, strict=False, assign=True)
@@ -172,11 +174,9 @@ def check_targets(base: Any, settings: AdapterSettings) -> None:
         raise RecipeError("no targets: nothing would train", where="adapter.targets", hint="use all-linear")
     modules = dict(base.named_modules())
     embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
-    language = {id(module) for module in (*base.get_decoder().modules(), *embeddings)}
     tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
-    linears = {path for path, one in modules.items() if isinstance(one, (nn.Linear, Conv1D)) and id(one) in language}
     targets = () if settings.targets == "all-linear" else settings.targets
-    wanted = [("adapter.targets", name, linears) for name in targets]
+    wanted = [("adapter.targets", name, _find_linears(base)) for name in targets]
     wanted += [("adapter.modules_to_save", name, set(modules)) for name in settings.modules_to_save]
     for key, name, fitting in wanted:
         found = {path for path in modules if path == name or path.endswith(f".{name}")}

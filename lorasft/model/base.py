@@ -142,10 +142,7 @@ def read_config(base: str, revision: str | None = None) -> Any:
         what = f"{config.model_type} is not a causal language model"
         raise ModelError(what, where=base, hint="lorasft trains decoder-only models")
     _refuse_kernels(config, base)
-    quantized = getattr(config, "quantization_config", None)
-    if quantized is not None:
-        quantized = quantized if isinstance(quantized, dict) else quantized.to_dict()
-        refuse_quantized(quantized, base)
+    refuse_quantized(getattr(config, "quantization_config", None) or {}, base)
     return config
 
 

@@ -51,10 +51,6 @@ class FrozenWeights:
     def __init__(self) -> None:
         self._buffer = torch.empty(0)
 
-    def release(self) -> None:
-        """Give the memory back; the next reading takes it anew."""
-        self._buffer = torch.empty(0)
-
     def read(self, base: Any, dtype: torch.dtype) -> Tensor:
         """The weight of `base`, (out, in) in `dtype`; valid until the next reading."""
         if isinstance(base, bnb.nn.Linear4bit):
@@ -115,14 +111,12 @@ class LoraLinear(torch.autograd.Function):
         x, down, a, b = ctx.saved_tensors
         flat, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         d_down = (dy @ b.to(x.dtype)).mul_(ctx.scaling)  # (tokens, rank)
-        dx = da = db = None
+        dx = None
         if ctx.needs_input_grad[0]:
             dx = dy @ ctx.weights.read(ctx.base, x.dtype)
             dx = dx.addmm_(d_down, a.to(x.dtype)).view(x.shape)
-        if ctx.needs_input_grad[1]:
-            da = (d_down.t() @ flat).to(a.dtype)
-        if ctx.needs_input_grad[2]:
-            db = (dy.t() @ down).to(b.dtype).mul_(ctx.scaling)
+        da = (d_down.t() @ flat).to(a.dtype)
+        db = (dy.t() @ down).to(b.dtype).mul_(ctx.scaling)
         return dx, da, db, None, None, None
 
 

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from lorasft.data.packing import MicroBatch, make_micro_batches
 from lorasft.model.adapter import trainable
 from lorasft.model.base import count_bytes
+from lorasft.model.linear import use_lean_linears
 from lorasft.model.loss import Network, pair_losses
 from lorasft.model.recompute import layer_kinds, only_first, recompute
 from lorasft.model.scoring import Given, all_supervised
@@ -137,9 +138,7 @@ def run_layers(network: Network, batch: MicroBatch, recomputed: int) -> Activati
     """What `batch` needs on `network` as it is."""
     recompute(network.causal, recomputed)
     network.causal.train()
-    for module in network.causal.modules():
-        if hasattr(module, "frozen_weights"):
-            module.frozen_weights.release()
+    use_lean_linears(network.causal)  # which forget the memory that they had
     for parameter in trainable(network.causal).values():
         parameter.grad = torch.empty_like(parameter)  # of the micro-batch before: `static_bytes` counts it
     with _shapes_alone(), StorageMeter() as meter:
@@ -154,15 +153,13 @@ def _shapes_alone() -> Iterator[None]:
     """Let no one read numbers, and attention allocate what it does on a device."""
     general = F.scaled_dot_product_attention
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-               is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:  # fmt: skip
+    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
         """torch's fused attention, which it does not choose by itself on the meta device."""
-        if dropout_p or query.shape[-1] != value.shape[-1]:
-            return general(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if options.get("dropout_p") or query.shape[-1] != value.shape[-1]:
+            return general(query, key, value, attn_mask, **options)
         mask = torch.empty_like(attn_mask, dtype=query.dtype) if attn_mask is not None else None
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        output: Tensor = fused(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)[0]
-        return output
+        return fused(query, key, value, attn_mask=mask)[0]  # type: ignore[no-any-return]
 
     with (
         patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None),

@@ -60,8 +60,11 @@ def layer_kinds(causal: Any) -> list[str]:
 def _kind(layer: nn.Module) -> str:
     parts = []
     for name, module in layer.named_modules():
-        plain = {key: value for key, value in vars(module).items() if isinstance(value, (int, float, str))}
-        settings = {key: value for key, value in plain.items() if key not in ("layer_idx", "gradient_checkpointing")}
+        settings = {
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, (int, float, str)) and key not in ("layer_idx", "gradient_checkpointing")
+        }
         shapes = [(tuple(parameter.shape), parameter.requires_grad) for parameter in module.parameters(recurse=False)]
         parts.append(f"{name} {type(module).__name__} {settings} {shapes}")
     return "\n".join(parts)

@@ -51,7 +51,7 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
             lost = "shared prefixes are computed for each example" if way.share else "sequences go one at a time"
             notice = f"{lost}: {reason}"
         if notice and not network.share:
-            network = _noted(network, notice)
+            network = replace(network, notices=(notice,))
         network = _try_head(network)
     causal.train(training)
     return network
@@ -87,10 +87,6 @@ def _try_head(network: Network) -> Network:
     if drift <= _limit(_DRIFT, network.causal, own):
         return replace(network, head=head)
     notice = f"the head does more than is known here (losses differ by {drift:.1e}): its own logits are used"
-    return _noted(network, notice)
-
-
-def _noted(network: Network, notice: str) -> Network:
     return replace(network, notices=(*network.notices, notice))
 
 

@@ -52,7 +52,7 @@ def plan_network(network: Network, model: Any) -> Network:
 def _shrink_vocabulary(config: Any, most: int = 8192) -> Any:
     """`config` with at most so many tokens: embedding and head are large, and the time of a head grows with them."""
     config = copy.deepcopy(config)
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+    for part in (config, config.get_text_config()):
         for name in ("vocab_size", "vocab_size_per_layer_input"):
             if getattr(part, name, None):
                 setattr(part, name, min(most, getattr(part, name)))
