@@ -135,8 +135,8 @@ def attend(
             continue
         square = q.shape[2] == k.shape[2] and (sliding_window is None or k.shape[2] <= sliding_window)
         mask = None if square else _causal(q, k, window=sliding_window)
-        options: dict[str, Any] = {"dropout_p": dropout, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
-        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, **options))
+        grouped = q.shape[1] != k.shape[1]
+        outputs.append(F.scaled_dot_product_attention(q, k, v, mask, dropout, square, scale=scale, enable_gqa=grouped))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -200,9 +200,9 @@ def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, segments: Paths, 
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (row[0].transpose(0, 1) for row in (query, key, value))  # (tokens, heads, size)
-    most = max(segments.lengths), max(segments.key_counts)
     options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0), "enable_gqa": q.shape[1] != k.shape[1]}
-    output = varlen_attn(q, k, v, segments.starts[0], segments.starts[1], most[0], most[1], **options)
+    begun, gathered = segments.starts
+    output = varlen_attn(q, k, v, begun, gathered, max(segments.lengths), max(segments.key_counts), **options)
     assert isinstance(output, Tensor)
     return output.unsqueeze(0)
 

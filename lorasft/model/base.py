@@ -176,9 +176,9 @@ def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     elif device.type == "cpu":
-        native = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        able = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
         # ATen held to AVX2 (ATEN_CPU_CAPABILITY) still asks the CPU, and then fails in attention in bf16.
-        native = native and torch.backends.cpu.get_cpu_capability() != "AVX2"
+        native = able and torch.backends.cpu.get_cpu_capability() != "AVX2"
     return torch.bfloat16 if wanted == "bfloat16" or (wanted == "auto" and native) else torch.float32
 
 
@@ -197,16 +197,17 @@ def count_bytes(model: nn.Module) -> dict[str, int]:
 
 def check_mostly_quantized(skeleton: Any) -> None:
     """Raise ModelError for the skeleton of a model most of whose weights would stay in 16 bits, as fused experts do."""
-    embeddings = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
-    outside = {id(one.weight) for one in embeddings if one is not None}
+    outside = {id(one.weight) for one in (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())}
     linears = {id(one.weight) for one in skeleton.modules() if isinstance(one, (nn.Linear, Conv1D))}
     inside = {name: one for name, one in skeleton.named_parameters() if id(one) not in outside}
     loose = {name: one.numel() for name, one in inside.items() if id(one) not in linears}
     share = sum(loose.values()) / max(1, sum(one.numel() for one in inside.values()))
     if share > _MOST_UNQUANTIZED:
-        names = ", ".join(sorted(loose, key=lambda name: -loose[name])[:3])
+        most = max(loose, key=lambda name: loose[name])
         hint = "use model.quantization=none, or a model whose experts are separate linears"
-        raise ModelError(f"{share:.0%} of the weights are not 4-bit: {names}", where="model.quantization", hint=hint)
+        raise ModelError(
+            f"{share:.0%} of the weights are not 4-bit, such as {most}", where="model.quantization", hint=hint
+        )
 
 
 @contextlib.contextmanager

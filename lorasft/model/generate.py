@@ -32,17 +32,17 @@ def generate(
 
     Returns the new ids without the stop. `on_text` gets the text as it grows, whole characters only.
     """
-    positions = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
-    if positions and len(prompt) >= positions:
-        raise DataError(
-            f"the prompt has {len(prompt)} tokens, the model {positions} positions", hint="a shorter prompt"
-        )
-    max_new_tokens = min(max_new_tokens, positions - len(prompt)) if positions else max_new_tokens
+    positions = (
+        getattr(causal.config.get_text_config(), "max_position_embeddings", None) or len(prompt) + max_new_tokens
+    )
+    if len(prompt) >= positions:
+        what = f"the prompt has {len(prompt)} tokens, the model {positions} positions"
+        raise DataError(what, hint="a shorter prompt")
     training = causal.training
     causal.eval()
     stops = sorted({*stops, *own_stops(causal)})
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=min(max_new_tokens, positions - len(prompt)),
         do_sample=temperature > 0,
         temperature=temperature if temperature > 0 else 1.0,
         top_k=0 if temperature > 0 else 50,

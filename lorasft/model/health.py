@@ -22,7 +22,7 @@ def nf4_error(device: torch.device) -> float:
     codes[:, 0] = 15  # the largest: NF4 has these numbers
     blocks = get_4bit_type("nf4", device="cpu")[codes] * (torch.rand(1024, 1, generator=random) + 0.5)
     weight = blocks.view(256, 256)
-    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, blocksize=64, **scheme)
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, **scheme)
     layer = layer.to(device)
     layer.support_avx512bf16_for_cpu = False  # as in training: see base.py
     identity = torch.eye(256, dtype=dtype, device=device)

@@ -135,8 +135,7 @@ def _forward_saved(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
     if wrapper.disable_adapters:
         return original(*args, **kwargs)
     ((_, copy),) = wrapper.modules_to_save.items()
-    dtypes = {name: parameter.dtype for name, parameter in original.named_parameters()}
-    cast = {name: parameter.to(dtypes[name]) for name, parameter in copy.named_parameters()}
+    cast = {name: parameter.to(original.get_parameter(name).dtype) for name, parameter in copy.named_parameters()}
     return functional_call(copy, cast, args, kwargs)
 
 

@@ -95,8 +95,6 @@ def pair_losses(network: Network, batch: MicroBatch) -> Tensor:
         paths = read_paths(batch.segments, cascade=on_cpu, varlen=network.varlen, device=device)
         positions = torch.as_tensor(batch.positions, device=device).unsqueeze(0)
         inputs |= {"position_ids": positions, "segments": paths}
-    elif len(batch.segments) > 1:
-        raise RuntimeError("several sequences in a row need segment attention")
     if network.head is None:
         logits = model(**inputs, logits_to_keep=sources).logits[0]  # (pairs, vocabulary)
         return F.cross_entropy(logits.float(), targets, reduction="none")[:pairs]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -90,18 +90,14 @@ class ActivationMemory:
 
 
 def static_bytes(model: nn.Module, optimizer: str) -> dict[str, int]:
-    """What lives all through a run, in bytes by kind, under the recipe's `optimizer.name`; with or without numbers."""
-    trained = trainable(model).values()
-    gradients = sum(parameter.nbytes for parameter in trained)
-    return {**count_bytes(model), "gradients": gradients, "optimizer": _optimizer_bytes(trained, optimizer)}
+    """What lives all through a run, in bytes by kind, under the recipe's `optimizer.name`; with or without numbers.
 
-
-def _optimizer_bytes(trained: Iterable[Tensor], optimizer: str) -> int:
-    """Two moments for each trained parameter; `adamw8bit` keeps those of small tensors in fp32."""
-    counts = [parameter.numel() for parameter in trained]
-    if optimizer == "adamw":
-        return 8 * sum(counts)
-    return sum(8 * count if count < 4096 else 2 * count + 8 * -(-count // 256) for count in counts)
+    An optimizer has two moments for each trained number; `adamw8bit` keeps those of small tensors in fp32.
+    """
+    trained = list(trainable(model).values())
+    moments = [8 * one.numel() if optimizer == "adamw" or one.numel() < 4096
+               else 2 * one.numel() + 8 * -(-one.numel() // 256) for one in trained]  # fmt: skip
+    return {**count_bytes(model), "gradients": sum(one.nbytes for one in trained), "optimizer": sum(moments)}
 
 
 def dry_run(network: Network, batch: MicroBatch, *, recomputed: int) -> ActivationMemory:
@@ -153,10 +149,11 @@ def _shapes_alone() -> Iterator[None]:
     """Let no one read numbers, and attention allocate what it does on a device."""
     general = F.scaled_dot_product_attention
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+               is_causal: bool = False, **options: Any) -> Tensor:  # fmt: skip
         """torch's fused attention, which it does not choose by itself on the meta device."""
-        if options.get("dropout_p") or query.shape[-1] != value.shape[-1]:
-            return general(query, key, value, attn_mask, **options)
+        if dropout_p or query.shape[-1] != value.shape[-1]:
+            return general(query, key, value, attn_mask, dropout_p, is_causal, **options)
         mask = torch.empty_like(attn_mask, dtype=query.dtype) if attn_mask is not None else None
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return fused(query, key, value, attn_mask=mask)[0]  # type: ignore[no-any-return]
@@ -174,14 +171,10 @@ def heaviest_batch(network: Network, *, longest: int, capacity: int, supervised:
     supervised, or all.
     """
     capacity = max(longest, capacity if network.segments else 1)
-    lengths = [longest] * (capacity // longest) + ([capacity % longest] if capacity % longest else [])
+    lengths = [*[longest] * (capacity // longest), capacity % longest]
     vocabulary = network.causal.config.get_text_config().vocab_size
     draw = np.random.default_rng(0)
-    rows = [
-        all_supervised(
-            draw.integers(0, vocabulary, length + 1).astype(np.int32), start=1 + int((1 - supervised) * length)
-        )
-        for length in lengths
-    ]
+    given = [draw.integers(0, vocabulary, length + 1).astype(np.int32) for length in lengths if length]
+    rows = [all_supervised(ids, start=1 + int((1 - supervised) * (len(ids) - 1))) for ids in given]
     (batch,) = make_micro_batches(Given(rows), range(len(rows)), capacity=capacity)
     return batch

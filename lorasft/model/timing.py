@@ -39,7 +39,7 @@ def predict_seconds(
     head = causal.get_output_embeddings()
     wider = len(whole.get_output_embeddings().weight) / len(head.weight)
     weights = sum(parameter.numel() for part in (*decoder_layers(causal), head) for parameter in part.parameters())
-    tokens = int(min(max(_WORK / 8 / weights, _TOKENS[0]), _TOKENS[1]))
+    tokens = int(np.clip(_WORK / 8 / weights, *_TOKENS))
     batches = [heaviest_batch(network, longest=min(length, size), capacity=size, supervised=supervised)
                for size in (tokens, 3 * tokens)]  # fmt: skip
     less, more = (_time_batch(network, layer_kinds(whole), batch, wider=wider) for batch in batches)

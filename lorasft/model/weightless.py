@@ -29,9 +29,8 @@ def make_weightless(
     base = make_skeleton(config, dtype)
     if depth:
         del decoder_layers(base)[depth:]
-    with torch.device("meta"):
-        if settings.quantization == "nf4" or hasattr(config, "quantization_config"):
-            quantize_skeleton(base, dtype)
+    if settings.quantization == "nf4" or hasattr(config, "quantization_config"):
+        quantize_skeleton(base, dtype)
     _quantize_nothing()
     for linear in base.modules():
         if isinstance(linear, bnb.nn.Linear4bit):
