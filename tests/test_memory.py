@@ -146,6 +146,15 @@ def test_a_dry_run_is_the_step(name: str) -> None:
         assert predicted.peak == pytest.approx(measured.peak, abs=2000)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_a_sample_in_4_bit_computes_as_a_model_does(name: str) -> None:
+    """With its biases; of Gemma 2 one layer of two kinds."""
+    config, settings = make_base(name, hidden=64).config, ModelSettings(base="-", dtype="float32")
+    arguments = (config, settings, AdapterSettings(rank=4), CPU)
+    network = verify(make_sample(make_weightless(*arguments), *arguments).get_base_model())
+    assert network.head and network.share and not network.notices
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma-2", "gemma-4", "gpt-2", "gpt-oss", "qwen-3-moe", "smollm-3"])
 def test_a_few_layers_tell_what_all_of_them_take(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bytes as the whole depth, of layers of one kind and of two in turn; of other orders all are run."""
