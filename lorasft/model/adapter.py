@@ -132,10 +132,12 @@ def _take_embeddings(base: Any, weights: dict[str, Tensor], *, saved: Sequence[s
 def give_weights(model: Any, weights: dict[str, Tensor], *, where: str) -> None:
     """Put adapter tensors into `model`, exactly. Raises ModelError naming what is missing, surplus or misshapen."""
     own = adapter_weights(model)
-    wanted, given = ({name: list(tensor.shape) for name, tensor in side.items()} for side in (own, weights))
-    for name in sorted(wanted.keys() | given.keys()):
-        if wanted.get(name) != given.get(name):
-            what = f"this does not fit the base: {name} is {given.get(name, 'missing')} and not {wanted.get(name, 'known')}"
+    known, given = ({name: list(tensor.shape) for name, tensor in side.items()} for side in (own, weights))
+    for name in sorted(known.keys() | given.keys()):
+        if known.get(name) != given.get(name):
+            what = (
+                f"it does not fit the base: {name} is {given.get(name, 'missing')} and not {known.get(name, 'known')}"
+            )
             raise ModelError(what, where=where, hint="use the base that it was trained on")
     if any(tensor.is_meta for tensor in own.values()):  # PEFT made A and B without numbers, as the base is streamed
         named = {name.replace(".weight", ".default.weight"): tensor.float() for name, tensor in weights.items()}
