@@ -186,7 +186,7 @@ def check_targets(base: Any, settings: AdapterSettings) -> None:
             known = sorted({path.rpartition(".")[2] for path in fitting if path and not path[-1].isdigit()})
             what = f"{len(found - fitting)} of {len(found)} called {name} are not linears of the language model"
             what = what if found else f"no module is called {name}"
-            hint = f"all-linear, full paths, or names: {', '.join(known[:12])}"
+            hint = f"all-linear, full paths, or names: {', '.join(known)}"
         elif tied and any(modules[path] in embeddings for path in found):
             what = f"{name} is tied to its twin, which would not be trained along"
             hint = "leave it out, or use a base that is not tied"
