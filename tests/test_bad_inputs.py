@@ -204,7 +204,7 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
     "21": (2, ["q_prj", "adapter.targets", "names: down_proj"], of_recipe("adapter: {targets: [q_prj]}")),
     "21 no linear": (2, ["norm", "all-linear"], of_recipe("adapter: {targets: [norm]}")),
     "21 none": (2, ["no targets", "all-linear"], of_recipe("adapter: {targets: []}")),
-    "21 saved": (2, ["lm_haed", "did you mean lm_head?"], of_recipe("adapter: {modules_to_save: [lm_haed]}")),
+    "21 saved": (2, ["lm_haed", "names: ", "lm_head"], of_recipe("adapter: {modules_to_save: [lm_haed]}")),
     "21 start": (2, ["no effect with adapter.start"], of_recipe("adapter: {start: runs/x, rank: 4}")),
     "24": (2, ["lm_head is tied"],
            of_base(lambda model: edit(model / "config.json", tie_word_embeddings=True), "adapter.targets=[lm_head]")),
