@@ -59,11 +59,11 @@ class Encoder:
         self.report = Report()
 
     def encode(self, example: Example) -> tuple[Tokens, ...]:
-        found = [sequences for _, sequences in self.labeler.encode_all([example], report=self.report)]
+        (found,) = self.labeler.encode_all([example], report=self.report)
         errors, self.report.errors = self.report.errors, []
         if errors:
             raise errors[0]
-        return found[0] if found else ()
+        return found
 
 
 def make_encoder(tokenizer: Any, *, chat: dict[str, Any] | None = None, **data: Any) -> Encoder:
@@ -274,7 +274,7 @@ def test_template_refusals_name_roles_and_the_templates_words(tmp_path: Path, ti
     with pytest.raises(DataError, match=r"\(user, user, assistant\): Roles must alternate!") as fault:
         encoder.encode(again)
     assert fault.value.where == "rows.jsonl:1"
-    with pytest.raises(ModelError, match="does not parse"):
+    with pytest.raises(ModelError, match="unexpected"):
         own(tmp_path, tiny, "{% for m in messages %}{{ m.content }")
     with pytest.raises(ModelError, match="cannot read the chat template"):
         make_encoder(tiny, chat={"template": str(tmp_path / "none.jinja")})

@@ -113,7 +113,7 @@ def _sequences(
 ) -> Iterator[tuple[RowLocation, bool, Tokens, list[Part]]]:
     """Of the first `most` examples: where each is from, whether it is held out, its tokens, and their text in parts."""
     for example in range(len(store))[:most]:
-        held_out = bool(store.arrays["held_out"][example])
+        held_out = bool(store.arrays["held_out"][store.chosen[example]])
         for tokens in store.sequences(example):
             yield store.place(example), held_out, tokens, list(painted(tokens, tokenizer))
 

@@ -21,6 +21,14 @@ class Tokens:
         return len(self.ids)
 
 
+def all_supervised(ids: npt.ArrayLike) -> Tokens:
+    """Every token a target but the first, which nothing comes before."""
+    array = np.array(ids, dtype=np.int32)
+    labels = array.copy()
+    labels[:1] = UNSUPERVISED
+    return Tokens(array, labels)
+
+
 def supervised_runs(tokens: Tokens) -> npt.NDArray[np.int32]:
     """Start and end of each run of labels that are supervised: (runs, 2)."""
     supervised = np.zeros(len(tokens) + 2, dtype=bool)

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from lorasft.artifact import Artifact, find_artifact
 from lorasft.data.prepare import open_prepared
-from lorasft.data.tokens import UNSUPERVISED, Tokens
+from lorasft.data.tokens import UNSUPERVISED, Tokens, all_supervised
 from lorasft.errors import DataError, ModelError
 from lorasft.model.adapter import load_artifact, read_tokenizer
 from lorasft.model.free_memory import free_memory
-from lorasft.model.scoring import all_supervised, read_answers
+from lorasft.model.scoring import read_answers
 from lorasft.recipe import DataSettings, DataSource
 
 Onto = Literal["original", "dequantized"]  # the weights that an update is added to
