@@ -299,7 +299,7 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
     "75": (4, ["t5", "causal"], of_config(model_type="t5", is_encoder_decoder=True)),
     "76": (8, ["code"], of_config(model_type="odd", auto_map={"AutoConfig": "a.B"})),
     "77": (4, ["cannot read the chat template", "absent.jinja"], of_rows([GOOD], "chat.template=absent.jinja")),
-    "78 syntax": (4, ["refuses", "line 1"], of_template("{% if %}")),
+    "78 syntax": (4, ["does not parse", "line 1"], of_template("{% if %}")),
     "78 size": (4, ["chat template"], of_template("x" * (2 << 20))),
     "78 number": (4, ["takes too much"], of_template("{% set x = 7 ** 70000000 %}a")),
     "78 list": (4, ["takes too much"], of_template("{% set x = ['x'] * 10 ** 9 %}a")),

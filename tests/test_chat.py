@@ -274,7 +274,7 @@ def test_template_refusals_name_roles_and_the_templates_words(tmp_path: Path, ti
     with pytest.raises(DataError, match=r"\(user, user, assistant\): Roles must alternate!") as fault:
         encoder.encode(again)
     assert fault.value.where == "rows.jsonl:1"
-    with pytest.raises(ModelError, match="unexpected"):
+    with pytest.raises(ModelError, match="does not parse"):
         own(tmp_path, tiny, "{% for m in messages %}{{ m.content }")
     with pytest.raises(ModelError, match="cannot read the chat template"):
         make_encoder(tiny, chat={"template": str(tmp_path / "none.jinja")})

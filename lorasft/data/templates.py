@@ -104,6 +104,9 @@ def render(
     except jinja2.exceptions.SecurityError as error:
         what = f"the chat template reaches for what is not data: {error}"
         raise UnsafeError(what, where=where, hint=hint) from None
+    except jinja2.TemplateSyntaxError as error:
+        what = f"the chat template does not parse: {error.message}"
+        raise ModelError(what, where=f"line {error.lineno}", hint=hint) from None
     except Exception as error:  # a template is a program: it raises what its operators raise
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(f"the chat template refuses this conversation ({roles}): {error}", hint=hint) from None
