@@ -21,11 +21,11 @@ class Tokens:
         return len(self.ids)
 
 
-def all_supervised(ids: npt.ArrayLike) -> Tokens:
-    """Every token a target but the first, which nothing comes before."""
+def all_supervised(ids: npt.ArrayLike, start: int = 1) -> Tokens:
+    """Every token from `start` on a target; before the first is nothing that it could be predicted from."""
     array = np.array(ids, dtype=np.int32)
     labels = array.copy()
-    labels[:1] = UNSUPERVISED
+    labels[:start] = UNSUPERVISED
     return Tokens(array, labels)
 
 

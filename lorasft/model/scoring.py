@@ -27,11 +27,11 @@ _CAPACITY = 2048  # tokens of answers that are scored at once
 _GROUP = 64  # examples cut together: enough to fill micro-batches well, few enough to bound what is held
 
 
+@dataclass(frozen=True)
 class Given:
     """Sequences in memory, one to an example: what `make_micro_batches` reads, without a store."""
 
-    def __init__(self, given: Sequence[Tokens]) -> None:
-        self.given = given
+    given: Sequence[Tokens]
 
     def __len__(self) -> int:
         return len(self.given)
