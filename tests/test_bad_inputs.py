@@ -316,7 +316,7 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
     "81 extra": (4, ["odd"], of_adapter(tensors(lambda found: found.update(odd=found[TENSOR] * 1)))),
     "81 shape": (4, ["q_proj"], of_adapter(tensors(lambda found: found.update({TENSOR: found[TENSOR][:, 1:] * 1})))),
     "81 NaN": (4, ["finite", "q_proj"], of_adapter(tensors(lambda found: found[TENSOR].fill_(float("nan"))))),
-    "81 rank": (4, ["rank 4", "8"], of_adapter(config(r=8))),
+    "81 rank": (4, ["rank 8", "(64, 4)"], of_adapter(config(r=8))),
     "82": (8, ["pickle", "adapter_model.safetensors"],
            of_adapter(lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"))),
     "83 kind": (4, ["IA3"], of_adapter(config(peft_type="IA3"))),

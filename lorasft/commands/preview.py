@@ -44,12 +44,10 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
     supervised, when a supervised special token was never trained, or when parity does not hold.
     """
     from lorasft.commands.preview_page import make_page
-    from lorasft.files import refuse_existing, write_file
+    from lorasft.files import write_file
     from lorasft.recipe.load import load_recipe
 
     settings = load_recipe(recipe, overrides)
-    if html:
-        refuse_existing(Path(html))
     from lorasft.data.prepare import prepare
     from lorasft.data.tokenizer import load_tokenizer
     from lorasft.data.untrained import refuse_untrained
