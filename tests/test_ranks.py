@@ -19,6 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,7 +106,8 @@ def step_run(model: Any, network: Any, rows: Rows, ranks: Ranks, **plan: Any) ->
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     whole = Plan(len(rows), len(rows), 1, seed=0, processes=ranks.count, **plan)
     nothing: Any = None
-    return Run(nothing, nothing, whole, nothing, nothing, network, model, parameters, nothing, nothing, ranks)
+    inputs: Any = SimpleNamespace(prepared=SimpleNamespace(train=rows))
+    return Run(nothing, inputs, whole, network, model, parameters, nothing, nothing, ranks)
 
 
 SIZES = ((6, 1000, False), (6, 20, False), (1, 1000, False), (6, 40, True))
@@ -194,10 +196,10 @@ def test_all_processes_end_with_the_same_parameters(recipe: Write, tmp_path: Pat
     def act(rank: int) -> None:
         metrics_module.start_trackers = lambda *_: [Accelerator(), GeneralTracker(_blank=True)][1:]
         inputs.check_trackers = lambda names: None
-        with join() as ranks, runs.open_run(settings, resume=False, ranks=ranks) as opened:
-            loop.train(opened.run, opened.state)
-            opened.run.metrics.close()  # of trackers, in the first alone: must not part the processes
-            parameters = {name: tensor.detach() for name, tensor in opened.run.parameters.items()}
+        with join() as ranks, runs.open_run(settings, resume=False, ranks=ranks) as (run, state):
+            loop.train(run, state)
+            run.metrics.close()  # of trackers, in the first alone: must not part the processes
+            parameters = {name: tensor.detach() for name, tensor in run.parameters.items()}
             save_file(parameters, tmp_path / f"{rank}.safetensors")
 
     launch = Launch(tmp_path, act)

@@ -94,14 +94,14 @@ def test_resumed_equals_uninterrupted(
 def test_the_frozen_base_is_unchanged(recipe: Write, base: Path) -> None:
     """After training in NF4, every frozen tensor has the bits of a fresh load."""
     settings = load_recipe(recipe(model={"dtype": "auto"}, train={"steps": 3}))
-    with runs.open_run(settings, resume=False) as opened:
-        loop.train(opened.run, opened.state)
+    with runs.open_run(settings, resume=False) as (run, state):
+        loop.train(run, state)
         after = {
             name.removeprefix("base_model.model.").replace(".base_layer", ""): parameter
-            for name, parameter in opened.run.model.named_parameters()
+            for name, parameter in run.model.named_parameters()
             if not parameter.requires_grad
         }
-        trained = set(opened.run.parameters)
+        trained = set(run.parameters)
     assert all("lora_" in name for name in trained) and trained
     fresh = dict(load_base(settings.model, torch.device("cpu")).named_parameters())
     assert fresh.keys() == after.keys()

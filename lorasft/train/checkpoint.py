@@ -45,11 +45,11 @@ from lorasft.files import (
     write_file,
 )
 from lorasft.model.adapter import adapter_weights, give_weights, write_adapter
+from lorasft.model.free_memory import out_of_memory
 from lorasft.recipe import Recipe, mathematics
 from lorasft.recipe.load import dump_recipe, load_recipe
 from lorasft.tensors import fingerprint
 from lorasft.terminal import say
-from lorasft.train.layout import plain_oom_errors
 from lorasft.train.optimizer import optimizer_state, restore_optimizer
 from lorasft.train.state import Run, State
 
@@ -59,20 +59,22 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 
 @contextmanager
-def take_folder(recipe: Recipe, *, resume: bool) -> Iterator[str]:
-    """Hold the run folder, cleared of what a failed start left. Gives the process that was killed in it, if any."""
+def take_folder(recipe: Recipe, *, resume: bool) -> Iterator[None]:
+    """Hold the run folder, cleared of what a failed start left."""
     folder = Path(recipe.run.output)
     refuse_overlap(folder, Path(recipe.model.base))
     check_run_folder(folder, resume=resume)
     make_folder(folder)
     with locked(folder) as left:
+        if left:
+            say(f"process {left} ended without a word: it was killed, or the power was lost")
         check_run_folder(folder, resume=resume)  # it may have become a run before the lock was ours
         sweep(folder)
         sweep(folder / "checkpoints")
         for name in () if resume else ("tokens", "checkpoints/step-000000"):
             if (folder / name).is_dir():
                 remove_folder(folder / name)
-        yield left
+        yield
 
 
 def check_run_folder(folder: Path, *, resume: bool) -> None:
@@ -119,9 +121,10 @@ def compare(before: dict[str, Any], now: dict[str, Any], *, most: int = 10) -> s
     return "\n".join([*lines, f"  and {len(keys) - most} more"] if len(keys) > most else lines)
 
 
-def write_start(folder: Path, recipe: Recipe, prepared: Prepared, *, state: State, config: Any) -> None:
+def write_start(run: Run, state: State) -> None:
     """Record what the run is made of; recipe.yaml comes last and makes the folder a run."""
-    base, commit = Path(recipe.model.base), getattr(config, "_commit_hash", None)
+    recipe, prepared = run.recipe, run.inputs.prepared
+    base, commit = Path(recipe.model.base), getattr(run.inputs.config, "_commit_hash", None)
     if not base.is_dir():  # where the hub's client keeps what was loaded from it
         base = Path(snapshot_download(recipe.model.base, revision=commit, local_files_only=True))
     provenance = {
@@ -133,8 +136,8 @@ def write_start(folder: Path, recipe: Recipe, prepared: Prepared, *, state: Stat
         "data": prepared.key,
         "report": prepared.report.as_dict(),
     }
-    replace_file(folder / "provenance.json", json.dumps(provenance, indent=1).encode())
-    replace_file(folder / "recipe.yaml", dump_recipe(recipe).encode())
+    replace_file(run.folder / "provenance.json", json.dumps(provenance, indent=1).encode())
+    replace_file(run.folder / "recipe.yaml", dump_recipe(recipe).encode())
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -182,27 +185,27 @@ def read_state(path: Path, *, run: str | None) -> State:
     return state
 
 
-def find_checkpoint(recipe: Recipe, prepared: Prepared) -> tuple[Path, State, list[str]]:
+def find_checkpoint(recipe: Recipe, prepared: Prepared) -> tuple[Path, State]:
     """The newest checkpoint in the run folder of `recipe`. Raises RecipeError unless recipe and data are its own."""
     folder = Path(recipe.run.output)
-    path, saved, skipped = newest_checkpoint(folder / "checkpoints", run=read_run_id(folder))
+    path, saved = newest_checkpoint(folder / "checkpoints", run=read_run_id(folder))
     refuse_changes(recipe, folder, saved, prepared=prepared)
-    return path, saved, skipped
+    return path, saved
 
 
-def newest_checkpoint(folder: Path, *, run: str | None) -> tuple[Path, State, list[str]]:
-    """The newest checkpoint of `run` that verifies, its state, and why each newer one was skipped.
+def newest_checkpoint(folder: Path, *, run: str | None) -> tuple[Path, State]:
+    """The newest checkpoint of `run` that verifies, and its state; says why each newer one is skipped.
 
     Raises ModelError when none does: a resumed run never starts from nothing.
     """
-    skipped: list[str] = []
     for path in reversed(list_checkpoints(folder)):
         try:
-            return path, read_state(path, run=run), skipped
+            return path, read_state(path, run=run)
         except LorasftError as error:
-            skipped.append(f"{path.name}: {error.what}")
-    what = f"no checkpoint to resume from ({'; '.join(skipped) or 'there is none'})"
-    raise ModelError(what, where=str(folder), hint="start anew with another run.output=FOLDER")
+            say(f"skipped {path.name}: {error.what}")
+    raise ModelError(
+        "no checkpoint to resume from", where=str(folder), hint="start anew with another run.output=FOLDER"
+    )
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -253,9 +256,10 @@ class CheckpointSaver:
         """
         self.time = time.monotonic()
         try:
-            with plain_oom_errors(run.folder):
-                self.last = save(run, state)
-        except (OSError, CapacityError, RecipeError) as error:
+            self.last = save(run, state)
+        except (OSError, RuntimeError, MemoryError, CapacityError, RecipeError) as error:
+            if isinstance(error, RuntimeError) and not out_of_memory(error):
+                raise
             what = f"the save after step {state.step} failed: {getattr(error, 'what', error)}"
             if self.failed or final:
                 hint = f"make room on the disk and continue with --resume from step {self.last.step}"

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -33,8 +32,7 @@ from lorasft.model.selfcheck import verify
 from lorasft.model.weightless import plan_network
 from lorasft.recipe import Recipe
 from lorasft.terminal import say
-from lorasft.train.inputs import RunInputs
-from lorasft.train.state import Layout, Run
+from lorasft.train.state import Layout, Run, RunInputs
 
 Result = TypeVar("Result")
 _STEPS_SEEN = 64  # whose micro-batches are weighed to find the heaviest
@@ -185,20 +183,6 @@ def oom_context(rows: TokenStore, batch: MicroBatch) -> Iterator[None]:
         )
         error.tokens, error.longest = len(batch.ids), int(batch.positions.max()) + 1
         raise error from raised
-
-
-@contextmanager
-def plain_oom_errors(folder: Path) -> Iterator[None]:
-    """Turn an out-of-memory error that cutting the work does not help, as in an update, into a CapacityError."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as raised:
-        if not out_of_memory(raised):
-            raise
-        begun = (folder / "recipe.yaml").is_file()
-        again = "continue with --resume" if begun else "start again, or with a smaller model.base"
-        reason, _, _ = str(raised).strip().partition("\n")
-        raise CapacityError(f"out of memory: {reason}", hint=f"free memory and {again}") from raised
 
 
 def retry_on_oom(run: Run, work: Callable[[], Result]) -> Result:

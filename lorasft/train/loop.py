@@ -104,9 +104,10 @@ def train(run: Run, state: State) -> State:
 def evaluate_and_note(run: Run, state: State, stop: StopRequest) -> State:
     """The held-out loss, noted; the state with it when it is the best so far. A signal leaves it due."""
     state = replace(state, evaluation_due=False)
-    if run.held_out is None:
+    rows = run.inputs.prepared.held_out
+    if rows is None:
         return state
-    result = evaluate(run, run.held_out, stop)
+    result = evaluate(run, rows, stop)
     if result is None:
         return replace(state, evaluation_due=True)
     loss, tokens = result

@@ -22,8 +22,9 @@ from lorasft.model.recompute import decoder_layers
 from lorasft.model.timing import Timing, time_sample
 from lorasft.model.weightless import Sample, make_weightless, plan_network
 from lorasft.recipe import Recipe
-from lorasft.train.inputs import RunInputs, read_checked_config, read_inputs
+from lorasft.train.inputs import read_checked_config, read_inputs
 from lorasft.train.layout import Fit, choose_layout
+from lorasft.train.state import RunInputs
 
 _LIBRARIES = 1 << 29  # bytes of a card of a given size that its driver and the libraries take
 _STEPS_TIMED = 16  # whose micro-batches stand for those of the run

@@ -106,7 +106,8 @@ def resume_by_number() -> None:
         path = checkpoint.list_checkpoints(folder)[-1]
         fields = json.loads((path / "state.json").read_bytes())
         state = state_module.State(**{**fields, "layout": state_module.Layout(**fields["layout"])})
-        return path, state, [f"skipped {path.name}"]
+        print(f"skipped {path.name}")
+        return path, state
 
     checkpoint.newest_checkpoint = newest
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import signal
 from collections.abc import Callable
@@ -14,8 +15,8 @@ import torch
 
 from faults.trial import Fault, fail_at, in_fork, kill_at, no_fault, with_fault
 from lorasft.artifact import find_artifact
-from lorasft.errors import CapacityError, ModelError
-from lorasft.files import sha256, verify_folder
+from lorasft.errors import CapacityError, ModelError, RecipeError
+from lorasft.files import replace_file, sha256, verify_folder
 from lorasft.merge.merge import merge
 from lorasft.model.adapter import attach_adapter, trainable, write_adapter
 from lorasft.model.base import load_base
@@ -73,6 +74,18 @@ def test_a_manifest_that_names_nothing_or_strange_things_is_refused(name: str | 
     with pytest.raises(ModelError, match="names no file" if name is None else "manifest.json") as caught:
         verify_folder(tmp_path)
     assert len(caught.value.what) < 200
+
+
+@pytest.mark.parametrize("name", "ENOSPC EDQUOT EFBIG EIO ENOMEM EMFILE EBUSY ETXTBSY ESTALE".split())
+def test_a_write_that_fails_is_a_lack_of_room(name: str, tmp_path: Path) -> None:
+    with with_fault(fail_at(1, reason=getattr(errno, name))), pytest.raises(CapacityError):
+        replace_file(tmp_path / "file", b"")
+
+
+@pytest.mark.parametrize("name", "EEXIST ENOENT ENOTDIR EISDIR EACCES EPERM EROFS ELOOP ENAMETOOLONG".split())
+def test_a_place_where_nothing_can_be_written_is_a_wrong_one(name: str, tmp_path: Path) -> None:
+    with with_fault(fail_at(1, reason=getattr(errno, name))), pytest.raises(RecipeError):
+        replace_file(tmp_path / "file", b"")
 
 
 def test_a_changed_value_is_shown_where_it_differs() -> None:

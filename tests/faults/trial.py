@@ -25,7 +25,7 @@ import torch
 from faults.judge import Result, judge_result, read_result
 from faults.subject import make_subject
 from lorasft import files
-from lorasft.errors import LorasftError
+from lorasft.errors import CapacityError, LorasftError
 from lorasft.recipe import Recipe
 from lorasft.signals import Ended, end_at_once, ended_in_order, exit_signals
 from lorasft.train.checkpoint import list_checkpoints
@@ -186,6 +186,8 @@ class Bench:
                 return error.exit_code
             except Ended as signalled:
                 return signalled.exit_code
+            except torch.OutOfMemoryError:  # as the command line answers it
+                return CapacityError.exit_code
             except BaseException:
                 traceback.print_exc()
                 return 1
@@ -208,12 +210,11 @@ def train_to_the_end(recipe: Recipe, trace: Any) -> None:
     """What `lorasft train` does, with `--resume` where there is something to resume."""
     resume = (Path(recipe.run.output) / "recipe.yaml").is_file()
     trace.phase = Phase.RESUME if resume else Phase.START
-    with open_run(recipe, resume=resume) as opened:
-        print(*opened.notes, sep="\n")
+    with open_run(recipe, resume=resume) as (run, state):
         trace.phase = Phase.TRAIN
-        state = train(opened.run, opened.state)
+        state = train(run, state)
         trace.phase = Phase.FINISH
-        export_adapter(opened, state)
+        export_adapter(run, state)
 
 
 def observe(trace: Any, fault: Fault) -> Callable[..., Any]:
