@@ -100,25 +100,11 @@ def read_run_id(folder: Path) -> str | None:
         return None
 
 
-def refuse_changes(recipe: Recipe, folder: Path, saved: State, *, prepared: Prepared) -> None:
-    """Raise RecipeError, with a table old -> new, when what decides the result differs from what the run began with."""
-    before, now = mathematics(load_recipe(str(folder / "recipe.yaml"))), mathematics(recipe)
-    what = "the recipe differs from the one that this run was started with"
-    if before == now:
-        if saved.data == prepared.key:
-            return
-        before, now = (read_ingredients(folder / "tokens", key) for key in (saved.data, prepared.key))
-        what = f"the data, the tokenizer or their libraries changed since step {saved.step}"
-    hint = "restore them, or start another run with run.output=FOLDER"
-    raise RecipeError(f"{what}:\n{compare(before, now)}", where=str(folder), hint=hint)
-
-
 def compare(before: dict[str, Any], now: dict[str, Any], *, most: int = 10) -> str:
-    """What differs, a line each: `key: old -> new`."""
+    """The first of what differs, a line each: `key: old -> new`."""
     old, new = _flatten(before), _flatten(now)
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    lines = [f"  {key}: {old.get(key)!r:.200} -> {new.get(key)!r:.200}" for key in keys[:most]]
-    return "\n".join([*lines, f"  and {len(keys) - most} more"] if len(keys) > most else lines)
+    return "\n".join(f"  {key}: {old.get(key)!r:.200} -> {new.get(key)!r:.200}" for key in keys[:most])
 
 
 def write_start(run: Run, state: State) -> None:
@@ -186,11 +172,20 @@ def read_state(path: Path, *, run: str | None) -> State:
 
 
 def find_checkpoint(recipe: Recipe, prepared: Prepared) -> tuple[Path, State]:
-    """The newest checkpoint in the run folder of `recipe`. Raises RecipeError unless recipe and data are its own."""
+    """The newest checkpoint in the run folder of `recipe`. Raises RecipeError, with a table old -> new, when what
+    decides the result differs from what the run began with.
+    """
     folder = Path(recipe.run.output)
     path, saved = newest_checkpoint(folder / "checkpoints", run=read_run_id(folder))
-    refuse_changes(recipe, folder, saved, prepared=prepared)
-    return path, saved
+    what = "the recipe differs from the one that this run was started with"
+    before, now = mathematics(load_recipe(str(folder / "recipe.yaml"))), mathematics(recipe)
+    if before == now:
+        if saved.data == prepared.key:
+            return path, saved
+        what = f"the data, the tokenizer or their libraries changed since step {saved.step}"
+        before, now = (read_ingredients(folder / "tokens", key) for key in (saved.data, prepared.key))
+    hint = "restore them, or start another run with run.output=FOLDER"
+    raise RecipeError(f"{what}:\n{compare(before, now)}", where=str(folder), hint=hint)
 
 
 def newest_checkpoint(folder: Path, *, run: str | None) -> tuple[Path, State]:
