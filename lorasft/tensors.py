@@ -73,11 +73,16 @@ class TensorFile:
 
         spec = self.specs[name]
         tensor = torch.empty(spec.shape if count is None else (count, spec.width), dtype=spec.torch_dtype)
-        self.fill(tensor.view(-1).view(torch.uint8).numpy().data, name, first * spec.width * tensor.element_size())
+        self._fill(tensor.view(-1).view(torch.uint8).numpy().data, name, first * spec.width * tensor.element_size())
         return tensor
 
-    def fill(self, buffer: bytearray | memoryview, name: str, start: int) -> None:
-        """Read the bytes of a tensor from `start` on into `buffer`."""
+    def read_bytes(self, name: str, start: int, size: int) -> bytearray:
+        """Bytes `start` to `start + size` of a tensor, or up to its end."""
+        content = bytearray(min(size, self.specs[name].size - start))
+        self._fill(content, name, start)
+        return content
+
+    def _fill(self, buffer: bytearray | memoryview, name: str, start: int) -> None:
         with open(self.path, "rb") as file:
             file.seek(self.starts[name] + start)
             if file.readinto(buffer) != len(buffer):
@@ -108,11 +113,8 @@ class TensorWriter:
 
     def copy(self, source: TensorFile, name: str) -> None:
         """Append a tensor of another file as its bytes are."""
-        size = source.specs[name].size
-        for start in range(0, size, _COPIED):
-            block = bytearray(min(_COPIED, size - start))
-            source.fill(block, name, start)
-            self._submit(block)
+        for start in range(0, source.specs[name].size, _COPIED):
+            self._submit(source.read_bytes(name, start, _COPIED))
 
     def finish(self) -> str:
         """Wait until all is written. Returns the SHA-256 of the file, in hex."""

@@ -106,8 +106,9 @@ def step_run(model: Any, network: Any, rows: Rows, ranks: Ranks, **plan: Any) ->
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     whole = Plan(len(rows), len(rows), 1, seed=0, processes=ranks.count, **plan)
     nothing: Any = None
-    inputs: Any = SimpleNamespace(prepared=SimpleNamespace(train=rows))
-    return Run(nothing, inputs, whole, network, model, parameters, nothing, nothing, ranks)
+    inputs: Any = SimpleNamespace(prepared=SimpleNamespace(train=rows, held_out=rows))
+    metrics: Any = SimpleNamespace(evaluation=lambda **values: None)
+    return Run(nothing, inputs, whole, network, model, parameters, nothing, metrics, ranks)
 
 
 SIZES = ((6, 1000, False), (6, 20, False), (1, 1000, False), (6, 40, True))
@@ -148,16 +149,11 @@ def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> N
         assert scores == pytest.approx(held_out(model, network, ALONE), rel=1e-6)
 
 
-def held_out(model: Any, network: Any, ranks: Ranks) -> list[float]:
+def held_out(model: Any, network: Any, ranks: Ranks) -> list[Any]:
     """Losses of held-out sets of every size."""
-    run = step_run(model, network, some(1), ranks, loss="token", micro_batch_tokens=20)
-    run.metrics = SimpleNamespace(evaluation=lambda **values: None)  # type: ignore[assignment]
-    losses: list[Any] = []
-    for size in range(1, 7):
-        run.inputs = SimpleNamespace(prepared=SimpleNamespace(held_out=some(size)))  # type: ignore[assignment]
-        state = State(0, "", metrics_bytes=0, layout=Layout("float32", 1, 0, segments=True))
-        losses.append(loop.evaluate(run, state, StopRequest()).best_loss)
-    return losses
+    state, plan = State(0, "", 0, Layout("float32", 1, 0, segments=True)), {"loss": "token", "micro_batch_tokens": 20}
+    sized = (step_run(model, network, some(size), ranks, **plan) for size in range(1, 7))
+    return [loop.evaluate(run, state, StopRequest()).best_loss for run in sized]
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
