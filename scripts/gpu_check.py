@@ -370,7 +370,7 @@ def train_tiny(folder: str, *settings: str, resume: bool = False) -> tuple[list[
     with open_run(load_recipe("tiny", [*fixed, *settings]), resume=resume) as (run, state):
         export_adapter(run, train(run, state))
     lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    _, state = newest_checkpoint(Path(folder, "checkpoints"), run=None)
+    state = newest_checkpoint(Path(folder, "checkpoints"), run=None)
     return [line["loss"] for line in lines if "loss" in line], state.layout.micro_batch_tokens
 
 

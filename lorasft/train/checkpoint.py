@@ -139,7 +139,7 @@ def save_checkpoint(run: Run, state: State) -> None:
     for name, tensor in {**adapter_weights(run.model), **tensors}.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise DivergedError(f"{name} is not finite: the checkpoint is not saved", hint="lower the learning rate")
-    target = run.checkpoints / f"step-{state.step:06d}"
+    target = run.checkpoint(state.step)
     if target.exists() or target.is_symlink():  # damaged, or another run's: skipped at the start, not ours to delete
         rename(target, target.with_name(f"{target.name}.aside-{secrets.token_hex(4)}"))
     with staged_folder(target) as stage:
@@ -171,31 +171,31 @@ def read_state(path: Path, *, run: str | None) -> State:
     return state
 
 
-def find_checkpoint(recipe: Recipe, prepared: Prepared) -> tuple[Path, State]:
+def find_checkpoint(recipe: Recipe, prepared: Prepared) -> State:
     """The newest checkpoint in the run folder of `recipe`. Raises RecipeError, with a table old -> new, when what
     decides the result differs from what the run began with.
     """
     folder = Path(recipe.run.output)
-    path, saved = newest_checkpoint(folder / "checkpoints", run=read_run_id(folder))
+    saved = newest_checkpoint(folder / "checkpoints", run=read_run_id(folder))
     what = "the recipe differs from the one that this run was started with"
     before, now = mathematics(load_recipe(str(folder / "recipe.yaml"))), mathematics(recipe)
     if before == now:
         if saved.data == prepared.key:
-            return path, saved
+            return saved
         what = f"the data, the tokenizer or their libraries changed since step {saved.step}"
         before, now = (read_ingredients(folder / "tokens", key) for key in (saved.data, prepared.key))
     hint = "restore them, or start another run with run.output=FOLDER"
     raise RecipeError(f"{what}:\n{compare(before, now)}", where=str(folder), hint=hint)
 
 
-def newest_checkpoint(folder: Path, *, run: str | None) -> tuple[Path, State]:
-    """The newest checkpoint of `run` that verifies, and its state; says why each newer one is skipped.
+def newest_checkpoint(folder: Path, *, run: str | None) -> State:
+    """The state of the newest checkpoint of `run` that verifies; says why each newer one is skipped.
 
     Raises ModelError when none does: a resumed run never starts from nothing.
     """
     for path in reversed(list_checkpoints(folder)):
         try:
-            return path, read_state(path, run=run)
+            return read_state(path, run=run)
         except LorasftError as error:
             say(f"skipped {path.name}: {error.what}")
     raise ModelError(

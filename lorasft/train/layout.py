@@ -100,12 +100,10 @@ def choose_sharing(network: Network, wanted: Sharing, *, kept: Layout | None) ->
     """`network` as it shares prefixes: as recipe or checkpoint say, where that was verified and nothing drops out."""
     if wanted == "auto" and kept:
         wanted = kept.share_prefixes
-    if wanted is False or network.share is False:
-        return replace(network, share=False)
-    if not has_dropout(network.causal):  # else examples that share tokens would share what is dropped
-        return replace(network, share=wanted)
-    notice = "shared prefixes are computed for each example: dropout is active"
-    return replace(network, share=False, notices=(*network.notices, notice))
+    if network.share is False:
+        return network
+    # Where something drops out, examples that share tokens would share what is dropped.
+    return replace(network, share=not has_dropout(network.causal) and wanted)
 
 
 def has_dropout(model: nn.Module) -> bool:

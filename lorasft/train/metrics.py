@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,6 @@ def start_trackers(recipe: Recipe) -> list[Any]:
 
 def check_trackers(names: tuple[str, ...]) -> None:
     """Raise DeviceError when one of the trackers is not installed."""
-    from accelerate.tracking import get_available_trackers
-
-    installed = {str(getattr(name, "value", name)) for name in get_available_trackers()}
-    missing = " ".join(name for name in names if name not in installed)
+    missing = " ".join(name for name in names if find_spec(name) is None)
     if missing:
         raise DeviceError(f"not installed: {missing}", where="run.trackers", hint=f"pip install {missing}")

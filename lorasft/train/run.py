@@ -67,8 +67,8 @@ def _prepare(recipe: Recipe, *, resume: bool, held: ExitStack) -> RunInputs:
     check_files(recipe.model.base)
     inputs = read_inputs(recipe, config, folder / "tokens")
     if resume:
-        path, saved = find_checkpoint(recipe, inputs.prepared)
-        inputs = replace(inputs, checkpoint=path, saved=saved)
+        saved = find_checkpoint(recipe, inputs.prepared)
+        inputs = replace(inputs, saved=saved)
         say(f"continuing from step {saved.step}")
     if not recipe.adapter.modules_to_save:
         refuse_untrained(recipe.model.base, inputs.tokenizer, supervised=inputs.prepared.supervised_special)
@@ -99,8 +99,8 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> tuple[Run, State]:
     metrics = Metrics(recipe, steps=plan.steps, done=done, metrics_bytes=written, quiet=not ranks.is_main)
     run = Run(recipe, inputs, plan, network, model, parameters, optimizer, metrics, ranks)
     with ranks.sync_errors():
-        if inputs.checkpoint:
-            restore_checkpoint(inputs.checkpoint, run)
+        if saved:
+            restore_checkpoint(run.checkpoint(saved.step), run)
         if ranks.is_main:
             _say_notes(run)
         run_heaviest_batch(run, fit, static)
@@ -113,8 +113,6 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> tuple[Run, State]:
 
 def _say_notes(run: Run) -> None:
     """What a person should know before the first step."""
-    for token in run.inputs.tokenizer.convert_ids_to_tokens(missing_stops(run)):
-        say(f"generation of this base does not stop at {token}: the adapter's generation_config.json will")
     for notice in run.network.notices:
         say(notice)
     layout, layers = run.layout, len(decoder_layers(run.network.causal))
@@ -126,7 +124,7 @@ def run_heaviest_batch(run: Run, fit: Fit, static: StaticBytes) -> None:
     """Run the heaviest micro-batch where its memory is not known, so that what does not fit is met at once.
 
     Nothing is updated and no random number is used up: the losses keep their bits. Writes `memory.json` (bytes; null
-    where a number is not known) and says it. Raises CapacityError when it fits in no layout.
+    where a number is not known). Raises CapacityError when it fits in no layout.
     """
     known = static.at_peak(fit.needs) if fit.needs else {}
     peak = sum(known.values())
@@ -135,9 +133,8 @@ def run_heaviest_batch(run: Run, fit: Fit, static: StaticBytes) -> None:
     record = {"free": free, "predicted": {**known, "peak": peak} if known else None, "measured": measured}
     if run.ranks.is_main:
         replace_file(run.folder / "memory.json", json.dumps(record, indent=1).encode())
-        seen = f"; {size_text(measured)} with the heaviest micro-batch" if measured else ""
-        told = f"{size_text(peak)} at the peak of a step" if known else "a step's is not predicted"
-        say(f"memory: {told}, of {size_text(free)}{seen}")
+        if known:
+            say(f"memory: {size_text(peak)} at the peak of a step, of {size_text(free)}")
 
 
 def sees_too_little(run: Run, fit: Fit) -> bool:
@@ -163,7 +160,7 @@ def _measure_heaviest(run: Run) -> int:
 def export_adapter(run: Run, state: State) -> Path:
     """Write the result, the last adapter or the best, to `adapter/`. Raises DivergedError when nothing was trained."""
     if run.recipe.run.keep_best and state.best_step not in (None, state.step):
-        best = run.checkpoints / f"step-{state.best_step:06d}"
+        best = run.checkpoint(state.best_step)
         verify_folder(best)
         restore_checkpoint(best, run)
     trained = (one for name, one in run.parameters.items() if "lora_" not in name or "_B" in name)

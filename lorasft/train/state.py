@@ -57,8 +57,7 @@ class RunInputs:
     plan: Plan
     adapter: AdapterSettings  # with the sizes of the adapter that it begins from
     start: Artifact | None  # that adapter
-    checkpoint: Path | None = None  # that is resumed from
-    saved: State | None = None  # its state
+    saved: State | None = None  # what is resumed
 
     @property
     def kept(self) -> Layout | None:
@@ -92,6 +91,10 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the state after a step is saved."""
+        return self.checkpoints / f"step-{step:06d}"
 
     @property
     def layout(self) -> Layout:

@@ -107,7 +107,7 @@ def resume_by_number() -> None:
         fields = json.loads((path / "state.json").read_bytes())
         state = state_module.State(**{**fields, "layout": state_module.Layout(**fields["layout"])})
         print(f"skipped {path.name}")
-        return path, state
+        return state
 
     checkpoint.newest_checkpoint = newest
 
