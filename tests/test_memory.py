@@ -234,9 +234,9 @@ def test_auto_recomputes_what_the_free_memory_asks_for(
     asked: list[Any] = []
     plain = layouts.fewest_recomputed
 
-    def remembered(network: Network, batch: Any, *, free: int) -> Any:
+    def remembered(network: Network, batch: Any, *, free: int, wanted: int | None) -> Any:
         asked.append((dry_run(network, batch, recomputed=1).peak, dry_run(network, batch, recomputed=0).peak, free))
-        return plain(network, batch, free=free)
+        return plain(network, batch, free=free, wanted=wanted)
 
     monkeypatch.setattr(layouts, "fewest_recomputed", remembered)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
@@ -117,36 +117,32 @@ def has_dropout(model: nn.Module) -> bool:
 
 def choose_fit(network: Network, plan: Plan, rows: TokenStore, *, wanted: int | None, free: bool, spare: int) -> Fit:
     """The first fit: `free` micro-batches are halved once before layers recompute, and again where all of them do."""
-    most, longest = plan.micro_batch_tokens, int(example_lengths(rows).max())
+    most, longest, layers = plan.micro_batch_tokens, int(example_lengths(rows).max()), decoder_layers(network.causal)
     while True:
-        fit = measure_fit(network, plan, rows, wanted=wanted, spare=spare)
-        tokens = plan.micro_batch_tokens
-        enough = fit.needs is None or (fit.holds and (tokens < most or not fit.recomputed))
+        heaviest, tokens = find_heaviest(plan, rows), plan.micro_batch_tokens
+        recomputed, needs = fewest_recomputed(network, heaviest, wanted=wanted, free=spare)
+        fit = Fit(plan, recomputed, len(layers), heaviest, needs, spare)
+        enough = needs is None or (fit.holds and (tokens < most or not recomputed))
         if enough or not free or tokens <= longest:
             return fit
-        plan = replace(plan, micro_batch_tokens=max(longest, min(tokens, len(fit.heaviest.ids)) // 2))
+        plan = replace(plan, micro_batch_tokens=max(longest, min(tokens, len(heaviest.ids)) // 2))
 
 
-def measure_fit(network: Network, plan: Plan, rows: TokenStore, *, wanted: int | None, spare: int) -> Fit:
-    """How the heaviest micro-batch fits, with `wanted` recomputed layers or as few as possible; without weights."""
-    heaviest, layers = find_heaviest(plan, rows), len(decoder_layers(network.causal))
-    recomputed, needs = layers if wanted is None else wanted, None
-    with suppress(LookupError, TypeError, ValueError, RuntimeError):  # it reads numbers: the layout that needs least
-        if wanted is None:
-            recomputed, needs = fewest_recomputed(network, heaviest, free=spare)
-        else:
-            needs = dry_run(network, heaviest, recomputed=wanted)
-    return Fit(plan, recomputed, layers, heaviest, needs, spare)
-
-
-def fewest_recomputed(network: Network, batch: MicroBatch, *, free: int) -> tuple[int, ActivationMemory]:
-    """The fewest layers to recompute for a peak within 90 % of `free` bytes, else all; and what `batch` then needs."""
+def fewest_recomputed(
+    network: Network, batch: MicroBatch, *, free: int, wanted: int | None = None
+) -> tuple[int, ActivationMemory | None]:
+    """The fewest layers to recompute for a peak within 90 % of `free` bytes, else all, or those `wanted`; and what
+    `batch` then needs, found without weights: None where the model reads numbers.
+    """
     layers = len(decoder_layers(network.causal))
     needs = cache(lambda count: dry_run(network, batch, recomputed=count))
-    count = 0
-    if layers and not needs(0).fits(free):
-        count = bisect_left(range(layers), True, lo=1, key=lambda count: needs(count).fits(free))
-    return count, needs(count)
+    try:
+        if wanted is None:
+            none = not layers or needs(0).fits(free)
+            wanted = 0 if none else bisect_left(range(layers), True, lo=1, key=lambda count: needs(count).fits(free))
+        return wanted, needs(wanted)
+    except (LookupError, TypeError, ValueError, RuntimeError):  # it reads numbers: the layout that needs least
+        return layers if wanted is None else wanted, None
 
 
 def find_heaviest(plan: Plan, rows: TokenStore) -> MicroBatch:

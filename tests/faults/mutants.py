@@ -105,9 +105,8 @@ def resume_by_number() -> None:
     def newest(folder: Path, *, run: str | None) -> Any:
         path = checkpoint.list_checkpoints(folder)[-1]
         fields = json.loads((path / "state.json").read_bytes())
-        state = state_module.State(**{**fields, "layout": state_module.Layout(**fields["layout"])})
         print(f"skipped {path.name}")
-        return state
+        return state_module.State(**{**fields, "layout": state_module.Layout(**fields["layout"])})
 
     checkpoint.newest_checkpoint = newest
 

@@ -21,7 +21,6 @@ from lorasft.merge.merge import merge
 from lorasft.model.adapter import attach_adapter, trainable, write_adapter
 from lorasft.model.base import load_base
 from lorasft.recipe import AdapterSettings, ModelSettings
-from lorasft.train.checkpoint import compare
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +83,3 @@ def test_a_write_that_fails_is_a_lack_of_room_but_in_a_wrong_place(name: str, tm
     kind = RecipeError if name in WRONG_PLACE else CapacityError
     with with_fault(fail_at(1, reason=getattr(errno, name))), pytest.raises(kind):
         replace_file(tmp_path / "file", b"")
-
-
-def test_a_changed_value_is_shown_where_it_differs() -> None:
-    old, new = ({"data.train": f"[{{'path': '{'/long' * 20}/{name}.jsonl', 'weight': 1}}]"} for name in ("one", "two"))
-    assert "one.jsonl" in compare(old, new) and "two.jsonl" in compare(old, new)
-    assert compare({"a": 1}, {"a": 2}) == "  a: 1 -> 2"
