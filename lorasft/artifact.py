@@ -163,6 +163,11 @@ class Artifact:
             raise ModelError(what, where=str(path), hint="--base with the folder of a model") from None
         return config
 
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens the base has, where its config says so."""
+        return {**self.base_config, **(self.base_config.get("text_config") or {})}.get("vocab_size")
+
     def require_adapter(self) -> Path:
         """The adapter's folder. Raises ModelError when there is no adapter."""
         if self.adapter is not None:

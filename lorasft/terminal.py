@@ -54,6 +54,8 @@ class ByteProgress:
         self.started = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
+        if not sys.stderr.isatty():
+            return
         left = (time.monotonic() - self.started) * (total - done) / max(done, 1)
         text = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {left:.0f} s left"
         say(text, end="\n" if done == total else "")

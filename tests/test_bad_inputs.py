@@ -348,7 +348,7 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
     "86 exists": (2, ["exists", "home/out"],
                   lambda at: ["merge", str(at.run), "--out", str(write(at.folder / "out", ""))]),
     "86 in run": (2, ["run"], lambda at: ["merge", str(at.run), "--out", str(at.run / "out")]),
-    "86 data": (2, ["--data"], lambda at: ["merge", str(at.run), "--out", "out", "--no-check", "--data", "x.jsonl"]),
+    "27 data": (2, ["--data"], lambda at: ["merge", str(at.run), "--out", "out", "--no-check", "--data", "x.jsonl"]),
     "86 nowhere": (4, ["there is no such folder"], lambda at: ["merge", "nowhere", "--out", "out"]),
     "86 in base": (2, ["base"], lambda at: ["merge", str(at.run), "--out", str(at.base / "out"), "--no-check"]),
     "86 model": (4, ["a model", "adapter"], lambda at: ["merge", str(at.base), "--out", "out"]),

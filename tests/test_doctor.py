@@ -53,7 +53,7 @@ def test_a_library_that_breaks_is_a_line(tmp_path: Path) -> None:
     failed = [line for line in lines if line.startswith("FAIL")]
     assert any("bitsandbytes" in line and "CUDA Setup failed" in line for line in failed), lines
     assert any("fix it: pip install -U bitsandbytes" in line for line in lines)
-    assert any(line.startswith("ok    memory") for line in lines) and "checks failed" in done.stderr
+    assert any(line.startswith("ok    disk: here") for line in lines) and "checks failed" in done.stderr
 
 
 def test_a_driver_that_torch_cannot_use_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,9 +61,9 @@ def test_a_driver_that_torch_cannot_use_is_named(tmp_path: Path, monkeypatch: py
     driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue\n", encoding="utf-8")
     monkeypatch.setattr(doctor, "DRIVER", driver)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for built, words in ((None, "is for CPUs only"), ("13.0", "which CUDA 13.0 cannot use")):
+    for built in (None, "13.0"):  # a torch for CPUs only, and one for a newer driver
         monkeypatch.setattr(torch.version, "cuda", built)
-        with pytest.raises(DeviceError, match=f"NVIDIA driver 470.57.02, .*{words}") as caught:
+        with pytest.raises(DeviceError, match=f"470.57.02.*CUDA {built} cannot use") as caught:
             doctor._check_device()
         assert caught.value.hint
 

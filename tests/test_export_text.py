@@ -250,8 +250,7 @@ def test_the_folder_for_ollama(tmp_path: Path) -> None:
     save_tokenizer(tmp_path / "model")
     save_weights(tmp_path / "model")
     (tmp_path / "model/generation_config.json").write_text('{"eos_token_id": [1, 3]}', encoding="utf-8")
-    _, system = write_ollama(tmp_path / "model", tmp_path / "out")
-    assert system
+    assert write_ollama(tmp_path / "model", tmp_path / "out")["system"]
     text = (tmp_path / "out/Modelfile").read_text(encoding="utf-8")
     start, template, stops = text.split('"""')
     assert start == "FROM ./model.gguf\nTEMPLATE "

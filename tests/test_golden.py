@@ -17,7 +17,7 @@ from quirks import QUIRKS
 from test_chat import PAIRS, PLACE, SHARED, Encoder, check_against_server, conversation, make_encoder, needs_shared
 from tiny_tokenizer import save_tokenizer
 
-from lorasft.commands.preview import _bracketed, painted
+from lorasft.commands.preview import BRACKETS, mark, painted
 from lorasft.data.examples import Example, normalize_message
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import DataError
@@ -61,7 +61,7 @@ def describe(encoder: Encoder) -> str:
         held = f"parity {grown['answers'] - grown['parity_breaks']} of {grown['answers']}"
         lost = grown["dropped_reasoning"]
         pages.append(f"=== {name}: {held}{f', dropped_reasoning {lost}' if lost else ''}\n")
-        pages.extend(_bracketed(list(painted(tokens, tokenizer))) + "\n---\n" for tokens in sequences)
+        pages.extend(mark(painted(tokens, tokenizer), BRACKETS) + "\n---\n" for tokens in sequences)
     return "".join(pages)
 
 

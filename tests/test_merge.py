@@ -55,7 +55,7 @@ def test_shards_and_sidecars_are_the_bases(tmp_path: Path) -> None:
     (adapter / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
     done = merge(base, adapter, tmp_path / "out")
     shards = sorted(path.name for path in base.glob("model-*.safetensors"))
-    assert len(shards) > 1 and done["updated"] == 14 and done["unchanged"] == 0
+    assert len(shards) > 1 and done["updated"] == 14
     for name in shards:
         ours, theirs = (open_tensors(folder / name) for folder in (tmp_path / "out", base))
         assert ours.specs == theirs.specs and list(ours.specs) == list(theirs.specs)
@@ -73,10 +73,9 @@ def test_shards_and_sidecars_are_the_bases(tmp_path: Path) -> None:
 
 
 def test_a_stop_that_training_added_is_kept(base: Path, tmp_path: Path) -> None:
-    """Else the merged model runs past the end of its turn; without one the base's file stays as it is."""
+    """Else the merged model runs past the end of its turn; an adapter without the file leaves the base's."""
     adapter = save_adapter(base, tmp_path / "adapter", **ALL)
     own = json.loads((base / "generation_config.json").read_text(encoding="utf-8"))
-    (adapter / "generation_config.json").write_text(json.dumps(own), encoding="utf-8")
     merge(base, adapter, tmp_path / "same")
     assert sha256(tmp_path / "same/generation_config.json") == sha256(base / "generation_config.json")
     stops = [7, own["eos_token_id"]]

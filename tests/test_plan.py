@@ -117,7 +117,7 @@ def test_what_is_said_to_make_it_fit_does(
     path = recipe(adapter={**adapter, "dropout": 0.0}, data={"max_dropped": 1.0}, machine=machine)
     roomy = plan_run(load_recipe(path), memory=4 << 30)
     tight = roomy["libraries"] + int(share * (roomy["peak"] - roomy["libraries"]))
-    code, out, error = cli("plan", path, "--memory", tight)
+    code, out, error = cli("plan", path, "--memory", f"{tight / 1024}KiB")
     suggestions = plan_run(load_recipe(path), memory=tight)["suggestions"]
     assert change in suggestions[: 1 if adapter is LARGE else 3] and len(suggestions) > 1, suggestions
     assert code == 6 and "it fits" not in out and "does not fit" in error
@@ -173,14 +173,12 @@ def test_the_picture_keeps_to_the_width_and_to_the_encoding(recipe: Write) -> No
             assert bars[-1] in ("░", ".") if memory == plan["memory"] else bars[-1] in ("▓", "!")
 
 
-@pytest.mark.parametrize(
-    ("text", "size"), [("8GiB", 8 << 30), ("24gb", 24 * 10**9), ("1.5G", 1.5e9), ("8388608", 1 << 23)]
-)
+@pytest.mark.parametrize(("text", "size"), [("8GiB", 8 << 30), ("24gb", 24 * 10**9), ("1.5G", 1.5e9)])
 def test_sizes_are_read(text: str, size: float, cli: Command) -> None:
     assert parse_bytes(text) == size
-    for wrong, what in ((f"{text}x", "a size like 8GiB"), ("8", "give a unit, as in 8GiB")):
+    for wrong in (f"{text}x", "8"):  # a number alone might be meant in any unit
         done = cli("plan", "tiny", "--memory", wrong)
-        assert done.code == 2 and what in done.err
+        assert done.code == 2 and "a size like 8GiB" in done.err
 
 
 def test_a_rehearsed_run_has_the_same_bits(recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,6 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 WRITERS = {
     "commands/preview.py": {"TemporaryDirectory"},  # the store that it shows
     "data/store.py": {"open"},  # the flat files of a store, in the stage of prepare
-    "export/gguf.py": {"open"},  # appends to the stage of staged_file
     "commands/export.py": {"TemporaryDirectory"},
     "merge/merge.py": {"copyfile", "rmtree", "save_pretrained"},  # in the stage of the merge
     "signals.py": {"write"},  # to stderr, from a signal's handler

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 from argparse import ArgumentParser
 from collections.abc import Callable
@@ -34,7 +33,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(hub: bool, as_json: bool) -> None:
     """Print what was found. Raises DeviceError when a check failed."""
-    cache = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     checks: dict[str, Callable[[], str]] = {
         "lorasft": lambda: f"{__version__}, Python {platform.python_version()}, {platform.platform()}",
         **{name: partial(_check_library, name) for name in LIBRARIES},
@@ -43,41 +41,30 @@ def run(hub: bool, as_json: bool) -> None:
         "NF4": _check_nf4,
         "attention": _check_attention,
         "disk: here": partial(_check_disk, Path.cwd(), "cd FOLDER"),
-        "disk: hub cache": partial(_check_disk, Path(cache).expanduser(), "export HF_HOME=FOLDER"),
+        "disk: hub cache": _check_cache,
+        **({"hub": _check_hub} if hub else {}),
     }
-    if hub:
-        checks["hub"] = _check_hub
     findings, failed = [], []
     for name, check in checks.items():  # none of which ends the others
-        what, fix = _attempt(name, check)
+        fix = None
+        try:
+            what = check()
+        except DeviceError as error:
+            what, fix = error.what, error.hint
+        except (Exception, SystemExit) as error:  # a library may break in any way, also while it is imported
+            what = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            fix = f"pip install -U {name if name in LIBRARIES else ' '.join(LIBRARIES)}"
         findings.append({"name": name, "what": what, "mend": fix})
         if fix:
             failed.append(name)
         if not as_json:
-            print(redact(harmless(f"{'FAIL' if fix else 'ok':4}  {name}: {what}")), flush=True)
-            print(f"      fix it: {fix}\n" * bool(fix), end="")
+            line = f"FAIL  {name}: {what}\n      fix it: {fix}" if fix else f"ok    {name}: {what}"
+            print(redact(harmless(line)), flush=True)
     if as_json:
         print(json.dumps({"ok": not failed, "checks": findings}, indent=1))
     if failed:
         what = f"{len(failed)} of {len(findings)} checks failed: {', '.join(failed)}"
         raise DeviceError(what, hint="see above")
-
-
-def _attempt(name: str, check: Callable[[], str]) -> tuple[str, str | None]:
-    """What a check found, and the command that fixes it. A library may break in any way, also while it is imported."""
-    try:
-        return check(), None
-    except DeviceError as error:
-        return error.what, error.hint
-    except (Exception, SystemExit) as error:
-        what = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        return what, f"pip install -U {name if name in LIBRARIES else ' '.join(LIBRARIES)}"
-
-
-def _require(holds: bool, what: str, fix: str) -> str:
-    if not holds:
-        raise DeviceError(what, hint=fix)
-    return what
 
 
 def _check_library(name: str) -> str:
@@ -90,20 +77,24 @@ def _check_device() -> str:
 
     from lorasft.model.base import compute_dtype
 
-    text = DRIVER.read_text(encoding="utf-8", errors="replace") if DRIVER.is_file() else ""
-    driver = f"NVIDIA driver {' '.join(re.findall(r'[0-9]+[.][0-9.]+', text)[:1])}" if text else "no NVIDIA driver"
-    built = torch.version.cuda or torch.version.hip
-    matching, usable = not text or bool(built), not text or torch.cuda.is_available()
-    _require(matching, f"{driver}, and this torch is for CPUs only", "pip install --force-reinstall torch")
-    _require(usable, f"{driver}, which CUDA {built} cannot use", "update the NVIDIA driver, then nvidia-smi")
+    driver = DRIVER.read_text(encoding="utf-8", errors="replace").partition("\n")[0] if DRIVER.is_file() else ""
+    unusable = f"{driver}, which torch {torch.__version__} of CUDA {torch.version.cuda} cannot use"
+    _require(
+        not driver or torch.cuda.is_available(), unusable, "update the driver, or pip install --force-reinstall torch"
+    )
     device = _find_device()
     dtype = str(compute_dtype("auto", device)).removeprefix("torch.")
     if device.type != "cuda":
         return f"{device.type}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {dtype}"
-    major, minor = torch.cuda.get_device_capability(device)
-    free = size_text(torch.cuda.mem_get_info(device)[0])
-    what = f"{torch.cuda.get_device_name(device)}, {free} free, sm_{major}{minor}, CUDA {built}, {driver}, {dtype}"
-    return _require((major, minor) >= (7, 5), what, "a GPU of sm_75 or later, or CUDA_VISIBLE_DEVICES=")
+    found = torch.cuda.get_device_properties(device)
+    what = f"{found.name}, sm_{found.major}{found.minor}, CUDA {torch.version.cuda}, {driver}, {dtype}"
+    return _require((found.major, found.minor) >= (7, 5), what, "a GPU of sm_75 or later, or CUDA_VISIBLE_DEVICES=")
+
+
+def _require(holds: bool, what: str, fix: str) -> str:
+    if not holds:
+        raise DeviceError(what, hint=fix)
+    return what
 
 
 def _find_device() -> Any:
@@ -113,10 +104,10 @@ def _find_device() -> Any:
 
 
 def _check_memory() -> str:
-    import psutil  # type: ignore[import-untyped]
+    from lorasft.model.free_memory import free_memory
 
-    memory = psutil.virtual_memory()
-    return f"{size_text(memory.available)} of {size_text(memory.total)} free"
+    device = _find_device()
+    return f"{size_text(free_memory(device))} free for {device}"
 
 
 def _check_nf4() -> str:
@@ -136,11 +127,15 @@ def _check_attention() -> str:
     return _require(not notices, "; ".join(notices) or fine, "pip install -U torch transformers")
 
 
-def _check_disk(folder: Path, mend: str) -> str:
-    present = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free, writable = shutil.disk_usage(present).free, os.access(present, os.W_OK)
-    what = f"{free / 1e9:.1f} GB free in {folder}{'' if writable else ', which may not be written'}"
-    return _require(writable and free >= LEAST_DISK, what, f"{mend}, on a disk with more room")
+def _check_disk(folder: Path, fix: str) -> str:
+    free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
+    return _require(free >= LEAST_DISK, f"{free / 1e9:.1f} GB free in {folder}", f"{fix}, on a disk with more room")
+
+
+def _check_cache() -> str:
+    from huggingface_hub.constants import HF_HOME
+
+    return _check_disk(Path(HF_HOME), "export HF_HOME=FOLDER")
 
 
 def _check_hub() -> str:

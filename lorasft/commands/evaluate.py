@@ -53,7 +53,7 @@ def run(saved: str, base: str | None, data: str, columns: str | None, per_exampl
     scores["adapter" if found.adapter else "model"] = score_answers(network, answers)
     if per_example:
         objects = [
-            {"source": {"file": answer.place.file, "line": answer.place.line}, "tokens": answer.length}
+            {"source": vars(answer.place), "tokens": answer.length}
             | {name: rows[index] for name, rows in scores.items()}
             for index, answer in enumerate(answers)
         ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,12 +23,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(model: str, to: str, out: str, type: Any, as_json: bool) -> None:
     """Export the folder `model`, or a run or adapter, merged first beside `out`; the path of the file on stdout."""
     from lorasft.artifact import find_artifact
+    from lorasft.export.gguf import write_gguf
+    from lorasft.export.ollama import write_ollama
     from lorasft.files import STAGE, make_folder, refuse_existing
 
     refuse_existing(Path(out))
     artifact, beside = find_artifact(model), Path(out).absolute().parent
     make_folder(beside)
-    progress = ByteProgress() if sys.stderr.isatty() else None
     with TemporaryDirectory(prefix=STAGE, dir=beside) as scratch:
         folder = Path(scratch) / "merged" if artifact.adapter else artifact.base
         if artifact.adapter:
@@ -37,16 +37,9 @@ def run(model: str, to: str, out: str, type: Any, as_json: bool) -> None:
 
             merged = merge(artifact, folder)
             say(f"merged first, onto the {merged['onto']} weights ({merged['why']})")
-        if to == "ollama":
-            from lorasft.export.ollama import write_ollama
-
-            written, system = write_ollama(folder, Path(out), kind=type, on_progress=progress)
-            if not system:
-                say("the chat template takes no system messages: Ollama will leave them out")
-        else:
-            from lorasft.export.gguf import write_gguf
-
-            written = write_gguf(folder, Path(out), kind=type, on_progress=progress)
-    size = f"{written['size'] / 1e9:.3f} GB"
-    say(f"{written['tensors']} tensors of {written['architecture']} as {written['type']}, {size}")
+        write = write_ollama if to == "ollama" else write_gguf
+        written = write(folder, Path(out), kind=type, on_progress=ByteProgress())
+    if not written.get("system", True):
+        say("the chat template takes no system messages: Ollama will leave them out")
+    say(f"{written['architecture']} as {written['type']}, {written['size'] / 1e9:.3f} GB")
     show(written, [out], as_json=as_json)

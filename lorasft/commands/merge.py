@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,9 +22,10 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="the base's own weights, those that NF4 made of them, or what held-out rows speak for (default)",
     )
     parser.add_argument("--quantize", choices=["nf4"], help="write a 4-bit checkpoint instead of full weights")
-    parser.add_argument("--data", metavar="FILE", help="rows to compare answers on (default: held out in the run)")
+    compared = parser.add_mutually_exclusive_group()
+    compared.add_argument("--data", metavar="FILE", help="rows to compare answers on (default: held out in the run)")
     add_columns(parser)
-    parser.add_argument("--no-check", action="store_false", dest="check", help="compare no answers; auto: original")
+    compared.add_argument("--no-check", action="store_false", dest="check", help="compare no answers; auto: original")
     parser.add_argument("--force-base", action="store_true", help="take a base that the run was not trained on")
     add_json(parser, "what was done")
 
@@ -39,11 +39,10 @@ def run(
     from lorasft.recipe.load import read_source
 
     artifact = find_artifact(saved, base=base)
-    progress = ByteProgress() if sys.stderr.isatty() else None
     if options["check"]:
         say("asking what was trained, to compare the merge with it (--no-check leaves this out)")
     source = read_source(data, columns) if data else None
-    merged = merge(artifact, Path(out), data=source, on_progress=progress, **options)
+    merged = merge(artifact, Path(out), data=source, on_progress=ByteProgress(), **options)
     if not as_json:
         say("\n".join(_describe(merged)))
     show({**merged, "folder": out}, [out], as_json=as_json)
@@ -51,9 +50,7 @@ def run(
 
 def _describe(merged: Mapping[str, Any]) -> Iterator[str]:
     what = f"merged {merged['updated']} tensors onto the {merged['onto']} weights ({merged['why']})"
-    yield f"{what}, copied {merged['copied']}: {merged['size'] / 1e9:.3f} GB"
-    if merged["unchanged"]:
-        yield f"rounding left {merged['unchanged']} of the merged tensors as they were"
+    yield f"{what}: {merged['size'] / 1e9:.3f} GB"
     if merged["table"]:
         yield f"on {merged['rows']}:"
         yield f"{'':30}  {'KL a token':>10}  {'same choice':>11}  {'nats a token':>12}"

@@ -24,13 +24,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def parse_bytes(text: str) -> int:
     """The bytes that `8GiB` or `24GB` says."""
-    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]*)?) *(?:([KMGT])(i?)B?)?", text, re.IGNORECASE)
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]*)?) *([KMGT])(i?)B?", text, re.IGNORECASE)
     if not match or not float(match[1]):
         raise ArgumentTypeError(f"{text[:80]} is not a size like 8GiB or 24GB")
-    number, unit, binary = float(match[1]), (match[2] or "").upper(), match[3]
-    if not unit and number < 2**20:
-        raise ArgumentTypeError(f"{text} is {text} bytes: give a unit, as in {text}GiB")
-    return int(number * (1024 if binary else 1000) ** ("KMGT".index(unit) + 1 if unit else 0))
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1))
 
 
 def run(recipe: str, overrides: Sequence[str], memory: int | None, as_json: bool) -> None:

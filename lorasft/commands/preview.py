@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 Part = tuple[str, bool, bool]  # text, whether it is supervised, whether it is a special token
 DROPPED_SHOWN = 10
-DIM, GREEN, MAGENTA, PLAIN = "\x1b[2m", "\x1b[32m", "\x1b[35m", "\x1b[0m"
-SAID = {"rows", "answers", "parity_breaks", "train_examples", "held_out_examples", "sequences", "tokens",
-        "supervised_tokens"}  # of the report, in sentences; its other counts are said by their names  # fmt: skip
+# Around text that is context, and that is supervised: in colour for a terminal, elsewhere in brackets.
+COLOURS = ("\x1b[2m", "\x1b[0m"), ("\x1b[32m", "\x1b[0m")
+BRACKETS = ("", ""), ("⟦", "⟧")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -68,44 +68,40 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
             return
         found = _sequences(prepared.store, tokenizer, most=rows or (1000 if html else 3))
         shown = [(_harmless(f"{place}{' (held out)' * held_out}"), parts) for place, held_out, _, parts in found]
-    facts = list(summary(prepared.report))
+    facts = list(map(_harmless, summary(prepared.report)))
     if html:
         write_file(Path(html), make_page(shown, facts).encode())
         print(html)
         return
-    paint = _coloured if sys.stdout.isatty() and "NO_COLOR" not in os.environ else _bracketed
-    print("\n".join([*(f"--- {title}\n{paint(parts)}\n" for title, parts in shown), *facts]))
+    marks = COLOURS if sys.stdout.isatty() and "NO_COLOR" not in os.environ else BRACKETS
+    print("\n".join([*(f"--- {title}\n{mark(parts, marks)}\n" for title, parts in shown), *facts]))
 
 
 def painted(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> Iterator[Part]:
     """The text of a sequence in parts that are supervised or not, special or not; control characters are shown."""
     added = tokenizer.added_tokens_decoder
     kinds = [(int(label) >= 0, int(token) in added) for token, label in zip(tokens.ids, tokens.labels, strict=True)]
-    cuts = [at for at in range(1, len(kinds)) if kinds[at] != kinds[at - 1]]
-    for start, end in zip([0, *cuts], [*cuts, len(kinds)], strict=True):
+    end = 0
+    for kind, run in groupby(kinds):
+        start, end = end, end + len(list(run))
         # Decoded alone a part would lose the blank that it begins with, so the token before it is decoded too.
         before, text = (
             str(tokenizer.decode(tokens.ids[max(start - 1, 0) : stop], clean_up_tokenization_spaces=False))
             for stop in (start, end)
         )
-        yield (_harmless(text.removeprefix(before)), *kinds[start])
+        yield (_harmless(text.removeprefix(before)), *kind)
 
 
 def summary(report: Report) -> Iterator[str]:
-    """What was read, dropped and made, a line each; counts of zero are left out."""
-    yield f"{report.rows:,} rows read, in {report.sequences:,} sequences"
-    yield f"{report.train_examples:,} examples to train on, {report.held_out_examples:,} held out"
-    share = report.supervised_tokens / max(report.tokens, 1)
-    yield f"{report.tokens:,} tokens, {report.supervised_tokens:,} supervised ({share:.0%})"
-    if report.answers:
-        held = report.answers - report.parity_breaks
-        yield f"parity: {held:,} of {report.answers:,} answers follow the very ids that a server feeds"
+    """What was read, made and dropped, a line each; counts of zero are left out."""
     for name, count in vars(report).items():
-        if name not in SAID and isinstance(count, int) and count:
+        if isinstance(count, int) and count:
             yield f"{count:,} {name.replace('_', ' ')}"
-    yield from (f"dropped: {_harmless(row)}" for row in report.dropped[:DROPPED_SHOWN])
-    if report.dropped_examples() > DROPPED_SHOWN:
-        yield f"dropped: {report.dropped_examples() - DROPPED_SHOWN:,} more"
+    if report.answers:
+        yield f"parity: all {report.answers:,} answers follow the very ids that a server feeds"  # else it is an error
+    if report.dropped:
+        yield f"dropped: {report.dropped_examples():,}, of which at most {DROPPED_SHOWN} are named here"
+        yield from report.dropped[:DROPPED_SHOWN]
 
 
 def _sequences(
@@ -118,18 +114,10 @@ def _sequences(
             yield store.place(example), held_out, tokens, list(painted(tokens, tokenizer))
 
 
-def _coloured(parts: Sequence[Part]) -> str:
-    return "".join(
-        f"{MAGENTA if special else ''}{'' if supervised and special else GREEN if supervised else DIM}{text}{PLAIN}"
-        for text, supervised, special in parts
-    )
-
-
-def _bracketed(parts: Sequence[Part]) -> str:
-    """Parts with what is supervised in brackets."""
+def mark(parts: Iterable[Part], marks: Sequence[tuple[str, str]]) -> str:
+    """The text of `parts` with `marks` around what is context, and around what is supervised."""
     runs = groupby(parts, key=lambda part: part[1])
-    texts = (("".join(text for text, _, _ in run), supervised) for supervised, run in runs)
-    return "".join(f"⟦{text}⟧" if supervised else text for text, supervised in texts)
+    return "".join("".join(text for text, _, _ in run).join(marks[supervised]) for supervised, run in runs)
 
 
 def _harmless(text: str) -> str:

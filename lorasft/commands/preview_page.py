@@ -66,7 +66,6 @@ def make_page(rows: Iterable[tuple[str, Any]], facts: Iterable[str]) -> str:
     """The page of `rows`, each a title and its parts [[text, supervised, special], ...], and lines of facts."""
     # Text of the data never becomes markup: it is JSON without "<", and the script puts it in as text.
     objects = [{"title": title, "parts": parts} for title, parts in rows]
-    data = json.dumps(objects, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
+    data = json.dumps(objects).replace("<", "\\u003c")
     items = "".join(f"<li>{html.escape(fact)}</li>" for fact in facts)
-    before, between, after = PAGE.replace("@DATA@", "@FACTS@").split("@FACTS@")
-    return before + items + between + data + after
+    return PAGE.replace("@FACTS@", items).replace("@DATA@", data)

@@ -30,14 +30,11 @@ def run(action: str, name: str | None, to: str | None, as_json: bool) -> None:
         for shipped, path in shipped_recipes().items():
             base, about = read_yaml(path).value["model"]["base"], path.read_text(encoding="utf-8").partition("\n")[0]
             rows.append({"name": shipped, "base": base, "about": about.lstrip("# "), "path": str(path)})
-        widths = [max(len(row[key]) for row in rows) for key in ("name", "base")]
-        lines = [f"{row['name']:{widths[0]}}  {row['base']:{widths[1]}}  {row['about']}" for row in rows]
-        show(rows, lines, as_json=as_json)
+        show(rows, [f"{row['name']:28}  {row['base']:42}  {row['about']}" for row in rows], as_json=as_json)
     elif action == "schema":
         print(json.dumps(recipe_schema(), indent=2))
     elif action == "show":
-        path = find_shipped(name or "")
-        show(read_yaml(path).value, [path.read_text(encoding="utf-8").rstrip()], as_json=as_json)
+        print(find_shipped(name or "").read_text(encoding="utf-8").rstrip())
     else:
         source, target = find_shipped(name or ""), Path(to or ".")
         target = target / source.name if target.is_dir() else target

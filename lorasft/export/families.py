@@ -6,7 +6,6 @@ how its attention is scaled). A model that differs there is refused by name: it 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,8 +83,6 @@ def _find_difference(config: Any, family: Family, head_size: int) -> str | None:
     usual = ["full_attention" if not every or not (at + 1) % every else "sliding_attention" for at in layers]
     if list(getattr(config, "layer_types", None) or usual) != usual:
         return f"sliding windows on these layers of {family.name}"
-    if getattr(config, "use_bidirectional_attention", None):
-        return "attention in both directions"
     if not family.norm_offset:
         return None
     large = config.num_hidden_layers == family.large
@@ -124,6 +121,7 @@ def _positions(
     config: Any, family: Family, head_size: int, model: Path
 ) -> tuple[dict[str, Field], dict[str, list[float]]]:
     """Fields and tensors of the rotary positions. Raises ModelError for a kind that has no place in a GGUF."""
+    import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = config.rope_parameters
@@ -140,17 +138,14 @@ def _positions(
     fields |= {"rope.dimension_count": turned, "rope.freq_base": float(rope["rope_theta"])}
     if kind == "linear":
         fields |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
-    if kind == "llama3":
-        slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-        usual = [float(rope["rope_theta"]) ** (-2 * at / turned) for at in range(len(slowed))]
-        # By how much Llama 3 slows each frequency down, as numbers to divide by.
-        extra["rope_freqs.weight"] = [fast / float(slow) for fast, slow in zip(usual, slowed, strict=True)]
-    if kind == "longrope":
-        short = int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
-        growth = config.max_position_embeddings / short
-        factor = math.sqrt(1 + math.log(growth) / math.log(short)) if growth > 1 else 1.0
-        fields["rope.scaling.original_context_length"] = short
-        fields["rope.scaling.attn_factor"] = float(rope.get("attention_factor") or factor)
+    elif kind == "llama3":
+        slowed, _ = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+        usual = float(rope["rope_theta"]) ** (torch.arange(0, -turned, -2) / turned)
+        extra["rope_freqs.weight"] = (usual / slowed).tolist()  # by how much each frequency is slowed down
+    elif kind == "longrope":
+        _, attention = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+        fields["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
+        fields["rope.scaling.attn_factor"] = float(attention)
         for name in ("long", "short"):
             extra[f"rope_factors_{name}.weight"] = [float(factor) for factor in rope[f"{name}_factor"]]
     return fields, extra

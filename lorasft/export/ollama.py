@@ -34,10 +34,9 @@ _START, _ANSWER = "", "answer"  # the role before the first message, and the one
 Joints = dict[tuple[str, str], str]
 
 
-def write_ollama(
-    model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progress | None = None
-) -> tuple[dict[str, Any], bool]:
-    """Write the new folder `out`: model.gguf and Modelfile. Also returns whether system messages have a place.
+def write_ollama(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progress | None = None) -> dict[str, Any]:
+    """Write the new folder `out`: model.gguf and Modelfile. Returns what write_gguf does, and whether system messages
+    have a place in the template.
 
     Raises ModelError when the chat template cannot be written as a Go template, and what write_gguf raises.
     """
@@ -50,7 +49,7 @@ def write_ollama(
     with staged_folder(out) as stage:
         written = write_gguf(model, stage / WEIGHTS, kind=kind, on_progress=on_progress)
         write_file(stage / MODELFILE, modelfile.encode())
-    return {**written, "file": str(out / WEIGHTS)}, _has_system(joints)
+    return {**written, "file": str(out / WEIGHTS), "system": (_START, "system") in joints}
 
 
 def find_joints(tokenizer: PreTrainedTokenizerFast, *, where: str) -> Joints:
@@ -78,10 +77,6 @@ def find_joints(tokenizer: PreTrainedTokenizerFast, *, where: str) -> Joints:
     return joints
 
 
-def _has_system(joints: Joints) -> bool:
-    return (_START, "system") in joints
-
-
 def _spell(shape: str) -> str:
     return " + ".join(_ROLES[letter] for letter in shape)
 
@@ -104,17 +99,16 @@ def _cut(tokenizer: PreTrainedTokenizerFast, shape: str) -> list[str] | None:
 
 def go_template(joints: Joints) -> str:
     """The joints as a template of Ollama. An answer that is begun, the last message, is left open."""
-    text = {pair: _literal(said) for pair, said in joints.items()}
-    user = _do('if eq $before "assistant"') + text["assistant", "user"]
-    if _has_system(joints):
-        user += _do('else if eq $before "system"') + text["system", "user"]
-    user += _do("else") + text[_START, "user"] + _do("end")
-    messages = {"user": user, "assistant": text["user", "assistant"]}
-    if _has_system(joints):
-        messages["system"] = text[_START, "system"]
-    parts = [_do(f'if eq .Role "{role}"') + before + _do(".Content") + _do("end") for role, before in messages.items()]
-    loop = [_do('$before := ""'), _do("range .Messages"), *parts, _do("$before = .Role"), _do("end")]
-    return "".join([*loop, _do('if ne $before "assistant"'), text["user", _ANSWER], _do("end")])
+    parts = [_do('$before := ""'), _do("range .Messages")]
+    for role in _ROLES.values():
+        said = [(before, _literal(text)) for (before, after), text in joints.items() if after == role]
+        if said:
+            (_, usual), *others = said
+            parts.append(_do(f'if eq .Role "{role}"'))
+            parts += [_do(f'if eq $before "{before}"') + text + _do("else") for before, text in others]
+            parts += [usual, _do("end") * len(others), _do(".Content"), _do("end")]
+    parts += [_do("$before = .Role"), _do("end"), _do('if ne $before "assistant"')]
+    return "".join([*parts, _literal(joints["user", _ANSWER]), _do("end")])
 
 
 def _do(action: str) -> str:
@@ -123,5 +117,4 @@ def _do(action: str) -> str:
 
 def _literal(text: str) -> str:
     """Text of a template; as a Go string where it could be taken for something else."""
-    plain = "{" not in text and '"""' not in text and not text.startswith('"') and not text.endswith('"')
-    return text if plain else _do(json.dumps(text, ensure_ascii=False))
+    return text if not {"{", '"'} & set(text) else _do(json.dumps(text, ensure_ascii=False))

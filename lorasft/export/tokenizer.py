@@ -78,12 +78,10 @@ def _unknown(model: Path, what: str) -> ModelError:
 
 
 def _is_sentencepiece(spec: dict[str, Any]) -> bool:
-    known = {"Prepend", "Replace", "Metaspace", "Split"}
-    steps: list[dict[str, Any]] = []
-    for step in filter(None, (spec["normalizer"], spec["pre_tokenizer"])):
-        steps += step.get("normalizers") or step.get("pretokenizers") or [step]
-    spaces = any(_SPACE in (part.get("content"), part.get("replacement")) for part in steps)
-    return bool(spec["model"].get("byte_fallback")) and spaces and {part["type"] for part in steps} <= known
+    """Whether all that is done to a text before merging is that its blanks become `_SPACE`."""
+    steps = json.dumps([spec["normalizer"], spec["pre_tokenizer"]], ensure_ascii=False)
+    known = set(re.findall(r'"type": "(\w+)"', steps)) <= {"Sequence", "Prepend", "Replace", "Metaspace", "Split"}
+    return bool(spec["model"].get("byte_fallback")) and known and _SPACE in steps
 
 
 def _name_tokens(tokenizer: PreTrainedTokenizerFast, spec: dict[str, Any], vocabulary: int) -> dict[str, Any]:
@@ -129,8 +127,13 @@ def _describe_sentencepiece(
 
 def _special_fields(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     end = read_style(tokenizer).end_of_turn.strip() if tokenizer.chat_template else None
-    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "eot": tokenizer.get_vocab().get(end)}
-    ids |= {"unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
+    ids = {
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "eot": tokenizer.get_vocab().get(end),
+        "unknown": tokenizer.unk_token_id,
+        "padding": tokenizer.pad_token_id,
+    }
     fields: dict[str, Any] = {f"tokenizer.ggml.{name}_token_id": int(at) for name, at in ids.items() if at is not None}
     fields["tokenizer.ggml.add_bos_token"] = starts_with_bos(tokenizer)
     fields["tokenizer.ggml.add_eos_token"] = False

@@ -29,11 +29,10 @@ def read_changes(artifact: Artifact, places: ParameterMap) -> dict[str, Change]:
 
     Every tensor of it is used exactly once. Raises ModelError, naming it, for anything else.
     """
-    reader, config = AdapterReader(artifact, places), artifact.base_config
-    vocabulary = {**config, **(config.get("text_config") or {})}.get("vocab_size")
+    reader = AdapterReader(artifact, places)
     changes: dict[str, Change] = {}
     try:
-        for parameter, change in reader.list_untied(vocabulary):
+        for parameter, change in reader.list_untied():
             for name, part in reader.find_tensors(parameter, change):
                 first = changes.setdefault(name, part)
                 if first is not part:  # a whole embedding may be adapted as well; all else has one change
@@ -55,6 +54,7 @@ class AdapterReader:
         """Raises ModelError for broken files."""
         self.folder, self.config, self.places = artifact.require_adapter(), artifact.adapter_config, places
         self.conv1d = artifact.base_config["model_type"] in _CONV1D_MODELS
+        self.vocabulary = artifact.vocabulary
         self.modules: dict[str, dict[str, Tensor]] = {}
         self.tensors: dict[str, Tensor] = {}
         for name, tensor in read_adapter_weights(self.folder).items():
@@ -63,8 +63,8 @@ class AdapterReader:
                 self.modules.setdefault(match[1], {})[match[2]] = tensor.float()
             else:
                 self.tensors[path] = tensor
-        saved, tokens = self.config.get("modules_to_save") or [], self.config.get("trainable_token_indices")
-        absent = [name for name in saved if not any(f"{name}." in path for path in self.tensors)]
+        self.saved, tokens = self.config.get("modules_to_save") or [], self.config.get("trainable_token_indices")
+        absent = [name for name in self.saved if not any(f"{name}." in path for path in self.tensors)]
         if absent or (tokens and not any(_TOKENS in parts for parts in self.modules.values())):
             raise self.error(f"the adapter lacks {', '.join(absent) or 'tokens'} that its config says were trained")
 
@@ -72,8 +72,8 @@ class AdapterReader:
         """The error for files that do not fit each other or the base."""
         return ModelError(what, where=str(self.folder), hint="--base with what it was trained on, or fetch it again")
 
-    def list_untied(self, vocabulary: int | None) -> Iterator[tuple[str, Change]]:
-        """The changes by parameter, those of a tied embedding and head as one, of `vocabulary` rows if that is known.
+    def list_untied(self) -> Iterator[tuple[str, Change]]:
+        """The changes by parameter, those of a tied embedding and head as one.
 
         Raises ModelError where only one of two would change. PEFT changes both then, or unties them in the merged
         model: neither is what was trained, or what the base is.
@@ -81,7 +81,7 @@ class AdapterReader:
         twins: dict[str, Tensor] = {}
         for parameter, change in self._list_changes():
             whole = change.replacement
-            tall = vocabulary is None or vocabulary in change.shape or whole is not None
+            tall = self.vocabulary in (None, *change.shape) or whole is not None
             if not (tall and self.places.tied and parameter in self.places.embeddings):  # to ask takes the model
                 yield parameter, change
             elif whole is not None:
@@ -102,8 +102,8 @@ class AdapterReader:
         if product is None or product.up.dim() == 2:
             yield self.places.find(parameter), change
             return
-        stored, experts = self.places.find_experts(parameter), len(product.up)
-        if len(stored) == 1 and experts > 1:
+        stored = self.places.find_experts(parameter)
+        if len(stored) == 1:
             yield stored[0][0], change
             return
         for names, up, down in zip(stored, product.up, product.down, strict=True):
@@ -122,12 +122,9 @@ class AdapterReader:
     def _explain(self, name: str) -> str:
         """The parameter that a whole tensor replaces. Raises ModelError unless the config has a reason for it."""
         parameter = name.replace(".base_layer.", ".")
-        module, _, kind = parameter.rpartition(".")
-        biases = self.config.get("bias", "none")
-        saved = self.config.get("modules_to_save") or []
         if (
-            any(f"{given}." in parameter for given in saved)  # the end of a name of a module, as PEFT matches them
-            or (kind == "bias" and (biases == "all" or (biases == "lora_only" and module in self.modules)))
+            any(f"{given}." in parameter for given in self.saved)  # the end of a name of a module, as PEFT matches them
+            or (parameter.endswith(".bias") and self.config.get("bias", "none") != "none")
             or parameter in self.places.embeddings  # PEFT adds them where they were resized or are adapted
         ):
             return parameter
@@ -162,12 +159,10 @@ class AdapterReader:
 
     def _multiply(self, path: str, up: Tensor, down: Tensor, *, transposed: bool) -> LoraProduct:
         """B A of a module or parameter, with its factor. Raises ModelError unless it has the config's rank."""
-        rank = down.shape[-2]
-        wanted = self._look_up("rank_pattern", path) or self.config["r"]
-        if up.dim() != down.dim() or up.shape[-1] != rank:
-            raise self.error(f"{path}: B of {tuple(up.shape)} and A of {tuple(down.shape)} are of no linear")
-        if rank != wanted:
-            raise self.error(f"{path} has rank {rank}, the config says {wanted}")
+        rank = self._look_up("rank_pattern", path) or self.config["r"]
+        if up.dim() != down.dim() or not up.shape[-1] == down.shape[-2] == rank:
+            made = f"{path} has B of {tuple(up.shape)} and A of {tuple(down.shape)}"
+            raise self.error(f"{made}, the config says rank {rank}")
         alpha = self._look_up("alpha_pattern", path) or self.config["lora_alpha"]
         return LoraProduct(up, down, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank), transposed)
 
@@ -176,11 +171,7 @@ class AdapterReader:
         if isinstance(given, dict):
             given = next((given[name] for name in given if module.endswith(name)), [])
         shape = self.places.specs[self.places.find(f"{module}.weight")].shape
-        if (
-            len(set(given)) != len(given)
-            or max(given, default=0) >= shape[0]
-            or tuple(values.shape) != (len(given), shape[-1])
-        ):
+        if max(given, default=0) >= shape[0] or values.shape != (len(given), shape[-1]):
             raise self.error(f"{module} has {len(values)} trained tokens, which the config does not name")
         return Change(shape, token_rows=dict(zip(given, values, strict=True)))
 
@@ -225,15 +216,13 @@ def _refuse_misfits(changes: Mapping[str, Change], reader: AdapterReader) -> Non
     """Only an embedding and its head may get another height, and then the same."""
     places = reader.places
     resized = {name for name, change in changes.items() if change.shape != places.specs[name].shape}
+    embeddings = {places.find(parameter) for parameter in places.stored_embeddings} if resized else set()
     for name, change in changes.items():
-        dtype, shape = places.specs[name].dtype, places.specs[name].shape
-        if dtype not in ("BF16", "F16", "F32"):
-            raise ModelError(f"{name} is {dtype}", hint="merge into the 16-bit original")
-        taller = change.replacement is not None and len(change.shape) == 2 and change.shape[1:] == shape[1:]
+        spec = places.specs[name]
+        if spec.dtype not in ("BF16", "F16", "F32"):
+            raise ModelError(f"{name} is {spec.dtype}", hint="merge into the 16-bit original")
+        taller = name in embeddings and change.replacement is not None and change.shape[1:] == spec.shape[1:]
         if name in resized and not taller:
-            raise reader.error(f"{name} is {shape}, the adapter fits {change.shape}")
-    if resized:
-        embeddings = {places.find(parameter) for parameter in places.stored_embeddings}
-        heights = {(changes.get(name) or places.specs[name]).shape[0] for name in embeddings}
-        if not resized <= embeddings or len(heights) > 1:
-            raise reader.error(f"the adapter gives {', '.join(sorted(resized))} another height alone")
+            raise reader.error(f"{name} is {spec.shape}, the adapter fits {change.shape}")
+    if len({(changes.get(name) or places.specs[name]).shape[0] for name in embeddings}) > 1:
+        raise reader.error(f"the adapter gives {', '.join(sorted(resized))} another height alone")

@@ -51,8 +51,8 @@ class MergeCheck:
 
         Raises DataError without rows.
         """
-        rows, self.origin = _choose_rows(artifact, data)
-        self.artifact, self.rows = artifact, rows
+        self.artifact, (rows, self.origin) = artifact, _choose_rows(artifact, data)
+        self.rows = rows
         self.table: dict[str, dict[str, float]] = {}
         targets = [row.labels[row.labels != UNSUPERVISED] for row in rows]
         self.lengths = [len(part) for part in targets]
@@ -113,9 +113,7 @@ class MergeCheck:
 
 def _choose_rows(artifact: Artifact, data: DataSource | None) -> tuple[list[Tokens], str]:
     """As many rows as are compared, and where they come from."""
-    config = artifact.base_config
-    vocabulary = config.get("vocab_size") or config["text_config"]["vocab_size"]
-    left = max(1, min(_PAIRS, _BYTES // (4 * vocabulary)))
+    left = max(1, min(_PAIRS, _BYTES // (4 * (artifact.vocabulary or 1))))
     rows, origin = _find_rows(artifact, data)
     kept: list[Tokens] = []
     for row in rows:

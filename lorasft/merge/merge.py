@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lorasft import __version__, files
-from lorasft.artifact import GENERATION_CONFIG, MERGE_RECORD, WEIGHTS, Artifact, read_stops
-from lorasft.errors import ModelError, RecipeError
+from lorasft.artifact import GENERATION_CONFIG, MERGE_RECORD, WEIGHTS, Artifact
+from lorasft.errors import ModelError
 from lorasft.merge.write import MergePlan, Progress, plan_merge, rewrite_config, write_weights
 from lorasft.recipe import DataSource
 from lorasft.tensors import INDEX, fingerprint
@@ -45,9 +45,7 @@ def merge(
     files.refuse_existing(out)
     artifact.verify(force_base=force_base)
     adapter = artifact.require_adapter()
-    files.refuse_overlap(out, artifact.base, adapter, *([artifact.run] if artifact.run else []))
-    if data is not None and not check:
-        raise RecipeError("--data has no use with --no-check", where=data.path, hint="leave one of the two out")
+    files.refuse_overlap(out, artifact.base, artifact.run or adapter)
     plan = plan_merge(artifact)
     if plan.packed and (onto == "original" or quantize):  # it has no original, and an update falls back onto its steps
         what = "the base is stored in 4 bit: no --quantize, no --onto original"
@@ -62,7 +60,7 @@ def merge(
     hashes: dict[str, str] = {}
     with files.staged_folder(out, hashes=hashes) as stage:
         weights = stage / "16-bit" if quantize else stage
-        written, found = _write_full(weights, artifact, plan, onto=chosen, on_progress=on_progress)
+        found = _write_full(weights, artifact, plan, onto=chosen, on_progress=on_progress)
         if judge:
             judge.verify(weights, chosen)
         if quantize:
@@ -75,8 +73,6 @@ def merge(
             "onto": chosen,
             "why": why,
             "updated": len(plan.changes),  # tensors that the adapter changes
-            "unchanged": sum(not written[name] for name in plan.changes),  # of these, as the rounding left them
-            "copied": sum(map(len, plan.targets)) - len(written),
             "size": sum((stage / name).stat().st_size for name in found),  # bytes of weights
             **({"rows": judge.origin, "table": judge.table} if judge else {"rows": "", "table": {}}),
             "result": found,
@@ -86,8 +82,8 @@ def merge(
 
 def _write_full(
     folder: Path, artifact: Artifact, plan: MergePlan, *, onto: Onto, on_progress: Progress | None
-) -> tuple[dict[str, bool], dict[str, str]]:
-    """Full weights and what lies beside them, as `write_weights`. Raises ModelError when no weight changed."""
+) -> dict[str, str]:
+    """Full weights and what lies beside them. Returns their hashes. Raises ModelError when no weight changed."""
     files.make_folder(folder)
     nf4 = _find_quantized(artifact, plan) if onto == "dequantized" else {}
     written, hashes = write_weights(folder, plan, nf4=nf4, on_progress=on_progress)
@@ -95,7 +91,7 @@ def _write_full(
         what = "no weight changed: the adapter is empty, or too small for the base's dtype"
         raise ModelError(what, where=str(artifact.adapter))
     _write_sidecars(folder, artifact, rewrite_config(plan, artifact.base_config))
-    return written, hashes
+    return hashes
 
 
 def _write_record(stage: Path, artifact: Artifact, done: dict[str, Any]) -> dict[str, Any]:
@@ -140,13 +136,13 @@ def _quantize(weights: Path, stage: Path) -> dict[str, str]:
     from lorasft.recipe import ModelSettings
 
     model = load_base(ModelSettings(base=str(weights)), torch.device("cpu"))
+    for path in _list_sidecars(weights):
+        if path.name != INDEX:
+            shutil.copyfile(path, stage / path.name)
     with quiet_progress():
         model.save_pretrained(stage)
     for path in stage.glob("*.safetensors"):  # safetensors lets nobody else read them
         shutil.copymode(stage / "config.json", path)
-    for path in _list_sidecars(weights):
-        if not (stage / path.name).exists() and path.name != INDEX:
-            shutil.copyfile(path, stage / path.name)
     shutil.rmtree(weights)
     return {path.name: files.sha256(path) for path in sorted(stage.glob("*.safetensors"))}
 
@@ -160,13 +156,9 @@ def _choose(onto: Onto | Literal["auto"], judge: MergeCheck | None, *, quantize:
 
 
 def _write_sidecars(folder: Path, artifact: Artifact, rewritten: Mapping[str, Any]) -> None:
-    """Config, tokenizer and generation config as the base has them, unless `rewritten`; the template of training."""
-    adapter = artifact.require_adapter()
-    sources = {path.name: path for path in _list_sidecars(artifact.base)}
-    if (adapter / TEMPLATE).is_file():
-        sources[TEMPLATE] = adapter / TEMPLATE
-    if set(read_stops(adapter)) - set(read_stops(artifact.base)):  # generation would run past a turn's end
-        sources[GENERATION_CONFIG] = adapter / GENERATION_CONFIG
+    """Config and tokenizer as the base has them, unless `rewritten`; template and ends of generation of training."""
+    trained = [artifact.require_adapter() / name for name in (TEMPLATE, GENERATION_CONFIG)]
+    sources = {path.name: path for path in (*_list_sidecars(artifact.base), *filter(Path.is_file, trained))}
     for name, path in sources.items():
         if name in rewritten:
             files.write_file(folder / name, json.dumps(rewritten[name], indent=2).encode())
