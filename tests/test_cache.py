@@ -202,8 +202,7 @@ def test_no_room_is_no_error(
 
 def test_of_two_that_keep_at_once_one_wins(root: Path, tmp_path: Path) -> None:
     settings = make(tmp_path / "base")
-    place = cache.find_place(Path(settings.base), nf4_scheme(torch.bfloat16), CPU)
-    assert place is not None
+    place = cache.find_place(Path(settings.base), None, nf4_scheme(torch.bfloat16), CPU)
     models = [load_base(settings, CPU) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda model: cache.keep_base(model, place, base=Path(settings.base), wanted=True), models))

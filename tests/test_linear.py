@@ -156,8 +156,8 @@ def test_what_needs_no_gradient_costs_nothing(monkeypatch: pytest.MonkeyPatch) -
     assert len(reads) == 1 and torch.allclose(without, layer(x), atol=1e-5)
 
 
-def test_a_layer_that_is_disabled_dropping_or_partly_trained_takes_the_plain_way() -> None:
-    x, dy = torch.randn(5, IN), torch.randn(5, OUT)
+def test_a_layer_that_is_disabled_or_dropping_takes_the_plain_way() -> None:
+    x = torch.randn(5, IN)
     layer = make_layer("bias")
     layer.enable_adapters(False)
     assert torch.equal(layer(x), layer.base_layer(x))
@@ -165,11 +165,6 @@ def test_a_layer_that_is_disabled_dropping_or_partly_trained_takes_the_plain_way
     dropping = make_layer("bias", lora_dropout=0.5).train()
     assert not torch.equal(dropping(x), dropping(x))
     assert torch.allclose(dropping.eval()(x), make_layer("bias")(x), atol=1e-5)
-
-    trained = make_layer("bias")
-    trained.base_layer.bias.requires_grad_()
-    run(trained, x, dy)
-    assert torch.allclose(trained.base_layer.bias.grad, dy.sum(0), atol=1e-5)
 
 
 def test_recomputed_activations_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:

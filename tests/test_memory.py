@@ -32,9 +32,9 @@ from lorasft.model.base import load_base
 from lorasft.model.free_memory import cgroup_free
 from lorasft.model.loss import Network, pair_losses
 from lorasft.model.memory import ActivationMemory, StorageMeter, dry_run, heaviest_batch, static_bytes
-from lorasft.model.recompute import decoder_layers, layer_list, recompute, recomputed_layers
+from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
 from lorasft.model.selfcheck import verify
-from lorasft.model.weightless import Sample, make_weightless, plan_network
+from lorasft.model.weightless import make_sample, make_weightless, plan_network
 from lorasft.recipe import AdapterSettings, ModelSettings
 from lorasft.train import layout as layouts
 from lorasft.train import loop
@@ -127,8 +127,8 @@ def test_a_dry_run_is_the_step(name: str) -> None:
     network = verify(base)
     weightless, planned = without_numbers(network, adapter, settings=settings)
     assert static_bytes(weightless, "adamw") == static_bytes(model, "adamw")
-    sample = Sample(weightless, ARCHITECTURES[name](), settings, adapter, CPU)
-    foreseen = verify(sample.model.get_base_model())
+    sample = make_sample(weightless, ARCHITECTURES[name](), settings, adapter, CPU)
+    foreseen = verify(sample.get_base_model())
     facts = [(one.segments, one.share, one.head is None) for one in (foreseen, network)]
     assert facts[0] == facts[1]
     batch = heaviest_batch(network, longest=20, capacity=60)
@@ -144,6 +144,15 @@ def test_a_dry_run_is_the_step(name: str) -> None:
         predicted = dry_run(planned, batch, recomputed=count)
         assert predicted.kept == pytest.approx(measured.kept, abs=2000)
         assert predicted.peak == pytest.approx(measured.peak, abs=2000)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_a_sample_in_4_bit_computes_as_a_model_does(name: str) -> None:
+    """With its biases; of Gemma 2 one layer of two kinds."""
+    config, settings = make_base(name, hidden=64).config, ModelSettings(base="-", dtype="float32")
+    arguments = (config, settings, AdapterSettings(rank=4), CPU)
+    network = verify(make_sample(make_weightless(*arguments), *arguments).get_base_model())
+    assert network.head and network.share and not network.notices
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma-2", "gemma-4", "gpt-2", "gpt-oss", "qwen-3-moe", "smollm-3"])
@@ -170,7 +179,7 @@ def test_a_few_layers_tell_what_all_of_them_take(name: str, monkeypatch: pytest.
         ran.clear()
         assert dry_run(network, batch, recomputed=recomputed) == run(network, batch, recomputed)
         assert max(ran) == (3 if uniform else 5 if recomputed in (0, 7) else 7)
-    layers = layer_list(network.causal)
+    layers = decoder_layers(network.causal)
     layers[3] = copy.deepcopy(layers[3])
     layers[3].other = 1
     ran.clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -86,13 +85,18 @@ def all_linears(base: Any) -> list[str]:
     its short names stand for fused experts too where a model has them.
     """
     head = base.get_output_embeddings()
-    decoder = {id(module) for module in base.get_decoder().modules()}
-    linears = {path: module for path, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    paths = sorted(path for path, module in linears.items() if id(module) in decoder and module is not head)
+    paths = sorted(path for path in _find_linears(base) if base.get_submodule(path) is not head)
     names = sorted({path.rpartition(".")[2] for path in paths})
     same = {path for path, _ in base.named_modules() if path.rpartition(".")[2] in names}
     fused = any(parameter.dim() > 2 for parameter in base.parameters())
     return names if same == set(paths) and not fused else paths
+
+
+def _find_linears(base: Any) -> set[str]:
+    """The linears of the language model, its head among them, by their paths in `base`."""
+    language = {id(module) for module in (*base.get_decoder().modules(), base.get_output_embeddings())}
+    linears = {path: one for path, one in base.named_modules() if isinstance(one, (nn.Linear, Conv1D))}
+    return {path for path, module in linears.items() if id(module) in language}
 
 
 def _refuse_streamed(base: Any, weights: Mapping[str, Tensor], fields: Mapping[str, Any], *, where: str) -> None:
@@ -111,15 +115,15 @@ def _take_embeddings(base: Any, weights: dict[str, Tensor], *, saved: Sequence[s
     modules that the adapter itself has as a whole.
     """
     embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
-    for path, module in list(base.named_modules()):
-        names = [f"base_model.model.{path}{part}.weight" for part in ("", ".base_layer")]
-        name = next((name for name in names if name in weights), None)
-        if module not in embeddings or name is None or any(path.endswith(end) for end in saved):
+    paths = {f"base_model.model.{path}": path for path, module in base.named_modules() if module in embeddings}
+    for name in list(weights):
+        path = paths.get(name.removesuffix(".weight").removesuffix(".base_layer"))
+        if path is None or path.endswith(tuple(saved)):
             continue
-        tensor = weights.pop(name)
-        if tensor.dim() != 2 or tensor.shape[1:] != module.weight.shape[1:]:
+        tensor, rows = weights.pop(name), base.get_input_embeddings().weight
+        if tensor.shape[1:] != rows.shape[1:]:
             raise ModelError(f"{name} is {list(tensor.shape)}", where=where)
-        if len(tensor) != base.get_input_embeddings().weight.shape[0]:
+        if len(tensor) != len(rows):
             base.resize_token_embeddings(len(tensor), mean_resizing=False)
         with torch.no_grad():
             base.get_submodule(path).weight.copy_(tensor)
@@ -128,27 +132,18 @@ def _take_embeddings(base: Any, weights: dict[str, Tensor], *, saved: Sequence[s
 def give_weights(model: Any, weights: dict[str, Tensor], *, where: str) -> None:
     """Put adapter tensors into `model`, exactly. Raises ModelError naming what is missing, surplus or misshapen."""
     own = adapter_weights(model)
-    missing, surplus = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    if missing or surplus:
-        what = f"the adapter does not fit this base: missing {missing[:5]}, not known {surplus[:5]}"
-        raise ModelError(what, where=where, hint="use the base that it was trained on")
-    for name, tensor in weights.items():
-        if tensor.shape != own[name].shape or not tensor.isfinite().all():
-            what = f"{name} is {list(tensor.shape)} and not {list(own[name].shape)}, or not finite"
-            raise ModelError(what, where=where, hint="train it again, or take an earlier one")
-    if any(tensor.is_meta for tensor in own.values()):
-        _put_weights(model, weights)
+    known, given = ({name: list(tensor.shape) for name, tensor in side.items()} for side in (own, weights))
+    for name in sorted(known.keys() | given.keys()):
+        if known.get(name) != given.get(name):
+            what = (
+                f"it does not fit the base: {name} is {given.get(name, 'missing')} and not {known.get(name, 'known')}"
+            )
+            raise ModelError(what, where=where, hint="use the base that it was trained on")
+    if any(tensor.is_meta for tensor in own.values()):  # PEFT made A and B without numbers, as the base is streamed
+        named = {name.replace(".weight", ".default.weight"): tensor.float() for name, tensor in weights.items()}
+        model.load_state_dict(named, strict=False, assign=True)
     else:
         set_peft_model_state_dict(model, weights)
-
-
-def _put_weights(model: Any, weights: dict[str, Tensor]) -> None:
-    """Give an adapter real weights whose base is streamed from the disk, so that PEFT made it without any."""
-    for name, parameter in list(model.named_parameters()):
-        saved = name.replace(".default", "")
-        if parameter.is_meta and saved in weights:
-            module, _, own = name.rpartition(".")
-            setattr(model.get_submodule(module), own, nn.Parameter(weights[saved].float(), requires_grad=False))
 
 
 def adapter_weights(model: Any) -> dict[str, Tensor]:
@@ -181,20 +176,17 @@ def check_targets(base: Any, settings: AdapterSettings) -> None:
         raise RecipeError("no targets: nothing would train", where="adapter.targets", hint="use all-linear")
     modules = dict(base.named_modules())
     embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
-    language = {id(module) for module in (*base.get_decoder().modules(), *embeddings)}
     tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
-    linears = {path for path, one in modules.items() if isinstance(one, (nn.Linear, Conv1D)) and id(one) in language}
     targets = () if settings.targets == "all-linear" else settings.targets
-    wanted = [("adapter.targets", name, linears) for name in targets]
+    wanted = [("adapter.targets", name, _find_linears(base)) for name in targets]
     wanted += [("adapter.modules_to_save", name, set(modules)) for name in settings.modules_to_save]
     for key, name, fitting in wanted:
         found = {path for path in modules if path == name or path.endswith(f".{name}")}
         if not found or found - fitting:
             known = sorted({path.rpartition(".")[2] for path in fitting if path and not path[-1].isdigit()})
-            near = difflib.get_close_matches(name, known, n=1)
             what = f"{len(found - fitting)} of {len(found)} called {name} are not linears of the language model"
             what = what if found else f"no module is called {name}"
-            hint = f"did you mean {near[0]}?" if near else f"all-linear, full paths, or names: {', '.join(known[:12])}"
+            hint = f"all-linear, full paths, or names: {', '.join(known)}"
         elif tied and any(modules[path] in embeddings for path in found):
             what = f"{name} is tied to its twin, which would not be trained along"
             hint = "leave it out, or use a base that is not tied"

@@ -7,6 +7,7 @@ size tokens x tokens is ever built. The segments reach `attend` as a keyword arg
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -123,14 +124,19 @@ def attend(
         return _attend_at_once(query, torch.cat(keys, dim=2), torch.cat(values, dim=2), segments, scale), None
     outputs = []
     for q, k, v in zip(segments.split(query), keys, values, strict=True):
-        if open_scores:
-            seen = _causal(q, k, window=sliding_window)
-            outputs.append(_attend_openly(q, k, v, seen, scale, dropout=dropout, softcap=softcap, sinks=s_aux))
+        if (
+            open_scores
+        ):  # with soft caps (Gemma 2) or sinks (gpt-oss): the model's own function, under a mask to be added
+            own = sys.modules[type(module).__module__].eager_attention_forward
+            seen = _causal(q, k, window=sliding_window)[None, None]
+            added = torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, float("-inf"))
+            rows = own(module, q, k, v, added, scaling=scale, dropout=dropout, softcap=softcap)[0]
+            outputs.append(rows.transpose(1, 2))
             continue
         square = q.shape[2] == k.shape[2] and (sliding_window is None or k.shape[2] <= sliding_window)
         mask = None if square else _causal(q, k, window=sliding_window)
-        options: dict[str, Any] = {"dropout_p": dropout, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
-        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, **options))
+        grouped = q.shape[1] != k.shape[1]
+        outputs.append(F.scaled_dot_product_attention(q, k, v, mask, dropout, square, scale=scale, enable_gqa=grouped))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -194,9 +200,9 @@ def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, segments: Paths, 
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (row[0].transpose(0, 1) for row in (query, key, value))  # (tokens, heads, size)
-    most = max(segments.lengths), max(segments.key_counts)
     options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0), "enable_gqa": q.shape[1] != k.shape[1]}
-    output = varlen_attn(q, k, v, segments.starts[0], segments.starts[1], most[0], most[1], **options)
+    begun, gathered = segments.starts
+    output = varlen_attn(q, k, v, begun, gathered, max(segments.lengths), max(segments.key_counts), **options)
     assert isinstance(output, Tensor)
     return output.unsqueeze(0)
 
@@ -206,24 +212,6 @@ def _causal(query: Tensor, key: Tensor, *, window: int | None) -> Tensor:
     keys = torch.arange(key.shape[2], device=key.device)
     ahead = keys - keys[key.shape[2] - query.shape[2] :].unsqueeze(1)
     return (ahead <= 0) if window is None else (ahead <= 0) & (ahead > -window)
-
-
-def _attend_openly(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float,
-    *, dropout: float, softcap: float | None, sinks: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """The general path: scores in the open, for soft caps (Gemma 2) and sinks (gpt-oss)."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = (query @ key.transpose(2, 3)) * scale  # (1, heads, queries, keys)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~mask, float("-inf"))
-    if sinks is not None:  # a learned score per head that takes weight and gives no value
-        scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights[..., : key.shape[2]], dropout)
-    return weights @ value
 
 
 def default_attention(config: Any) -> str:
@@ -238,13 +226,11 @@ def default_attention(config: Any) -> str:
 def attention(model: Any, name: str) -> Iterator[None]:
     """Run `model` under the attention `name` and restore the one that it had."""
     before = model.config._attn_implementation
-    if before != name:
-        model.set_attn_implementation(name)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:
-        if before != name:
-            model.set_attn_implementation(before)
+        model.set_attn_implementation(before)
 
 
 AttentionInterface.register(SEGMENTS, attend)

@@ -66,21 +66,20 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
             raise ModelError(what, where=settings.base, hint="download the base again; is config.json its own?")
         return model
 
-    keep = keep if quantize else False
     place = kept = None
-    if keep:
+    if keep and quantize:
         commit = getattr(config, "_commit_hash", None)
         folder = Path(cached_file(settings.base, "config.json", revision=commit)).parent
-        if place := find_place(folder, scheme, device):
-            packed = copy.deepcopy(config)
-            packed.quantization_config = scheme.to_dict()
-            kept = read_kept(place, partial(read, config=packed))
+        place = find_place(folder, commit, scheme, device)
+        packed = copy.deepcopy(config)
+        packed.quantization_config = scheme.to_dict()
+        kept = read_kept(place, partial(read, config=packed))
     how = {"quantization_config": scheme} if quantize else {}  # None would hide the config's own
     model = read(settings.base, revision=settings.revision, **how) if kept is None else kept
     model.name_or_path = model.config._name_or_path = settings.base
     patch_linear4bit(model, device, settings.base)
     model.requires_grad_(False)
-    if keep and kept is None and (place := place or find_place(folder, scheme, device)):  # a hub's weights are here now
+    if place and kept is None:
         with quiet_progress():
             keep_base(model, place, base=folder, wanted=keep)
     return model
@@ -143,10 +142,7 @@ def read_config(base: str, revision: str | None = None) -> Any:
         what = f"{config.model_type} is not a causal language model"
         raise ModelError(what, where=base, hint="lorasft trains decoder-only models")
     _refuse_kernels(config, base)
-    quantized = getattr(config, "quantization_config", None)
-    if quantized is not None:
-        quantized = quantized if isinstance(quantized, dict) else quantized.to_dict()
-        refuse_quantized(quantized, base)
+    refuse_quantized(getattr(config, "quantization_config", None) or {}, base)
     return config
 
 
@@ -161,11 +157,11 @@ def _refuse_kernels(config: Any, base: str) -> None:
                 setattr(part, key, None)
 
 
-def make_skeleton(config: Any) -> nn.Module:
-    """The model of `config` without weights, to look names up in."""
+def make_skeleton(config: Any, dtype: torch.dtype | None = None) -> Any:
+    """The model of `config` without weights: on the meta device."""
+    config = copy.deepcopy(config)  # transformers notes the attention in it
     with torch.device("meta"), _loading_errors(config.name_or_path):
-        skeleton: nn.Module = AutoModelForCausalLM.from_config(config)
-    return skeleton
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=default_attention(config))
 
 
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
@@ -180,9 +176,9 @@ def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     elif device.type == "cpu":
-        native = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        able = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
         # ATen held to AVX2 (ATEN_CPU_CAPABILITY) still asks the CPU, and then fails in attention in bf16.
-        native = native and torch.backends.cpu.get_cpu_capability() != "AVX2"
+        native = able and torch.backends.cpu.get_cpu_capability() != "AVX2"
     return torch.bfloat16 if wanted == "bfloat16" or (wanted == "auto" and native) else torch.float32
 
 
@@ -194,24 +190,24 @@ def count_bytes(model: nn.Module) -> dict[str, int]:
         state = getattr(parameter, "quant_state", None)
         sizes["4-bit weights" if state else kind] += parameter.nbytes
         while state:
-            constants = (state.absmax, state.code, state.offset)
-            sizes["4-bit weights"] += sum(one.nbytes for one in constants if one is not None)
+            sizes["4-bit weights"] += state.absmax.nbytes + state.code.nbytes
             state = state.state2
     return sizes
 
 
 def check_mostly_quantized(skeleton: Any) -> None:
     """Raise ModelError for the skeleton of a model most of whose weights would stay in 16 bits, as fused experts do."""
-    embeddings = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
+    outside = {id(one.weight) for one in (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())}
     linears = {id(one.weight) for one in skeleton.modules() if isinstance(one, (nn.Linear, Conv1D))}
-    outside = {id(one.weight) for one in embeddings if one is not None}
-    sizes = {name: one.numel() for name, one in skeleton.named_parameters() if id(one) not in outside}
-    loose = {name: one.numel() for name, one in skeleton.named_parameters() if id(one) not in linears | outside}
-    share = sum(loose.values()) / max(1, sum(sizes.values()))
+    inside = {name: one for name, one in skeleton.named_parameters() if id(one) not in outside}
+    loose = {name: one.numel() for name, one in inside.items() if id(one) not in linears}
+    share = sum(loose.values()) / max(1, sum(one.numel() for one in inside.values()))
     if share > _MOST_UNQUANTIZED:
-        names = ", ".join(sorted(loose, key=lambda name: -loose[name])[:3])
+        most = max(loose, key=lambda name: loose[name])
         hint = "use model.quantization=none, or a model whose experts are separate linears"
-        raise ModelError(f"{share:.0%} of the weights are not 4-bit: {names}", where="model.quantization", hint=hint)
+        raise ModelError(
+            f"{share:.0%} of the weights are not 4-bit, such as {most}", where="model.quantization", hint=hint
+        )
 
 
 @contextlib.contextmanager

@@ -34,21 +34,17 @@ _LEAST = 64 << 20  # bytes of weights below which quantizing takes no time that 
 _UNUSED_DAYS = 30  # after which a kept base goes when another comes
 
 
-def find_place(base: Path, scheme: BitsAndBytesConfig, device: torch.device) -> Path | None:
-    """Where the base in the folder `base` is kept in 4 bit, or would be; None before its weights are there.
+def find_place(base: Path, commit: str | None, scheme: BitsAndBytesConfig, device: torch.device) -> Path:
+    """Where the base in the folder `base` is kept in 4 bit, or would be.
 
-    A change anywhere in the weights shows in the time of their files, if not in `fingerprint`.
+    `commit`: of the hub, where it comes from there. Elsewhere a change anywhere in the weights shows in the time of
+    their files, if not in `fingerprint`.
     """
-    files = sorted(base.glob("*.safetensors"))
-    if not files:
-        return None
     own, shared = os.environ.get("LORASFT_CACHE"), os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     root = Path(own or f"{shared}/lorasft") / "bases"
-    generation = base / GENERATION_CONFIG
+    files = sorted([*base.glob("*.safetensors"), *base.glob(GENERATION_CONFIG)])
     facts = {
-        "base": fingerprint(base),
-        "files": [(path.name, path.stat().st_mtime_ns) for path in files],
-        "generation": generation.read_text(encoding="utf-8", errors="replace") if generation.is_file() else None,
+        "base": commit or [fingerprint(base), *((path.name, path.stat().st_mtime_ns) for path in files)],
         "scheme": scheme.to_dict(),
         "device": device.type,
         "versions": {name: importlib.metadata.version(name) for name in ("transformers", "bitsandbytes")},

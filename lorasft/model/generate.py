@@ -32,17 +32,17 @@ def generate(
 
     Returns the new ids without the stop. `on_text` gets the text as it grows, whole characters only.
     """
-    positions = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
-    if positions and len(prompt) >= positions:
-        raise DataError(
-            f"the prompt has {len(prompt)} tokens, the model {positions} positions", hint="a shorter prompt"
-        )
-    max_new_tokens = min(max_new_tokens, positions - len(prompt)) if positions else max_new_tokens
+    positions = (
+        getattr(causal.config.get_text_config(), "max_position_embeddings", None) or len(prompt) + max_new_tokens
+    )
+    if len(prompt) >= positions:
+        what = f"the prompt has {len(prompt)} tokens, the model {positions} positions"
+        raise DataError(what, hint="a shorter prompt")
     training = causal.training
     causal.eval()
     stops = sorted({*stops, *own_stops(causal)})
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=min(max_new_tokens, positions - len(prompt)),
         do_sample=temperature > 0,
         temperature=temperature if temperature > 0 else 1.0,
         top_k=0 if temperature > 0 else 50,
@@ -51,6 +51,10 @@ def generate(
         pad_token_id=stops[0] if stops else 0,
         use_cache=True,
     )
+    streamer = None
+    if on_text:  # transformers' own, which holds back half characters, with the text handed on instead of printed
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
     ids = torch.tensor([list(prompt)], device=causal.get_input_embeddings().weight.device)
     try:
         with torch.no_grad(), attention(causal, default_attention(causal.config)):
@@ -58,7 +62,7 @@ def generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=config,
-                streamer=_Streamer(tokenizer, on_text) if on_text else None,
+                streamer=streamer,
             )
     finally:
         causal.train(training)
@@ -66,14 +70,3 @@ def generate(
     while new and new[-1] in stops:
         new.pop()
     return new
-
-
-class _Streamer(TextStreamer):  # type: ignore[misc]
-    """transformers' streamer, which holds back half characters, with the text handed on instead of printed."""
-
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.on_text = on_text
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.on_text(text)

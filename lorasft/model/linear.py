@@ -51,10 +51,6 @@ class FrozenWeights:
     def __init__(self) -> None:
         self._buffer = torch.empty(0)
 
-    def release(self) -> None:
-        """Give the memory back; the next reading takes it anew."""
-        self._buffer = torch.empty(0)
-
     def read(self, base: Any, dtype: torch.dtype) -> Tensor:
         """The weight of `base`, (out, in) in `dtype`; valid until the next reading."""
         if isinstance(base, bnb.nn.Linear4bit):
@@ -115,24 +111,21 @@ class LoraLinear(torch.autograd.Function):
         x, down, a, b = ctx.saved_tensors
         flat, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         d_down = (dy @ b.to(x.dtype)).mul_(ctx.scaling)  # (tokens, rank)
-        dx = da = db = None
+        dx = None
         if ctx.needs_input_grad[0]:
             dx = dy @ ctx.weights.read(ctx.base, x.dtype)
             dx = dx.addmm_(d_down, a.to(x.dtype)).view(x.shape)
-        if ctx.needs_input_grad[1]:
-            da = (d_down.t() @ flat).to(a.dtype)
-        if ctx.needs_input_grad[2]:
-            db = (dy.t() @ down).to(b.dtype).mul_(ctx.scaling)
+        da = (d_down.t() @ flat).to(a.dtype)
+        db = (dy.t() @ down).to(b.dtype).mul_(ctx.scaling)
         return dx, da, db, None, None, None
 
 
 def _is_plain(layer: Any) -> bool:
     return (
         not isinstance(layer, ParamWrapper)
-        and len(layer.lora_A) == 1
         and not layer.lora_variant
         and not any(layer.lora_bias.values())
-        and not isinstance(layer.get_base_layer(), nn.Embedding)
+        and type(layer.get_base_layer()) in (nn.Linear, Conv1D, bnb.nn.Linear4bit)
     )
 
 
@@ -142,8 +135,7 @@ def _forward_saved(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
     if wrapper.disable_adapters:
         return original(*args, **kwargs)
     ((_, copy),) = wrapper.modules_to_save.items()
-    dtypes = {name: parameter.dtype for name, parameter in original.named_parameters()}
-    cast = {name: parameter.to(dtypes[name]) for name, parameter in copy.named_parameters()}
+    cast = {name: parameter.to(original.get_parameter(name).dtype) for name, parameter in copy.named_parameters()}
     return functional_call(copy, cast, args, kwargs)
 
 
@@ -157,15 +149,9 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
     a, b, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
     dropout = layer.lora_dropout[name]
     drops = layer.training and not isinstance(dropout, nn.Identity)
-    if torch.is_grad_enabled() and not drops and _is_frozen_linear(base):
+    if torch.is_grad_enabled() and not drops:
         fused: Tensor = LoraLinear.apply(x, a, b, scaling, base, layer.frozen_weights)  # type: ignore[no-untyped-call]
         return fused
     update = F.linear(F.linear(dropout(x), a.to(x.dtype)), (b * scaling).to(x.dtype))
     total: Tensor = base(x) + update
     return total
-
-
-def _is_frozen_linear(base: Any) -> bool:
-    return type(base) in (nn.Linear, Conv1D, bnb.nn.Linear4bit) and not any(
-        parameter.requires_grad for parameter in base.parameters(recurse=False)
-    )

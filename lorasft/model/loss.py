@@ -95,8 +95,6 @@ def pair_losses(network: Network, batch: MicroBatch) -> Tensor:
         paths = read_paths(batch.segments, cascade=on_cpu, varlen=network.varlen, device=device)
         positions = torch.as_tensor(batch.positions, device=device).unsqueeze(0)
         inputs |= {"position_ids": positions, "segments": paths}
-    elif len(batch.segments) > 1:
-        raise RuntimeError("several sequences in a row need segment attention")
     if network.head is None:
         logits = model(**inputs, logits_to_keep=sources).logits[0]  # (pairs, vocabulary)
         return F.cross_entropy(logits.float(), targets, reduction="none")[:pairs]
@@ -136,7 +134,14 @@ class ChunkedLoss(torch.autograd.Function):
         )
         for start in range(0, len(targets), rows):
             part = slice(start, min(start + rows, len(targets)))
-            logits = _read_logits(hidden[part], head, logits_lowp=logits_lowp, logits_fp32=logits_fp32)
+            product = torch.mm(hidden[part], head.weight.t(), out=logits_lowp[: len(hidden[part])])
+            if head.bias is not None:
+                product.add_(head.bias)
+            logits = logits_fp32[: len(product)].copy_(product)
+            if head.scale != 1:
+                logits.mul_(head.scale)
+            if head.softcap is not None:
+                logits.div_(head.softcap).tanh_().mul_(head.softcap)
             softcap_grad = None if head.softcap is None else 1 - (logits / head.softcap) ** 2
             wanted = targets[part].unsqueeze(1)
             peak, chosen = logits.amax(dim=-1, keepdim=True), logits.gather(1, wanted)
@@ -158,16 +163,3 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
         (grad_hidden,) = ctx.saved_tensors
         return grad_hidden * upstream[0].unsqueeze(1).to(grad_hidden.dtype), None, None
-
-
-def _read_logits(hidden: Tensor, head: Head, *, logits_lowp: Tensor, logits_fp32: Tensor) -> Tensor:
-    """The model's logits for `hidden` (pairs, hidden) in the fp32 memory `logits_fp32`, by way of `logits_lowp`."""
-    product = torch.mm(hidden, head.weight.t(), out=logits_lowp[: len(hidden)])
-    if head.bias is not None:
-        product.add_(head.bias)
-    logits = logits_fp32[: len(hidden)].copy_(product)
-    if head.scale != 1:
-        logits.mul_(head.scale)
-    if head.softcap is not None:
-        logits.div_(head.softcap).tanh_().mul_(head.softcap)
-    return logits

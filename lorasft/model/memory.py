@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -21,9 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lorasft.data.packing import MicroBatch, make_micro_batches
+from lorasft.model.adapter import trainable
 from lorasft.model.base import count_bytes
+from lorasft.model.linear import use_lean_linears
 from lorasft.model.loss import Network, pair_losses
-from lorasft.model.recompute import layer_kinds, layer_list, recompute
+from lorasft.model.recompute import layer_kinds, only_first, recompute
 from lorasft.model.scoring import Given, all_supervised
 
 # Share of the free memory that is planned with: the rest is for fragments and other programs.
@@ -81,44 +83,21 @@ class ActivationMemory:
         """Whether the peak stays within 90 % of `free` bytes."""
         return self.peak <= USABLE * free
 
-
-@dataclass(frozen=True)
-class StaticBytes:
-    """What lives all through a run, in bytes by kind."""
-
-    weights: dict[str, int]  # by kind, the adapter among them
-    gradients: int
-    optimizer: int
-
     @property
-    def loaded(self) -> int:
-        """Bytes of the weights."""
-        return sum(self.weights.values())
-
-    @property
-    def upcoming(self) -> int:
-        """Bytes that the first step adds for good."""
-        return self.gradients + self.optimizer
-
-    def at_peak(self, step: ActivationMemory) -> dict[str, int]:
-        """Bytes at the peak of a step, by kind."""
-        beside = {"gradients": self.gradients, "optimizer": self.optimizer}
-        return {**self.weights, **beside, "activations": step.kept, "transient": step.peak - step.kept}
+    def by_kind(self) -> dict[str, int]:
+        """The bytes of the peak."""
+        return {"activations": self.kept, "transient": self.peak - self.kept}
 
 
-def static_bytes(model: nn.Module, optimizer: str) -> StaticBytes:
-    """What `model` holds under the recipe's `optimizer.name`, with or without numbers in it."""
-    trained = _trained(model)
-    gradients = sum(parameter.nbytes for parameter in trained)
-    return StaticBytes(count_bytes(model), gradients, optimizer=_optimizer_bytes(trained, optimizer))
+def static_bytes(model: nn.Module, optimizer: str) -> dict[str, int]:
+    """What lives all through a run, in bytes by kind, under the recipe's `optimizer.name`; with or without numbers.
 
-
-def _optimizer_bytes(trained: Iterable[Tensor], optimizer: str) -> int:
-    """Two moments for each trained parameter; `adamw8bit` keeps those of small tensors in fp32."""
-    counts = [parameter.numel() for parameter in trained]
-    if optimizer == "adamw":
-        return 8 * sum(counts)
-    return sum(8 * count if count < 4096 else 2 * count + 8 * -(-count // 256) for count in counts)
+    An optimizer has two moments for each trained number; `adamw8bit` keeps those of small tensors in fp32.
+    """
+    trained = list(trainable(model).values())
+    moments = [8 * one.numel() if optimizer == "adamw" or one.numel() < 4096
+               else 2 * one.numel() + 8 * -(-one.numel() // 256) for one in trained]  # fmt: skip
+    return {**count_bytes(model), "gradients": sum(one.nbytes for one in trained), "optimizer": sum(moments)}
 
 
 def dry_run(network: Network, batch: MicroBatch, *, recomputed: int) -> ActivationMemory:
@@ -147,23 +126,16 @@ def dry_run(network: Network, batch: MicroBatch, *, recomputed: int) -> Activati
 
 def _run_first(network: Network, batch: MicroBatch, depth: int, recomputed: int) -> ActivationMemory:
     """What `batch` needs on the first `depth` layers of `network`."""
-    layers = layer_list(network.causal)
-    rest = list(layers)[depth:]
-    del layers[depth:]
-    try:
-        return run_layers(network, batch, min(recomputed, depth))
-    finally:
-        layers.extend(rest)
+    with only_first(network.causal, depth):
+        return run_layers(network, batch, recomputed)
 
 
 def run_layers(network: Network, batch: MicroBatch, recomputed: int) -> ActivationMemory:
     """What `batch` needs on `network` as it is."""
     recompute(network.causal, recomputed)
     network.causal.train()
-    for module in network.causal.modules():
-        if hasattr(module, "frozen_weights"):
-            module.frozen_weights.release()
-    for parameter in _trained(network.causal):
+    use_lean_linears(network.causal)  # which forget the memory that they had
+    for parameter in trainable(network.causal).values():
         parameter.grad = torch.empty_like(parameter)  # of the micro-batch before: `static_bytes` counts it
     with _shapes_alone(), StorageMeter() as meter:
         loss = pair_losses(network, batch).sum()
@@ -178,14 +150,13 @@ def _shapes_alone() -> Iterator[None]:
     general = F.scaled_dot_product_attention
 
     def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-               is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:  # fmt: skip
+               is_causal: bool = False, **options: Any) -> Tensor:  # fmt: skip
         """torch's fused attention, which it does not choose by itself on the meta device."""
         if dropout_p or query.shape[-1] != value.shape[-1]:
-            return general(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+            return general(query, key, value, attn_mask, dropout_p, is_causal, **options)
         mask = torch.empty_like(attn_mask, dtype=query.dtype) if attn_mask is not None else None
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        output: Tensor = fused(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)[0]
-        return output
+        return fused(query, key, value, attn_mask=mask)[0]  # type: ignore[no-any-return]
 
     with (
         patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None),
@@ -195,16 +166,15 @@ def _shapes_alone() -> Iterator[None]:
         yield
 
 
-def heaviest_batch(network: Network, *, longest: int, capacity: int) -> MicroBatch:
-    """A micro-batch that none of a run exceeds: full, of sequences as long as `longest` tokens, all of them learned."""
+def heaviest_batch(network: Network, *, longest: int, capacity: int, supervised: float = 1.0) -> MicroBatch:
+    """A micro-batch that none of a run exceeds: full, of sequences as long as `longest` tokens, the end of each
+    supervised, or all.
+    """
     capacity = max(longest, capacity if network.segments else 1)
-    lengths = [longest] * (capacity // longest) + ([capacity % longest] if capacity % longest else [])
+    lengths = [*[longest] * (capacity // longest), capacity % longest]
     vocabulary = network.causal.config.get_text_config().vocab_size
     draw = np.random.default_rng(0)
-    rows = [all_supervised(draw.integers(0, vocabulary, length + 1).astype(np.int32)) for length in lengths]
+    given = [draw.integers(0, vocabulary, length + 1).astype(np.int32) for length in lengths if length]
+    rows = [all_supervised(ids, start=1 + int((1 - supervised) * (len(ids) - 1))) for ids in given]
     (batch,) = make_micro_batches(Given(rows), range(len(rows)), capacity=capacity)
     return batch
-
-
-def _trained(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -6,21 +6,21 @@ Were they recomputed instead, each would do so while all that the first ones kee
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def decoder_layers(causal: Any) -> list[nn.Module]:
-    """The layers of `causal` that can recompute their activations, first to last; none where the model cannot."""
+def decoder_layers(causal: Any) -> nn.ModuleList:
+    """The list of the layers of `causal` that can recompute their activations; an empty one where it has none."""
     if not causal.supports_gradient_checkpointing:
-        return []
-    decoder = causal.get_decoder()  # beside it a model may have layers that see images
-    layers = {
-        name: module for name, module in decoder.named_modules() if isinstance(module, GradientCheckpointingLayer)
-    }
-    return [module for name, module in layers.items() if not any(name.startswith(f"{outer}.") for outer in layers)]
+        return nn.ModuleList()
+    lists = [module for module in causal.get_decoder().modules() if isinstance(module, nn.ModuleList)]
+    fitting = [one for one in lists if all(isinstance(layer, GradientCheckpointingLayer) for layer in one)]
+    return max(fitting, key=len, default=nn.ModuleList())  # beside it a model may have layers that see images
 
 
 def recomputed_layers(causal: Any) -> int:
@@ -40,23 +40,31 @@ def recompute(causal: Any, count: int) -> None:
         layer.gradient_checkpointing = index < count  # type: ignore[assignment]
 
 
+@contextmanager
+def only_first(causal: Any, depth: int) -> Iterator[None]:
+    """Let `causal` have no more than its first `depth` decoder layers."""
+    layers = decoder_layers(causal)
+    rest = list(layers)[depth:]
+    del layers[depth:]
+    try:
+        yield
+    finally:
+        layers.extend(rest)
+
+
 def layer_kinds(causal: Any) -> list[str]:
-    """What decides the time and memory of each decoder layer: its modules, their shapes and plain settings."""
+    """What decides the time and memory of each layer of the list: its modules, their shapes and plain settings."""
     return [_kind(layer) for layer in decoder_layers(causal)]
 
 
 def _kind(layer: nn.Module) -> str:
     parts = []
     for name, module in layer.named_modules():
-        plain = {key: value for key, value in vars(module).items() if isinstance(value, (int, float, str))}
-        settings = {key: value for key, value in plain.items() if key not in ("layer_idx", "gradient_checkpointing")}
+        settings = {
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, (int, float, str)) and key not in ("layer_idx", "gradient_checkpointing")
+        }
         shapes = [(tuple(parameter.shape), parameter.requires_grad) for parameter in module.parameters(recurse=False)]
         parts.append(f"{name} {type(module).__name__} {settings} {shapes}")
     return "\n".join(parts)
-
-
-def layer_list(causal: Any) -> nn.ModuleList:
-    """The list in which `causal` has its decoder layers; an empty one where it has none that can recompute."""
-    layers = decoder_layers(causal)
-    lists = (module for module in causal.modules() if isinstance(module, nn.ModuleList))
-    return next((module for module in lists if list(module) == layers), nn.ModuleList())

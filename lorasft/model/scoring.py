@@ -26,11 +26,11 @@ _CAPACITY = 2048  # tokens of answers that are scored at once
 _GROUP = 64  # examples cut together: enough to fill micro-batches well, few enough to bound what is held
 
 
+@dataclass(frozen=True)
 class Given:
     """Sequences in memory, one to an example: what `make_micro_batches` reads, without a store."""
 
-    def __init__(self, given: Sequence[Tokens]) -> None:
-        self.given = given
+    given: Sequence[Tokens]
 
     def __len__(self) -> int:
         return len(self.given)
@@ -39,10 +39,10 @@ class Given:
         return (self.given[example],)
 
 
-def all_supervised(ids: NDArray[np.int32]) -> Tokens:
-    """`ids` with every token a target but the first, which no source predicts."""
+def all_supervised(ids: NDArray[np.int32], start: int = 1) -> Tokens:
+    """`ids` with every token from `start` on a target; the first has no source that predicts it."""
     labels = ids.copy()
-    labels[:1] = UNSUPERVISED
+    labels[:start] = UNSUPERVISED
     return Tokens(ids=ids, labels=labels)
 
 

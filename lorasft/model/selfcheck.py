@@ -35,32 +35,35 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
     network = Network(
         causal, head=None, segments=False, rope_switch_length=_rope_switch_length(causal.config.get_text_config())
     )
+    shared = replace(network, segments=True, share="auto")
+    ways = [shared, replace(shared, share=False)] if segments else []  # the fastest first
+    if network.device.type == "cuda":
+        ways = [replace(way, varlen=True) for way in ways[:1]] + ways
+    notice = None
     with torch.no_grad():
         alone = torch.cat([pair_losses(network, _row(sequence)) for sequence in _branches(1, network)])
-        if segments:
-            packed = replace(network, segments=True)
-            reason = _find_leak(packed, alone)
-            network = _noted(network, f"sequences go one at a time: {reason}") if reason else packed
-        if network.segments:
-            causal.set_attn_implementation(SEGMENTS)
-            at_once = replace(network, varlen=True)
-            if network.device.type == "cuda" and not _find_leak(at_once, alone, share=True):
-                network = at_once
-            reason = _find_leak(network, alone, share=True)
-            shared = replace(network, share="auto")
-            network = _noted(network, f"shared prefixes are computed for each example: {reason}") if reason else shared
+        for way in ways:
+            reason = _find_leak(way, alone)
+            if reason is None:
+                causal.set_attn_implementation(SEGMENTS)
+                network = way
+                break
+            lost = "shared prefixes are computed for each example" if way.share else "sequences go one at a time"
+            notice = f"{lost}: {reason}"
+        if notice and not network.share:
+            network = replace(network, notices=(notice,))
         network = _try_head(network)
     causal.train(training)
     return network
 
 
-def _find_leak(network: Network, alone: Tensor, *, share: bool = False) -> str | None:
-    """What is wrong with two sequences in a row under segment attention, whose stem they may share; None: nothing.
+def _find_leak(network: Network, alone: Tensor) -> str | None:
+    """What is wrong with two sequences in a row under segment attention, as `network` computes it; None: nothing.
 
     Both have the losses that they have `alone`. Another first one leaves the second's as they are: the same shapes run
     the same kernels, so what does not look at it differs by rounding at most.
     """
-    rows = [_row(*_branches(first, network), share=share) for first in (1, 2)]
+    rows = [_row(*_branches(first, network), share=bool(network.share)) for first in (1, 2)]
     try:
         with attention(network.causal, SEGMENTS):
             losses = [pair_losses(network, row) for row in rows]
@@ -84,10 +87,6 @@ def _try_head(network: Network) -> Network:
     if drift <= _limit(_DRIFT, network.causal, own):
         return replace(network, head=head)
     notice = f"the head does more than is known here (losses differ by {drift:.1e}): its own logits are used"
-    return _noted(network, notice)
-
-
-def _noted(network: Network, notice: str) -> Network:
     return replace(network, notices=(*network.notices, notice))
 
 

@@ -10,13 +10,11 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lorasft.model.adapter import attach_adapter
-from lorasft.model.attention import default_attention
-from lorasft.model.base import compute_dtype, patch_linear4bit, quantize_skeleton
+from lorasft.model.base import compute_dtype, make_skeleton, patch_linear4bit, quantize_skeleton
 from lorasft.model.loss import Network, read_head
-from lorasft.model.recompute import decoder_layers, layer_kinds, layer_list
+from lorasft.model.recompute import decoder_layers, layer_kinds
 from lorasft.recipe import AdapterSettings, ModelSettings
 
 
@@ -28,13 +26,11 @@ def make_weightless(
     `depth`: only its first layers.
     """
     dtype = compute_dtype(settings.dtype, device)
-    config = copy.deepcopy(config)  # transformers notes the attention in it
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=default_attention(config))
-        if depth:
-            del layer_list(base)[depth:]
-        if settings.quantization == "nf4" or hasattr(config, "quantization_config"):
-            quantize_skeleton(base, dtype)
+    base = make_skeleton(config, dtype)
+    if depth:
+        del decoder_layers(base)[depth:]
+    if settings.quantization == "nf4" or hasattr(config, "quantization_config"):
+        quantize_skeleton(base, dtype)
     _quantize_nothing()
     for linear in base.modules():
         if isinstance(linear, bnb.nn.Linear4bit):
@@ -55,7 +51,7 @@ def plan_network(network: Network, model: Any) -> Network:
 def _shrink_vocabulary(config: Any, most: int = 8192) -> Any:
     """`config` with at most so many tokens: embedding and head are large, and the time of a head grows with them."""
     config = copy.deepcopy(config)
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+    for part in (config, config.get_text_config()):
         for name in ("vocab_size", "vocab_size_per_layer_input"):
             if getattr(part, name, None):
                 setattr(part, name, min(most, getattr(part, name)))
@@ -63,50 +59,31 @@ def _shrink_vocabulary(config: Any, most: int = 8192) -> Any:
     return config
 
 
-class Sample:
-    """A model without weights in which one decoder layer of each kind, and all around the layers, get random numbers.
+def make_sample(
+    whole: Any, config: Any, settings: ModelSettings, adapter: AdapterSettings, device: torch.device
+) -> Any:
+    """The first layers of the PEFT model `whole`, which is on the meta device and was made with the same arguments, and
+    all around the layers, with random numbers on `device`: time does not depend on the values.
 
-    The other layers hand on what they are given, and those after are left out, as is most of the vocabulary. Time does
-    not depend on the values.
+    There is a layer of each kind, and all of a kind share their numbers; most of the vocabulary is left out.
     """
-
-    def __init__(
-        self, whole: Any, config: Any, settings: ModelSettings, adapter: AdapterSettings, device: torch.device
-    ) -> None:
-        """A sample of the model `whole` without weights, which was made with the same arguments."""
-        self.kinds = layer_kinds(whole.get_base_model())  # of all its layers
-        depth = 1 + max(map(self.kinds.index, self.kinds), default=-1)
-        self.model = make_weightless(_shrink_vocabulary(config), settings, adapter, device, depth=depth)
-        self.layers = decoder_layers(self.model.get_base_model())
-        self.live = {kind: self.layers[self.kinds.index(kind)] for kind in self.kinds}  # the first of each kind
-        self._output: Any = None  # of the layer that ran last
-        base, live = self.model.get_base_model(), list(self.live.values())
-        idle = {id(module) for layer in self.layers if layer not in live for module in layer.modules()}
-        used = [*base.get_decoder().modules(), *base.get_output_embeddings().modules()]
-        _fill(base, [module for module in used if id(module) not in idle], device=device)
-        for layer in live:
-            layer.register_forward_hook(self._remember)
-        self.run_only(*self.live)
-
-    def run_only(self, *kinds: str) -> None:
-        """Let the first layers of `kinds` compute, and the others hand on what they are given."""
-        for layer in self.layers:
-            vars(layer).pop("forward", None)
-            if layer not in [self.live[kind] for kind in kinds]:
-                layer.forward = self._hand_on
-
-    def _remember(self, layer: nn.Module, given: Any, output: Any) -> None:
-        self._output = output if isinstance(output, Tensor) else output[1:]
-
-    def _hand_on(self, hidden: Tensor, *_: Any, **__: Any) -> Any:
-        return hidden if isinstance(self._output, Tensor) else (hidden, *self._output)
+    kinds = layer_kinds(whole.get_base_model())
+    depth = 1 + max(map(kinds.index, kinds), default=-1)
+    model = make_weightless(_shrink_vocabulary(config), settings, adapter, device, depth=depth)
+    base = model.get_base_model()
+    layers = decoder_layers(base)
+    for index, kind in enumerate(kinds[:depth]):
+        if (first := kinds.index(kind)) < index:
+            layers[index] = copy.copy(layers[first])
+    _fill([*base.get_decoder().modules(), *base.get_output_embeddings().modules()], device=device)
+    base.initialize_weights()
+    patch_linear4bit(base, device, base.name_or_path)
+    return model
 
 
 @torch.no_grad()
-def _fill(base: Any, modules: list[nn.Module], *, device: torch.device) -> None:
+def _fill(modules: list[nn.Module], *, device: torch.device) -> None:
     """Give the parameters and buffers of `modules` themselves random values on `device`."""
-    models = [model for model in base.modules() if isinstance(model, PreTrainedModel)]  # the innermost comes last
-    owners = {id(module): model for model in models for module in model.modules()}
     made: dict[int, nn.Parameter] = {}  # tied ones once
     for module in modules:
         for name, buffer in module.named_buffers(recurse=False):
@@ -114,13 +91,11 @@ def _fill(base: Any, modules: list[nn.Module], *, device: torch.device) -> None:
         if isinstance(module, bnb.nn.Linear4bit):
             weight = torch.empty(module.out_features, module.in_features, dtype=module.compute_dtype, device="meta")
             _quantize(module, _draw_like(weight, device))
-            patch_linear4bit(module, device, base.name_or_path)
-            continue
-        for name, old in list(module.named_parameters(recurse=False)):
+            module.weight._is_hf_initialized = True  # else `initialize_weights` writes into the codes
+        for name, old in [one for one in module.named_parameters(recurse=False) if one[1].is_meta]:
             if id(old) not in made:
                 made[id(old)] = nn.Parameter(_draw_like(old, device), requires_grad=old.requires_grad)
             setattr(module, name, made[id(old)])
-        owners[id(module)]._init_weights(module)
 
 
 def _draw_like(given: Tensor, device: torch.device) -> Tensor:

@@ -18,8 +18,8 @@ from lorasft.model.free_memory import free_memory
 from lorasft.model.loss import Network
 from lorasft.model.memory import dry_run, heaviest_batch, static_bytes
 from lorasft.model.recompute import decoder_layers
-from lorasft.model.timing import Timing, time_sample
-from lorasft.model.weightless import Sample, make_weightless, plan_network
+from lorasft.model.timing import predict_seconds
+from lorasft.model.weightless import make_sample, make_weightless, plan_network
 from lorasft.recipe import Recipe
 from lorasft.train.inputs import read_checked_config, read_inputs
 from lorasft.train.layout import Fit, choose_layout
@@ -44,19 +44,15 @@ def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
         libraries = 0 if memory is None else _LIBRARIES
         given = free_memory(device) if memory is None else memory
         model = make_weightless(config, recipe.model, recipe.adapter, device)
-        sample = Sample(model, config, recipe.model, recipe.adapter, device)
+        sample = make_sample(model, config, recipe.model, recipe.adapter, device)
         static = static_bytes(model, recipe.optimizer.name)
-        spare = given - libraries - static.loaded - static.upcoming
-        network, fit = choose_layout(recipe, inputs, sample.model, weightless=model, spare=spare)
+        spare = given - libraries - sum(static.values())
+        network, fit = choose_layout(recipe, inputs, sample, weightless=model, spare=spare)
         if fit.needs is None:
             what = "this model cannot be planned: it computes by numbers, not only shapes"
             raise ModelError(what, where=recipe.model.base)
-        kinds = static.at_peak(fit.needs)
+        kinds = {**static, **fit.needs.by_kind}
         suggestions = () if fit.holds else find_suggestions(recipe, config, network, rows, memory=given - libraries)
-        first = fit.plan.step(1, rows)
-        length, share = max(1, rows.count_tokens() // len(rows)), first.supervised_tokens / first.tokens
-        vocabulary = config.get_text_config().vocab_size
-        timing = time_sample(network, sample, length=length, supervised=share, vocabulary=vocabulary)
         return {
             "device": str(device),
             "dtype": str(network.causal.dtype).removeprefix("torch."),
@@ -67,24 +63,25 @@ def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
             "peak": sum(kinds.values()) + libraries,
             "holds": fit.holds,
             "suggestions": list(islice(suggestions, 3)),
-            "saved_by_8bit": static.optimizer - static_bytes(model, "adamw8bit").optimizer,
+            "saved_by_8bit": static["optimizer"] - static_bytes(model, "adamw8bit")["optimizer"],
             "micro_batch_tokens": fit.plan.micro_batch_tokens,
             "heaviest": {"tokens": len(fit.heaviest.ids), "sequences": len(fit.heaviest.segments)},
             "layers": fit.layers,
             "recomputed_layers": fit.recomputed,
             "steps": fit.plan.steps,
             "examples": len(rows),
-            "duration": predict_duration(recipe, timing, fit, inputs),
+            "duration": predict_duration(recipe, network, model.get_base_model(), fit, inputs),
             "notices": network.notices,
         }
 
 
-def predict_duration(recipe: Recipe, timing: Timing, fit: Fit, inputs: RunInputs) -> dict[str, float]:
+def predict_duration(recipe: Recipe, network: Network, whole: Any, fit: Fit, inputs: RunInputs) -> dict[str, float]:
     """Speed, and seconds of training and evaluation, by the micro-batches of the first steps."""
-    plan, held_out, every = fit.plan, inputs.prepared.held_out, recipe.run.eval_every
-    steps = [plan.step(number, inputs.prepared.train) for number in range(1, min(_STEPS_TIMED, plan.steps) + 1)]
+    plan, rows, held_out, every = fit.plan, inputs.prepared.train, inputs.prepared.held_out, recipe.run.eval_every
+    steps = [plan.step(number, rows) for number in range(1, min(_STEPS_TIMED, plan.steps) + 1)]
     costs = [cost(batch) for step in steps for batch in step.micro_batches]
-    forward, both, layers = timing.predict(costs)
+    length, share = max(1, rows.count_tokens() // len(rows)), steps[0].supervised_tokens / steps[0].tokens
+    forward, both, layers = predict_seconds(network, whole, costs, length=length, supervised=share)
     seconds = both + layers * fit.recomputed / max(1, fit.layers)
     evaluations = 2 + (plan.steps // every if every else 0)
     scored = evaluations * held_out.count_tokens() if held_out else 0
@@ -120,7 +117,7 @@ def find_suggestions(recipe: Recipe, config: Any, network: Network, rows: TokenS
         tokens = longest if machine.micro_batch_tokens == "auto" else machine.micro_batch_tokens
         batch = heaviest_batch(planned, longest=longest, capacity=tokens)
         layers = 0 if machine.activation_checkpointing is False else len(decoder_layers(planned.causal))
-        return dry_run(planned, batch, recomputed=layers).fits(memory - static.loaded - static.upcoming)
+        return dry_run(planned, batch, recomputed=layers).fits(memory - sum(static.values()))
 
     for key, values in alternatives.items():
         section, name = key.split(".")

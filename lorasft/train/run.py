@@ -31,7 +31,7 @@ from lorasft.model.adapter import attach_adapter, load_adapter, trainable, write
 from lorasft.model.base import check_files, compute_dtype, load_base, patch_linear4bit
 from lorasft.model.free_memory import free_memory
 from lorasft.model.generate import own_stops
-from lorasft.model.memory import StaticBytes, static_bytes
+from lorasft.model.memory import static_bytes
 from lorasft.model.recompute import decoder_layers
 from lorasft.model.weightless import make_weightless
 from lorasft.recipe import Recipe
@@ -88,7 +88,7 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> tuple[Run, State]:
         else:
             model = attach_adapter(base, recipe.adapter, seed=recipe.train.seed)
         static = static_bytes(model, recipe.optimizer.name)
-        spare = free_memory(device) - static.upcoming
+        spare = free_memory(device) - static["gradients"] - static["optimizer"]
         network, fit = choose_layout(recipe, inputs, model, weightless=weightless, spare=spare)
     # All processes must cut a step in the same way.
     plan = replace(fit.plan, micro_batch_tokens=min(ranks.gather(fit.plan.micro_batch_tokens)))
@@ -120,16 +120,16 @@ def _say_notes(run: Run) -> None:
     say(f"on {run.network.device} in {layout.dtype}; {activations}")
 
 
-def run_heaviest_batch(run: Run, fit: Fit, static: StaticBytes) -> None:
+def run_heaviest_batch(run: Run, fit: Fit, static: dict[str, int]) -> None:
     """Run the heaviest micro-batch where its memory is not known, so that what does not fit is met at once.
 
     Nothing is updated and no random number is used up: the losses keep their bits. Writes `memory.json` (bytes; null
     where a number is not known). Raises CapacityError when it fits in no layout.
     """
-    known = static.at_peak(fit.needs) if fit.needs else {}
+    known = {**static, **fit.needs.by_kind} if fit.needs else {}
     peak = sum(known.values())
     measured = retry_on_oom(run, partial(_measure_heaviest, run)) if sees_too_little(run, fit) else None
-    free = static.loaded + static.upcoming + fit.spare
+    free = sum(static.values()) + fit.spare
     record = {"free": free, "predicted": {**known, "peak": peak} if known else None, "measured": measured}
     if run.ranks.is_main:
         replace_file(run.folder / "memory.json", json.dumps(record, indent=1).encode())
