@@ -25,7 +25,7 @@ import torch
 from faults.judge import Result, judge_result, read_result
 from faults.subject import make_subject
 from lorasft import files
-from lorasft.errors import CapacityError, LorasftError
+from lorasft.errors import LorasftError
 from lorasft.recipe import Recipe
 from lorasft.signals import Ended, end_at_once, ended_in_order, exit_signals
 from lorasft.train.checkpoint import list_checkpoints
@@ -181,13 +181,11 @@ class Bench:
                     change()
                 self.act(self.recipe, child.trace)
                 return 0
-            except LorasftError as error:
+            except (LorasftError, torch.OutOfMemoryError) as error:
                 print(error)
-                return error.exit_code
+                return getattr(error, "exit_code", 6)  # as the command line answers a lack of memory
             except Ended as signalled:
                 return signalled.exit_code
-            except torch.OutOfMemoryError:  # as the command line answers it
-                return CapacityError.exit_code
             except BaseException:
                 traceback.print_exc()
                 return 1
