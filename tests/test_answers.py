@@ -93,9 +93,9 @@ def test_chat_keeps_the_turns(run: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     prompts: list[list[str]] = []
     plain = ChatFormat.prompt_ids
 
-    def watch(self: ChatFormat, messages: list[dict[str, str]], tools: None = None) -> list[int]:
+    def watch(self: ChatFormat, messages: list[dict[str, str]]) -> list[int]:
         prompts.append([message["role"] for message in messages])
-        return plain(self, messages, tools)
+        return plain(self, messages)
 
     monkeypatch.setattr(ChatFormat, "prompt_ids", watch)
     monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))

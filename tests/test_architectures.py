@@ -12,10 +12,10 @@ from test_oracles import differences, gradients
 from tiny_models import GPT_2, SOFT_CAPS, WINDOWS, shape
 
 from lorasft.data.packing import MicroBatch, make_micro_batches
-from lorasft.data.tokens import Tokens
+from lorasft.data.tokens import Tokens, all_supervised
 from lorasft.model.attention import default_attention
 from lorasft.model.loss import Network, pair_losses
-from lorasft.model.scoring import Given, all_supervised
+from lorasft.model.scoring import Given
 from lorasft.model.selfcheck import verify
 
 SHAPE = shape()

@@ -59,11 +59,11 @@ class Encoder:
         self.report = Report()
 
     def encode(self, example: Example) -> tuple[Tokens, ...]:
-        found = [sequences for _, sequences in self.labeler.encode_all([example], report=self.report)]
+        (found,) = self.labeler.encode_all([example], report=self.report)
         errors, self.report.errors = self.report.errors, []
         if errors:
             raise errors[0]
-        return found[0] if found else ()
+        return found
 
 
 def make_encoder(tokenizer: Any, *, chat: dict[str, Any] | None = None, **data: Any) -> Encoder:

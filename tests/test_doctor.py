@@ -18,7 +18,7 @@ import torch
 
 from lorasft.cli import main
 from lorasft.commands import doctor
-from lorasft.errors import DeviceError
+from lorasft.errors import CapacityError, DeviceError
 from lorasft.hub import hub_error
 from lorasft.model.health import nf4_error, nf4_tolerance, try_attention
 
@@ -53,7 +53,7 @@ def test_a_library_that_breaks_is_a_line(tmp_path: Path) -> None:
     failed = [line for line in lines if line.startswith("FAIL")]
     assert any("bitsandbytes" in line and "CUDA Setup failed" in line for line in failed), lines
     assert any("fix it: pip install -U bitsandbytes" in line for line in lines)
-    assert any(line.startswith("ok    disk: here") for line in lines) and "checks failed" in done.stderr
+    assert any(line.startswith("ok    disk") for line in lines) and "checks failed" in done.stderr
 
 
 def test_a_driver_that_torch_cannot_use_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,10 +69,12 @@ def test_a_driver_that_torch_cannot_use_is_named(tmp_path: Path, monkeypatch: py
 
 
 def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "not/there/yet"))
+    assert "not/there/yet" in doctor._check_disk()
     monkeypatch.setattr(doctor, "LEAST_DISK", 1 << 60)
-    with pytest.raises(DeviceError) as caught:
-        doctor._check_disk(tmp_path / "not/there/yet", "export HF_HOME=FOLDER")
-    assert caught.value.hint == "export HF_HOME=FOLDER, on a disk with more room"
+    with pytest.raises(CapacityError, match="GB are free") as caught:
+        doctor._check_disk()
+    assert caught.value.where == str(Path.cwd())
 
 
 def test_a_wrong_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,12 @@ from tiny_models import EYES, LLAMA_3, SOFT_CAPS, VOCABULARY, WINDOWS, shape
 from torch import nn
 
 from lorasft.data.packing import make_micro_batches
+from lorasft.data.tokens import all_supervised
 from lorasft.errors import RecipeError
 from lorasft.model.adapter import attach_adapter, check_targets, trainable
 from lorasft.model.base import make_skeleton
 from lorasft.model.loss import Network, pair_losses
-from lorasft.model.scoring import Given, all_supervised
+from lorasft.model.scoring import Given
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import AdapterSettings
 from lorasft.recipe.load import load_recipe, shipped_recipes

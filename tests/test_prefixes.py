@@ -24,12 +24,12 @@ from transformers import AttentionInterface
 
 from lorasft.cli import main
 from lorasft.data import packing
-from lorasft.data.packing import MicroBatch, Plan, make_micro_batches, merge_pairs
+from lorasft.data.packing import MicroBatch, Plan, make_micro_batches
 from lorasft.data.prefixes import Sharing
-from lorasft.data.tokens import Tokens
+from lorasft.data.tokens import Tokens, all_supervised
 from lorasft.model.attention import SEGMENTS, Paths, attend, default_attention
 from lorasft.model.loss import Network, pair_losses
-from lorasft.model.scoring import Given, all_supervised, log_probabilities
+from lorasft.model.scoring import Given, log_probabilities
 from lorasft.model.selfcheck import verify
 from lorasft.train.layout import choose_sharing, widen
 from lorasft.train.state import Layout
@@ -122,15 +122,13 @@ def test_without_a_shared_prefix_the_plan_is_the_same_bytes_and_nothing_is_gathe
                 assert part.data_ptr() == keys[:, :, segment.start].data_ptr()  # views of the row itself
 
 
-def test_equal_pairs_are_merged_and_each_example_counted() -> None:
+def test_equal_pairs_are_counted_for_each_example() -> None:
     """The stem and its first answer, three times; once with another answer."""
     stem = [5, 6, 7]
     rows = store([[*stem, 8, 9]] * 3 + [[*stem, 4, 9]])
     (batch,) = make_micro_batches(rows, range(4), capacity=100, share=True)
-    merged = merge_pairs(batch)
     pairs = Counter(zip(batch.sources.tolist(), batch.targets.tolist(), strict=True))
-    assert dict(zip(zip(merged.sources, merged.targets, strict=True), merged.weights, strict=True)) == pairs
-    assert sorted(pairs.values()) == [1, 1, 3, 3, 4, 4] and merged.supervised == batch.supervised == 16
+    assert sorted(pairs.values()) == [1, 1, 3, 3, 4, 4]
     step = Plan(4, 4, 1, 0, "token", 100, share_prefixes=True).step(1, rows)
     assert step.supervised_tokens == 16 and step.divisor == 16 and step.tokens == 5
 
@@ -181,8 +179,10 @@ def start_over(batch: MicroBatch) -> MicroBatch:
 
 
 def weigh_once(batch: MicroBatch) -> MicroBatch:
-    """A merged pair counts once."""
-    return replace(merge_pairs(batch), weights=np.ones(len(merge_pairs(batch).weights), dtype=np.float32))
+    """A pair of several examples counts once."""
+    _, first = np.unique(np.stack([batch.sources, batch.targets]), axis=1, return_index=True)
+    arrays = ("sources", "targets", "weights", "examples")
+    return replace(batch, **{name: getattr(batch, name)[first] for name in arrays})
 
 
 @pytest.mark.parametrize("mutant", [forget_the_bough, see_the_sibling, start_over, weigh_once])

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 from argparse import ArgumentParser
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any
 
 from lorasft import __version__
 from lorasft.commands.arguments import add_json
-from lorasft.errors import DeviceError
+from lorasft.errors import DeviceError, LorasftError
 from lorasft.terminal import harmless, redact, size_text
 
 # bitsandbytes before what imports it in its turn, and would let it ask the hub
@@ -40,8 +39,7 @@ def run(hub: bool, as_json: bool) -> None:
         "memory": _check_memory,
         "NF4": _check_nf4,
         "attention": _check_attention,
-        "disk: here": partial(_check_disk, Path.cwd(), "cd FOLDER"),
-        "disk: hub cache": _check_cache,
+        "disk": _check_disk,
         **({"hub": _check_hub} if hub else {}),
     }
     findings, failed = [], []
@@ -49,8 +47,8 @@ def run(hub: bool, as_json: bool) -> None:
         fix = None
         try:
             what = check()
-        except DeviceError as error:
-            what, fix = error.what, error.hint
+        except LorasftError as error:
+            what, fix = " in ".join(filter(None, (error.what, error.where))), error.hint
         except (Exception, SystemExit) as error:  # a library may break in any way, also while it is imported
             what = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             fix = f"pip install -U {name if name in LIBRARIES else ' '.join(LIBRARIES)}"
@@ -127,15 +125,14 @@ def _check_attention() -> str:
     return _require(not notices, "; ".join(notices) or fine, "pip install -U torch transformers")
 
 
-def _check_disk(folder: Path, fix: str) -> str:
-    free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
-    return _require(free >= LEAST_DISK, f"{free / 1e9:.1f} GB free in {folder}", f"{fix}, on a disk with more room")
-
-
-def _check_cache() -> str:
+def _check_disk() -> str:
     from huggingface_hub.constants import HF_HOME
 
-    return _check_disk(Path(HF_HOME), "export HF_HOME=FOLDER")
+    from lorasft.files import need_space
+
+    for folder in (Path.cwd(), Path(HF_HOME)):
+        need_space(folder, LEAST_DISK)
+    return f"{LEAST_DISK / 1e9:.1f} GB and more are free here and in {HF_HOME}"
 
 
 def _check_hub() -> str:

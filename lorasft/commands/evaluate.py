@@ -58,7 +58,6 @@ def run(saved: str, base: str | None, data: str, columns: str | None, per_exampl
             for index, answer in enumerate(answers)
         ]
         write_file(Path(per_example), "".join(json.dumps(line) + "\n" for line in objects).encode())
-        say(f"wrote {per_example}")
     totals = {name: summarize(answers, rows) for name, rows in scores.items()}
     lines = [f"{len(answers)} answers in {data}", f"{'':8}  {'nats a token':>12}  {'perplexity':>10}  {'tokens':>8}"]
     for name, total in totals.items():

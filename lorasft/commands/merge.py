@@ -43,8 +43,7 @@ def run(
         say("asking what was trained, to compare the merge with it (--no-check leaves this out)")
     source = read_source(data, columns) if data else None
     merged = merge(artifact, Path(out), data=source, on_progress=ByteProgress(), **options)
-    if not as_json:
-        say("\n".join(_describe(merged)))
+    say("\n".join(_describe(merged)))
     show({**merged, "folder": out}, [out], as_json=as_json)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import re
 import shutil
-import sys
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -57,8 +56,7 @@ def picture(plan: Mapping[str, Any], *, width: int) -> Iterator[str]:
     total, memory = plan["peak"], plan["memory"]
     columns = max(8, width - 27)  # beside names and sizes
     scale = columns / max(total, memory)
-    utf = (sys.stdout.encoding or "").lower().startswith("utf")
-    full, thin, empty, beyond = "█▏░▓" if utf else "#|.!"
+    full, thin, empty, beyond = "█▏░▓"
     before = 0
     for name, size in {**plan["bytes"], "libraries": plan["libraries"]}.items():
         if size:

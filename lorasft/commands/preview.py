@@ -44,12 +44,10 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
     supervised, when a supervised special token was never trained, or when parity does not hold.
     """
     from lorasft.commands.preview_page import make_page
-    from lorasft.files import refuse_existing, write_file
+    from lorasft.files import write_file
     from lorasft.recipe.load import load_recipe
 
     settings = load_recipe(recipe, overrides)
-    if html:
-        refuse_existing(Path(html))
     from lorasft.data.prepare import prepare
     from lorasft.data.tokenizer import load_tokenizer
     from lorasft.data.untrained import refuse_untrained
@@ -109,7 +107,7 @@ def _sequences(
 ) -> Iterator[tuple[RowLocation, bool, Tokens, list[Part]]]:
     """Of the first `most` examples: where each is from, whether it is held out, its tokens, and their text in parts."""
     for example in range(len(store))[:most]:
-        held_out = bool(store.arrays["held_out"][example])
+        held_out = bool(store.arrays["held_out"][store.chosen[example]])
         for tokens in store.sequences(example):
             yield store.place(example), held_out, tokens, list(painted(tokens, tokenizer))
 

@@ -20,7 +20,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(action: str, name: str | None, to: str | None, as_json: bool) -> None:
     """`action`: list | show | copy | schema. Raises RecipeError for an unknown name and for a target that exists."""
-    from lorasft.files import make_folder, refuse_existing, write_file
+    from lorasft.files import make_folder, write_file
     from lorasft.recipe import recipe_schema
     from lorasft.recipe.load import find_shipped, portable_text, shipped_recipes
     from lorasft.recipe.yaml_reader import read_yaml
@@ -38,7 +38,6 @@ def run(action: str, name: str | None, to: str | None, as_json: bool) -> None:
     else:
         source, target = find_shipped(name or ""), Path(to or ".")
         target = target / source.name if target.is_dir() else target
-        refuse_existing(target)
         make_folder(target.absolute().parent)
         write_file(target, portable_text(source).encode())
         say(f"wrote {target}")

@@ -58,7 +58,7 @@ def _saying_what_is_saved(folder: Path) -> Iterator[None]:
         what, hint = "stopped before the first step", "start it again"
         if (folder / "adapter").is_dir():
             what, hint = f"stopped; the adapter is whole: {folder / 'adapter'}", ""
-        elif (folder / "recipe.yaml").is_file() and (saved := list_checkpoints(folder / "checkpoints")):
+        elif saved := list_checkpoints(folder / "checkpoints"):
             what = f"stopped at once, not saved since step {int(saved[-1].name.removeprefix('step-'))}"
             hint = "continue with --resume"
         raise Stopped(signalled.exit_code, what, hint=hint) from None

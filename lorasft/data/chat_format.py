@@ -68,7 +68,6 @@ class ChatFormat:
         self.encoder = TextEncoder(tokenizer, prompt=self.style.prompt)
         self._end = self.style.end_of_turn.strip()
         self._ends = (*self.encoder.control, *([self._end] if self._end else ()))
-        self._only_ends = re.compile("|".join([r"\s", *map(re.escape, _turn_ends(tokenizer))]).join(("(?:", ")*")))
         self._control = re.compile("|".join(map(re.escape, (*self.encoder.control, MARK))))
         end = tokenizer.backend_tokenizer.encode(self._end, add_special_tokens=False).ids[-1:]
         self.eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -77,10 +76,10 @@ class ChatFormat:
             hint = "chat.template=FILE with one that ends answers, or an eos_token in the tokenizer's config"
             raise ModelError("neither the chat template nor the tokenizer has a token that ends an answer", hint=hint)
 
-    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """What a server would feed the model for these messages, to be answered."""
-        asked = self.complete(Example(tuple(messages), tuple(tools) if tools else None, None, RowLocation("prompt", 1)))
-        text = render(self.tokenizer, asked.messages, asked.tools, generation_prompt=True)
+        asked = self.complete(Example(tuple(messages), None, None, RowLocation("prompt", 1)))
+        text = self._prompt(asked, len(asked.messages))
         return list(self.encoder.encode([text])[text].ids)
 
     def complete(self, example: Example) -> Example:
@@ -125,32 +124,30 @@ class ChatFormat:
         region = next((text[len(head) :] for head in (prompt, base) if text.startswith(head)), None)
         if region is None:
             # The answer changes what is before it: take the answer, and keep the server's prompt.
-            said = self._find_said(text, message["content"], 0, len(text))
-            if said is None or not message["content"].strip():
+            said = self._find_said(text, message["content"])
+            if said is None:
                 raise DataError(f"the chat template does not show the answer of message {target + 1}")
             region = text[said[0] :]
         if message.get("tool_calls"):
-            self._refuse_lost_calls(example, target, text, region)
+            self._refuse_lost_calls(example, target)
         start, end, add_eos = self._locate(region, message)
         if self._masks(message):
             start += self._count_reasoning(region[start:end], example, target)
         answer = AnswerSpan(len(prompt), len(prompt) + start, len(prompt) + end)
         return MarkedText(prompt + (region[:end] if add_eos else region), (answer,), add_eos)
 
-    def _refuse_lost_calls(self, example: Example, target: int, text: str, region: str) -> None:
-        """Raise DataError when a call's name is not in the answer's `region`, or `text` is the same without it."""
-        message = dict(example.messages[target])
-        calls = message.pop("tool_calls")
-        for at, call in enumerate(calls):
-            kept = [*calls[:at], *calls[at + 1 :]]
-            fewer = message | ({"tool_calls": kept} if kept else {})
-            try:
-                lost = self.render(_with_message(example, target, fewer), target + 1) == text
-            except DataError:  # the template looks for the calls
-                lost = False
-            if lost or call["function"]["name"] not in region:
-                what = f"the chat template leaves out the tool calls of message {target + 1}"
-                raise DataError(what, hint="chat.template=FILE with a template that renders them")
+    def _refuse_lost_calls(self, example: Example, target: int) -> None:
+        """Raise DataError when the template does not show every call of a message, each under a name of its own."""
+        message = example.messages[target]
+        names = [f"{ANSWER}{number}_" for number in range(len(message["tool_calls"]))]
+        calls = [
+            call | {"function": call["function"] | {"name": name}}
+            for name, call in zip(names, message["tool_calls"], strict=True)
+        ]
+        text = self.render(_with_message(example, target, message | {"tool_calls": calls}), target + 1)
+        if not all(name in text for name in names):
+            what = f"the chat template leaves out the tool calls of message {target + 1}"
+            raise DataError(what, hint="chat.template=FILE with a template that renders them")
 
     def _locate_earlier(self, text: str, example: Example, target: int) -> AnswerSpan | None:
         """An earlier answer within the whole conversation, if it is there as it would be as the last."""
@@ -171,27 +168,24 @@ class ChatFormat:
     def _locate(self, region: str, message: Message) -> tuple[int, int, bool]:
         """Start and end of what is supervised in the text after the prompt, and whether an EOS has to be added."""
         end = self._end_of_turn(region)
-        stop = len(region) if end is None else len(region[:end].removesuffix(self._end))
         prefix = len(self.style.answer_prefix) if region.startswith(self.style.answer_prefix) else 0
         # Whatever is before a row's own text is the template's. Rewritten content, reasoning, tool calls: all of it
         # comes from the row, but for the template's usual prefix.
-        said = self._find_said(region, message["content"], prefix, stop) if message.keys() <= PLAIN_KEYS else None
+        said = self._find_said(region, message["content"]) if message.keys() <= PLAIN_KEYS else None
         start, content_end = said or (prefix, 0)
         return start, max(content_end, len(region.rstrip())) if end is None else end, end is None
 
-    def _find_said(self, text: str, content: str, first: int, end: int) -> tuple[int, int] | None:
-        """Where `content`, maybe without the blanks around it, is before `end`: best from `first` on and with nothing
-        but ends of turns after it, else the last time that it occurs."""
-        ways = [said for said in dict.fromkeys((content, content.rstrip(), content.lstrip(), content.strip())) if said]
-        for start in dict.fromkeys((first, 0)):
-            for said in ways if content.strip() or start == first else ():
-                at = text.find(said, start, end)
-                while at >= 0 and not self._only_ends.fullmatch(text, at + len(said), end):
-                    at = text.find(said, at + 1, end)
-                if at >= 0:
-                    return at, at + len(said)
-        at = text.rfind(ways[-1], 0, end) if content.strip() else -1
-        return (at, at + len(ways[-1])) if at >= 0 else None
+    def _find_said(self, text: str, content: str) -> tuple[int, int] | None:
+        """Where `content`, with those of the blanks around it that the template keeps, is the last time before the end
+        of the turn."""
+        said = content.strip()
+        start = text[: self._end_of_turn(text)].removesuffix(self._end).rfind(said) if said else -1
+        if start < 0:
+            return None
+        before, _, after = content.partition(said)
+        end = start + len(said)
+        kept = after if text.startswith(after, end) else ""
+        return len(text[:start].removesuffix(before)), end + len(kept)
 
     def _end_of_turn(self, region: str) -> int | None:
         """Where the run of special tokens at the region's end ends the turn: at the usual one, else after the last."""

@@ -39,6 +39,7 @@ NEEDED = {  # format -> the columns that make it
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that transformers reads, in its order
 INLINE = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
+JSON_TYPES = {str: "text", list: "a list", dict: "an object", bool: "true or false"}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     "human": "user",
@@ -146,20 +147,17 @@ def shape_row(row: Row, kind: str, place: RowLocation) -> Example:
     if kind == "text":
         return Example((), None, _expect(row["text"], str, "text"), place)
     messages = tuple(normalize_message(message) for message in _list_messages(row, kind))
-    _refuse_untrainable(messages)
+    refuse_untrainable(messages)
     return Example(messages, normalize_tools(row.get("tools")), None, place)
 
 
 def normalize_message(message: Any) -> Message:
     """A message as templates want it: content a string, tool arguments objects, no nulls. Raises DataError."""
-    if not isinstance(message, dict):
-        raise DataError(f"a message must be an object, this is {type(message).__name__}")
-    clean = {key: value for key, value in message.items() if value is not None}
+    clean = {key: value for key, value in _expect(message, dict, "a message").items() if value is not None}
     role = clean.get("role")
-    if not isinstance(role, str) or role not in ROLES:
+    if role not in ROLES:
         raise DataError(f"unknown role {role!r}", hint=f"known: {', '.join(ROLES)}; format: sharegpt has other names")
-    if not isinstance(clean.get("train", True), bool):
-        raise DataError(f"`train` of a message is true or false, not {clean['train']!r}")
+    _expect(clean.get("train", True), bool, "train")
     if clean.get("tool_calls"):
         clean["tool_calls"] = [_normalize_call(call) for call in _expect(clean["tool_calls"], list, "tool_calls")]
     else:
@@ -175,12 +173,10 @@ def normalize_tools(tools: Any) -> tuple[dict[str, Any], ...] | None:
     tools = _parse(tools, "tools") if isinstance(tools, str) and tools.strip() else tools
     if not tools:
         return None
-    wrapped = []
-    for tool in _expect(tools, list, "tools"):
-        if not isinstance(tool, dict):
-            raise DataError("a tool must be an object")
-        wrapped.append(tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool})
-    return tuple(wrapped)
+    return tuple(
+        tool if "function" in _expect(tool, dict, "a tool") or "name" not in tool else _wrap_function(tool)
+        for tool in _expect(tools, list, "tools")
+    )
 
 
 def reasoning_of(message: Message) -> str:
@@ -223,20 +219,21 @@ def _from_sharegpt(turn: Any) -> Message:
     if turn["from"] in ("function_call", "tool_call"):
         calls = _parse(turn["value"], "a tool call") if isinstance(turn["value"], str) else turn["value"]
         calls = calls if isinstance(calls, list) else [calls]
-        message |= {"content": "", "tool_calls": [{"type": "function", "function": call} for call in calls]}
+        message |= {"content": "", "tool_calls": [_wrap_function(call) for call in calls]}
     return message
 
 
+def _wrap_function(function: Any) -> dict[str, Any]:
+    return {"type": "function", "function": function}
+
+
 def _normalize_call(call: Any) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError("a tool call has a `function` with a `name`")
+    function = _expect(_expect(call, dict, "a tool call").get("function"), dict, "function")
+    _expect(function.get("name"), str, "name")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):  # as OpenAI sends them; templates would quote them twice
-        arguments = _parse(arguments, "the arguments of a tool call") if arguments.strip() else {}
-    if not isinstance(arguments, dict):
-        raise DataError(f"the arguments of a tool call must be an object, not {type(arguments).__name__}")
-    return {**call, "function": {**function, "arguments": arguments}}
+        arguments = _parse(arguments, "arguments") if arguments.strip() else {}
+    return {**call, "function": {**function, "arguments": _expect(arguments, dict, "arguments")}}
 
 
 def _join_parts(content: Any) -> str:
@@ -251,10 +248,9 @@ def _join_parts(content: Any) -> str:
     return "".join(texts)
 
 
-def _refuse_untrainable(messages: tuple[Message, ...]) -> None:
+def refuse_untrainable(messages: tuple[Message, ...]) -> None:
+    """Raise DataError for a conversation without an answer, or with an empty one."""
     roles = ", ".join(message["role"] for message in messages)
-    if not messages:
-        raise DataError("a conversation without messages")
     if "assistant" not in roles:
         raise DataError(f"no assistant turn (roles: {roles})")
     for message in messages:
@@ -265,8 +261,7 @@ def _refuse_untrainable(messages: tuple[Message, ...]) -> None:
 
 def _expect(value: Any, kind: type, name: str) -> Any:
     if not isinstance(value, kind):
-        wanted = "text" if kind is str else "a list"
-        raise DataError(f"{name!r} must be {wanted}, this is {type(value).__name__}")
+        raise DataError(f"{name!r} must be {JSON_TYPES[kind]}, this is {type(value).__name__}")
     return value
 
 

@@ -8,15 +8,14 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from lorasft.data.chat_format import ChatFormat, MarkedText
 from lorasft.data.encoding import Encoded
-from lorasft.data.examples import Example, Message, reasoning_of, without_reasoning
+from lorasft.data.examples import Example, Message, reasoning_of, refuse_untrainable, without_reasoning
 from lorasft.data.report import Report
 from lorasft.data.templates import limits
 from lorasft.data.tokenizer import adds_bos
-from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs
+from lorasft.data.tokens import UNSUPERVISED, Tokens, all_supervised, supervised_runs
 from lorasft.errors import DataError
 
 if TYPE_CHECKING:
@@ -34,27 +33,25 @@ class Labeler:
         self._reads_thinking = "</think>" in str(tokenizer.chat_template)
         self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
 
-    def encode_all(
-        self, examples: Sequence[Example], *, report: Report
-    ) -> Iterator[tuple[Example, tuple[Tokens, ...]]]:
-        """Each example with its sequences. Dropped and bad ones are left out, and counted in `report`."""
-        marked = []
+    def encode_all(self, examples: Sequence[Example], *, report: Report) -> Iterator[tuple[Tokens, ...]]:
+        """The sequences of each example: none of a dropped or bad one, which `report` counts."""
+        marked: list[tuple[MarkedText, ...]] = []
         with limits():  # once, which is dearer than a rendering
             for example in examples:
                 try:
-                    if texts := self._mark(example, report):
-                        marked.append((example, texts))
+                    marked.append(self._mark(example, report))
                 except DataError as error:
                     report.add_error(error, example.place, policy=self.data.on_bad_row)
-        encoded = self.format.encoder.encode(_texts_of(chain.from_iterable(texts for _, texts in marked)))
-        for example, texts in marked:
+                    marked.append(())
+        encoded = self.format.encoder.encode(_texts_of(chain.from_iterable(marked)))
+        for example, texts in zip(examples, marked, strict=True):
+            sequences: list[Tokens] = []
             try:
-                sequences = self._fit(self._label(texts, encoded, report), example, report)
+                if texts:
+                    sequences = self._fit(self._label(texts, encoded, report), example, report)
             except DataError as error:
                 report.add_error(error, example.place, policy=self.data.on_bad_row)
-                continue
-            if kept := self._keep_supervised(sequences, example, report):
-                yield example, kept
+            yield self._keep_supervised(sequences, example, report)
 
     def _mark(self, example: Example, report: Report) -> tuple[MarkedText, ...]:
         example = self.format.complete(example)
@@ -111,7 +108,7 @@ class Labeler:
         for marked in texts:
             whole, prompts = encoded[marked.text], [encoded[marked.text[: a.prompt]].ids for a in marked.answers]
             if not prompts:  # all is supervised: a raw text, or what the template makes of a conversation
-                labelled.append(_supervise_all(self.bos + whole.ids + self.format.eos if marked.add_eos else whole.ids))
+                labelled.append(all_supervised(self.bos + whole.ids + self.format.eos if marked.add_eos else whole.ids))
                 continue
             fits = all(whole.ids[: len(prompt)] == prompt for prompt in prompts)
             if not fits and len(prompts) > 1:
@@ -208,22 +205,14 @@ def _texts_of(texts: Iterable[MarkedText]) -> Iterator[str]:
 
 def _drop_reasoning(example: Example, report: Report) -> Example:
     bare = tuple(without_reasoning(m) if m["role"] == "assistant" else m for m in example.messages)
-    for before, after in zip(example.messages, bare, strict=True):
-        if before["content"].strip() and not after["content"].strip() and "tool_calls" not in after:
-            raise DataError("an answer that is nothing but reasoning", hint="chat.thinking=follow_template")
-        report.dropped_reasoning += len(reasoning_of(before)) if after is not before else 0
+    refuse_untrainable(bare)
+    report.dropped_reasoning += sum(len(reasoning_of(m)) for m in example.messages if m["role"] == "assistant")
     return replace(example, messages=bare)
 
 
 def _drop_without_target(example: Example, report: Report) -> None:
     report.examples_without_target += 1
     report.dropped.append(f"{example.place}: nothing to supervise")
-
-
-def _supervise_all(ids: npt.ArrayLike) -> Tokens:
-    """Every token but the first."""
-    array = np.array(ids, dtype=np.int32)
-    return _first(len(array), Tokens(array, array))
 
 
 def _first(count: int, tokens: Tokens) -> Tokens:
@@ -242,7 +231,7 @@ def _windows(tokens: Tokens, limit: int, bos: list[int]) -> Iterator[Tokens]:
     """Text in windows that supervise each token once: each begins with BOS, or with the token before its first."""
     for start in range(1, len(tokens), limit - 1):
         head = bos or tokens.ids[start - 1 : start]
-        yield _supervise_all(np.concatenate([head, tokens.ids[start : start + limit - 1]]))
+        yield all_supervised(np.concatenate([head, tokens.ids[start : start + limit - 1]]))
 
 
 def _cut_context(tokens: Tokens, limit: int, bos: list[int]) -> Tokens:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, Protocol
 
@@ -47,8 +47,7 @@ class MicroBatch:
     sources: Integers  # (pairs,) index into the row
     targets: Integers  # (pairs,) token ids
     weights: NDArray[np.float32]  # (pairs,) 1 under `loss: token`, 1/|y| of its example under `loss: example`
-    examples: Integers  # (pairs,) which example of the store a pair belongs to; of a merged pair the first
-    supervised: int  # tokens: pairs, before equal ones were merged
+    examples: Integers  # (pairs,) which example of the store a pair belongs to
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Step:
     @property
     def supervised_tokens(self) -> int:
         """Supervised tokens; one in a shared prefix counts for each example that supervises it."""
-        return sum(batch.supervised for batch in self.micro_batches)
+        return sum(len(batch.targets) for batch in self.micro_batches)
 
     @property
     def divisor(self) -> float:
@@ -112,7 +111,7 @@ class Plan:
             share=self.share_prefixes,
             rope_switch_length=self.rope_switch_length,
         )
-        return Step(number, number / self.steps_per_epoch, examples, tuple(merge_pairs(batch) for batch in batches))
+        return Step(number, number / self.steps_per_epoch, examples, tuple(batches))
 
 
 def count_steps(examples: int, *, batch_size: int, epochs: float, steps: int | None) -> int:
@@ -154,7 +153,7 @@ def make_micro_batches(
         ids, room = [piece.ids for piece in kind], capacity
         trees = build_trees(ids, capacity=room, share=share)
         if processes > 1:
-            tokens = sum(tree.tokens for tree in trees)
+            tokens = _count_tokens(trees)
             rounds = max(1, math.ceil(tokens / (capacity * processes)))
             # Equally many for each, 3 % to fit them in, and what a tree repeats when it is cut.
             repeated = max((shared for tree in trees for shared in tree.common), default=0)
@@ -163,30 +162,15 @@ def make_micro_batches(
         yield from (layout_segments(kind, trees) for trees in best_fit_decreasing(trees, capacity=room))
 
 
-def merge_pairs(batch: MicroBatch) -> MicroBatch:
-    """`batch` with equal (source, target) pairs, which a shared prefix makes, as one with the sum of their weights."""
-    keys = np.stack([batch.sources, batch.targets])
-    unique, first, place = np.unique(keys, axis=1, return_index=True, return_inverse=True)
-    if unique.shape == keys.shape:
-        return batch
-    weights = np.bincount(place.reshape(-1), batch.weights).astype(np.float32)
-    sources, targets = unique
-    return replace(batch, sources=sources, targets=targets, weights=weights, examples=batch.examples[first])
-
-
 def best_fit_decreasing(trees: list[Tree], *, capacity: int) -> list[list[Tree]]:
     """Best fit in order of falling size."""
     bins: list[list[Tree]] = []
-    free: list[int] = []
     for tree in sorted(trees, key=lambda tree: -tree.tokens):
-        fits = [index for index, room in enumerate(free) if room >= tree.tokens]
-        if not fits:
-            fits = [len(bins)]
-            bins.append([])
-            free.append(capacity)
-        best = min(fits, key=free.__getitem__)
-        bins[best].append(tree)
-        free[best] -= tree.tokens
+        fits = [some for some in bins if _count_tokens(some) + tree.tokens <= capacity]
+        if fits:
+            max(fits, key=_count_tokens).append(tree)
+        else:
+            bins.append([tree])
     return bins
 
 
@@ -206,9 +190,9 @@ def assign_to_rank(batches: Sequence[MicroBatch], index: int, count: int) -> lis
 
 def cost(batch: MicroBatch) -> float:
     """Tokens, and for attention one more for 16,384 pairs of query and key (6 times a hidden size of 2,700)."""
-    lengths = [segment.end - segment.start for segment in batch.segments]
-    seen = [own + sum(lengths[n] for n in one.ancestors) for own, one in zip(lengths, batch.segments, strict=True)]
-    pairs = sum(own * keys for own, keys in zip(lengths, seen, strict=True))
+    lengths = [one.end - one.start for one in batch.segments]
+    ancestors = [sum(lengths[n] for n in one.ancestors) for one in batch.segments]
+    pairs = sum(own * (own + before) for own, before in zip(lengths, ancestors, strict=True))
     return len(batch.ids) + pairs / 2 / 16_384
 
 
@@ -255,7 +239,11 @@ def layout_segments(pieces: list[_Piece], trees: list[Tree]) -> MicroBatch:
             pairs.append((row[piece.sources], piece.targets, piece.weights, piece.examples))
     ids, positions = map(np.concatenate, zip(*runs, strict=True))
     sources, targets, weights, examples = map(np.concatenate, zip(*pairs, strict=True))
-    return MicroBatch(ids, positions, tuple(segments), sources, targets, weights, examples, supervised=len(targets))
+    return MicroBatch(ids, positions, tuple(segments), sources, targets, weights, examples)
+
+
+def _count_tokens(trees: list[Tree]) -> int:
+    return sum(tree.tokens for tree in trees)
 
 
 def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -8,7 +8,6 @@ import json
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,25 +15,23 @@ import numpy as np
 import numpy.typing as npt
 
 from lorasft.data.chat_format import ChatFormat
-from lorasft.data.examples import Example, RowBlock, read_blocks, shape_block
+from lorasft.data.examples import RowBlock, read_blocks, shape_block
 from lorasft.data.labels import Labeler
 from lorasft.data.report import Report
 from lorasft.data.sources import load_hub, source_files
-from lorasft.data.store import Arrays, TokenStore, append_arrays, map_store, pack_examples
-from lorasft.data.tokens import Tokens
+from lorasft.data.store import TYPES, Arrays, TokenStore, append_arrays, map_store, pack_examples
 from lorasft.data.workers import available_workers, map_blocks
 from lorasft.errors import DataError, LorasftError, ModelError
-from lorasft.files import remove_folder, sha256, staged_folder, verify_folder, write_file
+from lorasft.files import remove_folder, replace_file, sha256, staged_folder, verify_folder, write_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from lorasft.recipe import ChatSettings, DataSettings, DataSource
 
-SCHEMA = 4  # raised whenever the same ingredients give other tokens, or the same tokens lie otherwise in the folder
+SCHEMA = 5  # raised whenever the same ingredients give other tokens, or the same tokens lie otherwise in the folder
 
 Digests = npt.NDArray[np.uint64]
-NO_DIGESTS: Digests = np.zeros(0, dtype=np.uint64)
 
 
 @dataclass(frozen=True)
@@ -121,9 +118,7 @@ def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, A
         found = source_files(source.path)
         files.update((str(file), sha256(file)) for file in found)
         if not found:
-            files[" ".join(filter(None, (source.path, source.config, source.split)))] = str(
-                load_hub(source)._fingerprint
-            )
+            files[str(source)] = str(load_hub(source)._fingerprint)
     return {
         "schema": SCHEMA,
         "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "jinja2", "transformers")},
@@ -143,91 +138,68 @@ def _sources(data: DataSettings) -> list[tuple[DataSource, bool]]:
     return [*((source, False) for source in data.train), *((source, True) for source in apart)]
 
 
-def encode_source(
-    source: DataSource, data: DataSettings, chat: ChatSettings, *, tokenizer: PreTrainedTokenizerFast
-) -> tuple[list[tuple[Example, tuple[Tokens, ...]]], Report]:
-    """The examples of one source that is not trained on, with their sequences, and what became of its rows.
+def settings_for(source: DataSource, data: DataSettings) -> DataSettings:
+    """Those of a run, for one source that is not trained on: all of it is taken, whatever is dropped.
 
     The format and columns of `data` hold if `source` has columns or begins with a row that fits, else they are found.
     """
-    blocks = read_blocks(source, data)
-    first = next(blocks)
-    if source.columns is None and first.error and not first.kind:
-        data = data.model_copy(update={"format": "auto", "columns": None})
-        blocks = read_blocks(source, data)
-        first = next(blocks)
-    labeler, report = Labeler(ChatFormat(tokenizer, chat), data), Report()
-    encoded: list[tuple[Example, tuple[Tokens, ...]]] = []
-    for block in chain([first], blocks):
-        encoded += labeler.encode_all(list(shape_block(block, data, report=report)), report=report)
-    report.raise_errors()
-    return encoded, report
+    first = next(read_blocks(source, data))
+    fits = source.columns is not None or first.kind or not first.error
+    changes = {} if fits else {"format": "auto", "columns": None}
+    return data.model_copy(update={"train": (source,), "eval": None, "max_dropped": 1.0, **changes})
 
 
-@dataclass(frozen=True)
-class PreparedBlock:
-    """What became of a block of rows, small enough to be sent from one process to another."""
-
-    file: str
-    apart: bool  # of a source that is held out
-    report: Report
-    error: LorasftError | None  # why the rows cannot be read or encoded further
-    digests: Digests  # of all examples that could be read
-    packed: Arrays | None  # None: nothing was encoded, because of rows that cannot be read, here or before
-    packed_digests: Digests
-
-
-def _prepare_block(work: tuple[RowBlock, bool, bool], data: DataSettings, labeler: Labeler) -> PreparedBlock:
-    """A block of rows, whether it is held out, and whether to encode it: done by itself, with a report of its own."""
-    block, apart, encode = work
-    report, error = Report(), None
-    examples: list[Example] = []
-    encoded: list[tuple[Example, tuple[Tokens, ...]]] = []
+def _prepare_block(
+    work: tuple[RowBlock, int, bool, bool], data: DataSettings, labeler: Labeler
+) -> tuple[Report, LorasftError | None, Arrays | None]:
+    """What became of a block of rows, why they cannot be read or encoded further, and what the store gets of them:
+    None where a row cannot be read, here or before. `work`: the block, the number of its file, whether it is held out,
+    and whether to encode it. Done by itself, with a report of its own."""
+    block, file, apart, encode = work
+    report, error, packed = Report(), None, None
     try:
-        examples.extend(shape_block(block, data, report=report))
-        encode = encode and not report.errors
-        encoded = list(labeler.encode_all(examples, report=report)) if encode else []
+        examples = list(shape_block(block, data, report=report))
+        if encode and not report.errors:
+            encoded = list(labeler.encode_all(examples, report=report))
+            packed = pack_examples(
+                file, [one.place.line for one in examples], [one.digest for one in examples], encoded
+            )
+            packed["held_out"] = np.full(len(examples), apart)
     except LorasftError as raised:
         error = raised
-    digests, packed_digests = (
-        np.array([example.digest for example in some], dtype=np.uint64)
-        for some in (examples, [example for example, _ in encoded])
-    )
-    whole = encode and not error
-    packed = pack_examples([(example.place.line, tokens) for example, tokens in encoded]) if whole else None
-    return PreparedBlock(block.file, apart, report, error, digests, packed, packed_digests)
+    return report, error, packed
 
 
 def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int) -> dict[str, Any]:
     """Write all examples into the stage's store; what else to record of them, as JSON values."""
     report, encoding = Report(), True
-    # `encoding` as it is when a block is read.
-    blocks = ((block, apart, encoding) for source, apart in _sources(data) for block in read_blocks(source, data))
+    names: dict[str, int] = {}  # of files
+    blocks = (
+        (block, names.setdefault(block.file, len(names)), apart, encoding)  # as it is when the block is read
+        for source, apart in _sources(data)
+        for block in read_blocks(source, data)
+    )
     work = partial(_prepare_block, data=data, labeler=labeler)
-    found: dict[bool, list[Digests]] = {False: [NO_DIGESTS], True: [NO_DIGESTS]}
-    packed: list[tuple[Digests, bool]] = [(NO_DIGESTS, False)]
-    names: dict[str, int] = {}
     supervised: set[int] = set()  # ids
     with closing(map_blocks(work, blocks, workers=workers)) as results:
-        for block in results:
-            encoding = encoding and block.packed is not None
-            if block.packed is not None and not encoding:
+        for own, error, packed in results:
+            encoding = encoding and packed is not None
+            if packed is not None and not encoding:
                 continue  # was on its way when a row came that cannot be read
-            report.join(block.report)
-            if block.error:
-                report.raise_errors(block.error)
-            found[block.apart].append(block.digests)
-            if block.packed is not None:
-                files = np.full(len(block.packed["lines"]), names.setdefault(block.file, len(names)))
-                append_arrays(stage, files=files, **block.packed)
-                supervised.update(np.bincount(block.packed["ids"][block.packed["supervised"]]).nonzero()[0].tolist())
-                packed.append((block.packed_digests, block.apart))
+            report.join(own)
+            if error:
+                report.raise_errors(error)
+            if packed is not None:
+                append_arrays(stage, **packed)
+                supervised.update(np.bincount(packed["ids"][packed["supervised"]]).nonzero()[0].tolist())
     report.raise_errors()
-    below = _split(data, *(np.concatenate(found[apart]) for apart in (False, True)), report=report)
-    held_out = np.concatenate([apart | (own < below) for own, apart in packed])
-    append_arrays(stage, held_out=held_out)
-    report.held_out_examples = int(held_out.sum())
-    report.train_examples = len(held_out) - report.held_out_examples
+    digests, apart, sizes = (
+        np.fromfile(stage / name, TYPES[name]) for name in ("digests", "held_out", "example_sizes")
+    )
+    held_out = apart | (digests < _split(data, digests[~apart], digests[apart], report=report))
+    replace_file(stage / "held_out", held_out.tobytes())
+    report.held_out_examples = int(np.count_nonzero(sizes[held_out]))
+    report.train_examples = int(np.count_nonzero(sizes[~held_out]))
     _refuse_losses(data, report)
     return {
         "report": report.as_dict(),

@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 Raw = Any  # a row as it was read: bytes of JSON, a value, or the DataError that stands for it
-LARGEST_ROW = 8 << 20  # bytes
+LARGEST_FIELD = 8 << 20  # characters, of a CSV file
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 BOM = b"\xef\xbb\xbf"
 RECODE = "convert it to UTF-8, for example with iconv -f latin1 -t utf8"
@@ -52,7 +51,7 @@ def source_files(path: str) -> tuple[Path, ...]:
         if not found and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and here.suffix.lower() not in SUFFIXES:
             return ()
     if not found:
-        what = f"no {', '.join(SUFFIXES)} file in this folder" if here.is_dir() else "there is no such file"
+        what = f"there is no such file, or no {', '.join(SUFFIXES)} in this folder"
         raise DataError(what, where=path, hint=f"the folder that was looked in: {here.absolute().parent}")
     return tuple(found)
 
@@ -136,15 +135,13 @@ def _read_json(path: Path) -> Iterator[tuple[int, Raw]]:
             yield from enumerate(parse_strict(file.read().decode("utf-8-sig")), start=1)
             return
         # Read as bytes: text mode, or splitlines, would break rows at U+2028, U+0085 and \v.
-        for number, line in enumerate(iter(partial(file.readline, LARGEST_ROW + 1), b""), start=1):
-            if len(line) > LARGEST_ROW:
-                raise ValueError(f"a row of over {LARGEST_ROW:,} bytes")
+        for number, line in enumerate(file, start=1):
             if row := line.removeprefix(BOM).strip():
                 yield number, row
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Raw]]:
-    csv.field_size_limit(LARGEST_ROW)
+    csv.field_size_limit(LARGEST_FIELD)
     with open(path, "rb") as file:
         reader = csv.reader((line.removeprefix(BOM).decode() for line in file), strict=True)
         names = next(reader, [])

@@ -23,13 +23,17 @@ TYPES = {  # file name -> type on disk
     "example_sizes": "<i8",  # (examples,) in sequences
     "files": "<i4",  # (examples,) index into the names of files
     "lines": "<i8",  # (examples,)
+    "digests": "<u8",  # (examples,)
     "held_out": "|b1",  # (examples,)
 }
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """The sequences of the `chosen` examples of a folder, in the order they were read; len() counts EXAMPLES."""
+    """The sequences of the `chosen` examples of a folder, in the order they were read; len() counts EXAMPLES.
+
+    The folder has an entry for each row that could be read, without sequences where the example was dropped.
+    """
 
     chosen: Ints  # indices into what is there
     arrays: Arrays
@@ -62,25 +66,30 @@ class TokenStore:
 
     def split(self, held_out: bool) -> TokenStore:
         """The examples that are held out, or the others."""
-        return replace(self, chosen=np.flatnonzero(self.arrays["held_out"] == held_out))
+        return replace(self, chosen=self.chosen[self.arrays["held_out"][self.chosen] == held_out])
 
 
 def example_lengths(store: TokenStore) -> Ints:
     """Tokens of the longest sequence of each example."""
-    lengths: Ints = np.maximum.reduceat(np.diff(store.sequence_starts), store.example_starts[:-1])
+    sizes = np.append(np.diff(store.sequence_starts), 0)  # dropped ones at the end begin there
+    lengths: Ints = np.maximum.reduceat(sizes, store.example_starts[:-1])
     return lengths[store.chosen]
 
 
-def pack_examples(examples: Sequence[tuple[int, Sequence[Tokens]]]) -> Arrays:
-    """Lay out examples of one file, each with its line, as a store holds them."""
-    sequences = [tokens for _, own in examples for tokens in own]
+def pack_examples(
+    file: int, lines: Sequence[int], digests: Sequence[int], examples: Sequence[Sequence[Tokens]]
+) -> Arrays:
+    """Lay out the sequences of examples of one file, with the line and the digest of each, as a store holds them."""
+    sequences = [tokens for own in examples for tokens in own]
     nothing = np.zeros(0, dtype=np.int32)
     return {
         "ids": np.concatenate([nothing, *(tokens.ids for tokens in sequences)]),
         "supervised": np.concatenate([nothing, *(tokens.labels for tokens in sequences)]) != UNSUPERVISED,
         "sequence_sizes": np.array([len(tokens) for tokens in sequences], dtype=np.int64),
-        "example_sizes": np.array([len(own) for _, own in examples], dtype=np.int64),
-        "lines": np.array([line for line, _ in examples], dtype=np.int64),
+        "example_sizes": np.array([len(own) for own in examples], dtype=np.int64),
+        "files": np.full(len(lines), file),
+        "lines": np.array(lines, dtype=np.int64),
+        "digests": np.array(digests, dtype=np.uint64),
     }
 
 
@@ -92,10 +101,11 @@ def append_arrays(folder: Path, **arrays: npt.NDArray[Any]) -> None:
 
 
 def map_store(folder: Path, names: Sequence[str]) -> TokenStore:
-    """Map the flat files of a store, all examples chosen. `names`: of the files that `files` has the indices of."""
+    """Map the flat files of a store, all examples with sequences chosen. `names`: what the numbers in `files` mean."""
     # As plain views, which slice five times faster.
     arrays = {name: np.asarray(np.memmap(folder / name, dtype=kind, mode="r")) for name, kind in TYPES.items()}
     sequence_starts, example_starts = (
         np.concatenate([[0], np.cumsum(arrays[name])]) for name in ("sequence_sizes", "example_sizes")
     )
-    return TokenStore(np.arange(len(arrays["lines"])), arrays, sequence_starts, example_starts, tuple(names))
+    chosen = np.flatnonzero(arrays["example_sizes"])
+    return TokenStore(chosen, arrays, sequence_starts, example_starts, tuple(names))

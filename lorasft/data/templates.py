@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -58,7 +57,6 @@ MERGE_SYSTEM = (
 )
 CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
 LARGEST_TEXT = 64 << 20  # characters
-MOST_PIECES = 1 << 20  # that a template makes of one conversation: some for each message
 LARGEST_NUMBER = 1 << 16  # bits
 ROOM = 1 << 29  # bytes, for one conversation
 SECONDS = 10  # for one rendering, which takes a thousandth of one
@@ -142,10 +140,9 @@ def _multiply(sign: str, left: Any, right: Any) -> Any:
 
 
 def _join(pieces: Iterable[str]) -> str:
-    """Jinja's own would hold what a template makes, however much that is."""
-    found = list(islice(pieces, MOST_PIECES))
-    text = "".join(found)
-    if len(found) == MOST_PIECES or len(text) > LARGEST_TEXT:
+    """Jinja's own would give what a template makes, however much that is."""
+    text = "".join(pieces)
+    if len(text) > LARGEST_TEXT:
         raise MemoryError("it makes text without end")
     return text
 

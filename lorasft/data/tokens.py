@@ -21,6 +21,14 @@ class Tokens:
         return len(self.ids)
 
 
+def all_supervised(ids: npt.ArrayLike, start: int = 1) -> Tokens:
+    """Every token from `start` on a target; before the first is nothing that it could be predicted from."""
+    array = np.array(ids, dtype=np.int32)
+    labels = array.copy()
+    labels[:start] = UNSUPERVISED
+    return Tokens(array, labels)
+
+
 def supervised_runs(tokens: Tokens) -> npt.NDArray[np.int32]:
     """Start and end of each run of labels that are supervised: (runs, 2)."""
     supervised = np.zeros(len(tokens) + 2, dtype=bool)

@@ -62,7 +62,7 @@ def read_gguf_layout(model: Path) -> GgufLayout:
     config = read_config(str(model))
     if getattr(config, "quantization_config", None):
         raise ModelError("the model is quantized", where=str(model), hint="export 16-bit weights, such as merge writes")
-    config = config.get_text_config() if config.model_type == "gemma3" else config
+    config = config.get_text_config()
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ModelError(f"no GGUF export for {config.model_type} here", where=str(model), hint=usual_converter(model))
@@ -104,7 +104,7 @@ def _sizes(config: Any, family: Family, head_size: int) -> dict[str, Field]:
         "embedding_length": config.hidden_size,
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads or config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
         "attention.key_length": head_size,
         "attention.value_length": head_size,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
@@ -113,7 +113,7 @@ def _sizes(config: Any, family: Family, head_size: int) -> dict[str, Field]:
         fields["attention.sliding_window"] = config.sliding_window or 0
     if family.name == "gemma2":
         for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-            fields[name] = float(getattr(config, name) or 0.0)
+            fields[name] = float(getattr(config, name))
     return fields
 
 
@@ -140,7 +140,7 @@ def _positions(
         fields |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
     elif kind == "llama3":
         slowed, _ = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
-        usual = float(rope["rope_theta"]) ** (torch.arange(0, -turned, -2) / turned)
+        usual = 1.0 / float(rope["rope_theta"]) ** (torch.arange(0, turned, 2) / turned)
         extra["rope_freqs.weight"] = (usual / slowed).tolist()  # by how much each frequency is slowed down
     elif kind == "longrope":
         _, attention = ROPE_INIT_FUNCTIONS[kind](config, "cpu")

@@ -51,8 +51,11 @@ def describe_tokenizer(model: Path, vocabulary: int) -> dict[str, Any]:
     if _is_sentencepiece(spec):
         own = _describe_sentencepiece(tokenizer, spec, model, pieces["tokenizer.ggml.tokens"])
     else:
-        own = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name_splitter(spec, model)}
-        own["tokenizer.ggml.merges"] = [" ".join(merge) for merge in spec["model"]["merges"]]
+        own = {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": name_splitter(spec, model),
+            "tokenizer.ggml.merges": [" ".join(merge) for merge in spec["model"]["merges"]],
+        }
     return own | pieces | _special_fields(tokenizer)
 
 
@@ -144,6 +147,8 @@ def _special_fields(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 def starts_with_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether a server shall put BOS before prompts: the tokenizer does, and in training the template did."""
-    if not adds_bos(tokenizer) or not tokenizer.chat_template:
-        return adds_bos(tokenizer)
-    return render(tokenizer, [{"role": "user", "content": "a"}], generation_prompt=True).startswith(tokenizer.bos_token)
+    question = [{"role": "user", "content": "a"}]
+    return adds_bos(tokenizer) and (
+        not tokenizer.chat_template
+        or render(tokenizer, question, generation_prompt=True).startswith(tokenizer.bos_token)
+    )

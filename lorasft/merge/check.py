@@ -23,11 +23,11 @@ from torch import Tensor
 
 from lorasft.artifact import Artifact, find_artifact
 from lorasft.data.prepare import open_prepared
-from lorasft.data.tokens import UNSUPERVISED, Tokens
+from lorasft.data.tokens import UNSUPERVISED, Tokens, all_supervised
 from lorasft.errors import DataError, ModelError
 from lorasft.model.adapter import load_artifact, read_tokenizer
 from lorasft.model.free_memory import free_memory
-from lorasft.model.scoring import all_supervised, read_answers
+from lorasft.model.scoring import read_answers
 from lorasft.recipe import DataSettings, DataSource
 
 Onto = Literal["original", "dequantized"]  # the weights that an update is added to
@@ -51,18 +51,18 @@ class MergeCheck:
 
         Raises DataError without rows.
         """
-        self.artifact, (rows, self.origin) = artifact, _choose_rows(artifact, data)
-        self.rows = rows
+        self.artifact = artifact
+        self.rows, self.origin = _choose_rows(artifact, data)
         self.table: dict[str, dict[str, float]] = {}
-        targets = [row.labels[row.labels != UNSUPERVISED] for row in rows]
+        targets = [row.labels[row.labels != UNSUPERVISED] for row in self.rows]
         self.lengths = [len(part) for part in targets]
         self.targets = torch.from_numpy(np.concatenate(targets).astype("int64")).unsqueeze(1)  # (pairs, 1)
         self.four_bit = artifact.model.quantization == "nf4"
         model = _load(artifact)
-        self.trained = log_probs(model, rows)
+        self.trained = log_probs(model, self.rows)
         self._compare("trained", self.trained)
         with model.disable_adapter():
-            self._compare("without the adapter", log_probs(model, rows))
+            self._compare("without the adapter", log_probs(model, self.rows))
 
     @cached_property
     def original(self) -> Tensor:
@@ -113,7 +113,7 @@ class MergeCheck:
 
 def _choose_rows(artifact: Artifact, data: DataSource | None) -> tuple[list[Tokens], str]:
     """As many rows as are compared, and where they come from."""
-    left = max(1, min(_PAIRS, _BYTES // (4 * (artifact.vocabulary or 1))))
+    left = min(_PAIRS, _BYTES // (4 * (artifact.vocabulary or 1)))
     rows, origin = _find_rows(artifact, data)
     kept: list[Tokens] = []
     for row in rows:
@@ -152,8 +152,10 @@ def _find_rows(artifact: Artifact, data: DataSource | None) -> tuple[Sequence[To
     if data is not None:
         settings = artifact.recipe.data if artifact.recipe else DataSettings(train=(data,))
         answers, _ = read_answers(data, settings, artifact.chat, tokenizer=read_tokenizer(artifact))
-        marked = [(answer.ids, np.arange(len(answer.ids)) < answer.start) for answer in answers]
-        return [Tokens(ids, np.where(given, UNSUPERVISED, ids)) for ids, given in marked], data.path
+        return [
+            Tokens(answer.ids, np.where(np.arange(len(answer.ids)) < answer.start, UNSUPERVISED, answer.ids))
+            for answer in answers
+        ], data.path
     for folder in sorted((artifact.run / "tokens").glob("*/prepared.json")) if artifact.run else ():
         with contextlib.suppress(ModelError):  # damaged, or of another version
             prepared = open_prepared(folder.parent)

@@ -65,8 +65,8 @@ def merge(
             judge.verify(weights, chosen)
         if quantize:
             found = _quantize(weights, stage)
-        if judge and quantize:
-            judge.ask(stage, "merged, in 4 bit")
+            if judge:
+                judge.ask(stage, "merged, in 4 bit")
         hashes.update(found)
         done = {
             "adapter": files.sha256(adapter / WEIGHTS),
@@ -74,7 +74,8 @@ def merge(
             "why": why,
             "updated": len(plan.changes),  # tensors that the adapter changes
             "size": sum((stage / name).stat().st_size for name in found),  # bytes of weights
-            **({"rows": judge.origin, "table": judge.table} if judge else {"rows": "", "table": {}}),
+            "rows": judge.origin if judge else "",
+            "table": judge.table if judge else {},
             "result": found,
         }
         return _write_record(stage, artifact, done)

@@ -21,12 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lorasft.data.packing import MicroBatch, make_micro_batches
+from lorasft.data.tokens import all_supervised
 from lorasft.model.adapter import trainable
 from lorasft.model.base import count_bytes
 from lorasft.model.linear import use_lean_linears
 from lorasft.model.loss import Network, pair_losses
 from lorasft.model.recompute import layer_kinds, only_first, recompute
-from lorasft.model.scoring import Given, all_supervised
+from lorasft.model.scoring import Given
 
 # Share of the free memory that is planned with: the rest is for fragments and other programs.
 USABLE = 0.9

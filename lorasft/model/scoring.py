@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lorasft.data.packing import MicroBatch, Sequences, assign_to_rank, make_micro_batches
-from lorasft.data.prepare import encode_source
+from lorasft.data.prepare import prepare, settings_for
 from lorasft.data.report import Report
 from lorasft.data.sources import RowLocation
-from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs
-from lorasft.errors import DataError
+from lorasft.data.tokens import Tokens, all_supervised, supervised_runs
 from lorasft.model.loss import Network, pair_losses
 from lorasft.recipe import ChatSettings, DataSettings, DataSource
 
@@ -37,13 +38,6 @@ class Given:
 
     def sequences(self, example: int) -> tuple[Tokens, ...]:
         return (self.given[example],)
-
-
-def all_supervised(ids: NDArray[np.int32], start: int = 1) -> Tokens:
-    """`ids` with every token from `start` on a target; the first has no source that predicts it."""
-    labels = ids.copy()
-    labels[:start] = UNSUPERVISED
-    return Tokens(ids=ids, labels=labels)
 
 
 def score_batches(
@@ -117,16 +111,15 @@ def read_answers(
 
     Raises DataError when there are no answers.
     """
-    examples, report = encode_source(source, data, chat, tokenizer=tokenizer)
-    answers = [
-        Answer(tokens.ids[:end], max(1, int(start)), example.place)
-        for example, sequences in examples
-        for tokens in sequences
-        for start, end in supervised_runs(tokens)
-    ]
-    if not answers:
-        raise DataError("no answers to score", where=source.path)
-    return answers, report
+    with TemporaryDirectory(prefix="lorasft-") as folder:
+        prepared = prepare(settings_for(source, data), chat, tokenizer=tokenizer, folder=Path(folder), workers=1)
+        answers = [
+            Answer(tokens.ids[:end], max(1, int(start)), prepared.store.place(example))
+            for example in range(len(prepared.store))
+            for tokens in prepared.store.sequences(example)
+            for start, end in supervised_runs(tokens)
+        ]
+    return answers, prepared.report
 
 
 def score_answers(network: Network, answers: Sequence[Answer]) -> list[dict[str, float]]:

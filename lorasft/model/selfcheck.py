@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from lorasft.data.packing import MicroBatch, make_micro_batches
-from lorasft.data.tokens import Tokens
+from lorasft.data.tokens import Tokens, all_supervised
 from lorasft.model.attention import SEGMENTS, attention
 from lorasft.model.loss import Network, pair_losses, read_head
-from lorasft.model.scoring import Given, all_supervised
+from lorasft.model.scoring import Given
 
 _STEM, _TAIL, _OTHER = 17, 17, 9  # tokens that two sequences begin with, and with which each continues
 # What rounding may move, as shares of the losses, in 32 bits and in 16: the losses of a sequence beside another first
