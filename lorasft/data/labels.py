@@ -118,8 +118,7 @@ class Labeler:
                 return self._label(alone, self.format.encoder.encode(_texts_of(alone)), report)
             if not fits:
                 cut = marked.answers[0].prompt
-                whole, count = self.format.encoder.encode_apart(marked.text[:cut], marked.text[cut:])
-                prompts = [whole.ids[:count]]
+                whole = self.format.encoder.encode_apart(marked.text[:cut], marked.text[cut:])
             tokens = self._supervise_answers(marked, whole, prompts)
             report.answers += len(prompts)
             report.parity_breaks += parity_breaks(tokens, prompts)
