@@ -96,11 +96,12 @@ class Labeler:
                 raise DataError(what, hint="chat.thinking=follow_template or drop")
             report.dropped_reasoning += len(reasoning)
         content = without_reasoning(message)["content"]
-        if content not in rendered and not message.get("tool_calls"):  # with calls the content is rewritten altogether
-            blanks = len(content) - len(content.strip())
-            trimmed = content.strip() in rendered
-            report.trimmed_characters += blanks if trimmed else 0
-            report.dropped_characters += 0 if trimmed else len(content)
+        if content in rendered or message.get("tool_calls"):  # with calls the content is rewritten altogether
+            return
+        if content.strip() in rendered:
+            report.trimmed_characters += len(content) - len(content.strip())
+        else:
+            report.dropped_characters += len(content)
 
     def _label(self, texts: Sequence[MarkedText], encoded: Mapping[str, Encoded], report: Report) -> list[Tokens]:
         """Ids and labels; `encoded`: each text, and each prompt."""
