@@ -14,7 +14,7 @@ from errno import ENAMETOOLONG
 from typing import Any, NoReturn
 
 from lorasft import __version__
-from lorasft.errors import LorasftError, RecipeError
+from lorasft.errors import CapacityError, LorasftError, RecipeError
 from lorasft.signals import Ended, end_at_once, ended_in_order
 from lorasft.terminal import say
 
@@ -75,6 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Ended as signalled:
         say("stopped")
         return signalled.exit_code
+    except (RuntimeError, MemoryError) as error:
+        from lorasft.model.free_memory import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        hint = "free memory and try again (a run that had begun: with --resume), or take a smaller model"
+        say(str(CapacityError(f"out of memory: {error}", hint=hint)))
+        return CapacityError.exit_code
     except BrokenPipeError:  # the reader of stdout went away: nothing is lost
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:

@@ -28,7 +28,8 @@ TRASH = ".trash-"
 LOCK = "run.lock"
 HALF_DONE = re.compile(r"\.(stage|trash)-(?P<name>.+)-[0-9a-f]{8}")  # what this file calls its stages and trash
 _AGAIN = "take another copy of this folder, or an earlier one"
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+_WRONG_PLACE = {errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS,
+                errno.ELOOP, errno.ENAMETOOLONG}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -244,7 +245,7 @@ def _disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kind = CapacityError if error.errno in _NO_ROOM else RecipeError
+        kind = RecipeError if error.errno in _WRONG_PLACE else CapacityError
         hint = "free some space, or name another place"
         raise kind(f"cannot write: {error.strerror}", where=str(path), hint=hint) from error
 

@@ -265,8 +265,7 @@ def train_arm(arm: str, **job: Any) -> Measured:
 def train_ours(arm: str, job: Measured, meter: Meter) -> None:
     from lorasft.train.run import open_run
 
-    with open_run(train_recipe(job), resume=False) as opened:
-        run = opened.run
+    with open_run(train_recipe(job), resume=False) as (run, _):
         run.network.causal.train()
         meter.last = time.perf_counter()
         for number in range(1, job["steps"] + 1):
@@ -459,8 +458,7 @@ def flat_case(base: str, file: str, length: int, steps: int) -> Measured:
     started = time.perf_counter()
     report = prepare(recipe.data, recipe.chat, tokenizer=tokenizer, folder=folder / "tokens").report
     prepared = time.perf_counter() - started
-    with open_run(recipe, resume=False) as opened:
-        run = opened.run
+    with open_run(recipe, resume=False) as (run, _):
         run.network.causal.train()
         started = time.perf_counter()
         run.plan.step(1, run.rows)
@@ -701,9 +699,9 @@ def plan_and_run(base: str, data: str, quantization: str, recompute: bool) -> Me
     )
     planned = plan_run(recipe, memory=None)
     loaded = sum(size for kind, size in planned["bytes"].items() if kind == "adapter" or "weights" in kind)
-    with open_run(recipe, resume=False) as opened:
-        measured = real_peak(partial(work_twice, opened.run))
-        taken = [time_step(opened.run, number) for number in range(1, 4)][1:]
+    with open_run(recipe, resume=False) as (run, _):
+        measured = real_peak(partial(work_twice, run))
+        taken = [time_step(run, number) for number in range(1, 4)][1:]
     return {
         **planned["heaviest"],
         "loaded": loaded,

@@ -367,10 +367,10 @@ def train_tiny(folder: str, *settings: str, resume: bool = False) -> tuple[list[
     from lorasft.train.run import export_adapter, open_run
 
     fixed = [f"run.output={folder}", "run.save_every=2", "train.steps=4", "data.eval=null", "run.eval_every=null"]
-    with open_run(load_recipe("tiny", [*fixed, *settings]), resume=resume) as opened:
-        export_adapter(opened, train(opened.run, opened.state))
+    with open_run(load_recipe("tiny", [*fixed, *settings]), resume=resume) as (run, state):
+        export_adapter(run, train(run, state))
     lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    _, state, _ = newest_checkpoint(Path(folder, "checkpoints"), run=None)
+    state = newest_checkpoint(Path(folder, "checkpoints"), run=None)
     return [line["loss"] for line in lines if "loss" in line], state.layout.micro_batch_tokens
 
 

@@ -71,8 +71,8 @@ def test_the_peak_is_foreseen_from_config_and_data(shape: str, words: int, recip
         )
         plan = plan_run(load_recipe(path), memory=None)
         predicted = plan["peak"] - loaded_bytes(plan)
-        with open_run(load_recipe(path), resume=False) as opened:
-            measured = real_peak(lambda run=opened.run: work_twice(run))  # type: ignore[misc]
+        with open_run(load_recipe(path), resume=False) as (run, _):
+            measured = real_peak(lambda run=run: work_twice(run))  # type: ignore[misc]
         assert abs(predicted / measured - 1) < 0.1, (recompute, predicted / measured)
 
 

@@ -19,6 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,7 +43,7 @@ from lorasft.train import inputs, loop
 from lorasft.train import metrics as metrics_module
 from lorasft.train import run as runs
 from lorasft.train.distributed import ALONE, Ranks, join
-from lorasft.train.state import Run
+from lorasft.train.state import Layout, Run, State
 
 Write = Callable[..., str]
 
@@ -105,7 +106,9 @@ def step_run(model: Any, network: Any, rows: Rows, ranks: Ranks, **plan: Any) ->
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     whole = Plan(len(rows), len(rows), 1, seed=0, processes=ranks.count, **plan)
     nothing: Any = None
-    return Run(nothing, nothing, whole, nothing, nothing, network, model, parameters, nothing, nothing, ranks)
+    inputs: Any = SimpleNamespace(prepared=SimpleNamespace(train=rows, held_out=rows))
+    metrics: Any = SimpleNamespace(evaluation=lambda **values: None)
+    return Run(nothing, inputs, whole, network, model, parameters, nothing, metrics, ranks)
 
 
 SIZES = ((6, 1000, False), (6, 20, False), (1, 1000, False), (6, 40, True))
@@ -146,11 +149,11 @@ def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> N
         assert scores == pytest.approx(held_out(model, network, ALONE), rel=1e-6)
 
 
-def held_out(model: Any, network: Any, ranks: Ranks) -> list[float]:
-    """Losses and tokens of held-out sets of every size."""
-    run = step_run(model, network, some(1), ranks, loss="token", micro_batch_tokens=20)
-    results = [loop.evaluate(run, some(size), StopRequest()) for size in range(1, 7)]  # type: ignore[arg-type]
-    return [number for result in results if result for number in result]
+def held_out(model: Any, network: Any, ranks: Ranks) -> list[Any]:
+    """Losses of held-out sets of every size."""
+    state, plan = State(0, "", 0, Layout("float32", 1, 0, segments=True)), {"loss": "token", "micro_batch_tokens": 20}
+    sized = (step_run(model, network, some(size), ranks, **plan) for size in range(1, 7))
+    return [loop.evaluate(run, state, StopRequest()).best_loss for run in sized]
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
@@ -194,10 +197,10 @@ def test_all_processes_end_with_the_same_parameters(recipe: Write, tmp_path: Pat
     def act(rank: int) -> None:
         metrics_module.start_trackers = lambda *_: [Accelerator(), GeneralTracker(_blank=True)][1:]
         inputs.check_trackers = lambda names: None
-        with join() as ranks, runs.open_run(settings, resume=False, ranks=ranks) as opened:
-            loop.train(opened.run, opened.state)
-            opened.run.metrics.close()  # of trackers, in the first alone: must not part the processes
-            parameters = {name: tensor.detach() for name, tensor in opened.run.parameters.items()}
+        with join() as ranks, runs.open_run(settings, resume=False, ranks=ranks) as (run, state):
+            loop.train(run, state)
+            run.metrics.close()  # of trackers, in the first alone: must not part the processes
+            parameters = {name: tensor.detach() for name, tensor in run.parameters.items()}
             save_file(parameters, tmp_path / f"{rank}.safetensors")
 
     launch = Launch(tmp_path, act)

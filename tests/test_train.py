@@ -7,7 +7,6 @@ import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,20 +19,18 @@ from transformers import AutoModelForCausalLM
 
 from lorasft.artifact import find_artifact
 from lorasft.cli import main
-from lorasft.data.packing import Plan
 from lorasft.files import sha256
 from lorasft.model.adapter import attach_adapter, load_artifact
 from lorasft.model.attention import attention
 from lorasft.model.base import load_base
 from lorasft.model.generate import generate
+from lorasft.model.scoring import score_batches
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import AdapterSettings, ModelSettings, ScheduleSettings
 from lorasft.recipe.load import load_recipe
 from lorasft.signals import Ended, StopRequest
 from lorasft.train import loop
 from lorasft.train import run as runs
-from lorasft.train.distributed import ALONE
-from lorasft.train.loop import evaluate
 from lorasft.train.optimizer import learning_rate
 
 Write = Callable[..., str]
@@ -94,14 +91,14 @@ def test_resumed_equals_uninterrupted(
 def test_the_frozen_base_is_unchanged(recipe: Write, base: Path) -> None:
     """After training in NF4, every frozen tensor has the bits of a fresh load."""
     settings = load_recipe(recipe(model={"dtype": "auto"}, train={"steps": 3}))
-    with runs.open_run(settings, resume=False) as opened:
-        loop.train(opened.run, opened.state)
+    with runs.open_run(settings, resume=False) as (run, state):
+        loop.train(run, state)
         after = {
             name.removeprefix("base_model.model.").replace(".base_layer", ""): parameter
-            for name, parameter in opened.run.model.named_parameters()
+            for name, parameter in run.model.named_parameters()
             if not parameter.requires_grad
         }
-        trained = set(opened.run.parameters)
+        trained = set(run.parameters)
     assert all("lora_" in name for name in trained) and trained
     fresh = dict(load_base(settings.model, torch.device("cpu")).named_parameters())
     assert fresh.keys() == after.keys()
@@ -117,8 +114,7 @@ def test_evaluating_and_generating_do_not_change_gradients(base: Path) -> None:
     network = verify(peft.get_base_model())
     rows = Rows()
     before = packed_step(peft.train(), network, rows, "token", 100)
-    plan = Plan(1, 1, 1, seed=0, loss="token", micro_batch_tokens=100)
-    evaluate(SimpleNamespace(network=network, plan=plan, ranks=ALONE), rows, StopRequest())  # type: ignore[arg-type]
+    list(score_batches(network, rows, range(len(rows)), capacity=100))
     generate(network.causal, None, [1, 5, 9], max_new_tokens=4, stops=[2])
     after = packed_step(peft.train(), network, rows, "token", 100)
     assert before[0] == after[0]

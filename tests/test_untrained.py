@@ -70,8 +70,7 @@ def test_preview_and_training_refuse_untrained_tokens(recipe: Any, tmp_path: Pat
     assert cli.main(["preview", path, "chat.template=plain"]) == 0
 
 
-def test_the_adapters_generation_stops_where_answers_end(recipe: Any, tmp_path: Path, capsys: Any) -> None:
+def test_the_adapters_generation_stops_where_answers_end(recipe: Any, tmp_path: Path) -> None:
     assert cli.main(["train", recipe(), "train.steps=1", "schedule.warmup=0", "run.eval_every=null"]) == 0
-    assert "does not stop at <|end|>" in capsys.readouterr().err
     config = json.loads((tmp_path / "run/adapter/generation_config.json").read_bytes())
     assert config["eos_token_id"][0] == END

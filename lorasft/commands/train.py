@@ -14,7 +14,7 @@ from lorasft.errors import Stopped
 from lorasft.terminal import say, shorten
 
 if TYPE_CHECKING:
-    from lorasft.train.run import ReadyRun
+    from lorasft.train.state import Run
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -34,10 +34,10 @@ def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
         from lorasft.train.run import export_adapter, open_run
 
         started, output = time.monotonic(), settings.run.output
-        with _saying_what_is_saved(Path(output)), open_run(settings, resume=resume, ranks=ranks) as ready:
+        with _saying_what_is_saved(Path(output)), open_run(settings, resume=resume, ranks=ranks) as (ready, state):
             if ranks.is_main:
                 _introduce(ready)
-            state = train(ready.run, ready.state)
+            state = train(ready, state)
             adapter = ranks.on_main(lambda: export_adapter(ready, state))
             if ranks.is_main:
                 _show_answers(ready)
@@ -64,25 +64,23 @@ def _saying_what_is_saved(folder: Path) -> Iterator[None]:
         raise Stopped(signalled.exit_code, what, hint=hint) from None
 
 
-def _introduce(ready: ReadyRun) -> None:
+def _introduce(ready: Run) -> None:
     """What was found and made ready, before the first step."""
-    report, plan = ready.prepared.report, ready.run.plan
-    for note in ready.notes:
-        say(note)
+    report, plan = ready.inputs.prepared.report, ready.plan
     say(
         f"{report.train_examples:,} examples, {report.held_out_examples:,} held out, {report.tokens:,} tokens, "
         f"{report.supervised_tokens:,} of them supervised; {plan.steps} steps of {plan.batch_size} examples"
     )
 
 
-def _show_answers(ready: ReadyRun, most: int = 3) -> None:
+def _show_answers(ready: Run, most: int = 3) -> None:
     """Up to three held-out prompts, answered by the base and by the adapter. To run out of memory here is no error."""
     from lorasft.data.tokens import supervised_runs
     from lorasft.model.free_memory import out_of_memory
     from lorasft.model.generate import generate
 
-    run, tokenizer = ready.run, ready.tokenizer
-    held_out, stops = ready.prepared.held_out, ready.prepared.stop_ids
+    tokenizer, prepared = ready.inputs.tokenizer, ready.inputs.prepared
+    held_out = prepared.held_out
     if held_out is None:
         return
     try:
@@ -90,9 +88,9 @@ def _show_answers(ready: ReadyRun, most: int = 3) -> None:
             tokens = held_out.sequences(example)[-1]
             prompt = tokens.ids[: supervised_runs(tokens)[-1, 0]].tolist()
             say(f"\nprompt: {shorten(tokenizer.decode(prompt, skip_special_tokens=True)[-80:])}")
-            for name, context in (("before", run.model.disable_adapter()), ("after", nullcontext())):
+            for name, context in (("before", ready.model.disable_adapter()), ("after", nullcontext())):
                 with context:
-                    ids = generate(run.network.causal, tokenizer, prompt, max_new_tokens=48, stops=stops)
+                    ids = generate(ready.network.causal, tokenizer, prompt, max_new_tokens=48, stops=prepared.stop_ids)
                 say(f"{name:>6}: {shorten(tokenizer.decode(ids, skip_special_tokens=True))}")
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):

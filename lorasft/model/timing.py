@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
-from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -51,11 +49,13 @@ def predict_seconds(
 
 def _time_batch(network: Network, kinds: Sequence[str], batch: MicroBatch, *, wider: float) -> NDArray[np.float64]:
     """Seconds forwards, both ways, and of all layers forwards."""
-    time_first = cache(partial(_time_first, network, batch))
-    around, layers = time_first(0), np.zeros(2)
-    for kind, count in Counter(kinds).items():
+    around = _time_first(network, batch, 0)
+    each: dict[str, NDArray[np.float64]] = {}
+    for kind in dict.fromkeys(kinds):
         first = kinds.index(kind)
-        layers += count * np.maximum(0.0, time_first(first + 1) - time_first(first))
+        before = sum((each[one] for one in kinds[:first]), around)
+        each[kind] = np.maximum(0.0, _time_first(network, batch, first + 1) - before)
+    layers = sum((each[kind] for kind in kinds), np.zeros(2))
     return np.append(wider * around + layers, layers[0])
 
 

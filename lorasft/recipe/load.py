@@ -66,7 +66,7 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises RecipeError, UnsafeError, or ErrorGroup for several errors.
     """
     path = Path(source)
-    if not path.is_file() and (source in shipped_recipes() or not path.exists()):
+    if not path.exists() or path.is_dir():
         path = find_shipped(source)
     document = read_yaml(path)
     if not isinstance(document.value, dict):
@@ -150,13 +150,13 @@ def _apply_override(override: str, document: Document) -> None:
         hint = "for example train.batch_size=16"
         raise RecipeError("not of the form section.key=value", where=where, hint=hint)
     given = parse_yaml(text, where, keys)
-    _absolute_paths(given, [Path.cwd()])
     tree = document.value
     for key in keys[:-1]:
         if not isinstance(tree.get(key), dict):
             tree[key] = {}
         tree = tree[key]
-    tree[keys[-1]] = _value_at(keys, given.value)
+    tree[keys[-1]] = given.value
+    _absolute_paths(Document(document.value, given.places), [Path.cwd()])
     new_keys = dict.fromkeys((keys[:end] for end in range(1, len(keys) + 1)), where)
     document.places = new_keys | document.places | dict.fromkeys(given.places, where)
 

@@ -63,8 +63,6 @@ def parse_yaml(text: str | bytes, name: str, above: Sequence[str] = ()) -> Docum
         reason = getattr(error, "problem", None) or getattr(error, "reason", None)
         hint = "UTF-8, spaces instead of tabs, and text with : # or brackets in quotes"
         raise RecipeError(f"this is not YAML: {reason}", where=where, hint=hint) from None
-    for key in reversed(above):
-        value = {key: value}
     return Document(value, loader.places)
 
 

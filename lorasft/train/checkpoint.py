@@ -45,11 +45,11 @@ from lorasft.files import (
     write_file,
 )
 from lorasft.model.adapter import adapter_weights, give_weights, write_adapter
+from lorasft.model.free_memory import out_of_memory
 from lorasft.recipe import Recipe, mathematics
 from lorasft.recipe.load import dump_recipe, load_recipe
 from lorasft.tensors import fingerprint
 from lorasft.terminal import say
-from lorasft.train.layout import plain_oom_errors
 from lorasft.train.optimizer import optimizer_state, restore_optimizer
 from lorasft.train.state import Run, State
 
@@ -59,20 +59,22 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 
 @contextmanager
-def take_folder(recipe: Recipe, *, resume: bool) -> Iterator[str]:
-    """Hold the run folder, cleared of what a failed start left. Gives the process that was killed in it, if any."""
+def take_folder(recipe: Recipe, *, resume: bool) -> Iterator[None]:
+    """Hold the run folder, cleared of what a failed start left."""
     folder = Path(recipe.run.output)
     refuse_overlap(folder, Path(recipe.model.base))
     check_run_folder(folder, resume=resume)
     make_folder(folder)
     with locked(folder) as left:
+        if left:
+            say(f"process {left} ended without a word: it was killed, or the power was lost")
         check_run_folder(folder, resume=resume)  # it may have become a run before the lock was ours
         sweep(folder)
         sweep(folder / "checkpoints")
         for name in () if resume else ("tokens", "checkpoints/step-000000"):
             if (folder / name).is_dir():
                 remove_folder(folder / name)
-        yield left
+        yield
 
 
 def check_run_folder(folder: Path, *, resume: bool) -> None:
@@ -98,30 +100,17 @@ def read_run_id(folder: Path) -> str | None:
         return None
 
 
-def refuse_changes(recipe: Recipe, folder: Path, saved: State, *, prepared: Prepared) -> None:
-    """Raise RecipeError, with a table old -> new, when what decides the result differs from what the run began with."""
-    before, now = mathematics(load_recipe(str(folder / "recipe.yaml"))), mathematics(recipe)
-    what = "the recipe differs from the one that this run was started with"
-    if before == now:
-        if saved.data == prepared.key:
-            return
-        before, now = (read_ingredients(folder / "tokens", key) for key in (saved.data, prepared.key))
-        what = f"the data, the tokenizer or their libraries changed since step {saved.step}"
-    hint = "restore them, or start another run with run.output=FOLDER"
-    raise RecipeError(f"{what}:\n{compare(before, now)}", where=str(folder), hint=hint)
-
-
 def compare(before: dict[str, Any], now: dict[str, Any], *, most: int = 10) -> str:
-    """What differs, a line each: `key: old -> new`."""
+    """The first of what differs, a line each: `key: old -> new`."""
     old, new = _flatten(before), _flatten(now)
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    lines = [f"  {key}: {old.get(key)!r:.200} -> {new.get(key)!r:.200}" for key in keys[:most]]
-    return "\n".join([*lines, f"  and {len(keys) - most} more"] if len(keys) > most else lines)
+    return "\n".join(f"  {key}: {old.get(key)!r:.200} -> {new.get(key)!r:.200}" for key in keys[:most])
 
 
-def write_start(folder: Path, recipe: Recipe, prepared: Prepared, *, state: State, config: Any) -> None:
+def write_start(run: Run, state: State) -> None:
     """Record what the run is made of; recipe.yaml comes last and makes the folder a run."""
-    base, commit = Path(recipe.model.base), getattr(config, "_commit_hash", None)
+    recipe, prepared = run.recipe, run.inputs.prepared
+    base, commit = Path(recipe.model.base), getattr(run.inputs.config, "_commit_hash", None)
     if not base.is_dir():  # where the hub's client keeps what was loaded from it
         base = Path(snapshot_download(recipe.model.base, revision=commit, local_files_only=True))
     provenance = {
@@ -133,8 +122,8 @@ def write_start(folder: Path, recipe: Recipe, prepared: Prepared, *, state: Stat
         "data": prepared.key,
         "report": prepared.report.as_dict(),
     }
-    replace_file(folder / "provenance.json", json.dumps(provenance, indent=1).encode())
-    replace_file(folder / "recipe.yaml", dump_recipe(recipe).encode())
+    replace_file(run.folder / "provenance.json", json.dumps(provenance, indent=1).encode())
+    replace_file(run.folder / "recipe.yaml", dump_recipe(recipe).encode())
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -150,7 +139,7 @@ def save_checkpoint(run: Run, state: State) -> None:
     for name, tensor in {**adapter_weights(run.model), **tensors}.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise DivergedError(f"{name} is not finite: the checkpoint is not saved", hint="lower the learning rate")
-    target = run.checkpoints / f"step-{state.step:06d}"
+    target = run.checkpoint(state.step)
     if target.exists() or target.is_symlink():  # damaged, or another run's: skipped at the start, not ours to delete
         rename(target, target.with_name(f"{target.name}.aside-{secrets.token_hex(4)}"))
     with staged_folder(target) as stage:
@@ -182,27 +171,36 @@ def read_state(path: Path, *, run: str | None) -> State:
     return state
 
 
-def find_checkpoint(recipe: Recipe, prepared: Prepared) -> tuple[Path, State, list[str]]:
-    """The newest checkpoint in the run folder of `recipe`. Raises RecipeError unless recipe and data are its own."""
+def find_checkpoint(recipe: Recipe, prepared: Prepared) -> State:
+    """The newest checkpoint in the run folder of `recipe`. Raises RecipeError, with a table old -> new, when what
+    decides the result differs from what the run began with.
+    """
     folder = Path(recipe.run.output)
-    path, saved, skipped = newest_checkpoint(folder / "checkpoints", run=read_run_id(folder))
-    refuse_changes(recipe, folder, saved, prepared=prepared)
-    return path, saved, skipped
+    saved = newest_checkpoint(folder / "checkpoints", run=read_run_id(folder))
+    what = "the recipe differs from the one that this run was started with"
+    before, now = mathematics(load_recipe(str(folder / "recipe.yaml"))), mathematics(recipe)
+    if before == now:
+        if saved.data == prepared.key:
+            return saved
+        what = f"the data, the tokenizer or their libraries changed since step {saved.step}"
+        before, now = (read_ingredients(folder / "tokens", key) for key in (saved.data, prepared.key))
+    hint = "restore them, or start another run with run.output=FOLDER"
+    raise RecipeError(f"{what}:\n{compare(before, now)}", where=str(folder), hint=hint)
 
 
-def newest_checkpoint(folder: Path, *, run: str | None) -> tuple[Path, State, list[str]]:
-    """The newest checkpoint of `run` that verifies, its state, and why each newer one was skipped.
+def newest_checkpoint(folder: Path, *, run: str | None) -> State:
+    """The state of the newest checkpoint of `run` that verifies; says why each newer one is skipped.
 
     Raises ModelError when none does: a resumed run never starts from nothing.
     """
-    skipped: list[str] = []
     for path in reversed(list_checkpoints(folder)):
         try:
-            return path, read_state(path, run=run), skipped
+            return read_state(path, run=run)
         except LorasftError as error:
-            skipped.append(f"{path.name}: {error.what}")
-    what = f"no checkpoint to resume from ({'; '.join(skipped) or 'there is none'})"
-    raise ModelError(what, where=str(folder), hint="start anew with another run.output=FOLDER")
+            say(f"skipped {path.name}: {error.what}")
+    raise ModelError(
+        "no checkpoint to resume from", where=str(folder), hint="start anew with another run.output=FOLDER"
+    )
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -253,9 +251,10 @@ class CheckpointSaver:
         """
         self.time = time.monotonic()
         try:
-            with plain_oom_errors(run.folder):
-                self.last = save(run, state)
-        except (OSError, CapacityError, RecipeError) as error:
+            self.last = save(run, state)
+        except (OSError, RuntimeError, MemoryError, CapacityError, RecipeError) as error:
+            if isinstance(error, RuntimeError) and not out_of_memory(error):
+                raise
             what = f"the save after step {state.step} failed: {getattr(error, 'what', error)}"
             if self.failed or final:
                 hint = f"make room on the disk and continue with --resume from step {self.last.step}"

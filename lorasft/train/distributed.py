@@ -78,13 +78,9 @@ class Ranks:
 
     def on_main(self, work: Callable[[], T]) -> T:
         """What `work` gives the first process, told to the others, which wait. Its error ends them all."""
-        if self.count == 1:
-            return work()
-        from accelerate.utils import broadcast_object_list
-
         with self.sync_errors():
-            told: list[Any] = [work() if self.is_main else None]
-        value: T = broadcast_object_list(told)[0]
+            told: Any = work() if self.is_main else None
+        value: T = self.gather(told)[0]
         return value
 
     @contextlib.contextmanager
@@ -181,9 +177,12 @@ def join() -> Iterator[Ranks]:
 def _sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Add up the gradients over the processes, in one flat buffer; None counts as zeros."""
     import torch
+    from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-    gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = parameters_to_vector(gradients)
     torch.distributed.all_reduce(flat)
-    for parameter, total in zip(parameters, torch.split(flat, [one.numel() for one in parameters]), strict=True):
-        parameter.grad = total.view_as(parameter)
+    vector_to_parameters(flat, gradients)

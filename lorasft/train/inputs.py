@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
-from lorasft.artifact import Artifact, find_artifact
+from lorasft.artifact import find_artifact
 from lorasft.data.packing import Plan, count_steps
-from lorasft.data.prepare import Prepared, prepare
+from lorasft.data.prepare import prepare
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import ModelError, RecipeError
 from lorasft.model.adapter import check_targets
 from lorasft.model.base import check_mostly_quantized, compute_dtype, make_skeleton, read_config
-from lorasft.recipe import AdapterSettings, Recipe
+from lorasft.recipe import Recipe
 from lorasft.train.metrics import check_trackers
 from lorasft.train.optimizer import warmup_steps
-from lorasft.train.state import Layout, State
-
-
-@dataclass(frozen=True)
-class RunInputs:
-    """What is known of a run before any weight is read."""
-
-    config: Any  # of the base
-    tokenizer: Any
-    prepared: Prepared
-    plan: Plan
-    adapter: AdapterSettings  # with the sizes of the adapter that it begins from
-    start: Artifact | None  # that adapter
-    checkpoint: Path | None = None  # that is resumed from
-    saved: State | None = None  # its state
-    notes: tuple[str, ...] = ()
-
-    @property
-    def kept(self) -> Layout | None:
-        """The layout that a resumed run keeps, where the recipe leaves it open."""
-        return self.saved.layout if self.saved else None
+from lorasft.train.state import RunInputs
 
 
 def read_inputs(recipe: Recipe, config: Any, folder: Path) -> RunInputs:

@@ -11,10 +11,9 @@ from __future__ import annotations
 import gc
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -33,8 +32,7 @@ from lorasft.model.selfcheck import verify
 from lorasft.model.weightless import plan_network
 from lorasft.recipe import Recipe
 from lorasft.terminal import say
-from lorasft.train.inputs import RunInputs
-from lorasft.train.state import Layout, Run
+from lorasft.train.state import Layout, Run, RunInputs
 
 Result = TypeVar("Result")
 _STEPS_SEEN = 64  # whose micro-batches are weighed to find the heaviest
@@ -102,12 +100,10 @@ def choose_sharing(network: Network, wanted: Sharing, *, kept: Layout | None) ->
     """`network` as it shares prefixes: as recipe or checkpoint say, where that was verified and nothing drops out."""
     if wanted == "auto" and kept:
         wanted = kept.share_prefixes
-    if wanted is False or network.share is False:
-        return replace(network, share=False)
-    if not has_dropout(network.causal):  # else examples that share tokens would share what is dropped
-        return replace(network, share=wanted)
-    notice = "shared prefixes are computed for each example: dropout is active"
-    return replace(network, share=False, notices=(*network.notices, notice))
+    if network.share is False:
+        return network
+    # Where something drops out, examples that share tokens would share what is dropped.
+    return replace(network, share=not has_dropout(network.causal) and wanted)
 
 
 def has_dropout(model: nn.Module) -> bool:
@@ -121,36 +117,32 @@ def has_dropout(model: nn.Module) -> bool:
 
 def choose_fit(network: Network, plan: Plan, rows: TokenStore, *, wanted: int | None, free: bool, spare: int) -> Fit:
     """The first fit: `free` micro-batches are halved once before layers recompute, and again where all of them do."""
-    most, longest = plan.micro_batch_tokens, int(example_lengths(rows).max())
+    most, longest, layers = plan.micro_batch_tokens, int(example_lengths(rows).max()), decoder_layers(network.causal)
     while True:
-        fit = measure_fit(network, plan, rows, wanted=wanted, spare=spare)
-        tokens = plan.micro_batch_tokens
-        enough = fit.needs is None or (fit.holds and (tokens < most or not fit.recomputed))
+        heaviest, tokens = find_heaviest(plan, rows), plan.micro_batch_tokens
+        recomputed, needs = fewest_recomputed(network, heaviest, wanted=wanted, free=spare)
+        fit = Fit(plan, recomputed, len(layers), heaviest, needs, spare)
+        enough = needs is None or (fit.holds and (tokens < most or not recomputed))
         if enough or not free or tokens <= longest:
             return fit
-        plan = replace(plan, micro_batch_tokens=max(longest, min(tokens, len(fit.heaviest.ids)) // 2))
+        plan = replace(plan, micro_batch_tokens=max(longest, min(tokens, len(heaviest.ids)) // 2))
 
 
-def measure_fit(network: Network, plan: Plan, rows: TokenStore, *, wanted: int | None, spare: int) -> Fit:
-    """How the heaviest micro-batch fits, with `wanted` recomputed layers or as few as possible; without weights."""
-    heaviest, layers = find_heaviest(plan, rows), len(decoder_layers(network.causal))
-    recomputed, needs = layers if wanted is None else wanted, None
-    with suppress(LookupError, TypeError, ValueError, RuntimeError):  # it reads numbers: the layout that needs least
-        if wanted is None:
-            recomputed, needs = fewest_recomputed(network, heaviest, free=spare)
-        else:
-            needs = dry_run(network, heaviest, recomputed=wanted)
-    return Fit(plan, recomputed, layers, heaviest, needs, spare)
-
-
-def fewest_recomputed(network: Network, batch: MicroBatch, *, free: int) -> tuple[int, ActivationMemory]:
-    """The fewest layers to recompute for a peak within 90 % of `free` bytes, else all; and what `batch` then needs."""
+def fewest_recomputed(
+    network: Network, batch: MicroBatch, *, free: int, wanted: int | None = None
+) -> tuple[int, ActivationMemory | None]:
+    """The fewest layers to recompute for a peak within 90 % of `free` bytes, else all, or those `wanted`; and what
+    `batch` then needs, found without weights: None where the model reads numbers.
+    """
     layers = len(decoder_layers(network.causal))
     needs = cache(lambda count: dry_run(network, batch, recomputed=count))
-    count = 0
-    if layers and not needs(0).fits(free):
-        count = bisect_left(range(layers), True, lo=1, key=lambda count: needs(count).fits(free))
-    return count, needs(count)
+    try:
+        if wanted is None:
+            none = not layers or needs(0).fits(free)
+            wanted = 0 if none else bisect_left(range(layers), True, lo=1, key=lambda count: needs(count).fits(free))
+        return wanted, needs(wanted)
+    except (LookupError, TypeError, ValueError, RuntimeError):  # it reads numbers: the layout that needs least
+        return layers if wanted is None else wanted, None
 
 
 def find_heaviest(plan: Plan, rows: TokenStore) -> MicroBatch:
@@ -185,20 +177,6 @@ def oom_context(rows: TokenStore, batch: MicroBatch) -> Iterator[None]:
         )
         error.tokens, error.longest = len(batch.ids), int(batch.positions.max()) + 1
         raise error from raised
-
-
-@contextmanager
-def plain_oom_errors(folder: Path) -> Iterator[None]:
-    """Turn an out-of-memory error that cutting the work does not help, as in an update, into a CapacityError."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as raised:
-        if not out_of_memory(raised):
-            raise
-        begun = (folder / "recipe.yaml").is_file()
-        again = "continue with --resume" if begun else "start again, or with a smaller model.base"
-        reason, _, _ = str(raised).strip().partition("\n")
-        raise CapacityError(f"out of memory: {reason}", hint=f"free memory and {again}") from raised
 
 
 def retry_on_oom(run: Run, work: Callable[[], Result]) -> Result:

@@ -13,7 +13,6 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lorasft.data.packing import Step, assign_to_rank
-from lorasft.data.store import TokenStore
 from lorasft.errors import DivergedError, Stopped
 from lorasft.model.loss import pair_losses
 from lorasft.model.scoring import score_batches
@@ -78,7 +77,7 @@ def train(run: Run, state: State) -> State:
     run.network.causal.train()
     with stop_signals(alone=run.ranks.count == 1) as stop:
         if state.step == 0 or state.evaluation_due:
-            state = retry_on_oom(run, partial(evaluate_and_note, run, state, stop))
+            state = retry_on_oom(run, partial(evaluate, run, state, stop))
             if stop.signal:
                 raise Stopped(exit_code(stop.signal), f"stopped before step {state.step + 1}")
         for number in range(state.step + 1, run.plan.steps + 1):
@@ -90,7 +89,7 @@ def train(run: Run, state: State) -> State:
             state = replace(state, step=number)
             last = number == run.plan.steps
             if last or (settings.eval_every and number % settings.eval_every == 0):
-                state = retry_on_oom(run, partial(evaluate_and_note, run, state, stop))
+                state = retry_on_oom(run, partial(evaluate, run, state, stop))
             planned = settings.save_every and number % settings.save_every == 0
             best = settings.keep_best and state.best_step == number
             if last or planned or best or stop.save or stop.signal:
@@ -101,34 +100,29 @@ def train(run: Run, state: State) -> State:
     return state
 
 
-def evaluate_and_note(run: Run, state: State, stop: StopRequest) -> State:
-    """The held-out loss, noted; the state with it when it is the best so far. A signal leaves it due."""
+def evaluate(run: Run, state: State, stop: StopRequest) -> State:
+    """The held-out loss a supervised token, in nats, noted; the state with it when it is the best so far.
+
+    A signal leaves it due.
+    """
+    rows, ranks, total, tokens = run.inputs.prepared.held_out, run.ranks, 0.0, 0
     state = replace(state, evaluation_due=False)
-    if run.held_out is None:
+    if rows is None:
         return state
-    result = evaluate(run, run.held_out, stop)
-    if result is None:
-        return replace(state, evaluation_due=True)
-    loss, tokens = result
-    if run.ranks.is_main:
-        run.metrics.evaluation(step=state.step, loss=loss, tokens=tokens)
-    if state.best_loss is not None and state.best_loss <= loss:
-        return state
-    return replace(state, best_step=state.step, best_loss=loss)
-
-
-def evaluate(run: Run, rows: TokenStore, stop: StopRequest) -> tuple[float, int] | None:
-    """The mean loss per supervised token of held-out `rows`, in nats, and how many tokens; None after a signal."""
-    total, tokens, ranks = 0.0, 0, run.ranks
     score = partial(score_batches, run.network, rows, range(len(rows)), capacity=run.plan.micro_batch_tokens)
     with ranks.sync_errors():
         for batch, losses in score(processes=ranks.count, index=ranks.index, explain=partial(oom_context, rows)):
             if stop.signal:  # of several processes none, before they agree on it in a step
-                return None
+                return replace(state, evaluation_due=True)
             total += float(losses.double().sum())
             tokens += len(batch.targets)
     totals, counts = zip(*ranks.gather((total, tokens)), strict=True)
-    return sum(totals) / sum(counts), sum(counts)
+    loss = sum(totals) / sum(counts)
+    if ranks.is_main:
+        run.metrics.evaluation(step=state.step, loss=loss, tokens=sum(counts))
+    if state.best_loss is not None and state.best_loss <= loss:
+        return state
+    return replace(state, best_step=state.step, best_loss=loss)
 
 
 def refuse_non_finite(run: Run, step: Step, *, loss: float, norm: float) -> None:

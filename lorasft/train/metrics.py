@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ class Metrics:
     disk does not take wait for the next try, and no checkpoint is saved without them. `quiet`: without trackers.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, *, steps: int, done: int, metrics_bytes: int, quiet: bool) -> None:
-        self.path = folder / "metrics.jsonl"
+    def __init__(self, recipe: Recipe, *, steps: int, done: int, metrics_bytes: int, quiet: bool) -> None:
+        self.path = Path(recipe.run.output) / "metrics.jsonl"
         self.written = min(metrics_bytes, self.path.stat().st_size if self.path.exists() else 0)
         self.waiting = b""
         self.steps = steps
@@ -32,7 +33,7 @@ class Metrics:
         self.started = time.monotonic()
         self.trackers: list[Any] = []
         if recipe.run.trackers and not quiet:
-            self._try_trackers(lambda: self.trackers.extend(start_trackers(recipe, folder)))
+            self._try_trackers(lambda: self.trackers.extend(start_trackers(recipe)))
 
     def step(self, values: dict[str, Any]) -> None:
         """The metrics of one optimizer step."""
@@ -86,20 +87,17 @@ class Metrics:
             self.trackers = []
 
 
-def start_trackers(recipe: Recipe, folder: Path) -> list[Any]:
+def start_trackers(recipe: Recipe) -> list[Any]:
     """The recipe's trackers, as accelerate starts them."""
     from accelerate import Accelerator
 
-    accelerator = Accelerator(log_with=list(recipe.run.trackers), project_dir=folder)
+    accelerator = Accelerator(log_with=list(recipe.run.trackers), project_dir=recipe.run.output)
     accelerator.init_trackers("lorasft", config={key: str(value) for key, value in mathematics(recipe).items()})
     return list(accelerator.trackers)
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
     """Raise DeviceError when one of the trackers is not installed."""
-    from accelerate.tracking import get_available_trackers
-
-    installed = {str(getattr(name, "value", name)) for name in get_available_trackers()}
-    missing = " ".join(name for name in names if name not in installed)
+    missing = " ".join(name for name in names if find_spec(name) is None)
     if missing:
         raise DeviceError(f"not installed: {missing}", where="run.trackers", hint=f"pip install {missing}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -22,8 +21,9 @@ from lorasft.model.recompute import decoder_layers
 from lorasft.model.timing import predict_seconds
 from lorasft.model.weightless import make_sample, make_weightless, plan_network
 from lorasft.recipe import Recipe
-from lorasft.train.inputs import RunInputs, read_checked_config, read_inputs
+from lorasft.train.inputs import read_checked_config, read_inputs
 from lorasft.train.layout import Fit, choose_layout
+from lorasft.train.state import RunInputs
 
 _LIBRARIES = 1 << 29  # bytes of a card of a given size that its driver and the libraries take
 _STEPS_TIMED = 16  # whose micro-batches stand for those of the run
@@ -39,43 +39,40 @@ def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         inputs = read_inputs(recipe, read_checked_config(recipe), Path(folder))
-        return _plan_inputs(recipe.model_copy(update={"adapter": inputs.adapter}), inputs, memory=memory)
-
-
-def _plan_inputs(recipe: Recipe, inputs: RunInputs, *, memory: int | None) -> dict[str, Any]:
-    device, config, rows = PartialState().device, inputs.config, inputs.prepared.train
-    libraries = 0 if memory is None else _LIBRARIES
-    given = free_memory(device) if memory is None else memory
-    model = make_weightless(config, recipe.model, recipe.adapter, device)
-    sample = make_sample(model, config, recipe.model, recipe.adapter, device)
-    static = static_bytes(model, recipe.optimizer.name)
-    spare = given - libraries - sum(static.values())
-    network, fit = choose_layout(recipe, inputs, sample, weightless=model, spare=spare)
-    if fit.needs is None:
-        what = "this model cannot be planned: it computes by numbers, not only shapes"
-        raise ModelError(what, where=recipe.model.base)
-    kinds = {**static, **fit.needs.by_kind}
-    suggestions = () if fit.holds else find_suggestions(recipe, config, network, rows, memory=given - libraries)
-    return {
-        "device": str(device),
-        "dtype": str(network.causal.dtype).removeprefix("torch."),
-        "memory": given,  # that it is fitted to: what was given, or what is free
-        "given": memory is not None,
-        "libraries": libraries,  # of the memory, not ours
-        "bytes": kinds,
-        "peak": sum(kinds.values()) + libraries,
-        "holds": fit.holds,
-        "suggestions": list(islice(suggestions, 3)),
-        "saved_by_8bit": static["optimizer"] - static_bytes(model, "adamw8bit")["optimizer"],
-        "micro_batch_tokens": fit.plan.micro_batch_tokens,
-        "heaviest": {"tokens": len(fit.heaviest.ids), "sequences": len(fit.heaviest.segments)},
-        "layers": fit.layers,
-        "recomputed_layers": fit.recomputed,
-        "steps": fit.plan.steps,
-        "examples": len(rows),
-        "duration": predict_duration(recipe, network, model.get_base_model(), fit, inputs),
-        "notices": network.notices,
-    }
+        recipe = recipe.model_copy(update={"adapter": inputs.adapter})
+        device, config, rows = PartialState().device, inputs.config, inputs.prepared.train
+        libraries = 0 if memory is None else _LIBRARIES
+        given = free_memory(device) if memory is None else memory
+        model = make_weightless(config, recipe.model, recipe.adapter, device)
+        sample = make_sample(model, config, recipe.model, recipe.adapter, device)
+        static = static_bytes(model, recipe.optimizer.name)
+        spare = given - libraries - sum(static.values())
+        network, fit = choose_layout(recipe, inputs, sample, weightless=model, spare=spare)
+        if fit.needs is None:
+            what = "this model cannot be planned: it computes by numbers, not only shapes"
+            raise ModelError(what, where=recipe.model.base)
+        kinds = {**static, **fit.needs.by_kind}
+        suggestions = () if fit.holds else find_suggestions(recipe, config, network, rows, memory=given - libraries)
+        return {
+            "device": str(device),
+            "dtype": str(network.causal.dtype).removeprefix("torch."),
+            "memory": given,  # that it is fitted to: what was given, or what is free
+            "given": memory is not None,
+            "libraries": libraries,  # of the memory, not ours
+            "bytes": kinds,
+            "peak": sum(kinds.values()) + libraries,
+            "holds": fit.holds,
+            "suggestions": list(islice(suggestions, 3)),
+            "saved_by_8bit": static["optimizer"] - static_bytes(model, "adamw8bit")["optimizer"],
+            "micro_batch_tokens": fit.plan.micro_batch_tokens,
+            "heaviest": {"tokens": len(fit.heaviest.ids), "sequences": len(fit.heaviest.segments)},
+            "layers": fit.layers,
+            "recomputed_layers": fit.recomputed,
+            "steps": fit.plan.steps,
+            "examples": len(rows),
+            "duration": predict_duration(recipe, network, model.get_base_model(), fit, inputs),
+            "notices": network.notices,
+        }
 
 
 def predict_duration(recipe: Recipe, network: Network, whole: Any, fit: Fit, inputs: RunInputs) -> dict[str, float]:
@@ -125,14 +122,14 @@ def find_suggestions(recipe: Recipe, config: Any, network: Network, rows: TokenS
     for key, values in alternatives.items():
         section, name = key.split(".")
         settings = getattr(recipe, section)
-        values = [value for value in values if value != getattr(settings, name)]
-        changed = [recipe.model_copy(update={section: settings.model_copy(update={name: one})}) for one in values]
-        first = bisect_left(changed, True, key=fits)
-        if first == len(changed):
+        changed = (recipe.model_copy(update={section: settings.model_copy(update={name: one})}) for one in values)
+        found = next((one for one in changed if one != recipe and fits(one)), None)
+        if found is None:
             continue
-        text = f"{key}={values[first]}".replace("()", "[]")
+        value = getattr(getattr(found, section), name)
+        text = f"{key}={value}".replace("()", "[]")
         if key == "data.max_length":
-            longer = int((lengths > values[first]).sum())
+            longer = int((lengths > value).sum())
             many = recipe.data.overlong == "drop" and longer > recipe.data.max_dropped * len(lengths)
             text += f"{' data.overlong=truncate' * many} ({longer:,} of {len(lengths):,} rows are longer)"
         yield text

@@ -16,16 +16,14 @@ import json
 import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
 
 from lorasft.data.packing import Step
-from lorasft.data.prepare import Prepared
 from lorasft.data.untrained import refuse_untrained
 from lorasft.errors import DivergedError
 from lorasft.files import replace_file, staged_folder, verify_folder, write_file
@@ -38,36 +36,25 @@ from lorasft.model.recompute import decoder_layers
 from lorasft.model.weightless import make_weightless
 from lorasft.recipe import Recipe
 from lorasft.recipe.load import dump_recipe
-from lorasft.terminal import size_text
+from lorasft.terminal import say, size_text
 from lorasft.train.checkpoint import find_checkpoint, restore_checkpoint, save, take_folder, write_start
 from lorasft.train.distributed import ALONE, Ranks
-from lorasft.train.inputs import RunInputs, read_checked_config, read_inputs
-from lorasft.train.layout import Fit, choose_layout, find_heaviest, plain_oom_errors, retry_on_oom
+from lorasft.train.inputs import read_checked_config, read_inputs
+from lorasft.train.layout import Fit, choose_layout, find_heaviest, retry_on_oom
 from lorasft.train.loop import add_gradients, peak_memory
 from lorasft.train.metrics import Metrics
 from lorasft.train.optimizer import make_optimizer
-from lorasft.train.state import Run, State
-
-
-@dataclass(frozen=True)
-class ReadyRun:
-    """A run that is ready to train, and what a person wants to see of it."""
-
-    run: Run
-    state: State
-    tokenizer: Any
-    prepared: Prepared
-    notes: tuple[str, ...]
+from lorasft.train.state import Run, RunInputs, State
 
 
 @contextmanager
-def open_run(recipe: Recipe, *, resume: bool, ranks: Ranks = ALONE) -> Iterator[ReadyRun]:
+def open_run(recipe: Recipe, *, resume: bool, ranks: Ranks = ALONE) -> Iterator[tuple[Run, State]]:
     """Lock the run folder of `recipe`, prepare its data, load its model; start, or resume where it stopped.
 
     All that can be known before the weights are loaded is refused before. Raises RecipeError for a folder that is
     taken, and ModelError when nothing can be resumed.
     """
-    with ExitStack() as held, plain_oom_errors(Path(recipe.run.output)):
+    with ExitStack() as held:
         inputs = ranks.on_main(lambda: _prepare(recipe, resume=resume, held=held))
         yield _load(recipe, inputs, ranks)
 
@@ -75,22 +62,21 @@ def open_run(recipe: Recipe, *, resume: bool, ranks: Ranks = ALONE) -> Iterator[
 def _prepare(recipe: Recipe, *, resume: bool, held: ExitStack) -> RunInputs:
     """Take the folder, which stays locked while `held` is open; prepare the data; find what to resume from."""
     folder = Path(recipe.run.output)
-    left = held.enter_context(take_folder(recipe, resume=resume))
+    held.enter_context(take_folder(recipe, resume=resume))
     config = read_checked_config(recipe)
     check_files(recipe.model.base)
     inputs = read_inputs(recipe, config, folder / "tokens")
-    notes = [f"process {left} ended without a word: it was killed, or the power was lost"] if left else []
-    path, saved = None, None
     if resume:
-        path, saved, skipped = find_checkpoint(recipe, inputs.prepared)
-        notes += [*(f"skipped {reason}" for reason in skipped), f"continuing from step {saved.step}"]
+        saved = find_checkpoint(recipe, inputs.prepared)
+        inputs = replace(inputs, saved=saved)
+        say(f"continuing from step {saved.step}")
     if not recipe.adapter.modules_to_save:
         refuse_untrained(recipe.model.base, inputs.tokenizer, supervised=inputs.prepared.supervised_special)
-    return replace(inputs, checkpoint=path, saved=saved, notes=tuple(notes))
+    return inputs
 
 
-def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> ReadyRun:
-    device, folder, prepared, saved = PartialState().device, Path(recipe.run.output), inputs.prepared, inputs.saved
+def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> tuple[Run, State]:
+    device, saved = PartialState().device, inputs.saved
     with ranks.sync_errors():
         dtype = compute_dtype(inputs.kept.dtype if inputs.kept else recipe.model.dtype, device)
         settings = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
@@ -110,35 +96,35 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> ReadyRun:
     ranks.copy_first(list(parameters.values()))
     optimizer = make_optimizer(recipe.optimizer, parameters)
     done, written = (saved.step, saved.metrics_bytes) if saved else (0, 0)
-    metrics = Metrics(folder, recipe, steps=plan.steps, done=done, metrics_bytes=written, quiet=not ranks.is_main)
-    rows, held_out = prepared.train, prepared.held_out
-    run = Run(folder, recipe, plan, rows, held_out, network, model, parameters, optimizer, metrics, ranks)
+    metrics = Metrics(recipe, steps=plan.steps, done=done, metrics_bytes=written, quiet=not ranks.is_main)
+    run = Run(recipe, inputs, plan, network, model, parameters, optimizer, metrics, ranks)
     with ranks.sync_errors():
-        if inputs.checkpoint:
-            restore_checkpoint(inputs.checkpoint, run)
-        memory = run_heaviest_batch(run, fit, static)
-        state = saved or State(0, prepared.key, metrics_bytes=0, layout=run.layout, run=secrets.token_hex(8))
+        if saved:
+            restore_checkpoint(run.checkpoint(saved.step), run)
+        if ranks.is_main:
+            _say_notes(run)
+        run_heaviest_batch(run, fit, static)
+        state = saved or State(0, inputs.prepared.key, metrics_bytes=0, layout=run.layout, run=secrets.token_hex(8))
         if ranks.is_main and not saved:  # from here on there is something to resume: this makes the folder a run
             save(run, state)
-            write_start(folder, recipe, prepared, state=state, config=inputs.config)
-    return ReadyRun(run, state, inputs.tokenizer, prepared, (*_notes(run, inputs), memory))
+            write_start(run, state)
+    return run, state
 
 
-def _notes(run: Run, inputs: RunInputs) -> Iterator[str]:
+def _say_notes(run: Run) -> None:
     """What a person should know before the first step."""
-    causal, layout = run.network.causal, run.layout
-    for token in inputs.tokenizer.convert_ids_to_tokens(missing_stops(inputs.prepared, causal)):
-        yield f"generation of this base does not stop at {token}: the adapter's generation_config.json will"
-    yield from (*inputs.notes, *run.network.notices)
-    layers = f"{layout.recomputed_layers} of {len(decoder_layers(causal))} layers"
-    yield f"on {run.network.device} in {layout.dtype}; activations: {layers} recomputed"
+    for notice in run.network.notices:
+        say(notice)
+    layout, layers = run.layout, len(decoder_layers(run.network.causal))
+    activations = f"activations: {layout.recomputed_layers} of {layers} layers recomputed"
+    say(f"on {run.network.device} in {layout.dtype}; {activations}")
 
 
-def run_heaviest_batch(run: Run, fit: Fit, static: dict[str, int]) -> str:
+def run_heaviest_batch(run: Run, fit: Fit, static: dict[str, int]) -> None:
     """Run the heaviest micro-batch where its memory is not known, so that what does not fit is met at once.
 
     Nothing is updated and no random number is used up: the losses keep their bits. Writes `memory.json` (bytes; null
-    where a number is not known) and returns a line on it. Raises CapacityError when it fits in no layout.
+    where a number is not known). Raises CapacityError when it fits in no layout.
     """
     known = {**static, **fit.needs.by_kind} if fit.needs else {}
     peak = sum(known.values())
@@ -147,10 +133,8 @@ def run_heaviest_batch(run: Run, fit: Fit, static: dict[str, int]) -> str:
     record = {"free": free, "predicted": {**known, "peak": peak} if known else None, "measured": measured}
     if run.ranks.is_main:
         replace_file(run.folder / "memory.json", json.dumps(record, indent=1).encode())
-    seen = f"; {size_text(measured)} with the heaviest micro-batch" if measured else ""
-    if not known:
-        return f"memory: not predicted, this model computes by numbers{seen}"
-    return f"memory: {size_text(peak)} at the peak of a step, of {size_text(free)}{seen}"
+        if known:
+            say(f"memory: {size_text(peak)} at the peak of a step, of {size_text(free)}")
 
 
 def sees_too_little(run: Run, fit: Fit) -> bool:
@@ -173,11 +157,10 @@ def _measure_heaviest(run: Run) -> int:
     return peak_memory(device)
 
 
-def export_adapter(ready: ReadyRun, state: State) -> Path:
+def export_adapter(run: Run, state: State) -> Path:
     """Write the result, the last adapter or the best, to `adapter/`. Raises DivergedError when nothing was trained."""
-    run = ready.run
     if run.recipe.run.keep_best and state.best_step not in (None, state.step):
-        best = run.checkpoints / f"step-{state.best_step:06d}"
+        best = run.checkpoint(state.best_step)
         verify_folder(best)
         restore_checkpoint(best, run)
     trained = (one for name, one in run.parameters.items() if "lora_" not in name or "_B" in name)
@@ -188,9 +171,9 @@ def export_adapter(ready: ReadyRun, state: State) -> Path:
     if not target.exists():
         with staged_folder(target) as stage:
             write_adapter(run.model, stage, base=run.recipe.model)
-            ready.tokenizer.save_pretrained(stage)
+            run.inputs.tokenizer.save_pretrained(stage)
             generation = copy.deepcopy(run.network.causal.generation_config)
-            if stops := missing_stops(ready.prepared, run.network.causal):
+            if stops := missing_stops(run):
                 generation.eos_token_id = [*stops, *own_stops(run.network.causal)]
             generation.save_pretrained(stage)
             # Whoever copies the adapter elsewhere takes along how it was made, its base quantized and prompts written.
@@ -201,7 +184,8 @@ def export_adapter(ready: ReadyRun, state: State) -> Path:
     return target
 
 
-def missing_stops(prepared: Prepared, causal: Any) -> list[int]:
+def missing_stops(run: Run) -> list[int]:
     """The token that ends the answers of the data, when generation with this base would run on past it."""
+    prepared = run.inputs.prepared
     ends = prepared.stop_ids[:1] if prepared.report.answers else ()
-    return [stop for stop in ends if stop not in own_stops(causal)]
+    return [stop for stop in ends if stop not in own_stops(run.network.causal)]

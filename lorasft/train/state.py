@@ -9,12 +9,14 @@ from typing import Annotated, Any
 from pydantic import NonNegativeInt, PositiveInt, StringConstraints
 from torch import nn
 
+from lorasft.artifact import Artifact
 from lorasft.data.packing import Plan
 from lorasft.data.prefixes import Sharing
+from lorasft.data.prepare import Prepared
 from lorasft.data.store import TokenStore
 from lorasft.model.loss import Network
 from lorasft.model.recompute import recomputed_layers
-from lorasft.recipe import Recipe
+from lorasft.recipe import AdapterSettings, Recipe
 from lorasft.train.distributed import Ranks
 from lorasft.train.metrics import Metrics
 
@@ -45,15 +47,31 @@ class State:
     best_loss: float | None = None
 
 
+@dataclass(frozen=True)
+class RunInputs:
+    """What is known of a run before any weight is read."""
+
+    config: Any  # of the base
+    tokenizer: Any
+    prepared: Prepared
+    plan: Plan
+    adapter: AdapterSettings  # with the sizes of the adapter that it begins from
+    start: Artifact | None  # that adapter
+    saved: State | None = None  # what is resumed
+
+    @property
+    def kept(self) -> Layout | None:
+        """The layout that a resumed run keeps, where the recipe leaves it open."""
+        return self.saved.layout if self.saved else None
+
+
 @dataclass
 class Run:
     """All that a run works with. What changes: parameters, optimizer, and the plan where memory ends."""
 
-    folder: Path
     recipe: Recipe
+    inputs: RunInputs
     plan: Plan
-    rows: TokenStore
-    held_out: TokenStore | None
     network: Network
     model: Any  # the PEFT model
     parameters: dict[str, nn.Parameter]  # that are trained
@@ -62,8 +80,21 @@ class Run:
     ranks: Ranks
 
     @property
+    def folder(self) -> Path:
+        return Path(self.recipe.run.output)
+
+    @property
+    def rows(self) -> TokenStore:
+        """What is trained on."""
+        return self.inputs.prepared.train
+
+    @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the state after a step is saved."""
+        return self.checkpoints / f"step-{step:06d}"
 
     @property
     def layout(self) -> Layout:

@@ -65,16 +65,16 @@ HARMS: dict[str, Callable[[Path, Path], None]] = {
 
 def read_changed(recipe: Any, trace: Any, *, trials: int, seed: int, report: Path) -> None:
     faults = []
-    with runs.open_run(recipe, resume=True) as opened:
-        newest = list_checkpoints(opened.run.checkpoints)[-1]
-        place = opened.run.folder.with_name("changed") / newest.name
+    with runs.open_run(recipe, resume=True) as (run, state):
+        newest = list_checkpoints(run.checkpoints)[-1]
+        place = run.folder.with_name("changed") / newest.name
         for number in range(trials):
             shutil.rmtree(place, ignore_errors=True)
             shutil.copytree(newest, place)
             told = change_checkpoint(place, random.Random(f"{seed}-{number}"))
             try:
-                newest_checkpoint(place.parent, run=opened.state.run)
-                restore_checkpoint(place, opened.run)
+                newest_checkpoint(place.parent, run=state.run)
+                restore_checkpoint(place, run)
             except LorasftError:
                 pass
             except BaseException as fault:

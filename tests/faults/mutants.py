@@ -105,8 +105,8 @@ def resume_by_number() -> None:
     def newest(folder: Path, *, run: str | None) -> Any:
         path = checkpoint.list_checkpoints(folder)[-1]
         fields = json.loads((path / "state.json").read_bytes())
-        state = state_module.State(**{**fields, "layout": state_module.Layout(**fields["layout"])})
-        return path, state, [f"skipped {path.name}"]
+        print(f"skipped {path.name}")
+        return state_module.State(**{**fields, "layout": state_module.Layout(**fields["layout"])})
 
     checkpoint.newest_checkpoint = newest
 

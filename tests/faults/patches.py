@@ -101,5 +101,10 @@ def learn_nothing() -> None:
 
 def get_worse() -> None:
     """The held-out loss is best at step 3."""
-    plain, losses = loop.evaluate, iter([5.0, 4.0, 3.0, 1.0, *map(float, range(2, 20))])
-    loop.evaluate = lambda *values, **named: (next(losses), plain(*values, **named)[1])
+    plain, losses = loop.score_batches, iter([5.0, 4.0, 3.0, 1.0, *map(float, range(2, 20))])
+
+    def score(*values: Any, **named: Any) -> Any:
+        loss = next(losses)
+        return ((batch, torch.full_like(found, loss)) for batch, found in plain(*values, **named))
+
+    loop.score_batches = score

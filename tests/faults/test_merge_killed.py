@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import signal
 from collections.abc import Callable
@@ -14,13 +15,12 @@ import torch
 
 from faults.trial import Fault, fail_at, in_fork, kill_at, no_fault, with_fault
 from lorasft.artifact import find_artifact
-from lorasft.errors import CapacityError, ModelError
-from lorasft.files import sha256, verify_folder
+from lorasft.errors import CapacityError, ModelError, RecipeError
+from lorasft.files import replace_file, sha256, verify_folder
 from lorasft.merge.merge import merge
 from lorasft.model.adapter import attach_adapter, trainable, write_adapter
 from lorasft.model.base import load_base
 from lorasft.recipe import AdapterSettings, ModelSettings
-from lorasft.train.checkpoint import compare
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,11 @@ def test_a_manifest_that_names_nothing_or_strange_things_is_refused(name: str | 
     assert len(caught.value.what) < 200
 
 
-def test_a_changed_value_is_shown_where_it_differs() -> None:
-    old, new = ({"data.train": f"[{{'path': '{'/long' * 20}/{name}.jsonl', 'weight': 1}}]"} for name in ("one", "two"))
-    assert "one.jsonl" in compare(old, new) and "two.jsonl" in compare(old, new)
-    assert compare({"a": 1}, {"a": 2}) == "  a: 1 -> 2"
+WRONG_PLACE = ("EEXIST", "ENOENT", "ENOTDIR", "EISDIR", "EACCES", "EPERM", "EROFS", "ELOOP", "ENAMETOOLONG")
+
+
+@pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EFBIG", "EIO", "ENOMEM", "EMFILE", "EBUSY", *WRONG_PLACE])
+def test_a_write_that_fails_is_a_lack_of_room_but_in_a_wrong_place(name: str, tmp_path: Path) -> None:
+    kind = RecipeError if name in WRONG_PLACE else CapacityError
+    with with_fault(fail_at(1, reason=getattr(errno, name))), pytest.raises(kind):
+        replace_file(tmp_path / "file", b"")

@@ -181,9 +181,9 @@ class Bench:
                     change()
                 self.act(self.recipe, child.trace)
                 return 0
-            except LorasftError as error:
+            except (LorasftError, torch.OutOfMemoryError) as error:
                 print(error)
-                return error.exit_code
+                return getattr(error, "exit_code", 6)  # as the command line answers a lack of memory
             except Ended as signalled:
                 return signalled.exit_code
             except BaseException:
@@ -208,12 +208,11 @@ def train_to_the_end(recipe: Recipe, trace: Any) -> None:
     """What `lorasft train` does, with `--resume` where there is something to resume."""
     resume = (Path(recipe.run.output) / "recipe.yaml").is_file()
     trace.phase = Phase.RESUME if resume else Phase.START
-    with open_run(recipe, resume=resume) as opened:
-        print(*opened.notes, sep="\n")
+    with open_run(recipe, resume=resume) as (run, state):
         trace.phase = Phase.TRAIN
-        state = train(opened.run, opened.state)
+        state = train(run, state)
         trace.phase = Phase.FINISH
-        export_adapter(opened, state)
+        export_adapter(run, state)
 
 
 def observe(trace: Any, fault: Fault) -> Callable[..., Any]:
