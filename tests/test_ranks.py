@@ -105,10 +105,8 @@ def step_run(model: Any, network: Any, rows: Rows, ranks: Ranks, **plan: Any) ->
     """As much of a run as a step's losses and gradients need."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     whole = Plan(len(rows), len(rows), 1, seed=0, processes=ranks.count, **plan)
-    nothing: Any = None
-    inputs: Any = SimpleNamespace(prepared=SimpleNamespace(train=rows, held_out=rows))
-    metrics: Any = SimpleNamespace(evaluation=lambda **values: None)
-    return Run(nothing, inputs, whole, network, model, parameters, nothing, metrics, ranks)
+    stub: Any = SimpleNamespace(prepared=SimpleNamespace(train=rows, held_out=rows), evaluation=lambda **_: None)
+    return Run(stub, stub, whole, network, model, parameters, stub, stub, ranks)
 
 
 SIZES = ((6, 1000, False), (6, 20, False), (1, 1000, False), (6, 40, True))

@@ -104,9 +104,8 @@ def overwrite_in_place() -> None:
 def resume_by_number() -> None:
     def newest(folder: Path, *, run: str | None) -> Any:
         path = checkpoint.list_checkpoints(folder)[-1]
-        fields = json.loads((path / "state.json").read_bytes())
         print(f"skipped {path.name}")
-        return state_module.State(**{**fields, "layout": state_module.Layout(**fields["layout"])})
+        return checkpoint.TypeAdapter(state_module.State).validate_json((path / "state.json").read_bytes())
 
     checkpoint.newest_checkpoint = newest
 

@@ -80,6 +80,6 @@ WRONG_PLACE = ("EEXIST", "ENOENT", "ENOTDIR", "EISDIR", "EACCES", "EPERM", "EROF
 
 @pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EFBIG", "EIO", "ENOMEM", "EMFILE", "EBUSY", *WRONG_PLACE])
 def test_a_write_that_fails_is_a_lack_of_room_but_in_a_wrong_place(name: str, tmp_path: Path) -> None:
-    kind = RecipeError if name in WRONG_PLACE else CapacityError
-    with with_fault(fail_at(1, reason=getattr(errno, name))), pytest.raises(kind):
+    fault = fail_at(1, reason=getattr(errno, name))
+    with with_fault(fault), pytest.raises(RecipeError if name in WRONG_PLACE else CapacityError):
         replace_file(tmp_path / "file", b"")
