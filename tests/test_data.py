@@ -338,7 +338,7 @@ def test_prepare_splits_counts_and_reuses(tmp_path: Path, tiny: Any) -> None:
     first = prepare(data, ChatSettings(), tokenizer=tiny, folder=tmp_path / "cache")
     report, held_out = first.report, first.held_out
     assert held_out is not None
-    assert (report.rows, report.duplicate_rows, report.train_examples + report.held_out_examples) == (55, 5, 55)
+    assert (report.rows, report.train_examples + report.held_out_examples) == (55, 55)
     assert (len(first.train), len(held_out)) == (report.train_examples, report.held_out_examples)
     decoded = [{tiny.decode(store.sequences(n)[0].ids) for n in range(len(store))} for store in (first.train, held_out)]
     assert len(decoded[0]) == 45 and len(decoded[1]) == 5 and not decoded[0] & decoded[1]

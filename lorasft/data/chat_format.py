@@ -6,10 +6,11 @@ is known of any template: its style is read off a rendering of a probe, and each
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorasft.data.encoding import FIRST, MARK, TextEncoder
 from lorasft.data.examples import Example, Message, reasoning_of, without_reasoning
@@ -88,8 +89,8 @@ class ChatFormat:
         messages, system = example.messages, self.chat.system
         if system is not None and messages and all(message["role"] != "system" for message in messages):
             messages = ({"role": "system", "content": system}, *messages)
-        content = [example.text, list(messages), list(example.tools or ())]
-        text, settled, tools = _map_texts(content, lambda text: self._control.sub(self._replace_control, text))
+        content = json.dumps([example.text, messages, example.tools or ()], ensure_ascii=False)
+        text, settled, tools = json.loads(self._control.sub(self._replace_control, content))
         return replace(example, text=text, messages=tuple(settled), tools=tuple(tools) or None)
 
     def _replace_control(self, found: re.Match[str]) -> str:
@@ -139,28 +140,21 @@ class ChatFormat:
     def _refuse_lost_calls(self, example: Example, target: int) -> None:
         """Raise DataError when the template does not show every call of a message, each under a name of its own."""
         message = example.messages[target]
-        names = [f"{ANSWER}{number}_" for number in range(len(message["tool_calls"]))]
         calls = [
-            call | {"function": call["function"] | {"name": name}}
-            for name, call in zip(names, message["tool_calls"], strict=True)
+            call | {"function": call["function"] | {"name": f"{ANSWER}{number}_"}}
+            for number, call in enumerate(message["tool_calls"])
         ]
         text = self.render(_with_message(example, target, message | {"tool_calls": calls}), target + 1)
-        if not all(name in text for name in names):
+        if not all(call["function"]["name"] in text for call in calls):
             what = f"the chat template leaves out the tool calls of message {target + 1}"
             raise DataError(what, hint="chat.template=FILE with a template that renders them")
 
     def _locate_earlier(self, text: str, example: Example, target: int) -> AnswerSpan | None:
         """An earlier answer within the whole conversation, if it is there as it would be as the last."""
-        before = self._prompt(example, target)
-        if not text.startswith(before):
-            return None
-        prompt = len(before)
-        message, style = example.messages[target], self.style
-        if style.end_of_turn and not message.get("tool_calls") and not self._masks(message):
-            start = prompt + len(style.answer_prefix)
-            end = start + len(message["content"]) + len(style.end_of_turn)
-            if text[prompt:end] == style.answer_prefix + message["content"] + style.end_of_turn:
-                return AnswerSpan(prompt, start, end)
+        message, style, prompt = example.messages[target], self.style, self._prompt(example, target)
+        usual = prompt + style.answer_prefix + message["content"] + style.end_of_turn
+        if style.end_of_turn and text.startswith(usual) and not (message.get("tool_calls") or self._masks(message)):
+            return AnswerSpan(len(prompt), len(prompt + style.answer_prefix), len(usual))
         alone = self.mark_last(example, target)
         end = alone.answers[0].end
         return alone.answers[0] if not alone.add_eos and text.startswith(alone.text[:end]) else None
@@ -248,12 +242,3 @@ def _turn_ends(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 def _with_message(example: Example, index: int, message: Message) -> Example:
     """The example up to `index`, with another message there."""
     return replace(example, messages=(*example.messages[:index], message))
-
-
-def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """A copy of a value of JSON with all its strings changed, keys too."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {change(key): _map_texts(item, change) for key, item in value.items()}
-    return [_map_texts(item, change) for item in value] if isinstance(value, list) else value

@@ -76,13 +76,15 @@ class TextEncoder:
         stretches = list(set(chain.from_iterable(cuts.values())))
         encodings = self._backend.encode_batch(stretches, add_special_tokens=False)
         found = dict(zip(stretches, encodings, strict=True))
-        found.update((stretch, self._encode_parts(stretch)) for stretch in stretches if MARK in stretch)
-        return {text: Encoded(cut, [found[stretch] for stretch in cut]) for text, cut in cuts.items()}
+        return {
+            text: self.encode_apart(text) if MARK in text else Encoded(cut, [found[stretch] for stretch in cut])
+            for text, cut in cuts.items()
+        }
 
-    def encode_apart(self, prompt: str, answer: str) -> tuple[Encoded, int]:
-        """The prompt as a server feeds it, then the answer encoded alone; and how many tokens the prompt has."""
-        before = self._encode_parts(prompt)
-        return Encoded([prompt, answer], [before, self._encode_parts(answer, inside=True)]), len(before)
+    def encode_apart(self, *texts: str) -> Encoded:
+        """The texts, one after another, each encoded alone, and so their placeholders and what is between them."""
+        parts = [part for text in texts for part in _PLACEHOLDER.split(text)]
+        return Encoded(parts, [self._encode_part(part, first=number == 0) for number, part in enumerate(parts)])
 
     def _split(self, text: str) -> list[str]:
         """A text cut before each token that restarts encoding: the ids of the whole are those of the stretches."""
@@ -91,25 +93,16 @@ class TextEncoder:
         first, *others = text.split(self.restart)
         return [first, *(self.restart + other for other in others)]
 
-    def _encode_parts(self, text: str, *, inside: bool = False) -> Pieces:
-        """Placeholders and what is between them encoded one by one, each but the first as in the middle of a text;
-        `inside`: the first, too."""
-        ids: list[int] = []
-        offsets: list[Span] = []
-        at = 0
-        for number, part in enumerate(_PLACEHOLDER.split(text)):
-            anchor = self._anchor if number or inside else ""
-            hidden = MARK in part
-            encode = (self._plain if hidden else self._backend).encode
-            shown = self.control[ord(part[1]) - FIRST] if hidden else part
-            skipped = len(encode(anchor, add_special_tokens=False))
-            encoding = encode(anchor + shown, add_special_tokens=False)
-            ids += encoding.ids[skipped:]
-            shift = at - len(anchor)
-            spans = encoding.offsets[skipped:]
-            offsets += [(at, at + len(part)) if hidden else (start + shift, end + shift) for start, end in spans]
-            at += len(part)
-        return Pieces(ids, offsets)
+    def _encode_part(self, part: str, *, first: bool) -> Pieces:
+        """A placeholder, or a text without one; not the `first`: as in the middle of a text."""
+        anchor, hidden = "" if first else self._anchor, MARK in part
+        encode = (self._plain if hidden else self._backend).encode
+        shown = self.control[ord(part[1]) - FIRST] if hidden else part
+        skipped = len(encode(anchor, add_special_tokens=False))
+        encoding = encode(anchor + shown, add_special_tokens=False)
+        shift = len(anchor)
+        spans = [(0, len(part)) if hidden else (start - shift, end - shift) for start, end in encoding.offsets]
+        return Pieces(encoding.ids[skipped:], spans[skipped:])
 
     @cached_property
     def _plain(self) -> Any:

@@ -96,11 +96,12 @@ class Labeler:
                 raise DataError(what, hint="chat.thinking=follow_template or drop")
             report.dropped_reasoning += len(reasoning)
         content = without_reasoning(message)["content"]
-        if content not in rendered and not message.get("tool_calls"):  # with calls the content is rewritten altogether
-            blanks = len(content) - len(content.strip())
-            trimmed = content.strip() in rendered
-            report.trimmed_characters += blanks if trimmed else 0
-            report.dropped_characters += 0 if trimmed else len(content)
+        if content in rendered or message.get("tool_calls"):  # with calls the content is rewritten altogether
+            return
+        if content.strip() in rendered:
+            report.trimmed_characters += len(content) - len(content.strip())
+        else:
+            report.dropped_characters += len(content)
 
     def _label(self, texts: Sequence[MarkedText], encoded: Mapping[str, Encoded], report: Report) -> list[Tokens]:
         """Ids and labels; `encoded`: each text, and each prompt."""
@@ -118,8 +119,7 @@ class Labeler:
                 return self._label(alone, self.format.encoder.encode(_texts_of(alone)), report)
             if not fits:
                 cut = marked.answers[0].prompt
-                whole, count = self.format.encoder.encode_apart(marked.text[:cut], marked.text[cut:])
-                prompts = [whole.ids[:count]]
+                whole = self.format.encoder.encode_apart(marked.text[:cut], marked.text[cut:])
             tokens = self._supervise_answers(marked, whole, prompts)
             report.answers += len(prompts)
             report.parity_breaks += parity_breaks(tokens, prompts)

@@ -23,8 +23,6 @@ Integers = NDArray[np.int64]
 class Sequences(Protocol):
     """What packing needs of a store: the tokenized sequences of an example."""
 
-    def __len__(self) -> int: ...
-
     def sequences(self, example: int) -> tuple[Tokens, ...]: ...
 
 

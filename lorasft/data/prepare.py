@@ -196,7 +196,7 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     digests, apart, sizes = (
         np.fromfile(stage / name, TYPES[name]) for name in ("digests", "held_out", "example_sizes")
     )
-    held_out = apart | (digests < _split(data, digests[~apart], digests[apart], report=report))
+    held_out = apart | (digests < _split(data, digests[~apart], digests[apart]))
     replace_file(stage / "held_out", held_out.tobytes())
     report.held_out_examples = int(np.count_nonzero(sizes[held_out]))
     report.train_examples = int(np.count_nonzero(sizes[~held_out]))
@@ -208,13 +208,12 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     }
 
 
-def _split(data: DataSettings, train: Digests, apart: Digests, *, report: Report) -> int:
+def _split(data: DataSettings, train: Digests, apart: Digests) -> int:
     """The digest below which an example is held out. `train`, `apart`: of all rows that could be read, also of those
     dropped later, so that no setting of lengths moves the split."""
     if not len(train):
-        what = f"no rows to train on ({report.bad_rows} bad ones)"
-        raise DataError(what, where=_paths(data), hint="are the files empty, or all their lines blank?")
-    report.duplicate_rows = len(train) - len(np.unique(train))
+        hint = "are the files empty, or all their rows blank or bad?"
+        raise DataError("no rows to train on", where=_paths(data), hint=hint)
     twice = np.intersect1d(train, apart).size
     if twice:
         hint = "take them out of one of the two: the held-out loss would measure memory"

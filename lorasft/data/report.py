@@ -17,7 +17,6 @@ class Report:
 
     rows: int = 0
     bad_rows: int = 0
-    duplicate_rows: int = 0
     over_long_examples: int = 0
     truncated_examples: int = 0
     truncated_tokens: int = 0  # supervised ones, that were cut off
