@@ -101,10 +101,10 @@ def _find_linears(base: Any) -> set[str]:
 
 def _refuse_streamed(base: Any, weights: Mapping[str, Tensor], fields: Mapping[str, Any], *, where: str) -> None:
     """Raise ModelError when `base` is streamed from its files and the adapter is more than A and B of linears."""
-    other = next((name for name in weights if ".lora_A." not in name and ".lora_B." not in name), None)
-    other = "target_parameters" if fields.get("target_parameters") else other
-    if other and any(parameter.is_meta for parameter in base.parameters()):
-        what = f"the base does not fit into memory, and {other} does not work with one that is streamed"
+    others = [name for name in weights if ".lora_A." not in name and ".lora_B." not in name]
+    others += ["target_parameters"] if fields.get("target_parameters") else []
+    if others and any(parameter.is_meta for parameter in base.parameters()):
+        what = f"the base does not fit into memory, and {others[0]} does not work with one that is streamed"
         raise ModelError(what, where=where, hint="merge with --no-check")
 
 

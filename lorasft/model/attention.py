@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface
 
-from lorasft.data.packing import Segment
-
 SEGMENTS = "lorasft_segments"
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attend_back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -42,7 +40,7 @@ class Paths:
     lengths: list[int]  # tokens of each segment
     ancestors: list[tuple[int, ...]]  # numbers of segments
     varlen: torch.device | None = None  # where one kernel takes all segments
-    cascade: bool = True  # by cascade.py: it is for CPUs
+    cascade: bool = True  # by CascadeAttention, which is for CPUs
 
     @cached_property
     def stretches(self) -> list[Stretch]:
@@ -82,13 +80,6 @@ class Paths:
             torch.cat([*(own[number] for number in before), part], dim=2) if before else part
             for part, before in zip(own, self.ancestors, strict=True)
         ]
-
-
-def read_paths(segments: Sequence[Segment], *, cascade: bool, varlen: bool, device: torch.device) -> Paths:
-    """The segments of a micro-batch for attention; `varlen` where the device's kernel for it was verified."""
-    lengths = [segment.end - segment.start for segment in segments]
-    ancestors = [segment.ancestors for segment in segments]
-    return Paths(lengths, ancestors, device if varlen else None, cascade)
 
 
 def attend(

@@ -44,7 +44,7 @@ def generate(
     config = GenerationConfig(
         max_new_tokens=min(max_new_tokens, positions - len(prompt)),
         do_sample=temperature > 0,
-        temperature=temperature if temperature > 0 else 1.0,
+        temperature=temperature or 1.0,
         top_k=0 if temperature > 0 else 50,
         top_p=1.0,
         eos_token_id=stops or None,

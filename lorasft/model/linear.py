@@ -53,21 +53,19 @@ class FrozenWeights:
 
     def read(self, base: Any, dtype: torch.dtype) -> Tensor:
         """The weight of `base`, (out, in) in `dtype`; valid until the next reading."""
-        if isinstance(base, bnb.nn.Linear4bit):
-            return self._dequantize(base.weight.data, base.weight.quant_state).to(dtype)
-        weight: Tensor = base.weight.detach().to(dtype)
-        return weight.t() if isinstance(base, Conv1D) else weight
-
-    def _dequantize(self, packed: Tensor, state: Any) -> Tensor:
+        if not isinstance(base, bnb.nn.Linear4bit):
+            weight: Tensor = base.weight.detach().to(dtype)
+            return weight.t() if isinstance(base, Conv1D) else weight
+        packed, state = base.weight.data, base.weight.quant_state
         size = state.shape.numel()
         if packed.is_cuda or size * state.dtype.itemsize <= _MALLOC_KEEPS:
-            return bnb.functional.dequantize_4bit(packed, state)  # type: ignore[no-any-return]
+            return bnb.functional.dequantize_4bit(packed, state).to(dtype)  # type: ignore[no-any-return]
         if len(self._buffer) < size:
             self._buffer = torch.empty(size, dtype=state.dtype, device=packed.device)
         out = self._buffer[:size].view(state.shape)
         if not packed.is_meta:
             _dequantize_by_blocks(packed, state, out)
-        return out
+        return out.to(dtype)
 
 
 def _dequantize_by_blocks(packed: Tensor, state: Any, out: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorasft.data.packing import MicroBatch
 from lorasft.data.prefixes import Sharing
-from lorasft.model.attention import read_paths
+from lorasft.model.attention import Paths
 
 # Pairs of a chunk: enough to keep the head's product busy, few enough to keep its logits small. On GPUs more, as
 # far as the fp32 logits stay near 128 MB.
@@ -92,7 +92,9 @@ def pair_losses(network: Network, batch: MicroBatch) -> Tensor:
     targets = torch.as_tensor(batch.targets, device=device)
     inputs: dict[str, Any] = {"input_ids": torch.as_tensor(batch.ids, device=device).unsqueeze(0), "use_cache": False}
     if network.segments:
-        paths = read_paths(batch.segments, cascade=on_cpu, varlen=network.varlen, device=device)
+        lengths = [segment.end - segment.start for segment in batch.segments]
+        ancestors = [segment.ancestors for segment in batch.segments]
+        paths = Paths(lengths, ancestors, device if network.varlen else None, cascade=on_cpu)
         positions = torch.as_tensor(batch.positions, device=device).unsqueeze(0)
         inputs |= {"position_ids": positions, "segments": paths}
     if network.head is None:

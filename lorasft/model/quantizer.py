@@ -41,9 +41,10 @@ def install_quantizer() -> Library | None:
     if not all(map(torch.equal, wanted, _quantize(probe, 64, below=below, bound=bound))):
         return None
     library = Library("bitsandbytes", "IMPL")  # type: ignore[no-untyped-call]
-    options = {"with_keyset": True, "allow_override": False}
     try:
-        library.impl("quantize_4bit", quantize, "CPU", **options)  # type: ignore[no-untyped-call]
+        library.impl(  # type: ignore[no-untyped-call]
+            "quantize_4bit", quantize, "CPU", with_keyset=True, allow_override=False
+        )
     except RuntimeError:
         return None
     return library

@@ -36,13 +36,13 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
         causal, head=None, segments=False, rope_switch_length=_rope_switch_length(causal.config.get_text_config())
     )
     shared = replace(network, segments=True, share="auto")
-    ways = [shared, replace(shared, share=False)] if segments else []  # the fastest first
+    ways = [shared, replace(shared, share=False)]  # the fastest first
     if network.device.type == "cuda":
-        ways = [replace(way, varlen=True) for way in ways[:1]] + ways
+        ways.insert(0, replace(shared, varlen=True))
     notice = None
     with torch.no_grad():
         alone = torch.cat([pair_losses(network, _row(sequence)) for sequence in _branches(1, network)])
-        for way in ways:
+        for way in ways if segments else ():
             reason = _find_leak(way, alone)
             if reason is None:
                 causal.set_attn_implementation(SEGMENTS)
