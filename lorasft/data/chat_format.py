@@ -90,6 +90,8 @@ class ChatFormat:
         if system is not None and messages and all(message["role"] != "system" for message in messages):
             messages = ({"role": "system", "content": system}, *messages)
         content = json.dumps([example.text, messages, example.tools or ()], ensure_ascii=False)
+        if not self._control.search(content):
+            return replace(example, messages=messages)
         text, settled, tools = json.loads(self._control.sub(self._replace_control, content))
         return replace(example, text=text, messages=tuple(settled), tools=tuple(tools) or None)
 
