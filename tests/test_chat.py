@@ -248,10 +248,9 @@ def test_texts_are_cut_at_no_token_that_another_can_swallow(tmp_path: Path, adde
     encoder = make_encoder(tokenizer)
     assert encoder.format.encoder.restart == found
     for text in ("x<|start|>user\nab<|start|>dog", "", "<|start|>", "a<|start|><|start|> b"):
-        assert (
-            encoder.format.encoder.encode({text: ()})[text].ids
-            == tokenizer(text, add_special_tokens=False)["input_ids"]
-        )
+        for first in (0, len(text)):
+            ids = encoder.format.encoder.encode([(text, first)])[text].ids
+            assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def test_control_tokens_in_the_data(tiny: Any) -> None:

@@ -81,7 +81,7 @@ class ChatFormat:
         """What a server would feed the model for these messages, to be answered."""
         asked = self.complete(Example(tuple(messages), None, None, RowLocation("prompt", 1)))
         text = self._prompt(asked, len(asked.messages))
-        return list(self.encoder.encode([text])[text].ids)
+        return list(self.encoder.encode([(text, len(text))])[text].ids)
 
     def complete(self, example: Example) -> Example:
         """The example with the recipe's system text, and placeholders for control tokens that are meant as text.

@@ -196,11 +196,11 @@ def parity_breaks(tokens: Tokens, prompts: Sequence[list[int]]) -> int:
     return breaks
 
 
-def _texts_of(texts: Iterable[MarkedText]) -> Iterator[str]:
-    """All that has to be encoded: each text and its prompts."""
+def _texts_of(texts: Iterable[MarkedText]) -> Iterator[tuple[str, int]]:
+    """All that has to be encoded: each text, with where its first answer is, and its prompts, in which none is."""
     for marked in texts:
-        yield marked.text
-        yield from (marked.text[: answer.prompt] for answer in marked.answers)
+        yield marked.text, min((answer.start for answer in marked.answers), default=len(marked.text))
+        yield from ((marked.text[: answer.prompt], answer.prompt) for answer in marked.answers)
 
 
 def _drop_reasoning(example: Example, report: Report) -> Example:
