@@ -60,7 +60,7 @@ def merge(
     hashes: dict[str, str] = {}
     with files.staged_folder(out, hashes=hashes) as stage:
         weights = stage / "16-bit" if quantize else stage
-        found = _write_full(weights, artifact, plan, onto=chosen, on_progress=on_progress)
+        found, unchanged = _write_full(weights, artifact, plan, onto=chosen, on_progress=on_progress)
         if judge:
             judge.verify(weights, chosen)
         if quantize:
@@ -73,6 +73,7 @@ def merge(
             "onto": chosen,
             "why": why,
             "updated": len(plan.changes),  # tensors that the adapter changes
+            "unchanged": unchanged,  # of these, as the rounding left them
             "size": sum((stage / name).stat().st_size for name in found),  # bytes of weights
             "rows": judge.origin if judge else "",
             "table": judge.table if judge else {},
@@ -83,16 +84,18 @@ def merge(
 
 def _write_full(
     folder: Path, artifact: Artifact, plan: MergePlan, *, onto: Onto, on_progress: Progress | None
-) -> dict[str, str]:
-    """Full weights and what lies beside them. Returns their hashes. Raises ModelError when no weight changed."""
+) -> tuple[dict[str, str], int]:
+    """Full weights and what lies beside them. Returns their hashes, and how many tensors the rounding left as they
+    were. Raises ModelError when it left all."""
     files.make_folder(folder)
     nf4 = _find_quantized(artifact, plan) if onto == "dequantized" else {}
     written, hashes = write_weights(folder, plan, nf4=nf4, on_progress=on_progress)
-    if not any(written[name] for name in plan.changes):
+    unchanged = sum(not written[name] for name in plan.changes)
+    if unchanged == len(plan.changes):
         what = "no weight changed: the adapter is empty, or too small for the base's dtype"
         raise ModelError(what, where=str(artifact.adapter))
     _write_sidecars(folder, artifact, rewrite_config(plan, artifact.base_config))
-    return hashes
+    return hashes, unchanged
 
 
 def _write_record(stage: Path, artifact: Artifact, done: dict[str, Any]) -> dict[str, Any]:
