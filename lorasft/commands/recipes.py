@@ -34,7 +34,8 @@ def run(action: str, name: str | None, to: str | None, as_json: bool) -> None:
     elif action == "schema":
         print(json.dumps(recipe_schema(), indent=2))
     elif action == "show":
-        print(find_shipped(name or "").read_text(encoding="utf-8").rstrip())
+        path = find_shipped(name or "")
+        show(read_yaml(path).value, [path.read_text(encoding="utf-8").rstrip()], as_json=as_json)
     else:
         source, target = find_shipped(name or ""), Path(to or ".")
         target = target / source.name if target.is_dir() else target

@@ -66,7 +66,7 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises RecipeError, UnsafeError, or ErrorGroup for several errors.
     """
     path = Path(source)
-    if not path.exists() or path.is_dir():
+    if not path.is_file() and (source in shipped_recipes() or not path.exists()):
         path = find_shipped(source)
     document = read_yaml(path)
     if not isinstance(document.value, dict):
