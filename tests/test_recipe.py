@@ -154,10 +154,7 @@ sections: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "columns": st.none() | st.dictionaries(text_values, text_values),
         "max_dropped": st.floats(0, 1),
     },
-    "chat": {
-        "system": st.none() | st.text(),
-        "template_options": st.dictionaries(text_values, scalars),
-    },
+    "chat": {"system": st.none() | st.text(), "template_options": st.dictionaries(text_values, scalars)},
     "train": {"epochs": st.floats(1e-3, 100) | st.integers(1, 9), "steps": st.none() | st.integers(1, 10**9)},
     "optimizer": {"learning_rate": st.floats(1e-300, 0.01), "betas": st.tuples(fractions, fractions).map(list)},
     "schedule": {"warmup": st.integers(0, 10**6) | st.floats(0, 0.999)},

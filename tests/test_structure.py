@@ -13,17 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lorasft"
 FLOORS = [
-    {
-        "errors",
-        "files",
-        "hub",
-        "tensors",
-        "recipe",
-        "artifact",
-        "signals",
-        "terminal",
-        "",
-    },
+    {"errors", "files", "hub", "tensors", "recipe", "artifact", "signals", "terminal", ""},
     {"data"},
     {"model"},
     {"train", "merge", "export"},
