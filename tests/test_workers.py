@@ -77,7 +77,7 @@ def test_processes_make_the_same_store(tmp_path: Path, tiny: Any, settings: dict
     assert contents[0] == contents[1] != {}
     report = made.report
     apart = 10 if isinstance(data.eval, tuple) else 0
-    assert report.bad_rows >= 6 and report.rows == FILES * ROWS + 20 + 2 - 2 + apart
+    assert report.bad_rows >= 6 and report.rows == FILES * ROWS + 20 + 3 + apart
     assert len(report.dropped) == report.dropped_examples()
     places = [made.train.place(at) for at in range(len(made.train))]
     assert places == sorted(places, key=lambda place: (place.file, place.line))

@@ -124,9 +124,9 @@ def shape_block(block: RowBlock, settings: DataSettings, *, report: Report) -> I
     columns, share = block.source.columns or settings.columns or {}, block.source.share
     for line, raw in block.rows:
         place = RowLocation(block.file, line)
+        report.rows += 1
         try:
             row = parse_row(raw, place)
-            report.rows += 1
             mapped = row | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
             example = shape_row(mapped, block.kind, place)
             if example.digest < share * 2**64:
