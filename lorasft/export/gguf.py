@@ -66,7 +66,7 @@ def write_gguf(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progr
     try:
         import gguf
     except ImportError:
-        hint = "pip install 'lorasft[gguf]', or pip install gguf"
+        hint = "pip install gguf"
         raise DeviceError("the export needs the package gguf, which is not installed", hint=hint) from None
     layout = read_gguf_layout(model)
     tokenizer = describe_tokenizer(model, layout.config.vocab_size)
