@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from lorasft.data.folders import find_files
 from lorasft.data.report import Report
 from lorasft.data.sources import (
     Raw,
@@ -19,7 +20,6 @@ from lorasft.data.sources import (
     parse_strict,
     read_file,
     read_hub,
-    source_files,
 )
 from lorasft.errors import DataError
 
@@ -48,6 +48,12 @@ SHAREGPT_ROLES = {
     "tool_call": "assistant",
     "observation": "tool",
 }
+
+
+class Arguments(dict[str, Any]):
+    """The arguments of a call, whose row has them as text."""
+
+    text = ""
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class RowBlock:
 
 def read_blocks(source: DataSource, settings: DataSettings) -> Iterator[RowBlock]:
     """The rows of a source in order, hardly looked at; raises nothing for what a file holds."""
-    files = [(str(file), read_file(file)) for file in source_files(source.path)]
+    files = [(str(file), read_file(file)) for file in find_files(source)[0]]
     for file, rows in files or [(f"{source.path}/{source.split}", read_hub(source))]:
         block, size = RowBlock(source, file, "", []), 0
         try:
@@ -232,7 +238,9 @@ def _normalize_call(call: Any) -> dict[str, Any]:
     _expect(function.get("name"), str, "name")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):  # as OpenAI sends them; templates would quote them twice
-        arguments = _parse(arguments, "arguments") if arguments.strip() else {}
+        text, parsed = arguments, _parse(arguments, "arguments") if arguments.strip() else {}
+        arguments = Arguments(_expect(parsed, dict, "arguments"))
+        arguments.text = text
     return {**call, "function": {**function, "arguments": _expect(arguments, dict, "arguments")}}
 
 

@@ -64,7 +64,10 @@ class Labeler:
         if self.chat.thinking == "drop":
             example = _drop_reasoning(example, report)
         if self.chat.supervise == "everything":
-            return (MarkedText(self.format.render(example, len(example.messages)), ()),)
+            text = self.format.render(example, len(example.messages))
+            self.format.refuse_lost(example, len(example.messages), answered=True)
+            self.format.refuse_markup(example, text)
+            return (MarkedText(text, ()),)
         targets = self._targets(example.messages)
         if not targets:
             _drop_without_target(example, report)

@@ -16,9 +16,10 @@ import numpy.typing as npt
 
 from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import RowBlock, read_blocks, shape_block
+from lorasft.data.folders import find_files, held_out_source
 from lorasft.data.labels import Labeler
 from lorasft.data.report import Report
-from lorasft.data.sources import load_hub, source_files
+from lorasft.data.sources import load_hub
 from lorasft.data.store import TYPES, Arrays, TokenStore, append_arrays, map_store, pack_examples
 from lorasft.data.workers import available_workers, map_blocks
 from lorasft.errors import DataError, LorasftError, ModelError
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from lorasft.recipe import ChatSettings, DataSettings, DataSource
 
-SCHEMA = 5  # raised whenever the same ingredients give other tokens, or the same tokens lie otherwise in the folder
+SCHEMA = 6  # raised whenever the same ingredients give other tokens, or the same tokens lie otherwise in the folder
 
 Digests = npt.NDArray[np.uint64]
 
@@ -115,7 +116,7 @@ def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, A
     tokenizer = chat_format.tokenizer
     files: dict[str, str] = {}
     for source, _ in _sources(data):
-        found = source_files(source.path)
+        found, _ = find_files(source)
         files.update((str(file), sha256(file)) for file in found)
         if not found:
             files[str(source)] = str(load_hub(source)._fingerprint)
@@ -135,7 +136,7 @@ def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, A
 def _sources(data: DataSettings) -> list[tuple[DataSource, bool]]:
     """All sources of the recipe, and whether they are held out."""
     apart = data.eval if isinstance(data.eval, tuple) else ()
-    return [*((source, False) for source in data.train), *((source, True) for source in apart)]
+    return [*((source, False) for source in data.train), *((held_out_source(source), True) for source in apart)]
 
 
 def settings_for(source: DataSource, data: DataSettings) -> DataSettings:
@@ -143,6 +144,7 @@ def settings_for(source: DataSource, data: DataSettings) -> DataSettings:
 
     The format and columns of `data` hold if `source` has columns or begins with a row that fits, else they are found.
     """
+    source = held_out_source(source)
     first = next(read_blocks(source, data))
     fits = source.columns is not None or first.kind or not first.error
     changes = {} if fits else {"format": "auto", "columns": None}
