@@ -96,7 +96,7 @@ def _fill(modules: list[nn.Module], *, device: torch.device) -> None:
                 made[id(old)] = nn.Parameter(_draw_like(old, device), requires_grad=old.requires_grad)
             setattr(module, name, made[id(old)])
         if isinstance(module, (nn.Linear, nn.Embedding)):  # else `initialize_weights` draws anew, and into 4-bit codes
-            module.weight._is_hf_initialized = True  # type: ignore[assignment]
+            module.weight._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 def _draw_like(given: Tensor, device: torch.device) -> Tensor:
