@@ -95,12 +95,15 @@ class ChatFormat:
         messages, system = example.messages, self.chat.system
         if system is not None and messages and all(message["role"] != "system" for message in messages):
             messages = ({"role": "system", "content": system}, *messages)
-        content = json.dumps([example.text, messages, example.tools or ()], ensure_ascii=False)
+        content = json.dumps([example.text, messages, example.tools or (), example.variables], ensure_ascii=False)
         if not self._control.search(content):
-            return self._with_arguments(replace(example, messages=messages))
-        text, settled, tools = json.loads(self._control.sub(self._replace_control, content))
-        settled = replace(example, text=text, messages=tuple(settled), tools=tuple(tools) or None)
-        return self._with_arguments(settled)
+            example = replace(example, messages=messages)
+        else:
+            text, settled, tools, variables = json.loads(self._control.sub(self._replace_control, content))
+            example = replace(
+                example, text=text, messages=tuple(settled), tools=tuple(tools) or None, variables=variables
+            )
+        return self._with_arguments(example)
 
     def _replace_control(self, found: re.Match[str]) -> str:
         token = found.group()
@@ -205,10 +208,10 @@ class ChatFormat:
         return len(said) - len(rest)
 
     def refuse_lost(self, example: Example, upto: int, *, first: int = 0, answered: bool = False) -> None:
-        """Raise DataError for a message from `first` on that a rendering of those before `upto` does not show, or not with
-        all its calls. `answered`: no answer is to follow."""
+        """Raise DataError for a message from `first` on that does not show, or not with all its calls, where those before
+        `upto` are rendered. `answered`: no answer is to follow."""
         messages = example.messages[:upto]
-        key = (_pattern(messages), bool(example.tools), first, answered)
+        key = (_pattern(messages), bool(example.tools), *example.variables, first, answered)
         if key not in self._lost:
             marked = [_with_words(message, f"{WORD}{index}x") for index, message in enumerate(messages)]
             text = self._try([message for message, _ in marked], example, answered=answered).lower()
@@ -230,7 +233,7 @@ class ChatFormat:
         """The example with arguments of calls as text, where the template refuses objects or writes them as Python."""
         if not any("tool_calls" in message for message in example.messages):
             return example
-        key = (_pattern(example.messages), bool(example.tools))
+        key = (_pattern(example.messages), bool(example.tools), *example.variables)
         if key not in self._takes_text:
             as_text = json.dumps(PROBE)
             objects, texts = (
@@ -246,16 +249,17 @@ class ChatFormat:
     def _try(self, messages: Sequence[Message], example: Example, *, answered: bool = True) -> str:
         """The rendering of an example with other messages, empty where the template refuses them."""
         with suppress(DataError):
-            return render(self.tokenizer, messages, example.tools, generation_prompt=not answered)
+            return render(self.tokenizer, messages, example.tools, example.variables, generation_prompt=not answered)
         return ""
 
     def _prompt(self, example: Example, target: int) -> str:
         """What a server would render before the message `target`."""
-        return render(self.tokenizer, example.messages[:target], example.tools, generation_prompt=True)
+        variables = example.variables
+        return render(self.tokenizer, example.messages[:target], example.tools, variables, generation_prompt=True)
 
     def render(self, example: Example, upto: int) -> str:
         """The conversation up to a message, nothing to be answered."""
-        return render(self.tokenizer, example.messages[:upto], example.tools)
+        return render(self.tokenizer, example.messages[:upto], example.tools, example.variables)
 
 
 def read_style(tokenizer: PreTrainedTokenizerFast) -> TemplateStyle:

@@ -135,7 +135,7 @@ def _open(path: Path) -> IO[bytes]:
     if path.suffix.lower() in COMPRESSED:
         import pyarrow
 
-        file: IO[bytes] = io.BufferedReader(pyarrow.input_stream(str(path)))
+        file = io.BufferedReader(pyarrow.input_stream(str(path)))
     else:
         file = open(path, "rb")  # noqa: SIM115
     mark = file.peek(3)[:3]
