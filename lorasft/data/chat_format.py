@@ -208,7 +208,7 @@ class ChatFormat:
         return len(said) - len(rest)
 
     def refuse_lost(self, example: Example, upto: int, *, first: int = 0, answered: bool = False) -> None:
-        """Raise DataError for a message from `first` on that does not show, or not with all its calls, where those before
+        """Raise DataError for a message from `first` on that is not shown, or not all calls of it, where those before
         `upto` are rendered. `answered`: no answer is to follow."""
         messages = example.messages[:upto]
         key = (_pattern(messages), bool(example.tools), *example.variables, first, answered)
