@@ -18,9 +18,9 @@ NEEDED = {  # format -> the columns that make it
     "prompt-completion": ("prompt", "completion"),
     "text": ("text",),
 }
-OPTIONS = ("chat_template_kwargs", "template_kwargs")  # of a row: variables of its template
+OPTIONS = "chat_template_kwargs"  # of a row: variables of its template
 VARIABLES = ("documents", "enable_thinking", "reasoning_effort")  # and those that have a column of their own
-_BESIDE = {"system", "tools", "functions", *OPTIONS, *VARIABLES}
+_BESIDE = {"system", "tools", "functions", OPTIONS, *VARIABLES}
 READ: dict[str, Set[str]] = {  # format -> all columns that are read
     "chat": {"messages", *_BESIDE},
     "sharegpt": {"conversations", *_BESIDE},

@@ -50,8 +50,7 @@ class Report:
     def notices(self) -> Iterator[str]:
         """What a person should know of rows that were read, a line each."""
         if self.unread:
-            beyond = f" and {len(self.unread) - SHOWN} more" if len(self.unread) > SHOWN else ""
-            yield f"columns not read: {', '.join(self.unread[:SHOWN])}{beyond}"
+            yield f"columns not read: {', '.join(self.unread[:SHOWN])}{', ...' * (len(self.unread) > SHOWN)}"
 
     def add_error(self, error: DataError, place: object, *, policy: str) -> None:
         """Take one bad row, of this place where the error does not name one itself. `policy`: `data.on_bad_row`."""
