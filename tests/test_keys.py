@@ -429,8 +429,8 @@ def test_nothing_to_train_on_gives_reasons_with_counts_and_an_example(tmp_path: 
     with pytest.raises(DataError, match=r"60 rows read, 60 dropped \(60 bad, .*: nothing to train on") as refused:
         make(tmp_path, tiny, rows, on_bad_row="drop")
     said = str(refused.value.hint)
-    assert f"57 times: no assistant turn (roles: user) (as in {tmp_path}/rows.jsonl:1)" in said
-    assert f"3 times: 'images' beside the text (as in {tmp_path}/rows.jsonl:58)" in said
+    assert f"57 times as in {tmp_path}/rows.jsonl:1: no assistant turn (roles: user)" in said
+    assert f"3 times as in {tmp_path}/rows.jsonl:58: 'images' beside the text" in said
 
 
 def test_the_page_names_every_key_that_is_read_honoured_or_refused() -> None:
