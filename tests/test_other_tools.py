@@ -227,6 +227,16 @@ def test_experts_that_were_linears_are_adapted(kind: str, tmp_path: Path) -> Non
     torch.testing.assert_close(logits(load(tmp_path / "out")), want, atol=2e-4, rtol=1e-4)
 
 
+def test_half_of_the_experts_is_refused_in_words(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", "mixtral", torch.float32)
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    name = "base_model.model.model.layers.0.block_sparse_moe.experts.0.w1.lora_"
+    path = adapter / "adapter_model.safetensors"
+    save_file({**load_file(path), f"{name}A.weight": torch.ones(4, 32), f"{name}B.weight": torch.ones(64, 4)}, path)
+    with pytest.raises(ModelError, match=r"PEFT cannot make this adapter|does not fit the base"):
+        load_adapter(load(base), find_artifact(str(adapter), base=str(base)))
+
+
 UNSLOTH = {"base_model_class": "LlamaForCausalLM", "parent_library": "a.b", "unsloth_fixed": True}
 IDLE: dict[str, dict[str, Any]] = {
     "unsloth": {

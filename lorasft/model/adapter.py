@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def load_adapter(base: Any, artifact: Artifact, *, trainable: bool = False) -> A
     folder, fields = artifact.require_adapter(), dict(artifact.adapter_config)
     weights = read_adapter_weights(folder)
     experts = [path for path in fields["target_modules"] if re.search(r"\.experts\.\d+\.", path)]
-    weights = convert_peft_adapter_state_dict_for_transformers(base, LoraConfig(), weights)  # from an earlier one
+    with _peft_errors(str(folder / CONFIG)):  # of an earlier transformers
+        weights = convert_peft_adapter_state_dict_for_transformers(base, LoraConfig(), weights)
     _refuse_streamed(base, weights, fields, where=str(folder))
     weights = subtract_start(weights, fields, folder, lambda path: base.get_submodule(path).weight)
     _take_embeddings(base, weights, fields, where=str(folder))
@@ -226,16 +228,22 @@ def check_targets(base: Any, settings: AdapterSettings) -> None:
         raise RecipeError(f"{key}: {what}", where=key, hint=hint)
 
 
+@contextlib.contextmanager
+def _peft_errors(where: str) -> Iterator[None]:
+    """Say in words what PEFT raises where it cannot make an adapter."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
+        hint = "use the base that it was trained on; for a new one adapter.targets=all-linear, or names of linears"
+        raise ModelError(f"PEFT cannot make this adapter: {error}", where=where, hint=hint) from None
+
+
 def _wrap(base: Any, *, where: str, **settings: Any) -> Any:
     """The PEFT model of `base` with LoRA by PEFT's `settings`. Raises ModelError where PEFT cannot make it."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _peft_errors(where):
         # peft 0.21 asks transformers by a name that it gave up (peft/peft_model.py).
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        try:
-            model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
-        except (TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
-            hint = "use the base that it was trained on; for a new one adapter.targets=all-linear, or names of linears"
-            raise ModelError(f"PEFT cannot make this adapter: {error}", where=where, hint=hint) from None
+        model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
     for parameter in trainable(model).values():
         parameter.data = parameter.data.float()
     use_lean_linears(model)
