@@ -73,9 +73,11 @@ def test_a_message_that_the_template_leaves_out_is_a_bad_row(
 
 
 SHOWN = [  # templates that do something to texts, and rows that they take
-    (ALL.replace("m.content", "m.content if m.role == 'assistant' else m.content | upper"), ["system: s", "user: q", "assistant: A"]),
+    (ALL.replace("m.content", "m.content if m.role == 'assistant' else m.content | upper"),
+     ["system: s", "user: q", "assistant: A"]),
     (ALL.replace("m.content", "m.content | trim | tojson"), ["system:  a\n b ", "user: q", "assistant: A"]),
-    (ALL.replace("m.content", "m.content if m.role == 'assistant' else m.content[:40] | title"), ["user: " + "q" * 99, "assistant: A"]),
+    (ALL.replace("m.content", "m.content if m.role == 'assistant' else m.content[:40] | title"),
+     ["user: " + "q" * 99, "assistant: A"]),
     (ALL.replace("m.content", "m.content.split('|')[-1]"), ["system: x|y", "user: q", "assistant: A"]),
     (only("m.content"), ["system: ", "user: q", "assistant: A", "user: r", "assistant: B"]),  # empty: nothing is lost
     (only("m.role != 'tool' or m.content | trim"), ["user: q", "tool:  ", "assistant: A"]),

@@ -185,7 +185,7 @@ def _rows_of(value: Any) -> list[Any]:
     if len(lists) == 1:
         return list(lists[0])
     columns = [list(part.values()) if isinstance(part, dict) else part for part in value.values()]  # as pandas writes
-    if not columns or any(not isinstance(part, list) or len(part) != len(columns[0]) for part in columns):
+    if any(not isinstance(part, list) or not part or len(part) != len(columns[0]) for part in columns) or not columns:
         return [value]
     rows = [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
     return [value] if any(isinstance(cell, dict) for row in rows for cell in row.values()) else rows
