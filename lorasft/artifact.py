@@ -179,7 +179,7 @@ def find_artifact(name: str, *, base: str | None = None) -> Artifact:
 def _tells_of_4_bit(artifact: Artifact, own_base: str) -> bool:
     """Whether anything says that another tool's adapter was trained in 4 bit: its base, or what that tool recorded."""
     names = [Path(own_base).name, *(part for part in Path(own_base).parts if part.startswith("models--"))]
-    if any(map(_FOUR_BIT_NAME.search, names)) and "mlx" not in own_base.lower():
+    if any(map(_FOUR_BIT_NAME.search, names)) and not re.search("(?i)mlx|gptq|awq", own_base):
         return True
     if Path(artifact.model.base).is_dir() and artifact.base_config.get("quantization_config"):
         return True

@@ -299,6 +299,7 @@ EVIDENCE = [
     ("org/model-8bit", {}, "none"),
     ("org/Chat4bitcoin", {}, "none"),
     ("mlx-community/Llama-3.2-1B-Instruct-4bit", {}, "none"),
+    ("org/Llama-3-8B-GPTQ-4bit", {}, "none"),
     ("org/m", {"README.md": "quantization config was used:\n- load_in_8bit: False\n- load_in_4bit: True\n"}, "nf4"),
     ("org/m", {"README.md": "```yaml\nadapter: qlora\nload_in_4bit: true\n```"}, "nf4"),
     ("org/m", {"README.md": "load_in_4bit: false\nadapter: lora"}, "none"),
