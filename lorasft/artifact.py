@@ -19,7 +19,7 @@ from typing_extensions import Required, TypedDict
 from lorasft.errors import ModelError, UnsafeError, in_words
 from lorasft.files import MANIFEST, verify_folder
 from lorasft.hub import find_hub, refuse_offline
-from lorasft.recipe import ChatSettings, ModelSettings, Recipe
+from lorasft.recipe import ChatSettings, DataSettings, ModelSettings, Recipe
 from lorasft.recipe.load import load_recipe
 from lorasft.tensors import fingerprint, open_tensors
 
@@ -103,12 +103,8 @@ class Artifact:
     adapter: Path | None = None  # the folder
     adapter_config: Mapping[str, Any] = field(default_factory=dict)  # checked; PEFT's fields
     recipe: Recipe | None = None  # of the run that the adapter came from
-
-    @property
-    def chat(self) -> ChatSettings:
-        """How prompts are made: the template was saved with the adapter; the system message and the date are left."""
-        chat = self.recipe.chat if self.recipe else ChatSettings()
-        return ChatSettings(system=chat.system, template_date=chat.template_date)
+    chat: ChatSettings = field(default_factory=ChatSettings)  # how prompts are made; the template came with the adapter
+    data: DataSettings | None = None  # how rows are read
 
     @property
     def run(self) -> Path | None:
@@ -213,7 +209,10 @@ def find_artifact(name: str, *, base: str | None = None) -> Artifact:
             raise UnsafeError(f"the adapter names {named} as its base", where=str(folder / CONFIG), hint="--base MODEL")
     where = {"base": config["base_model_name_or_path"], "revision": config.get("revision")}
     model = trained.model_copy(update={"base": base, "revision": None} if base else where)
-    return Artifact(name, model, folder, config, recipe)
+    if recipe is None:
+        return Artifact(name, model, folder, config)
+    chat = ChatSettings(system=recipe.chat.system, template_date=recipe.chat.template_date)
+    return Artifact(name, model, folder, config, recipe, chat, recipe.data)
 
 
 def refuse_quantized(scheme: Mapping[str, Any], where: str) -> None:
@@ -224,9 +223,9 @@ def refuse_quantized(scheme: Mapping[str, Any], where: str) -> None:
 
 
 def read_stops(folder: Path) -> list[int]:
-    """The tokens that end generation, by the generation config in `folder`, where there is one."""
-    path = folder / GENERATION_CONFIG
-    stops = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
+    """The tokens that end generation, by the generation config in `folder`, or by the model's where there is none."""
+    paths = [path for path in (folder / GENERATION_CONFIG, folder / "config.json") if path.is_file()]
+    stops = json.loads(paths[0].read_bytes()).get("eos_token_id") if paths else None
     return stops if isinstance(stops, list) else [] if stops is None else [stops]
 
 

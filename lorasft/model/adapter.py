@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorasft.artifact import CONFIG, WEIGHTS, Artifact, read_adapter_weights
-from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import ModelError, RecipeError
 from lorasft.files import write_file
 from lorasft.model.base import load_base
@@ -59,13 +58,6 @@ def load_adapter(base: Any, artifact: Artifact, *, trainable: bool = False) -> A
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name or "modules_to_save" in name)
     return model
-
-
-def read_tokenizer(artifact: Artifact) -> Any:
-    """The tokenizer that was saved with the adapter, else the base's: another tool's adapter may have none."""
-    if artifact.adapter and (artifact.adapter / "tokenizer.json").is_file():
-        return load_tokenizer(str(artifact.adapter))
-    return load_tokenizer(artifact.model.base, artifact.model.revision)
 
 
 def load_artifact(artifact: Artifact, device: torch.device, *, streamed: bool = False) -> Any:
