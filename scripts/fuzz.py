@@ -35,7 +35,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
-from lorasft.artifact import CONFIG, WEIGHTS, find_artifact
+from lorasft.adapter_files import CONFIG, WEIGHTS
+from lorasft.artifact import find_artifact
 from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import read_blocks, shape_block
 from lorasft.data.labels import Labeler

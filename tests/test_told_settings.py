@@ -156,7 +156,7 @@ def test_how_the_base_is_loaded_can_be_told(base: Path, rows: Path, tmp_path: Pa
     adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
     for how in (["--quantization", "none"], ["model.quantization=none"]):
         out = tmp_path / how[-1]
-        assert json.loads(cli("merge", adapter, "--out", out, *how, "--json").out)["why"] == "the run was not in 4 bit"
+        assert json.loads(cli("merge", adapter, "--out", out, *how, "--json").out)["onto"] == "original"
         assert cli("chat", adapter, "--prompt", "a", "--max-new-tokens", "2", *how).code == 0
     losses = [
         json.loads(cli("evaluate", adapter, "--data", rows, "--json", "--quantization", how, "--dtype", "float32").out)

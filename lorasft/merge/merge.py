@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lorasft import __version__, files
-from lorasft.artifact import MERGE_RECORD, WEIGHTS, Artifact
+from lorasft.adapter_files import WEIGHTS
+from lorasft.artifact import MERGE_RECORD, Artifact
 from lorasft.errors import ModelError
 from lorasft.merge.sidecars import write_sidecars
 from lorasft.merge.write import MergePlan, Progress, plan_merge, rewrite_config, write_weights
@@ -41,6 +42,10 @@ def merge(
     that fails leaves nothing under `out`. Returns what merge.json says.
     """
     files.refuse_existing(out)
+    if onto == "dequantized" and artifact.model.quantization == "none":
+        what = "nothing says that it was trained in 4 bit: there are no dequantized weights that it was trained on"
+        raise ModelError(what, where=artifact.name, hint="--onto original; or --quantization nf4, if it was")
+    artifact.refuse_quantized_start()
     artifact.verify(force_base=force_base)
     adapter = artifact.require_adapter()
     files.refuse_overlap(out, artifact.base, artifact.run or adapter)

@@ -18,9 +18,9 @@ from lorasft.errors import LorasftError, ModelError
 from lorasft.files import MANIFEST, make_folder, replace_file, write_file
 from lorasft.model.tokenizer_files import TEMPLATE, TOKENIZER, list_sidecars, own_files, read_tokenizer
 from lorasft.recipe import ChatSettings
+from lorasft.tensors import INDEX, SINGLE
 
 _PROBES = (["user"], ["system", "user"], ["user", "assistant", "user"])  # roles of conversations
-_RECORDS = (MERGE_RECORD, MANIFEST)  # of an earlier merge
 
 
 def write_sidecars(folder: Path, artifact: Artifact, rewritten: Mapping[str, Any]) -> None:
@@ -33,9 +33,11 @@ def write_sidecars(folder: Path, artifact: Artifact, rewritten: Mapping[str, Any
     trained = read_tokenizer(artifact) if own_files(artifact) or told else None
     same = not trained or _has_ids_of(trained, artifact.base)
     replaced = TEMPLATE if same else TOKENIZER
+    # Records of an earlier merge, and an index that loading passes over.
+    left_out = {MERGE_RECORD, MANIFEST} | ({INDEX} if (artifact.base / SINGLE).is_file() else set())
     files, ends = list_sidecars(artifact.base), artifact.require_adapter() / GENERATION_CONFIG
     for name, path in (files | ({GENERATION_CONFIG: ends} if ends.is_file() else {})).items():
-        if name in _RECORDS or (trained and replaced.fullmatch(name)):
+        if name in left_out or (trained and replaced.fullmatch(name)):
             continue
         make_folder((folder / name).parent)
         if name in rewritten:

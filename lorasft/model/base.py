@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import cached_file
 
-from lorasft.artifact import GENERATION_CONFIG, read_adapter_config, refuse_quantized
+from lorasft.adapter_files import read_adapter_config
+from lorasft.artifact import GENERATION_CONFIG, refuse_quantized
 from lorasft.errors import CapacityError, LorasftError, ModelError, UnsafeError
 from lorasft.hub import find_hub, refuse_offline
 from lorasft.model.attention import default_attention
@@ -45,11 +46,9 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     check_files(settings.base)
     scheme = nf4_scheme(compute_dtype(settings.dtype, device))
     quantize = settings.quantization == "nf4" and not hasattr(config, "quantization_config")
-    if stored := getattr(config, "quantization_config", None):
-        key, told = "bnb_4bit_compute_dtype", scheme.to_dict()["bnb_4bit_compute_dtype"]
-        if stored.get(key) != told:
-            say(f"computing in {told} (model.dtype, --dtype), not in {stored.get(key)}, which the base's config names")
-        stored[key] = told
+    stored = getattr(config, "quantization_config", None)
+    if stored:
+        _set_compute_dtype(stored, scheme)
 
     def read(source: str, config: Any = config, **how: Any) -> Any:
         # Only weights that are no safetensors would be written to the scratch folder: there are none.
@@ -85,7 +84,9 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
         how["generation_config"] = generation
     model = read(settings.base, revision=settings.revision, **how) if kept is None else kept
     model.name_or_path = model.config._name_or_path = settings.base
-    for parameter in model.parameters():  # of a base that comes in 4 bit transformers leaves the others as they are
+    for parameter in (
+        model.parameters() if stored else ()
+    ):  # transformers leaves those that are not in 4 bit as they are
         if parameter.dtype in (torch.float16, torch.bfloat16) and not isinstance(parameter, bnb.nn.Params4bit):
             parameter.data = parameter.data.to(scheme.bnb_4bit_compute_dtype)
     patch_linear4bit(model, device, settings.base)
@@ -94,6 +95,14 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
         with quiet_progress():
             keep_base(model, place, base=folder, wanted=keep)
     return model
+
+
+def _set_compute_dtype(stored: dict[str, Any], scheme: BitsAndBytesConfig) -> None:
+    """Have a base that comes in 4 bit compute in the dtype of `scheme`, and say so where its config names another."""
+    key, told = "bnb_4bit_compute_dtype", scheme.to_dict()["bnb_4bit_compute_dtype"]
+    if stored.get(key) != told:
+        say(f"computing in {told} (model.dtype, --dtype), not in {stored.get(key)}, which the base's config names")
+    stored[key] = told
 
 
 def _repair_generation(settings: ModelSettings) -> GenerationConfig | None:
@@ -115,7 +124,7 @@ def patch_linear4bit(model: nn.Module, device: torch.device, base: str) -> None:
             if device.type == "cpu" and layer.in_features % layer.weight.quant_state.blocksize:
                 # bitsandbytes 0.50 restarts its constants in every row there: 25 % off, where NF4 costs 9 %.
                 what = f"a linear of {layer.in_features} inputs cannot be 4-bit on a CPU"
-                raise ModelError(what, where=base, hint="use model.quantization=none")
+                raise ModelError(what, where=base, hint="--quantization none, or in a recipe model.quantization=none")
 
 
 def check_files(base: str) -> None:
@@ -151,7 +160,7 @@ def read_config(base: str, revision: str | None = None) -> Any:
     folder = Path(base)
     if folder.is_dir() and not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
-            origin = read_adapter_config(folder)["base_model_name_or_path"]
+            origin = read_adapter_config(folder).get("base_model_name_or_path")
             raise ModelError("this is an adapter, not a base", where=base, hint=f"its base is model.base: {origin}")
         raise ModelError("no config.json: this is no model folder", where=base, hint="name a model folder or a hub id")
     if not folder.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lorasft.errors import DeviceError, ModelError, RecipeError
 from lorasft.model.adapter import check_targets
 from lorasft.model.base import check_mostly_quantized, make_skeleton, read_config
 from lorasft.recipe import Recipe
+from lorasft.terminal import say
 from lorasft.train.metrics import check_trackers
 from lorasft.train.optimizer import warmup_steps
 from lorasft.train.state import RunInputs
@@ -24,8 +26,9 @@ def read_inputs(recipe: Recipe, config: Any, folder: Path) -> RunInputs:
     """Prepare the data in `folder`. Raises ModelError for ids that the model has no row for."""
     adapter, start = recipe.adapter, None
     if adapter.start:
-        start = find_artifact(adapter.start, base=recipe.model.base)
+        start = replace(find_artifact(adapter.start, base=recipe.model.base), model=recipe.model)
         start.require_adapter()
+        start.refuse_quantized_start()
         fields = start.adapter_config
         sizes = {
             "rank": fields["r"],
@@ -37,6 +40,8 @@ def read_inputs(recipe: Recipe, config: Any, folder: Path) -> RunInputs:
         adapter = adapter.model_copy(update=sizes)
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
     prepared = prepare(recipe.data, recipe.chat, tokenizer=tokenizer, folder=folder)
+    for notice in prepared.report.notices():
+        say(notice)
     rows, most = config.get_text_config().vocab_size, int(prepared.store.arrays["ids"].max())
     if most >= rows:  # on which a GPU would only assert
         what = f"the tokenizer gives id {most}, the model has {rows} embedding rows"
