@@ -71,7 +71,8 @@ ROWS: list[Any] = [
     {"messages": [{**QUESTION, "content": [{"type": "text", "text": "Q"}]}, {**ANSWER, "train": True}]},
     {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "<think>a</think>b"}]},
     {"instruction": "Q", "input": "", "output": "A", "system": "S"},
-    {"prompt": [QUESTION], "completion": [ANSWER]},
+    {"prompt": [QUESTION, ANSWER, QUESTION], "completion": [{**ANSWER, "weight": 1}], "label": True, "documents": []},
+    {"instruction": "Q", "output": "A", "history": [["q", "a"]], "images": [], "chat_template_kwargs": {"x": 1}},
     {"text": "once upon a time"},
 ]
 

@@ -11,8 +11,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lorasft.data import keys
+from lorasft.data.folders import find_files
 from lorasft.data.report import Report
-from lorasft.data.sources import Raw, Row, RowLocation, parse_row, parse_strict, read_file, read_hub, source_files
+from lorasft.data.sources import Raw, Row, RowLocation, parse_row, parse_strict, read_file, read_hub
 from lorasft.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,6 +25,12 @@ BLOCK_BYTES = 4 << 20  # of lines, after which a block ends before
 INLINE = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
 JSON_TYPES: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
+
+
+class Arguments(dict[str, Any]):
+    """The arguments of a call, whose row has them as text."""
+
+    text = ""
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class RowBlock:
 
 def read_blocks(source: DataSource, settings: DataSettings) -> Iterator[RowBlock]:
     """The rows of a source in order, hardly looked at; raises nothing for what a file holds."""
-    files = [(str(file), read_file(file)) for file in source_files(source.path)]
+    files = [(str(file), read_file(file)) for file in find_files(source)[0]]
     for file, rows in files or [(f"{source.path}/{source.split}", read_hub(source))]:
         block, size, unfit = RowBlock(source, file, "", []), 0, None
         try:
@@ -112,13 +119,13 @@ def _find_format(
 def shape_block(block: RowBlock, settings: DataSettings, *, report: Report) -> Iterator[Example]:
     """The examples of a block, within their source's share. Raises DataError after them when the file ends wrong."""
     columns, share = block.source.columns or settings.columns or {}, block.source.share
-    mapped = set(columns.values())
+    read = (keys.READ.get(block.kind, set()) - columns.keys()) | set(columns.values())
     for line, raw in block.rows:
         place = RowLocation(block.file, line)
         report.rows += 1
         try:
             row = parse_row(raw, place)
-            unread = keys.check_row(row, block.kind, mapped)
+            unread = keys.check_row(row, block.kind, read)
             row = row | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
             example = shape_row(row, block.kind, place, unread=unread, mapped=columns.keys())
             if unread:
@@ -274,7 +281,9 @@ def _normalize_call(call: Any) -> dict[str, Any]:
     _expect(function.get("name"), str, "name")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):  # as OpenAI sends them; templates would quote them twice
-        arguments = _parse(arguments, "arguments") if arguments.strip() else {}
+        text, parsed = arguments, _parse(arguments, "arguments") if arguments.strip() else {}
+        arguments = Arguments(_expect(parsed, dict, "arguments"))
+        arguments.text = text
     return {**call, "function": {**function, "arguments": _expect(arguments, dict, "arguments")}}
 
 

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import re
+from collections.abc import Iterator, Set
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +18,10 @@ import numpy.typing as npt
 
 from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import RowBlock, read_blocks, shape_block
+from lorasft.data.folders import find_files, held_out_source
 from lorasft.data.labels import Labeler
 from lorasft.data.report import Report
-from lorasft.data.sources import load_hub, source_files
+from lorasft.data.sources import load_hub
 from lorasft.data.store import TYPES, Arrays, TokenStore, append_arrays, map_store, pack_examples
 from lorasft.data.workers import available_workers, map_blocks
 from lorasft.errors import DataError, LorasftError, ModelError
@@ -116,7 +118,7 @@ def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, A
     tokenizer = chat_format.tokenizer
     files: dict[str, str] = {}
     for source, _ in _sources(data):
-        found = source_files(source.path)
+        found, _ = find_files(source)
         files.update((str(file), sha256(file)) for file in found)
         if not found:
             files[str(source)] = str(load_hub(source)._fingerprint)
@@ -136,7 +138,16 @@ def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, A
 def _sources(data: DataSettings) -> list[tuple[DataSource, bool]]:
     """All sources of the recipe, and whether they are held out."""
     apart = data.eval if isinstance(data.eval, tuple) else ()
-    return [*((source, False) for source in data.train), *((source, True) for source in apart)]
+    return [*((source, False) for source in data.train), *((held_out_source(source), True) for source in apart)]
+
+
+def _other_files(data: DataSettings, read: Set[str]) -> Iterator[str]:
+    """For each source the files of other splits, and how the recipe has those read that are for evaluation."""
+    for source, _ in _sources(data):
+        others = [str(file) for file in find_files(source)[1] if str(file) not in read]
+        offer = source.split == "train" and not isinstance(data.eval, tuple)
+        if others:
+            yield ", ".join(others) + f"; data.eval={source.path} takes what is for evaluation" * offer
 
 
 def settings_for(source: DataSource, data: DataSettings) -> DataSettings:
@@ -144,6 +155,7 @@ def settings_for(source: DataSource, data: DataSettings) -> DataSettings:
 
     The format and columns of `data` hold if `source` has columns or begins with a row that fits, else they are found.
     """
+    source = held_out_source(source)
     first = next(read_blocks(source, data))
     fits = source.columns is not None or first.kind or not first.error
     changes = {} if fits else {"format": "auto", "columns": None}
@@ -207,6 +219,7 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     report.held_out_examples = int(np.count_nonzero(sizes[held_out]))
     report.train_examples = int(np.count_nonzero(sizes[~held_out]))
     _refuse_losses(data, report)
+    report.files_not_read = list(_other_files(data, names.keys()))
     return {
         "report": report.as_dict(),
         "names": list(names),

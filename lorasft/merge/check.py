@@ -26,8 +26,7 @@ from lorasft.data.prepare import open_prepared
 from lorasft.data.tokens import UNSUPERVISED, Tokens, all_supervised
 from lorasft.errors import DataError, ModelError
 from lorasft.merge.sidecars import compare_prompts
-from lorasft.model.adapter import base_bytes, load_artifact
-from lorasft.model.free_memory import free_memory
+from lorasft.model.adapter import load_artifact
 from lorasft.model.scoring import read_answers
 from lorasft.model.tokenizer_files import read_tokenizer
 from lorasft.recipe import DataSettings, DataSource
@@ -178,5 +177,4 @@ def _find_rows(artifact: Artifact, data: DataSource | None) -> tuple[Sequence[To
 def _load(artifact: Artifact) -> Any:
     """The model on the device, or streamed from its files where it does not fit."""
     gc.collect()
-    device = PartialState().device
-    return load_artifact(artifact, device, streamed=base_bytes(artifact.model, device) > 0.8 * free_memory(device))
+    return load_artifact(artifact, PartialState().device, streamed="auto")
