@@ -25,7 +25,8 @@ def chat(*turns: str | dict[str, Any], tools: Any = None) -> Example:
     """Messages written as `role: text`."""
     pairs = (turn.split(": ", 1) if isinstance(turn, str) else turn for turn in turns)
     messages = [one if isinstance(one, dict) else {"role": one[0], "content": one[1]} for one in pairs]
-    return shape_row({"messages": messages, "tools": tools}, "chat", RowLocation("rows.jsonl", 1))
+    row = {"messages": messages, "tools": tools}
+    return shape_row(row, "chat", RowLocation("rows.jsonl", 1), unread=set(), mapped=set())
 
 
 def call(arguments: Any = PARIS, name: str = "weather") -> dict[str, Any]:
