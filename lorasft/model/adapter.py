@@ -165,7 +165,7 @@ def give_weights(model: Any, weights: dict[str, Tensor], *, where: str) -> None:
             what = (
                 f"it does not fit the base: {name} is {given.get(name, 'missing')} and not {known.get(name, 'known')}"
             )
-            raise ModelError(what, where=where, hint="use the base that it was trained on")
+            raise ModelError(what, where=where, hint="use the base that it was trained on, or merge with --no-check")
     if any(tensor.is_meta for tensor in own.values()):  # PEFT made A and B without numbers, as the base is streamed
         named = {name.replace(".weight", ".default.weight"): tensor.float() for name, tensor in weights.items()}
         model.load_state_dict(named, strict=False, assign=True)
@@ -228,7 +228,7 @@ def _peft_errors(where: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
-        hint = "use the base that it was trained on; for a new one adapter.targets=all-linear, or names of linears"
+        hint = "use the base that it was trained on, or merge with --no-check; for a new one other adapter.targets"
         raise ModelError(f"PEFT cannot make this adapter: {error}", where=where, hint=hint) from None
 
 
