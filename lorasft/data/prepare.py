@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import re
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +17,7 @@ import numpy.typing as npt
 from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import RowBlock, read_blocks, shape_block
 from lorasft.data.folders import find_files, held_out_source
+from lorasft.data.keys import template_reads
 from lorasft.data.labels import Labeler
 from lorasft.data.report import Report
 from lorasft.data.sources import load_hub
@@ -197,8 +197,8 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
                 supervised.update(np.bincount(packed["ids"][packed["supervised"]]).nonzero()[0].tolist())
     report.raise_errors()
     report.refuse_labels()
-    words = set(re.findall(r"\w+", str(labeler.format.tokenizer.chat_template)))  # which may name keys of messages
-    report.unread = [key for key in report.unread if not key.startswith("messages.") or key[9:] not in words]
+    template = str(labeler.format.tokenizer.chat_template)
+    report.unread = [name for name in report.unread if not template_reads(template, name)]
     if report.dropped_examples() == report.rows:
         _refuse_losses(data, report)
     digests, apart, sizes = (
@@ -209,8 +209,8 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     report.held_out_examples = int(np.count_nonzero(sizes[held_out]))
     report.train_examples = int(np.count_nonzero(sizes[~held_out]))
     _refuse_losses(data, report)
-    others = (str(file) for source, _ in _sources(data) for file in find_files(source)[1])
-    report.files_not_read = [file for file in others if file not in names]
+    others = {str(file) for source, _ in _sources(data) for file in find_files(source)[1]}
+    report.files_not_read = sorted(others.difference(names))
     return {
         "report": report.as_dict(),
         "names": list(names),

@@ -51,7 +51,7 @@ class Report:
         if self.unread:
             yield f"columns not read: {', '.join(self.unread[:SHOWN])}{', ...' * (len(self.unread) > SHOWN)}"
         if self.files_not_read:
-            yield f"files not read, of other splits: {', '.join(self.files_not_read)}; data.eval=FOLDER takes validation"
+            yield f"files of other splits (data.eval=FOLDER takes validation): {', '.join(self.files_not_read)}"
 
     def add_error(self, error: DataError, place: object, *, policy: str) -> None:
         """Take one bad row, of this place where the error does not name one itself. `policy`: `data.on_bad_row`."""
