@@ -99,8 +99,8 @@ def test_texts_that_a_template_changes_are_not_lost(tmp_path: Path, tiny: Any, t
 
 def test_patterns_are_looked_at_once(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder, tried = own(tmp_path, tiny, ALL), []
-    plain = chat_format._with_words
-    monkeypatch.setattr(chat_format, "_with_words", lambda *a: tried.append(a) or plain(*a))
+    plain = chat_format._with_word
+    monkeypatch.setattr(chat_format, "_with_word", lambda *a: tried.append(a) or plain(*a))
     for text in "abc":
         encoder.encode(conversation(text, "A" + text, "r", "B", system="s"))
     assert len(tried) == 2 + 4  # the messages of a prompt for each answer

@@ -208,17 +208,17 @@ class ChatFormat:
         key = (tuple(shapes), bool(example.tools), *example.variables, first, answered)
         if key not in self._lost:
             self._lost[key] = None
-            marked = [_with_words(message, f"{WORD}{index}x") for index, message in enumerate(messages)]
+            marked = [_with_word(message, f"{WORD}{index}x") for index, message in enumerate(messages)]
             with suppress(DataError):  # a template that refuses the words has not refused the row
-                text = self.render(
-                    replace(example, messages=tuple(message for message, _ in marked)), upto, answered
-                ).lower()
-                lost = (index for index in range(first, upto) if any(word not in text for word in marked[index][1]))
-                self._lost[key] = next(lost, None)
+                text = self.render(replace(example, messages=tuple(marked)), upto, answered).lower()
+                words = (re.findall(rf"{WORD}\w+", str(message)) for message in marked)
+                missing = [index for index, some in enumerate(words) if any(word not in text for word in some)]
+                self._lost[key] = next((index for index in missing if index >= first), None)
         if (index := self._lost[key]) is not None:
-            calls = "the tool calls of " if "tool_calls" in messages[index] else ""
-            what = f"the chat template leaves out {calls}message {index + 1} ({messages[index]['role']})"
-            raise DataError(what, hint="chat.template=FILE with one that shows it, or write it into another message")
+            number, role, calls = index + 1, messages[index]["role"], "tool_calls" in messages[index]
+            lost = f"the tool calls of message {number}" if calls else f"message {number} ({role})"
+            hint = "chat.template=FILE with one that shows it, or write it into another message"
+            raise DataError(f"the chat template leaves out {lost}", hint=hint)
 
     def refuse_markup(self, example: Example, text: str) -> None:
         """Raise DataError where a rendered text has characters of its row as HTML writes them."""
@@ -263,15 +263,13 @@ def _turn_ends(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     return sorted(token for token in added.union(control_tokens(tokenizer)) if token.strip())  # Gemma adds newlines
 
 
-def _with_words(message: Message, word: str) -> tuple[Message, list[str]]:
-    """The message with words to be looked for, as the names of what it calls, or in place of its text."""
-    calls = [
-        call | {"function": call["function"] | {"name": f"{word}{number}x"}}
-        for number, call in enumerate(message.get("tool_calls", ()))
-    ]
-    if calls:
-        return message | {"tool_calls": calls}, [call["function"]["name"] for call in calls]
-    return (message | {"content": word}, [word]) if message["content"].strip() else (message, [])
+def _with_word(message: Message, word: str) -> Message:
+    """The message with a word to be looked for as its text, unless that is empty, or in the names of its calls."""
+    calls = message.get("tool_calls", ())
+    names = [call | {"function": call["function"] | {"name": f"{word}{n}x"}} for n, call in enumerate(calls)]
+    if names:
+        return message | {"tool_calls": names}
+    return message | {"content": word} if message["content"].strip() else message
 
 
 def _with_message(example: Example, index: int, message: Message) -> Example:
