@@ -18,7 +18,7 @@ from typing_extensions import Required, TypedDict
 
 from lorasft.errors import ModelError, UnsafeError, in_words
 from lorasft.files import MANIFEST, verify_folder
-from lorasft.hub import find_hub, refuse_offline
+from lorasft.hub import find_hub, is_hub_id, refuse_offline
 from lorasft.recipe import ChatSettings, ModelSettings, Recipe
 from lorasft.recipe.load import load_recipe
 from lorasft.tensors import fingerprint, open_tensors
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+_NAME_ONE = "name a run folder, an adapter, a model folder or a hub id"
 _FETCH_AGAIN = "fetch the adapter again"
 _LARGEST = 16 << 20  # bytes of a config
 # What names code, other files, or places that PEFT would read or write; a text of targets is a pattern.
@@ -138,8 +139,9 @@ class Artifact:
         name = self.model.base
         if Path(name).is_dir():
             return Path(name)
-        if name.count("/") != 1 or name.startswith((".", "/", "~")):
-            raise ModelError("there is no such base folder", where=name, hint="--base MODEL")
+        if not is_hub_id(name):
+            what = "there is no such base folder" if self.adapter else "there is no such folder"
+            raise ModelError(what, where=name, hint="--base MODEL" if self.adapter else _NAME_ONE)
         find_hub()
         from huggingface_hub import snapshot_download
 
@@ -202,7 +204,7 @@ def find_artifact(name: str, *, base: str | None = None) -> Artifact:
             raise ModelError("this run has no adapter yet", where=name, hint=hint)
         if folder.exists() and not (folder / "config.json").is_file():
             what = "this is not a run, an adapter or a model"
-            raise ModelError(what, where=name, hint="name a run folder, an adapter, a model folder or a hub id")
+            raise ModelError(what, where=name, hint=_NAME_ONE)
         return Artifact(name, ModelSettings(base=name, quantization="none"))
     config = read_adapter_config(folder)
     places = [parent / "recipe.yaml" for parent in (folder, *folder.resolve().parents[:2])]

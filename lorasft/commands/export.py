@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
+from os.path import expanduser
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,9 +14,13 @@ from lorasft.terminal import ByteProgress, say
 
 def add_arguments(parser: ArgumentParser) -> None:
     """What `lorasft export` takes."""
-    parser.add_argument("model", metavar="RUN|DIR", help="a run or an adapter, merged first, or a model folder")
+    parser.add_argument(
+        "model", metavar="RUN|DIR", type=expanduser, help="a run or an adapter, merged first, or a model folder"
+    )
     parser.add_argument("--to", choices=["gguf", "ollama"], required=True, help="a GGUF file, or that with a Modelfile")
-    parser.add_argument("--out", required=True, metavar="FILE", help="a file, or for ollama a folder, not there yet")
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", type=expanduser, help="a file, or for ollama a folder, not there yet"
+    )
     parser.add_argument("--type", choices=["f16", "q8_0"], default="f16", help="of the matrices (default: f16)")
     add_json(parser, "what was done")
 
@@ -23,11 +28,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(model: str, to: str, out: str, type: Any, as_json: bool) -> None:
     """Export the folder `model`, or a run or adapter, merged first beside `out`; the path of the file on stdout."""
     from lorasft.artifact import find_artifact
-    from lorasft.export.gguf import write_gguf
+    from lorasft.export.gguf import require_gguf, write_gguf
     from lorasft.export.ollama import write_ollama
     from lorasft.files import STAGE, make_folder, refuse_existing
 
     refuse_existing(Path(out))
+    require_gguf()
     artifact, beside = find_artifact(model), Path(out).absolute().parent
     make_folder(beside)
     with TemporaryDirectory(prefix=STAGE, dir=beside) as scratch:

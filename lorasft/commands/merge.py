@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from lorasft.terminal import ByteProgress, say
 def add_arguments(parser: ArgumentParser) -> None:
     """What `lorasft merge` takes."""
     add_saved(parser, "RUN|ADAPTER")
-    parser.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet")
+    about = "a folder that does not exist yet"
+    parser.add_argument("--out", required=True, metavar="DIR", type=expanduser, help=about)
     parser.add_argument(
         "--onto",
         choices=["auto", "original", "dequantized"],
@@ -35,10 +37,13 @@ def run(
 ) -> None:
     """Merge `saved` into the new folder `out`; what was done on stdout. `options`: those of `merge`, as they are."""
     from lorasft.artifact import find_artifact
+    from lorasft.files import refuse_existing
     from lorasft.merge.merge import merge
     from lorasft.recipe.load import read_source
 
+    refuse_existing(Path(out))
     artifact = find_artifact(saved, base=base)
+    artifact.require_adapter()
     if options["check"]:
         say("asking what was trained, to compare the merge with it (--no-check leaves this out)")
     source = read_source(data, columns) if data else None

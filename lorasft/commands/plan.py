@@ -46,9 +46,14 @@ def run(recipe: str, overrides: Sequence[str], memory: int | None, as_json: bool
     width = min(shutil.get_terminal_size().columns, 100)
     show(plan, [*picture(plan, width=width), "", *describe(plan)], as_json=as_json)
     if not plan["holds"]:
-        what = f"does not fit: {size_text(plan['peak'])} at the peak, and {size_text(plan['memory'])} less a tenth of "
+        reserve = (plan["bytes"]["activations"] + plan["bytes"]["transient"]) / 9  # they take 90 % of what is left
+        parts = {"in reserve": reserve, "for the driver and the libraries": plan["libraries"]}
+        of_these = " and ".join(f"{size_text(size)} {name}" for name, size in parts.items() if size)
+        what = (
+            f"does not fit into {size_text(plan['memory'])}: it takes {size_text(plan['peak'] + reserve)}, {of_these}"
+        )
         hint = "; or ".join(plan["suggestions"]) or "no single change suffices: a smaller model.base, or more memory"
-        raise CapacityError(f"{what}what is free in them", hint=hint)
+        raise CapacityError(what, hint=hint)
 
 
 def picture(plan: Mapping[str, Any], *, width: int) -> Iterator[str]:

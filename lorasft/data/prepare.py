@@ -23,13 +23,14 @@ from lorasft.data.store import TYPES, Arrays, TokenStore, append_arrays, map_sto
 from lorasft.data.workers import available_workers, map_blocks
 from lorasft.errors import DataError, LorasftError, ModelError
 from lorasft.files import remove_folder, replace_file, sha256, staged_folder, verify_folder, write_file
+from lorasft.recipe import without_places
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from lorasft.recipe import ChatSettings, DataSettings, DataSource
 
-SCHEMA = 5  # raised whenever the same ingredients give other tokens, or the same tokens lie otherwise in the folder
+SCHEMA = 6  # raised whenever the same ingredients give other tokens, or the same tokens lie otherwise in the folder
 
 Digests = npt.NDArray[np.uint64]
 
@@ -111,14 +112,13 @@ def read_ingredients(folder: Path, key: str) -> dict[str, Any]:
 
 
 def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, Any]:
-    """Everything that the tokens are made from, as JSON values. Raises DataError when a source is missing."""
+    """What the tokens are made from, wherever it lies, as JSON values. Raises DataError when a source is missing."""
     tokenizer = chat_format.tokenizer
-    files: dict[str, str] = {}
+    files: list[Any] = []  # of each source
     for source, _ in _sources(data):
-        found = source_files(source.path)
-        files.update((str(file), sha256(file)) for file in found)
-        if not found:
-            files[str(source)] = str(load_hub(source)._fingerprint)
+        found = [(file.suffix.lower(), sha256(file)) for file in source_files(source.path)]
+        files.append(found or str(load_hub(source)._fingerprint))
+    settings = {"chat": chat_format.chat.model_dump(mode="json"), "data": data.model_dump(mode="json")}
     return {
         "schema": SCHEMA,
         "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "jinja2", "transformers")},
@@ -126,8 +126,7 @@ def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, A
         "template": tokenizer.chat_template,
         "special": [tokenizer.bos_token, tokenizer.eos_token],
         "probe": chat_format.style.text,  # holds today's date where the template writes it
-        "chat": chat_format.chat.model_dump(mode="json"),
-        "data": data.model_dump(mode="json"),
+        **without_places(settings),
         "files": files,
     }
 

@@ -20,6 +20,17 @@ Format = Literal["auto", "chat", "sharegpt", "alpaca", "prompt-completion", "tex
 _DATE = datetime.date(2024, 7, 26)
 
 
+def _as_names(value: Any) -> Any:
+    """One name may be written without a list, and several as a text with commas."""
+    if isinstance(value, str) and value != "all-linear":
+        value = [name.strip() for name in value.split(",")]
+    return tuple(value) if isinstance(value, list) else value
+
+
+_NAMED = BeforeValidator(_as_names, json_schema_input_type=str | list[str])
+Names = Annotated[tuple[str, ...], _NAMED]
+
+
 class _Section(BaseModel):
     # strict: a quoted number is not a number, and 1 is not true.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -36,10 +47,12 @@ class AdapterSettings(_Section):
     rank: int = Field(16, ge=1, le=1024, description="rank of A and B")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before A; above 0 turns prefix sharing off")
-    targets: Literal["all-linear"] | tuple[str, ...] = Field("all-linear", description="names of linears to adapt")
+    targets: Annotated[Literal["all-linear"] | tuple[str, ...], _NAMED] = Field(
+        "all-linear", description="names of linears to adapt, or all-linear"
+    )
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank)")
     dora: bool = Field(False, description="weight-decomposed LoRA")
-    modules_to_save: tuple[str, ...] = Field((), description="modules trained and saved in full")
+    modules_to_save: Names = Field((), description="modules trained and saved in full")
     start: str | None = Field(None, description="folder of an adapter or of a run to begin from")
 
 
@@ -119,7 +132,9 @@ class RunSettings(_Section):
     save_minutes: Annotated[float, Field(gt=0)] | None = Field(20.0, description="minutes between checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints to keep")
     keep_best: bool = Field(False, description="adapter/ holds the best by held-out loss, not the last")
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field((), description="also log there")
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], _NAMED] = Field(
+        (), description="also log there: tensorboard, wandb, mlflow, trackio"
+    )
 
 
 class MachineSettings(_Section):
@@ -149,9 +164,22 @@ def mathematics(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json", exclude={"run", "machine"})
 
 
+def without_places(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` of `mathematics`, or of its sections `data` and `chat`, without the paths: contents are compared."""
+    for section, key in (("model", "base"), ("adapter", "start"), ("chat", "template")):
+        values.get(section, {}).pop(key, None)
+    data = values["data"]
+    for source in (*data["train"], *(data["eval"] if isinstance(data["eval"], list) else ())):
+        del source["path"]
+    return values
+
+
 def recipe_schema() -> dict[str, Any]:
     """The JSON schema of recipe files, for editors; data is not required, because the command line may give it."""
     schema = Recipe.model_json_schema()
     del schema["$defs"]["DataSettings"]["required"]
     schema["required"].remove("data")
     return schema
+
+
+from lorasft.recipe.load import load_recipe as load_recipe  # noqa: E402  it reads what is above
