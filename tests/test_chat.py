@@ -185,9 +185,10 @@ def test_a_template_that_loses_tool_calls_is_refused() -> None:
 
 SUPERVISE = [  # supervise, flags of the three answers, answers learned
     ("all", (None, None, None), "ABC"),
-    ("all", (False, None, True), "ABC"),
+    ("all", (False, None, True), "BC"),
     ("last", (None, None, None), "C"),
-    ("last", (True, False, False), "C"),
+    ("last", (True, False, None), "C"),
+    ("last", (True, None, False), ""),
     ("flagged", (None, None, None), "ABC"),
     ("flagged", (True, None, None), "A"),
     ("flagged", (True, False, True), "AC"),

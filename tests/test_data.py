@@ -153,13 +153,14 @@ def test_real_data_sets_are_read_whole(name: str, count: int, settings: dict[str
 FAULTS = [  # beyond those of test_bad_inputs.py: content, what is said, where in rows.jsonl
     (b'{"prompt": "a", "completion": -Infinity}\n', "-Infinity is not JSON", ":1"),
     (b'{"prompt": "a\tb", "completion": "c"}\n', "Invalid control character", ":1"),
-    (CHAT_ROW.replace('"A"', '[{"type": "text", "value": "A"}]').encode(), "'text' must be text", ":1"),
+    (CHAT_ROW.replace('"A"', '[{"type": "text", "words": "A"}]').encode(), "'text' must be text", ":1"),
     (b'{"prompt": "a", "completion": "b"}\n[1, 2]\n', "must be an object, this is list", ":2"),
     (b'{"messages": [{"role": "bot", "content": "a"}]}\n', "unknown role 'bot'", ":1"),
     (b'{"messages": [{"role": ["user"], "content": "a"}]}\n', "unknown role", ":1"),
     (CHAT_ROW.replace('"A"', '"A", "train": "yes"').encode(), "'train' must be true or false", ":1"),
     (b'{"conversations": [{"from": "martian", "value": "a"}]}', "unknown role 'martian'", ":1"),
-    (b'{"conversations": [{"role": "user", "content": "a"}]}', "has `from` and `value`", ":1"),
+    (b'{"conversations": [{"by": "user", "content": "a"}]}', "has `from` and `value`", ":1"),
+    (b'{"conversations": [{"role": "user", "content": "a"}]}', "no assistant turn", ":1"),
     (b"[" * 99_999, "nested too deeply", ":1"),
     (b'{"prompt": ' + b"[" * 99_999 + b"\n", "nested too deeply", ":1"),
 ]
@@ -414,18 +415,18 @@ def test_counts_that_a_recipe_does_not_allow(tmp_path: Path, tiny: Any) -> None:
         data = DataSettings(train=(str(rows),), **settings)
         return prepare(data, ChatSettings(), tokenizer=tiny, folder=tmp_path / "cache")
 
-    with pytest.raises(DataError, match=r"20 of 20 rows dropped \(0 bad, 20 over-long") as fault:
+    with pytest.raises(DataError, match=r"20 rows read, 20 dropped \(0 bad, 20 over-long") as fault:
         made(max_length=8)
     assert "tokens, over data.max_length (8)" in str(fault.value.hint) and "data.max_dropped 0.05" in str(
         fault.value.hint
     )
-    with pytest.raises(DataError, match="0 to train on"):
+    with pytest.raises(DataError, match="nothing to train on"):
         made(max_length=8, max_dropped=1.0)
     with pytest.raises(DataError, match=r"2 rows of data\.eval are in data\.train"):
         made(eval=(str(copy),))
     assert made(eval=None).held_out is None
     rows.write_bytes(b"\n \n")
-    with pytest.raises(DataError, match="no rows to train on"):
+    with pytest.raises(DataError, match="no rows read"):
         made()
     assert not list((tmp_path / "cache").glob(".stage-*"))
     rows.write_bytes(numbered(20) + b'{"prompt": "a <|end|>", "completion": "b"}\n')

@@ -13,7 +13,7 @@ from test_chat import conversation, make_encoder
 from lorasft.data.labels import Labeler, parity_breaks
 from lorasft.data.prepare import prepare
 from lorasft.data.tokens import UNSUPERVISED, Tokens
-from lorasft.errors import DataError
+from lorasft.errors import DataError, ModelError
 from lorasft.recipe import ChatSettings, DataSettings
 
 THREE = conversation("a", "A", "b", "B", "c", "C")
@@ -44,11 +44,14 @@ def test_mutants_break_parity(tiny: Any, mutant: Callable[[Tokens], Tokens], mon
     learn = Labeler._supervise_answers
     monkeypatch.setattr(Labeler, "_supervise_answers", lambda *args: mutant(learn(*args)))
     broken = make_encoder(tiny)
-    broken.encode(THREE)
-    assert broken.report.parity_breaks == 3
+    with pytest.raises(DataError, match="3 of 3 answers do not follow"):
+        broken.encode(THREE)
+    assert (broken.report.parity_breaks, broken.report.bad_rows, broken.report.answers) == (1, 1, 0)
 
 
-def test_broken_parity_stops_the_run(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_parity_is_a_bad_row_and_too_many_of_them_a_bad_template(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n')
     data = DataSettings(train=(str(rows),), eval=None)
@@ -57,6 +60,21 @@ def test_broken_parity_stops_the_run(tiny: Any, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(DataError, match="1 of 1 answers do not follow") as fault:
         prepare(data, ChatSettings(), tokenizer=tiny, folder=tmp_path / "tokens")
     assert fault.value.exit_code == 3
+    row = '{"messages": [{"role": "user", "content": "q%s"}, {"role": "assistant", "content": "a"}%s]}\n'
+    again = ', {"role": "assistant", "content": "again"}'
+    rows.write_text("".join(row % (n, again * (n == 7)) for n in range(40)))
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        Labeler, "_supervise_answers", lambda *args: one_earlier(learn(*args)) if len(args[3]) > 1 else learn(*args)
+    )
+    made = prepare(
+        data.model_copy(update={"on_bad_row": "drop"}), ChatSettings(), tokenizer=tiny, folder=tmp_path / "t"
+    )
+    assert (len(made.train), made.report.parity_breaks, made.report.answers) == (39, 1, 39)
+    assert made.report.dropped == [f"{rows}:8: 2 of 2 answers do not follow what a server would feed"]
+    strict = data.model_copy(update={"on_bad_row": "drop", "max_dropped": 0.02})
+    with pytest.raises(ModelError, match="1 of 40 rows otherwise than a server would"):
+        prepare(strict, ChatSettings(), tokenizer=tiny, folder=tmp_path / "t")
 
 
 def test_an_earlier_prompt_inside_a_sequence_is_checked() -> None:

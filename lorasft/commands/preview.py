@@ -96,7 +96,8 @@ def summary(report: Report) -> Iterator[str]:
         if isinstance(count, int) and count:
             yield f"{count:,} {name.replace('_', ' ')}"
     if report.answers:
-        yield f"parity: all {report.answers:,} answers follow the very ids that a server feeds"  # else it is an error
+        yield f"parity: all {report.answers:,} answers follow the very ids that a server feeds"  # others are dropped
+    yield from report.notices()
     if report.dropped:
         yield f"dropped: {report.dropped_examples():,}, of which at most {DROPPED_SHOWN} are named here"
         yield from report.dropped[:DROPPED_SHOWN]

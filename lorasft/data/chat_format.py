@@ -89,11 +89,11 @@ class ChatFormat:
         messages, system = example.messages, self.chat.system
         if system is not None and messages and all(message["role"] != "system" for message in messages):
             messages = ({"role": "system", "content": system}, *messages)
-        content = json.dumps([example.text, messages, example.tools or ()], ensure_ascii=False)
+        content = json.dumps([example.text, messages, example.tools or (), example.variables], ensure_ascii=False)
         if not self._control.search(content):
             return replace(example, messages=messages)
-        text, settled, tools = json.loads(self._control.sub(self._replace_control, content))
-        return replace(example, text=text, messages=tuple(settled), tools=tuple(tools) or None)
+        text, settled, tools, variables = json.loads(self._control.sub(self._replace_control, content))
+        return replace(example, text=text, messages=tuple(settled), tools=tuple(tools) or None, variables=variables)
 
     def _replace_control(self, found: re.Match[str]) -> str:
         token = found.group()
@@ -208,11 +208,12 @@ class ChatFormat:
 
     def _prompt(self, example: Example, target: int) -> str:
         """What a server would render before the message `target`."""
-        return render(self.tokenizer, example.messages[:target], example.tools, generation_prompt=True)
+        variables = example.variables
+        return render(self.tokenizer, example.messages[:target], example.tools, variables, generation_prompt=True)
 
     def render(self, example: Example, upto: int) -> str:
         """The conversation up to a message, nothing to be answered."""
-        return render(self.tokenizer, example.messages[:upto], example.tools)
+        return render(self.tokenizer, example.messages[:upto], example.tools, example.variables)
 
 
 def read_style(tokenizer: PreTrainedTokenizerFast) -> TemplateStyle:

@@ -5,22 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from lorasft.data import keys
 from lorasft.data.report import Report
-from lorasft.data.sources import (
-    Raw,
-    Row,
-    RowLocation,
-    parse_row,
-    parse_strict,
-    read_file,
-    read_hub,
-    source_files,
-)
+from lorasft.data.sources import Raw, Row, RowLocation, parse_row, parse_strict, read_file, read_hub, source_files
 from lorasft.errors import DataError
 
 if TYPE_CHECKING:
@@ -29,25 +21,9 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 BLOCK = 512  # rows that are prepared at once
 BLOCK_BYTES = 4 << 20  # of lines, after which a block ends before
-NEEDED = {  # format -> the columns that make it
-    "chat": ("messages",),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "prompt-completion": ("prompt", "completion"),
-    "text": ("text",),
-}
-REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that transformers reads, in its order
 INLINE = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
-JSON_TYPES = {str: "text", list: "a list", dict: "an object", bool: "true or false"}
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "observation": "tool",
-}
+JSON_TYPES: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
 
 
 @dataclass(frozen=True)
@@ -58,11 +34,14 @@ class Example:
     tools: tuple[dict[str, Any], ...] | None
     text: str | None
     place: RowLocation
+    variables: dict[str, Any] = field(default_factory=dict)  # of the template, in this row
+    completion: int | None = None  # messages, at the end, that may be supervised; null: all
 
     @cached_property
     def digest(self) -> int:
         """64 bits of a hash of the content: equal rows have equal digests, wherever they are."""
-        content = CANONICAL.encode([self.messages, self.tools, self.text])
+        variables = [self.variables] if self.variables else []
+        content = CANONICAL.encode([self.messages, self.tools, self.text, *variables])
         return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big")
 
 
@@ -81,54 +60,71 @@ def read_blocks(source: DataSource, settings: DataSettings) -> Iterator[RowBlock
     """The rows of a source in order, hardly looked at; raises nothing for what a file holds."""
     files = [(str(file), read_file(file)) for file in source_files(source.path)]
     for file, rows in files or [(f"{source.path}/{source.split}", read_hub(source))]:
-        block, size = RowBlock(source, file, "", []), 0
+        block, size, unfit = RowBlock(source, file, "", []), 0, None
         try:
             for line, raw in rows:
                 size += len(raw) if isinstance(raw, bytes) else 0
                 if not block.kind:
-                    raw, block.kind = _find_format(raw, RowLocation(file, line), source, settings)
+                    raw, block.kind, error = _find_format(raw, RowLocation(file, line), source, settings)
+                    unfit = unfit or error
                 block.rows.append((line, raw))
                 if len(block.rows) == BLOCK or size > BLOCK_BYTES:
+                    if unfit and not block.kind:
+                        break
                     yield block
                     block, size = RowBlock(source, file, block.kind, []), 0
         except DataError as error:
             block.error = error
+        if not block.kind:  # rows that fit nothing are bad ones if a later row fits
+            block.rows = [(line, raw) for line, raw in block.rows if isinstance(raw, DataError)]
+            block.error = block.error or unfit
         yield block
 
 
-def _find_format(raw: Raw, place: RowLocation, source: DataSource, settings: DataSettings) -> tuple[Raw, str]:
-    """The first row of a file, parsed, and the format that it shows; empty if it cannot be parsed. Raises DataError
-    when it has no format or fits two, or has not the columns that the recipe names."""
+def _find_format(
+    raw: Raw, place: RowLocation, source: DataSource, settings: DataSettings
+) -> tuple[Raw, str, DataError | None]:
+    """A row, parsed, and the format that it shows, or why it shows none. Raises DataError when it fits two, or when
+    the recipe names columns that its format does not read."""
     try:
         row = parse_row(raw, place)
     except DataError as error:
-        return error, ""
+        return error, "", None
     stated, columns = source.format or settings.format, source.columns or settings.columns or {}
-    seen = f"columns seen: {', '.join(map(str, row))}"
-    absent = [theirs for theirs in columns.values() if theirs not in row]
-    if absent:
+    seen, where = f"columns seen: {', '.join(map(str, row))}", str(place)
+    if absent := [theirs for theirs in columns.values() if theirs not in row]:
         what = f"data.columns names {', '.join(map(repr, absent))}, not in the data"
-        raise DataError(what, where=str(place), hint=seen)
+        return row, "", DataError(what, where=where, hint=seen)
     names = row.keys() | columns.keys()
-    fits = [stated] if stated != "auto" else [kind for kind, needed in NEEDED.items() if names >= set(needed)]
+    fits = [stated] if stated != "auto" else [kind for kind, needed in keys.NEEDED.items() if names >= set(needed)]
     if len(fits) > 1:
-        raise DataError(f"the columns fit {' and '.join(fits)}", where=str(place), hint="state data.format")
+        raise DataError(f"the columns fit {' and '.join(fits)}", where=where, hint="state data.format")
     if not fits:
-        known = "; ".join(f"{kind}: {', '.join(needed)}" for kind, needed in NEEDED.items())
-        raise DataError(f"no known format: {seen}", where=str(place), hint=f"map them with data.columns ({known})")
-    return row, fits[0]
+        known = "; ".join(f"{kind}: {', '.join(needed)}" for kind, needed in keys.NEEDED.items())
+        hint = keys.PAIRS if row.keys() >= {"chosen", "rejected"} else f"map them with data.columns ({known})"
+        return row, "", DataError(f"no known format: {seen}", where=where, hint=hint)
+    if idle := sorted(columns.keys() - keys.READ[fits[0]]):
+        what = f"data.columns maps {', '.join(map(repr, idle))}, which format {fits[0]} does not read"
+        raise DataError(what, where=where, hint=f"it reads {', '.join(sorted(keys.READ[fits[0]]))}")
+    return row, fits[0], None
 
 
 def shape_block(block: RowBlock, settings: DataSettings, *, report: Report) -> Iterator[Example]:
     """The examples of a block, within their source's share. Raises DataError after them when the file ends wrong."""
     columns, share = block.source.columns or settings.columns or {}, block.source.share
+    mapped = set(columns.values())
     for line, raw in block.rows:
         place = RowLocation(block.file, line)
         report.rows += 1
         try:
             row = parse_row(raw, place)
-            mapped = row | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
-            example = shape_row(mapped, block.kind, place)
+            unread = keys.check_row(row, block.kind, mapped)
+            row = row | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+            example = shape_row(row, block.kind, place, unread=unread, mapped=columns.keys())
+            if unread:
+                report.unread.extend(sorted(unread.difference(report.unread)))
+                if (label := keys.label_of(row, block.kind)) is not None:
+                    report.labels.setdefault((block.file, label), str(place))
             if example.digest < share * 2**64:
                 yield example
         except (DataError, UnicodeEncodeError) as error:  # half a character: "\\ud83d" alone
@@ -138,86 +134,139 @@ def shape_block(block: RowBlock, settings: DataSettings, *, report: Report) -> I
         raise block.error
 
 
-def shape_row(row: Row, kind: str, place: RowLocation) -> Example:
-    """One row of a known format as an Example. Raises DataError."""
-    missing = [name for name in NEEDED[kind] if row.get(name) is None]
+def shape_row(
+    row: Row, kind: str, place: RowLocation, *, unread: set[str] | None = None, mapped: Set[str] = frozenset()
+) -> Example:
+    """One row of a known format as an Example. Raises DataError. `unread`: gets the names of keys that nothing reads;
+    `mapped`: the fields that the recipe names columns for."""
+    missing = [name for name in keys.NEEDED[kind] if row.get(name) is None]
     if missing:
         what = f"no {' and no '.join(map(repr, missing))} in this row of format {kind}"
         raise DataError(what, hint=f"columns seen: {', '.join(map(str, row))}")
     if kind == "text":
         return Example((), None, _expect(row["text"], str, "text"), place)
-    messages = tuple(normalize_message(message) for message in _list_messages(row, kind))
+    unread = set() if unread is None else unread
+    listed, completion = _list_messages(row, kind, unread)
+    messages = tuple(normalize_message(message, unread) for message in listed)
+    if row.get("system"):
+        messages = _add_system(row["system"], messages, always=kind == "sharegpt" or "system" in mapped, unread=unread)
     refuse_untrainable(messages)
-    return Example(messages, normalize_tools(row.get("tools")), None, place)
+    tools = normalize_tools(row.get("tools") or row.get("functions"))
+    return Example(messages, tools, None, place, _template_variables(row), completion)
 
 
-def normalize_message(message: Any) -> Message:
-    """A message as templates want it: content a string, tool arguments objects, no nulls. Raises DataError."""
-    clean = {key: value for key, value in _expect(message, dict, "a message").items() if value is not None}
+def normalize_message(message: Any, unread: set[str] | None = None) -> Message:
+    """A message as templates want it: content a string, tool arguments objects, no nulls, of all flags `train` alone.
+    Raises DataError. `unread`: gets the names of its keys that nothing reads."""
+    clean = {
+        key: value
+        for key, value in _expect(message, dict, "a message").items()
+        if value not in keys.NOTHING or (key == "content" and value is not None)
+    }
     role = clean.get("role")
-    if role not in ROLES:
-        raise DataError(f"unknown role {role!r}", hint=f"known: {', '.join(ROLES)}; format: sharegpt has other names")
-    _expect(clean.get("train", True), bool, "train")
-    if clean.get("tool_calls"):
-        clean["tool_calls"] = [_normalize_call(call) for call in _expect(clean["tool_calls"], list, "tool_calls")]
-    else:
-        clean.pop("tool_calls", None)
+    if role == "function":
+        role = clean["role"] = "tool"
+    if role not in keys.ROLES:
+        others = "data.format=sharegpt data.columns={conversations: messages} reads such names"
+        hint = others if role in list(keys.OTHER_ROLES) else f"known: {', '.join(keys.ROLES)}"
+        raise DataError(f"unknown role {role!r}", hint=hint)
+    unread = set() if unread is None else unread
+    if len(clean) > 2 or "content" not in clean:
+        unread.update(f"messages.{key}" for key in clean.keys() - keys.KNOWN)
+        keys.refuse_media(clean, clean.keys())
+        keys.read_flags(clean)
+        if call := clean.pop("function_call", None):
+            unread.update(["messages.function_call"] if "tool_calls" in clean else [])
+            clean.setdefault("tool_calls", [_wrap_function(call)])
+    if "tool_calls" in clean:
+        clean["tool_calls"] = [_normalize_call(call) for call in _as_list(clean["tool_calls"], "tool_calls")]
     if "content" not in clean and "tool_calls" not in clean:
         raise DataError(f"a message of role {role} without content")
-    clean["content"] = _join_parts(clean.get("content", ""))
+    clean["content"] = _join_parts(clean.get("content", ""), unread)
     return clean
 
 
 def normalize_tools(tools: Any) -> tuple[dict[str, Any], ...] | None:
     """Tool schemas as OpenAI writes them, from a list or from a string of JSON; None when empty. Raises DataError."""
-    tools = _parse(tools, "tools") if isinstance(tools, str) and tools.strip() else tools
-    if not tools:
-        return None
-    return tuple(
+    listed = (_parse(tool, "a tool") for tool in _as_list(tools, "tools")) if tools else ()
+    wrapped = tuple(
         tool if "function" in _expect(tool, dict, "a tool") or "name" not in tool else _wrap_function(tool)
-        for tool in _expect(tools, list, "tools")
+        for tool in listed
     )
+    return wrapped or None
 
 
 def reasoning_of(message: Message) -> str:
     """The reasoning of a message, without tags; empty when there is none."""
-    field = next((str(message[name]) for name in REASONING if message.get(name)), "")
+    field = next((str(message[name]) for name in keys.REASONING if message.get(name)), "")
     inline = INLINE.match(message["content"])
     return (field or (inline.group(1) if inline else "")).strip()
 
 
 def without_reasoning(message: Message) -> Message:
     """The message as it would be had there been no reasoning."""
-    kept = {name: value for name, value in message.items() if name not in REASONING}
+    kept = {name: value for name, value in message.items() if name not in keys.REASONING}
     inline = INLINE.match(message["content"])
     return {**kept, "content": message["content"][inline.end() :]} if inline else kept
 
 
-def _list_messages(row: Row, kind: str) -> list[Any]:
-    """The messages of a row of any format but text, not looked at yet."""
-    if kind == "chat":
-        return list(_expect(row["messages"], list, "messages"))
-    if kind == "sharegpt":
-        messages = [_from_sharegpt(turn) for turn in _expect(row["conversations"], list, "conversations")]
-    elif kind == "prompt-completion" and isinstance(row["prompt"], list) and isinstance(row["completion"], list):
-        return [*row["prompt"], *row["completion"]]
-    else:
-        question, answer = (_expect(row[name], str, name) for name in NEEDED[kind])
-        if kind == "alpaca" and row.get("input"):
-            question += "\n\n" + _expect(row["input"], str, "input")
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    has_system = kind != "prompt-completion" and row.get("system")
-    return [{"role": "system", "content": row["system"]}, *messages] if has_system else messages
+def _list_messages(row: Row, kind: str, unread: set[str]) -> tuple[list[Any], int | None]:
+    """The messages of a row of any format but text, not looked at yet; of a prompt and its completion in messages, how
+    many are the completion."""
+    if kind in ("chat", "sharegpt"):
+        listed = _as_list(row[keys.NEEDED[kind][0]], keys.NEEDED[kind][0])
+        turns = kind == "sharegpt" or any(isinstance(one, dict) and "role" not in one for one in listed)
+        return [_from_turn(turn, unread) for turn in listed] if turns else listed, None
+    if kind == "prompt-completion" and isinstance(row["prompt"], list) and isinstance(row["completion"], list):
+        unread.update(["history"] if row.get("history") else [])
+        return [*row["prompt"], *row["completion"]], len(row["completion"])
+    question, answer = (_expect(row[name], str, name) for name in keys.NEEDED[kind])
+    if kind == "alpaca" and row.get("input"):
+        question += "\n\n" + _expect(row["input"], str, "input")
+    texts = [question, answer]
+    for pair in _as_list(row["history"], "history") if row.get("history") else ():
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise DataError("'history' is a list of pairs, a question and its answer")
+        texts[-2:-2] = pair
+    roles = ("user", "assistant") * (len(texts) // 2)
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)], None
 
 
-def _from_sharegpt(turn: Any) -> Message:
-    if not isinstance(turn, dict) or not isinstance(turn.get("from"), str) or "value" not in turn:
-        raise DataError("a turn of a sharegpt conversation has `from` and `value`")
-    message: Message = {"role": SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
-    if "train" in turn:
-        message["train"] = turn["train"]
-    if turn["from"] in ("function_call", "tool_call"):
-        calls = _parse(turn["value"], "a tool call") if isinstance(turn["value"], str) else turn["value"]
+def _add_system(system: Any, messages: tuple[Message, ...], *, always: bool, unread: set[str]) -> tuple[Message, ...]:
+    """Messages with the system text of their row before them, once. Where they have another of their own, that holds
+    unless it is to be added `always`."""
+    message = normalize_message({"role": "system", "content": system}, unread)
+    if messages[:1] == (message,):
+        return messages
+    if messages and messages[0]["role"] in ("system", "developer") and not always:
+        unread.add("system")
+        return messages
+    return (message, *messages)
+
+
+def _template_variables(row: Row) -> dict[str, Any]:
+    """What a row gives the template besides messages and tools."""
+    found = {key: row[key] for key in keys.VARIABLES if row.get(key) not in keys.NOTHING}
+    if "documents" in found:
+        found["documents"] = _as_list(found["documents"], "documents")
+    for key in keys.OPTIONS:
+        if row.get(key) not in keys.NOTHING:
+            options = _expect(_parse(row[key], key), dict, key)
+            found |= {name: value for name, value in options.items() if value is not None}
+    return found
+
+
+def _from_turn(turn: Any, unread: set[str]) -> Message:
+    """A turn with `from` and `value`, or with the names of a message."""
+    role = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
+    if not isinstance(role, str):
+        raise DataError("a turn of a sharegpt conversation has `from` and `value`, or `role` and `content`")
+    message: Message = {key: value for key, value in turn.items() if key in keys.KNOWN}
+    others = (key for key, value in turn.items() if value not in keys.NOTHING)
+    unread.update(f"conversations.{key}" for key in others if key not in keys.KNOWN and key not in ("from", "value"))
+    message |= {"role": keys.OTHER_ROLES.get(role, role), "content": turn.get("value", turn.get("content"))}
+    if role in ("function_call", "tool_call") and not message.get("tool_calls"):
+        calls = _parse(message["content"], "a tool call")
         calls = calls if isinstance(calls, list) else [calls]
         message |= {"content": "", "tool_calls": [_wrap_function(call) for call in calls]}
     return message
@@ -236,15 +285,18 @@ def _normalize_call(call: Any) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": _expect(arguments, dict, "arguments")}}
 
 
-def _join_parts(content: Any) -> str:
+def _join_parts(content: Any, unread: set[str]) -> str:
     if isinstance(content, str):
         return content
+    if not isinstance(content, list):
+        raise DataError(f"'content' must be text, or a list of texts, this is {type(content).__name__}")
     texts = []
-    for part in _expect(content, list, "content"):
+    for part in content:
         kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
         if kind != "text":
             raise DataError(f"a content part of type {kind}", hint="only text can be trained on")
-        texts.append(_expect(part.get("text"), str, "text"))
+        texts.append(_expect(part.get("text", part.get("value")), str, "text"))
+        unread.update(f"content.{key}" for key in keys.check_part(part))
     return "".join(texts)
 
 
@@ -265,8 +317,14 @@ def _expect(value: Any, kind: type, name: str) -> Any:
     return value
 
 
-def _parse(text: str, name: str) -> Any:
+def _as_list(value: Any, name: str) -> list[Any]:
+    """A list, also where it is in a column of text as JSON. Raises DataError."""
+    return list(_expect(_parse(value, name), list, name))
+
+
+def _parse(value: Any, name: str) -> Any:
+    """What a text of JSON says; what is no text is left as it is. Raises DataError."""
     try:
-        return parse_strict(text)
+        return parse_strict(value) if isinstance(value, str) else value
     except ValueError as error:
         raise DataError(f"{name}: not JSON: {error}") from None

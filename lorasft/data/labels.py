@@ -30,7 +30,7 @@ class Labeler:
         self.chat = chat_format.chat
         self.data = data
         tokenizer = chat_format.tokenizer
-        self._reads_thinking = "</think>" in str(tokenizer.chat_template)
+        self._template = str(tokenizer.chat_template)
         self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
 
     def encode_all(self, examples: Sequence[Example], *, report: Report) -> Iterator[tuple[Tokens, ...]]:
@@ -58,14 +58,20 @@ class Labeler:
         if example.text is not None:
             return (MarkedText(example.text, (), add_eos=True),)
         answers = [message["content"] for message in example.messages if message["role"] == "assistant"]
-        if self._reads_thinking and any(text.count("<think>") != text.count("</think>") for text in answers):
+        if "</think>" in self._template and any(text.count("<think>") != text.count("</think>") for text in answers):
             hint = "write <think>...</think>answer, or give reasoning_content"
             raise DataError("an answer with <think> or </think> alone, which the template would cut", hint=hint)
         if self.chat.thinking == "drop":
             example = _drop_reasoning(example, report)
+        if "documents" in example.variables and "documents" not in self._template:
+            hint = "write their text into a message, or chat.template=FILE with a template that shows them"
+            raise DataError("the chat template does not show the documents of this row", hint=hint)
         if self.chat.supervise == "everything":
+            if any(message.get("train") is False for message in example.messages):
+                hint = "chat.supervise=all, or data.on_bad_row=drop, which leaves the row out"
+                raise DataError("a message that is not to be learned, under supervise: everything", hint=hint)
             return (MarkedText(self.format.render(example, len(example.messages)), ()),)
-        targets = self._targets(example.messages)
+        targets = self._targets(example)
         if not targets:
             _drop_without_target(example, report)
         texts = self.format.mark(example, targets)
@@ -77,15 +83,15 @@ class Labeler:
         report.tools_left_out += bool(names) and not any(name in marked.text for name in names for marked in texts)
         return texts
 
-    def _targets(self, messages: tuple[Message, ...]) -> list[int]:
-        """The indices of the messages that are supervised."""
-        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    def _targets(self, example: Example) -> list[int]:
+        """The indices of the messages that are supervised: never one whose row says that it is not to be learned."""
+        messages = example.messages
+        first = 0 if example.completion is None else len(messages) - example.completion
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index >= first]
         if self.chat.supervise == "last":
-            return answers[-1:]
-        if self.chat.supervise == "flagged":
-            some = any(messages[index].get("train") for index in answers)
-            return [index for index in answers if messages[index].get("train", not some)]
-        return answers
+            answers = answers[-1:]
+        some = self.chat.supervise == "flagged" and any(messages[index].get("train") for index in answers)
+        return [index for index in answers if messages[index].get("train", not some)]
 
     def _count_losses(self, message: Message, target: int, rendered: str, report: Report) -> None:
         """Count what is not in the `rendered` answer. Raises DataError for reasoning that must not be lost."""
@@ -106,6 +112,7 @@ class Labeler:
     def _label(self, texts: Sequence[MarkedText], encoded: Mapping[str, Encoded], report: Report) -> list[Tokens]:
         """Ids and labels; `encoded`: each text, and each prompt."""
         labelled: list[Tokens] = []
+        broken = 0
         for marked in texts:
             whole, prompts = encoded[marked.text], [encoded[marked.text[: a.prompt]].ids for a in marked.answers]
             if not prompts:  # all is supervised: a raw text, or what the template makes of a conversation
@@ -121,9 +128,14 @@ class Labeler:
                 cut = marked.answers[0].prompt
                 whole = self.format.encoder.encode_apart(marked.text[:cut], marked.text[cut:])
             tokens = self._supervise_answers(marked, whole, prompts)
-            report.answers += len(prompts)
-            report.parity_breaks += parity_breaks(tokens, prompts)
+            broken += parity_breaks(tokens, prompts)
             labelled.append(tokens)
+        answers = sum(len(marked.answers) for marked in texts)
+        report.parity_breaks += broken > 0
+        if broken:
+            what = f"{broken} of {answers} answers do not follow what a server would feed"
+            raise DataError(what, hint="chat.template=FILE with another, or data.on_bad_row=drop leaves the row out")
+        report.answers += answers
         return labelled
 
     def _supervise_answers(self, marked: MarkedText, whole: Encoded, prompts: Sequence[list[int]]) -> Tokens:

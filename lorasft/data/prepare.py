@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import re
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -192,6 +193,11 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
                 append_arrays(stage, **packed)
                 supervised.update(np.bincount(packed["ids"][packed["supervised"]]).nonzero()[0].tolist())
     report.raise_errors()
+    report.refuse_labels()
+    words = set(re.findall(r"\w+", str(labeler.format.tokenizer.chat_template)))  # which may name keys of messages
+    report.unread = [key for key in report.unread if not key.startswith("messages.") or key[9:] not in words]
+    if report.dropped_examples() == report.rows:
+        _refuse_losses(data, report)
     digests, apart, sizes = (
         np.fromfile(stage / name, TYPES[name]) for name in ("digests", "held_out", "example_sizes")
     )
@@ -210,9 +216,6 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
 def _split(data: DataSettings, train: Digests, apart: Digests) -> int:
     """The digest below which an example is held out. `train`, `apart`: of all rows that could be read, also of those
     dropped later, so that no setting of lengths moves the split."""
-    if not len(train):
-        hint = "are the files empty, or all their rows blank or bad?"
-        raise DataError("no rows to train on", where=_paths(data), hint=hint)
     twice = np.intersect1d(train, apart).size
     if twice:
         hint = "take them out of one of the two: the held-out loss would measure memory"
@@ -232,20 +235,21 @@ def held_out_below(digests: Digests, share: float) -> int:
 
 
 def _refuse_losses(data: DataSettings, report: Report) -> None:
-    """Raise DataError when more of the rows were dropped than the recipe allows, or nothing is left."""
-    if report.parity_breaks:
-        what = f"{report.parity_breaks} of {report.answers} answers do not follow what a server would feed"
-        hint = "a bug in lorasft: please report the template and one row"
-        raise DataError(what, where=_paths(data), hint=hint)
-    dropped = report.dropped_examples()
-    if dropped > data.max_dropped * report.rows or not report.train_examples:
+    """Raise ModelError when more rows than may be dropped break parity; DataError when more of them were dropped, or
+    nothing is left."""
+    where, dropped, most = _paths(data), report.dropped_examples(), data.max_dropped * report.rows
+    reasons = "; ".join(report.reasons()) or "are the files empty, or all their rows blank?"
+    hint = f"{reasons}; data.max_length is {data.max_length}, data.max_dropped {data.max_dropped}"
+    if report.parity_breaks > most:
+        what = f"the chat template gives {report.parity_breaks} of {report.rows} rows otherwise than a server would"
+        raise ModelError(what, where=where, hint=f"chat.template=FILE with another; {hint}")
+    if dropped > most or not report.train_examples:
         what = (
-            f"{dropped} of {report.rows} rows dropped ({report.bad_rows} bad, {report.over_long_examples} over-long, "
-            f"{report.examples_without_target} with nothing to supervise): {report.train_examples} to train on"
+            f"{report.rows or 'no'} rows read, {dropped} dropped ({report.bad_rows} bad, {report.over_long_examples} "
+            f"over-long, {report.examples_without_target} with nothing to supervise): "
+            f"{report.train_examples or 'nothing'} to train on"
         )
-        examples = "; ".join(report.dropped[:3])
-        hint = f"{examples}; data.max_length is {data.max_length}, data.max_dropped {data.max_dropped}"
-        raise DataError(what, where=_paths(data), hint=hint)
+        raise DataError(what, where=where, hint=hint)
 
 
 def _paths(data: DataSettings) -> str:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from lorasft.errors import DataError, ErrorGroup, LorasftError
 
 NAMED = 1000  # dropped rows that are named; the rest is only counted
+NUMBER = re.compile(r"\d[\d,.]*")
+SHOWN = 30  # names of columns
 HINT = "fix the row (fetch the file again if it is cut off), or leave such rows out with data.on_bad_row=drop"
 
 
@@ -23,7 +28,7 @@ class Report:
     windowed_texts: int = 0
     examples_without_target: int = 0
     answers: int = 0  # supervised, before the over-long policy
-    parity_breaks: int = 0  # of them, those that do not follow the ids that a server feeds
+    parity_breaks: int = 0  # bad rows: an answer does not follow the ids that a server feeds
     train_examples: int = 0
     held_out_examples: int = 0
     sequences: int = 0
@@ -34,11 +39,19 @@ class Report:
     dropped_characters: int = 0  # of answers that are not in what the template makes of them
     tools_left_out: int = 0  # examples none of whose tools the template shows
     dropped: list[str] = field(default_factory=list)  # of the first rows that are not trained on: "file:line: why"
+    unread: list[str] = field(default_factory=list)  # names of keys that no part of this program reads
+    labels: dict[tuple[str, bool], str] = field(default_factory=dict)  # file, whether good -> the first such row
     errors: list[LorasftError] = field(default_factory=list, repr=False)  # of bad rows that are not to be dropped
 
     def as_dict(self) -> dict[str, Any]:
-        """The counts and the rows that were dropped, as JSON values."""
-        return {name: value for name, value in vars(self).items() if name != "errors"}
+        """The counts, the rows that were dropped and the keys that were not read, as JSON values."""
+        return {name: value for name, value in vars(self).items() if name not in ("errors", "labels")}
+
+    def notices(self) -> Iterator[str]:
+        """What a person should know of rows that were read, a line each."""
+        if self.unread:
+            beyond = f" and {len(self.unread) - SHOWN} more" if len(self.unread) > SHOWN else ""
+            yield f"columns not read: {', '.join(self.unread[:SHOWN])}{beyond}"
 
     def add_error(self, error: DataError, place: object, *, policy: str) -> None:
         """Take one bad row, of this place where the error does not name one itself. `policy`: `data.on_bad_row`."""
@@ -51,7 +64,9 @@ class Report:
     def join(self, later: Report) -> None:
         """Take in what became of rows that come after. Raises ErrorGroup from 20 errors on: more help nobody."""
         for name, value in vars(later).items():
-            setattr(self, name, getattr(self, name) + value)
+            own = getattr(self, name)
+            setattr(self, name, value | own if isinstance(own, dict) else own + value)
+        self.unread = list(dict.fromkeys(self.unread))[:NAMED]
         del self.dropped[NAMED:], self.errors[ErrorGroup.most :]
         if len(self.errors) == ErrorGroup.most:
             self.raise_errors()
@@ -67,3 +82,19 @@ class Report:
 
     def dropped_examples(self) -> int:
         return self.bad_rows + self.over_long_examples + self.examples_without_target
+
+    def refuse_labels(self) -> None:
+        """Raise DataError for a file of answers that are labelled good, and others that are labelled bad."""
+        for (file, good), place in self.labels.items():
+            if not good and (file, True) in self.labels:
+                what = "a preference set: the answer of this row is labelled false, that of others true"
+                raise DataError(
+                    what, where=place, hint="keep the rows whose label is true, in a file without the label"
+                )
+
+    def reasons(self) -> Iterator[str]:
+        """Why rows were dropped, most frequent first: how many of those that are named, and one of them."""
+        split = [line.split(": ", 1) for line in self.dropped]
+        first = {NUMBER.sub("N", why): (place, why) for place, why in reversed(split)}
+        for kind, count in Counter(NUMBER.sub("N", why) for _, why in split).most_common(3):
+            yield f"{count} times: {first[kind][1]} (as in {first[kind][0]})"

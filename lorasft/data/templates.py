@@ -10,13 +10,13 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from lorasft.data.examples import REASONING
+from lorasft.data.keys import REASONING
 from lorasft.data.tokenizer import adds_bos
 from lorasft.errors import DataError, ModelError, UnsafeError
 
@@ -79,11 +79,12 @@ def render(
     tokenizer: PreTrainedTokenizerFast,
     messages: Sequence[dict[str, Any]],
     tools: Sequence[dict[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None,
     *,
     generation_prompt: bool = False,
 ) -> str:
-    """The text of a conversation, as `apply_chat_template` of any server gives it. Raises DataError with the template's
-    own words when it refuses, ModelError when it is broken."""
+    """The text of a conversation, as `apply_chat_template` of any server gives it; `variables`: its documents and
+    keyword arguments. Raises DataError with the template's own words when it refuses, ModelError when it is broken."""
     import jinja2
 
     given = list(tools) if tools else None
@@ -91,12 +92,10 @@ def render(
     try:
         # What apply_chat_template does with messages of plain JSON types, at half its price; a test compares the two.
         with limits():
+            own = {"messages": [_with_reasoning(message) for message in messages], "tools": given}
             return _compile(tokenizer.get_chat_template(None, given)).render(
-                messages=[_with_reasoning(message) for message in messages],
-                tools=given,
-                documents=None,
+                {"documents": None, **tokenizer.special_tokens_map, **(variables or {}), **own},
                 add_generation_prompt=generation_prompt,
-                **tokenizer.special_tokens_map,
             )
     except (MemoryError, TimeoutError) as error:
         what = f"the chat template takes too much: {str(error) or 'memory'}"

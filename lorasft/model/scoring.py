@@ -22,6 +22,7 @@ from lorasft.data.sources import RowLocation
 from lorasft.data.tokens import Tokens, all_supervised, supervised_runs
 from lorasft.model.loss import Network, pair_losses
 from lorasft.recipe import ChatSettings, DataSettings, DataSource
+from lorasft.terminal import say
 
 _CAPACITY = 2048  # tokens of answers that are scored at once
 _GROUP = 64  # examples cut together: enough to fill micro-batches well, few enough to bound what is held
@@ -113,6 +114,8 @@ def read_answers(
     """
     with TemporaryDirectory(prefix="lorasft-") as folder:
         prepared = prepare(settings_for(source, data), chat, tokenizer=tokenizer, folder=Path(folder), workers=1)
+        for notice in prepared.report.notices():
+            say(notice)
         answers = [
             Answer(tokens.ids[:end], max(1, int(start)), prepared.store.place(example))
             for example in range(len(prepared.store))

@@ -40,7 +40,8 @@ def predict_seconds(
     tokens = int(np.clip(_WORK / 8 / weights, *_TOKENS))
     batches = [heaviest_batch(network, longest=min(length, size), capacity=size, supervised=supervised)
                for size in (tokens, 3 * tokens)]  # fmt: skip
-    less, more = (_time_batch(network, layer_kinds(whole), batch, wider=wider) for batch in batches)
+    kinds = layer_kinds(whole)
+    less, more = (_time_batch(network, kinds, batch, wider=wider) for batch in batches)
     small, large = map(cost, batches)
     slope = np.clip((more - less) / (large - small), 0, more / large)  # a disturbed clock: nothing costs less
     seconds: NDArray[np.float64] = len(costs) * more + slope * (sum(costs) - len(costs) * large)

@@ -91,11 +91,12 @@ def _fill(modules: list[nn.Module], *, device: torch.device) -> None:
         if isinstance(module, bnb.nn.Linear4bit):
             weight = torch.empty(module.out_features, module.in_features, dtype=module.compute_dtype, device="meta")
             _quantize(module, _draw_like(weight, device))
-            module.weight._is_hf_initialized = True  # else `initialize_weights` writes into the codes
         for name, old in [one for one in module.named_parameters(recurse=False) if one[1].is_meta]:
             if id(old) not in made:
                 made[id(old)] = nn.Parameter(_draw_like(old, device), requires_grad=old.requires_grad)
             setattr(module, name, made[id(old)])
+        if isinstance(module, (nn.Linear, nn.Embedding)):  # else `initialize_weights` draws anew, and into 4-bit codes
+            module.weight._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 def _draw_like(given: Tensor, device: torch.device) -> Tensor:

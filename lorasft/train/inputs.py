@@ -15,6 +15,7 @@ from lorasft.errors import ModelError, RecipeError
 from lorasft.model.adapter import check_targets
 from lorasft.model.base import check_mostly_quantized, compute_dtype, make_skeleton, read_config
 from lorasft.recipe import Recipe
+from lorasft.terminal import say
 from lorasft.train.metrics import check_trackers
 from lorasft.train.optimizer import warmup_steps
 from lorasft.train.state import RunInputs
@@ -37,6 +38,8 @@ def read_inputs(recipe: Recipe, config: Any, folder: Path) -> RunInputs:
         adapter = adapter.model_copy(update=sizes)
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
     prepared = prepare(recipe.data, recipe.chat, tokenizer=tokenizer, folder=folder)
+    for notice in prepared.report.notices():
+        say(notice)
     rows, most = config.get_text_config().vocab_size, int(prepared.store.arrays["ids"].max())
     if most >= rows:  # on which a GPU would only assert
         what = f"the tokenizer gives id {most}, the model has {rows} embedding rows"

@@ -1,0 +1,115 @@
+"""What the keys of rows, messages and turns say: which are read, what the others would change, and which are named.
+
+The formats of OpenAI, Mistral, Anthropic, Bedrock, TRL, Axolotl, LLaMA-Factory and ms-swift; docs/data.md has them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Any
+
+from lorasft.data.sources import Row
+from lorasft.errors import DataError
+
+NEEDED = {  # format -> the columns that make it
+    "chat": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt-completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+OPTIONS = ("chat_template_kwargs", "template_kwargs")  # of a row: variables of its template
+VARIABLES = ("documents", "enable_thinking", "reasoning_effort")  # and those that have a column of their own
+_BESIDE = {"system", "tools", "functions", *OPTIONS, *VARIABLES}
+READ: dict[str, Set[str]] = {  # format -> all columns that are read
+    "chat": {"messages", *_BESIDE},
+    "sharegpt": {"conversations", *_BESIDE},
+    "alpaca": {"instruction", "input", "output", "history", *_BESIDE},
+    "prompt-completion": {"prompt", "completion", "history", *_BESIDE},
+    "text": {"text"},
+}
+ROLES = ("system", "developer", "user", "assistant", "tool")
+OTHER_ROLES = {  # what others call them
+    "human": "user",
+    **dict.fromkeys(("gpt", "model", "bot", "function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("observation", "tool_response", "function", "ipython"), "tool"),
+}
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that transformers reads, in its order
+CHOOSING = ("train", "training", "trainable", "train_on_turn")  # those that are true: `supervise: flagged`
+WEIGHTS = ("weight", "loss", "loss_weight", "loss_scale", "loss_mask")
+FLAGS = {**dict.fromkeys((*CHOOSING, *WEIGHTS), True), "masked": False}  # of a message -> what learns it
+UNCLEAR = {"mask", "train_detail", "training_detail"}
+MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
+KNOWN = {"role", "content", "name", "tool_calls", "tool_call_id", "function_call", *REASONING, *FLAGS, *UNCLEAR, *MEDIA}
+PAIRS = "data.columns={completion: chosen} learns the better answers ({messages: chosen} where it is a conversation)"
+NOTHING: tuple[object, ...] = (None, "", [], {})
+
+
+def is_absent(value: Any) -> bool:
+    """Whether a value says no more than a key that is not there; Parquet gives every row the keys of all."""
+    if isinstance(value, (list, dict)):
+        return all(map(is_absent, value.values() if isinstance(value, dict) else value))
+    return value is None or value == ""
+
+
+def check_row(row: Row, kind: str, mapped: Set[str]) -> set[str]:
+    """The keys of a row that nothing reads. `mapped`: the columns that the recipe names. Raises DataError for those
+    without which the answer cannot be learned, and for a pair of answers of which one is the worse."""
+    unread = {key for key in row.keys() - READ[kind] - mapped if not is_absent(row[key])}
+    if unread:
+        if kind != "text":
+            refuse_media(row, unread)
+        if {"chosen", "rejected"} <= unread and row["chosen"] != row.get("messages"):
+            raise DataError("a preference pair: its `chosen` and `rejected` are not learned", hint=PAIRS)
+    return unread
+
+
+def refuse_media(values: Row, keys: Set[str]) -> None:
+    """Raise DataError where one of these `keys` holds an image, sound or film."""
+    if found := sorted(key for key in keys & MEDIA if values[key] and not is_absent(values[key])):
+        hint = "only text can be trained on; data.on_bad_row=drop leaves the row out"
+        raise DataError(f"{found[0]!r} beside the text", hint=hint)
+
+
+def label_of(row: Row, kind: str) -> bool | None:
+    """Whether the answer of a row is a good one, where the row says so as KTO's rows do."""
+    labels = ("label", "kto_tag") if kind == "prompt-completion" else ("kto_tag",)
+    said = next((str(row[key]).lower() for key in labels if key in row), "")
+    return {"true": True, "false": False}.get(said)
+
+
+def read_flags(message: Row) -> None:
+    """Leave one flag in a message, `train`: false where one of its flags or weights says that it is not to be learned,
+    true where one chooses it. Raises DataError for what is neither."""
+    unclear = sorted(UNCLEAR & message.keys()) if message.get("role") == "assistant" else ()
+    if unclear:
+        hint = '"train": true or false marks a whole answer; data.on_bad_row=drop leaves the row out'
+        raise DataError(f"{unclear[0]!r} says what is learned in a way that is not read", hint=hint)
+    flags = [(key, read_flag(key, message.pop(key))) for key in FLAGS if key in message]
+    if any(value != FLAGS[key] for key, value in flags):
+        message["train"] = False
+    elif any(key in CHOOSING for key, _ in flags):
+        message["train"] = True
+
+
+def check_part(part: Row) -> set[str]:
+    """The keys of a content part that nothing reads. Raises DataError where it is not to be learned."""
+    extra = {key: value for key, value in part.items() if key not in ("type", "text", "value")}
+    read_flags(extra)
+    if not extra.pop("train", True):
+        hint = "mark the whole message; data.on_bad_row=drop leaves the row out"
+        raise DataError("a content part that is not to be learned", hint=hint)
+    return {key for key, value in extra.items() if not is_absent(value)}
+
+
+def read_flag(key: str, value: Any) -> bool:
+    """A flag, or a weight of 0 or 1, also as text. Raises DataError."""
+    text = str(value).lower()
+    try:
+        number = float({"true": "1", "false": "0"}.get(text, text))
+    except ValueError:
+        raise DataError(f"{key!r} must be true or false, this is {type(value).__name__}") from None
+    if number not in (0, 1):
+        hint = "make it 0 or 1: an answer is learned whole or not at all; data.on_bad_row=drop leaves the row out"
+        raise DataError(f"{key!r} is {number:g}, a fractional weight", hint=hint)
+    return bool(number)
