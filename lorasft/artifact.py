@@ -140,8 +140,8 @@ class Artifact:
         if Path(name).is_dir():
             return Path(name)
         if not is_hub_id(name):
-            what = "there is no such base folder" if self.adapter else "there is no such folder"
-            raise ModelError(what, where=name, hint="--base MODEL" if self.adapter else _NAME_ONE)
+            hint = "--base MODEL" if self.adapter else _NAME_ONE
+            raise ModelError("there is no such folder of a model", where=name, hint=hint)
         find_hub()
         from huggingface_hub import snapshot_download
 

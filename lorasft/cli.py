@@ -49,7 +49,11 @@ def read_command_line(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     command = top.parse_args(words[:1]).command
     parser = _Parser(prog=f"lorasft {command}", description=COMMANDS[command])
     importlib.import_module(f"lorasft.commands.{command}").add_arguments(parser)
-    return command, vars(parser.parse_intermixed_args(words[1:]))  # overrides may also stand after options
+    options = vars(parser.parse_intermixed_args(words[1:]))  # overrides may also stand after options
+    typed = {"prompt", "system"}  # texts; other words may be paths
+    return command, {
+        k: os.path.expanduser(v) if isinstance(v, str) and k not in typed else v for k, v in options.items()
+    }
 
 
 def entry() -> NoReturn:
@@ -90,4 +94,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         say(str(RecipeError("a name that is too long for a file", where=str(error.filename)[:200], hint="shorten it")))
         return RecipeError.exit_code
+    finally:
+        say("", end="")  # where a line of progress is open, a traceback begins on its own
     return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterable
-from os.path import expanduser
 from typing import Any
 
 
@@ -17,10 +16,9 @@ def add_recipe(parser: ArgumentParser) -> None:
 
 def add_saved(parser: ArgumentParser, kinds: str = "RUN|ADAPTER|MODEL") -> None:
     """A path of one of `kinds` as `saved`, and where the base of an adapter is, as `base`."""
-    about = f"a folder of one of these kinds{'; of a model, also its hub id' if 'MODEL' in kinds else ''}"
-    parser.add_argument("saved", metavar=kinds, type=expanduser, help=about)
-    about = "the adapter's base, if it is not where it was trained"
-    parser.add_argument("--base", metavar="MODEL", type=expanduser, help=about)
+    about = f"a folder of one of these kinds{'; of a model, also its hub id' * ('MODEL' in kinds)}"
+    parser.add_argument("saved", metavar=kinds, help=about)
+    parser.add_argument("--base", metavar="MODEL", help="the adapter's base, if it is not where it was trained")
 
 
 def add_columns(parser: ArgumentParser) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
-from os.path import expanduser
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,13 +13,9 @@ from lorasft.terminal import ByteProgress, say
 
 def add_arguments(parser: ArgumentParser) -> None:
     """What `lorasft export` takes."""
-    parser.add_argument(
-        "model", metavar="RUN|DIR", type=expanduser, help="a run or an adapter, merged first, or a model folder"
-    )
+    parser.add_argument("model", metavar="RUN|DIR", help="a run or an adapter, merged first, or a model folder")
     parser.add_argument("--to", choices=["gguf", "ollama"], required=True, help="a GGUF file, or that with a Modelfile")
-    parser.add_argument(
-        "--out", required=True, metavar="FILE", type=expanduser, help="a file, or for ollama a folder, not there yet"
-    )
+    parser.add_argument("--out", required=True, metavar="FILE", help="a file, or for ollama a folder, not there yet")
     parser.add_argument("--type", choices=["f16", "q8_0"], default="f16", help="of the matrices (default: f16)")
     add_json(parser, "what was done")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping
-from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from lorasft.terminal import ByteProgress, say
 def add_arguments(parser: ArgumentParser) -> None:
     """What `lorasft merge` takes."""
     add_saved(parser, "RUN|ADAPTER")
-    about = "a folder that does not exist yet"
-    parser.add_argument("--out", required=True, metavar="DIR", type=expanduser, help=about)
+    parser.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet")
     parser.add_argument(
         "--onto",
         choices=["auto", "original", "dequantized"],

@@ -24,7 +24,7 @@ from lorasft.data.store import TYPES, Arrays, TokenStore, append_arrays, map_sto
 from lorasft.data.workers import available_workers, map_blocks
 from lorasft.errors import DataError, LorasftError, ModelError
 from lorasft.files import remove_folder, replace_file, sha256, staged_folder, verify_folder, write_file
-from lorasft.recipe import without_places
+from lorasft.recipe import PLACES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -119,7 +119,6 @@ def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, A
     for source, _ in _sources(data):
         found = [(file.suffix.lower(), sha256(file)) for file in source_files(source.path)]
         files.append(found or str(load_hub(source)._fingerprint))
-    settings = {"chat": chat_format.chat.model_dump(mode="json"), "data": data.model_dump(mode="json")}
     return {
         "schema": SCHEMA,
         "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "jinja2", "transformers")},
@@ -127,7 +126,8 @@ def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, A
         "template": tokenizer.chat_template,
         "special": [tokenizer.bos_token, tokenizer.eos_token],
         "probe": chat_format.style.text,  # holds today's date where the template writes it
-        **without_places(settings),
+        "chat": chat_format.chat.model_dump(mode="json", exclude=PLACES["chat"]),
+        "data": data.model_dump(mode="json", exclude=PLACES["data"]),
         "files": files,
     }
 

@@ -28,7 +28,6 @@ def _as_names(value: Any) -> Any:
 
 
 _NAMED = BeforeValidator(_as_names, json_schema_input_type=str | list[str])
-Names = Annotated[tuple[str, ...], _NAMED]
 
 
 class _Section(BaseModel):
@@ -52,7 +51,7 @@ class AdapterSettings(_Section):
     )
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank)")
     dora: bool = Field(False, description="weight-decomposed LoRA")
-    modules_to_save: Names = Field((), description="modules trained and saved in full")
+    modules_to_save: Annotated[tuple[str, ...], _NAMED] = Field((), description="modules trained and saved in full")
     start: str | None = Field(None, description="folder of an adapter or of a run to begin from")
 
 
@@ -159,19 +158,17 @@ class Recipe(_Section):
     machine: MachineSettings = MachineSettings()
 
 
+PLACES: dict[str, Any] = {  # keys of which the contents decide, and not where they are
+    "model": {"base"},
+    "adapter": {"start"},
+    "chat": {"template"},
+    "data": {"train": {"__all__": {"path"}}, "eval": {"__all__": {"path"}}},
+}
+
+
 def mathematics(recipe: Recipe) -> dict[str, Any]:
-    """What decides the result: everything but `run` and `machine`, as JSON values."""
-    return recipe.model_dump(mode="json", exclude={"run", "machine"})
-
-
-def without_places(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` of `mathematics`, or of its sections `data` and `chat`, without the paths: contents are compared."""
-    for section, key in (("model", "base"), ("adapter", "start"), ("chat", "template")):
-        values.get(section, {}).pop(key, None)
-    data = values["data"]
-    for source in (*data["train"], *(data["eval"] if isinstance(data["eval"], list) else ())):
-        del source["path"]
-    return values
+    """What decides the result, but for the files: all keys except `run`, `machine` and PLACES, as JSON values."""
+    return recipe.model_dump(mode="json", exclude={"run": True, "machine": True, **PLACES})
 
 
 def recipe_schema() -> dict[str, Any]:

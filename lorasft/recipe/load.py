@@ -26,14 +26,11 @@ PEERS = {
     "model.quantization (nf4 or none)": "load_in_* quantization_* double_quantization bnb_4bit_quant_type",
     "model.dtype": "bf16 fp16 tf32 torch_dtype bnb_4bit_compute_dtype compute_dtype precision",
     "adapter.rank": "r lora_r lora_rank lora_dim",
-    "adapter.rslora": "peft_use_rslora",
-    "adapter.dora": "peft_use_dora",
     "adapter.targets": "lora_target target_modules lora_target_modules lora_target_linear lora_attn_modules",
     "adapter.modules_to_save": "lora_modules_to_save additional_target",
     "adapter.start": "lora_model_dir adapter_name_or_path adapters",
     "data.train": "dataset datasets dataset_name dataset_path dataset_dir train_file training_file data_files",
     "data.train (share of a source)": "max_samples max_train_samples",
-    "data.train (split of a source)": "train_split dataset_train_split",
     "data.eval": "val_set_size val_size split_dataset_ratio eval_dataset* eval_split test_datasets val_dataset",
     "data.format": "dataset_format dataset_type",
     "data.columns": "dataset_text_field field_messages message_property_mappings",
@@ -61,20 +58,15 @@ PEERS = {
     "machine.activation_checkpointing": "*gradient_checkpointing* grad_checkpoint enable_activation_*",
     "machine.attention": "*flash_att* attn_implementation attn_impl sdp_attention xformers_attention",
     "nothing: sequences are always packed, without padding": "packing *_packing pad_to_* group_by_length padding_free",
-    "nothing: torch's own kernels are used": "kernels liger* use_liger*",
     "nothing: set HF_TOKEN in the environment, or run `hf auth login`": "hf_token hub_token token use_auth_token",
     "nothing: lorasft trains LoRA adapters on answers (SFT), and that alone": "stage finetuning_type do_* train_type "
-    "tuner_type fine_tune_type full_finetuning task task_type rl rlhf_type predict_with_generate",
-    "nothing: read from the files of the base": "model_type tokenizer_* use_fast_tokenizer special_tokens padding_side",
-    "nothing: lorasft chooses workers and keeps prepared rows itself": "*num_workers dataloader_* preprocessing_* "
-    "dataset_num_proc dataset_processes dataset_prepared_path overwrite_cache streaming",
-    "nothing: torchrun starts several processes": "deepspeed* fsdp* ddp_* local_rank",
+    "tuner_type fine_tune_type full_finetuning task task_type rl rlhf_type",
     "nothing: --resume continues a run, and none is overwritten": "overwrite_output_dir resume_* auto_resume_*",
-    "nothing: nothing is uploaded": "push_to_hub hub_model_id hub_strategy hub_private_repo",
-    "nothing: the run folder has metrics.jsonl, and all that is saved": "plot_loss logging_dir logging_strategy "
-    "logging_first_step save_only_model save_safetensors disable_tqdm log_level",
-    "nothing: not a part of lorasft": "neftune* noisy_* label_smoothing* early_stopping* torch_compile* *galore* "
-    "s2_attention lora_bias bias loftq_* use_unsloth* loss_watchdog_*",
+    "nothing: lorasft decides it itself, or does without": "*num_workers dataloader_* preprocessing_* dataset_num_proc "
+    "dataset_processes dataset_prepared_path *_cache streaming model_type tokenizer_* use_fast_tokenizer special_tokens "
+    "padding_side deepspeed* fsdp* ddp_* local_rank *to_hub hub_model_id hub_strategy plot_loss logging_dir "
+    "logging_strategy save_only_model save_safetensors disable_tqdm log_level neftune* noisy_* label_smoothing* kernels "
+    "early_stopping* torch_compile* *liger* *galore* s2_attention lora_bias bias loftq_* *unsloth* loss_watchdog_*",
 }
 _SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Recipe.model_fields.items()}
 _NAMES = {name: name for name in _SECTIONS}  # each key -> its last part

@@ -28,8 +28,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
 from lorasft import __version__
-from lorasft.artifact import find_artifact, read_adapter_weights
-from lorasft.data.prepare import Prepared, open_prepared, read_ingredients
+from lorasft.artifact import read_adapter_weights
+from lorasft.data.prepare import open_prepared, read_ingredients
 from lorasft.data.store import changed_rows
 from lorasft.errors import CapacityError, DivergedError, LorasftError, ModelError, RecipeError
 from lorasft.files import (
@@ -48,12 +48,12 @@ from lorasft.files import (
 )
 from lorasft.model.adapter import adapter_weights, give_weights, write_adapter
 from lorasft.model.free_memory import out_of_memory
-from lorasft.recipe import Recipe, mathematics, without_places
+from lorasft.recipe import Recipe, mathematics
 from lorasft.recipe.load import dump_recipe, load_recipe
 from lorasft.tensors import fingerprint
 from lorasft.terminal import quote, say
 from lorasft.train.optimizer import optimizer_state, restore_optimizer
-from lorasft.train.state import Run, State
+from lorasft.train.state import Run, RunInputs, State
 
 _LEFT_BEHIND = {LOCK, "tokens", "memory.json", "checkpoints", "provenance.json"}  # by a start that failed
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors", "numpy")
@@ -183,49 +183,41 @@ def read_state(path: Path, *, run: str | None) -> State:
     return state
 
 
-def find_checkpoint(recipe: Recipe, prepared: Prepared) -> State:
+def find_checkpoint(recipe: Recipe, inputs: RunInputs) -> State:
     """The newest checkpoint in the run folder of `recipe`. Raises RecipeError, with a table old -> new, when what
     decides the result differs from what the run began with; where its files are now decides nothing.
     """
-    folder = Path(recipe.run.output)
+    folder, prepared = Path(recipe.run.output), inputs.prepared
     record, before = read_record(folder), load_recipe(str(folder / "recipe.yaml"))
     saved = newest_checkpoint(folder / "checkpoints", run=str(record.get("run", "")) if record else None)
     what = "the recipe differs from the one that this run was started with"
-    changes = list(compare(*(without_places(mathematics(one)) for one in (before, recipe))))
-    changes += _changed_files(before, recipe, record or {})
+    changes = [
+        *compare(mathematics(before), mathematics(recipe)),
+        *_changed_files(before, recipe, inputs, record or {}),
+    ]
     if not changes:
         if saved.data == prepared.key:
             return saved
         what = f"the data, the tokenizer or their libraries changed since step {saved.step}"
-        changes = _changed_data(saved, prepared) or ["the same rows in files of other bytes"]
+        old, new = (read_ingredients(folder / "tokens", key) | {"files": ()} for key in (saved.data, prepared.key))
+        changes = list(compare(old, new))
+        with suppress(ModelError, OSError):
+            changes += changed_rows(open_prepared(folder / "tokens" / saved.data[:16]).store, prepared.store)
     if saved.data != prepared.key:
         remove_folder(prepared.folder)
     hint = "restore them, or start another run with run.output=FOLDER"
     raise RecipeError("\n  ".join([f"{what}:", *changes[:10]]), where=str(folder), hint=hint)
 
 
-def _changed_files(before: Recipe, now: Recipe, record: dict[str, Any]) -> Iterator[str]:
+def _changed_files(before: Recipe, now: Recipe, inputs: RunInputs, record: dict[str, Any]) -> Iterator[str]:
     """The base and the starting adapter, where they are not those that a run of `record` began with."""
-    base, start, recorded = now.model.base, now.adapter.start, (record.get("base") or {}).get("fingerprint")
-    known = recorded and Path(base).is_dir()
-    if fingerprint(Path(base)) != recorded if known else base != before.model.base:
-        yield f"model.base: {before.model.base!r} -> {base!r}{', with another config or other weights' * bool(known)}"
-    if start != before.adapter.start:
-        folder = find_artifact(start, base=base).require_adapter() if start else None
-        if folder is None or fingerprint(folder) != record.get("start"):
-            yield f"adapter.start: {before.adapter.start!r} -> {start!r}"
-
-
-def _changed_data(saved: State, prepared: Prepared) -> list[str]:
-    """What the data of the run of `saved` was made from beside that of `prepared`, and the rows that differ."""
-    tokens = prepared.folder.parent
-    old, new = (read_ingredients(tokens, key) for key in (saved.data, prepared.key))
-    if not old:
-        return ["the tokens of the run are gone, or of another version of lorasft"]
-    with suppress(ModelError):
-        rows = changed_rows(open_prepared(tokens / saved.data[:16]).store, prepared.store)
-        return [*compare({**old, "files": ()}, {**new, "files": ()}), *rows]
-    return ["the tokens of the run are damaged"]
+    start, recorded = inputs.start and inputs.start.adapter, (record.get("base") or {}).get("fingerprint")
+    for name, old, new, folder, known in (
+        ("model.base", before.model.base, now.model.base, Path(now.model.base), recorded),
+        ("adapter.start", before.adapter.start, now.adapter.start, start, record.get("start")),
+    ):
+        if fingerprint(folder) != known if known and folder and folder.is_dir() else old != new:
+            yield f"{name}: {old!r} -> {new!r}, other files"
 
 
 def newest_checkpoint(folder: Path, *, run: str | None) -> State:
