@@ -11,6 +11,7 @@ from conftest import Command
 from test_chat import SHARED, learned_text, make_encoder, needs_shared, own
 from test_data import read, turns
 
+from lorasft.data import keys
 from lorasft.data.examples import Example
 from lorasft.data.prepare import Prepared, prepare
 from lorasft.data.tokenizer import load_tokenizer
@@ -428,8 +429,16 @@ def test_nothing_to_train_on_gives_reasons_with_counts_and_an_example(tmp_path: 
     with pytest.raises(DataError, match=r"60 rows read, 60 dropped \(60 bad, .*: nothing to train on") as refused:
         make(tmp_path, tiny, rows, on_bad_row="drop")
     said = str(refused.value.hint)
-    assert f"57 times: no assistant turn (roles: user) (as in {tmp_path}/rows.jsonl:1)" in said
-    assert f"3 times: 'images' beside the text (as in {tmp_path}/rows.jsonl:58)" in said
+    assert f"57 times as in {tmp_path}/rows.jsonl:1: no assistant turn (roles: user)" in said
+    assert f"3 times as in {tmp_path}/rows.jsonl:58: 'images' beside the text" in said
+
+
+def test_the_page_names_every_key_that_is_read_honoured_or_refused() -> None:
+    page = (Path(__file__).parents[1] / "docs/data.md").read_text(encoding="utf-8")
+    named = set().union(
+        *keys.READ.values(), keys.KNOWN, keys.OTHER_ROLES, keys.ROLES, {"chosen", "rejected", "kto_tag"}
+    )
+    assert not {key for key in named if f"`{key}`" not in page}
 
 
 @needs_shared

@@ -134,9 +134,7 @@ def shape_block(block: RowBlock, settings: DataSettings, *, report: Report) -> I
         raise block.error
 
 
-def shape_row(
-    row: Row, kind: str, place: RowLocation, *, unread: set[str] | None = None, mapped: Set[str] = frozenset()
-) -> Example:
+def shape_row(row: Row, kind: str, place: RowLocation, *, unread: set[str], mapped: Set[str]) -> Example:
     """One row of a known format as an Example. Raises DataError. `unread`: gets the names of keys that nothing reads;
     `mapped`: the fields that the recipe names columns for."""
     missing = [name for name in keys.NEEDED[kind] if row.get(name) is None]
@@ -145,7 +143,6 @@ def shape_row(
         raise DataError(what, hint=f"columns seen: {', '.join(map(str, row))}")
     if kind == "text":
         return Example((), None, _expect(row["text"], str, "text"), place)
-    unread = set() if unread is None else unread
     listed, completion = _list_messages(row, kind, unread)
     messages = tuple(normalize_message(message, unread) for message in listed)
     if row.get("system"):
@@ -167,9 +164,8 @@ def normalize_message(message: Any, unread: set[str] | None = None) -> Message:
     if role == "function":
         role = clean["role"] = "tool"
     if role not in keys.ROLES:
-        others = "data.format=sharegpt data.columns={conversations: messages} reads such names"
-        hint = others if role in list(keys.OTHER_ROLES) else f"known: {', '.join(keys.ROLES)}"
-        raise DataError(f"unknown role {role!r}", hint=hint)
+        others = "data.format=sharegpt data.columns={conversations: messages} has other names"
+        raise DataError(f"unknown role {role!r}", hint=f"known: {', '.join(keys.ROLES)}; {others}")
     unread = set() if unread is None else unread
     if len(clean) > 2 or "content" not in clean:
         unread.update(f"messages.{key}" for key in clean.keys() - keys.KNOWN)
@@ -249,11 +245,8 @@ def _template_variables(row: Row) -> dict[str, Any]:
     found = {key: row[key] for key in keys.VARIABLES if row.get(key) not in keys.NOTHING}
     if "documents" in found:
         found["documents"] = _as_list(found["documents"], "documents")
-    for key in keys.OPTIONS:
-        if row.get(key) not in keys.NOTHING:
-            options = _expect(_parse(row[key], key), dict, key)
-            found |= {name: value for name, value in options.items() if value is not None}
-    return found
+    options = _expect(_parse(row.get(keys.OPTIONS) or {}, keys.OPTIONS), dict, keys.OPTIONS)
+    return found | {name: value for name, value in options.items() if value is not None}
 
 
 def _from_turn(turn: Any, unread: set[str]) -> Message:

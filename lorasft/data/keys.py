@@ -18,9 +18,9 @@ NEEDED = {  # format -> the columns that make it
     "prompt-completion": ("prompt", "completion"),
     "text": ("text",),
 }
-OPTIONS = ("chat_template_kwargs", "template_kwargs")  # of a row: variables of its template
+OPTIONS = "chat_template_kwargs"  # of a row: variables of its template
 VARIABLES = ("documents", "enable_thinking", "reasoning_effort")  # and those that have a column of their own
-_BESIDE = {"system", "tools", "functions", *OPTIONS, *VARIABLES}
+_BESIDE = {"system", "tools", "functions", OPTIONS, *VARIABLES}
 READ: dict[str, Set[str]] = {  # format -> all columns that are read
     "chat": {"messages", *_BESIDE},
     "sharegpt": {"conversations", *_BESIDE},
@@ -36,8 +36,8 @@ OTHER_ROLES = {  # what others call them
 }
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that transformers reads, in its order
 CHOOSING = ("train", "training", "trainable", "train_on_turn")  # those that are true: `supervise: flagged`
-WEIGHTS = ("weight", "loss", "loss_weight", "loss_scale", "loss_mask")
-FLAGS = {**dict.fromkeys((*CHOOSING, *WEIGHTS), True), "masked": False}  # of a message -> what learns it
+_WEIGHTS = (*CHOOSING, "weight", "loss", "loss_weight", "loss_scale", "loss_mask")
+FLAGS = {**dict.fromkeys(_WEIGHTS, True), "masked": False}  # of a message -> what it says where it is learned
 UNCLEAR = {"mask", "train_detail", "training_detail"}
 MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
 KNOWN = {"role", "content", "name", "tool_calls", "tool_call_id", "function_call", *REASONING, *FLAGS, *UNCLEAR, *MEDIA}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 from lorasft.errors import DataError, ErrorGroup, LorasftError
 
 NAMED = 1000  # dropped rows that are named; the rest is only counted
-NUMBER = re.compile(r"\d[\d,.]*")
 SHOWN = 30  # names of columns
 HINT = "fix the row (fetch the file again if it is cut off), or leave such rows out with data.on_bad_row=drop"
 
@@ -50,8 +48,7 @@ class Report:
     def notices(self) -> Iterator[str]:
         """What a person should know of rows that were read, a line each."""
         if self.unread:
-            beyond = f" and {len(self.unread) - SHOWN} more" if len(self.unread) > SHOWN else ""
-            yield f"columns not read: {', '.join(self.unread[:SHOWN])}{beyond}"
+            yield f"columns not read: {', '.join(self.unread[:SHOWN])}{', ...' * (len(self.unread) > SHOWN)}"
 
     def add_error(self, error: DataError, place: object, *, policy: str) -> None:
         """Take one bad row, of this place where the error does not name one itself. `policy`: `data.on_bad_row`."""
@@ -88,13 +85,12 @@ class Report:
         for (file, good), place in self.labels.items():
             if not good and (file, True) in self.labels:
                 what = "a preference set: the answer of this row is labelled false, that of others true"
-                raise DataError(
-                    what, where=place, hint="keep the rows whose label is true, in a file without the label"
-                )
+                raise DataError(what, where=place, hint="keep the rows labelled true, in a file of their own")
 
     def reasons(self) -> Iterator[str]:
-        """Why rows were dropped, most frequent first: how many of those that are named, and one of them."""
-        split = [line.split(": ", 1) for line in self.dropped]
-        first = {NUMBER.sub("N", why): (place, why) for place, why in reversed(split)}
-        for kind, count in Counter(NUMBER.sub("N", why) for _, why in split).most_common(3):
-            yield f"{count} times: {first[kind][1]} (as in {first[kind][0]})"
+        """Why rows were dropped, most frequent first: how many of those that are named, and the first of them."""
+        alike: dict[str, list[str]] = {}
+        for line in self.dropped:
+            alike.setdefault(re.sub(r"\d[\d,.]*", "N", line.split(": ", 1)[1]), []).append(line)
+        for lines in sorted(alike.values(), key=len, reverse=True)[:3]:
+            yield f"{len(lines)} times as in {lines[0]}"
