@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from errno import ENAMETOOLONG
+from os.path import expanduser
 from typing import Any, NoReturn
 
 from lorasft import __version__
@@ -50,10 +51,9 @@ def read_command_line(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     parser = _Parser(prog=f"lorasft {command}", description=COMMANDS[command])
     importlib.import_module(f"lorasft.commands.{command}").add_arguments(parser)
     options = vars(parser.parse_intermixed_args(words[1:]))  # overrides may also stand after options
-    typed = {"prompt", "system"}  # texts; other words may be paths
-    return command, {
-        k: os.path.expanduser(v) if isinstance(v, str) and k not in typed else v for k, v in options.items()
-    }
+    for name in {"saved", "base", "model", "out"} & options.keys():
+        options[name] = options[name] and expanduser(options[name])  # noqa: PTH111  a Path would lose ./
+    return command, options
 
 
 def entry() -> NoReturn:

@@ -46,12 +46,9 @@ def run(recipe: str, overrides: Sequence[str], memory: int | None, as_json: bool
     width = min(shutil.get_terminal_size().columns, 100)
     show(plan, [*picture(plan, width=width), "", *describe(plan)], as_json=as_json)
     if not plan["holds"]:
-        reserve = (plan["bytes"]["activations"] + plan["bytes"]["transient"]) / 9  # they take 90 % of what is left
-        parts = {"in reserve": reserve, "for the driver and the libraries": plan["libraries"]}
-        of_these = " and ".join(f"{size_text(size)} {name}" for name, size in parts.items() if size)
-        what = (
-            f"does not fit into {size_text(plan['memory'])}: it takes {size_text(plan['peak'] + reserve)}, {of_these}"
-        )
+        activations = plan["bytes"]["activations"] + plan["bytes"]["transient"]  # take 90 % of what is left
+        needed, own = size_text(plan["peak"] + activations / 9), size_text(plan["libraries"])
+        what = f"does not fit into {size_text(plan['memory'])}: it takes {needed}, {own} of it for driver and libraries"
         hint = "; or ".join(plan["suggestions"]) or "no single change suffices: a smaller model.base, or more memory"
         raise CapacityError(what, hint=hint)
 

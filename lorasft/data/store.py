@@ -71,9 +71,7 @@ class TokenStore:
 
 def changed_rows(old: TokenStore, new: TokenStore) -> Iterator[str]:
     """What differs between the rows of two stores, a line for each file; rows are told apart by their digests."""
-    if len(old.names) != len(new.names):
-        yield f"{len(old.names)} files -> {len(new.names)}"
-    for number, name in enumerate(new.names[: len(old.names)]):
+    for number, name in enumerate(new.names):
         was, now = (store.arrays["digests"][store.arrays["files"] == number] for store in (old, new))
         lines, most = new.arrays["lines"][new.arrays["files"] == number], min(len(was), len(now))
         first = int(np.append(was[:most] != now[:most], True).argmax())

@@ -27,7 +27,9 @@ def _as_names(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-_NAMED = BeforeValidator(_as_names, json_schema_input_type=str | list[str])
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
+Targets = Annotated[Literal["all-linear"] | tuple[str, ...], BeforeValidator(_as_names)]
+Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], BeforeValidator(_as_names)]
 
 
 class _Section(BaseModel):
@@ -46,12 +48,10 @@ class AdapterSettings(_Section):
     rank: int = Field(16, ge=1, le=1024, description="rank of A and B")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before A; above 0 turns prefix sharing off")
-    targets: Annotated[Literal["all-linear"] | tuple[str, ...], _NAMED] = Field(
-        "all-linear", description="names of linears to adapt, or all-linear"
-    )
+    targets: Targets = Field("all-linear", description="names of linears to adapt")
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank)")
     dora: bool = Field(False, description="weight-decomposed LoRA")
-    modules_to_save: Annotated[tuple[str, ...], _NAMED] = Field((), description="modules trained and saved in full")
+    modules_to_save: Names = Field((), description="modules trained and saved in full")
     start: str | None = Field(None, description="folder of an adapter or of a run to begin from")
 
 
@@ -131,9 +131,7 @@ class RunSettings(_Section):
     save_minutes: Annotated[float, Field(gt=0)] | None = Field(20.0, description="minutes between checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints to keep")
     keep_best: bool = Field(False, description="adapter/ holds the best by held-out loss, not the last")
-    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], _NAMED] = Field(
-        (), description="also log there: tensorboard, wandb, mlflow, trackio"
-    )
+    trackers: Trackers = Field((), description="also log there")
 
 
 class MachineSettings(_Section):

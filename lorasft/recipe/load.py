@@ -63,10 +63,10 @@ PEERS = {
     "tuner_type fine_tune_type full_finetuning task task_type rl rlhf_type",
     "nothing: --resume continues a run, and none is overwritten": "overwrite_output_dir resume_* auto_resume_*",
     "nothing: lorasft decides it itself, or does without": "*num_workers dataloader_* preprocessing_* dataset_num_proc "
-    "dataset_processes dataset_prepared_path *_cache streaming model_type tokenizer_* use_fast_tokenizer special_tokens "
+    "dataset_processes dataset_prepared_path *_cache streaming model_type tokenizer_* use_fast_* special_tokens "
     "padding_side deepspeed* fsdp* ddp_* local_rank *to_hub hub_model_id hub_strategy plot_loss logging_dir "
-    "logging_strategy save_only_model save_safetensors disable_tqdm log_level neftune* noisy_* label_smoothing* kernels "
-    "early_stopping* torch_compile* *liger* *galore* s2_attention lora_bias bias loftq_* *unsloth* loss_watchdog_*",
+    "logging_strategy save_only_model save_safetensors disable_tqdm log_level neftune* noisy_* label_smoothing* "
+    "early_stopping* torch_compile* kernels *liger* *galore* s2_attention lora_bias bias loftq_* *unsloth* loss_w*",
 }
 _SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Recipe.model_fields.items()}
 _NAMES = {name: name for name in _SECTIONS}  # each key -> its last part

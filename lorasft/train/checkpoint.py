@@ -199,14 +199,15 @@ def find_checkpoint(recipe: Recipe, inputs: RunInputs) -> State:
         if saved.data == prepared.key:
             return saved
         what = f"the data, the tokenizer or their libraries changed since step {saved.step}"
-        old, new = (read_ingredients(folder / "tokens", key) | {"files": ()} for key in (saved.data, prepared.key))
-        changes = list(compare(old, new))
+        old, new = (read_ingredients(folder / "tokens", key) for key in (saved.data, prepared.key))
+        changes = list(compare(*({**one, "files": sum(map(len, one.get("files", ())))} for one in (old, new))))
         with suppress(ModelError, OSError):
             changes += changed_rows(open_prepared(folder / "tokens" / saved.data[:16]).store, prepared.store)
     if saved.data != prepared.key:
         remove_folder(prepared.folder)
     hint = "restore them, or start another run with run.output=FOLDER"
-    raise RecipeError("\n  ".join([f"{what}:", *changes[:10]]), where=str(folder), hint=hint)
+    changes = changes[:10] or ["the same rows in files of other bytes"]
+    raise RecipeError("\n  ".join([f"{what}:", *changes]), where=str(folder), hint=hint)
 
 
 def _changed_files(before: Recipe, now: Recipe, inputs: RunInputs, record: dict[str, Any]) -> Iterator[str]:
