@@ -8,82 +8,29 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
-from typing_extensions import Required, TypedDict
-
-from lorasft.errors import ModelError, UnsafeError, in_words
+from lorasft.adapter_files import CONFIG, list_adapted, open_adapter, read_adapter_config
+from lorasft.errors import ModelError, UnsafeError
 from lorasft.files import MANIFEST, verify_folder
 from lorasft.hub import find_hub, is_hub_id, refuse_offline
 from lorasft.recipe import ChatSettings, ModelSettings, Recipe
 from lorasft.recipe.load import load_recipe
-from lorasft.tensors import fingerprint, open_tensors
+from lorasft.tensors import fingerprint
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 _NAME_ONE = "name a run folder, an adapter, a model folder or a hub id"
-_FETCH_AGAIN = "fetch the adapter again"
-_LARGEST = 16 << 20  # bytes of a config
-# What names code, other files, or places that PEFT would read or write; a text of targets is a pattern.
-_CODE = (
-    "auto_mapping auto_map megatron_config loftq_config eva_config corda_config lora_ga_config trust_remote_code "
-    "tokenizer_kwargs model_kwargs target_modules exclude_modules"
-)
-# Of no effect on a trained adapter.
-_IDLE = "task_type peft_version inference_mode init_lora_weights megatron_core runtime_config qalora_group_size"
 MERGE_RECORD = "merge.json"
 GENERATION_CONFIG = "generation_config.json"
+# What the name of a base in 4 bit has in it, and what other tools write beside an adapter of a run in 4 bit.
+_FOUR_BIT_NAME = re.compile(r"(?i)(?<![a-z0-9])(bnb[-_]?4[-_]?bit|4[-_]?bit|nf4|fp4)(?![a-z0-9])")
+_FOUR_BIT_RUN = re.compile(
+    r"(?i)\b(load_in_4bit\W{1,5}true|quantization_bit\W{1,5}4|quant_bits\W{1,5}4|adapter\W{1,5}qlora)\b"
+)
+_OTHERS_RECORDS = ("README.md", "args.json", "*.yaml", "*.yml")
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
-
-
-def _check_pattern(pattern: str) -> str:
-    """Refuse what might run for ever: PEFT's own patterns are paths, those of people say `.*` or `layers.[0-7].`."""
-    repeated = re.findall(r"[*+?{]", pattern)
-    if len(pattern) > 200 or len(repeated) > 2 or pattern.count("(") > 2 or re.search(r"\)[*+?{]", pattern):
-        raise ValueError("a pattern that might run for ever")
-    return pattern
-
-
-_Names = list[str]
-_Pattern = Annotated[str, AfterValidator(_check_pattern)]
-_Rank = Annotated[int, Field(ge=1, le=1024)]
-_Positive = Annotated[float, Field(gt=0)]
-_Index = Annotated[int, Field(ge=0)]
-
-
-# Forbidden: what is not known may compute something else, as variants of LoRA do, or take any amount of memory.
-@with_config(ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
-class _Fields(TypedDict, total=False):
-    """The fields that are read."""
-
-    peft_type: Required[Literal["LORA"]]
-    base_model_name_or_path: Required[Annotated[str, Field(min_length=1)]]
-    revision: str
-    r: Required[_Rank]
-    lora_alpha: Required[_Positive]
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
-    target_modules: _Names
-    exclude_modules: _Names
-    target_parameters: _Names
-    modules_to_save: _Names
-    layers_to_transform: _Index | list[_Index]
-    layers_pattern: _Pattern | list[_Pattern]
-    rank_pattern: dict[_Pattern, _Rank]
-    alpha_pattern: dict[_Pattern, _Positive]
-    trainable_token_indices: list[_Index] | dict[str, list[_Index]]
-    bias: Literal["none", "all", "lora_only"]
-    fan_in_fan_out: bool
-    use_rslora: bool
-    use_dora: bool
-    lora_bias: bool
-    ensure_weight_tying: bool
 
 
 @dataclass(frozen=True)
@@ -177,6 +124,14 @@ class Artifact:
         what = "this is a model: there is no adapter in it" if Path(self.name).exists() else "there is no such folder"
         raise ModelError(what, where=self.name, hint="name a run, or an adapter's folder")
 
+    def refuse_quantized_start(self) -> None:
+        """Raise ModelError where an adapter that took its start out of 16-bit weights would go onto a base in 4 bit."""
+        kind = self.adapter_config.get("init_lora_weights")
+        if kind and (self.model.quantization == "nf4" or "quantization_config" in self.base_config):
+            what = f"its {kind} start was taken out of weights in 16 bits: it does not belong on a base in 4 bit"
+            hint = "a 16-bit base, with --quantization none (in a recipe model.quantization=none)"
+            raise ModelError(what, where=str(self.adapter), hint=hint)
+
     def verify(self, *, force_base: bool = False) -> None:
         """Raise ModelError for an adapter changed after its run, or, but for `force_base`, for another base."""
         adapter = self.require_adapter()
@@ -209,13 +164,32 @@ def find_artifact(name: str, *, base: str | None = None) -> Artifact:
     config = read_adapter_config(folder)
     places = [parent / "recipe.yaml" for parent in (folder, *folder.resolve().parents[:2])]
     recipe = next((load_recipe(str(path)) for path in places if path.is_file()), None)
-    trained = recipe.model if recipe else ModelSettings(base=config["base_model_name_or_path"])
-    for named in (trained.base, config["base_model_name_or_path"]) if base is None else ():
+    config["target_modules"] = list_adapted(open_adapter(folder).specs, config)
+    own = config.get("base_model_name_or_path") or base
+    if not own:
+        raise ModelError("the adapter's config names no base_model_name_or_path", where=name, hint="--base MODEL")
+    trained = recipe.model if recipe else ModelSettings(base=own)
+    for named in (trained.base, own) if base is None else ():
         if ":" in named or named.startswith(("//", "\\\\")):
             raise UnsafeError(f"the adapter names {named} as its base", where=str(folder / CONFIG), hint="--base MODEL")
-    where = {"base": config["base_model_name_or_path"], "revision": config.get("revision")}
+    where = {"base": own, "revision": config.get("revision")}
     model = trained.model_copy(update={"base": base, "revision": None} if base else where)
-    return Artifact(name, model, folder, config, recipe)
+    found = Artifact(name, model, folder, config, recipe)
+    if recipe or _tells_of_4_bit(found, own):
+        return found
+    return replace(found, model=model.model_copy(update={"quantization": "none"}))
+
+
+def _tells_of_4_bit(artifact: Artifact, own_base: str) -> bool:
+    """Whether anything says that another tool's adapter was trained in 4 bit: its base, or what that tool recorded."""
+    folder = artifact.require_adapter()
+    names = [Path(own_base).name, *(part for part in Path(own_base).parts if part.startswith("models--"))]
+    if any(map(_FOUR_BIT_NAME.search, names)) and "mlx" not in own_base.lower():
+        return True
+    if Path(artifact.model.base).is_dir() and artifact.base_config.get("quantization_config"):
+        return True
+    records = (path for pattern in _OTHERS_RECORDS for path in folder.glob(pattern))
+    return any(_FOUR_BIT_RUN.search(path.read_text(encoding="utf-8", errors="ignore")[: 1 << 20]) for path in records)
 
 
 def refuse_quantized(scheme: Mapping[str, Any], where: str) -> None:
@@ -230,52 +204,3 @@ def read_stops(folder: Path) -> list[int]:
     path = folder / GENERATION_CONFIG
     stops = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
     return stops if isinstance(stops, list) else [] if stops is None else [stops]
-
-
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """What adapter_config.json says, in PEFT's fields, checked; fields that are null or of no effect are left out.
-
-    Raises ModelError for what is not a LoRA or not known, UnsafeError for what names code.
-    """
-    path = folder / CONFIG
-    try:
-        if path.stat().st_size > _LARGEST:
-            raise ValueError("too large")
-        config = json.loads(path.read_bytes())
-        known = {key: value for key, value in config.items() if value or key in _Fields.__annotations__}
-    except (ValueError, OSError, AttributeError, RecursionError) as error:
-        raise ModelError(f"cannot read the adapter's config: {error}", where=str(path), hint=_FETCH_AGAIN) from None
-    fields = {key: value for key, value in known.items() if value is not None and key not in _IDLE.split()}
-    try:
-        TypeAdapter(_Fields).validate_python(fields)
-    except ValidationError as error:
-        found = error.errors()
-        code = [one for one in found if one["type"] == "value_error" or one["loc"][-1] in _CODE.split()]
-        if code:
-            what = f"the adapter's config names code or a pattern: {in_words(code[:1])}"
-            raise UnsafeError(what, where=str(path), hint="take it out if the adapter is of use without it") from None
-        hint = "lorasft takes LoRA, rslora and DoRA adapters as PEFT writes them"
-        raise ModelError(in_words(found[:1]), where=str(path), hint=hint) from None
-    return fields
-
-
-def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
-    """The adapter's tensors by their names on disk, all finite.
-
-    Raises ModelError when there are none, or none that an adapter could have; UnsafeError when they are a pickle.
-    """
-    path = folder / WEIGHTS
-    if not path.is_file():
-        if (folder / "adapter_model.bin").is_file():
-            what = "the adapter is a pickle, which could run code when it is read"
-            raise UnsafeError(what, where=str(folder), hint=f"convert it to {WEIGHTS}")
-        raise ModelError(f"no {WEIGHTS}", where=str(folder), hint=_FETCH_AGAIN)
-    file = open_tensors(path)
-    tensors = {}
-    for name, spec in file.specs.items():
-        if spec.dtype not in ("F32", "F16", "BF16"):
-            raise ModelError(f"{name} is {spec.dtype}", where=str(path), hint="save it in 16 or 32 bits")
-        tensors[name] = file.read(name)
-        if not tensors[name].isfinite().all():
-            raise ModelError(f"{name} is not finite", where=str(path), hint="train it again, or take an earlier one")
-    return tensors

@@ -18,7 +18,7 @@ from lorasft.errors import ModelError, UnsafeError
 if TYPE_CHECKING:
     import torch
 
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LARGEST_HEADER = 100 << 20  # bytes: safetensors' own limit
 # Types that are computed with, in the words of safetensors and of torch. Tensors of any type are copied.
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8", "I8": "int8"}
@@ -138,8 +138,8 @@ class TensorWriter:
 
 def find_weights(folder: Path) -> list[Path]:
     """The safetensors files that a loader reads. Raises ModelError for a missing one, UnsafeError for pickles only."""
-    index, paths = folder / INDEX, [folder / "model.safetensors"]
-    if index.is_file():
+    index, paths = folder / INDEX, [folder / SINGLE]
+    if index.is_file() and not paths[0].is_file():  # as transformers does
         try:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
             paths = [folder / Path(name).name for name in names]  # none lies elsewhere

@@ -35,7 +35,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
-from lorasft.artifact import CONFIG, WEIGHTS, find_artifact
+from lorasft.adapter_files import CONFIG, WEIGHTS
+from lorasft.artifact import find_artifact
 from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import read_blocks, shape_block
 from lorasft.data.labels import Labeler
@@ -70,7 +71,8 @@ ROWS: list[Any] = [
     {"messages": [{**QUESTION, "content": [{"type": "text", "text": "Q"}]}, {**ANSWER, "train": True}]},
     {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "<think>a</think>b"}]},
     {"instruction": "Q", "input": "", "output": "A", "system": "S"},
-    {"prompt": [QUESTION], "completion": [ANSWER]},
+    {"prompt": [QUESTION, ANSWER, QUESTION], "completion": [{**ANSWER, "weight": 1}], "label": True, "documents": []},
+    {"instruction": "Q", "output": "A", "history": [["q", "a"]], "images": [], "chat_template_kwargs": {"x": 1}},
     {"text": "once upon a time"},
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from lorasft.data import keys
 from lorasft.data.examples import Example
 from lorasft.data.prepare import Prepared, prepare
 from lorasft.data.tokenizer import load_tokenizer
-from lorasft.errors import DataError
-from lorasft.recipe import ChatSettings, DataSettings
+from lorasft.errors import DataError, ModelError
+from lorasft.model.scoring import read_answers
+from lorasft.recipe import ChatSettings, DataSettings, DataSource
 
 Q, A = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 CHAT: dict[str, Any] = {"messages": [Q, A]}
@@ -304,6 +306,8 @@ def test_pairs_of_a_better_and_a_worse_answer_are_refused(tmp_path: Path, row: d
 def test_the_better_answers_are_learned_where_the_recipe_or_the_set_says_so(tmp_path: Path, tiny: Any) -> None:
     made = make(tmp_path, tiny, PREFERENCES[:1], columns={"completion": "chosen"})
     assert made.report.unread == ["rejected"] and made.report.answers == 1
+    made = make(tmp_path, tiny, [PAIR | PREFERENCES[0]], columns={"completion": "chosen"})
+    assert made.report.unread == ["completion", "rejected"]  # the row's own, which the mapping replaces
     made = make(tmp_path, tiny, PREFERENCES[1:2], columns={"messages": "chosen"})
     assert made.report.unread == ["rejected"] and made.report.answers == 1
     both = {"messages": [Q, A], "chosen": [Q, A], "rejected": [Q, A | {"content": "B"}], "score_chosen": 9}
@@ -439,6 +443,31 @@ def test_the_page_names_every_key_that_is_read_honoured_or_refused() -> None:
         *keys.READ.values(), keys.KNOWN, keys.OTHER_ROLES, keys.ROLES, {"chosen", "rejected", "kto_tag"}
     )
     assert not {key for key in named if f"`{key}`" not in page}
+
+
+def test_a_run_and_an_evaluation_say_what_is_not_read(
+    tmp_path: Path, tiny: Any, recipe: Callable[..., str], cli: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write(tmp_path, [PAIR | {"prompt": f"Q{n}", "score": n} for n in range(20)])
+    done = cli("train", recipe(data={"train": str(rows), "eval": None}, train={"steps": 3}, run={"eval_every": None}))
+    assert done.code == 0 and "columns not read: score\n" in done.err
+    record = json.loads((tmp_path / "run/provenance.json").read_bytes())
+    assert record["report"]["unread"] == ["score"]
+    source = DataSource(path=str(rows))
+    read_answers(source, DataSettings(train=(source,)), ChatSettings(), tokenizer=tiny)
+    assert capsys.readouterr().err == "columns not read: score\n"
+
+
+@needs_shared
+def test_two_answers_in_a_row_are_a_bad_row_where_the_template_cannot_hold_them(tmp_path: Path) -> None:
+    rows = [{"messages": [Q | {"content": f"Q{n}"}, A, *[A] * (n == 7)]} for n in range(40)]
+    for name, breaks in (("mistral-v0.3", 1), ("mistral-v0.2", 0), ("qwen3", 0)):
+        tokenizer = load_tokenizer(str(SHARED / "tokenizers" / name))
+        report = make(tmp_path, tokenizer, rows, on_bad_row="drop").report
+        assert (report.parity_breaks, report.bad_rows) == (breaks, name != "qwen3"), name
+        if breaks:
+            with pytest.raises(ModelError, match="1 of 40 rows otherwise than a server"):
+                make(tmp_path, load_tokenizer(tokenizer.name_or_path), rows, on_bad_row="drop", max_dropped=0.02)
 
 
 @needs_shared

@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lorasft"
 FLOORS = [
-    {"errors", "files", "hub", "tensors", "recipe", "artifact", "signals", "terminal", ""},
+    {"errors", "files", "hub", "tensors", "recipe", "adapter_files", "artifact", "signals", "terminal", ""},
     {"data"},
     {"model"},
     {"train", "merge", "export"},
@@ -31,7 +31,7 @@ ROOMS = {
     "transformers": {"data", "model", "train", "merge", "export", "commands"},
     "gguf": {"export"},
     "yaml": {"recipe"},
-    "pydantic": {"recipe", "artifact", "train"},
+    "pydantic": {"recipe", "adapter_files", "train"},
 }
 FORBIDDEN = {"pickle", "shelve", "marshal", "subprocess", "joblib"}
 

@@ -112,13 +112,13 @@ def _find_format(
 def shape_block(block: RowBlock, settings: DataSettings, *, report: Report) -> Iterator[Example]:
     """The examples of a block, within their source's share. Raises DataError after them when the file ends wrong."""
     columns, share = block.source.columns or settings.columns or {}, block.source.share
-    mapped = set(columns.values())
+    read = (keys.READ.get(block.kind, set()) - columns.keys()) | set(columns.values())
     for line, raw in block.rows:
         place = RowLocation(block.file, line)
         report.rows += 1
         try:
             row = parse_row(raw, place)
-            unread = keys.check_row(row, block.kind, mapped)
+            unread = keys.check_row(row, block.kind, read)
             row = row | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
             example = shape_row(row, block.kind, place, unread=unread, mapped=columns.keys())
             if unread:

@@ -52,10 +52,10 @@ def is_absent(value: Any) -> bool:
     return value is None or value == ""
 
 
-def check_row(row: Row, kind: str, mapped: Set[str]) -> set[str]:
-    """The keys of a row that nothing reads. `mapped`: the columns that the recipe names. Raises DataError for those
-    without which the answer cannot be learned, and for a pair of answers of which one is the worse."""
-    unread = {key for key in row.keys() - READ[kind] - mapped if not is_absent(row[key])}
+def check_row(row: Row, kind: str, read: Set[str]) -> set[str]:
+    """The keys of a row that are not `read` and say something. Raises DataError for those without which the answer
+    cannot be learned, and for a pair of answers of which one is the worse."""
+    unread = {key for key in row.keys() - read if not is_absent(row[key])}
     if unread:
         if kind != "text":
             refuse_media(row, unread)

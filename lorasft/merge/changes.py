@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorasft.artifact import Artifact, read_adapter_weights
+from lorasft.adapter_files import PREFIX, lora_scale, read_adapter_weights, subtract_start
+from lorasft.artifact import Artifact
 from lorasft.errors import ModelError
 from lorasft.merge.parameters import ParameterMap
 from lorasft.merge.updates import Change, LoraProduct
 
-_PREFIX = "base_model.model."
 _CONV1D_MODELS = {"gpt2", "openai-gpt"}  # their checkpoints store linears (in, out)
 _A, _B, _BIAS, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
 _EMBEDDING_A, _EMBEDDING_B, _TOKENS = "lora_embedding_A", "lora_embedding_B", "token_adapter.trainable_tokens_delta"
@@ -24,12 +22,12 @@ _PARTS = (_A, _B, _BIAS, _MAGNITUDE, _EMBEDDING_A, _EMBEDDING_B, _TOKENS)
 _PART = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _PARTS))})")
 
 
-def read_changes(artifact: Artifact, places: ParameterMap) -> dict[str, Change]:
-    """What the adapter does to the base's tensors, by their names in the files.
+def read_changes(artifact: Artifact, places: ParameterMap, read: Callable[[str], Tensor]) -> dict[str, Change]:
+    """What the adapter does to the base's tensors, by their names in the files. `read`: gives one of these.
 
     Every tensor of it is used exactly once. Raises ModelError, naming it, for anything else.
     """
-    reader = AdapterReader(artifact, places)
+    reader = AdapterReader(artifact, places, read)
     changes: dict[str, Change] = {}
     try:
         for parameter, change in reader.list_untied():
@@ -50,15 +48,17 @@ def read_changes(artifact: Artifact, places: ParameterMap) -> dict[str, Change]:
 class AdapterReader:
     """An adapter's tensors in fp32, by module and part, or by name if they are whole ones; and what they change."""
 
-    def __init__(self, artifact: Artifact, places: ParameterMap) -> None:
-        """Raises ModelError for broken files."""
+    def __init__(self, artifact: Artifact, places: ParameterMap, read: Callable[[str], Tensor]) -> None:
+        """`read`: gives a tensor of the base by its name in the files. Raises ModelError for broken files."""
         self.folder, self.config, self.places = artifact.require_adapter(), artifact.adapter_config, places
         self.conv1d = artifact.base_config["model_type"] in _CONV1D_MODELS
         self.vocabulary = artifact.vocabulary
         self.modules: dict[str, dict[str, Tensor]] = {}
         self.tensors: dict[str, Tensor] = {}
-        for name, tensor in read_adapter_weights(self.folder).items():
-            path = name.removeprefix(_PREFIX)
+        weights = read_adapter_weights(self.folder)
+        weights = subtract_start(weights, self.config, self.folder, lambda path: read(places.find(f"{path}.weight")))
+        for name, tensor in weights.items():
+            path = name.removeprefix(PREFIX)
             if match := _PART.fullmatch(path):
                 self.modules.setdefault(match[1], {})[match[2]] = tensor.float()
             else:
@@ -68,33 +68,36 @@ class AdapterReader:
         if absent or (tokens and not any(_TOKENS in parts for parts in self.modules.values())):
             raise self.error(f"the adapter lacks {', '.join(absent) or 'tokens'} that its config says were trained")
 
-    def error(self, what: str) -> ModelError:
+    def error(self, what: str, *, hint: str = "--base with what it was trained on, or fetch it again") -> ModelError:
         """The error for files that do not fit each other or the base."""
-        return ModelError(what, where=str(self.folder), hint="--base with what it was trained on, or fetch it again")
+        return ModelError(what, where=str(self.folder), hint=hint)
 
     def list_untied(self) -> Iterator[tuple[str, Change]]:
         """The changes by parameter, those of a tied embedding and head as one.
 
-        Raises ModelError where only one of two would change. PEFT changes both then, or unties them in the merged
-        model: neither is what was trained, or what the base is.
+        Raises ModelError where only one of two would change, or each in its own way. PEFT changes both then, or unties
+        them in the merged model: neither is what was trained, or what the base is.
         """
-        twins: dict[str, Tensor] = {}
+        twins: dict[bool, dict[str, Change]] = {
+            True: {},
+            False: {},
+        }  # those that are replaced, and those that are added to
         for parameter, change in self._list_changes():
-            whole = change.replacement
-            tall = self.vocabulary in (None, *change.shape) or whole is not None
+            whole = change.replacement is not None
+            tall = self.vocabulary in (None, *change.shape) or whole
             if not (tall and self.places.tied and parameter in self.places.embeddings):  # to ask takes the model
                 yield parameter, change
-            elif whole is not None:
-                twins[parameter] = whole
             elif change.token_rows:
                 yield from ((twin, change) for twin in self.places.stored_embeddings)
             else:
-                raise self.error(f"{parameter} is tied to its twin, which the adapter does not change along")
-        if twins:
-            first, *others = twins.values()
-            if len(twins) < len(self.places.embeddings) or not all(torch.equal(first, other) for other in others):
-                raise self.error(f"{next(iter(twins))} is tied to its twin, which was not trained along")
-            yield from ((twin, _replace_with(first)) for twin in self.places.stored_embeddings)
+                twins[whole][parameter] = change
+        for changes in filter(None, twins.values()):
+            (parameter, first), *others = changes.items()
+            same = all(all(map(torch.equal, first.parts, other.parts)) for _, other in others)
+            if len(changes) < len(self.places.embeddings) or not same:
+                what = f"{parameter} is tied to its twin, which is {'otherwise' if others else 'not'} trained along"
+                raise self.error(what, hint="train both as one (PEFT: ensure_weight_tying), or neither")
+            yield from ((twin, first) for twin in self.places.stored_embeddings)
 
     def find_tensors(self, parameter: str, change: Change) -> Iterator[tuple[str, Change]]:
         """The tensors of the files that a parameter's change concerns, and what becomes of each."""
@@ -152,19 +155,13 @@ class AdapterReader:
             wanted = f"{', '.join(sorted(linear))}{' with use_dora' * dora}"
             raise self.error(f"{wrapped or module} has {', '.join(names)}: LoRA makes {wanted}")
 
-    def _look_up(self, patterns: str, path: str) -> Any:
-        """What the config's `patterns` say of a module, by PEFT's rule: the first that ends its path."""
-        said: Mapping[str, Any] = self.config.get(patterns) or {}
-        return next((value for pattern, value in said.items() if re.match(rf"(.*\.)?({pattern})$", path)), None)
-
     def _multiply(self, path: str, up: Tensor, down: Tensor, *, transposed: bool) -> LoraProduct:
         """B A of a module or parameter, with its factor. Raises ModelError unless it has the config's rank."""
-        rank = self._look_up("rank_pattern", path) or self.config["r"]
+        rank, scaling = lora_scale(self.config, path)
         if up.dim() != down.dim() or not up.shape[-1] == down.shape[-2] == rank:
             made = f"{path} has B of {tuple(up.shape)} and A of {tuple(down.shape)}"
             raise self.error(f"{made}, the config says rank {rank}")
-        alpha = self._look_up("alpha_pattern", path) or self.config["lora_alpha"]
-        return LoraProduct(up, down, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank), transposed)
+        return LoraProduct(up, down, scaling, transposed)
 
     def _read_tokens(self, module: str, values: Tensor) -> Change:
         given = self.config.get("trainable_token_indices") or []

@@ -25,7 +25,7 @@ from lorasft.artifact import Artifact, find_artifact
 from lorasft.data.prepare import open_prepared
 from lorasft.data.tokens import UNSUPERVISED, Tokens, all_supervised
 from lorasft.errors import DataError, ModelError
-from lorasft.model.adapter import load_artifact, read_tokenizer
+from lorasft.model.adapter import base_bytes, load_artifact, read_tokenizer
 from lorasft.model.free_memory import free_memory
 from lorasft.model.scoring import read_answers
 from lorasft.recipe import DataSettings, DataSource
@@ -36,6 +36,7 @@ _ROUNDING = 1e-2  # nats: more than bf16 ever does to an answer
 _PAIRS, _BYTES = 512, 256 << 20  # supervised tokens that are compared, and what their log-probabilities may take
 _LONGEST = 1024  # tokens of a row
 _TEXT = "The quick brown fox jumps over the lazy dog. What is the answer to the question? It is 42, because"
+_OWN_TEXT = "a text of lorasft's own"
 _ORIGINAL = "onto original, before rounding"
 
 
@@ -78,10 +79,14 @@ class MergeCheck:
         And why, in one line.
         """
         if not self.four_bit:
-            return "original", "the run was not in 4 bit"
-        gains = self._nll(self.trained) - self._nll(self.original)
-        gains /= len(self.trained) / len(self.rows)
+            is_run = self.artifact.recipe is not None
+            return "original", "the run was not in 4 bit" if is_run else "nothing says that it was trained in 4 bit"
+        parts = self.lengths if len(self.lengths) > 1 else [1] * self.lengths[0]  # of one row its tokens
+        gains = self._nll(self.trained, parts) - self._nll(self.original, parts)
+        gains /= len(self.trained) / len(gains)
         gain, error = float(gains.mean()), float(gains.std()) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
+        if self.origin == _OWN_TEXT:  # which says nothing of what was trained
+            return "dequantized", "it was trained in 4 bit, and there are no rows to measure on (--data FILE)"
         if gain > 2 * error:
             return "original", f"its answers to held-out rows are likelier by {gain:.4f} ± {error:.4f} nats a token"
         kl = self.table[_ORIGINAL]["kl"]
@@ -101,13 +106,13 @@ class MergeCheck:
 
     def _compare(self, name: str, logs: Tensor) -> Tensor:
         same = float((self.trained.argmax(-1) == logs.argmax(-1)).double().mean())
-        nll = float(self._nll(logs).sum()) / len(logs)
+        nll = float(self._nll(logs, self.lengths).sum()) / len(logs)
         self.table[name] = {"kl": mean_kl(self.trained, logs), "same_choice": same, "nll": nll}
         return logs
 
-    def _nll(self, logs: Tensor) -> Tensor:
-        """Of each row, summed over its supervised tokens: (rows,) fp64."""
-        parts = torch.split(logs.gather(1, self.targets).double(), self.lengths)
+    def _nll(self, logs: Tensor, lengths: list[int]) -> Tensor:
+        """Summed over parts of so many supervised tokens each: (parts,) fp64."""
+        parts = torch.split(logs.gather(1, self.targets).double(), lengths)
         return torch.stack([-part.sum() for part in parts])
 
 
@@ -163,13 +168,11 @@ def _find_rows(artifact: Artifact, data: DataSource | None) -> tuple[Sequence[To
             rows = [tokens for example in range(min(len(store), _PAIRS)) for tokens in store.sequences(example)]
             return rows, "held-out rows" if prepared.held_out else "rows of the training set: none were held out"
     ids = np.array(read_tokenizer(artifact)(_TEXT)["input_ids"], dtype=np.int32)
-    return [all_supervised(ids)], "a text of lorasft's own"
+    return [all_supervised(ids)], _OWN_TEXT
 
 
 def _load(artifact: Artifact) -> Any:
     """The model on the device, or streamed from its files where it does not fit."""
     gc.collect()
     device = PartialState().device
-    whole = artifact.model.quantization == "none"
-    size = sum(file.stat().st_size for file in artifact.base.glob("*.safetensors")) if whole else 0
-    return load_artifact(artifact, device, streamed=size > 0.8 * free_memory(device))
+    return load_artifact(artifact, device, streamed=base_bytes(artifact.model, device) > 0.8 * free_memory(device))

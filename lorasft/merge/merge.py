@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lorasft import __version__, files
-from lorasft.artifact import GENERATION_CONFIG, MERGE_RECORD, WEIGHTS, Artifact
+from lorasft.adapter_files import WEIGHTS
+from lorasft.artifact import GENERATION_CONFIG, MERGE_RECORD, Artifact
 from lorasft.errors import ModelError
 from lorasft.merge.write import MergePlan, Progress, plan_merge, rewrite_config, write_weights
 from lorasft.recipe import DataSource
-from lorasft.tensors import INDEX, fingerprint
+from lorasft.tensors import INDEX, SINGLE, fingerprint
 
 if TYPE_CHECKING:
     from lorasft.merge.check import MergeCheck, Onto
@@ -43,6 +44,10 @@ def merge(
     that fails leaves nothing under `out`. Returns what merge.json says.
     """
     files.refuse_existing(out)
+    if onto == "dequantized" and artifact.model.quantization == "none":
+        what = "nothing says that it was trained in 4 bit: there are no dequantized weights that it was trained on"
+        raise ModelError(what, where=artifact.name, hint="--onto original; or --quantization nf4, if it was")
+    artifact.refuse_quantized_start()
     artifact.verify(force_base=force_base)
     adapter = artifact.require_adapter()
     files.refuse_overlap(out, artifact.base, artifact.run or adapter)
@@ -171,6 +176,6 @@ def _write_sidecars(folder: Path, artifact: Artifact, rewritten: Mapping[str, An
 
 
 def _list_sidecars(base: Path) -> Iterator[Path]:
-    """What lies beside the weights, but for the records of an earlier merge."""
-    records = {MERGE_RECORD, files.MANIFEST}
+    """What lies beside the weights, but for the records of an earlier merge, and an index that loading passes over."""
+    records = {MERGE_RECORD, files.MANIFEST} | ({INDEX} if (base / SINGLE).is_file() else set())
     return (p for p in base.iterdir() if p.is_file() and p.suffix in _SIDECARS and p.name not in records)

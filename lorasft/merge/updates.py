@@ -62,6 +62,14 @@ class Change:
         """Whether a norm runs along the columns."""
         return self.magnitude is not None and self.product is not None and self.product.transposed
 
+    @property
+    def parts(self) -> list[Tensor]:
+        """What is replaced or added by, whichever way it is stored."""
+        if self.product is None:
+            return [] if self.replacement is None else [self.replacement]
+        up, down = self.product.up, self.product.down
+        return [*((down.T, up.T) if self.product.transposed else (up, down)), torch.tensor(self.product.scaling)]
+
     def apply(self, rows: Tensor, start: int, product: Tensor | None) -> None:
         """Change rows `start`, `start + 1`, ... in place: (rows, columns) fp32. `product`: their B A, used up."""
         if self.replacement is not None:

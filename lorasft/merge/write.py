@@ -27,7 +27,7 @@ from lorasft.merge.changes import read_changes
 from lorasft.merge.nf4 import PackedWeight, find_packed, nf4_view
 from lorasft.merge.parameters import ParameterMap
 from lorasft.merge.updates import Change
-from lorasft.tensors import INDEX, TensorFile, TensorSpec, TensorWriter, find_weights, open_tensors
+from lorasft.tensors import INDEX, SINGLE, TensorFile, TensorSpec, TensorWriter, find_weights, open_tensors
 
 _SLICE = 1 << 27  # numbers of a product at a time: 512 MiB
 _BLOCK = 1 << 18  # numbers that are cast, added to and rounded at a time: few enough for a core's cache
@@ -61,7 +61,8 @@ def plan_merge(artifact: Artifact) -> MergePlan:
         for file in sources
     ]
     places = ParameterMap({name: spec for specs in targets for name, spec in specs.items()}, base=artifact.base)
-    changes = read_changes(artifact, places)
+    files = {name: file for file in sources for name in file.specs}
+    changes = read_changes(artifact, places, lambda name: files[name].read(name))
     for specs in targets:
         for name, spec in specs.items():
             if name in changes and changes[name].shape != spec.shape:
@@ -82,7 +83,7 @@ def rewrite_config(plan: MergePlan, base_config: Mapping[str, Any]) -> dict[str,
         config.get("text_config", config)["vocab_size"] = resized[0]
     files = {"config.json": config}
     index = plan.sources[0].path.with_name(INDEX)
-    if index.is_file():
+    if index.is_file() and plan.sources[0].path.name != SINGLE:
         content = json.loads(index.read_bytes())
         content["weight_map"] = {name: file for name, file in content["weight_map"].items() if name in specs}
         content.setdefault("metadata", {})["total_size"] = plan.size

@@ -2,57 +2,70 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorasft.artifact import CONFIG, WEIGHTS, Artifact, read_adapter_weights
+from lorasft.adapter_files import CONFIG, WEIGHTS, list_adapted, read_adapter_weights, subtract_start
+from lorasft.artifact import Artifact
 from lorasft.data.tokenizer import load_tokenizer
-from lorasft.errors import ModelError, RecipeError
+from lorasft.errors import CapacityError, ModelError, RecipeError
 from lorasft.files import write_file
-from lorasft.model.base import load_base
+from lorasft.model.base import compute_dtype, load_base, make_skeleton, read_config
+from lorasft.model.free_memory import free_memory
 from lorasft.model.linear import use_lean_linears
 from lorasft.recipe import AdapterSettings, ModelSettings
+
+# Linears whose weights the fused kernel of a Mamba block reads without calling them: PEFT refuses them in these models.
+_FUSED = {"out_proj": {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}}
 
 
 def attach_adapter(base: Any, settings: AdapterSettings, *, seed: int) -> Any:
     """A new LoRA adapter on `base`, fp32 and trainable, everything else frozen. Returns the PEFT model."""
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
+    targets = all_linears(base) if settings.targets == "all-linear" else list(settings.targets)
+    torch.manual_seed(seed)  # A starts random
+    return _wrap(
+        base,
+        where="adapter.targets",
         r=settings.rank,
         lora_alpha=settings.alpha,  # PEFT scales by any number
         lora_dropout=settings.dropout,
-        target_modules=all_linears(base) if settings.targets == "all-linear" else list(settings.targets),
+        target_modules=targets,
         use_rslora=settings.rslora,
         use_dora=settings.dora,
         modules_to_save=list(settings.modules_to_save) or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),  # GPT-2, unless quantized
     )
-    torch.manual_seed(seed)  # A starts random
-    return _wrap(base, config)
 
 
 def load_adapter(base: Any, artifact: Artifact, *, trainable: bool = False) -> Any:
     """The adapter of `artifact` on `base`. Raises ModelError unless its tensors are those that its config implies."""
-    folder, fields = artifact.require_adapter(), artifact.adapter_config
+    folder, fields = artifact.require_adapter(), dict(artifact.adapter_config)
     weights = read_adapter_weights(folder)
+    experts = [path for path in fields["target_modules"] if re.search(r"\.experts\.\d+\.", path)]
+    with _peft_errors(str(folder / CONFIG)):  # of an earlier transformers
+        weights = convert_peft_adapter_state_dict_for_transformers(base, LoraConfig(), weights)
     _refuse_streamed(base, weights, fields, where=str(folder))
-    _take_embeddings(base, weights, saved=fields.get("modules_to_save") or (), where=str(folder))
-    known = fields.keys() - {"peft_type", "base_model_name_or_path", "revision"}  # `base` is what it is put on
-    try:
-        model = _wrap(base, LoraConfig(task_type="CAUSAL_LM", **{key: fields[key] for key in known}))
-    except (TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
-        what = f"PEFT cannot make this adapter: {error}"
-        raise ModelError(what, where=str(folder / CONFIG), hint="use the base that it was trained on") from None
+    weights = subtract_start(weights, fields, folder, lambda path: base.get_submodule(path).weight)
+    _take_embeddings(base, weights, fields, where=str(folder))
+    joined = r"\.experts(\.base_layer)?$" if experts else "$^"  # PEFT makes target_parameters of such experts
+    others = [path for path in list_adapted(weights, fields) if not re.search(joined, path)]
+    fields["target_modules"] = experts + others
+    other = {"peft_type", "base_model_name_or_path", "revision", "init_lora_weights"}  # `base` is what it is put on
+    known = fields.keys() - other - (set() if trainable else {"lora_dropout"})  # which PEFT refuses for experts
+    model = _wrap(base, where=str(folder / CONFIG), **{key: fields[key] for key in known})
     give_weights(model, weights, where=str(folder))
     model.requires_grad_(False)
     if trainable:
@@ -73,9 +86,24 @@ def load_artifact(artifact: Artifact, device: torch.device, *, streamed: bool = 
 
     `streamed`: weights stay in their files and are read a layer at a time, whenever it is computed.
     """
+    artifact.refuse_quantized_start()
+    size, free = base_bytes(artifact.model, device), free_memory(device)
+    if size > free and not streamed:
+        hint = "--quantization nf4" if "init_lora_weights" not in artifact.adapter_config else "free memory"
+        what = f"the base takes {size / 1e9:.1f} GB when it is not in 4 bit, and {free / 1e9:.1f} GB are free"
+        raise CapacityError(what, where=artifact.model.base, hint=hint)
     keep = artifact.recipe.machine.cache_base if artifact.recipe else "auto"
     base = load_base(artifact.model, device, streamed=streamed, keep=keep)
     return (load_adapter(base, artifact) if artifact.adapter else base).eval()
+
+
+def base_bytes(settings: ModelSettings, device: torch.device) -> int:
+    """What the weights of a base take on `device` in 16 or 32 bits; 0 for one in 4 bit."""
+    config = read_config(settings.base, settings.revision)
+    if settings.quantization == "nf4" or hasattr(config, "quantization_config"):
+        return 0
+    numbers = [parameter.numel() for parameter in make_skeleton(config).parameters()]
+    return int(sum(numbers)) * compute_dtype(settings.dtype, device).itemsize
 
 
 def all_linears(base: Any) -> list[str]:
@@ -93,32 +121,37 @@ def all_linears(base: Any) -> list[str]:
 
 
 def _find_linears(base: Any) -> set[str]:
-    """The linears of the language model, its head among them, by their paths in `base`."""
+    """The linears of the language model that can be adapted, its head among them, by their paths in `base`."""
+    refused = {name for name, families in _FUSED.items() if base.config.model_type in families}
     language = {id(module) for module in (*base.get_decoder().modules(), base.get_output_embeddings())}
     linears = {path: one for path, one in base.named_modules() if isinstance(one, (nn.Linear, Conv1D))}
-    return {path for path, module in linears.items() if id(module) in language}
+    found = {path for path, module in linears.items() if id(module) in language}
+    return {path for path in found if path.rpartition(".")[2] not in refused}
 
 
 def _refuse_streamed(base: Any, weights: Mapping[str, Tensor], fields: Mapping[str, Any], *, where: str) -> None:
     """Raise ModelError when `base` is streamed from its files and the adapter is more than A and B of linears."""
     others = [name for name in weights if ".lora_A." not in name and ".lora_B." not in name]
-    others += ["target_parameters"] if fields.get("target_parameters") else []
+    others += [key for key in ("target_parameters", "init_lora_weights") if fields.get(key)]
     if others and any(parameter.is_meta for parameter in base.parameters()):
         what = f"the base does not fit into memory, and {others[0]} does not work with one that is streamed"
         raise ModelError(what, where=where, hint="merge with --no-check")
 
 
-def _take_embeddings(base: Any, weights: dict[str, Tensor], *, saved: Sequence[str], where: str) -> None:
+def _take_embeddings(base: Any, weights: dict[str, Tensor], fields: Mapping[str, Any], *, where: str) -> None:
     """Give `base` the whole embeddings that PEFT adds to an adapter's `weights`, and take them out of these.
 
-    It adds them where they are adapted, and where the vocabulary was resized: `base` is resized then. `saved`: the
-    modules that the adapter itself has as a whole.
+    It adds them where they are adapted, and where the vocabulary was resized: `base` is resized then. Those that the
+    adapter itself has as a whole, by its config's `fields`, are left in it.
     """
     embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
     paths = {f"base_model.model.{path}": path for path, module in base.named_modules() if module in embeddings}
+    own = {path for path in paths.values() if path.endswith(tuple(fields.get("modules_to_save") or ()))}
+    if own and fields.get("ensure_weight_tying"):  # the twin of one
+        own = {*paths.values()}
     for name in list(weights):
         path = paths.get(name.removesuffix(".weight").removesuffix(".base_layer"))
-        if path is None or path.endswith(tuple(saved)):
+        if path is None or path in own:
             continue
         tensor, rows = weights.pop(name), base.get_input_embeddings().weight
         if tensor.shape[1:] != rows.shape[1:]:
@@ -185,7 +218,7 @@ def check_targets(base: Any, settings: AdapterSettings) -> None:
         if not found or found - fitting:
             known = sorted({path.rpartition(".")[2] for path in fitting if path and not path[-1].isdigit()})
             what = f"{len(found - fitting)} of {len(found)} called {name} are not linears of the language model"
-            what = what if found else f"no module is called {name}"
+            what = f"{what} that can be adapted" if found else f"no module is called {name}"
             hint = f"all-linear, full paths, or names: {', '.join(known)}"
         elif tied and any(modules[path] in embeddings for path in found):
             what = f"{name} is tied to its twin, which would not be trained along"
@@ -195,11 +228,22 @@ def check_targets(base: Any, settings: AdapterSettings) -> None:
         raise RecipeError(f"{key}: {what}", where=key, hint=hint)
 
 
-def _wrap(base: Any, config: LoraConfig) -> Any:
-    with warnings.catch_warnings():
+@contextlib.contextmanager
+def _peft_errors(where: str) -> Iterator[None]:
+    """Say in words what PEFT raises where it cannot make an adapter."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
+        hint = "use the base that it was trained on; for a new one adapter.targets=all-linear, or names of linears"
+        raise ModelError(f"PEFT cannot make this adapter: {error}", where=where, hint=hint) from None
+
+
+def _wrap(base: Any, *, where: str, **settings: Any) -> Any:
+    """The PEFT model of `base` with LoRA by PEFT's `settings`. Raises ModelError where PEFT cannot make it."""
+    with warnings.catch_warnings(), _peft_errors(where):
         # peft 0.21 asks transformers by a name that it gave up (peft/peft_model.py).
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        model = get_peft_model(base, config)
+        model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
     for parameter in trainable(model).values():
         parameter.data = parameter.data.float()
     use_lean_linears(model)

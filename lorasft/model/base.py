@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import cached_file
 
-from lorasft.artifact import read_adapter_config, refuse_quantized
+from lorasft.adapter_files import read_adapter_config
+from lorasft.artifact import refuse_quantized
 from lorasft.errors import CapacityError, DeviceError, LorasftError, ModelError, UnsafeError
 from lorasft.hub import find_hub, is_hub_id, refuse_offline
 from lorasft.model.attention import default_attention
@@ -95,7 +96,7 @@ def patch_linear4bit(model: nn.Module, device: torch.device, base: str) -> None:
             if device.type == "cpu" and layer.in_features % layer.weight.quant_state.blocksize:
                 # bitsandbytes 0.50 restarts its constants in every row there: 25 % off, where NF4 costs 9 %.
                 what = f"a linear of {layer.in_features} inputs cannot be 4-bit on a CPU"
-                raise ModelError(what, where=base, hint="use model.quantization=none")
+                raise ModelError(what, where=base, hint="--quantization none, or in a recipe model.quantization=none")
 
 
 def check_files(base: str) -> None:
@@ -131,7 +132,7 @@ def read_config(base: str, revision: str | None = None) -> Any:
     folder = Path(base)
     if folder.is_dir() and not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
-            origin = read_adapter_config(folder)["base_model_name_or_path"]
+            origin = read_adapter_config(folder).get("base_model_name_or_path")
             raise ModelError("this is an adapter, not a base", where=base, hint=f"its base is model.base: {origin}")
         raise ModelError("no config.json: this is no model folder", where=base, hint="name a model folder or a hub id")
     if not folder.is_dir():

@@ -94,7 +94,9 @@ class ChatSettings(_Section):
     template_options: dict[str, Scalar] = Field({}, description="variables of the template, as a server would set")
     template_date: datetime.date | None = Field(_DATE, description="what a template gets as today's; null: the clock's")
     system: str | None = Field(None, description="system message for conversations without one")
-    supervise: Literal["all", "last", "flagged", "everything"] = Field("all", description="supervised messages")
+    supervise: Literal["all", "last", "flagged", "everything"] = Field(
+        "all", description="supervised messages, but for those of weight 0"
+    )
     thinking: Literal["follow_template", "mask", "drop", "error"] = Field(
         "follow_template", description="reasoning: supervised as rendered, context, taken out, never to be lost"
     )

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
 from lorasft import __version__
-from lorasft.artifact import read_adapter_weights
+from lorasft.adapter_files import read_adapter_weights
 from lorasft.data.prepare import open_prepared, read_ingredients
 from lorasft.data.store import changed_rows
 from lorasft.errors import CapacityError, DivergedError, LorasftError, ModelError, RecipeError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ def read_inputs(recipe: Recipe, config: Any, folder: Path) -> RunInputs:
     """Prepare the data in `folder`. Raises ModelError for ids that the model has no row for."""
     adapter, start = recipe.adapter, None
     if adapter.start:
-        start = find_artifact(adapter.start, base=recipe.model.base)
+        start = replace(find_artifact(adapter.start, base=recipe.model.base), model=recipe.model)
         start.require_adapter()
+        start.refuse_quantized_start()
         fields = start.adapter_config
         sizes = {
             "rank": fields["r"],

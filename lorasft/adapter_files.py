@@ -1,0 +1,241 @@
+"""An adapter's files, as PEFT and other tools write them: the config, checked, and the tensors under PEFT's names.
+
+They are a stranger's. The tensors say what is adapted, the config with which scale; what it says of where, or of how
+training began, is not read, but for starts that changed the base.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import Required, TypedDict
+
+from lorasft.errors import ModelError, UnsafeError, in_words
+from lorasft.tensors import TensorFile, open_tensors
+from lorasft.terminal import say
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."  # of the names in PEFT's files
+_FETCH_AGAIN = "fetch the adapter again"
+_LARGEST = 16 << 20  # bytes of a config
+_CODE = {"auto_map", "trust_remote_code", "tokenizer_kwargs", "model_kwargs"}  # what names code
+# Of no effect on a trained adapter: what only training read, and what its tensors say better.
+_IDLE = (
+    "task_type peft_version inference_mode auto_mapping megatron_config megatron_core runtime_config loftq_config "
+    "eva_config corda_config lora_ga_config velora_config qalora_group_size init_lora_weights target_modules "
+    "exclude_modules layers_to_transform layers_pattern"
+)
+# Starts that took a part out of the base, as config's init_lora_weights begins.
+_STARTS = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "lora_ga": "LoRA-GA", "loftq": "LoftQ"}
+_WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+# The name of an adapter, as it is in a model's own state and not in PEFT's files.
+_ADAPTER_NAME = re.compile(
+    r"\.modules_to_save\.[^.]+|(?<=\.lora_[AB])\.(?!(?:weight|bias)$)[^.]+"
+    r"|(?<=\.lora_embedding_[AB])\.[^.]+|(?<=\.trainable_tokens_delta)\.[^.]+|(?<=\.lora_magnitude_vector)\..+"
+)
+_MODULE = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_(?:embedding_)?[AB](?:\.weight)?")
+
+
+def _check_pattern(pattern: str) -> str:
+    """Refuse what might run for ever: PEFT's own patterns are paths, those of people say `.*` or `layers.[0-7].`."""
+    repeated = re.findall(r"[*+?{]", pattern)
+    if len(pattern) > 200 or len(repeated) > 2 or pattern.count("(") > 2 or re.search(r"\)[*+?{]", pattern):
+        raise ValueError("a pattern that might run for ever")
+    return pattern
+
+
+_Names = list[str]
+_Pattern = Annotated[str, AfterValidator(_check_pattern)]
+_Rank = Annotated[int, Field(ge=1, le=1024)]
+_Positive = Annotated[float, Field(gt=0)]
+_Index = Annotated[int, Field(ge=0)]
+
+
+# Forbidden: what is not known may compute something else, as variants of LoRA do, or take any amount of memory.
+@with_config(ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+class _Fields(TypedDict, total=False):
+    """The fields that are read."""
+
+    peft_type: Required[Literal["LORA"]]
+    base_model_name_or_path: str
+    revision: str
+    r: Required[_Rank]
+    lora_alpha: Required[_Positive]
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
+    target_parameters: _Names
+    modules_to_save: _Names
+    rank_pattern: dict[_Pattern, _Rank]
+    alpha_pattern: dict[_Pattern, _Positive]
+    trainable_token_indices: list[_Index] | dict[str, list[_Index]]
+    bias: Literal["none", "all", "lora_only"]
+    fan_in_fan_out: bool
+    use_rslora: bool
+    use_dora: bool
+    lora_bias: bool
+    ensure_weight_tying: bool
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """What adapter_config.json says, in PEFT's fields, checked; fields that are null or of no effect are left out.
+
+    An adapter whose start was taken out of the base (then init_lora_weights is `pissa` or another's name) is described
+    as `subtract_start` makes it: with twice the rank. Raises ModelError for what is not a LoRA or not known,
+    UnsafeError for what names code.
+    """
+    path = folder / CONFIG
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise ValueError("too large")
+        config = json.loads(path.read_bytes())
+        known = {key: value for key, value in config.items() if value or key in _Fields.__annotations__}
+    except (ValueError, OSError, AttributeError, RecursionError) as error:
+        raise ModelError(f"cannot read the adapter's config: {error}", where=str(path), hint=_FETCH_AGAIN) from None
+    if "peft_type" not in known and "lora_parameters" in known:
+        hint = "mlx_lm.fuse makes a model of it; or save it as PEFT does: lora_A is lora_a.T, lora_B is lora_b.T, and "
+        hint += f"lora_alpha is scale * rank, in {WEIGHTS}"
+        raise ModelError("this is an adapter of mlx-lm", where=str(path), hint=hint)
+    fields = {key: value for key, value in known.items() if value is not None and key not in _IDLE.split()}
+    try:
+        TypeAdapter(_Fields).validate_python(fields)
+    except ValidationError as error:
+        found = error.errors()
+        code = [one for one in found if one["type"] == "value_error" or one["loc"][-1] in _CODE]
+        if code:
+            what = f"the adapter's config names code or a pattern: {in_words(code[:1])}"
+            hint = "lorasft runs no code from files: take another adapter"
+            raise UnsafeError(what, where=str(path), hint=hint) from None
+        hint = "lorasft takes LoRA, rslora and DoRA adapters as PEFT writes them"
+        raise ModelError(in_words(found[:1]), where=str(path), hint=hint) from None
+    init = str(known.get("init_lora_weights")).lower()
+    if kind := next((kind for kind in _STARTS if init.startswith(kind)), None):
+        computed = init == "pissa" or (init == "olora" and not fields.get("fan_in_fan_out"))  # PEFT's would not fit
+        known_start = computed or (kind != "loftq" and _find_start(folder, kind))
+        if not known_start or "target_parameters" in fields:
+            what = f"the adapter began with {_STARTS[kind]} ({init}), which changed the base: how is not known here"
+            hint = "convert it into plain LoRA where it was trained: PEFT's save_pretrained does that with "
+            hint += f"path_initial_model_for_weight_conversion; or put its start beside it, as {kind}_init"
+            raise ModelError(what, where=str(path), hint=hint)
+        fields = {**_double(fields), "init_lora_weights": kind}
+    return fields
+
+
+def _double(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the same update in twice the rank."""
+    times = {"rank_pattern": 2, "alpha_pattern": math.sqrt(2) if fields.get("use_rslora") else 2}
+    doubled = {key: {path: by * one for path, one in fields.get(key, {}).items()} for key, by in times.items()}
+    return {**fields, "r": 2 * fields["r"], "lora_alpha": times["alpha_pattern"] * fields["lora_alpha"], **doubled}
+
+
+def _find_start(folder: Path, kind: str) -> Path | None:
+    """The folder with the tensors that an adapter began with, where it lies in or beside that of the adapter."""
+    places = [parent / f"{kind}_init" for parent in (folder, folder.absolute().parent)]
+    return next((place for place in places if (place / WEIGHTS).is_file()), None)
+
+
+def subtract_start(
+    weights: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path, read: Callable[[str], Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of the adapter in `folder`, in the rank that `config` has: less what its start took from the base.
+
+    W - s B0 A0 + s B A was trained. On W that is plain LoRA of twice the rank, B beside -B0 and A on top of A0, as PEFT
+    converts it. `read`: gives a module's weight in the base. Raises ModelError where the start does not fit.
+    """
+    import torch
+
+    plain, kind = dict(weights), config.get("init_lora_weights")
+    if kind is None:
+        return plain
+    saved = _find_start(folder, kind)
+    began = read_adapter_weights(saved) if saved else {}
+    say(f"{'reading' if saved else 'computing'} what the adapter began with ({kind})")
+    try:
+        for path in list_adapted(weights, {}):
+            down, up = (f"{PREFIX}{path}.lora_{part}.weight" for part in "AB")
+            if not saved:
+                rank, scaling = lora_scale(config, path)
+                weight = read(path).float().T if config.get("fan_in_fan_out") else read(path).float()
+                began[down], began[up] = _compute_start(kind, weight.detach(), rank // 2, scaling)
+            plain[down] = torch.cat([weights[down].float(), began[down].float().cpu()])
+            plain[up] = torch.cat([weights[up].float(), -began[up].float().cpu()], dim=1)
+    except (LookupError, AttributeError, RuntimeError) as error:
+        what = f"the adapter does not fit what it began with ({kind}): {error}"
+        raise ModelError(what, where=str(folder), hint="use the base that it was trained on") from None
+    return plain
+
+
+def _compute_start(kind: str, weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """A0 (rank, in) and B0 (out, rank) of a weight, (out, in): PiSSA's (arXiv:2404.02948) or OLoRA's (2406.01775)."""
+    import torch
+
+    if kind == "olora":
+        basis, rest = torch.linalg.qr(weight)
+        return rest[:rank], basis[:, :rank]
+    left, sizes, right = torch.linalg.svd(weight, full_matrices=False)
+    roots = (sizes[:rank] / scaling).sqrt()
+    return roots.unsqueeze(1) * right[:rank], left[:, :rank] * roots
+
+
+def lora_scale(config: Mapping[str, Any], path: str) -> tuple[int, float]:
+    """Rank and factor of a module or parameter by PEFT's rule: of the patterns the first that ends its path."""
+
+    def look_up(patterns: str, other: float) -> Any:
+        said: Mapping[str, Any] = config.get(patterns) or {}
+        return next((value for pattern, value in said.items() if re.match(rf"(.*\.)?({pattern})$", path)), other)
+
+    rank, alpha = look_up("rank_pattern", config["r"]), look_up("alpha_pattern", config["lora_alpha"])
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def open_adapter(folder: Path) -> TensorFile:
+    """The file of an adapter's tensors. Raises ModelError when there is none, UnsafeError when it is a pickle."""
+    if (folder / WEIGHTS).is_file():
+        return open_tensors(folder / WEIGHTS)
+    if (folder / "adapter_model.bin").is_file():
+        what = "the adapter is a pickle, which could run code when it is read"
+        hint = f"save it anew where it was made: PEFT 0.6 and later write {WEIGHTS}"
+        raise UnsafeError(what, where=str(folder), hint=hint)
+    raise ModelError(f"no {WEIGHTS}", where=str(folder), hint=_FETCH_AGAIN)
+
+
+def list_adapted(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
+    """The modules whose A or B is among an adapter's tensors, but for the owners of the config's target_parameters."""
+    found = {match[1] for match in map(_MODULE.fullmatch, map(_peft_name, names)) if match}
+    owners = tuple(f".{target}".rpartition(".")[0] or ".experts" for target in config.get("target_parameters") or ())
+    return sorted(path for path in found if not f".{path}".removesuffix(".base_layer").endswith(owners))
+
+
+def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
+    """The adapter's tensors by their names in PEFT's files, all finite.
+
+    Raises ModelError when there are none, or none that an adapter could have; UnsafeError when they are a pickle.
+    """
+    file, where = open_adapter(folder), str(folder / WEIGHTS)
+    tensors: dict[str, Tensor] = {}
+    for name, spec in file.specs.items():
+        if spec.dtype not in ("F32", "F16", "BF16"):
+            raise ModelError(f"{name} is {spec.dtype}", where=where, hint="save it in 16 or 32 bits")
+        tensor, known_as = file.read(name), _peft_name(name)
+        if not tensor.isfinite().all():
+            raise ModelError(f"{name} is not finite", where=where, hint="train it again, or take an earlier one")
+        if known_as in tensors:
+            raise ModelError(f"more than one adapter is in it: {name}", where=where, hint="save one of them alone")
+        tensors[known_as] = tensor
+    return tensors
+
+
+def _peft_name(name: str) -> str:
+    """The name that a tensor has in PEFT's files, from those of other tools and of a model's own state."""
+    path = _WRAPPERS.sub("", name)
+    while path.startswith(PREFIX):
+        path = path.removeprefix(PREFIX)
+    return PREFIX + _ADAPTER_NAME.sub("", path)
