@@ -100,7 +100,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         known = {key: value for key, value in config.items() if value or key in _Fields.__annotations__}
     except (ValueError, OSError, AttributeError, RecursionError) as error:
         raise ModelError(f"cannot read the adapter's config: {error}", where=str(path), hint=_FETCH_AGAIN) from None
-    if "peft_type" not in known and "lora_parameters" in known:
+    if "peft_type" not in known and {"lora_parameters", "fine_tune_type"} & known.keys():
         hint = "mlx_lm.fuse makes a model of it; or save it as PEFT does: lora_A is lora_a.T, lora_B is lora_b.T, and "
         hint += f"lora_alpha is scale * rank, in {WEIGHTS}"
         raise ModelError("this is an adapter of mlx-lm", where=str(path), hint=hint)
@@ -120,7 +120,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if kind := next((kind for kind in _STARTS if init.startswith(kind)), None):
         computed = init == "pissa" or (init == "olora" and not fields.get("fan_in_fan_out"))  # PEFT's would not fit
         known_start = computed or (kind != "loftq" and _find_start(folder, kind))
-        if not known_start or "target_parameters" in fields:
+        if not known_start or fields.get("target_parameters"):
             what = f"the adapter began with {_STARTS[kind]} ({init}), which changed the base: how is not known here"
             hint = "convert it into plain LoRA where it was trained: PEFT's save_pretrained does that with "
             hint += f"path_initial_model_for_weight_conversion; or put its start beside it, as {kind}_init"

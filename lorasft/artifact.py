@@ -24,12 +24,10 @@ from lorasft.tensors import fingerprint
 _NAME_ONE = "name a run folder, an adapter, a model folder or a hub id"
 MERGE_RECORD = "merge.json"
 GENERATION_CONFIG = "generation_config.json"
-# What the name of a base in 4 bit has in it, and what other tools write beside an adapter of a run in 4 bit.
-_FOUR_BIT_NAME = re.compile(r"(?i)(?<![a-z0-9])(bnb[-_]?4[-_]?bit|4[-_]?bit|nf4|fp4)(?![a-z0-9])")
-_FOUR_BIT_RUN = re.compile(
-    r"(?i)\b(load_in_4bit\W{1,5}true|quantization_bit\W{1,5}4|quant_bits\W{1,5}4|adapter\W{1,5}qlora)\b"
-)
-_OTHERS_RECORDS = ("README.md", "args.json", "*.yaml", "*.yml")
+# What tells of a run in 4 bit: words in the name of its base, and in what other tools write beside an adapter.
+_FOUR_BIT_NAME = re.compile(r"(?i)(?<![a-z0-9])(4[-_]?bit|nf4|fp4)(?![a-z0-9])")
+_FOUR_BIT_RUN = re.compile(r"(?i)\b(load_in_4bit\W{1,5}true|quant(ization)?_bits?\W{1,5}4|adapter\W{1,5}qlora)\b")
+_RECORDS = ("README.md", "args.json", "*.yaml", "*.yml")
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
 
@@ -182,14 +180,13 @@ def find_artifact(name: str, *, base: str | None = None) -> Artifact:
 
 def _tells_of_4_bit(artifact: Artifact, own_base: str) -> bool:
     """Whether anything says that another tool's adapter was trained in 4 bit: its base, or what that tool recorded."""
-    folder = artifact.require_adapter()
     names = [Path(own_base).name, *(part for part in Path(own_base).parts if part.startswith("models--"))]
-    if any(map(_FOUR_BIT_NAME.search, names)) and "mlx" not in own_base.lower():
+    if any(map(_FOUR_BIT_NAME.search, names)) and not re.search("(?i)mlx|gptq|awq", own_base):
         return True
     if Path(artifact.model.base).is_dir() and artifact.base_config.get("quantization_config"):
         return True
-    records = (path for pattern in _OTHERS_RECORDS for path in folder.glob(pattern))
-    return any(_FOUR_BIT_RUN.search(path.read_text(encoding="utf-8", errors="ignore")[: 1 << 20]) for path in records)
+    paths = [path for pattern in _RECORDS for path in artifact.require_adapter().glob(pattern)]
+    return any(_FOUR_BIT_RUN.search(path.read_text(encoding="utf-8", errors="ignore")) for path in paths)
 
 
 def refuse_quantized(scheme: Mapping[str, Any], where: str) -> None:

@@ -105,7 +105,7 @@ def test_flags_that_choose_a_turn(tmp_path: Path, tiny: Any) -> None:
 @pytest.mark.parametrize(
     ("message", "what"),
     [
-        ({"weight": 0.5}, "'weight' is 0.5, a fractional weight"),
+        ({"weight": 0.5}, "'weight' is 0.5, a weight other than 0 and 1"),
         ({"loss_weight": -1}, "'loss_weight' is -1"),
         ({"loss_mask": [0, 1]}, "'loss_mask' must be true or false, this is list"),
         ({"loss": "yes"}, "'loss' must be true or false"),
@@ -360,6 +360,13 @@ def test_documents_and_options_of_a_row_reach_its_template(tmp_path: Path, tiny:
         make_encoder(load_tokenizer(tiny.name_or_path)).encode(read_row(tmp_path, rows[0]))
     with pytest.raises(DataError, match="control token"):
         encoder.encode(read_row(tmp_path, CHAT | {"documents": [{"text": "<|end|>"}]}))
+    with pytest.raises(DataError, match="'a document' must be an object"):
+        read_row(tmp_path, CHAT | {"documents": ["DOC"]})
+    chat = {"template": str(tmp_path / "own.jinja")}
+    assert not make(tmp_path, load_tokenizer(tiny.name_or_path), rows, chat=chat).report.unread
+    options = CHAT | {"enable_thinking": False, "chat_template_kwargs": {"builtin_tools": ["x"], "thinking": None}}
+    made = make(tmp_path, load_tokenizer(tiny.name_or_path), [options])  # whose template reads neither
+    assert made.report.unread == ["chat_template_kwargs.builtin_tools", "enable_thinking"]
 
 
 # --- shapes that are plain

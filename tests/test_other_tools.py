@@ -280,7 +280,10 @@ def test_what_changes_the_update_is_refused(said: dict[str, Any], words: str, tm
 
 
 def test_an_adapter_of_mlx_lm_is_refused_as_its(base: Path, tmp_path: Path, cli: Command) -> None:
-    said = {"fine_tune_type": "dora", "model": "x", "num_layers": 2, "lora_parameters": {"rank": 8, "scale": 20.0}}
+    said = {"fine_tune_type": "full", "model": "x", "num_layers": 2}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(said), encoding="utf-8")
+    assert "mlx-lm" in cli("chat", tmp_path, "--prompt", "x").err
+    said |= {"fine_tune_type": "dora", "lora_parameters": {"rank": 8, "scale": 20.0}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(said), encoding="utf-8")
     save_file({"model.layers.0.self_attn.q_proj.lora_a": torch.ones(64, 8)}, tmp_path / "adapters.safetensors")
     done = cli("merge", tmp_path, "--base", base, "--out", tmp_path / "out")
@@ -296,6 +299,7 @@ EVIDENCE = [
     ("org/model-8bit", {}, "none"),
     ("org/Chat4bitcoin", {}, "none"),
     ("mlx-community/Llama-3.2-1B-Instruct-4bit", {}, "none"),
+    ("org/Llama-3-8B-GPTQ-4bit", {}, "none"),
     ("org/m", {"README.md": "quantization config was used:\n- load_in_8bit: False\n- load_in_4bit: True\n"}, "nf4"),
     ("org/m", {"README.md": "```yaml\nadapter: qlora\nload_in_4bit: true\n```"}, "nf4"),
     ("org/m", {"README.md": "load_in_4bit: false\nadapter: lora"}, "none"),

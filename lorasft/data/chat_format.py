@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from itertools import repeat
+from typing import TYPE_CHECKING, Any
 
 from lorasft.data.encoding import FIRST, MARK, TextEncoder
 from lorasft.data.examples import Example, Message, reasoning_of, without_reasoning
 from lorasft.data.sources import RowLocation
-from lorasft.data.templates import render, set_template
+from lorasft.data.templates import WORD, render, set_template
 from lorasft.data.tokenizer import control_tokens
 from lorasft.errors import DataError, ModelError
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from lorasft.recipe import ChatSettings
 
 PLAIN_KEYS = {"role", "content", "name", "train"}
+PROBE = {"lorasftKey": "lorasftValue"}  # arguments of a call
+ENTITY = re.compile(r"&(?:#\w+|quot|amp|lt|gt|apos);")
 QUESTION, ANSWER = "Which word comes first?", "lorasftProbeAnswer"  # nothing a template would trim or rewrite
 
 
@@ -67,6 +71,8 @@ class ChatFormat:
         self.chat = chat
         self.style = read_style(tokenizer)
         self.encoder = TextEncoder(tokenizer, prompt=self.style.prompt)
+        self._lost: dict[Any, int | None] = {}  # for each pattern of messages
+        self._takes_text: dict[Any, bool] = {}
         self._end = self.style.end_of_turn.strip()
         self._ends = (*self.encoder.control, *([self._end] if self._end else ()))
         self._control = re.compile("|".join(map(re.escape, (*self.encoder.control, MARK))))
@@ -91,9 +97,13 @@ class ChatFormat:
             messages = ({"role": "system", "content": system}, *messages)
         content = json.dumps([example.text, messages, example.tools or (), example.variables], ensure_ascii=False)
         if not self._control.search(content):
-            return replace(example, messages=messages)
-        text, settled, tools, variables = json.loads(self._control.sub(self._replace_control, content))
-        return replace(example, text=text, messages=tuple(settled), tools=tuple(tools) or None, variables=variables)
+            example = replace(example, messages=messages)
+        else:
+            text, settled, tools, variables = json.loads(self._control.sub(self._replace_control, content))
+            example = replace(
+                example, text=text, messages=tuple(settled), tools=tuple(tools) or None, variables=variables
+            )
+        return self._with_arguments(example)
 
     def _replace_control(self, found: re.Match[str]) -> str:
         token = found.group()
@@ -107,6 +117,8 @@ class ChatFormat:
         if not targets:
             return ()
         last, answers = self.mark_last(example, targets[-1]), []
+        for target in targets:
+            self.refuse_lost(example, target)
         for target in targets[:-1]:
             answer = self._locate_earlier(last.text, example, target)
             if answer is None:
@@ -132,24 +144,13 @@ class ChatFormat:
                 raise DataError(f"the chat template does not show the answer of message {target + 1}")
             region = text[said[0] :]
         if message.get("tool_calls"):
-            self._refuse_lost_calls(example, target)
+            self.refuse_lost(example, target + 1, first=target, answered=True)
         start, end, add_eos = self._locate(region, message)
         if self._masks(message):
             start += self._count_reasoning(region[start:end], example, target)
+        self.refuse_markup(example, text)
         answer = AnswerSpan(len(prompt), len(prompt) + start, len(prompt) + end)
         return MarkedText(prompt + (region[:end] if add_eos else region), (answer,), add_eos)
-
-    def _refuse_lost_calls(self, example: Example, target: int) -> None:
-        """Raise DataError when the template does not show every call of a message, each under a name of its own."""
-        message = example.messages[target]
-        calls = [
-            call | {"function": call["function"] | {"name": f"{ANSWER}{number}_"}}
-            for number, call in enumerate(message["tool_calls"])
-        ]
-        text = self.render(_with_message(example, target, message | {"tool_calls": calls}), target + 1)
-        if not all(call["function"]["name"] in text for call in calls):
-            what = f"the chat template leaves out the tool calls of message {target + 1}"
-            raise DataError(what, hint="chat.template=FILE with a template that renders them")
 
     def _locate_earlier(self, text: str, example: Example, target: int) -> AnswerSpan | None:
         """An earlier answer within the whole conversation, if it is there as it would be as the last."""
@@ -206,6 +207,51 @@ class ChatFormat:
             raise DataError(f"the reasoning of message {target + 1} cannot be told from its answer", hint=hint)
         return len(said) - len(rest)
 
+    def refuse_lost(self, example: Example, upto: int, *, first: int = 0, answered: bool = False) -> None:
+        """Raise DataError for a message from `first` on that is not shown, or not all calls of it, where those before
+        `upto` are rendered. `answered`: no answer is to follow."""
+        messages = example.messages[:upto]
+        key = (_pattern(messages), bool(example.tools), *example.variables, first, answered)
+        if key not in self._lost:
+            marked = [_with_words(message, f"{WORD}{index}x") for index, message in enumerate(messages)]
+            text = self._try([message for message, _ in marked], example, answered=answered).lower()
+            lost = (index for index in range(first, upto) if any(word not in text for word in marked[index][1]))
+            self._lost[key] = next(lost, None) if text else None
+        if (index := self._lost[key]) is not None:
+            calls = "the tool calls of " if "tool_calls" in messages[index] else ""
+            what = f"the chat template leaves out {calls}message {index + 1} ({messages[index]['role']})"
+            raise DataError(what, hint="chat.template=FILE with one that shows it, or write it into another message")
+
+    def refuse_markup(self, example: Example, text: str) -> None:
+        """Raise DataError where a rendered text has characters of its row as HTML writes them."""
+        own = [example.messages, example.tools, self.tokenizer.chat_template] if "&" in text else []
+        if escaped := set(ENTITY.findall(text)).difference(ENTITY.findall(json.dumps(own)) if own else ()):
+            what = f"the chat template writes {', '.join(sorted(escaped))} for characters of the row"
+            raise DataError(what, hint="chat.template=FILE with one that does not escape HTML")
+
+    def _with_arguments(self, example: Example) -> Example:
+        """The example with arguments of calls as text, where the template refuses objects or writes them as Python."""
+        if not any("tool_calls" in message for message in example.messages):
+            return example
+        key = (_pattern(example.messages), bool(example.tools), *example.variables)
+        if key not in self._takes_text:
+            as_text = json.dumps(PROBE)
+            objects, texts = (
+                self._try([_with_calls(one, repeat({"arguments": value})) for one in example.messages], example)
+                for value in (PROBE, as_text)
+            )
+            as_python = str(PROBE) in objects and texts == objects.replace(str(PROBE), as_text)
+            self._takes_text[key] = as_python or (not objects and as_text in texts)
+        return (
+            replace(example, messages=tuple(map(_with_texts, example.messages))) if self._takes_text[key] else example
+        )
+
+    def _try(self, messages: Sequence[Message], example: Example, *, answered: bool = True) -> str:
+        """The rendering of an example with other messages, empty where the template refuses them."""
+        with suppress(DataError):
+            return render(self.tokenizer, messages, example.tools, example.variables, generation_prompt=not answered)
+        return ""
+
     def _prompt(self, example: Example, target: int) -> str:
         """What a server would render before the message `target`."""
         variables = example.variables
@@ -240,6 +286,36 @@ def read_style(tokenizer: PreTrainedTokenizerFast) -> TemplateStyle:
 def _turn_ends(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     return sorted(token for token in added.union(control_tokens(tokenizer)) if token.strip())  # Gemma adds newlines
+
+
+def _pattern(messages: Sequence[Message]) -> tuple[Any, ...]:
+    """What decides how a template treats messages: roles, keys, and how many texts and calls are not empty."""
+    return tuple(
+        (message["role"], len(message.get("tool_calls", ())), bool(message["content"].strip()), *message)
+        for message in messages
+    )
+
+
+def _with_calls(message: Message, changes: Iterable[dict[str, Any]]) -> Message:
+    """The message with other values in the functions that it calls, one after another."""
+    pairs = zip(message.get("tool_calls", ()), changes, strict=False)
+    calls = [call | {"function": call["function"] | changed} for call, changed in pairs]
+    return message | {"tool_calls": calls} if calls else message
+
+
+def _with_texts(message: Message) -> Message:
+    """The message with the arguments of its calls as its row has them, or else as JSON."""
+    objects = [call["function"].get("arguments", {}) for call in message.get("tool_calls", ())]
+    texts = [getattr(one, "text", "") or json.dumps(one, ensure_ascii=False) for one in objects]
+    return _with_calls(message, [{"arguments": text} for text in texts])
+
+
+def _with_words(message: Message, word: str) -> tuple[Message, list[str]]:
+    """The message with words to be looked for, as the names of what it calls, or in place of its text."""
+    if "tool_calls" in message:
+        names = [f"{word}{number}x" for number in range(len(message["tool_calls"]))]
+        return _with_calls(message, [{"name": name} for name in names]), names
+    return (message | {"content": word}, [word]) if message["content"].strip() else (message, [])
 
 
 def _with_message(example: Example, index: int, message: Message) -> Example:

@@ -11,8 +11,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lorasft.data import keys
+from lorasft.data.folders import find_files
 from lorasft.data.report import Report
-from lorasft.data.sources import Raw, Row, RowLocation, parse_row, parse_strict, read_file, read_hub, source_files
+from lorasft.data.sources import Raw, Row, RowLocation, parse_row, parse_strict, read_file, read_hub
 from lorasft.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,6 +25,12 @@ BLOCK_BYTES = 4 << 20  # of lines, after which a block ends before
 INLINE = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
 JSON_TYPES: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
+
+
+class Arguments(dict[str, Any]):
+    """The arguments of a call, whose row has them as text."""
+
+    text = ""
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class RowBlock:
 
 def read_blocks(source: DataSource, settings: DataSettings) -> Iterator[RowBlock]:
     """The rows of a source in order, hardly looked at; raises nothing for what a file holds."""
-    files = [(str(file), read_file(file)) for file in source_files(source.path)]
+    files = [(str(file), read_file(file)) for file in find_files(source)[0]]
     for file, rows in files or [(f"{source.path}/{source.split}", read_hub(source))]:
         block, size, unfit = RowBlock(source, file, "", []), 0, None
         try:
@@ -145,11 +152,16 @@ def shape_row(row: Row, kind: str, place: RowLocation, *, unread: set[str], mapp
         return Example((), None, _expect(row["text"], str, "text"), place)
     listed, completion = _list_messages(row, kind, unread)
     messages = tuple(normalize_message(message, unread) for message in listed)
-    if row.get("system"):
-        messages = _add_system(row["system"], messages, always=kind == "sharegpt" or "system" in mapped, unread=unread)
+    if row.get("system"):  # once; where they have another of their own, only if it is asked for
+        system, first = normalize_message({"role": "system", "content": row["system"]}, unread), messages[:1]
+        own = bool(first) and first[0]["role"] in ("system", "developer")
+        if not own or ((kind == "sharegpt" or "system" in mapped) and first != (system,)):
+            messages = (system, *messages)
+        elif first != (system,):
+            unread.add("system")
     refuse_untrainable(messages)
     tools = normalize_tools(row.get("tools") or row.get("functions"))
-    return Example(messages, tools, None, place, _template_variables(row), completion)
+    return Example(messages, tools, None, place, _template_variables(row, unread), completion)
 
 
 def normalize_message(message: Any, unread: set[str] | None = None) -> Message:
@@ -158,7 +170,7 @@ def normalize_message(message: Any, unread: set[str] | None = None) -> Message:
     clean = {
         key: value
         for key, value in _expect(message, dict, "a message").items()
-        if value not in keys.NOTHING or (key == "content" and value is not None)
+        if not keys.is_absent(value) or (key == "content" and value is not None)
     }
     role = clean.get("role")
     if role == "function":
@@ -228,25 +240,16 @@ def _list_messages(row: Row, kind: str, unread: set[str]) -> tuple[list[Any], in
     return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)], None
 
 
-def _add_system(system: Any, messages: tuple[Message, ...], *, always: bool, unread: set[str]) -> tuple[Message, ...]:
-    """Messages with the system text of their row before them, once. Where they have another of their own, that holds
-    unless it is to be added `always`."""
-    message = normalize_message({"role": "system", "content": system}, unread)
-    if messages[:1] == (message,):
-        return messages
-    if messages and messages[0]["role"] in ("system", "developer") and not always:
-        unread.add("system")
-        return messages
-    return (message, *messages)
-
-
-def _template_variables(row: Row) -> dict[str, Any]:
-    """What a row gives the template besides messages and tools."""
-    found = {key: row[key] for key in keys.VARIABLES if row.get(key) not in keys.NOTHING}
+def _template_variables(row: Row, unread: set[str]) -> dict[str, Any]:
+    """What a row gives the template besides messages and tools; named as not read until the template is known."""
+    found = {key: row[key] for key in keys.VARIABLES if not keys.is_absent(row.get(key))}
+    unread.update(found)
     if "documents" in found:
-        found["documents"] = _as_list(found["documents"], "documents")
+        found["documents"] = [_expect(one, dict, "a document") for one in _as_list(found["documents"], "documents")]
     options = _expect(_parse(row.get(keys.OPTIONS) or {}, keys.OPTIONS), dict, keys.OPTIONS)
-    return found | {name: value for name, value in options.items() if value is not None}
+    stated = {name: value for name, value in options.items() if value is not None}
+    unread.update(f"{keys.OPTIONS}.{name}" for name in stated)
+    return found | stated
 
 
 def _from_turn(turn: Any, unread: set[str]) -> Message:
@@ -255,8 +258,8 @@ def _from_turn(turn: Any, unread: set[str]) -> Message:
     if not isinstance(role, str):
         raise DataError("a turn of a sharegpt conversation has `from` and `value`, or `role` and `content`")
     message: Message = {key: value for key, value in turn.items() if key in keys.KNOWN}
-    others = (key for key, value in turn.items() if value not in keys.NOTHING)
-    unread.update(f"conversations.{key}" for key in others if key not in keys.KNOWN and key not in ("from", "value"))
+    others = turn.keys() - keys.TURN_KEYS
+    unread.update(f"conversations.{key}" for key in others if not keys.is_absent(turn[key]))
     message |= {"role": keys.OTHER_ROLES.get(role, role), "content": turn.get("value", turn.get("content"))}
     if role in ("function_call", "tool_call") and not message.get("tool_calls"):
         calls = _parse(message["content"], "a tool call")
@@ -274,7 +277,9 @@ def _normalize_call(call: Any) -> dict[str, Any]:
     _expect(function.get("name"), str, "name")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):  # as OpenAI sends them; templates would quote them twice
-        arguments = _parse(arguments, "arguments") if arguments.strip() else {}
+        text, parsed = arguments, _parse(arguments, "arguments") if arguments.strip() else {}
+        arguments = Arguments(_expect(parsed, dict, "arguments"))
+        arguments.text = text
     return {**call, "function": {**function, "arguments": _expect(arguments, dict, "arguments")}}
 
 
@@ -289,7 +294,11 @@ def _join_parts(content: Any, unread: set[str]) -> str:
         if kind != "text":
             raise DataError(f"a content part of type {kind}", hint="only text can be trained on")
         texts.append(_expect(part.get("text", part.get("value")), str, "text"))
-        unread.update(f"content.{key}" for key in keys.check_part(part))
+        extra = {key: value for key, value in part.items() if key not in ("type", "text", "value")}
+        keys.read_flags(extra)
+        if extra.pop("train", True) is False:
+            raise DataError("a content part that is not to be learned", hint="mark the whole message")
+        unread.update(f"content.{key}" for key, value in extra.items() if not keys.is_absent(value))
     return "".join(texts)
 
 

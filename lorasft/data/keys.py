@@ -5,6 +5,7 @@ The formats of OpenAI, Mistral, Anthropic, Bedrock, TRL, Axolotl, LLaMA-Factory 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Set
 from typing import Any
 
@@ -41,8 +42,8 @@ FLAGS = {**dict.fromkeys(_WEIGHTS, True), "masked": False}  # of a message -> wh
 UNCLEAR = {"mask", "train_detail", "training_detail"}
 MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
 KNOWN = {"role", "content", "name", "tool_calls", "tool_call_id", "function_call", *REASONING, *FLAGS, *UNCLEAR, *MEDIA}
+TURN_KEYS = KNOWN | {"from", "value"}
 PAIRS = "data.columns={completion: chosen} learns the better answers ({messages: chosen} where it is a conversation)"
-NOTHING: tuple[object, ...] = (None, "", [], {})
 
 
 def is_absent(value: Any) -> bool:
@@ -56,17 +57,16 @@ def check_row(row: Row, kind: str, read: Set[str]) -> set[str]:
     """The keys of a row that are not `read` and say something. Raises DataError for those without which the answer
     cannot be learned, and for a pair of answers of which one is the worse."""
     unread = {key for key in row.keys() - read if not is_absent(row[key])}
-    if unread:
-        if kind != "text":
-            refuse_media(row, unread)
-        if {"chosen", "rejected"} <= unread and row["chosen"] != row.get("messages"):
-            raise DataError("a preference pair: its `chosen` and `rejected` are not learned", hint=PAIRS)
+    if kind != "text":
+        refuse_media(row, unread)
+    if {"chosen", "rejected"} <= unread and row["chosen"] != row.get("messages"):
+        raise DataError("a preference pair: its `chosen` and `rejected` are not learned", hint=PAIRS)
     return unread
 
 
 def refuse_media(values: Row, keys: Set[str]) -> None:
     """Raise DataError where one of these `keys` holds an image, sound or film."""
-    if found := sorted(key for key in keys & MEDIA if values[key] and not is_absent(values[key])):
+    if found := sorted(key for key in keys & MEDIA if values[key]):
         hint = "only text can be trained on; data.on_bad_row=drop leaves the row out"
         raise DataError(f"{found[0]!r} beside the text", hint=hint)
 
@@ -78,11 +78,17 @@ def label_of(row: Row, kind: str) -> bool | None:
     return {"true": True, "false": False}.get(said)
 
 
+def template_reads(template: str, name: str) -> bool:
+    """Whether a template may read what a row gives it: a key of its messages, or a variable."""
+    where, _, key = name.rpartition(".")
+    pattern = rf"""[.'"]{re.escape(key)}\b""" if where == "messages" else rf"\b{re.escape(key)}\b"
+    return (where in ("messages", OPTIONS) or key in VARIABLES) and bool(re.search(pattern, template))
+
+
 def read_flags(message: Row) -> None:
     """Leave one flag in a message, `train`: false where one of its flags or weights says that it is not to be learned,
     true where one chooses it. Raises DataError for what is neither."""
-    unclear = sorted(UNCLEAR & message.keys()) if message.get("role") == "assistant" else ()
-    if unclear:
+    if message.get("role") == "assistant" and (unclear := sorted(UNCLEAR & message.keys())):
         hint = '"train": true or false marks a whole answer; data.on_bad_row=drop leaves the row out'
         raise DataError(f"{unclear[0]!r} says what is learned in a way that is not read", hint=hint)
     flags = [(key, read_flag(key, message.pop(key))) for key in FLAGS if key in message]
@@ -90,16 +96,6 @@ def read_flags(message: Row) -> None:
         message["train"] = False
     elif any(key in CHOOSING for key, _ in flags):
         message["train"] = True
-
-
-def check_part(part: Row) -> set[str]:
-    """The keys of a content part that nothing reads. Raises DataError where it is not to be learned."""
-    extra = {key: value for key, value in part.items() if key not in ("type", "text", "value")}
-    read_flags(extra)
-    if not extra.pop("train", True):
-        hint = "mark the whole message; data.on_bad_row=drop leaves the row out"
-        raise DataError("a content part that is not to be learned", hint=hint)
-    return {key for key, value in extra.items() if not is_absent(value)}
 
 
 def read_flag(key: str, value: Any) -> bool:
@@ -111,5 +107,5 @@ def read_flag(key: str, value: Any) -> bool:
         raise DataError(f"{key!r} must be true or false, this is {type(value).__name__}") from None
     if number not in (0, 1):
         hint = "make it 0 or 1: an answer is learned whole or not at all; data.on_bad_row=drop leaves the row out"
-        raise DataError(f"{key!r} is {number:g}, a fractional weight", hint=hint)
+        raise DataError(f"{key!r} is {number:g}, a weight other than 0 and 1", hint=hint)
     return bool(number)

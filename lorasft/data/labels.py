@@ -70,7 +70,10 @@ class Labeler:
             if any(message.get("train") is False for message in example.messages):
                 hint = "chat.supervise=all, or data.on_bad_row=drop, which leaves the row out"
                 raise DataError("a message that is not to be learned, under supervise: everything", hint=hint)
-            return (MarkedText(self.format.render(example, len(example.messages)), ()),)
+            text = self.format.render(example, len(example.messages))
+            self.format.refuse_lost(example, len(example.messages), answered=True)
+            self.format.refuse_markup(example, text)
+            return (MarkedText(text, ()),)
         targets = self._targets(example)
         if not targets:
             _drop_without_target(example, report)

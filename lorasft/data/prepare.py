@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import re
+from collections.abc import Iterator, Set
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +17,11 @@ import numpy.typing as npt
 
 from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import RowBlock, read_blocks, shape_block
+from lorasft.data.folders import find_files, held_out_source, kind_of
+from lorasft.data.keys import template_reads
 from lorasft.data.labels import Labeler
 from lorasft.data.report import Report
-from lorasft.data.sources import load_hub, source_files
+from lorasft.data.sources import load_hub
 from lorasft.data.store import TYPES, Arrays, TokenStore, append_arrays, map_store, pack_examples
 from lorasft.data.workers import available_workers, map_blocks
 from lorasft.errors import DataError, LorasftError, ModelError
@@ -117,7 +119,7 @@ def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, A
     tokenizer = chat_format.tokenizer
     files: list[Any] = []  # of each source
     for source, _ in _sources(data):
-        found = [(file.suffix.lower(), sha256(file)) for file in source_files(source.path)]
+        found = [(kind_of(file), sha256(file)) for file in find_files(source)[0]]
         files.append(found or str(load_hub(source)._fingerprint))
     return {
         "schema": SCHEMA,
@@ -135,7 +137,16 @@ def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, A
 def _sources(data: DataSettings) -> list[tuple[DataSource, bool]]:
     """All sources of the recipe, and whether they are held out."""
     apart = data.eval if isinstance(data.eval, tuple) else ()
-    return [*((source, False) for source in data.train), *((source, True) for source in apart)]
+    return [*((source, False) for source in data.train), *((held_out_source(source), True) for source in apart)]
+
+
+def _other_files(data: DataSettings, read: Set[str]) -> Iterator[str]:
+    """For each source the files of other splits, and how the recipe has those read that are for evaluation."""
+    for source, _ in _sources(data):
+        others = [str(file) for file in find_files(source)[1] if str(file) not in read]
+        offer = source.split == "train" and not isinstance(data.eval, tuple)
+        if others:
+            yield ", ".join(others) + f"; data.eval={source.path} takes what is for evaluation" * offer
 
 
 def settings_for(source: DataSource, data: DataSettings) -> DataSettings:
@@ -143,6 +154,7 @@ def settings_for(source: DataSource, data: DataSettings) -> DataSettings:
 
     The format and columns of `data` hold if `source` has columns or begins with a row that fits, else they are found.
     """
+    source = held_out_source(source)
     first = next(read_blocks(source, data))
     fits = source.columns is not None or first.kind or not first.error
     changes = {} if fits else {"format": "auto", "columns": None}
@@ -194,8 +206,8 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
                 supervised.update(np.bincount(packed["ids"][packed["supervised"]]).nonzero()[0].tolist())
     report.raise_errors()
     report.refuse_labels()
-    words = set(re.findall(r"\w+", str(labeler.format.tokenizer.chat_template)))  # which may name keys of messages
-    report.unread = [key for key in report.unread if not key.startswith("messages.") or key[9:] not in words]
+    template = str(labeler.format.tokenizer.chat_template)
+    report.unread = [name for name in report.unread if not template_reads(template, name)]
     if report.dropped_examples() == report.rows:
         _refuse_losses(data, report)
     digests, apart, sizes = (
@@ -206,6 +218,7 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     report.held_out_examples = int(np.count_nonzero(sizes[held_out]))
     report.train_examples = int(np.count_nonzero(sizes[~held_out]))
     _refuse_losses(data, report)
+    report.files_not_read = list(_other_files(data, names.keys()))
     return {
         "report": report.as_dict(),
         "names": list(names),

@@ -38,6 +38,7 @@ class Report:
     tools_left_out: int = 0  # examples none of whose tools the template shows
     dropped: list[str] = field(default_factory=list)  # of the first rows that are not trained on: "file:line: why"
     unread: list[str] = field(default_factory=list)  # names of keys that no part of this program reads
+    files_not_read: list[str] = field(default_factory=list)  # of other splits, beside those that were read
     labels: dict[tuple[str, bool], str] = field(default_factory=dict)  # file, whether good -> the first such row
     errors: list[LorasftError] = field(default_factory=list, repr=False)  # of bad rows that are not to be dropped
 
@@ -49,6 +50,7 @@ class Report:
         """What a person should know of rows that were read, a line each."""
         if self.unread:
             yield f"columns not read: {', '.join(self.unread[:SHOWN])}{', ...' * (len(self.unread) > SHOWN)}"
+        yield from (f"files not read: {files}" for files in self.files_not_read)
 
     def add_error(self, error: DataError, place: object, *, policy: str) -> None:
         """Take one bad row, of this place where the error does not name one itself. `policy`: `data.on_bad_row`."""

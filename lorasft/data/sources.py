@@ -6,15 +6,18 @@ CSV is read with the csv module, because a type inferred from text ("NA", "007")
 
 from __future__ import annotations
 
+import codecs
 import csv
-import glob
+import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
+from lorasft.data.folders import COMPRESSED, KINDS, kind_of
 from lorasft.errors import DataError, UnsafeError
 from lorasft.hub import find_hub, refuse_offline
 
@@ -23,11 +26,17 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 Raw = Any  # a row as it was read: bytes of JSON, a value, or the DataError that stands for it
-LARGEST_FIELD = 8 << 20  # characters, of a CSV file
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
-BOM = b"\xef\xbb\xbf"
-RECODE = "convert it to UTF-8, for example with iconv -f latin1 -t utf8"
+LARGEST_ROW = 8 << 20  # bytes of JSON; characters of a field of CSV
+BOM = codecs.BOM_UTF8
+RECODE = (
+    "Western European text becomes UTF-8 with iconv -f cp1252 -t utf-8 FILE; where the rest is UTF-8, fix these bytes"
+)
 REPAIR = "fix the file there, or fetch it again: nothing after this can be read"
+SHAPES = (
+    "rows are an array, or one object per line: jq -c . FILE writes objects so, jq -c '.NAME[]' FILE those in a list"
+)
+LISTS = ("data", "rows", "examples", "items", "records", "samples", "instances")  # where one object keeps all rows
+OF_ROWS = {"messages", "conversations", "prompt", "instruction", "text"}  # a column of each format
 
 
 @dataclass(frozen=True)
@@ -41,34 +50,26 @@ class RowLocation:
         return f"{self.file}:{self.line}"
 
 
-def source_files(path: str) -> tuple[Path, ...]:
-    """The files that a source's path names, sorted; none when it is a hub id. Raises DataError."""
-    here = Path(path)
-    if here.is_dir():
-        found = sorted(file for file in here.iterdir() if file.suffix.lower() in SUFFIXES)
-    else:
-        found = [here] if here.exists() else sorted(map(Path, glob.glob(path, recursive=True)))  # noqa: PTH207
-        if not found and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and here.suffix.lower() not in SUFFIXES:
-            return ()
-    if not found:
-        what = f"there is no such file, or no {', '.join(SUFFIXES)} in this folder"
-        raise DataError(what, where=path, hint=f"the folder that was looked in: {here.absolute().parent}")
-    return tuple(found)
-
-
 def read_file(path: Path) -> Iterator[tuple[int, Raw]]:
     """The rows of one file, each with its line. Raises DataError when the file cannot be read, or not further."""
-    readers = {".json": _read_json, ".jsonl": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
-    kind = path.suffix.lower()
-    if kind not in readers:
-        hint = f"known: {', '.join(SUFFIXES)}"
-        raise DataError(f"unknown kind of file: {path.suffix or path.name}", where=str(path), hint=hint)
-    line = 0
+    kind, line = kind_of(path), 0
+    if kind not in KINDS:
+        hint = f"known: {', '.join(KINDS)}, and text compressed as {', '.join(COMPRESSED)}"
+        raise DataError(f"unknown kind of file: {kind or path.name}", where=str(path), hint=hint)
+    readers = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_arrow, ".arrow": _read_arrow}
     try:
-        for line, raw in readers[kind](path):
+        for line, raw in readers.get(kind, _read_json)(path):
             yield line, raw
-    except (OSError, ValueError, NotImplementedError, csv.Error) as error:  # the ones of Parquet, too
-        hint = RECODE if isinstance(error, UnicodeDecodeError) else REPAIR
+    except (
+        OSError,
+        ValueError,
+        NotImplementedError,
+        EOFError,
+        RecursionError,
+        csv.Error,
+    ) as error:  # the ones of Parquet, too
+        hints = {UnicodeDecodeError: RECODE, json.JSONDecodeError: SHAPES}
+        hint = hints.get(type(error), REPAIR)
         raise DataError(f"cannot read this as {kind}: {error}", where=f"{path}:{line + 1}", hint=hint) from None
 
 
@@ -82,6 +83,8 @@ def parse_row(raw: Raw, place: RowLocation) -> Row:
     if isinstance(raw, DataError):
         raise raw
     if isinstance(raw, bytes):
+        if len(raw) > LARGEST_ROW:
+            raise _too_large(len(raw))
         try:
             raw = parse_strict(raw.decode())
         except ValueError as error:
@@ -127,23 +130,76 @@ def parse_strict(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def _open(path: Path) -> IO[bytes]:
+    """The bytes of a file, unpacked, without a mark at its beginning, and in UTF-8 where that says UTF-16."""
+    if path.suffix.lower() in COMPRESSED:
+        import pyarrow
+
+        file = io.BufferedReader(pyarrow.input_stream(str(path)))
+    else:
+        file = open(path, "rb")  # noqa: SIM115
+    mark = file.peek(3)[:3]
+    if mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        with file:
+            return io.BytesIO(file.read().decode("utf-16").encode())
+    file.read(3 if mark == BOM else 0)
+    return file
+
+
 def _read_json(path: Path) -> Iterator[tuple[int, Raw]]:
-    with open(path, "rb") as file:
-        is_array = file.read(4096).removeprefix(BOM).lstrip().startswith(b"[")
-        file.seek(0)
-        if is_array:
-            yield from enumerate(parse_strict(file.read().decode("utf-8-sig")), start=1)
-            return
+    with _open(path) as file:
         # Read as bytes: text mode, or splitlines, would break rows at U+2028, U+0085 and \v.
-        for number, line in enumerate(file, start=1):
-            if row := line.removeprefix(BOM).strip():
-                yield number, row
+        lines = ((number, row) for number, line in enumerate(file, 1) if (row := line.removeprefix(BOM).strip()))
+        head = list(islice(lines, 2))
+        begins = head[0][1][:1] if head else b""
+        if begins not in (b"[", b"{") or any(row[:1] + row[-1:] == b"{}" for _, row in head[len(head) == 1 :]):
+            yield from chain(head, lines)
+            return
+    with _open(path) as file:
+        content = file.read()
+    try:
+        values = list(_find_values(content.decode()))
+    except (ValueError, RecursionError):
+        if len(head) > 1:
+            raise
+        yield head[0]  # it gets an error of its own
+        return
+    yield from values if len(values) > 1 else enumerate(_rows_of(values[0][1]), start=1)
+
+
+def _find_values(text: str) -> Iterator[tuple[int, Any]]:
+    """The values of JSON that follow one another in a text, each with its line."""
+    start, end, line = 0, 0, 1
+    while found := re.compile(r"\S").search(text, end):
+        line += text.count("\n", start, found.start())
+        start = found.start()
+        value, end = _DECODER.raw_decode(text, start)
+        yield line, value
+
+
+def _rows_of(value: Any) -> list[Any]:
+    """The rows of a file that is one value: of an array, of a list in an object, of columns, or the value itself."""
+    if not isinstance(value, dict):
+        return value if isinstance(value, list) else [value]
+    lists = [value[name] for name in LISTS if isinstance(value.get(name), list) and not value.keys() & OF_ROWS]
+    if len(lists) == 1:
+        return list(lists[0])
+    columns = [list(part.values()) if isinstance(part, dict) else part for part in value.values()]  # as pandas writes
+    if any(not isinstance(part, list) or not part or len(part) != len(columns[0]) for part in columns) or not columns:
+        return [value]
+    rows = [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    return [value] if any(isinstance(cell, dict) for row in rows for cell in row.values()) else rows
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Raw]]:
-    csv.field_size_limit(LARGEST_FIELD)
-    with open(path, "rb") as file:
-        reader = csv.reader((line.removeprefix(BOM).decode() for line in file), strict=True)
+    csv.field_size_limit(LARGEST_ROW)
+    with _open(path) as file:
+        lines = (line.decode() for line in file)
+        head = next(lines, "")
+        marks = "\t,;|" if kind_of(path) == ".tsv" else ",;\t|"
+        reader = csv.reader(
+            chain([head], lines), delimiter=next((mark for mark in marks if mark in head), ","), strict=True
+        )
         names = next(reader, [])
         if len(set(names)) < len(names):
             raise ValueError(f"a column twice: {', '.join(names)}")
@@ -157,12 +213,30 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Raw]]:
             line = reader.line_num + 1
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, Raw]]:
+def _read_arrow(path: Path) -> Iterator[tuple[int, Raw]]:
+    from pyarrow import ipc, memory_map
     from pyarrow.parquet import ParquetFile
 
-    batches = ParquetFile(path).iter_batches(batch_size=1024)
-    rows = (row for batch in batches for row in batch.to_pylist())
-    yield from enumerate(map(drop_nulls, rows), start=1)
+    if kind_of(path) == ".parquet":
+        batches = ParquetFile(path).iter_batches(batch_size=1024)
+    else:
+        batches = ipc.open_stream(memory_map(str(path)))  # as `save_to_disk` writes it
+    yield from enumerate(_batch_rows(batches), start=1)
+
+
+def _batch_rows(batches: Iterable[Any]) -> Iterator[Raw]:
+    """The rows of record batches, without their nulls; of large ones one at a time, or none where it is too large."""
+    for batch in batches:
+        large = batch.nbytes > LARGEST_ROW
+        for part in (batch.slice(number, 1) for number in range(len(batch))) if large else [batch]:
+            for row in map(drop_nulls, part.to_pylist()):
+                size = len(json.dumps(row, default=str)) if large else 0
+                yield _too_large(size) if size > LARGEST_ROW else row
+
+
+def _too_large(size: int) -> DataError:
+    hint = "cut its text into several rows, or data.on_bad_row=drop leaves it out"
+    return DataError(f"a row of {size:,} bytes, over {LARGEST_ROW:,}", hint=hint)
 
 
 def _refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

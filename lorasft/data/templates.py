@@ -49,16 +49,20 @@ NONE = (
     "{{ raise_exception('template none takes one prompt and one answer, no system text and no further turns') }}"
     "{% endif %}{{ message.content }}{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
-# Put before a template that refuses system messages: their text goes into the first user turn, here and when served.
+# Put before a template that shows no system messages: their text goes into the first user turn, here and when served.
 MERGE_SYSTEM = (
     "{% if messages and messages[0].role == 'system' and messages[1:] and messages[1].role == 'user' %}"
     "{% set messages = [{'role': 'user', 'content': messages[0].content + '\\n\\n' + messages[1].content}]"
     " + messages[2:] %}{% endif %}"
 )
 CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
+_TAG = re.compile(r"{[{%].*?[%}]}", re.DOTALL)
+# In a tag, outside of strings: a filter that has the texts beside it escaped as HTML, and what llama.cpp gives a date.
+_CHANGED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\|\s*safe\b|(?<![\w.])(?:date_string|datetime)\b""")
 LARGEST_TEXT = 64 << 20  # characters
 LARGEST_NUMBER = 1 << 16  # bits
 ROOM = 1 << 29  # bytes, for one conversation
+WORD = "lorasftword"  # to be looked for in a rendering: nothing that a template trims, splits or escapes
 SECONDS = 10  # for one rendering, which takes a thousandth of one
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {"*": operator.mul, "**": operator.pow}
 BUILT_IN = {"plain": PLAIN, "chatml": CHATML, "none": NONE}
@@ -70,8 +74,9 @@ def set_template(tokenizer: PreTrainedTokenizerFast, chat: ChatSettings) -> None
     chosen = chat.template or (None if tokenizer.chat_template else "plain")
     if chosen:
         tokenizer.chat_template = _load_template(tokenizer, chosen)
-    _change_template(tokenizer, lambda text: _with_options(_freeze_clock(text, chat.template_date), chat))
-    if chosen != "none" and _refuses_system(tokenizer):
+    settle = partial(_settle, day=chat.template_date)
+    _change_template(tokenizer, lambda text: _before(settle(_options(chat)), settle(text)))
+    if chosen != "none" and _loses_system(tokenizer):
         _change_template(tokenizer, partial(_before, MERGE_SYSTEM))
 
 
@@ -187,19 +192,27 @@ def _change_template(tokenizer: PreTrainedTokenizerFast, change: Callable[[str],
     tokenizer.chat_template = changed
 
 
-def _freeze_clock(template: str, day: datetime.date | None) -> str:
-    """The template with its calls of `strftime_now` replaced by what they give on `day` (null: left to the clock)."""
-    if day is None:
-        return template
-    return CLOCK.sub(lambda call: json.dumps(day.strftime(call["format"])), template)
+def _settle(template: str, day: datetime.date | None) -> str:
+    """The template as every server renders it: with its calls of `strftime_now` replaced by what they give on `day`, no
+    date that a server may name (null: both left to the clock), and no text that becomes HTML."""
+
+    def change(found: re.Match[str]) -> str:
+        word = found.group()
+        if word.startswith("|"):
+            return ""
+        return word if day is None or word[0] in "'\"" else f"fixed_{word}"
+
+    template = _TAG.sub(lambda tag: _CHANGED.sub(change, tag.group()), template)
+    return template if day is None else CLOCK.sub(lambda call: json.dumps(day.strftime(call["format"])), template)
 
 
-def _refuses_system(tokenizer: PreTrainedTokenizerFast) -> bool:
+def _loses_system(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the template refuses a system message, or leaves it out."""
     try:
-        render(tokenizer, [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}])
+        text = render(tokenizer, [{"role": "system", "content": WORD}, {"role": "user", "content": "q"}])
     except DataError:  # if it refuses more than that, its words come when a conversation is rendered
         return True
-    return False
+    return WORD not in text.lower()
 
 
 def _load_template(tokenizer: PreTrainedTokenizerFast, name: str) -> str:
@@ -217,12 +230,12 @@ def _load_template(tokenizer: PreTrainedTokenizerFast, name: str) -> str:
     return BUILT_IN[name].replace("{{ BOS }}", "{{ bos_token }}" if adds_bos(tokenizer) else "")
 
 
-def _with_options(template: str, chat: ChatSettings) -> str:
-    head = "".join(
+def _options(chat: ChatSettings) -> str:
+    """The recipe's values of a template's variables, for its head."""
+    return "".join(
         f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
         for name, value in sorted(chat.template_options.items())
     )
-    return _before(head, template)
 
 
 def _before(head: str, template: str) -> str:

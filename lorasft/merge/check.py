@@ -25,8 +25,7 @@ from lorasft.artifact import Artifact, find_artifact
 from lorasft.data.prepare import open_prepared
 from lorasft.data.tokens import UNSUPERVISED, Tokens, all_supervised
 from lorasft.errors import DataError, ModelError
-from lorasft.model.adapter import base_bytes, load_artifact, read_tokenizer
-from lorasft.model.free_memory import free_memory
+from lorasft.model.adapter import load_artifact, read_tokenizer
 from lorasft.model.scoring import read_answers
 from lorasft.recipe import DataSettings, DataSource
 
@@ -174,5 +173,4 @@ def _find_rows(artifact: Artifact, data: DataSource | None) -> tuple[Sequence[To
 def _load(artifact: Artifact) -> Any:
     """The model on the device, or streamed from its files where it does not fit."""
     gc.collect()
-    device = PartialState().device
-    return load_artifact(artifact, device, streamed=base_bytes(artifact.model, device) > 0.8 * free_memory(device))
+    return load_artifact(artifact, PartialState().device, streamed="auto")

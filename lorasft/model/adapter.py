@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -81,13 +81,15 @@ def read_tokenizer(artifact: Artifact) -> Any:
     return load_tokenizer(artifact.model.base, artifact.model.revision)
 
 
-def load_artifact(artifact: Artifact, device: torch.device, *, streamed: bool = False) -> Any:
+def load_artifact(artifact: Artifact, device: torch.device, *, streamed: bool | Literal["auto"] = False) -> Any:
     """The base, as a PEFT model when there is an adapter, in evaluation mode.
 
-    `streamed`: weights stay in their files and are read a layer at a time, whenever it is computed.
+    `streamed`: weights stay in their files and are read a layer at a time, whenever it is computed; `auto`: where they
+    do not fit. Raises CapacityError for others that do not.
     """
     artifact.refuse_quantized_start()
-    size, free = base_bytes(artifact.model, device), free_memory(device)
+    size, free = _base_bytes(artifact.model, device), free_memory(device)
+    streamed = size > 0.8 * free if streamed == "auto" else streamed
     if size > free and not streamed:
         hint = "--quantization nf4" if "init_lora_weights" not in artifact.adapter_config else "free memory"
         what = f"the base takes {size / 1e9:.1f} GB when it is not in 4 bit, and {free / 1e9:.1f} GB are free"
@@ -97,7 +99,7 @@ def load_artifact(artifact: Artifact, device: torch.device, *, streamed: bool = 
     return (load_adapter(base, artifact) if artifact.adapter else base).eval()
 
 
-def base_bytes(settings: ModelSettings, device: torch.device) -> int:
+def _base_bytes(settings: ModelSettings, device: torch.device) -> int:
     """What the weights of a base take on `device` in 16 or 32 bits; 0 for one in 4 bit."""
     config = read_config(settings.base, settings.revision)
     if settings.quantization == "nf4" or hasattr(config, "quantization_config"):

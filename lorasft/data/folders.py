@@ -1,0 +1,126 @@
+"""Which files a source's path names. Of a folder, or of what a pattern matches, those of one split: as the README of a
+snapshot of the hub says, else by whole words in the names of files, and of folders below the given one."""
+
+from __future__ import annotations
+
+import glob
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorasft.errors import DataError, LorasftError
+from lorasft.hub import is_hub_id
+from lorasft.recipe.yaml_reader import parse_yaml
+
+if TYPE_CHECKING:
+    from lorasft.recipe import DataSource
+
+KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
+COMPRESSED = (".gz", ".zst", ".bz2")
+ABOUT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # none are in them
+SPLITS = {  # the words that `datasets` looks for
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+HELD_OUT = ("validation", "test")  # the one that is taken first
+DEEPEST = 3  # folders below the given one: config/train/0000.parquet
+
+Files = tuple[Path, ...]
+
+
+def find_files(source: DataSource) -> tuple[Files, Files]:
+    """The files of a source, sorted, and those beside them that are of other splits; none of a hub id. Raises DataError
+    where there are none, or where names do not say which are meant."""
+    here = Path(source.path)
+    if here.is_dir() and (found := _from_readme(here, source.config) or _by_names(here)):
+        return _choose(source, found)
+    some = [here] if here.is_file() else map(Path, glob.glob(source.path, recursive=True))  # noqa: PTH207
+    base = Path(re.split(r"[^/]*[*?[]", source.path)[0])
+    matched = {file: split_of(file.relative_to(base)) for file in some if file.is_file()}
+    if "train" in matched.values() and not set(HELD_OUT).isdisjoint(matched.values()):
+        return _choose(source, matched)
+    named = is_hub_id(source.path) or re.fullmatch(r"\w[\w.-]*", source.path)
+    is_id = named and not here.is_dir() and kind_of(here) not in KINDS
+    if not matched and not is_id:
+        what = f"there is no such file, or no {', '.join(KINDS)} in this folder"
+        raise DataError(what, where=source.path, hint=f"the folder that was looked in: {here.absolute().parent}")
+    return tuple(sorted(matched)), ()
+
+
+def held_out_source(source: DataSource) -> DataSource:
+    """The source as evaluation reads it: of several files those that are held out, unless it names a split."""
+    is_one = not Path(source.path).is_dir() and not glob.has_magic(source.path)
+    return source if is_one or source.split != "train" else source.model_copy(update={"split": HELD_OUT[0]})
+
+
+def kind_of(path: Path) -> str:
+    """The suffix that says what is in a file, without that of its compression."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    return "".join([suffix for suffix in suffixes if suffix not in COMPRESSED][-1:])
+
+
+def split_of(path: Path) -> str:
+    """The split that the name of a file gives, or else that of a folder above it; empty where none or two are named."""
+    for name in reversed(path.parts):
+        if named := {SPLITS[word] for word in re.findall(r"[^\W\d_]+", name.lower()) if word in SPLITS}:
+            return named.pop() if len(named) == 1 else ""
+    return ""
+
+
+def _by_names(folder: Path) -> dict[Path, str]:
+    """The files in a folder, or else in those below it, each with the split that names give it."""
+    for depth in range(DEEPEST + 1):
+        files = {file for file in folder.glob("*/" * depth + "*") if kind_of(file) in KINDS and file.is_file()}
+        found = {
+            file: split_of(file.relative_to(folder))
+            for file in files
+            if file.name not in ABOUT_ROWS
+            and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+            and not (file.suffix in COMPRESSED and file.with_suffix("") in files)
+        }
+        if found and (depth == 0 or any(found.values()) or len({file.parent for file in found}) == 1):
+            return found
+    return {}
+
+
+def _from_readme(folder: Path, config: str | None) -> dict[Path, str]:
+    """The files that a snapshot's README gives for a configuration, each with its split; none where it gives none."""
+    try:
+        front = (folder / "README.md").read_text(encoding="utf-8-sig").split("---\n")[1]
+        listed = {str(one["config_name"]): one for one in parse_yaml(front, "README.md").value["configs"]}
+    except (OSError, ValueError, LookupError, TypeError, LorasftError):
+        listed = {}
+    default = [name for name, one in listed.items() if one.get("default") or name == "default" or len(listed) == 1]
+    name = config or next(iter(default), "")
+    if name not in listed and (listed or config):
+        what = f"configurations in its README: {', '.join(listed) or 'none'}"
+        hint = f"{{path: {folder}, config: {next(iter(listed), 'null')}}}"
+        raise DataError(what, where=str(folder), hint=hint)
+    from datasets.data_files import sanitize_patterns
+
+    by_split = sanitize_patterns(listed[name]["data_files"]) if "data_files" in listed.get(name, ()) else {}
+    patterns = [(split, pattern) for split, some in by_split.items() for pattern in some if ".." not in pattern]
+    return {file: split for split, pattern in patterns for file in folder.glob(pattern) if kind_of(file) in KINDS}
+
+
+def _choose(source: DataSource, found: dict[Path, str]) -> tuple[Files, Files]:
+    """The files of the source's split, or those without one, and the rest. `found`: the split of each."""
+    groups: dict[str, list[Path]] = {}
+    for file, split in sorted(found.items()):
+        groups.setdefault(split if source.split in found.values() else split_of(Path(split)), []).append(file)
+    plain = groups.get("", []) if source.split in ("train", HELD_OUT[0]) else []
+    wanted = HELD_OUT if source.split == HELD_OUT[0] else (source.split,)
+    chosen = next((groups[split] for split in wanted if split in groups), [])
+    if plain and "train" in groups and (source.split == "train" or not chosen):
+        what = f"{groups['train'][0].name} has a split in its name, {plain[0].name} has none: which are meant?"
+        raise DataError(what, where=source.path, hint=f"name the files themselves: {groups['train'][0]}")
+    chosen = chosen or plain
+    names = sorted({found[file] for file in chosen} or set(found.values()))
+    if len(names) > 1 or not chosen:
+        what = (
+            f"no split {source.split} in this folder, but {', '.join(filter(None, names)) or 'files without a split'}"
+        )
+        hint = f"name the files themselves, as {min(chosen or found)}, or {{path: {source.path}, split: {names[-1]}}}"
+        raise DataError(what, where=source.path, hint=hint)
+    return tuple(chosen), tuple(sorted(found.keys() - set(chosen)))
