@@ -33,7 +33,7 @@ _CODE = {"auto_map", "trust_remote_code", "tokenizer_kwargs", "model_kwargs"}  #
 _IDLE = (
     "task_type peft_version inference_mode auto_mapping megatron_config megatron_core runtime_config loftq_config "
     "eva_config corda_config lora_ga_config velora_config qalora_group_size init_lora_weights target_modules "
-    "exclude_modules layers_to_transform layers_pattern"
+    "exclude_modules layers_to_transform layers_pattern merge_weights"
 )
 # Starts that took a part out of the base, as config's init_lora_weights begins.
 _STARTS = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "lora_ga": "LoRA-GA", "loftq": "LoftQ"}

@@ -17,7 +17,7 @@ from lorasft.adapter_files import CONFIG, list_adapted, open_adapter, read_adapt
 from lorasft.errors import ModelError, UnsafeError
 from lorasft.files import MANIFEST, verify_folder
 from lorasft.hub import find_hub, is_hub_id, refuse_offline
-from lorasft.recipe import ChatSettings, ModelSettings, Recipe
+from lorasft.recipe import ChatSettings, DataSettings, ModelSettings, Recipe
 from lorasft.recipe.load import load_recipe
 from lorasft.tensors import fingerprint
 
@@ -49,12 +49,8 @@ class Artifact:
     adapter: Path | None = None  # the folder
     adapter_config: Mapping[str, Any] = field(default_factory=dict)  # checked; PEFT's fields
     recipe: Recipe | None = None  # of the run that the adapter came from
-
-    @property
-    def chat(self) -> ChatSettings:
-        """How prompts are made: the template was saved with the adapter; the system message and the date are left."""
-        chat = self.recipe.chat if self.recipe else ChatSettings()
-        return ChatSettings(system=chat.system, template_date=chat.template_date)
+    chat: ChatSettings = field(default_factory=ChatSettings)  # how prompts are made; the template came with the adapter
+    data: DataSettings | None = None  # how rows are read
 
     @property
     def run(self) -> Path | None:
@@ -172,10 +168,15 @@ def find_artifact(name: str, *, base: str | None = None) -> Artifact:
             raise UnsafeError(f"the adapter names {named} as its base", where=str(folder / CONFIG), hint="--base MODEL")
     where = {"base": own, "revision": config.get("revision")}
     model = trained.model_copy(update={"base": base, "revision": None} if base else where)
-    found = Artifact(name, model, folder, config, recipe)
-    if recipe or _tells_of_4_bit(found, own):
-        return found
-    return replace(found, model=model.model_copy(update={"quantization": "none"}))
+    if recipe:
+        chat = ChatSettings(system=recipe.chat.system, template_date=recipe.chat.template_date)
+        return Artifact(name, model, folder, config, recipe, chat, recipe.data)
+    found = Artifact(name, model, folder, config)
+    return (
+        found
+        if _tells_of_4_bit(found, own)
+        else replace(found, model=model.model_copy(update={"quantization": "none"}))
+    )
 
 
 def _tells_of_4_bit(artifact: Artifact, own_base: str) -> bool:
@@ -197,7 +198,7 @@ def refuse_quantized(scheme: Mapping[str, Any], where: str) -> None:
 
 
 def read_stops(folder: Path) -> list[int]:
-    """The tokens that end generation, by the generation config in `folder`, where there is one."""
-    path = folder / GENERATION_CONFIG
-    stops = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
+    """The tokens that end generation, by the generation config in `folder`, or by the model's where there is none."""
+    paths = [path for path in (folder / GENERATION_CONFIG, folder / "config.json") if path.is_file()]
+    stops = json.loads(paths[0].read_bytes()).get("eos_token_id") if paths else None
     return stops if isinstance(stops, list) else [] if stops is None else [stops]

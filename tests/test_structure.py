@@ -117,6 +117,8 @@ WRITERS = {
     "data/store.py": {"open"},  # the flat files of a store, in the stage of prepare
     "commands/export.py": {"TemporaryDirectory"},
     "merge/merge.py": {"copyfile", "rmtree", "save_pretrained"},  # in the stage of the merge
+    "merge/sidecars.py": {"copyfile", "save_pretrained"},  # there, too
+    "model/tokenizer_files.py": {"TemporaryDirectory", "mkdir", "symlink_to"},  # links to the files of one tokenizer
     "signals.py": {"write"},  # to stderr, from a signal's handler
     "model/base.py": {"TemporaryDirectory"},
     "model/scoring.py": {"TemporaryDirectory"},  # the store of the rows that it scores

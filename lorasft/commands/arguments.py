@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, ArgumentTypeError
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorasft.artifact import Artifact
 
 
 def add_recipe(parser: ArgumentParser) -> None:
@@ -14,11 +19,43 @@ def add_recipe(parser: ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="as train.epochs=3")
 
 
-def add_saved(parser: ArgumentParser, kinds: str = "RUN|ADAPTER|MODEL") -> None:
-    """A path of one of `kinds` as `saved`, and where the base of an adapter is, as `base`."""
+SAVED = ("saved", "base", "given", "overrides")  # what `add_saved` gives and `open_saved` takes
+_OPTIONS = {  # the key of a recipe that each sets, and what it is for
+    "--quantization": ("model.quantization", "nf4 or none: how the base is loaded (default: as in training)"),
+    "--dtype": ("model.dtype", "auto, bfloat16, float16 or float32: what is computed in"),
+    "--on-bad-row": ("data.on_bad_row", "error or drop: rows of --data that cannot be read"),
+    "--system": ("chat.system", "for conversations without a system message (default: as in training)"),
+}
+
+
+def add_saved(parser: ArgumentParser, kinds: str = "RUN|ADAPTER|MODEL", *, options: Sequence[str] = ()) -> None:
+    """A path of one of `kinds`, where the base of an adapter is, and keys that are set otherwise than in training: some
+    by `options` beside those for the base, all as `section.key=value`."""
     about = f"a folder of one of these kinds{'; of a model, also its hub id' * ('MODEL' in kinds)}"
     parser.add_argument("saved", metavar=kinds, help=about)
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="of model, data or chat")
     parser.add_argument("--base", metavar="MODEL", help="the adapter's base, if it is not where it was trained")
+    for name in ("--quantization", "--dtype", *options):
+        key, about = _OPTIONS[name]
+        write = partial(_write_override, key)
+        parser.add_argument(name, action="append", dest="given", default=[], metavar="X", type=write, help=about)
+
+
+def _write_override(key: str, text: str) -> str:
+    return f"{key}={json.dumps(text)}"
+
+
+def open_saved(saved: str, base: str | None, given: Sequence[str], overrides: Sequence[str]) -> Artifact:
+    """What `saved` names, with `section.key=value` overrides. Raises what find_artifact and load_recipe do."""
+    from lorasft.artifact import find_artifact
+    from lorasft.recipe import DataSettings, DataSource, Recipe
+    from lorasft.recipe.load import change_recipe
+
+    found = find_artifact(saved, base=base)
+    data = found.data or DataSettings(train=(DataSource(path=saved),))
+    recipe = Recipe(model=found.model, data=data, chat=found.chat)
+    changed = change_recipe(recipe, [*given, *overrides], sections=("model", "data", "chat"))
+    return replace(found, model=changed.model, data=changed.data, chat=changed.chat)
 
 
 def add_columns(parser: ArgumentParser) -> None:

@@ -7,13 +7,13 @@ from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterator
 from typing import Any
 
-from lorasft.commands.arguments import add_saved, whole_number
+from lorasft.commands.arguments import add_saved, open_saved, whole_number
 from lorasft.terminal import harmless, say
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """What `lorasft chat` takes."""
-    add_saved(parser)
+    add_saved(parser, options=["--system"])
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and stop")
     parser.add_argument("--max-new-tokens", type=whole_number, default=512, metavar="N", help="default: 512")
     parser.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default): the likeliest")
@@ -25,16 +25,16 @@ def _temperature(text: str) -> float:
     return float(text)
 
 
-def run(saved: str, base: str | None, prompt: str | None, max_new_tokens: int, temperature: float) -> None:
+def run(prompt: str | None, max_new_tokens: int, temperature: float, **saved: Any) -> None:
     """Answer `prompt`, or what is typed line by line. Answers stream to stdout."""
     from accelerate import PartialState
 
-    from lorasft.artifact import find_artifact
     from lorasft.data.chat_format import ChatFormat
-    from lorasft.model.adapter import load_artifact, read_tokenizer
+    from lorasft.model.adapter import load_artifact
     from lorasft.model.generate import generate
+    from lorasft.model.tokenizer_files import read_tokenizer
 
-    found = find_artifact(saved, base=base)
+    found = open_saved(**saved)
     tokenizer = read_tokenizer(found)
     model = load_artifact(found, PartialState().device)
     chat_format = ChatFormat(tokenizer, found.chat)

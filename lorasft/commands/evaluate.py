@@ -5,38 +5,39 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser
 from pathlib import Path
+from typing import Any
 
-from lorasft.commands.arguments import add_columns, add_json, add_saved, show
+from lorasft.commands.arguments import add_columns, add_json, add_saved, open_saved, show
 from lorasft.terminal import say
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """What `lorasft evaluate` takes."""
-    add_saved(parser)
+    add_saved(parser, options=["--on-bad-row", "--system"])
     parser.add_argument("--data", required=True, metavar="FILE", help="rows of any shape that a recipe takes")
     add_columns(parser)
     parser.add_argument("--per-example", metavar="OUT", help="write one JSON object for each answer to OUT")
     add_json(parser, "the totals")
 
 
-def run(saved: str, base: str | None, data: str, columns: str | None, per_example: str | None, as_json: bool) -> None:
+def run(data: str, columns: str | None, per_example: str | None, as_json: bool, **saved: Any) -> None:
     """Score the answers in `data`; totals on stdout, one JSON object for each answer to `per_example`."""
     from accelerate import PartialState
 
-    from lorasft.artifact import find_artifact
     from lorasft.files import make_folder, refuse_existing, write_file
-    from lorasft.model.adapter import load_artifact, read_tokenizer
+    from lorasft.model.adapter import load_artifact
     from lorasft.model.scoring import read_answers, score_answers, summarize
     from lorasft.model.selfcheck import verify
+    from lorasft.model.tokenizer_files import read_tokenizer
     from lorasft.recipe import DataSettings
     from lorasft.recipe.load import read_source
 
     if per_example:
         refuse_existing(Path(per_example))
         make_folder(Path(per_example).absolute().parent)
-    found = find_artifact(saved, base=base)
+    found = open_saved(**saved)
     source = read_source(data, columns)
-    settings = found.recipe.data if found.recipe else DataSettings(train=(source,))
+    settings = found.data or DataSettings(train=(source,))
     tokenizer = read_tokenizer(found)
     model = load_artifact(found, PartialState().device)
     network = verify(model.get_base_model() if found.adapter else model)

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorasft.commands.arguments import add_columns, add_json, add_saved, show
+from lorasft.commands.arguments import SAVED, add_columns, add_json, add_saved, open_saved, show
 from lorasft.terminal import ByteProgress, say
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """What `lorasft merge` takes."""
-    add_saved(parser, "RUN|ADAPTER")
+    add_saved(parser, "RUN|ADAPTER", options=["--on-bad-row"])
     parser.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet")
     parser.add_argument(
         "--onto",
@@ -30,17 +30,15 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_json(parser, "what was done")
 
 
-def run(
-    saved: str, base: str | None, out: str, data: str | None, columns: str | None, as_json: bool, **options: Any
-) -> None:
-    """Merge `saved` into the new folder `out`; what was done on stdout. `options`: those of `merge`, as they are."""
-    from lorasft.artifact import find_artifact
+def run(out: str, data: str | None, columns: str | None, as_json: bool, **options: Any) -> None:
+    """Merge into the new folder `out`; what was done on stdout. `options`: what names an artifact, and those of `merge`
+    as they are."""
     from lorasft.files import refuse_existing
     from lorasft.merge.merge import merge
     from lorasft.recipe.load import read_source
 
     refuse_existing(Path(out))
-    artifact = find_artifact(saved, base=base)
+    artifact = open_saved(**{name: options.pop(name) for name in SAVED})
     artifact.require_adapter()
     if options["check"]:
         say("asking what was trained, to compare the merge with it (--no-check leaves this out)")

@@ -55,6 +55,11 @@ MERGE_SYSTEM = (
     "{% set messages = [{'role': 'user', 'content': messages[0].content + '\\n\\n' + messages[1].content}]"
     " + messages[2:] %}{% endif %}"
 )
+# Put before a template, with a text for SYSTEM: what is put before a conversation that has no system message.
+DEFAULT_SYSTEM = (
+    "{% if messages and not messages | selectattr('role', 'equalto', 'system') | list %}"
+    "{% set messages = [{'role': 'system', 'content': SYSTEM}] + messages %}{% endif %}"
+)
 CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
 _TAG = re.compile(r"{[{%].*?[%}]}", re.DOTALL)
 # In a tag, outside of strings: a filter that has the texts beside it escaped as HTML, and what llama.cpp gives a date.
@@ -78,6 +83,13 @@ def set_template(tokenizer: PreTrainedTokenizerFast, chat: ChatSettings) -> None
     _change_template(tokenizer, lambda text: _before(settle(_options(chat)), settle(text)))
     if chosen != "none" and _loses_system(tokenizer):
         _change_template(tokenizer, partial(_before, MERGE_SYSTEM))
+
+
+def set_default_system(tokenizer: PreTrainedTokenizerFast, chat: ChatSettings) -> None:
+    """Give the tokenizer the template of the recipe, and that the recipe's system message: servers know no recipe."""
+    set_template(tokenizer, chat)
+    if chat.system is not None:
+        _change_template(tokenizer, partial(_before, DEFAULT_SYSTEM.replace("SYSTEM", _literal(chat.system))))
 
 
 def render(

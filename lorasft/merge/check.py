@@ -25,8 +25,10 @@ from lorasft.artifact import Artifact, find_artifact
 from lorasft.data.prepare import open_prepared
 from lorasft.data.tokens import UNSUPERVISED, Tokens, all_supervised
 from lorasft.errors import DataError, ModelError
-from lorasft.model.adapter import load_artifact, read_tokenizer
+from lorasft.merge.sidecars import compare_prompts
+from lorasft.model.adapter import load_artifact
 from lorasft.model.scoring import read_answers
+from lorasft.model.tokenizer_files import read_tokenizer
 from lorasft.recipe import DataSettings, DataSource
 
 Onto = Literal["original", "dequantized"]  # the weights that an update is added to
@@ -92,7 +94,9 @@ class MergeCheck:
         return "dequantized", f"the original is {kl:.1e} nats a token away from what was trained"
 
     def verify(self, merged: Path, onto: Onto) -> None:
-        """Ask the merged weights. Raises ModelError when they differ from base and adapter by more than rounding."""
+        """Ask the merged weights. Raises ModelError when they differ from base and adapter by more than rounding, or
+        their folder would ask or stop otherwise."""
+        compare_prompts(self.artifact, merged, self.rows)
         wanted = self.original if onto == "original" else self.trained
         off, moved = mean_kl(wanted, self.ask(merged, "merged")), self.table["without the adapter"]["kl"]
         if not off <= max(moved, _ROUNDING):
@@ -154,7 +158,7 @@ def mean_kl(a: Tensor, b: Tensor) -> float:
 def _find_rows(artifact: Artifact, data: DataSource | None) -> tuple[Sequence[Tokens], str]:
     """Rows to compare answers on, and where they come from."""
     if data is not None:
-        settings = artifact.recipe.data if artifact.recipe else DataSettings(train=(data,))
+        settings = artifact.data or DataSettings(train=(data,))
         answers, _ = read_answers(data, settings, artifact.chat, tokenizer=read_tokenizer(artifact))
         return [
             Tokens(answer.ids, np.where(np.arange(len(answer.ids)) < answer.start, UNSUPERVISED, answer.ids))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,17 +11,16 @@ import torch
 
 from lorasft import __version__, files
 from lorasft.adapter_files import WEIGHTS
-from lorasft.artifact import GENERATION_CONFIG, MERGE_RECORD, Artifact
+from lorasft.artifact import MERGE_RECORD, Artifact
 from lorasft.errors import ModelError
+from lorasft.merge.sidecars import write_sidecars
 from lorasft.merge.write import MergePlan, Progress, plan_merge, rewrite_config, write_weights
+from lorasft.model.tokenizer_files import list_sidecars
 from lorasft.recipe import DataSource
-from lorasft.tensors import INDEX, SINGLE, fingerprint
+from lorasft.tensors import INDEX, fingerprint
 
 if TYPE_CHECKING:
     from lorasft.merge.check import MergeCheck, Onto
-
-TEMPLATE = "chat_template.jinja"
-_SIDECARS = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 
 
 def merge(
@@ -99,7 +97,7 @@ def _write_full(
     if unchanged == len(plan.changes):
         what = "no weight changed: the adapter is empty, or too small for the base's dtype"
         raise ModelError(what, where=str(artifact.adapter))
-    _write_sidecars(folder, artifact, rewrite_config(plan, artifact.base_config))
+    write_sidecars(folder, artifact, rewrite_config(plan, artifact.base_config))
     return hashes, unchanged
 
 
@@ -121,6 +119,8 @@ def _write_record(stage: Path, artifact: Artifact, done: dict[str, Any]) -> dict
         f"Base: commit {origin['commit'] or 'unknown'}, fingerprint `{origin['fingerprint']}`.\n\n"
         f"The update was added to the {done['onto']} weights: {done['why']}.\n"
     )
+    if artifact.chat.system is not None:
+        card += "\nThe chat template puts the system message of training before conversations without one.\n"
     files.write_file(stage / MERGE_RECORD, json.dumps(record, indent=1).encode())
     files.write_file(stage / "README.md", card.encode())
     return record
@@ -141,15 +141,19 @@ def _find_quantized(artifact: Artifact, plan: MergePlan) -> dict[str, torch.dtyp
 
 def _quantize(weights: Path, stage: Path) -> dict[str, str]:
     """Turn the full weights into a 4-bit checkpoint in `stage`, with all that lies beside them. Returns its hashes."""
+    from transformers import GenerationConfig
+
     from lorasft.model.base import load_base, quiet_progress
     from lorasft.recipe import ModelSettings
 
     model = load_base(ModelSettings(base=str(weights)), torch.device("cpu"))
-    for path in _list_sidecars(weights):
-        if path.name != INDEX:
-            shutil.copyfile(path, stage / path.name)
+    model.generation_config = GenerationConfig.from_model_config(model.config)  # saving refuses what some bases have
     with quiet_progress():
         model.save_pretrained(stage)
+    for name, path in list_sidecars(weights).items():
+        if name not in (INDEX, "config.json"):
+            files.make_folder((stage / name).parent)
+            shutil.copyfile(path, stage / name)
     for path in stage.glob("*.safetensors"):  # safetensors lets nobody else read them
         shutil.copymode(stage / "config.json", path)
     shutil.rmtree(weights)
@@ -162,20 +166,3 @@ def _choose(onto: Onto | Literal["auto"], judge: MergeCheck | None, *, quantize:
     if quantize:  # measured: of an update to weights that are on the grid already, most snaps back to it
         return "original", "weights that come from NF4 would fall back onto its steps"
     return judge.choose() if judge else ("original", "nothing was measured")
-
-
-def _write_sidecars(folder: Path, artifact: Artifact, rewritten: Mapping[str, Any]) -> None:
-    """Config and tokenizer as the base has them, unless `rewritten`; template and ends of generation of training."""
-    trained = [artifact.require_adapter() / name for name in (TEMPLATE, GENERATION_CONFIG)]
-    sources = {path.name: path for path in (*_list_sidecars(artifact.base), *filter(Path.is_file, trained))}
-    for name, path in sources.items():
-        if name in rewritten:
-            files.write_file(folder / name, json.dumps(rewritten[name], indent=2).encode())
-        else:
-            shutil.copyfile(path, folder / name)
-
-
-def _list_sidecars(base: Path) -> Iterator[Path]:
-    """What lies beside the weights, but for the records of an earlier merge, and an index that loading passes over."""
-    records = {MERGE_RECORD, files.MANIFEST} | ({INDEX} if (base / SINGLE).is_file() else set())
-    return (p for p in base.iterdir() if p.is_file() and p.suffix in _SIDECARS and p.name not in records)

@@ -20,7 +20,6 @@ from transformers.pytorch_utils import Conv1D
 
 from lorasft.adapter_files import CONFIG, WEIGHTS, list_adapted, read_adapter_weights, subtract_start
 from lorasft.artifact import Artifact
-from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import CapacityError, ModelError, RecipeError
 from lorasft.files import write_file
 from lorasft.model.base import compute_dtype, load_base, make_skeleton, read_config
@@ -72,13 +71,6 @@ def load_adapter(base: Any, artifact: Artifact, *, trainable: bool = False) -> A
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name or "modules_to_save" in name)
     return model
-
-
-def read_tokenizer(artifact: Artifact) -> Any:
-    """The tokenizer that was saved with the adapter, else the base's: another tool's adapter may have none."""
-    if artifact.adapter and (artifact.adapter / "tokenizer.json").is_file():
-        return load_tokenizer(str(artifact.adapter))
-    return load_tokenizer(artifact.model.base, artifact.model.revision)
 
 
 def load_artifact(artifact: Artifact, device: torch.device, *, streamed: bool | Literal["auto"] = False) -> Any:
@@ -173,7 +165,7 @@ def give_weights(model: Any, weights: dict[str, Tensor], *, where: str) -> None:
             what = (
                 f"it does not fit the base: {name} is {given.get(name, 'missing')} and not {known.get(name, 'known')}"
             )
-            raise ModelError(what, where=where, hint="use the base that it was trained on")
+            raise ModelError(what, where=where, hint="use the base that it was trained on, or merge with --no-check")
     if any(tensor.is_meta for tensor in own.values()):  # PEFT made A and B without numbers, as the base is streamed
         named = {name.replace(".weight", ".default.weight"): tensor.float() for name, tensor in weights.items()}
         model.load_state_dict(named, strict=False, assign=True)
@@ -236,7 +228,7 @@ def _peft_errors(where: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
-        hint = "use the base that it was trained on; for a new one adapter.targets=all-linear, or names of linears"
+        hint = "use the base that it was trained on, or merge with --no-check; for a new one other adapter.targets"
         raise ModelError(f"PEFT cannot make this adapter: {error}", where=where, hint=hint) from None
 
 

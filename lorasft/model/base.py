@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -14,20 +15,21 @@ import bitsandbytes as bnb
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import cached_file
 
 from lorasft.adapter_files import read_adapter_config
-from lorasft.artifact import refuse_quantized
-from lorasft.errors import CapacityError, DeviceError, LorasftError, ModelError, UnsafeError
+from lorasft.artifact import GENERATION_CONFIG, refuse_quantized
+from lorasft.errors import CapacityError, LorasftError, ModelError, UnsafeError
 from lorasft.hub import find_hub, is_hub_id, refuse_offline
 from lorasft.model.attention import default_attention
 from lorasft.model.cache import Keep, find_place, keep_base, read_kept
 from lorasft.model.free_memory import out_of_memory
 from lorasft.recipe import ModelSettings
 from lorasft.tensors import find_weights, open_tensors
+from lorasft.terminal import say
 
 # Above this share of the linear weights left in 16 bits, a "4-bit" model is one in name only (fused experts).
 _MOST_UNQUANTIZED = 0.15
@@ -38,13 +40,15 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
 
     `streamed`: its weights stay in their files and are read layer by layer, whenever they are computed; not in 4 bit.
     `keep`: what is quantized is kept for the next start, and taken from there where an earlier one kept it.
-    Raises ModelError for files that are no causal language model, UnsafeError where remote code would be needed,
-    DeviceError where the device lacks the dtype.
+    Raises ModelError for files that are no causal language model, UnsafeError where remote code would be needed.
     """
     config = read_config(settings.base, settings.revision)
     check_files(settings.base)
     scheme = nf4_scheme(compute_dtype(settings.dtype, device))
     quantize = settings.quantization == "nf4" and not hasattr(config, "quantization_config")
+    stored = getattr(config, "quantization_config", None)
+    if stored:
+        _set_compute_dtype(stored, scheme)
 
     def read(source: str, config: Any = config, **how: Any) -> Any:
         # Only weights that are no safetensors would be written to the scratch folder: there are none.
@@ -75,15 +79,39 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
         packed = copy.deepcopy(config)
         packed.quantization_config = scheme.to_dict()
         kept = read_kept(place, partial(read, config=packed))
-    how = {"quantization_config": scheme} if quantize else {}  # None would hide the config's own
+    how: dict[str, Any] = {"quantization_config": scheme} if quantize else {}  # None would hide the config's own
+    if generation := _repair_generation(settings):
+        how["generation_config"] = generation
     model = read(settings.base, revision=settings.revision, **how) if kept is None else kept
     model.name_or_path = model.config._name_or_path = settings.base
+    for parameter in (
+        model.parameters() if stored else ()
+    ):  # transformers leaves those that are not in 4 bit as they are
+        if parameter.dtype in (torch.float16, torch.bfloat16) and not isinstance(parameter, bnb.nn.Params4bit):
+            parameter.data = parameter.data.to(scheme.bnb_4bit_compute_dtype)
     patch_linear4bit(model, device, settings.base)
     model.requires_grad_(False)
     if place and kept is None:
         with quiet_progress():
             keep_base(model, place, base=folder, wanted=keep)
     return model
+
+
+def _set_compute_dtype(stored: dict[str, Any], scheme: BitsAndBytesConfig) -> None:
+    """Have a base that comes in 4 bit compute in the dtype of `scheme`, and say so where its config names another."""
+    key, told = "bnb_4bit_compute_dtype", scheme.to_dict()["bnb_4bit_compute_dtype"]
+    if stored.get(key) != told:
+        say(f"computing in {told} (model.dtype, --dtype), not in {stored.get(key)}, which the base's config names")
+    stored[key] = told
+
+
+def _repair_generation(settings: ModelSettings) -> GenerationConfig | None:
+    """The base's generation config without the one setting for whose sake transformers may refuse the whole model."""
+    quiet = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False)
+    with _loading_errors(settings.base):
+        path = cached_file(settings.base, GENERATION_CONFIG, revision=settings.revision, **quiet)
+        content = json.loads(Path(path).read_bytes()) if path else {}
+        return GenerationConfig.from_dict(content) if content.pop("num_return_sequences", None) else None
 
 
 def patch_linear4bit(model: nn.Module, device: torch.device, base: str) -> None:
@@ -168,13 +196,13 @@ def make_skeleton(config: Any, dtype: torch.dtype | None = None) -> Any:
 
 
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """The dtype of activations: bf16 where the device multiplies it natively, else fp32.
+    """The dtype of activations: `wanted`; for auto bf16 where the device multiplies it natively, else fp32.
 
     The capability is tested, not `is_bf16_supported()`, which also answers yes where bf16 is emulated.
     """
-    if wanted == "float16":
-        what = "training in float16 needs loss scaling, which lorasft does not do"
-        raise DeviceError(what, where="model.dtype", hint="use auto, bfloat16 or float32")
+    if wanted != "auto":
+        dtype: torch.dtype = getattr(torch, wanted)
+        return dtype
     native = False
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -182,7 +210,7 @@ def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
         able = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
         # ATen held to AVX2 (ATEN_CPU_CAPABILITY) still asks the CPU, and then fails in attention in bf16.
         native = able and torch.backends.cpu.get_cpu_capability() != "AVX2"
-    return torch.bfloat16 if wanted == "bfloat16" or (wanted == "auto" and native) else torch.float32
+    return torch.bfloat16 if native else torch.float32
 
 
 def count_bytes(model: nn.Module) -> dict[str, int]:

@@ -20,6 +20,7 @@ from lorasft.data.prepare import prepare, settings_for
 from lorasft.data.report import Report
 from lorasft.data.sources import RowLocation
 from lorasft.data.tokens import Tokens, all_supervised, supervised_runs
+from lorasft.errors import DivergedError
 from lorasft.model.loss import Network, pair_losses
 from lorasft.recipe import ChatSettings, DataSettings, DataSource
 from lorasft.terminal import say
@@ -128,11 +129,12 @@ def read_answers(
 def score_answers(network: Network, answers: Sequence[Answer]) -> list[dict[str, float]]:
     """The log-probabilities of every answer, natural, summed over tokens; the first token of all has no source.
 
-    x and [x, y] go through separate passes, so that log Pr(y|x) = log Pr([x,y]) - log Pr(x) is a real test.
+    x and [x, y] go through separate passes, so that log Pr(y|x) = log Pr([x,y]) - log Pr(x) is a real test. Raises
+    DivergedError for one that is not finite.
     """
     wholes = log_probabilities(network, [answer.ids for answer in answers], capacity=_CAPACITY)
     prompts = log_probabilities(network, [answer.ids[: answer.start] for answer in answers], capacity=_CAPACITY)
-    return [
+    scores = [
         {
             "log_prob_y_given_x": float(whole[answer.start - 1 :].sum()),
             "log_prob_x": float(prompt.sum()),
@@ -140,10 +142,16 @@ def score_answers(network: Network, answers: Sequence[Answer]) -> list[dict[str,
         }
         for answer, whole, prompt in zip(answers, wholes, prompts, strict=True)
     ]
+    for answer, score in zip(answers, scores, strict=True):
+        if not all(map(math.isfinite, score.values())):
+            what = f"the log-probabilities of an answer are not finite, in {network.causal.dtype}"
+            raise DivergedError(what, where=str(answer.place), hint="another --dtype; else the weights are broken")
+    return scores
 
 
 def summarize(answers: Sequence[Answer], scores: Sequence[dict[str, float]]) -> dict[str, float]:
     """The mean negative log-likelihood per token of the answers, in nats, its perplexity, and the counts."""
     tokens = sum(answer.length for answer in answers)
     loss = -sum(score["log_prob_y_given_x"] for score in scores) / tokens
-    return {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens, "answers": len(scores)}
+    perplexity = math.exp(min(loss, 700.0))  # beyond that fp64 ends
+    return {"loss": loss, "perplexity": perplexity, "tokens": tokens, "answers": len(scores)}

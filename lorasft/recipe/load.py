@@ -96,14 +96,29 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply_override(override, document)
     _complete(document, path.stem)
+    recipe = _validate(document)
+    _check_together(recipe, document)
+    return recipe
+
+
+def change_recipe(recipe: Recipe, overrides: Sequence[str], *, sections: Sequence[str]) -> Recipe:
+    """`recipe` with `section.key=value` overrides of some `sections`. Raises what `load_recipe` does."""
+    document = Document(recipe.model_dump(mode="json"), {(): "command line"})
+    for override in overrides:
+        if override.partition(".")[0] not in sections:
+            hint = f"what can be set here: keys of {', '.join(sections)}"
+            raise RecipeError(f"{shorten(override)} has no effect here", where="command line", hint=hint)
+        _apply_override(override, document)
+    return _validate(document)
+
+
+def _validate(document: Document) -> Recipe:
     try:
         # As JSON: strict Python validation would refuse lists for tuples.
-        recipe = Recipe.model_validate_json(json.dumps(document.value))
+        return Recipe.model_validate_json(json.dumps(document.value))
     except ValidationError as error:
         errors = sorted(_explain(error, document), key=lambda error: -error.exit_code)  # what is unsafe decides
         raise errors[0] if len(errors) == 1 else ErrorGroup(errors, most=_MOST_ERRORS) from None
-    _check_together(recipe, document)
-    return recipe
 
 
 def read_source(path: str, columns: str | None) -> DataSource:

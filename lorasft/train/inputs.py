@@ -12,9 +12,9 @@ from lorasft.artifact import find_artifact
 from lorasft.data.packing import Plan, count_steps
 from lorasft.data.prepare import prepare
 from lorasft.data.tokenizer import load_tokenizer
-from lorasft.errors import ModelError, RecipeError
+from lorasft.errors import DeviceError, ModelError, RecipeError
 from lorasft.model.adapter import check_targets
-from lorasft.model.base import check_mostly_quantized, compute_dtype, make_skeleton, read_config
+from lorasft.model.base import check_mostly_quantized, make_skeleton, read_config
 from lorasft.recipe import Recipe
 from lorasft.terminal import say
 from lorasft.train.metrics import check_trackers
@@ -64,7 +64,9 @@ def read_checked_config(recipe: Recipe) -> Any:
     if recipe.adapter.start and decided:
         what = f"adapter.{decided[0]} has no effect with adapter.start, whose own config decides"
         raise RecipeError(what, where=f"adapter.{decided[0]}", hint="leave one of the two out")
-    compute_dtype(recipe.model.dtype, PartialState().device)
+    if recipe.model.dtype == "float16":
+        what = "training in float16 needs loss scaling, which lorasft does not do"
+        raise DeviceError(what, where="model.dtype", hint="use auto, bfloat16 or float32")
     if recipe.model.quantization == "nf4" and not hasattr(config, "quantization_config"):
         check_mostly_quantized(skeleton)
     check_trackers(recipe.run.trackers)

@@ -23,7 +23,9 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from lorasft.artifact import GENERATION_CONFIG
 from lorasft.data.packing import Step
+from lorasft.data.templates import set_default_system
 from lorasft.data.untrained import refuse_untrained
 from lorasft.errors import DivergedError
 from lorasft.files import replace_file, staged_folder, verify_folder, write_file
@@ -171,11 +173,13 @@ def export_adapter(run: Run, state: State) -> Path:
     if not target.exists():
         with staged_folder(target) as stage:
             write_adapter(run.model, stage, base=run.recipe.model)
+            set_default_system(run.inputs.tokenizer, run.recipe.chat)
             run.inputs.tokenizer.save_pretrained(stage)
             generation = copy.deepcopy(run.network.causal.generation_config)
             if stops := missing_stops(run):
                 generation.eos_token_id = [*stops, *own_stops(run.network.causal)]
-            generation.save_pretrained(stage)
+            # Not by its own method, which refuses settings that published bases have.
+            write_file(stage / GENERATION_CONFIG, generation.to_json_string().encode())
             # Whoever copies the adapter elsewhere takes along how it was made, its base quantized and prompts written.
             write_file(stage / "recipe.yaml", dump_recipe(run.recipe).encode())
             if (record := run.folder / "provenance.json").is_file():  # who lost it continues without

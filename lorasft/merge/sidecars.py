@@ -1,0 +1,97 @@
+"""What lies beside the merged weights: the base's files, with the tokenizer, chat template and stops of training."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorasft.artifact import GENERATION_CONFIG, MERGE_RECORD, Artifact, read_stops
+from lorasft.data.chat_format import ChatFormat
+from lorasft.data.templates import set_default_system
+from lorasft.data.tokenizer import load_tokenizer
+from lorasft.data.tokens import Tokens
+from lorasft.errors import LorasftError, ModelError
+from lorasft.files import MANIFEST, make_folder, replace_file, write_file
+from lorasft.model.tokenizer_files import TEMPLATE, TOKENIZER, list_sidecars, own_files, read_tokenizer
+from lorasft.recipe import ChatSettings
+from lorasft.tensors import INDEX, SINGLE
+
+_PROBES = (["user"], ["system", "user"], ["user", "assistant", "user"])  # roles of conversations
+
+
+def write_sidecars(folder: Path, artifact: Artifact, rewritten: Mapping[str, Any]) -> None:
+    """Copy to `folder` what lies beside the base's weights, with the contents in `rewritten` where there are any.
+
+    The tokenizer's files are the base's where the adapter's gives the same ids, else the adapter's; the template is
+    that of training, and generation stops where it did in training.
+    """
+    told = artifact.chat.system is not None or artifact.chat.template is not None
+    trained = read_tokenizer(artifact) if own_files(artifact) or told else None
+    same = not trained or _has_ids_of(trained, artifact.base)
+    replaced = TEMPLATE if same else TOKENIZER
+    # Records of an earlier merge, and an index that loading passes over.
+    left_out = {MERGE_RECORD, MANIFEST} | ({INDEX} if (artifact.base / SINGLE).is_file() else set())
+    files, ends = list_sidecars(artifact.base), artifact.require_adapter() / GENERATION_CONFIG
+    for name, path in (files | ({GENERATION_CONFIG: ends} if ends.is_file() else {})).items():
+        if name in left_out or (trained and replaced.fullmatch(name)):
+            continue
+        make_folder((folder / name).parent)
+        if name in rewritten:
+            write_file(folder / name, json.dumps(rewritten[name], indent=2).encode())
+        else:
+            shutil.copyfile(path, folder / name)
+    if trained:
+        if told:
+            set_default_system(trained, artifact.chat)
+        _write_tokenizer(folder, artifact, trained, template_only=same)
+
+
+def _has_ids_of(trained: Any, base: Path) -> bool:
+    """Whether a tokenizer is that of the folder `base`, but for its template."""
+    with contextlib.suppress(ModelError):  # there may be none
+        other = load_tokenizer(str(base))
+        same: bool = trained.special_tokens_map == other.special_tokens_map
+        return same and str(trained.backend_tokenizer.to_str()) == other.backend_tokenizer.to_str()
+    return False
+
+
+def _write_tokenizer(folder: Path, artifact: Artifact, trained: Any, *, template_only: bool) -> None:
+    """Save what training had, and have generation stop at its end of text."""
+    if template_only:
+        trained.save_chat_templates(folder, {}, None, True)
+        config = folder / "tokenizer_config.json"
+        if (content := json.loads(config.read_bytes())).get("chat_template"):  # stale, and all that some servers read
+            content["chat_template"] = trained.get_chat_template()
+            replace_file(config, json.dumps(content, indent=2, ensure_ascii=False).encode())
+    else:
+        trained.save_pretrained(folder)
+    end, stops, path = trained.eos_token_id, read_stops(folder), folder / GENERATION_CONFIG
+    if end is not None and end not in stops:
+        kept = {key: artifact.base_config.get(key) for key in ("bos_token_id", "pad_token_id")}
+        kept = json.loads(path.read_bytes()) if path.is_file() else kept
+        replace_file(path, json.dumps({**kept, "eos_token_id": [end, *stops]}, indent=2).encode())
+
+
+def compare_prompts(artifact: Artifact, merged: Path, rows: Sequence[Tokens]) -> None:
+    """Raise ModelError unless the tokenizer in `merged` gives the texts of `rows` the same ids, conversations the same
+    prompts and answers the same ends as what was trained."""
+    trained, found = read_tokenizer(artifact), load_tokenizer(str(merged))
+    texts = [trained.decode(row.ids) for row in rows] + [f"a{token} b" for token in trained.get_added_vocab()]
+    same = {"ids": trained(texts)["input_ids"] == found(texts)["input_ids"]}
+    wanted, given = ChatFormat(trained, artifact.chat), ChatFormat(found, ChatSettings())
+    same["prompts"] = all(_render(wanted, roles) in (None, _render(given, roles)) for roles in _PROBES)
+    same["ends of answers"] = {*wanted.eos} <= {*read_stops(merged), *given.eos}
+    for what, holds in same.items():
+        if not holds:
+            raise ModelError(f"the merged folder gives other {what} than the adapter's", where=str(merged))
+
+
+def _render(chat_format: ChatFormat, roles: Sequence[str]) -> list[int] | None:
+    """The ids of the prompt of a conversation; None where the template refuses it."""
+    with contextlib.suppress(LorasftError):
+        return chat_format.prompt_ids([{"role": role, "content": f" Word {at} "} for at, role in enumerate(roles)])
+    return None
