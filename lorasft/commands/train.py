@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lorasft.commands.arguments import add_recipe
 from lorasft.errors import Stopped
-from lorasft.terminal import say, shorten
+from lorasft.terminal import quote, say, shorten
 
 if TYPE_CHECKING:
     from lorasft.train.state import Run
@@ -42,7 +42,7 @@ def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
             if ranks.is_main:
                 _show_answers(ready)
                 say(f"done in {time.monotonic() - started:.0f} s; adapter in {adapter}")
-                say(f"next: lorasft chat {output}    lorasft merge {output} --out merged")
+                say(f"next: lorasft chat {quote(output)}    lorasft merge {quote(output)} --out merged")
                 print(output)
 
 

@@ -57,17 +57,23 @@ class Tensor:
             file.write(packed.tobytes())
 
 
+def require_gguf() -> Any:
+    """The package that writes GGUF. Raises DeviceError where it is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        hint = "pip install gguf"
+        raise DeviceError("the export needs the package gguf, which is not installed", hint=hint) from None
+    return gguf
+
+
 def write_gguf(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progress | None = None) -> dict[str, Any]:
     """Write the model in the folder `model`, with its tokenizer and chat template, to the new file `out`.
 
     Matrices become `kind`, what is not a matrix fp32. Raises ModelError for what llama.cpp would not read or compute
     alike, DeviceError without the package gguf, CapacityError when there is no room; then there is no `out`.
     """
-    try:
-        import gguf
-    except ImportError:
-        hint = "pip install gguf"
-        raise DeviceError("the export needs the package gguf, which is not installed", hint=hint) from None
+    gguf = require_gguf()
     layout = read_gguf_layout(model)
     tokenizer = describe_tokenizer(model, layout.config.vocab_size)
     tensors = list(_find_tensors(gguf, model, layout, kind))
