@@ -16,11 +16,12 @@ from typing import Any
 from lorasft.adapter_files import CONFIG, list_adapted, open_adapter, read_adapter_config
 from lorasft.errors import ModelError, UnsafeError
 from lorasft.files import MANIFEST, verify_folder
-from lorasft.hub import find_hub, refuse_offline
+from lorasft.hub import find_hub, is_hub_id, refuse_offline
 from lorasft.recipe import ChatSettings, DataSettings, ModelSettings, Recipe
 from lorasft.recipe.load import load_recipe
 from lorasft.tensors import fingerprint
 
+_NAME_ONE = "name a run folder, an adapter, a model folder or a hub id"
 MERGE_RECORD = "merge.json"
 GENERATION_CONFIG = "generation_config.json"
 # What tells of a run in 4 bit: words in the name of its base, and in what other tools write beside an adapter.
@@ -79,8 +80,9 @@ class Artifact:
         name = self.model.base
         if Path(name).is_dir():
             return Path(name)
-        if name.count("/") != 1 or name.startswith((".", "/", "~")):
-            raise ModelError("there is no such base folder", where=name, hint="--base MODEL")
+        if not is_hub_id(name):
+            hint = "--base MODEL" if self.adapter else _NAME_ONE
+            raise ModelError("there is no such folder of a model", where=name, hint=hint)
         find_hub()
         from huggingface_hub import snapshot_download
 
@@ -151,7 +153,7 @@ def find_artifact(name: str, *, base: str | None = None) -> Artifact:
             raise ModelError("this run has no adapter yet", where=name, hint=hint)
         if folder.exists() and not (folder / "config.json").is_file():
             what = "this is not a run, an adapter or a model"
-            raise ModelError(what, where=name, hint="name a run folder, an adapter, a model folder or a hub id")
+            raise ModelError(what, where=name, hint=_NAME_ONE)
         return Artifact(name, ModelSettings(base=name, quantization="none"))
     config = read_adapter_config(folder)
     places = [parent / "recipe.yaml" for parent in (folder, *folder.resolve().parents[:2])]

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from errno import ENAMETOOLONG
+from os.path import expanduser
 from typing import Any, NoReturn
 
 from lorasft import __version__
@@ -49,7 +50,10 @@ def read_command_line(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     command = top.parse_args(words[:1]).command
     parser = _Parser(prog=f"lorasft {command}", description=COMMANDS[command])
     importlib.import_module(f"lorasft.commands.{command}").add_arguments(parser)
-    return command, vars(parser.parse_intermixed_args(words[1:]))  # overrides may also stand after options
+    options = vars(parser.parse_intermixed_args(words[1:]))  # overrides may also stand after options
+    for name in {"saved", "base", "model", "out"} & options.keys():
+        options[name] = options[name] and expanduser(options[name])  # noqa: PTH111  a Path would lose ./
+    return command, options
 
 
 def entry() -> NoReturn:
@@ -90,4 +94,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         say(str(RecipeError("a name that is too long for a file", where=str(error.filename)[:200], hint="shorten it")))
         return RecipeError.exit_code
+    finally:
+        say("", end="")  # where a line of progress is open, a traceback begins on its own
     return 0

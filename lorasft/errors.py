@@ -79,13 +79,14 @@ class Stopped(LorasftError):
 
 
 class ErrorGroup(LorasftError):
-    """Errors of one kind, found in one go: a line each, at most 20. `beyond`: how many more there are at least."""
+    """Errors of one kind, found in one go, a line each. `beyond`: how many more there are at least."""
 
-    most = 20
+    most = 20  # lines, unless stated
 
-    def __init__(self, errors: Sequence[LorasftError], *, beyond: int = 0) -> None:
+    def __init__(self, errors: Sequence[LorasftError], *, beyond: int = 0, most: int = most) -> None:
         super().__init__(f"{len(errors)} errors")
         self.errors = errors
+        self.most = most
         self.beyond = beyond
         self.exit_code = errors[0].exit_code
 

@@ -16,7 +16,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -169,7 +169,7 @@ def verify_folder(folder: Path) -> None:
         for name, entry in entries.items():
             path = folder / name
             # A manifest may come with a stranger's adapter: neither other places nor devices are read.
-            inside = path.is_relative_to(folder) and ".." not in path.parts and path.is_file()
+            inside = path.is_relative_to(folder) and ".." not in Path(name).parts and path.is_file()
             if not inside or path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
                 raise ValueError(f"{name[:80]} is missing or was changed")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -188,9 +188,18 @@ def sweep(folder: Path, name: str | None = None) -> None:
     for path in folder.iterdir() if folder.is_dir() else ():
         found = HALF_DONE.fullmatch(path.name)
         if found and name in (None, found["name"]):
-            with contextlib.suppress(OSError), _held(path) as ours:
+            with contextlib.suppress(OSError, LorasftError), _held(path) as ours:
                 if ours:
                     _remove(path)
+
+
+def remove_new(folder: Path, present: Collection[Path], absent: Iterable[Path]) -> None:
+    """Delete what is in `folder` beside `present`; then those of `absent`, its parents or itself, that are empty."""
+    for path in set(folder.glob("*")).difference(present):
+        _remove(path)
+    with contextlib.suppress(OSError):
+        for one in absent:
+            one.rmdir()
 
 
 def _remove(path: Path) -> None:
@@ -206,10 +215,9 @@ def _remove(path: Path) -> None:
 def locked(folder: Path) -> Iterator[str]:
     """One writer per run folder. Yields the process that held it before and was killed, else nothing."""
     path = folder / LOCK
-    with _disk(path):
-        os.close(_open_no_link(str(path), os.O_CREAT))
-    with _held(path) as ours:
-        holder = path.read_text("ascii", "replace")[:20]
+    with _held(path, os.O_CREAT | os.O_NOFOLLOW) as ours:
+        with _disk(path):
+            holder = path.read_text("ascii", "replace")[:20]
         if not ours:
             what = f"another process is writing this run folder (process {holder})"
             raise RecipeError(what, where=str(folder), hint="wait for it, or give another run.output=FOLDER")
@@ -218,7 +226,8 @@ def locked(folder: Path) -> Iterator[str]:
             yield holder
         finally:
             with contextlib.suppress(LorasftError):
-                append(path, b"", at=0)
+                if path.exists():
+                    append(path, b"", at=0)
 
 
 def sha256(path: Path) -> str:
@@ -245,15 +254,16 @@ def _disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kind = RecipeError if error.errno in _WRONG_PLACE else CapacityError
-        hint = "free some space, or name another place"
-        raise kind(f"cannot write: {error.strerror}", where=str(path), hint=hint) from error
+        placed = error.errno in _WRONG_PLACE
+        kind, hint = RecipeError if placed else CapacityError, "free some space, or " * (not placed)
+        raise kind(f"cannot write: {error.strerror}", where=str(path), hint=f"{hint}name another place") from error
 
 
 @contextlib.contextmanager
-def _held(path: Path) -> Iterator[bool]:
+def _held(path: Path, flags: int = os.O_RDONLY) -> Iterator[bool]:
     """Hold a file or folder as its writer; false when another process does. The system lets go when one dies."""
-    descriptor = os.open(path, os.O_RDONLY)
+    with _disk(path):
+        descriptor = os.open(path, flags, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield True

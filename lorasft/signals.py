@@ -99,5 +99,5 @@ def _unwind(number: int, frame: FrameType | None) -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
-    os.write(2, b"stopped\n")
+    os.write(2, b"\nstopped\n" if os.isatty(2) else b"stopped\n")  # a line of progress may be open
     os._exit(exit_code(number))

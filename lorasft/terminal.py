@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 import sys
 import time
 
@@ -59,6 +60,12 @@ class ByteProgress:
         left = (time.monotonic() - self.started) * (total - done) / max(done, 1)
         text = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {left:.0f} s left"
         say(text, end="\n" if done == total else "")
+
+
+def quote(word: object) -> str:
+    """A path or `key=value` as a word of a command that is printed to be copied: for a shell, and not an option."""
+    text = str(word)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def size_text(size: float) -> str:

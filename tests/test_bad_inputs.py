@@ -209,7 +209,7 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
     "24": (2, ["lm_head is tied"],
            of_base(lambda model: edit(model / "config.json", tie_word_embeddings=True), "adapter.targets=[lm_head]")),
     "25": (2, ["run.eval_every", "run.eval_every=null", "data.eval"],
-           of_recipe("run: {eval_every: 5}", "data.eval=null")),
+           of_recipe("", "run.eval_every=5", "data.eval=null")),
     "26": (0, [], of_recipe("train: {batch_size: fast}", "train.batch_size=2", verb="preview")),
     "27 verb": (2, ["trian", "lorasft --help"], lambda at: ["trian", "x"]),
     "27 flag": (2, ["--resumee", "lorasft train --help"], of_recipe("", "--resumee")),

@@ -203,8 +203,8 @@ def test_what_nothing_reads_is_named_once(tmp_path: Path, tiny: Any, cli: Comman
 
 def test_a_key_of_messages_that_the_template_reads_is_not_named(tmp_path: Path, tiny: Any) -> None:
     tiny.chat_template = tiny.chat_template.replace("m.content", "m.content ~ m.mood")
-    made = make(tmp_path, tiny, [{"messages": [Q | {"mood": "!"}, A | {"mode": 1}]}])
-    assert made.report.unread == ["messages.mode"] and "Q!" in tiny.decode(made.store.arrays["ids"])
+    made = make(tmp_path, tiny, [{"messages": [Q | {"mood": "!", "name": "Bo"}, A | {"mode": 1}]}])
+    assert made.report.unread == ["messages.mode", "messages.name"] and "Q!" in tiny.decode(made.store.arrays["ids"])
 
 
 @pytest.mark.parametrize("row", FORMATS, ids=lambda row: "-".join(row))
@@ -446,9 +446,7 @@ def test_nothing_to_train_on_gives_reasons_with_counts_and_an_example(tmp_path: 
 
 def test_the_page_names_every_key_that_is_read_honoured_or_refused() -> None:
     page = (Path(__file__).parents[1] / "docs/data.md").read_text(encoding="utf-8")
-    named = set().union(
-        *keys.READ.values(), keys.KNOWN, keys.OTHER_ROLES, keys.ROLES, {"chosen", "rejected", "kto_tag"}
-    )
+    named = set().union(*keys.READ.values(), keys.KEPT, keys.OTHER_ROLES, keys.ROLES, {"chosen", "rejected", "kto_tag"})
     assert not {key for key in named if f"`{key}`" not in page}
 
 

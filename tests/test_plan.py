@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -105,7 +106,7 @@ FIXED = {"micro_batch_tokens": 150, "activation_checkpointing": False}
 CHANGES = [  # adapter, machine, share of the memory that it takes, what is said
     (LARGE, FIXED, 0.85, "machine.activation_checkpointing=auto"),
     (LARGE, AUTO, 0.4, "optimizer.name=adamw8bit"),
-    ({"rank": 2, "modules_to_save": ["lm_head"]}, AUTO, 0.24, "adapter.modules_to_save=[]"),
+    ({"rank": 2, "modules_to_save": ["lm_head"]}, AUTO, 0.24, "'adapter.modules_to_save=[]'"),
 ]
 
 
@@ -122,7 +123,7 @@ def test_what_is_said_to_make_it_fit_does(
     assert change in suggestions[: 1 if adapter is LARGE else 3] and len(suggestions) > 1, suggestions
     assert code == 6 and "it fits" not in out and "does not fit" in error
     for one in suggestions:
-        assert one in error and plan_run(load_recipe(path, [one.split()[0]]), memory=tight)["holds"], one
+        assert one in error and plan_run(load_recipe(path, shlex.split(one)[:1]), memory=tight)["holds"], one
 
 
 def test_dora_on_a_4_bit_base_is_planned(recipe: Write) -> None:

@@ -31,7 +31,8 @@ _OPTIONS = {  # the key of a recipe that each sets, and what it is for
 def add_saved(parser: ArgumentParser, kinds: str = "RUN|ADAPTER|MODEL", *, options: Sequence[str] = ()) -> None:
     """A path of one of `kinds`, where the base of an adapter is, and keys that are set otherwise than in training: some
     by `options` beside those for the base, all as `section.key=value`."""
-    parser.add_argument("saved", metavar=kinds, help="a folder of one of these kinds; of a model, also its hub id")
+    about = f"a folder of one of these kinds{'; of a model, also its hub id' * ('MODEL' in kinds)}"
+    parser.add_argument("saved", metavar=kinds, help=about)
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="of model, data or chat")
     parser.add_argument("--base", metavar="MODEL", help="the adapter's base, if it is not where it was trained")
     for name in ("--quantization", "--dtype", *options):

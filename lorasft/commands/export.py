@@ -24,11 +24,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(model: str, to: str, out: str, type: Any, as_json: bool) -> None:
     """Export the folder `model`, or a run or adapter, merged first beside `out`; the path of the file on stdout."""
     from lorasft.artifact import find_artifact
-    from lorasft.export.gguf import write_gguf
+    from lorasft.export.gguf import require_gguf, write_gguf
     from lorasft.export.ollama import write_ollama
     from lorasft.files import STAGE, make_folder, refuse_existing
 
     refuse_existing(Path(out))
+    require_gguf()
     artifact, beside = find_artifact(model), Path(out).absolute().parent
     make_folder(beside)
     with TemporaryDirectory(prefix=STAGE, dir=beside) as scratch:

@@ -33,10 +33,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(out: str, data: str | None, columns: str | None, as_json: bool, **options: Any) -> None:
     """Merge into the new folder `out`; what was done on stdout. `options`: what names an artifact, and those of `merge`
     as they are."""
+    from lorasft.files import refuse_existing
     from lorasft.merge.merge import merge
     from lorasft.recipe.load import read_source
 
+    refuse_existing(Path(out))
     artifact = open_saved(**{name: options.pop(name) for name in SAVED})
+    artifact.require_adapter()
     if options["check"]:
         say("asking what was trained, to compare the merge with it (--no-check leaves this out)")
     source = read_source(data, columns) if data else None

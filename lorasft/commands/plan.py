@@ -46,9 +46,11 @@ def run(recipe: str, overrides: Sequence[str], memory: int | None, as_json: bool
     width = min(shutil.get_terminal_size().columns, 100)
     show(plan, [*picture(plan, width=width), "", *describe(plan)], as_json=as_json)
     if not plan["holds"]:
-        what = f"does not fit: {size_text(plan['peak'])} at the peak, and {size_text(plan['memory'])} less a tenth of "
+        activations = plan["bytes"]["activations"] + plan["bytes"]["transient"]  # take 90 % of what is left
+        needed, own = size_text(plan["peak"] + activations / 9), size_text(plan["libraries"])
+        what = f"does not fit into {size_text(plan['memory'])}: it takes {needed}, {own} of it for driver and libraries"
         hint = "; or ".join(plan["suggestions"]) or "no single change suffices: a smaller model.base, or more memory"
-        raise CapacityError(f"{what}what is free in them", hint=hint)
+        raise CapacityError(what, hint=hint)
 
 
 def picture(plan: Mapping[str, Any], *, width: int) -> Iterator[str]:

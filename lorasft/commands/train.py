@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lorasft.commands.arguments import add_recipe
 from lorasft.errors import Stopped
-from lorasft.terminal import say, shorten
+from lorasft.terminal import quote, say, shorten
 
 if TYPE_CHECKING:
     from lorasft.train.state import Run
@@ -45,7 +45,7 @@ def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
             if ranks.is_main:
                 _show_answers(ready)
                 say(f"done in {time.monotonic() - started:.0f} s; adapter in {adapter}")
-                say(f"next: lorasft chat {output}    lorasft merge {output} --out merged")
+                say(f"next: lorasft chat {quote(output)}    lorasft merge {quote(output)} --out merged")
                 say(f"or serve the adapter: {_serve_command(ready, adapter)}")
                 print(output)
 
@@ -56,11 +56,11 @@ def _serve_command(ready: Run, adapter: Path) -> str:
     rank = next((most for most in _VLLM_RANKS if most >= settings.rank), None)
     if rank is None or settings.dora or settings.modules_to_save:
         return "vLLM takes none of this kind, merge it"
-    words = ["vllm", "serve", model.base, "--enable-lora", "--lora-modules", f"mine={adapter}"]
-    words += ["--max-lora-rank", str(rank), "--chat-template", str(adapter / "chat_template.jinja")]
-    words += ["--generation-config", str(adapter), *(["--revision", model.revision] if model.revision else [])]
+    words = ["vllm", "serve", model.base, *(["--revision", model.revision] if model.revision else [])]
+    words += ["--enable-lora", "--lora-modules", f"mine={adapter}", "--max-lora-rank", rank]
+    words += ["--chat-template", adapter / "chat_template.jinja", "--generation-config", adapter]
     four_bit = "\n(on the 16-bit base it answers a little otherwise than on the 4-bit one: merge says by how much)"
-    return shlex.join(words) + four_bit * (model.quantization == "nf4")
+    return shlex.join(map(str, words)) + four_bit * (model.quantization == "nf4")
 
 
 @contextmanager

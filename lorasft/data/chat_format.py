@@ -108,7 +108,7 @@ class ChatFormat:
     def _replace_control(self, found: re.Match[str]) -> str:
         token = found.group()
         if self.chat.control_tokens == "error" or token == MARK:
-            hint = "if it is meant as plain text: chat.control_tokens=as_text"
+            hint = "a row that is templated already: give its messages; plain text: chat.control_tokens=as_text"
             raise DataError(f"the content holds the control token {token}", hint=hint)
         return MARK + chr(FIRST + self.encoder.control.index(token))
 

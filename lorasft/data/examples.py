@@ -257,8 +257,8 @@ def _from_turn(turn: Any, unread: set[str]) -> Message:
     role = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
     if not isinstance(role, str):
         raise DataError("a turn of a sharegpt conversation has `from` and `value`, or `role` and `content`")
-    message: Message = {key: value for key, value in turn.items() if key in keys.KNOWN}
-    others = turn.keys() - keys.TURN_KEYS
+    message: Message = {key: value for key, value in turn.items() if key in keys.KEPT}
+    others = turn.keys() - keys.KEPT - {"from", "value"}
     unread.update(f"conversations.{key}" for key in others if not keys.is_absent(turn[key]))
     message |= {"role": keys.OTHER_ROLES.get(role, role), "content": turn.get("value", turn.get("content"))}
     if role in ("function_call", "tool_call") and not message.get("tool_calls"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasft.errors import DataError, LorasftError
+from lorasft.hub import is_hub_id
 from lorasft.recipe.yaml_reader import parse_yaml
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def find_files(source: DataSource) -> tuple[Files, Files]:
     matched = {file: split_of(file.relative_to(base)) for file in some if file.is_file()}
     if "train" in matched.values() and not set(HELD_OUT).isdisjoint(matched.values()):
         return _choose(source, matched)
-    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path) and not here.is_dir() and kind_of(here) not in KINDS
+    named = is_hub_id(source.path) or re.fullmatch(r"\w[\w.-]*", source.path)
+    is_id = named and not here.is_dir() and kind_of(here) not in KINDS
     if not matched and not is_id:
         what = f"there is no such file, or no {', '.join(KINDS)} in this folder"
         raise DataError(what, where=source.path, hint=f"the folder that was looked in: {here.absolute().parent}")

@@ -41,8 +41,8 @@ _WEIGHTS = (*CHOOSING, "weight", "loss", "loss_weight", "loss_scale", "loss_mask
 FLAGS = {**dict.fromkeys(_WEIGHTS, True), "masked": False}  # of a message -> what it says where it is learned
 UNCLEAR = {"mask", "train_detail", "training_detail"}
 MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
-KNOWN = {"role", "content", "name", "tool_calls", "tool_call_id", "function_call", *REASONING, *FLAGS, *UNCLEAR, *MEDIA}
-TURN_KEYS = KNOWN | {"from", "value"}
+KNOWN = {"role", "content", "tool_calls", "function_call", *REASONING, *FLAGS, *UNCLEAR, *MEDIA}
+KEPT = KNOWN | {"name", "tool_call_id"}  # of a turn; these two say something to some templates
 PAIRS = "data.columns={completion: chosen} learns the better answers ({messages: chosen} where it is a conversation)"
 
 

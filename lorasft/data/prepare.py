@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import RowBlock, read_blocks, shape_block
-from lorasft.data.folders import find_files, held_out_source
+from lorasft.data.folders import find_files, held_out_source, kind_of
 from lorasft.data.keys import template_reads
 from lorasft.data.labels import Labeler
 from lorasft.data.report import Report
@@ -26,6 +26,7 @@ from lorasft.data.store import TYPES, Arrays, TokenStore, append_arrays, map_sto
 from lorasft.data.workers import available_workers, map_blocks
 from lorasft.errors import DataError, LorasftError, ModelError
 from lorasft.files import remove_folder, replace_file, sha256, staged_folder, verify_folder, write_file
+from lorasft.recipe import PLACES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -114,14 +115,12 @@ def read_ingredients(folder: Path, key: str) -> dict[str, Any]:
 
 
 def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, Any]:
-    """Everything that the tokens are made from, as JSON values. Raises DataError when a source is missing."""
+    """What the tokens are made from, wherever it lies, as JSON values. Raises DataError when a source is missing."""
     tokenizer = chat_format.tokenizer
-    files: dict[str, str] = {}
+    files: list[Any] = []  # of each source
     for source, _ in _sources(data):
-        found, _ = find_files(source)
-        files.update((str(file), sha256(file)) for file in found)
-        if not found:
-            files[str(source)] = str(load_hub(source)._fingerprint)
+        found = [(kind_of(file), sha256(file)) for file in find_files(source)[0]]
+        files.append(found or str(load_hub(source)._fingerprint))
     return {
         "schema": SCHEMA,
         "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "jinja2", "transformers")},
@@ -129,8 +128,8 @@ def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, A
         "template": tokenizer.chat_template,
         "special": [tokenizer.bos_token, tokenizer.eos_token],
         "probe": chat_format.style.text,  # holds today's date where the template writes it
-        "chat": chat_format.chat.model_dump(mode="json"),
-        "data": data.model_dump(mode="json"),
+        "chat": chat_format.chat.model_dump(mode="json", exclude=PLACES["chat"]),
+        "data": data.model_dump(mode="json", exclude=PLACES["data"]),
         "files": files,
     }
 

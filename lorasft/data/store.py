@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -67,6 +67,17 @@ class TokenStore:
     def split(self, held_out: bool) -> TokenStore:
         """The examples that are held out, or the others."""
         return replace(self, chosen=self.chosen[self.arrays["held_out"][self.chosen] == held_out])
+
+
+def changed_rows(old: TokenStore, new: TokenStore) -> Iterator[str]:
+    """What differs between the rows of two stores, a line for each file; rows are told apart by their digests."""
+    for number, name in enumerate(new.names):
+        was, now = (store.arrays["digests"][store.arrays["files"] == number] for store in (old, new))
+        lines, most = new.arrays["lines"][new.arrays["files"] == number], min(len(was), len(now))
+        first = int(np.append(was[:most] != now[:most], True).argmax())
+        if not first == len(was) == len(now):
+            place = f"{name}:{lines[first]}" if first < len(now) else f"{name}, after its last row"
+            yield f"{place}: the first row that differs, of {len(was):,} before and {len(now):,} now"
 
 
 def example_lengths(store: TokenStore) -> Ints:

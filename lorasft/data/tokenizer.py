@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasft.errors import ModelError, UnsafeError
-from lorasft.hub import find_hub, refuse_offline
+from lorasft.hub import find_hub, is_hub_id, refuse_offline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -17,7 +17,7 @@ def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenize
     from transformers import AutoTokenizer
 
     local = Path(base).is_dir()
-    if not local and (base.count("/") != 1 or base.startswith((".", "/", "~"))):
+    if not local and not is_hub_id(base):
         raise ModelError("there is no such folder", where=base, hint="model.base is a folder or a hub id")
     if not local:
         find_hub()

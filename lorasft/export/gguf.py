@@ -60,6 +60,16 @@ class Tensor:
             file.write(packed.tobytes())
 
 
+def require_gguf() -> Any:
+    """The package that writes GGUF. Raises DeviceError where it is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        hint = "pip install gguf"
+        raise DeviceError("the export needs the package gguf, which is not installed", hint=hint) from None
+    return gguf
+
+
 def write_gguf(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progress | None = None) -> dict[str, Any]:
     """Write the model in the folder `model`, with its tokenizer and chat template, to the new file `out`.
 
@@ -68,11 +78,7 @@ def write_gguf(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progr
     what was written; `raw_start`: of find_raw_start; `short_context`: above which llama.cpp takes other factors for
     positions; `longest_row`: of training, where it is known.
     """
-    try:
-        import gguf
-    except ImportError:
-        hint = "pip install gguf"
-        raise DeviceError("the export needs the package gguf, which is not installed", hint=hint) from None
+    gguf = require_gguf()
     layout = read_gguf_layout(model)
     tokenizer = describe_tokenizer(model, layout.config.vocab_size)
     tensors = list(_find_tensors(gguf, model, layout, kind))

@@ -23,7 +23,7 @@ from transformers.utils import cached_file
 from lorasft.adapter_files import read_adapter_config
 from lorasft.artifact import GENERATION_CONFIG, refuse_quantized
 from lorasft.errors import CapacityError, LorasftError, ModelError, UnsafeError
-from lorasft.hub import find_hub, refuse_offline
+from lorasft.hub import find_hub, is_hub_id, refuse_offline
 from lorasft.model.attention import default_attention
 from lorasft.model.cache import Keep, find_place, keep_base, read_kept
 from lorasft.model.free_memory import out_of_memory
@@ -164,6 +164,8 @@ def read_config(base: str, revision: str | None = None) -> Any:
             raise ModelError("this is an adapter, not a base", where=base, hint=f"its base is model.base: {origin}")
         raise ModelError("no config.json: this is no model folder", where=base, hint="name a model folder or a hub id")
     if not folder.is_dir():
+        if not is_hub_id(base):
+            raise ModelError("there is no such folder", where=base, hint="name a model folder or a hub id")
         find_hub()
     with _loading_errors(base):
         config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)

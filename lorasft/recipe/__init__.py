@@ -20,6 +20,18 @@ Format = Literal["auto", "chat", "sharegpt", "alpaca", "prompt-completion", "tex
 _DATE = datetime.date(2024, 7, 26)
 
 
+def _as_names(value: Any) -> Any:
+    """One name may be written without a list, and several as a text with commas."""
+    if isinstance(value, str) and value != "all-linear":
+        value = [name.strip() for name in value.split(",")]
+    return tuple(value) if isinstance(value, list) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
+Targets = Annotated[Literal["all-linear"] | tuple[str, ...], BeforeValidator(_as_names)]
+Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], BeforeValidator(_as_names)]
+
+
 class _Section(BaseModel):
     # strict: a quoted number is not a number, and 1 is not true.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -36,10 +48,10 @@ class AdapterSettings(_Section):
     rank: int = Field(16, ge=1, le=1024, description="rank of A and B")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before A; above 0 turns prefix sharing off")
-    targets: Literal["all-linear"] | tuple[str, ...] = Field("all-linear", description="names of linears to adapt")
+    targets: Targets = Field("all-linear", description="names of linears to adapt")
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank)")
     dora: bool = Field(False, description="weight-decomposed LoRA")
-    modules_to_save: tuple[str, ...] = Field((), description="modules trained and saved in full")
+    modules_to_save: Names = Field((), description="modules trained and saved in full")
     start: str | None = Field(None, description="folder of an adapter or of a run to begin from")
 
 
@@ -121,7 +133,7 @@ class RunSettings(_Section):
     save_minutes: Annotated[float, Field(gt=0)] | None = Field(20.0, description="minutes between checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints to keep")
     keep_best: bool = Field(False, description="adapter/ holds the best by held-out loss, not the last")
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field((), description="also log there")
+    trackers: Trackers = Field((), description="also log there")
 
 
 class MachineSettings(_Section):
@@ -146,9 +158,17 @@ class Recipe(_Section):
     machine: MachineSettings = MachineSettings()
 
 
+PLACES: dict[str, Any] = {  # keys of which the contents decide, and not where they are
+    "model": {"base"},
+    "adapter": {"start"},
+    "chat": {"template"},
+    "data": {"train": {"__all__": {"path"}}, "eval": {"__all__": {"path"}}},
+}
+
+
 def mathematics(recipe: Recipe) -> dict[str, Any]:
-    """What decides the result: everything but `run` and `machine`, as JSON values."""
-    return recipe.model_dump(mode="json", exclude={"run", "machine"})
+    """What decides the result, but for the files: all keys except `run`, `machine` and PLACES, as JSON values."""
+    return recipe.model_dump(mode="json", exclude={"run": True, "machine": True, **PLACES})
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -157,3 +177,6 @@ def recipe_schema() -> dict[str, Any]:
     del schema["$defs"]["DataSettings"]["required"]
     schema["required"].remove("data")
     return schema
+
+
+from lorasft.recipe.load import load_recipe as load_recipe  # noqa: E402  it reads what is above

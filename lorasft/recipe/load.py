@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +16,31 @@ from pydantic import ValidationError
 from lorasft.errors import ErrorGroup, LorasftError, RecipeError, UnsafeError, in_words
 from lorasft.recipe import DataSource, Recipe
 from lorasft.recipe.yaml_reader import MOST_DEPTH, Document, KeyPath, dump_yaml, parse_yaml, read_yaml
-from lorasft.terminal import shorten
+from lorasft.terminal import quote, shorten
 
-# What it is here -> what TRL, transformers, PEFT, Axolotl, LLaMA-Factory, Unsloth and torchtune call it, if that is
-# not near by its letters (as lora_alpha is).
+# What it is here -> what TRL, transformers, PEFT, Axolotl, LLaMA-Factory, ms-swift, Unsloth, torchtune and mlx-lm call
+# it (`*`: any letters), if that is not near by its letters (as lora_alpha is).
 PEERS = {
-    "model.base": "base_model model_name_or_path model_name model_id pretrained_model_name_or_path",
-    "model.quantization (nf4 or none)": "load_in_4bit load_in_8bit quantization_bit quantization_config",
-    "model.dtype": "bf16 fp16 tf32 torch_dtype bnb_4bit_compute_dtype compute_dtype",
+    "model.base": "base_model model_name_or_path model_name model_id model_path pretrained_model_name_or_path",
+    "model.revision": "model_revision revision_of_model base_model_revision",
+    "model.quantization (nf4 or none)": "load_in_* quantization_* double_quantization bnb_4bit_quant_type",
+    "model.dtype": "bf16 fp16 tf32 torch_dtype bnb_4bit_compute_dtype compute_dtype precision",
     "adapter.rank": "r lora_r lora_rank lora_dim",
     "adapter.targets": "lora_target target_modules lora_target_modules lora_target_linear lora_attn_modules",
-    "adapter.start": "lora_model_dir adapter_name_or_path",
-    "data.train": "dataset datasets dataset_name dataset_path train_file data_files",
-    "data.eval": "val_set_size eval_dataset test_datasets eval_split validation_file",
+    "adapter.modules_to_save": "lora_modules_to_save additional_target",
+    "adapter.start": "lora_model_dir adapter_name_or_path adapters",
+    "data.train": "dataset datasets dataset_name dataset_path dataset_dir train_file training_file data_files",
+    "data.train (share of a source)": "max_samples max_train_samples",
+    "data.eval": "val_set_size val_size split_dataset_ratio eval_dataset* eval_split test_datasets val_dataset",
     "data.format": "dataset_format dataset_type",
-    "data.max_length": "sequence_len max_seq_length max_seq_len cutoff_len model_max_length",
-    "chat.supervise": "train_on_inputs assistant_only_loss completion_only_loss roles_to_train mask_history",
-    "train.epochs": "num_train_epochs num_epochs",
-    "train.steps": "max_steps max_steps_per_epoch",
-    "train.batch_size (examples per step)": "gradient_accumulation_steps per_device_train_batch_size micro_batch_size",
+    "data.columns": "dataset_text_field field_messages message_property_mappings",
+    "data.max_length": "sequence_len max_seq_length max_seq_len cutoff_len model_max_length block_size",
+    "chat.supervise": "train_on_inputs assistant_only_loss completion_only_loss roles_to_train mask_*",
+    "chat.template": "conversation* chat_template_path prompt_template prompt_style",
+    "chat.template_options": "chat_template_kwargs enable_thinking",
+    "train.epochs": "num_train_epochs num_epochs n_epochs",
+    "train.steps": "max_steps max_steps_per_epoch iters max_iters",
+    "train.batch_size (examples per step)": "*grad*_accumulation_steps per_device_train_batch_size micro_batch_size",
     "train.max_grad_norm": "gradient_clipping clip_grad_norm",
     "train.seed": "data_seed random_state",
     "optimizer.learning_rate": "lr",
@@ -41,21 +48,33 @@ PEERS = {
     "optimizer.betas": "adam_beta1 adam_beta2",
     "schedule.name": "lr_scheduler lr_scheduler_type",
     "schedule.warmup (a whole number is steps, a fraction a share)": "warmup_ratio warmup_steps num_warmup_steps",
-    "run.log_every": "logging_steps log_every_n_steps",
-    "run.eval_every": "eval_steps evals_per_epoch eval_strategy",
+    "run.output": "adapter_path out_dir save_dir",
+    "run.log_every": "logging_steps log_every_n_steps steps_per_report",
+    "run.eval_every": "eval_steps evals_per_epoch eval_strategy evaluation_strategy steps_per_eval",
     "run.save_every": "save_steps saves_per_epoch save_strategy",
     "run.keep": "save_total_limit",
     "run.keep_best": "load_best_model_at_end",
-    "run.trackers": "report_to use_wandb wandb_project",
-    "machine.attention": "flash_attention flash_attn attn_implementation sdp_attention use_flash_attention_2",
-    "nothing: sequences are always packed, without padding": "packing sample_packing pad_to_sequence_len eval_packing",
-    "nothing: torch's own kernels are used": "kernels liger use_liger use_liger_kernel",
+    "run.trackers": "report_to use_wandb wandb* mlflow* swanlab* tensorboard*",
+    "machine.activation_checkpointing": "*gradient_checkpointing* grad_checkpoint enable_activation_*",
+    "machine.attention": "*flash_att* attn_implementation attn_impl sdp_attention xformers_attention",
+    "nothing: sequences are always packed, without padding": "packing *_packing pad_to_* group_by_length padding_free",
     "nothing: set HF_TOKEN in the environment, or run `hf auth login`": "hf_token hub_token token use_auth_token",
+    "nothing: lorasft trains LoRA adapters on answers (SFT), and that alone": "stage finetuning_type do_* train_type "
+    "tuner_type fine_tune_type full_finetuning task task_type rl rlhf_type",
+    "nothing: --resume continues a run, and none is overwritten": "overwrite_output_dir resume_* auto_resume_*",
+    "nothing: lorasft decides it itself, or does without": "*num_workers dataloader_* preprocessing_* dataset_num_proc "
+    "dataset_processes dataset_prepared_path *_cache streaming model_type tokenizer_* use_fast_* special_tokens "
+    "padding_side deepspeed* fsdp* ddp_* local_rank *to_hub hub_model_id hub_strategy plot_loss logging_dir "
+    "logging_strategy save_only_model save_safetensors disable_tqdm log_level neftune* noisy_* label_smoothing* "
+    "early_stopping* torch_compile* kernels *liger* *galore* s2_attention lora_bias bias loftq_* *unsloth* loss_w*",
 }
 _SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Recipe.model_fields.items()}
 _NAMES = {name: name for name in _SECTIONS}  # each key -> its last part
 _NAMES |= {f"{name}.{key}": key for name, section in _SECTIONS.items() for key in section.model_fields}
 _NAMES |= {f"data.train.{key}": key for key in DataSource.model_fields}
+_SCHEMA = "lorasft recipes schema has each key and its values"
+_TYPED = "command line: "  # how the place of an override begins
+_MOST_ERRORS = 200  # a file of another tool has 20 to 80 keys
 _PATHS = (("model", "base"), ("adapter", "start"), ("chat", "template"), ("data", "train"), ("data", "eval"))
 
 
@@ -76,7 +95,7 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     _absolute_paths(document, [path.parent, Path.cwd()])
     for override in overrides:
         _apply_override(override, document)
-    _complete(document.value, path.stem)
+    _complete(document, path.stem)
     recipe = _validate(document)
     _check_together(recipe, document)
     return recipe
@@ -99,7 +118,7 @@ def _validate(document: Document) -> Recipe:
         return Recipe.model_validate_json(json.dumps(document.value))
     except ValidationError as error:
         errors = sorted(_explain(error, document), key=lambda error: -error.exit_code)  # what is unsafe decides
-        raise errors[0] if len(errors) == 1 else ErrorGroup(errors) from None
+        raise errors[0] if len(errors) == 1 else ErrorGroup(errors, most=_MOST_ERRORS) from None
 
 
 def read_source(path: str, columns: str | None) -> DataSource:
@@ -131,7 +150,7 @@ def find_shipped(name: str) -> Path:
     shipped = shipped_recipes()
     if name not in shipped:
         close = get_close_matches(name, [*shipped, *map(str, Path(name).parent.glob("*.y*ml"))], n=1)
-        hint = f"did you mean {close[0]}?" if close else "lorasft recipes list"
+        hint = f"did you mean {quote(close[0])}?" if close else "lorasft recipes list"
         raise RecipeError(f"no recipe {shorten(name)}: neither a file nor a shipped recipe", hint=hint)
     return shipped[name]
 
@@ -160,7 +179,7 @@ def _absolute_paths(document: Document, folders: Sequence[Path]) -> None:
 def _apply_override(override: str, document: Document) -> None:
     """Put the value of `section.key=value` into the document; its place becomes the command line."""
     name, equals, text = override.partition("=")
-    where, keys = f"command line: {shorten(name)}=...", tuple(name.split("."))
+    where, keys = f"{_TYPED}{shorten(name)}=...", tuple(name.split("."))
     if not equals or not all(keys) or len(keys) > MOST_DEPTH or name in Recipe.model_fields:
         hint = "for example train.batch_size=16"
         raise RecipeError("not of the form section.key=value", where=where, hint=hint)
@@ -176,8 +195,12 @@ def _apply_override(override: str, document: Document) -> None:
     document.places = new_keys | document.places | dict.fromkeys(given.places, where)
 
 
-def _complete(raw: dict[str, Any], stem: str) -> None:
-    """Fill in, in place, the two defaults that rest on another key, and take out a retired key that says nothing."""
+def _complete(document: Document, stem: str) -> None:
+    """Fill in, in place, the defaults that rest on another key, and take out a retired key that says nothing.
+
+    `data.eval=null` on the command line also turns off what the recipe's file says of evaluation.
+    """
+    raw, places = document.value, document.places
     for section in Recipe.model_fields:
         if raw.get(section) is None:  # missing, or a heading with nothing under it
             raw[section] = {}
@@ -188,6 +211,9 @@ def _complete(raw: dict[str, Any], stem: str) -> None:
         run.setdefault("output", f"runs/{stem}")
         if isinstance(data, dict) and "eval" in data and data["eval"] is None:
             run.setdefault("eval_every", None)
+            if places["data", "eval"].startswith(_TYPED):
+                off = {"eval_every": None, "keep_best": False}
+                run.update({key: off[key] for key in off if not places.get(("run", key), "").startswith(_TYPED)})
 
 
 def _explain(error: ValidationError, document: Document) -> list[LorasftError]:
@@ -245,12 +271,14 @@ def _explain_key(path: KeyPath, details: list[Any], document: Document) -> Loras
         return UnsafeError(f"{name}: lorasft runs no code from repositories", where=where, hint="remove the key")
     if details[0]["type"] == "extra_forbidden":
         return RecipeError(f"unknown key {name}", where=where, hint=_hint_for_name(key, str(path[0])))
-    return RecipeError(in_words(details), where=where, hint="lorasft recipes schema has each key and its values")
+    own = _SECTIONS[key].model_fields if len(path) == 1 and key in _SECTIONS else ()
+    hint = f"this is a section: {', '.join(f'{key}.{name}' for name in own)}" if own else _SCHEMA
+    return RecipeError(in_words(details), where=where, hint=hint)
 
 
 def _hint_for_name(key: str, section: str) -> str:
-    ours = [ours for ours, theirs in PEERS.items() if key.lower() in theirs.split()]
+    ours = [ours for ours, theirs in PEERS.items() if any(fnmatch(key.lower(), name) for name in theirs.split())]
     beside = [own for name, own in _NAMES.items() if name.startswith(section)]
     close = [] if ours else get_close_matches(key, beside, n=1) or get_close_matches(key, list(_NAMES.values()), n=1)
     ours += [name for name, own in _NAMES.items() if own in close]
-    return f"here it is {' or '.join(ours)}" if ours else "lorasft recipes schema has each key"
+    return f"here it is {' or '.join(ours)}" if ours else _SCHEMA

@@ -29,7 +29,8 @@ from safetensors.torch import save as to_bytes
 
 from lorasft import __version__
 from lorasft.adapter_files import read_adapter_weights
-from lorasft.data.prepare import Prepared, read_ingredients
+from lorasft.data.prepare import open_prepared, read_ingredients
+from lorasft.data.store import changed_rows
 from lorasft.errors import CapacityError, DivergedError, LorasftError, ModelError, RecipeError
 from lorasft.files import (
     LOCK,
@@ -37,6 +38,7 @@ from lorasft.files import (
     make_folder,
     refuse_overlap,
     remove_folder,
+    remove_new,
     rename,
     replace_file,
     staged_folder,
@@ -49,9 +51,9 @@ from lorasft.model.free_memory import out_of_memory
 from lorasft.recipe import Recipe, mathematics
 from lorasft.recipe.load import dump_recipe, load_recipe
 from lorasft.tensors import fingerprint
-from lorasft.terminal import say
+from lorasft.terminal import quote, say
 from lorasft.train.optimizer import optimizer_state, restore_optimizer
-from lorasft.train.state import Run, State
+from lorasft.train.state import Run, RunInputs, State
 
 _LEFT_BEHIND = {LOCK, "tokens", "memory.json", "checkpoints", "provenance.json"}  # by a start that failed
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors", "numpy")
@@ -60,10 +62,11 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 @contextmanager
 def take_folder(recipe: Recipe, *, resume: bool) -> Iterator[None]:
-    """Hold the run folder, cleared of what a failed start left."""
+    """Hold the run folder, cleared of what a killed start left. A start that fails leaves nothing in it."""
     folder = Path(recipe.run.output)
     refuse_overlap(folder, Path(recipe.model.base))
     check_run_folder(folder, resume=resume)
+    present, absent = set(folder.glob("*")), [one for one in (folder, *folder.parents) if not one.exists()]
     make_folder(folder)
     with locked(folder) as left:
         if left:
@@ -74,7 +77,11 @@ def take_folder(recipe: Recipe, *, resume: bool) -> Iterator[None]:
         for name in () if resume else ("tokens", "checkpoints/step-000000"):
             if (folder / name).is_dir():
                 remove_folder(folder / name)
-        yield
+        try:
+            yield
+        finally:
+            if not (folder / "recipe.yaml").is_file():
+                remove_new(folder, present, absent)
 
 
 def check_run_folder(folder: Path, *, resume: bool) -> None:
@@ -83,7 +90,7 @@ def check_run_folder(folder: Path, *, resume: bool) -> None:
     if resume and not is_run:
         raise RecipeError("there is no run to resume", where=str(folder), hint="leave out --resume to start one")
     if not resume and is_run:
-        hint = f"--resume to continue it, or run.output={folder}-2 to start another"
+        hint = f"--resume to continue it, or {quote(f'run.output={folder}-2')} to start another"
         raise RecipeError("this run folder exists", where=str(folder), hint=hint)
     present = {path.name for path in folder.glob("[!.]*")}
     strangers = sorted(present - _LEFT_BEHIND if LOCK in present else present)
@@ -92,19 +99,23 @@ def check_run_folder(folder: Path, *, resume: bool) -> None:
         raise RecipeError(what, where=str(folder), hint="run.output=NEW_FOLDER")
 
 
-def read_run_id(folder: Path) -> str | None:
-    """The id of the run in `folder`; None when provenance.json, which holds it, is lost."""
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What provenance.json says of the run in `folder`; None when it is lost."""
     try:
-        return str(json.loads((folder / "provenance.json").read_bytes()).get("run", ""))
-    except (OSError, ValueError, AttributeError):
+        return dict(json.loads((folder / "provenance.json").read_bytes()))
+    except (OSError, ValueError, TypeError):
         return None
 
 
-def compare(before: dict[str, Any], now: dict[str, Any], *, most: int = 10) -> str:
-    """The first of what differs, a line each: `key: old -> new`."""
+def compare(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """What differs, a line each: `key: old -> new`, of long texts from shortly before they part."""
     old, new = _flatten(before), _flatten(now)
-    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    return "\n".join(f"  {key}: {old.get(key)!r:.200} -> {new.get(key)!r:.200}" for key in keys[:most])
+    for key in sorted(old.keys() | new.keys()):
+        pair = [repr(values.get(key)) for values in (old, new)]
+        if pair[0] != pair[1]:
+            same = next((at for at, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), 0)
+            start = max(0, same - 40) if max(map(len, pair)) > 200 else 0
+            yield f"{key}: {pair[0][start:]:.200} -> {pair[1][start:]:.200}"
 
 
 def write_start(run: Run, state: State) -> None:
@@ -119,6 +130,7 @@ def write_start(run: Run, state: State) -> None:
         "run": state.run,
         "layout": asdict(state.layout),
         "base": {"name": recipe.model.base, "commit": commit, "fingerprint": fingerprint(base)},
+        "start": fingerprint(run.inputs.start.require_adapter()) if run.inputs.start else None,
         "data": prepared.key,
         "report": prepared.report.as_dict(),
     }
@@ -171,21 +183,42 @@ def read_state(path: Path, *, run: str | None) -> State:
     return state
 
 
-def find_checkpoint(recipe: Recipe, prepared: Prepared) -> State:
+def find_checkpoint(recipe: Recipe, inputs: RunInputs) -> State:
     """The newest checkpoint in the run folder of `recipe`. Raises RecipeError, with a table old -> new, when what
-    decides the result differs from what the run began with.
+    decides the result differs from what the run began with; where its files are now decides nothing.
     """
-    folder = Path(recipe.run.output)
-    saved = newest_checkpoint(folder / "checkpoints", run=read_run_id(folder))
+    folder, prepared = Path(recipe.run.output), inputs.prepared
+    record, before = read_record(folder), load_recipe(str(folder / "recipe.yaml"))
+    saved = newest_checkpoint(folder / "checkpoints", run=str(record.get("run", "")) if record else None)
     what = "the recipe differs from the one that this run was started with"
-    before, now = mathematics(load_recipe(str(folder / "recipe.yaml"))), mathematics(recipe)
-    if before == now:
+    changes = [
+        *compare(mathematics(before), mathematics(recipe)),
+        *_changed_files(before, recipe, inputs, record or {}),
+    ]
+    if not changes:
         if saved.data == prepared.key:
             return saved
         what = f"the data, the tokenizer or their libraries changed since step {saved.step}"
-        before, now = (read_ingredients(folder / "tokens", key) for key in (saved.data, prepared.key))
+        old, new = (read_ingredients(folder / "tokens", key) for key in (saved.data, prepared.key))
+        changes = list(compare(*({**one, "files": sum(map(len, one.get("files", ())))} for one in (old, new))))
+        with suppress(ModelError, OSError):
+            changes += changed_rows(open_prepared(folder / "tokens" / saved.data[:16]).store, prepared.store)
+    if saved.data != prepared.key:
+        remove_folder(prepared.folder)
     hint = "restore them, or start another run with run.output=FOLDER"
-    raise RecipeError(f"{what}:\n{compare(before, now)}", where=str(folder), hint=hint)
+    changes = changes[:10] or ["the same rows in files of other bytes"]
+    raise RecipeError("\n  ".join([f"{what}:", *changes]), where=str(folder), hint=hint)
+
+
+def _changed_files(before: Recipe, now: Recipe, inputs: RunInputs, record: dict[str, Any]) -> Iterator[str]:
+    """The base and the starting adapter, where they are not those that a run of `record` began with."""
+    start, recorded = inputs.start and inputs.start.adapter, (record.get("base") or {}).get("fingerprint")
+    for name, old, new, folder, known in (
+        ("model.base", before.model.base, now.model.base, Path(now.model.base), recorded),
+        ("adapter.start", before.adapter.start, now.adapter.start, start, record.get("start")),
+    ):
+        if fingerprint(folder) != known if known and folder and folder.is_dir() else old != new:
+            yield f"{name}: {old!r} -> {new!r}, other files"
 
 
 def newest_checkpoint(folder: Path, *, run: str | None) -> State:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lorasft.errors import DeviceError, LorasftError
 from lorasft.files import append
-from lorasft.recipe import Recipe, mathematics
+from lorasft.recipe import Recipe
 from lorasft.terminal import say, time_text
 
 
@@ -30,7 +30,7 @@ class Metrics:
         self.steps = steps
         self.done = done
         self.log_every = recipe.run.log_every
-        self.started = time.monotonic()
+        self.started: float | None = None  # the clock of the first step: what comes before takes no part in the pace
         self.trackers: list[Any] = []
         if recipe.run.trackers and not quiet:
             self._try_trackers(lambda: self.trackers.extend(start_trackers(recipe)))
@@ -39,6 +39,7 @@ class Metrics:
         """The metrics of one optimizer step."""
         self._record(values)
         number = values["step"]
+        self.started = self.started or time.monotonic() - values["seconds"]
         if number % self.log_every and number != self.steps:
             return
         left = (time.monotonic() - self.started) / (number - self.done) * (self.steps - number)
@@ -88,11 +89,18 @@ class Metrics:
 
 
 def start_trackers(recipe: Recipe) -> list[Any]:
-    """The recipe's trackers, as accelerate starts them."""
+    """The recipe's trackers, as accelerate starts them: a run of the run folder's name, a parameter for each key."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(log_with=list(recipe.run.trackers), project_dir=recipe.run.output)
-    accelerator.init_trackers("lorasft", config={key: str(value) for key, value in mathematics(recipe).items()})
+    name = Path(recipe.run.output).resolve().name
+    own_names = {"mlflow": {"run_name": name}, "wandb": {"name": name}, "trackio": {"name": name}}
+    settings = {
+        f"{section}.{key}": value if isinstance(value, (str, int, float)) else json.dumps(value)
+        for section, keys in recipe.model_dump(mode="json").items()
+        for key, value in keys.items()
+    }
+    accelerator.init_trackers("lorasft", config=settings, init_kwargs=own_names)
     return list(accelerator.trackers)
 
 

@@ -21,6 +21,7 @@ from lorasft.model.recompute import decoder_layers
 from lorasft.model.timing import predict_seconds
 from lorasft.model.weightless import make_sample, make_weightless, plan_network
 from lorasft.recipe import Recipe
+from lorasft.terminal import quote
 from lorasft.train.inputs import read_checked_config, read_inputs
 from lorasft.train.layout import Fit, choose_layout
 from lorasft.train.state import RunInputs
@@ -127,7 +128,7 @@ def find_suggestions(recipe: Recipe, config: Any, network: Network, rows: TokenS
         if found is None:
             continue
         value = getattr(getattr(found, section), name)
-        text = f"{key}={value}".replace("()", "[]")
+        text = quote(f"{key}={value}".replace("()", "[]"))
         if key == "data.max_length":
             longer = int((lengths > value).sum())
             many = recipe.data.overlong == "drop" and longer > recipe.data.max_dropped * len(lengths)

@@ -69,7 +69,7 @@ def _prepare(recipe: Recipe, *, resume: bool, held: ExitStack) -> RunInputs:
     check_files(recipe.model.base)
     inputs = read_inputs(recipe, config, folder / "tokens")
     if resume:
-        saved = find_checkpoint(recipe, inputs.prepared)
+        saved = find_checkpoint(recipe, inputs)
         inputs = replace(inputs, saved=saved)
         say(f"continuing from step {saved.step}")
     if not recipe.adapter.modules_to_save:

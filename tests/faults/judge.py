@@ -52,8 +52,9 @@ def judge_remains(folder: Path, *, commits: int, done: int | None = None) -> tup
                 wrong.append(f"{path.name} is not finite")
         except LorasftError as error:
             wrong.append(f"torn: {path.name}: {error.what}")
-    if len(good) < min(commits, KEEP):
-        wrong.append(f"{len(good)} checkpoints of {min(commits, KEEP)} promised")
+    promised = min(commits, KEEP) if (folder / "recipe.yaml").is_file() else 0  # a start that failed leaves nothing
+    if len(good) < promised:
+        wrong.append(f"{len(good)} checkpoints of {promised} promised")
     if done is None:
         done = max((line["step"] for line in read_metrics(folder) if "loss" in line), default=0)
     lost = max(0, done - good[-1].step) if good else done
