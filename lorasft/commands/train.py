@@ -56,7 +56,7 @@ def _serve_command(ready: Run, adapter: Path) -> str:
     rank = next((most for most in _VLLM_RANKS if most >= settings.rank), None)
     if rank is None or settings.dora or settings.modules_to_save:
         return "vLLM takes none of this kind, merge it"
-    words = ["vllm", "serve", model.base, *(["--revision", model.revision] if model.revision else [])]
+    words: list[object] = ["vllm", "serve", model.base, *(["--revision", model.revision] if model.revision else [])]
     words += ["--enable-lora", "--lora-modules", f"mine={adapter}", "--max-lora-rank", rank]
     words += ["--chat-template", adapter / "chat_template.jinja", "--generation-config", adapter]
     four_bit = "\n(on the 16-bit base it answers a little otherwise than on the 4-bit one: merge says by how much)"
