@@ -22,7 +22,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from lorasft.artifact import Artifact, find_artifact
-from lorasft.data.prepare import open_prepared
+from lorasft.data.prepare import Prepared, open_prepared
 from lorasft.data.tokens import UNSUPERVISED, Tokens, all_supervised
 from lorasft.errors import DataError, ModelError
 from lorasft.merge.sidecars import compare_prompts
@@ -105,6 +105,12 @@ class MergeCheck:
         """Ask the model in `folder` and put it into the table. Returns its log-probabilities."""
         return self._compare(name, log_probs(_load(find_artifact(str(folder))), self.rows))
 
+    def record(self) -> dict[str, Any]:
+        """What was found, on which rows, and how many tokens the longest row of training has, where that is known."""
+        prepared = _open_tokens(self.artifact)
+        longest = int(np.diff(prepared.store.sequence_starts).max()) if prepared else None
+        return {"longest_row": longest, "rows": self.origin, "table": self.table}
+
     def _compare(self, name: str, logs: Tensor) -> Tensor:
         same = float((self.trained.argmax(-1) == logs.argmax(-1)).double().mean())
         nll = float(self._nll(logs, self.lengths).sum()) / len(logs)
@@ -162,14 +168,20 @@ def _find_rows(artifact: Artifact, data: DataSource | None) -> tuple[Sequence[To
             Tokens(answer.ids, np.where(np.arange(len(answer.ids)) < answer.start, UNSUPERVISED, answer.ids))
             for answer in answers
         ], data.path
-    for folder in sorted((artifact.run / "tokens").glob("*/prepared.json")) if artifact.run else ():
-        with contextlib.suppress(ModelError):  # damaged, or of another version
-            prepared = open_prepared(folder.parent)
-            store = prepared.held_out or prepared.train
-            rows = [tokens for example in range(min(len(store), _PAIRS)) for tokens in store.sequences(example)]
-            return rows, "held-out rows" if prepared.held_out else "rows of the training set: none were held out"
+    if prepared := _open_tokens(artifact):
+        store = prepared.held_out or prepared.train
+        rows = [tokens for example in range(min(len(store), _PAIRS)) for tokens in store.sequences(example)]
+        return rows, "held-out rows" if prepared.held_out else "rows of the training set: none were held out"
     ids = np.array(read_tokenizer(artifact)(_TEXT)["input_ids"], dtype=np.int32)
     return [all_supervised(ids)], _OWN_TEXT
+
+
+def _open_tokens(artifact: Artifact) -> Prepared | None:
+    """What the run was trained on, where that is still there."""
+    for folder in sorted((artifact.run / "tokens").glob("*/prepared.json")) if artifact.run else ():
+        with contextlib.suppress(ModelError):  # damaged, or of another version
+            return open_prepared(folder.parent)
+    return None
 
 
 def _load(artifact: Artifact) -> Any:

@@ -77,8 +77,7 @@ def merge(
             "updated": len(plan.changes),  # tensors that the adapter changes
             "unchanged": unchanged,  # of these, as the rounding left them
             "size": sum((stage / name).stat().st_size for name in found),  # bytes of weights
-            "rows": judge.origin if judge else "",
-            "table": judge.table if judge else {},
+            **(judge.record() if judge else {"rows": "", "table": {}}),
             "result": found,
         }
         return _write_record(stage, artifact, done)
