@@ -146,14 +146,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, Raw]]:
             yield from chain(head, lines)
             return
     with _open(path) as file:
-        content = file.read()
-    try:
-        values = list(_find_values(content.decode()))
-    except (ValueError, RecursionError):
-        if len(head) > 1:
-            raise
-        yield head[0]  # it gets an error of its own
-        return
+        values = list(_find_values(file.read().decode()))
     yield from values if len(values) > 1 else enumerate(_rows_of(values[0][1]), start=1)
 
 
