@@ -31,7 +31,7 @@ COMMANDS = {  # each is a file in commands/, which declares its own arguments
     "doctor": "is this machine fit to train? also what a bug report needs",
 }
 EXIT_CODES = """exit codes: 0 done; 1 a bug; 2 usage or recipe; 3 data; 4 model, adapter or checkpoint files; 5 device;
-6 memory or disk; 7 the training diverged; 8 refused for safety; 130/143 stopped by a signal, saved"""
+6 memory or disk; 7 not finite, or nothing trained; 8 refused for safety; 130/143 stopped by a signal, saved"""
 
 
 class _Parser(argparse.ArgumentParser):

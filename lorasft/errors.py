@@ -59,7 +59,7 @@ class CapacityError(LorasftError):
 
 
 class DivergedError(LorasftError):
-    """The training went wrong: a loss or gradient that is not finite, or nothing trained."""
+    """A loss, gradient or log-probability that is not finite, or nothing trained."""
 
     exit_code = 7
 

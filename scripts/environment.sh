@@ -18,13 +18,13 @@ prepare_environment() {
 
 find_python() {
     local name
-    for name in python3 python3.13 python3.12 python3.11 python3.10; do
-        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    for name in python3 python3.14 python3.13 python3.12 python3.11; do
+        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             command -v "$name"
             return
         fi
     done
-    echo "error: no Python 3.10 or newer" >&2
+    echo "error: no Python 3.11 or newer" >&2
     echo "hint: install one, for example with your system's package manager" >&2
     return 5
 }

@@ -24,6 +24,7 @@ try:
 except LorasftError as fault:
     print(fault, file=sys.stderr)
     sys.exit(fault.exit_code)' "$recipe" "$@")
+        case $first in -*) first=./$first ;; esac # not an option of the commands below
         run=$first
         number=2
         while [ -e "$run" ]; do
@@ -39,7 +40,7 @@ run=$(lorasft train "$recipe" "$@")
 
 if [ "$recipe" != tiny ]; then
     say "next"
-    echo "  lorasft merge $run --out $run-merged     (full weights: as large as the base in 16 bit)" >&2
+    printf '  lorasft merge %q --out %q     (full weights: as large as the base in 16 bit)\n' "$run" "$run-merged" >&2
     exit 0
 fi
 
@@ -52,9 +53,6 @@ cat >&2 <<EOF
   $run-merged       full weights: loads with AutoModelForCausalLM.from_pretrained
 EOF
 say "what to type next"
-cat >&2 <<EOF
-  . $root/.venv/bin/activate
-  lorasft chat $run-merged
-  lorasft recipes                                   the recipes for larger models
-  $0 qwen3-4b data.train=my.jsonl     your own data
-EOF
+printf '  . %q\n  lorasft chat %q\n' "$root/.venv/bin/activate" "$run-merged" >&2
+printf '  lorasft recipes     (the recipes for larger models)\n' >&2
+printf '  %q qwen3-4b data.train=my.jsonl     (your own data)\n' "$0" >&2

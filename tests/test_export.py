@@ -25,6 +25,7 @@ SHAPE = {**shape(64), "vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id
 del SHAPE["head_dim"]
 LONG: dict[str, Any] = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64}
 LONG |= {"short_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5], "long_factor": [4.0] * 6}
+SHORT = LONG | {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
 # transformers' reader fills the numbers that it does not read with the defaults of Gemma's and Qwen's configs.
 MODELS: dict[str, Any] = {
     "llama": lambda: hf.LlamaConfig(**SHAPE, head_dim=16),
@@ -128,6 +129,22 @@ def test_phi_3_5_has_short_and_long_factors(tmp_path: Path) -> None:
     assert found.fields["phi3.rope.dimension_count"].contents() == 12
     attention = (1 + np.log(128 / 64) / np.log(64)) ** 0.5
     assert found.fields["phi3.rope.scaling.attn_factor"].contents() == pytest.approx(attention)
+
+
+@pytest.mark.parametrize(("longest", "context"), [(None, 64), (40, 64), (90, 90)])
+def test_the_context_up_to_which_short_factors_hold_is_told(
+    longest: int | None, context: int, tmp_path: Path, cli: Command
+) -> None:
+    config = hf.Phi3Config(**SHAPE, original_max_position_embeddings=64, rope_parameters=dict(SHORT))
+    save_model(tmp_path / "model", config)
+    if longest:
+        (tmp_path / "model/merge.json").write_text(json.dumps({"longest_row": longest}), encoding="utf-8")
+    done = cli("export", tmp_path / "model", "--to", "ollama", "--out", tmp_path / "out")
+    assert done.code == 0 and "above -c 64" in done.err and f"has {longest} tokens" in done.err + "has None tokens"
+    assert f"PARAMETER num_ctx {context}\n" in (tmp_path / "out/Modelfile").read_text(encoding="utf-8")
+    save_model(tmp_path / "other", MODELS["llama"]())
+    done = cli("export", tmp_path / "other", "--to", "ollama", "--out", tmp_path / "plain")
+    assert "-c " not in done.err and "num_ctx" not in (tmp_path / "plain/Modelfile").read_text(encoding="utf-8")
 
 
 def test_a_model_with_eyes_gives_its_language_model(tmp_path: Path) -> None:

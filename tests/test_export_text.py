@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Command
 from jinja2 import Environment
 from tiny_tokenizer import TEMPLATE, save_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -22,7 +23,7 @@ from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import ModelError
 from lorasft.export.gguf import write_gguf
 from lorasft.export.ollama import find_joints, go_template, write_ollama
-from lorasft.export.tokenizer import describe_tokenizer, name_splitter
+from lorasft.export.tokenizer import describe_tokenizer, find_raw_start, name_splitter
 from lorasft.recipe import ChatSettings
 
 pytest.importorskip("gguf", reason="the extra gguf is not installed")
@@ -259,3 +260,64 @@ def test_the_folder_for_ollama(tmp_path: Path) -> None:
     want = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
     assert "<s>" + evaluate(template, CHAT) == want
     assert (tmp_path / "out/model.gguf").is_file()
+
+
+STARTS = {  # what a raw text needs in front in llama.cpp, which follows the chat template
+    "mistral-v0.2": "",
+    "tinyllama-zephyr": "<s>",  # the template writes no BOS, so the file asks for none
+    "phi-3.5": "<s>",
+    "llama-3.1": "",
+    "qwen2.5": "",
+}
+
+
+@needs_data
+@pytest.mark.parametrize("name", STARTS)
+def test_raw_texts_are_compared_with_training(name: str) -> None:
+    tokenizer, _ = describe(name)
+    assert find_raw_start(tokenizer) == STARTS[name]
+
+
+def save_sentencepiece(folder: Path, scheme: str) -> Path:
+    """A tokenizer that writes blanks into its pieces, and one before a text as `scheme` says."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "<s>", "</s>", "a", "b", SPACE, SPACE + "a", SPACE + "b"]
+    backend = Tokenizer(models.BPE({piece: at for at, piece in enumerate(pieces)}, [(SPACE, "a"), (SPACE, "b")]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, scheme, split=False)
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("scheme", "start"), [("always", ""), ("first", " "), ("never", "")])
+def test_a_blank_before_texts_is_found_missing(scheme: str, start: str, tmp_path: Path) -> None:
+    assert find_raw_start(load_tokenizer(str(save_sentencepiece(tmp_path, scheme)))) == start
+
+
+TRIMS = {
+    "none": (TEMPLATE, False),
+    "all": (TEMPLATE.replace("m.content", "m.content | trim"), True),
+    "answers": (TEMPLATE.replace("m.content", "m.content.strip() if m.role == 'assistant' else m.content"), True),
+    "ends": (TEMPLATE.replace("m.content", "m.content.rstrip()"), True),
+}
+
+
+@pytest.mark.parametrize("name", TRIMS)
+def test_messages_that_a_template_trims_are_told(name: str, tmp_path: Path, cli: Command) -> None:
+    template, trims = TRIMS[name]
+    save_tokenizer(tmp_path / "model", template=template)
+    save_weights(tmp_path / "model")
+    done = cli("export", tmp_path / "model", "--to", "ollama", "--out", tmp_path / "out")
+    assert done.code == 0 and ("trims messages" in done.err) == trims
+
+
+@pytest.mark.parametrize(("template", "start"), [(TEMPLATE, None), (TEMPLATE.replace("{{ bos_token }}", ""), "<s>")])
+def test_which_beginning_is_right_is_told(template: str, start: str | None, tmp_path: Path, cli: Command) -> None:
+    save_tokenizer(tmp_path / "model", template=template)
+    save_weights(tmp_path / "model")
+    done = cli("export", tmp_path / "model", "--to", "gguf", "--out", tmp_path / "m.gguf")
+    assert done.code == 0 and ("only after" in done.err) == bool(start) and repr(start or "") in done.err + "''"

@@ -107,6 +107,7 @@ def test_a_run_in_4_bit_is_merged_onto_what_it_saw(trained: Path, tmp_path: Path
     said = json.loads(cli("merge", trained, "--out", tmp_path / "out", "--json").out)
     table = said["table"]
     assert said["updated"] == 14 and said["onto"] == "dequantized" and said["rows"] == "held-out rows"
+    assert 30 < said["longest_row"] <= 120
     assert table["trained"]["kl"] == 0 and table["trained"]["same_choice"] == 1
     assert 0 < table["merged"]["kl"] < table["onto original, before rounding"]["kl"] / 5
     assert table["onto original, before rounding"]["kl"] < table["without the adapter"]["kl"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,3 +171,29 @@ def test_how_the_base_is_loaded_can_be_told(base: Path, rows: Path, tmp_path: Pa
 def test_what_cannot_be_told_is_named(word: str, base: Path, rows: Path, cli: Command) -> None:
     done = cli("evaluate", base, "--data", rows, word)
     assert done.code == 2 and "hint:" in done.err and "command line" in done.err
+
+
+SERVED: dict[str, tuple[dict[str, Any], str | None]] = {
+    "rank": ({"rank": 20}, "--max-lora-rank 32 "),
+    "small": ({"rank": 2}, "--max-lora-rank 8 "),
+    "dora": ({"dora": True}, None),
+    "whole": ({"modules_to_save": ["lm_head"]}, None),
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_run_ends_with_the_whole_command_for_a_server(
+    name: str, recipe: Callable[..., str], base: Path, tmp_path: Path, cli: Command
+) -> None:
+    adapter, rank = SERVED[name]
+    done = cli("train", recipe(adapter=adapter, train={"steps": 3}, run={"output": str(tmp_path / "my run")}))
+    assert done.code == 0
+    (line,) = [line for line in done.err.splitlines() if "serve the adapter" in line]
+    words = shlex.split(line.partition(": ")[2])
+    folder = tmp_path / "my run/adapter"
+    if rank is None:
+        assert "merge it" in line
+        return
+    assert rank in line and words[:3] == ["vllm", "serve", str(base)] and f"mine={folder}" in words
+    assert words[words.index("--generation-config") + 1] == str(folder)
+    assert Path(words[words.index("--chat-template") + 1]).is_file() and "16-bit base" in done.err

@@ -58,3 +58,5 @@ def _describe(merged: Mapping[str, Any]) -> Iterator[str]:
         yield f"{'':30}  {'KL a token':>10}  {'same choice':>11}  {'nats a token':>12}"
     for name, x in merged["table"].items():
         yield f"{name:30}  {x['kl']:10.1e}  {x['same_choice']:11.1%}  {x['nll']:12.4f}"
+    if merged["onto"] == "dequantized" and merged["table"]:
+        yield "the merge answers as chat and evaluate did, the adapter on its 16-bit base as 'onto original'"

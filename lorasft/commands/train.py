@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,8 @@ from lorasft.terminal import quote, say, shorten
 
 if TYPE_CHECKING:
     from lorasft.train.state import Run
+
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -43,7 +46,21 @@ def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
                 _show_answers(ready)
                 say(f"done in {time.monotonic() - started:.0f} s; adapter in {adapter}")
                 say(f"next: lorasft chat {quote(output)}    lorasft merge {quote(output)} --out merged")
+                say(f"or serve the adapter: {_serve_command(ready, adapter)}")
                 print(output)
+
+
+def _serve_command(ready: Run, adapter: Path) -> str:
+    """vLLM's for the adapter on its base, from which it would take template, stops and, for ranks over 16, an error."""
+    settings, model = ready.inputs.adapter, ready.recipe.model
+    rank = next((most for most in _VLLM_RANKS if most >= settings.rank), None)
+    if rank is None or settings.dora or settings.modules_to_save:
+        return "vLLM takes none of this kind, merge it"
+    words: list[object] = ["vllm", "serve", model.base, *(["--revision", model.revision] if model.revision else [])]
+    words += ["--enable-lora", "--lora-modules", f"mine={adapter}", "--max-lora-rank", rank]
+    words += ["--chat-template", adapter / "chat_template.jinja", "--generation-config", adapter]
+    four_bit = "\n(on the 16-bit base it answers a little otherwise than on the 4-bit one: merge says by how much)"
+    return shlex.join(map(str, words)) + four_bit * (model.quantization == "nf4")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
+from lorasft.artifact import MERGE_RECORD
+from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import DeviceError, ModelError
 from lorasft.export.families import GgufLayout, read_gguf_layout, usual_converter
-from lorasft.export.tokenizer import describe_tokenizer
+from lorasft.export.tokenizer import describe_tokenizer, find_raw_start
 from lorasft.files import need_space, staged_file
 from lorasft.tensors import TensorFile, TensorSpec, find_weights, open_tensors
 
@@ -71,7 +74,9 @@ def write_gguf(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progr
     """Write the model in the folder `model`, with its tokenizer and chat template, to the new file `out`.
 
     Matrices become `kind`, what is not a matrix fp32. Raises ModelError for what llama.cpp would not read or compute
-    alike, DeviceError without the package gguf, CapacityError when there is no room; then there is no `out`.
+    alike, DeviceError without the package gguf, CapacityError when there is no room; then there is no `out`. Returns
+    what was written; `raw_start`: of find_raw_start; `short_context`: above which llama.cpp takes other factors for
+    positions; `longest_row`: of training, where it is known.
     """
     gguf = require_gguf()
     layout = read_gguf_layout(model)
@@ -88,7 +93,16 @@ def write_gguf(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progr
             done += tensor.nbytes
             if on_progress:
                 on_progress(done, total)
-    return {"file": str(out), "architecture": layout.family.name, "type": kind, "size": out.stat().st_size}
+    merged = model / MERGE_RECORD
+    return {
+        "file": str(out),
+        "architecture": layout.family.name,
+        "type": kind,
+        "size": out.stat().st_size,
+        "raw_start": find_raw_start(load_tokenizer(str(model))),
+        "short_context": layout.fields.get("rope.scaling.original_context_length"),
+        "longest_row": json.loads(merged.read_bytes()).get("longest_row") if merged.is_file() else None,
+    }
 
 
 def _find_tensors(gguf: Any, model: Path, layout: GgufLayout, kind: Kind) -> Iterator[Tensor]:

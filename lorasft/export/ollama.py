@@ -35,8 +35,8 @@ Joints = dict[tuple[str, str], str]
 
 
 def write_ollama(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progress | None = None) -> dict[str, Any]:
-    """Write the new folder `out`: model.gguf and Modelfile. Returns what write_gguf does, and whether system messages
-    have a place in the template.
+    """Write the new folder `out`: model.gguf and Modelfile. Returns what write_gguf does, whether system messages have
+    a place in the template, and whether it trims messages, which Ollama does not.
 
     Raises ModelError when the chat template cannot be written as a Go template, and what write_gguf raises.
     """
@@ -48,8 +48,11 @@ def write_ollama(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Pro
         modelfile += f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}\n"
     with staged_folder(out) as stage:
         written = write_gguf(model, stage / WEIGHTS, kind=kind, on_progress=on_progress)
+        if context := written["short_context"]:
+            modelfile += f"PARAMETER num_ctx {max(context, written['longest_row'] or 0)}\n"
         write_file(stage / MODELFILE, modelfile.encode())
-    return {**written, "file": str(out / WEIGHTS), "system": (_START, "system") in joints}
+    trims = any(_cut(tokenizer, shape) and not _cut(tokenizer, shape, blank="\n ") for shape in ("u", "su", "uau"))
+    return {**written, "file": str(out / WEIGHTS), "system": (_START, "system") in joints, "trims": trims}
 
 
 def find_joints(tokenizer: PreTrainedTokenizerFast, *, where: str) -> Joints:
@@ -81,9 +84,11 @@ def _spell(shape: str) -> str:
     return " + ".join(_ROLES[letter] for letter in shape)
 
 
-def _cut(tokenizer: PreTrainedTokenizerFast, shape: str) -> list[str] | None:
-    """The texts round the messages of a prompt of this shape; None when the template refuses or rewrites it."""
-    messages = [{"role": _ROLES[letter], "content": f"Lorasft{at}{letter}probe"} for at, letter in enumerate(shape)]
+def _cut(tokenizer: PreTrainedTokenizerFast, shape: str, *, blank: str = "") -> list[str] | None:
+    """The texts round the messages of a prompt of this shape; None when the template refuses or rewrites it. `blank`:
+    at the ends of messages."""
+    contents = [f"{blank}Lorasft{at}{letter}probe{blank}" for at, letter in enumerate(shape)]
+    messages = [{"role": _ROLES[letter], "content": text} for letter, text in zip(shape, contents, strict=True)]
     try:
         rest = render(tokenizer, messages, generation_prompt=True)
     except DataError:

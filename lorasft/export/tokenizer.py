@@ -152,3 +152,17 @@ def starts_with_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
         not tokenizer.chat_template
         or render(tokenizer, question, generation_prompt=True).startswith(tokenizer.bos_token)
     )
+
+
+def find_raw_start(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """What has to be put before a text that no template renders, for llama.cpp to give it the ids of training on texts:
+    whether it adds BOS and a blank follows the chat template. None: nothing does."""
+    encode, bos = tokenizer.backend_tokenizer.encode, str(tokenizer.bos_token or "")
+    wanted = [tokenizer.bos_token_id] * adds_bos(tokenizer) + encode("a b", add_special_tokens=False).ids
+    added = [tokenizer.bos_token_id] * starts_with_bos(tokenizer)
+    anchor = bos or str(tokenizer.eos_token or "")
+    for start in ("", " ", bos, f"{bos} "):
+        given = encode(f"{anchor}{start}a b", add_special_tokens=False).ids[bool(anchor) :]
+        if added + given == wanted:
+            return start
+    return None

@@ -22,7 +22,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from lorasft.artifact import Artifact, find_artifact
-from lorasft.data.prepare import open_prepared
+from lorasft.data.prepare import Prepared, open_prepared
 from lorasft.data.tokens import UNSUPERVISED, Tokens, all_supervised
 from lorasft.errors import DataError, ModelError
 from lorasft.merge.sidecars import compare_prompts
@@ -80,14 +80,12 @@ class MergeCheck:
         And why, in one line.
         """
         if not self.four_bit:
-            is_run = self.artifact.recipe is not None
-            return "original", "the run was not in 4 bit" if is_run else "nothing says that it was trained in 4 bit"
+            return "original", "nothing says that it was trained in 4 bit"
         parts = self.lengths if len(self.lengths) > 1 else [1] * self.lengths[0]  # of one row its tokens
         gains = self._nll(self.trained, parts) - self._nll(self.original, parts)
         gains /= len(self.trained) / len(gains)
-        gain, error = float(gains.mean()), float(gains.std()) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
-        if self.origin == _OWN_TEXT:  # which says nothing of what was trained
-            return "dequantized", "it was trained in 4 bit, and there are no rows to measure on (--data FILE)"
+        known = len(gains) > 1 and self.origin != _OWN_TEXT  # which says nothing of what was trained
+        gain, error = float(gains.mean()), float(gains.std()) / math.sqrt(len(gains)) if known else math.inf
         if gain > 2 * error:
             return "original", f"its answers to held-out rows are likelier by {gain:.4f} ± {error:.4f} nats a token"
         kl = self.table[_ORIGINAL]["kl"]
@@ -106,6 +104,12 @@ class MergeCheck:
     def ask(self, folder: Path, name: str) -> Tensor:
         """Ask the model in `folder` and put it into the table. Returns its log-probabilities."""
         return self._compare(name, log_probs(_load(find_artifact(str(folder))), self.rows))
+
+    def record(self) -> dict[str, Any]:
+        """What was found, on which rows, and how many tokens the longest row of training has, where that is known."""
+        prepared = _open_tokens(self.artifact)
+        longest = int(np.diff(prepared.store.sequence_starts).max()) if prepared else None
+        return {"longest_row": longest, "rows": self.origin, "table": self.table}
 
     def _compare(self, name: str, logs: Tensor) -> Tensor:
         same = float((self.trained.argmax(-1) == logs.argmax(-1)).double().mean())
@@ -164,14 +168,20 @@ def _find_rows(artifact: Artifact, data: DataSource | None) -> tuple[Sequence[To
             Tokens(answer.ids, np.where(np.arange(len(answer.ids)) < answer.start, UNSUPERVISED, answer.ids))
             for answer in answers
         ], data.path
-    for folder in sorted((artifact.run / "tokens").glob("*/prepared.json")) if artifact.run else ():
-        with contextlib.suppress(ModelError):  # damaged, or of another version
-            prepared = open_prepared(folder.parent)
-            store = prepared.held_out or prepared.train
-            rows = [tokens for example in range(min(len(store), _PAIRS)) for tokens in store.sequences(example)]
-            return rows, "held-out rows" if prepared.held_out else "rows of the training set: none were held out"
+    if prepared := _open_tokens(artifact):
+        store = prepared.held_out or prepared.train
+        rows = [tokens for example in range(min(len(store), _PAIRS)) for tokens in store.sequences(example)]
+        return rows, "held-out rows" if prepared.held_out else "rows of the training set: none were held out"
     ids = np.array(read_tokenizer(artifact)(_TEXT)["input_ids"], dtype=np.int32)
     return [all_supervised(ids)], _OWN_TEXT
+
+
+def _open_tokens(artifact: Artifact) -> Prepared | None:
+    """What the run was trained on, where that is still there."""
+    for folder in sorted((artifact.run / "tokens").glob("*/prepared.json")) if artifact.run else ():
+        with contextlib.suppress(ModelError):  # damaged, or of another version
+            return open_prepared(folder.parent)
+    return None
 
 
 def _load(artifact: Artifact) -> Any:
