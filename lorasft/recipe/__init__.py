@@ -53,8 +53,8 @@ class AdapterSettings(_Section):
 
 class DataSource(_Section):
     path: str = Field(min_length=1, description="file, folder or hub id")
-    split: str = Field("train", description="split of a hub data set")
-    config: str | None = Field(None, description="configuration of a hub data set")
+    split: str = Field("train", description="split of a hub data set or a folder")
+    config: str | None = Field(None, description="configuration of a hub data set or a snapshot of one")
     format: Format | None = Field(None, description="null: data.format")
     columns: dict[str, str] | None = Field(None, description="null: data.columns")
     share: float = Field(1.0, gt=0, le=1, description="share of the rows to use")
