@@ -37,10 +37,10 @@ _IDLE = (
 )
 # Starts that took a part out of the base, as config's init_lora_weights begins.
 _STARTS = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "lora_ga": "LoRA-GA", "loftq": "LoftQ"}
-_WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
-# The name of an adapter, as it is in a model's own state and not in PEFT's files.
-_ADAPTER_NAME = re.compile(
-    r"\.modules_to_save\.[^.]+|(?<=\.lora_[AB])\.(?!(?:weight|bias)$)[^.]+"
+# What PEFT's files leave out of the names in a model's own state: wrappers, and the name of the adapter.
+_STATE_ONLY = re.compile(
+    r"\b(?:base_model\.model|_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\."
+    r"|\.modules_to_save\.[^.]+|(?<=\.lora_[AB])\.(?!(?:weight|bias)$)[^.]+"
     r"|(?<=\.lora_embedding_[AB])\.[^.]+|(?<=\.trainable_tokens_delta)\.[^.]+|(?<=\.lora_magnitude_vector)\..+"
 )
 _MODULE = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_(?:embedding_)?[AB](?:\.weight)?")
@@ -101,8 +101,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     except (ValueError, OSError, AttributeError, RecursionError) as error:
         raise ModelError(f"cannot read the adapter's config: {error}", where=str(path), hint=_FETCH_AGAIN) from None
     if "peft_type" not in known and {"lora_parameters", "fine_tune_type"} & known.keys():
-        hint = "mlx_lm.fuse makes a model of it; or save it as PEFT does: lora_A is lora_a.T, lora_B is lora_b.T, and "
-        hint += f"lora_alpha is scale * rank, in {WEIGHTS}"
+        hint = "mlx_lm.fuse makes a model of it; PEFT has lora_a.T, lora_b.T and as lora_alpha scale * rank"
         raise ModelError("this is an adapter of mlx-lm", where=str(path), hint=hint)
     fields = {key: value for key, value in known.items() if value is not None and key not in _IDLE.split()}
     try:
@@ -161,15 +160,19 @@ def subtract_start(
     try:
         for path in list_adapted(weights, {}):
             down, up = (f"{PREFIX}{path}.lora_{part}.weight" for part in "AB")
+            if not (weight := read(path).detach()).is_floating_point():
+                raise TypeError("its start was taken out of weights in 16 bits, the base is in 4 bit")
             if not saved:
                 rank, scaling = lora_scale(config, path)
-                weight = read(path).float().T if config.get("fan_in_fan_out") else read(path).float()
-                began[down], began[up] = _compute_start(kind, weight.detach(), rank // 2, scaling)
+                weight = weight.float().T if config.get("fan_in_fan_out") else weight.float()
+                began[down], began[up] = _compute_start(kind, weight, rank // 2, scaling)
             plain[down] = torch.cat([weights[down].float(), began[down].float().cpu()])
             plain[up] = torch.cat([weights[up].float(), -began[up].float().cpu()], dim=1)
-    except (LookupError, AttributeError, RuntimeError) as error:
+    except (LookupError, AttributeError, RuntimeError, TypeError) as error:
         what = f"the adapter does not fit what it began with ({kind}): {error}"
-        raise ModelError(what, where=str(folder), hint="use the base that it was trained on") from None
+        raise ModelError(
+            what, where=str(folder), hint="--base with what it was trained on, --quantization none"
+        ) from None
     return plain
 
 
@@ -210,7 +213,7 @@ def open_adapter(folder: Path) -> TensorFile:
 def list_adapted(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
     """The modules whose A or B is among an adapter's tensors, but for the owners of the config's target_parameters."""
     found = {match[1] for match in map(_MODULE.fullmatch, map(_peft_name, names)) if match}
-    owners = tuple(f".{target}".rpartition(".")[0] or ".experts" for target in config.get("target_parameters") or ())
+    owners = (".experts", *(f".{target}".rpartition(".")[0] for target in config.get("target_parameters") or ()))
     return sorted(path for path in found if not f".{path}".removesuffix(".base_layer").endswith(owners))
 
 
@@ -234,8 +237,5 @@ def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _peft_name(name: str) -> str:
-    """The name that a tensor has in PEFT's files, from those of other tools and of a model's own state."""
-    path = _WRAPPERS.sub("", name)
-    while path.startswith(PREFIX):
-        path = path.removeprefix(PREFIX)
-    return PREFIX + _ADAPTER_NAME.sub("", path)
+    """The name that a tensor has in PEFT's files, also from those in a model's own state."""
+    return PREFIX + _STATE_ONLY.sub("", name)

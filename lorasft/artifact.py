@@ -118,14 +118,6 @@ class Artifact:
         what = "this is a model: there is no adapter in it" if Path(self.name).exists() else "there is no such folder"
         raise ModelError(what, where=self.name, hint="name a run, or an adapter's folder")
 
-    def refuse_quantized_start(self) -> None:
-        """Raise ModelError where an adapter that took its start out of 16-bit weights would go onto a base in 4 bit."""
-        kind = self.adapter_config.get("init_lora_weights")
-        if kind and (self.model.quantization == "nf4" or "quantization_config" in self.base_config):
-            what = f"its {kind} start was taken out of weights in 16 bits: it does not belong on a base in 4 bit"
-            hint = "a 16-bit base, with --quantization none (in a recipe model.quantization=none)"
-            raise ModelError(what, where=str(self.adapter), hint=hint)
-
     def verify(self, *, force_base: bool = False) -> None:
         """Raise ModelError for an adapter changed after its run, or, but for `force_base`, for another base."""
         adapter = self.require_adapter()
@@ -181,8 +173,7 @@ def find_artifact(name: str, *, base: str | None = None) -> Artifact:
 
 def _tells_of_4_bit(artifact: Artifact, own_base: str) -> bool:
     """Whether anything says that another tool's adapter was trained in 4 bit: its base, or what that tool recorded."""
-    names = [Path(own_base).name, *(part for part in Path(own_base).parts if part.startswith("models--"))]
-    if any(map(_FOUR_BIT_NAME.search, names)) and not re.search("(?i)mlx|gptq|awq", own_base):
+    if _FOUR_BIT_NAME.search(Path(own_base).name) and not re.search("(?i)mlx|gptq|awq", own_base):
         return True
     if Path(artifact.model.base).is_dir() and artifact.base_config.get("quantization_config"):
         return True

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from test_chat import SHARED, Encoder, conversation, make_encoder, own, shared_tokenizer
 
+from lorasft.data import chat_format
 from lorasft.data.examples import Example, shape_row
 from lorasft.data.sources import RowLocation
 from lorasft.data.tokenizer import load_tokenizer
@@ -98,11 +99,11 @@ def test_texts_that_a_template_changes_are_not_lost(tmp_path: Path, tiny: Any, t
 
 def test_patterns_are_looked_at_once(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder, tried = own(tmp_path, tiny, ALL), []
-    plain = encoder.format._try
-    monkeypatch.setattr(encoder.format, "_try", lambda *a, **b: tried.append(a) or plain(*a, **b))
+    plain = chat_format._with_word
+    monkeypatch.setattr(chat_format, "_with_word", lambda *a: tried.append(a) or plain(*a))
     for text in "abc":
         encoder.encode(conversation(text, "A" + text, "r", "B", system="s"))
-    assert len(tried) == 2  # a prompt for each answer
+    assert len(tried) == 2 + 4  # the messages of a prompt for each answer
 
 
 def test_everything_that_is_learned_is_all_of_the_row(tmp_path: Path, tiny: Any) -> None:
@@ -141,6 +142,14 @@ ARGUMENTS = [  # how a template writes arguments -> what becomes of those that a
     ("{{ '{\"a\": ' + (c.function.arguments | tojson | safe) + '}' }}",
      f'{{"a": {json.dumps(PARIS)}}}', f'{{"a": {json.dumps(PARIS)}}}'),
 ]  # fmt: skip
+
+
+def test_calls_beside_null_where_a_template_asks_for_that(tmp_path: Path, tiny: Any) -> None:
+    """As DeepSeek's: `content is none` is what tells a call from an answer."""
+    template = with_calls("{{ c.function.arguments + '.' }}").replace("m.tool_calls", "m.content is none", 1)
+    template = template.replace("m.content is none", "m.role == 'assistant' and m.content is none", 1)
+    rendered = text_of(own(tmp_path, tiny, template), chat("user: q", call(WRITTEN), "tool: 20", "assistant: A"))
+    assert f"weather {WRITTEN}.<|end|>" in rendered and "None" not in rendered
 
 
 @pytest.mark.parametrize(("how", "of_text", "of_object"), ARGUMENTS)

@@ -91,7 +91,7 @@ def test_what_is_named_outright_is_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"test") as error:
         read(fill(tmp_path / "only", "test.jsonl"))
     assert "only/test.jsonl" in str(error.value.hint)
-    with pytest.raises(DataError, match=r"train.jsonl has a split in its name, more.jsonl has none"):
+    with pytest.raises(DataError, match=r"no split: more.jsonl; train: train.jsonl"):
         read(fill(tmp_path / "mixed", "train.jsonl", "more.jsonl"))
 
 
@@ -120,7 +120,7 @@ def test_a_snapshot_is_read_as_its_readme_says(tmp_path: Path) -> None:
 
     assert names() == ["en/a-0.jsonl", "en/b.jsonl"] and names(split="test") == ["en/c.jsonl"]
     assert names(config="fr", split="train_gen") == ["fr/b.jsonl"]
-    with pytest.raises(DataError, match="train_gen, train_sft"):
+    with pytest.raises(DataError, match=r"train_gen: b.jsonl; train_sft: a.jsonl"):
         names(config="fr")
     with pytest.raises(DataError, match="default, fr"):
         names(config="de")
@@ -141,8 +141,8 @@ def test_other_files_are_named_and_offered(tmp_path: Path, tiny: Any) -> None:
     alone, both = made(None), made((str(tmp_path / "set"),))
     assert len(alone.train) == len(both.train) == 1 == len(both.held_out) and alone.held_out is None
     (notice,) = alone.report.notices()
-    assert all(text in notice for text in ("test.jsonl", "validation.jsonl", f"data.eval={tmp_path}/set"))
-    assert {Path(file).name for line in both.report.files_not_read for file in line.split(", ")} == {"test.jsonl"}
+    assert all(text in notice for text in ("test.jsonl", "validation.jsonl", "data.eval="))
+    assert [Path(file).name for file in both.report.files_not_read] == ["test.jsonl"]
 
 
 @pytest.mark.parametrize("splits", [False, True])

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from lorasft.data.encoding import FIRST, MARK, TextEncoder
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from lorasft.recipe import ChatSettings
 
 PLAIN_KEYS = {"role", "content", "name", "train"}
-PROBE = {"lorasftKey": "lorasftValue"}  # arguments of a call
 ENTITY = re.compile(r"&(?:#\w+|quot|amp|lt|gt|apos);")
 QUESTION, ANSWER = "Which word comes first?", "lorasftProbeAnswer"  # nothing a template would trim or rewrite
 
@@ -72,7 +70,6 @@ class ChatFormat:
         self.style = read_style(tokenizer)
         self.encoder = TextEncoder(tokenizer, prompt=self.style.prompt)
         self._lost: dict[Any, int | None] = {}  # for each pattern of messages
-        self._takes_text: dict[Any, bool] = {}
         self._end = self.style.end_of_turn.strip()
         self._ends = (*self.encoder.control, *([self._end] if self._end else ()))
         self._control = re.compile("|".join(map(re.escape, (*self.encoder.control, MARK))))
@@ -97,13 +94,9 @@ class ChatFormat:
             messages = ({"role": "system", "content": system}, *messages)
         content = json.dumps([example.text, messages, example.tools or (), example.variables], ensure_ascii=False)
         if not self._control.search(content):
-            example = replace(example, messages=messages)
-        else:
-            text, settled, tools, variables = json.loads(self._control.sub(self._replace_control, content))
-            example = replace(
-                example, text=text, messages=tuple(settled), tools=tuple(tools) or None, variables=variables
-            )
-        return self._with_arguments(example)
+            return replace(example, messages=messages)
+        text, settled, tools, variables = json.loads(self._control.sub(self._replace_control, content))
+        return replace(example, text=text, messages=tuple(settled), tools=tuple(tools) or None, variables=variables)
 
     def _replace_control(self, found: re.Match[str]) -> str:
         token = found.group()
@@ -211,16 +204,21 @@ class ChatFormat:
         """Raise DataError for a message from `first` on that is not shown, or not all calls of it, where those before
         `upto` are rendered. `answered`: no answer is to follow."""
         messages = example.messages[:upto]
-        key = (_pattern(messages), bool(example.tools), *example.variables, first, answered)
+        shapes = [(m["role"], bool(m["content"].strip()), len(m.get("tool_calls", ())), *m) for m in messages]
+        key = (tuple(shapes), bool(example.tools), *example.variables, first, answered)
         if key not in self._lost:
-            marked = [_with_words(message, f"{WORD}{index}x") for index, message in enumerate(messages)]
-            text = self._try([message for message, _ in marked], example, answered=answered).lower()
-            lost = (index for index in range(first, upto) if any(word not in text for word in marked[index][1]))
-            self._lost[key] = next(lost, None) if text else None
+            self._lost[key] = None
+            marked = [_with_word(message, f"{WORD}{index}x") for index, message in enumerate(messages)]
+            with suppress(DataError):  # a template that refuses the words has not refused the row
+                text = self.render(replace(example, messages=tuple(marked)), upto, answered).lower()
+                words = (re.findall(rf"{WORD}\w+", str(message)) for message in marked)
+                missing = [index for index, some in enumerate(words) if any(word not in text for word in some)]
+                self._lost[key] = next((index for index in missing if index >= first), None)
         if (index := self._lost[key]) is not None:
-            calls = "the tool calls of " if "tool_calls" in messages[index] else ""
-            what = f"the chat template leaves out {calls}message {index + 1} ({messages[index]['role']})"
-            raise DataError(what, hint="chat.template=FILE with one that shows it, or write it into another message")
+            number, role, calls = index + 1, messages[index]["role"], "tool_calls" in messages[index]
+            lost = f"the tool calls of message {number}" if calls else f"message {number} ({role})"
+            hint = "chat.template=FILE with one that shows it, or write it into another message"
+            raise DataError(f"the chat template leaves out {lost}", hint=hint)
 
     def refuse_markup(self, example: Example, text: str) -> None:
         """Raise DataError where a rendered text has characters of its row as HTML writes them."""
@@ -229,37 +227,14 @@ class ChatFormat:
             what = f"the chat template writes {', '.join(sorted(escaped))} for characters of the row"
             raise DataError(what, hint="chat.template=FILE with one that does not escape HTML")
 
-    def _with_arguments(self, example: Example) -> Example:
-        """The example with arguments of calls as text, where the template refuses objects or writes them as Python."""
-        if not any("tool_calls" in message for message in example.messages):
-            return example
-        key = (_pattern(example.messages), bool(example.tools), *example.variables)
-        if key not in self._takes_text:
-            as_text = json.dumps(PROBE)
-            objects, texts = (
-                self._try([_with_calls(one, repeat({"arguments": value})) for one in example.messages], example)
-                for value in (PROBE, as_text)
-            )
-            as_python = str(PROBE) in objects and texts == objects.replace(str(PROBE), as_text)
-            self._takes_text[key] = as_python or (not objects and as_text in texts)
-        return (
-            replace(example, messages=tuple(map(_with_texts, example.messages))) if self._takes_text[key] else example
-        )
-
-    def _try(self, messages: Sequence[Message], example: Example, *, answered: bool = True) -> str:
-        """The rendering of an example with other messages, empty where the template refuses them."""
-        with suppress(DataError):
-            return render(self.tokenizer, messages, example.tools, example.variables, generation_prompt=not answered)
-        return ""
-
     def _prompt(self, example: Example, target: int) -> str:
         """What a server would render before the message `target`."""
-        variables = example.variables
-        return render(self.tokenizer, example.messages[:target], example.tools, variables, generation_prompt=True)
+        return self.render(example, target, answered=False)
 
-    def render(self, example: Example, upto: int) -> str:
-        """The conversation up to a message, nothing to be answered."""
-        return render(self.tokenizer, example.messages[:upto], example.tools, example.variables)
+    def render(self, example: Example, upto: int, answered: bool = True) -> str:
+        """The conversation up to a message, with nothing to be answered, or a prompt."""
+        messages = example.messages[:upto]
+        return render(self.tokenizer, messages, example.tools, example.variables, generation_prompt=not answered)
 
 
 def read_style(tokenizer: PreTrainedTokenizerFast) -> TemplateStyle:
@@ -288,34 +263,13 @@ def _turn_ends(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     return sorted(token for token in added.union(control_tokens(tokenizer)) if token.strip())  # Gemma adds newlines
 
 
-def _pattern(messages: Sequence[Message]) -> tuple[Any, ...]:
-    """What decides how a template treats messages: roles, keys, and how many texts and calls are not empty."""
-    return tuple(
-        (message["role"], len(message.get("tool_calls", ())), bool(message["content"].strip()), *message)
-        for message in messages
-    )
-
-
-def _with_calls(message: Message, changes: Iterable[dict[str, Any]]) -> Message:
-    """The message with other values in the functions that it calls, one after another."""
-    pairs = zip(message.get("tool_calls", ()), changes, strict=False)
-    calls = [call | {"function": call["function"] | changed} for call, changed in pairs]
-    return message | {"tool_calls": calls} if calls else message
-
-
-def _with_texts(message: Message) -> Message:
-    """The message with the arguments of its calls as its row has them, or else as JSON."""
-    objects = [call["function"].get("arguments", {}) for call in message.get("tool_calls", ())]
-    texts = [getattr(one, "text", "") or json.dumps(one, ensure_ascii=False) for one in objects]
-    return _with_calls(message, [{"arguments": text} for text in texts])
-
-
-def _with_words(message: Message, word: str) -> tuple[Message, list[str]]:
-    """The message with words to be looked for, as the names of what it calls, or in place of its text."""
-    if "tool_calls" in message:
-        names = [f"{word}{number}x" for number in range(len(message["tool_calls"]))]
-        return _with_calls(message, [{"name": name} for name in names]), names
-    return (message | {"content": word}, [word]) if message["content"].strip() else (message, [])
+def _with_word(message: Message, word: str) -> Message:
+    """The message with a word to be looked for as its text, unless that is empty, or in the names of its calls."""
+    calls = message.get("tool_calls", ())
+    names = [call | {"function": call["function"] | {"name": f"{word}{n}x"}} for n, call in enumerate(calls)]
+    if names:
+        return message | {"tool_calls": names}
+    return message | {"content": word} if message["content"].strip() else message
 
 
 def _with_message(example: Example, index: int, message: Message) -> Example:

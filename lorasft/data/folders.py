@@ -36,16 +36,15 @@ def find_files(source: DataSource) -> tuple[Files, Files]:
     if here.is_dir() and (found := _from_readme(here, source.config) or _by_names(here)):
         return _choose(source, found)
     some = [here] if here.is_file() else map(Path, glob.glob(source.path, recursive=True))  # noqa: PTH207
-    base = Path(re.split(r"[^/]*[*?[]", source.path)[0])
-    matched = {file: split_of(file.relative_to(base)) for file in some if file.is_file()}
-    if "train" in matched.values() and not set(HELD_OUT).isdisjoint(matched.values()):
-        return _choose(source, matched)
+    above = Path(re.split(r"[^/]*[*?[]", source.path)[0])
+    found = {file: split_of(file.relative_to(above)) for file in some if file.is_file()}
+    if "train" in found.values() and not set(HELD_OUT).isdisjoint(found.values()):
+        return _choose(source, found)
     named = is_hub_id(source.path) or re.fullmatch(r"\w[\w.-]*", source.path)
-    is_id = named and not here.is_dir() and kind_of(here) not in KINDS
-    if not matched and not is_id:
+    if not found and (not named or here.is_dir() or kind_of(here) in KINDS):
         what = f"there is no such file, or no {', '.join(KINDS)} in this folder"
         raise DataError(what, where=source.path, hint=f"the folder that was looked in: {here.absolute().parent}")
-    return tuple(sorted(matched)), ()
+    return tuple(sorted(found)), ()
 
 
 def held_out_source(source: DataSource) -> DataSource:
@@ -109,18 +108,14 @@ def _choose(source: DataSource, found: dict[Path, str]) -> tuple[Files, Files]:
     groups: dict[str, list[Path]] = {}
     for file, split in sorted(found.items()):
         groups.setdefault(split if source.split in found.values() else split_of(Path(split)), []).append(file)
-    plain = groups.get("", []) if source.split in ("train", HELD_OUT[0]) else []
     wanted = HELD_OUT if source.split == HELD_OUT[0] else (source.split,)
     chosen = next((groups[split] for split in wanted if split in groups), [])
-    if plain and "train" in groups and (source.split == "train" or not chosen):
-        what = f"{groups['train'][0].name} has a split in its name, {plain[0].name} has none: which are meant?"
-        raise DataError(what, where=source.path, hint=f"name the files themselves: {groups['train'][0]}")
+    plain = groups.get("", []) if source.split in ("train", HELD_OUT[0]) else []
+    unclear = bool(plain) and "train" in groups and (source.split == "train" or not chosen)
     chosen = chosen or plain
-    names = sorted({found[file] for file in chosen} or set(found.values()))
-    if len(names) > 1 or not chosen:
-        what = (
-            f"no split {source.split} in this folder, but {', '.join(filter(None, names)) or 'files without a split'}"
-        )
-        hint = f"name the files themselves, as {min(chosen or found)}, or {{path: {source.path}, split: {names[-1]}}}"
-        raise DataError(what, where=source.path, hint=hint)
+    if unclear or len({found[file] for file in chosen}) != 1:
+        first = {split or "no split": file for file, split in sorted(found.items(), reverse=True)}
+        names = "; ".join(f"{split}: {file.name}" for split, file in sorted(first.items()))
+        hint = f"name the files themselves, as {min(chosen or found)}, or {{path: {source.path}, split: NAME}}"
+        raise DataError(f"which files are meant for {source.split}? {names}", where=source.path, hint=hint)
     return tuple(chosen), tuple(sorted(found.keys() - set(chosen)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterator, Set
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -140,15 +139,6 @@ def _sources(data: DataSettings) -> list[tuple[DataSource, bool]]:
     return [*((source, False) for source in data.train), *((held_out_source(source), True) for source in apart)]
 
 
-def _other_files(data: DataSettings, read: Set[str]) -> Iterator[str]:
-    """For each source the files of other splits, and how the recipe has those read that are for evaluation."""
-    for source, _ in _sources(data):
-        others = [str(file) for file in find_files(source)[1] if str(file) not in read]
-        offer = source.split == "train" and not isinstance(data.eval, tuple)
-        if others:
-            yield ", ".join(others) + f"; data.eval={source.path} takes what is for evaluation" * offer
-
-
 def settings_for(source: DataSource, data: DataSettings) -> DataSettings:
     """Those of a run, for one source that is not trained on: all of it is taken, whatever is dropped.
 
@@ -218,7 +208,8 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     report.held_out_examples = int(np.count_nonzero(sizes[held_out]))
     report.train_examples = int(np.count_nonzero(sizes[~held_out]))
     _refuse_losses(data, report)
-    report.files_not_read = list(_other_files(data, names.keys()))
+    others = {str(file) for source, _ in _sources(data) for file in find_files(source)[1]}
+    report.files_not_read = sorted(others.difference(names))
     return {
         "report": report.as_dict(),
         "names": list(names),

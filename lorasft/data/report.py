@@ -50,7 +50,8 @@ class Report:
         """What a person should know of rows that were read, a line each."""
         if self.unread:
             yield f"columns not read: {', '.join(self.unread[:SHOWN])}{', ...' * (len(self.unread) > SHOWN)}"
-        yield from (f"files not read: {files}" for files in self.files_not_read)
+        if self.files_not_read:
+            yield f"files of other splits (data.eval=FOLDER takes validation): {', '.join(self.files_not_read)}"
 
     def add_error(self, error: DataError, place: object, *, policy: str) -> None:
         """Take one bad row, of this place where the error does not name one itself. `policy`: `data.on_bad_row`."""

@@ -28,12 +28,10 @@ Row = dict[str, Any]
 Raw = Any  # a row as it was read: bytes of JSON, a value, or the DataError that stands for it
 LARGEST_ROW = 8 << 20  # bytes of JSON; characters of a field of CSV
 BOM = codecs.BOM_UTF8
-RECODE = (
-    "Western European text becomes UTF-8 with iconv -f cp1252 -t utf-8 FILE; where the rest is UTF-8, fix these bytes"
-)
+RECODE = "Western European text becomes UTF-8 with iconv -f cp1252 -t utf-8 FILE; in other UTF-8 fix these bytes"
 REPAIR = "fix the file there, or fetch it again: nothing after this can be read"
 SHAPES = (
-    "rows are an array, or one object per line: jq -c . FILE writes objects so, jq -c '.NAME[]' FILE those in a list"
+    "rows are an array, or one object per line, as jq -c . FILE writes them (those in a list: jq -c '.NAME[]' FILE)"
 )
 LISTS = ("data", "rows", "examples", "items", "records", "samples", "instances")  # where one object keeps all rows
 OF_ROWS = {"messages", "conversations", "prompt", "instruction", "text"}  # a column of each format
@@ -60,16 +58,8 @@ def read_file(path: Path) -> Iterator[tuple[int, Raw]]:
     try:
         for line, raw in readers.get(kind, _read_json)(path):
             yield line, raw
-    except (
-        OSError,
-        ValueError,
-        NotImplementedError,
-        EOFError,
-        RecursionError,
-        csv.Error,
-    ) as error:  # the ones of Parquet, too
-        hints = {UnicodeDecodeError: RECODE, json.JSONDecodeError: SHAPES}
-        hint = hints.get(type(error), REPAIR)
+    except (OSError, ValueError, NotImplementedError, RecursionError, csv.Error) as error:  # the ones of Parquet, too
+        hint = {UnicodeDecodeError: RECODE, json.JSONDecodeError: SHAPES}.get(type(error), REPAIR)
         raise DataError(f"cannot read this as {kind}: {error}", where=f"{path}:{line + 1}", hint=hint) from None
 
 

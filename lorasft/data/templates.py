@@ -11,8 +11,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -109,8 +110,12 @@ def render(
     try:
         # What apply_chat_template does with messages of plain JSON types, at half its price; a test compares the two.
         with limits():
+            template = tokenizer.get_chat_template(None, given)
+            if any("tool_calls" in message for message in messages):
+                form = _call_form(template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+                messages = [_with_calls(message, *form) for message in messages]
             own = {"messages": [_with_reasoning(message) for message in messages], "tools": given}
-            return _compile(tokenizer.get_chat_template(None, given)).render(
+            return _compile(template).render(
                 {"documents": None, **tokenizer.special_tokens_map, **(variables or {}), **own},
                 add_generation_prompt=generation_prompt,
             )
@@ -167,6 +172,36 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     """The message with its reasoning under both names that templates read, as transformers gives it to them."""
     reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+@lru_cache(maxsize=8)
+def _call_form(template: str, **special: Any) -> tuple[bool, bool]:
+    """How a template takes calls, without writing them as Python would: whether with arguments as text, not as objects,
+    and whether beside null, not an empty text."""
+    import jinja2
+
+    refusals = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+    given = {"tools": None, "documents": None, "add_generation_prompt": False, **special}
+    call = {"id": "lorasft00", "type": "function", "function": {"name": WORD, "arguments": {"key": WORD}}}
+    answer: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
+    for as_text, null in product((False, True), repeat=2):
+        messages = [{"role": "user", "content": "q"}, _with_calls(answer, as_text, null)]
+        with suppress(*refusals):
+            text = _compile(template).render(given, messages=messages)
+            if text.count(WORD) > 1 and str({"key": WORD}) not in text and not (null and "None" in text):
+                return as_text, null
+    return False, False
+
+
+def _with_calls(message: dict[str, Any], as_text: bool, null: bool) -> dict[str, Any]:
+    """The message in one form of its calls; arguments as text are those of the row, or else JSON."""
+    calls = []
+    for call in message.get("tool_calls", ()):
+        arguments = call["function"].get("arguments", {})
+        text = getattr(arguments, "text", "") or json.dumps(arguments, ensure_ascii=False)
+        calls.append(call | {"function": call["function"] | {"arguments": text}} if as_text else call)
+    content = message["content"] or (None if null else "")
+    return message | {"tool_calls": calls, "content": content} if calls else message
 
 
 @contextmanager

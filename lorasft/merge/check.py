@@ -80,14 +80,12 @@ class MergeCheck:
         And why, in one line.
         """
         if not self.four_bit:
-            is_run = self.artifact.recipe is not None
-            return "original", "the run was not in 4 bit" if is_run else "nothing says that it was trained in 4 bit"
+            return "original", "nothing says that it was trained in 4 bit"
         parts = self.lengths if len(self.lengths) > 1 else [1] * self.lengths[0]  # of one row its tokens
         gains = self._nll(self.trained, parts) - self._nll(self.original, parts)
         gains /= len(self.trained) / len(gains)
-        gain, error = float(gains.mean()), float(gains.std()) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
-        if self.origin == _OWN_TEXT:  # which says nothing of what was trained
-            return "dequantized", "it was trained in 4 bit, and there are no rows to measure on (--data FILE)"
+        known = len(gains) > 1 and self.origin != _OWN_TEXT  # which says nothing of what was trained
+        gain, error = float(gains.mean()), float(gains.std()) / math.sqrt(len(gains)) if known else math.inf
         if gain > 2 * error:
             return "original", f"its answers to held-out rows are likelier by {gain:.4f} ± {error:.4f} nats a token"
         kl = self.table[_ORIGINAL]["kl"]

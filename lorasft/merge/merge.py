@@ -45,7 +45,6 @@ def merge(
     if onto == "dequantized" and artifact.model.quantization == "none":
         what = "nothing says that it was trained in 4 bit: there are no dequantized weights that it was trained on"
         raise ModelError(what, where=artifact.name, hint="--onto original; or --quantization nf4, if it was")
-    artifact.refuse_quantized_start()
     artifact.verify(force_base=force_base)
     adapter = artifact.require_adapter()
     files.refuse_overlap(out, artifact.base, artifact.run or adapter)

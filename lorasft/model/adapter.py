@@ -59,9 +59,7 @@ def load_adapter(base: Any, artifact: Artifact, *, trainable: bool = False) -> A
     _refuse_streamed(base, weights, fields, where=str(folder))
     weights = subtract_start(weights, fields, folder, lambda path: base.get_submodule(path).weight)
     _take_embeddings(base, weights, fields, where=str(folder))
-    joined = r"\.experts(\.base_layer)?$" if experts else "$^"  # PEFT makes target_parameters of such experts
-    others = [path for path in list_adapted(weights, fields) if not re.search(joined, path)]
-    fields["target_modules"] = experts + others
+    fields["target_modules"] = experts + list_adapted(weights, fields)
     other = {"peft_type", "base_model_name_or_path", "revision", "init_lora_weights"}  # `base` is what it is put on
     known = fields.keys() - other - (set() if trainable else {"lora_dropout"})  # which PEFT refuses for experts
     model = _wrap(base, where=str(folder / CONFIG), **{key: fields[key] for key in known})
@@ -79,7 +77,6 @@ def load_artifact(artifact: Artifact, device: torch.device, *, streamed: bool | 
     `streamed`: weights stay in their files and are read a layer at a time, whenever it is computed; `auto`: where they
     do not fit. Raises CapacityError for others that do not.
     """
-    artifact.refuse_quantized_start()
     size, free = _base_bytes(artifact.model, device), free_memory(device)
     streamed = size > 0.8 * free if streamed == "auto" else streamed
     if size > free and not streamed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,12 @@ def read_inputs(recipe: Recipe, config: Any, folder: Path) -> RunInputs:
     """Prepare the data in `folder`. Raises ModelError for ids that the model has no row for."""
     adapter, start = recipe.adapter, None
     if adapter.start:
-        start = replace(find_artifact(adapter.start, base=recipe.model.base), model=recipe.model)
+        start = find_artifact(adapter.start, base=recipe.model.base)
         start.require_adapter()
-        start.refuse_quantized_start()
         fields = start.adapter_config
+        if "init_lora_weights" in fields and recipe.model.quantization == "nf4":
+            what = f"the {fields['init_lora_weights']} start of {adapter.start} does not belong on a base in 4 bit"
+            raise RecipeError(what, where="model.quantization", hint="model.quantization=none")
         sizes = {
             "rank": fields["r"],
             "dropout": fields.get("lora_dropout", 0.0),
