@@ -170,9 +170,7 @@ def subtract_start(
             plain[up] = torch.cat([weights[up].float(), -began[up].float().cpu()], dim=1)
     except (LookupError, AttributeError, RuntimeError, TypeError) as error:
         what = f"the adapter does not fit what it began with ({kind}): {error}"
-        raise ModelError(
-            what, where=str(folder), hint="--base with what it was trained on, --quantization none"
-        ) from None
+        raise ModelError(what, where=str(folder), hint="--base with the one of training, in 16 bits") from None
     return plain
 
 

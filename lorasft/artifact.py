@@ -178,8 +178,8 @@ def _tells_of_4_bit(artifact: Artifact, own_base: str) -> bool:
         return True
     if Path(artifact.model.base).is_dir() and artifact.base_config.get("quantization_config"):
         return True
-    paths = [path for pattern in _RECORDS for path in artifact.require_adapter().glob(pattern)]
-    return any(_FOUR_BIT_RUN.search(path.read_text(encoding="utf-8", errors="ignore")) for path in paths)
+    found = (path for pattern in _RECORDS for path in artifact.require_adapter().glob(pattern) if path.is_file())
+    return any(_FOUR_BIT_RUN.search(path.read_text(encoding="utf-8", errors="ignore")) for path in found)
 
 
 def refuse_quantized(scheme: Mapping[str, Any], where: str) -> None:

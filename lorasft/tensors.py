@@ -185,7 +185,8 @@ def fingerprint(model: Path) -> str:
     config = model / "config.json"
     if config.is_file():
         digest.update(config.read_bytes())
-    for path in sorted(model.glob("model*.safetensors")) or sorted(model.glob("*.safetensors")):
+    pattern = SINGLE if (model / SINGLE).is_file() and (model / INDEX).is_file() else "model*.safetensors"
+    for path in sorted(model.glob(pattern)) or sorted(model.glob("*.safetensors")):
         found = open_tensors(path)
         digest.update(f"{path.name}\n{path.stat().st_size}\n".encode() + found.header)
         with open(path, "rb") as file:

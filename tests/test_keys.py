@@ -335,6 +335,15 @@ def test_answers_labelled_good_and_bad(
     assert one_sided.report.unread == [key] and one_sided.report.answers == 2
 
 
+def test_the_hint_for_pairs_can_be_followed(tmp_path: Path) -> None:
+    better = [("user", "Q"), ("assistant", "A")]
+    pair = {"chosen": "A", "rejected": "B"}
+    assert turns(read_row(tmp_path, {"prompt": "Q"} | pair, columns={"completion": "chosen"})) == better
+    assert turns(read_row(tmp_path, {"instruction": "Q"} | pair, columns={"output": "chosen"})) == better
+    talk = {"prompt": "Q", "chosen": [Q, A], "rejected": [Q, A]}
+    assert turns(read_row(tmp_path, talk, columns={"messages": "chosen"})) == better
+
+
 def test_a_label_that_is_no_preference(tmp_path: Path, tiny: Any) -> None:
     for row, labels in ((PAIR, (0, 1)), (PAIR, ("spam", "ham")), (CHAT, (True, False))):
         assert make(tmp_path, tiny, [row | {"label": label} for label in labels]).report.answers == 2

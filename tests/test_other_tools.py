@@ -24,6 +24,7 @@ from lorasft.errors import LorasftError, ModelError, RecipeError
 from lorasft.model import adapter as model_adapter
 from lorasft.model.adapter import all_linears, attach_adapter, check_targets, load_adapter, load_artifact, trainable
 from lorasft.recipe import AdapterSettings
+from lorasft.tensors import fingerprint
 
 PEFT_SAYS = ("Model has `tie_word_embeddings", "Using Rank-Stabilized LoRA", "The following (alpha|rank)_pattern keys")
 pytestmark = [*PEFT_DOUBTS, *(pytest.mark.filterwarnings(f"ignore:{words}") for words in PEFT_SAYS)]
@@ -443,6 +444,8 @@ def test_a_single_file_is_read_before_an_index(tmp_path: Path, cli: Command) -> 
     other.save_pretrained(tmp_path / "shards", max_shard_size="30KB")
     for path in (tmp_path / "shards").glob("model*"):
         (base / path.name).write_bytes(path.read_bytes())
+    (base / "model-00001-of-00003.safetensors").write_text("version https://git-lfs", encoding="utf-8")  # left behind
+    assert fingerprint(base)
     adapter = save_adapter(base, tmp_path / "adapter", **QV)
     check_answers(base, adapter, peft_logits(base, adapter))
     assert [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]

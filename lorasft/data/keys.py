@@ -43,7 +43,10 @@ UNCLEAR = {"mask", "train_detail", "training_detail"}
 MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
 KNOWN = {"role", "content", "tool_calls", "function_call", *REASONING, *FLAGS, *UNCLEAR, *MEDIA}
 KEPT = KNOWN | {"name", "tool_call_id"}  # of a turn; these two say something to some templates
-PAIRS = "data.columns={completion: chosen} learns the better answers ({messages: chosen} where it is a conversation)"
+PAIRS = (
+    "data.columns={completion: chosen} learns the better answers beside a prompt, {output: chosen} beside an "
+    "instruction, {messages: chosen} where it is a conversation; beside messages, put it at their end"
+)
 
 
 def is_absent(value: Any) -> bool:

@@ -94,7 +94,7 @@ def load_hub(source: DataSource) -> Any:
     try:
         return datasets.load_dataset(source.path, source.config, split=source.split)
     except Exception as error:  # whatever the network, the hub and the loader may raise
-        refuse_offline(error, source.path)
+        refuse_offline(error, source.path, missing=DataError)
         if "Dataset scripts" in str(error):
             what = "this data set is a program of its own, which lorasft does not run"
             raise UnsafeError(what, where=source.path, hint="take its files: JSON, CSV or Parquet") from None
@@ -146,14 +146,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, Raw]]:
             yield from chain(head, lines)
             return
     with _open(path) as file:
-        content = file.read()
-    try:
-        values = list(_find_values(content.decode()))
-    except (ValueError, RecursionError):
-        if len(head) > 1:
-            raise
-        yield head[0]  # it gets an error of its own
-        return
+        values = list(_find_values(file.read().decode()))
     yield from values if len(values) > 1 else enumerate(_rows_of(values[0][1]), start=1)
 
 

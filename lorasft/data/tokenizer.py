@@ -18,7 +18,7 @@ def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenize
 
     local = Path(base).is_dir()
     if not local and not is_hub_id(base):
-        raise ModelError("there is no such folder", where=base, hint="model.base is a folder or a hub id")
+        raise ModelError("there is no such folder", where=base, hint="name a folder, or a hub id as OWNER/NAME")
     if not local:
         find_hub()
     try:

@@ -6,7 +6,7 @@ import datetime
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=0.5)]
@@ -27,11 +27,6 @@ def _as_names(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
-Targets = Annotated[Literal["all-linear"] | tuple[str, ...], BeforeValidator(_as_names)]
-Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], BeforeValidator(_as_names)]
-
-
 class _Section(BaseModel):
     # strict: a quoted number is not a number, and 1 is not true.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -48,17 +43,18 @@ class AdapterSettings(_Section):
     rank: int = Field(16, ge=1, le=1024, description="rank of A and B")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before A; above 0 turns prefix sharing off")
-    targets: Targets = Field("all-linear", description="names of linears to adapt")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field("all-linear", description="names of linears to adapt")
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank)")
     dora: bool = Field(False, description="weight-decomposed LoRA")
-    modules_to_save: Names = Field((), description="modules trained and saved in full")
+    modules_to_save: tuple[str, ...] = Field((), description="modules trained and saved in full")
     start: str | None = Field(None, description="folder of an adapter or of a run to begin from")
+    _names = field_validator("targets", "modules_to_save", mode="before")(_as_names)
 
 
 class DataSource(_Section):
     path: str = Field(min_length=1, description="file, folder or hub id")
-    split: str = Field("train", description="split of a hub data set")
-    config: str | None = Field(None, description="configuration of a hub data set")
+    split: str = Field("train", description="split of a hub data set or a folder")
+    config: str | None = Field(None, description="configuration of a hub data set or a snapshot of one")
     format: Format | None = Field(None, description="null: data.format")
     columns: dict[str, str] | None = Field(None, description="null: data.columns")
     share: float = Field(1.0, gt=0, le=1, description="share of the rows to use")
@@ -133,7 +129,8 @@ class RunSettings(_Section):
     save_minutes: Annotated[float, Field(gt=0)] | None = Field(20.0, description="minutes between checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints to keep")
     keep_best: bool = Field(False, description="adapter/ holds the best by held-out loss, not the last")
-    trackers: Trackers = Field((), description="also log there")
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field((), description="also log there")
+    _names = field_validator("trackers", mode="before")(_as_names)
 
 
 class MachineSettings(_Section):
