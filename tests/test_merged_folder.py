@@ -191,6 +191,22 @@ def test_exports_have_what_the_adapter_brought(base: Path, tmp_path: Path, cli: 
     assert "TRAINED" in modelfile and 'PARAMETER stop "<|end|>"' in modelfile
 
 
+def test_a_token_beyond_the_embedding_is_left_out_of_an_export(base: Path, tmp_path: Path, cli: Command) -> None:
+    """Padding that a tool added and did not train; an end that the model cannot say is an error."""
+    gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
+
+    def bring(tokenizer: Any, folder: Path) -> None:
+        tokenizer.add_tokens([f"<|{at}|>" for at in range(68)], special_tokens=True)
+        save(tokenizer, folder, pad_token="[PAD]")
+
+    adapter = make_adapter(base, tmp_path / "adapter", bring)
+    assert cli("export", adapter, "--to", "gguf", "--out", tmp_path / "m.gguf").code == 0
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    assert len(fields["tokenizer.ggml.tokens"].contents()) == 384 and "tokenizer.ggml.padding_token_id" not in fields
+    edit(adapter / "tokenizer_config.json", eos_token="[PAD]")
+    assert cli("export", adapter, "--to", "gguf", "--out", tmp_path / "n.gguf").code == 4
+
+
 SYSTEMS = {"plain words": "You are Bob.", "syntax": "Say \"{{ hi }}\" {% or %}\n\t'é' \\ end", "nothing": ""}
 
 

@@ -48,12 +48,11 @@ def _write_override(key: str, text: str) -> str:
 def open_saved(saved: str, base: str | None, given: Sequence[str], overrides: Sequence[str]) -> Artifact:
     """What `saved` names, with `section.key=value` overrides. Raises what find_artifact and load_recipe do."""
     from lorasft.artifact import find_artifact
-    from lorasft.recipe import DataSettings, DataSource, Recipe
+    from lorasft.recipe import Recipe
     from lorasft.recipe.load import change_recipe
 
     found = find_artifact(saved, base=base)
-    data = found.data or DataSettings(train=(DataSource(path=saved),))
-    recipe = Recipe(model=found.model, data=data, chat=found.chat)
+    recipe = Recipe(model=found.model, data=found.data, chat=found.chat)
     changed = change_recipe(recipe, [*given, *overrides], sections=("model", "data", "chat"))
     return replace(found, model=changed.model, data=changed.data, chat=changed.chat)
 

@@ -29,7 +29,6 @@ def run(data: str, columns: str | None, per_example: str | None, as_json: bool, 
     from lorasft.model.scoring import read_answers, score_answers, summarize
     from lorasft.model.selfcheck import verify
     from lorasft.model.tokenizer_files import read_tokenizer
-    from lorasft.recipe import DataSettings
     from lorasft.recipe.load import read_source
 
     if per_example:
@@ -37,13 +36,12 @@ def run(data: str, columns: str | None, per_example: str | None, as_json: bool, 
         make_folder(Path(per_example).absolute().parent)
     found = open_saved(**saved)
     source = read_source(data, columns)
-    settings = found.data or DataSettings(train=(source,))
     tokenizer = read_tokenizer(found)
     model = load_artifact(found, PartialState().device)
     network = verify(model.get_base_model() if found.adapter else model)
     positions = getattr(network.causal.config.get_text_config(), "max_position_embeddings", None)
-    if positions:  # what the model can read is scored, however long the rows of training were
-        settings = settings.model_copy(update={"max_length": positions})
+    # What the model can read is scored, however long the rows of training were.
+    settings = found.data.model_copy(update={"max_length": positions} if positions else {})
     answers, report = read_answers(source, settings, found.chat, tokenizer=tokenizer)
     if report.dropped_examples():
         say(f"{report.dropped_examples()} of {report.rows} rows dropped: over-long or unusable")

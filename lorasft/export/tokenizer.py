@@ -56,7 +56,7 @@ def describe_tokenizer(model: Path, vocabulary: int) -> dict[str, Any]:
             "tokenizer.ggml.pre": name_splitter(spec, model),
             "tokenizer.ggml.merges": [" ".join(merge) for merge in spec["model"]["merges"]],
         }
-    return own | pieces | _special_fields(tokenizer)
+    return own | pieces | _special_fields(tokenizer, range(vocabulary))
 
 
 def name_splitter(spec: dict[str, Any], model: Path) -> str:
@@ -92,11 +92,14 @@ def _name_tokens(tokenizer: PreTrainedTokenizerFast, spec: dict[str, Any], vocab
     tokens = [f"[PAD{at}]" for at in range(vocabulary)]
     types = [UNUSED] * vocabulary
     for text, at in tokenizer.get_vocab().items():
-        if at >= vocabulary:
-            raise ModelError(f"the tokenizer has token {at}, the model {vocabulary}", where=tokenizer.name_or_path)
+        if at >= vocabulary:  # as padding that another tool added: the model cannot read it, nor say it
+            if at == tokenizer.eos_token_id:
+                raise ModelError(f"the tokenizer ends with token {at} of {vocabulary}", where=tokenizer.name_or_path)
+            continue
         tokens[at] = text
         types[at] = BYTE if spec["model"].get("byte_fallback") and _BYTE_TOKEN.fullmatch(text) else NORMAL
-    for at, added in tokenizer.added_tokens_decoder.items():
+    inside = {at: added for at, added in tokenizer.added_tokens_decoder.items() if at < vocabulary}
+    for at, added in inside.items():
         special = added.special or _LOOKS_SPECIAL.fullmatch(added.content)
         types[at] = CONTROL if special else USER_DEFINED
         tokens[at] = added.content if special else added.content.replace(_SPACE, " ")
@@ -128,7 +131,7 @@ def _describe_sentencepiece(
     }
 
 
-def _special_fields(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def _special_fields(tokenizer: PreTrainedTokenizerFast, known: range) -> dict[str, Any]:
     end = read_style(tokenizer).end_of_turn.strip() if tokenizer.chat_template else None
     ids = {
         "bos": tokenizer.bos_token_id,
@@ -137,7 +140,7 @@ def _special_fields(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
         "unknown": tokenizer.unk_token_id,
         "padding": tokenizer.pad_token_id,
     }
-    fields: dict[str, Any] = {f"tokenizer.ggml.{name}_token_id": int(at) for name, at in ids.items() if at is not None}
+    fields: dict[str, Any] = {f"tokenizer.ggml.{name}_token_id": int(at) for name, at in ids.items() if at in known}
     fields["tokenizer.ggml.add_bos_token"] = starts_with_bos(tokenizer)
     fields["tokenizer.ggml.add_eos_token"] = False
     if tokenizer.chat_template:

@@ -29,7 +29,7 @@ from lorasft.merge.sidecars import compare_prompts
 from lorasft.model.adapter import load_artifact
 from lorasft.model.scoring import read_answers
 from lorasft.model.tokenizer_files import read_tokenizer
-from lorasft.recipe import DataSettings, DataSource
+from lorasft.recipe import DataSource
 
 Onto = Literal["original", "dequantized"]  # the weights that an update is added to
 
@@ -162,8 +162,7 @@ def mean_kl(a: Tensor, b: Tensor) -> float:
 def _find_rows(artifact: Artifact, data: DataSource | None) -> tuple[Sequence[Tokens], str]:
     """Rows to compare answers on, and where they come from."""
     if data is not None:
-        settings = artifact.data or DataSettings(train=(data,))
-        answers, _ = read_answers(data, settings, artifact.chat, tokenizer=read_tokenizer(artifact))
+        answers, _ = read_answers(data, artifact.data, artifact.chat, tokenizer=read_tokenizer(artifact))
         return [
             Tokens(answer.ids, np.where(np.arange(len(answer.ids)) < answer.start, UNSUPERVISED, answer.ids))
             for answer in answers
