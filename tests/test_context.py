@@ -146,7 +146,9 @@ ARGUMENTS = [  # how a template writes arguments -> what becomes of those that a
 
 def test_calls_beside_null_where_a_template_asks_for_that(tmp_path: Path, tiny: Any) -> None:
     """As DeepSeek's: `content is none` is what tells a call from an answer."""
-    template = with_calls("{{ c.function.arguments + '.' }}").replace("m.tool_calls", "m.content is none", 1)
+    template = "{{ pad_token }}" + with_calls("{{ c.function.arguments + '.' }}").replace(
+        "m.tool_calls", "m.content is none", 1
+    )
     template = template.replace("m.content is none", "m.role == 'assistant' and m.content is none", 1)
     rendered = text_of(own(tmp_path, tiny, template), chat("user: q", call(WRITTEN), "tool: 20", "assistant: A"))
     assert f"weather {WRITTEN}.<|end|>" in rendered and "None" not in rendered
