@@ -21,16 +21,16 @@ from lorasft.terminal import quote, shorten
 # What it is here -> what TRL, transformers, PEFT, Axolotl, LLaMA-Factory, ms-swift, Unsloth, torchtune and mlx-lm call
 # it (`*`: any letters), if that is not near by its letters (as lora_alpha is).
 PEERS = {
-    "model.base": "base_model model_name_or_path model_name model_id model_path pretrained_model_name_or_path",
-    "model.revision": "model_revision revision_of_model base_model_revision",
+    "model.base": "base_model model_name* model_id* model_path pretrained_model_name_or_path",
     "model.quantization (nf4 or none)": "load_in_* quantization_* double_quantization bnb_4bit_quant_type",
     "model.dtype": "bf16 fp16 tf32 torch_dtype bnb_4bit_compute_dtype compute_dtype precision",
-    "adapter.rank": "r lora_r lora_rank lora_dim",
+    "adapter.rank": "r lora_r lora_rank lora_dim lora_parameters lora_config peft_config",
     "adapter.targets": "lora_target target_modules lora_target_modules lora_target_linear lora_attn_modules",
     "adapter.modules_to_save": "lora_modules_to_save additional_target",
     "adapter.start": "lora_model_dir adapter_name_or_path adapters",
-    "data.train": "dataset datasets dataset_name dataset_path dataset_dir train_file training_file data_files",
+    "data.train": "dataset datasets dataset_name dataset_path dataset_dir train_file data_files *train_dataset",
     "data.train (share of a source)": "max_samples max_train_samples",
+    "data.overlong": "truncation_strategy excess_length_strategy",
     "data.eval": "val_set_size val_size split_dataset_ratio eval_dataset* eval_split test_datasets val_dataset",
     "data.format": "dataset_format dataset_type",
     "data.columns": "dataset_text_field field_messages message_property_mappings",
@@ -38,6 +38,7 @@ PEERS = {
     "chat.supervise": "train_on_inputs assistant_only_loss completion_only_loss roles_to_train mask_*",
     "chat.template": "conversation* chat_template_path prompt_template prompt_style",
     "chat.template_options": "chat_template_kwargs enable_thinking",
+    "chat.system": "system_prompt system_message",
     "train.epochs": "num_train_epochs num_epochs n_epochs",
     "train.steps": "max_steps max_steps_per_epoch iters max_iters",
     "train.batch_size (examples per step)": "*grad*_accumulation_steps per_device_train_batch_size micro_batch_size",
@@ -46,15 +47,15 @@ PEERS = {
     "optimizer.learning_rate": "lr",
     "optimizer.name (adamw or adamw8bit)": "optim",
     "optimizer.betas": "adam_beta1 adam_beta2",
-    "schedule.name": "lr_scheduler lr_scheduler_type",
+    "schedule.name": "lr_schedule lr_scheduler lr_scheduler_type",
     "schedule.warmup (a whole number is steps, a fraction a share)": "warmup_ratio warmup_steps num_warmup_steps",
-    "run.output": "adapter_path out_dir save_dir",
+    "run.output": "output_dir adapter_path out_dir save_dir",
     "run.log_every": "logging_steps log_every_n_steps steps_per_report",
     "run.eval_every": "eval_steps evals_per_epoch eval_strategy evaluation_strategy steps_per_eval",
     "run.save_every": "save_steps saves_per_epoch save_strategy",
     "run.keep": "save_total_limit",
     "run.keep_best": "load_best_model_at_end",
-    "run.trackers": "report_to use_wandb wandb* mlflow* swanlab* tensorboard*",
+    "run.trackers": "report_to *wandb* mlflow* swanlab* comet* *tensorboard* metric_logger",
     "machine.activation_checkpointing": "*gradient_checkpointing* grad_checkpoint enable_activation_*",
     "machine.attention": "*flash_att* attn_implementation attn_impl sdp_attention xformers_attention",
     "nothing: sequences are always packed, without padding": "packing *_packing pad_to_* group_by_length padding_free",
@@ -64,9 +65,11 @@ PEERS = {
     "nothing: --resume continues a run, and none is overwritten": "overwrite_output_dir resume_* auto_resume_*",
     "nothing: lorasft decides it itself, or does without": "*num_workers dataloader_* preprocessing_* dataset_num_proc "
     "dataset_processes dataset_prepared_path *_cache streaming model_type tokenizer_* use_fast_* special_tokens "
-    "padding_side deepspeed* fsdp* ddp_* local_rank *to_hub hub_model_id hub_strategy plot_loss logging_dir "
-    "logging_strategy save_only_model save_safetensors disable_tqdm log_level neftune* noisy_* label_smoothing* "
-    "early_stopping* torch_compile* kernels *liger* *galore* s2_attention lora_bias bias loftq_* *unsloth* loss_w*",
+    "padding_side eos_token pad_token remove_unused* run_name metric_for* greater_is* shuffle* debug strict *_peft "
+    "compile device zero3 rope_scaling optim_args adam_epsilon per_device_eval* dataset_kwargs loss_scale freeze_* "
+    "deepspeed* fsdp* ddp_* local_rank *to_hub hub_model_id hub_strategy plot_loss logging_dir logging_strategy "
+    "save_only_model save_safetensors disable_tqdm log_level neftune* noisy_* label_smoothing* early_stopping* "
+    "torch_compile* kernels *liger* *galore* s2_attention lora_bias bias loftq_* *unsloth* loss_w*",
 }
 _SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Recipe.model_fields.items()}
 _NAMES = {name: name for name in _SECTIONS}  # each key -> its last part
@@ -278,7 +281,8 @@ def _explain_key(path: KeyPath, details: list[Any], document: Document) -> Loras
 
 def _hint_for_name(key: str, section: str) -> str:
     ours = [ours for ours, theirs in PEERS.items() if any(fnmatch(key.lower(), name) for name in theirs.split())]
-    beside = [own for name, own in _NAMES.items() if name.startswith(section)]
-    close = [] if ours else get_close_matches(key, beside, n=1) or get_close_matches(key, list(_NAMES.values()), n=1)
-    ours += [name for name, own in _NAMES.items() if own in close]
+    names = [[own for name, own in _NAMES.items() if name.startswith(begin)] for begin in (section, "")]
+    ends = [own for own in names[1] if f"_{key}".endswith(f"_{own}")]  # as lora_alpha does with alpha
+    near = ends[:1] or next(filter(None, (get_close_matches(key, some, n=1, cutoff=0.8) for some in names)), [])
+    ours = ours or [name for name, own in _NAMES.items() if own in near]
     return f"here it is {' or '.join(ours)}" if ours else _SCHEMA
