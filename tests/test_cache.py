@@ -205,7 +205,7 @@ def test_of_two_that_keep_at_once_one_wins(root: Path, tmp_path: Path) -> None:
     place = cache.find_place(Path(settings.base), None, nf4_scheme(torch.bfloat16), CPU)
     models = [load_base(settings, CPU) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda model: cache.keep_base(model, place, base=Path(settings.base), wanted=True), models))
+        list(pool.map(lambda model: cache.keep_base(model, place, wanted=True), models))
     assert list(root.iterdir()) == [place]
     verify_folder(place)
     assert_equal(load_base(settings, CPU, keep=True), models[0])

@@ -103,7 +103,7 @@ def test_patterns_are_looked_at_once(tmp_path: Path, tiny: Any, monkeypatch: pyt
     monkeypatch.setattr(chat_format, "_with_word", lambda *a: tried.append(a) or plain(*a))
     for text in "abc":
         encoder.encode(conversation(text, "A" + text, "r", "B", system="s"))
-    assert len(tried) == 2 + 4  # the messages of a prompt for each answer
+    assert len(tried) == 4  # messages of the longest prompt
 
 
 def test_everything_that_is_learned_is_all_of_the_row(tmp_path: Path, tiny: Any) -> None:
@@ -146,7 +146,9 @@ ARGUMENTS = [  # how a template writes arguments -> what becomes of those that a
 
 def test_calls_beside_null_where_a_template_asks_for_that(tmp_path: Path, tiny: Any) -> None:
     """As DeepSeek's: `content is none` is what tells a call from an answer."""
-    template = with_calls("{{ c.function.arguments + '.' }}").replace("m.tool_calls", "m.content is none", 1)
+    template = "{{ pad_token }}" + with_calls("{{ c.function.arguments + '.' }}").replace(
+        "m.tool_calls", "m.content is none", 1
+    )
     template = template.replace("m.content is none", "m.role == 'assistant' and m.content is none", 1)
     rendered = text_of(own(tmp_path, tiny, template), chat("user: q", call(WRITTEN), "tool: 20", "assistant: A"))
     assert f"weather {WRITTEN}.<|end|>" in rendered and "None" not in rendered

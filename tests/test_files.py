@@ -171,6 +171,7 @@ SHAPES = [
     ("a.jsonl", "".join(json.dumps(row) for row in ROWS)),
     ("a.json", _columns(list)),
     ("a.json", _columns(lambda cells: {str(n): cell for n, cell in enumerate(cells)})),  # as pandas writes it
+    ("a.json", json.dumps({str(n): row for n, row in enumerate(ROWS)})),
     ("a.ndjson", LINES),
     ("a.jsonl", "\ufeff" + LINES),
     ("a.csv", "prompt;completion\nSay 0.;0\nSay 1.;1\n\"Say; 2.\";2\n"),
@@ -224,8 +225,11 @@ def test_a_file_of_another_shape_gets_one_error(tmp_path: Path) -> None:
             read(tmp_path / name)
         assert "one object per line" in str(error.value.hint) and name in str(error.value.where)
     (tmp_path / "splits.json").write_text(json.dumps({"train": ROWS, "test": ROWS}))
-    with pytest.raises(DataError, match="columns seen: train, test"):
+    with pytest.raises(DataError, match="lists under train, test"):
         read(tmp_path / "splits.json")
+    (tmp_path / "split.json").write_text(json.dumps({"columns": ["prompt", "completion"], "data": [["a", "b"]]}))
+    with pytest.raises(DataError, match="lists under data"):
+        read(tmp_path / "split.json")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "comple\n' + LINES)  # a row that is cut off is a bad row
     assert answers(tmp_path / "bad.jsonl", on_bad_row="drop") == ["0", "1", "2"]
 

@@ -122,7 +122,7 @@ WRITERS = {
     "signals.py": {"write"},  # to stderr, from a signal's handler
     "model/base.py": {"TemporaryDirectory"},
     "model/scoring.py": {"TemporaryDirectory"},  # the store of the rows that it scores
-    "model/cache.py": {"chmod", "save_pretrained", "unlink"},  # in the stage of a kept base, whose folder is private
+    "model/cache.py": {"chmod", "save_pretrained"},  # in the stage of a kept base, whose folder is private
     "train/plan.py": {"TemporaryDirectory"},  # the data of a plan
     "train/run.py": {"save_pretrained"},  # tokenizer and generation config, in the stage of the adapter
 }

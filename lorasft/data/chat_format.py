@@ -110,8 +110,7 @@ class ChatFormat:
         if not targets:
             return ()
         last, answers = self.mark_last(example, targets[-1]), []
-        for target in targets:
-            self.refuse_lost(example, target)
+        self.refuse_lost(example, targets)
         for target in targets[:-1]:
             answer = self._locate_earlier(last.text, example, target)
             if answer is None:
@@ -137,7 +136,7 @@ class ChatFormat:
                 raise DataError(f"the chat template does not show the answer of message {target + 1}")
             region = text[said[0] :]
         if message.get("tool_calls"):
-            self.refuse_lost(example, target + 1, first=target, answered=True)
+            self.refuse_lost(example, [target + 1], first=target, answered=True)
         start, end, add_eos = self._locate(region, message)
         if self._masks(message):
             start += self._count_reasoning(region[start:end], example, target)
@@ -200,20 +199,21 @@ class ChatFormat:
             raise DataError(f"the reasoning of message {target + 1} cannot be told from its answer", hint=hint)
         return len(said) - len(rest)
 
-    def refuse_lost(self, example: Example, upto: int, *, first: int = 0, answered: bool = False) -> None:
-        """Raise DataError for a message from `first` on that is not shown, or not all calls of it, where those before
-        `upto` are rendered. `answered`: no answer is to follow."""
-        messages = example.messages[:upto]
-        shapes = [(m["role"], bool(m["content"].strip()), len(m.get("tool_calls", ())), *m) for m in messages]
-        key = (tuple(shapes), bool(example.tools), *example.variables, first, answered)
+    def refuse_lost(self, example: Example, prompts: Sequence[int], *, first: int = 0, answered: bool = False) -> None:
+        """Raise DataError for a message from `first` on that is not shown, or not all its calls, where those before one
+        of `prompts` are rendered. `answered`: no answer is to follow. Looked at once for messages of the same shape."""
+        messages = example.messages[: max(prompts)]
+        shapes = [(m["role"], (m["content"] or " ").isspace(), len(m.get("tool_calls", ())), *m) for m in messages]
+        key = (tuple(shapes), bool(example.tools), *example.variables, *prompts, first, answered)
         if key not in self._lost:
-            self._lost[key] = None
-            marked = [_with_word(message, f"{WORD}{index}x") for index, message in enumerate(messages)]
-            with suppress(DataError):  # a template that refuses the words has not refused the row
-                text = self.render(replace(example, messages=tuple(marked)), upto, answered).lower()
-                words = (re.findall(rf"{WORD}\w+", str(message)) for message in marked)
-                missing = [index for index, some in enumerate(words) if any(word not in text for word in some)]
-                self._lost[key] = next((index for index in missing if index >= first), None)
+            marked = tuple(_with_word(message, f"{WORD}{index}x") for index, message in enumerate(messages))
+            words = [re.findall(rf"{WORD}\w+", str(message)) for message in marked]
+            missing = set()
+            for upto in prompts:
+                with suppress(DataError):  # a template that refuses the words has not refused the row
+                    text = self.render(replace(example, messages=marked), upto, answered).lower()
+                    missing |= {n for n in range(first, upto) if any(word not in text for word in words[n])}
+            self._lost[key] = min(missing, default=None)
         if (index := self._lost[key]) is not None:
             number, role, calls = index + 1, messages[index]["role"], "tool_calls" in messages[index]
             lost = f"the tool calls of message {number}" if calls else f"message {number} ({role})"
@@ -222,8 +222,9 @@ class ChatFormat:
 
     def refuse_markup(self, example: Example, text: str) -> None:
         """Raise DataError where a rendered text has characters of its row as HTML writes them."""
-        own = [example.messages, example.tools, self.tokenizer.chat_template] if "&" in text else []
-        if escaped := set(ENTITY.findall(text)).difference(ENTITY.findall(json.dumps(own)) if own else ()):
+        found = set(ENTITY.findall(text)) if "&" in text else ()
+        own = json.dumps([example.messages, example.tools, self.tokenizer.chat_template]) if found else ""
+        if escaped := [entity for entity in found if entity not in own]:
             what = f"the chat template writes {', '.join(sorted(escaped))} for characters of the row"
             raise DataError(what, hint="chat.template=FILE with one that does not escape HTML")
 

@@ -71,7 +71,7 @@ class Labeler:
                 hint = "chat.supervise=all, or data.on_bad_row=drop, which leaves the row out"
                 raise DataError("a message that is not to be learned, under supervise: everything", hint=hint)
             text = self.format.render(example, len(example.messages))
-            self.format.refuse_lost(example, len(example.messages), answered=True)
+            self.format.refuse_lost(example, [len(example.messages)], answered=True)
             self.format.refuse_markup(example, text)
             return (MarkedText(text, ()),)
         targets = self._targets(example)

@@ -17,7 +17,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from lorasft.data.folders import COMPRESSED, KINDS, kind_of
+from lorasft.data.folders import COMPRESSED, KINDS, SPLITS, kind_of
 from lorasft.errors import DataError, UnsafeError
 from lorasft.hub import find_hub, refuse_offline
 
@@ -147,7 +147,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, Raw]]:
             return
     with _open(path) as file:
         values = list(_find_values(file.read().decode()))
-    yield from values if len(values) > 1 else enumerate(_rows_of(values[0][1]), start=1)
+    yield from values if len(values) > 1 else enumerate(_rows_of(values[0][1], path), start=1)
 
 
 def _find_values(text: str) -> Iterator[tuple[int, Any]]:
@@ -160,14 +160,20 @@ def _find_values(text: str) -> Iterator[tuple[int, Any]]:
         yield line, value
 
 
-def _rows_of(value: Any) -> list[Any]:
+def _rows_of(value: Any, path: Path) -> list[Any]:
     """The rows of a file that is one value: of an array, of a list in an object, of columns, or the value itself."""
     if not isinstance(value, dict):
         return value if isinstance(value, list) else [value]
-    lists = [value[name] for name in LISTS if isinstance(value.get(name), list) and not value.keys() & OF_ROWS]
-    if len(lists) == 1:
-        return list(lists[0])
-    columns = [list(part.values()) if isinstance(part, dict) else part for part in value.values()]  # as pandas writes
+    lists = [name for name in (*LISTS, *SPLITS) if isinstance(value.get(name), list) and not value.keys() & OF_ROWS]
+    if len(lists) == 1 and lists[0] in LISTS and all(isinstance(row, dict) for row in value[lists[0]]):
+        return list(value[lists[0]])
+    if lists:
+        hint = f"write each list into a file of its own; {SHAPES}"
+        raise DataError(f"one object with lists under {', '.join(lists)}", where=str(path), hint=hint)
+    parts = list(value.values())
+    if all(isinstance(part, dict) for part in parts) and all(map(str.isdecimal, value)):
+        return parts
+    columns = [list(part.values()) if isinstance(part, dict) else part for part in parts]  # as pandas writes them
     if any(not isinstance(part, list) or not part or len(part) != len(columns[0]) for part in columns) or not columns:
         return [value]
     rows = [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]

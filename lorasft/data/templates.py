@@ -112,7 +112,7 @@ def render(
         with limits():
             template = tokenizer.get_chat_template(None, given)
             if any("tool_calls" in message for message in messages):
-                form = _call_form(template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+                form = _call_form(template, **tokenizer.special_tokens_map)
                 messages = [_with_calls(message, *form) for message in messages]
             own = {"messages": [_with_reasoning(message) for message in messages], "tools": given}
             return _compile(template).render(

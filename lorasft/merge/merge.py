@@ -139,13 +139,10 @@ def _find_quantized(artifact: Artifact, plan: MergePlan) -> dict[str, torch.dtyp
 
 def _quantize(weights: Path, stage: Path) -> dict[str, str]:
     """Turn the full weights into a 4-bit checkpoint in `stage`, with all that lies beside them. Returns its hashes."""
-    from transformers import GenerationConfig
-
     from lorasft.model.base import load_base, quiet_progress
     from lorasft.recipe import ModelSettings
 
     model = load_base(ModelSettings(base=str(weights)), torch.device("cpu"))
-    model.generation_config = GenerationConfig.from_model_config(model.config)  # saving refuses what some bases have
     with quiet_progress():
         model.save_pretrained(stage)
     for name, path in list_sidecars(weights).items():

@@ -46,9 +46,10 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     check_files(settings.base)
     scheme = nf4_scheme(compute_dtype(settings.dtype, device))
     quantize = settings.quantization == "nf4" and not hasattr(config, "quantization_config")
-    stored = getattr(config, "quantization_config", None)
-    if stored:
-        _set_compute_dtype(stored, scheme)
+    stored = _set_compute_dtype(config, scheme)
+    said = read_generation(settings.base, settings.revision) or vars(config)
+    # Of what it says only the stops count: transformers would follow its beams, penalties and the like.
+    stops = GenerationConfig(eos_token_id=said.get("eos_token_id"))
 
     def read(source: str, config: Any = config, **how: Any) -> Any:
         # Only weights that are no safetensors would be written to the scratch folder: there are none.
@@ -57,6 +58,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
                 source,
                 # As it was read and cleared: what its file says of attention would win over the argument.
                 config=copy.deepcopy(config),  # transformers writes into it
+                generation_config=stops,
                 output_loading_info=True,
                 **how,
                 dtype=scheme.bnb_4bit_compute_dtype,
@@ -80,38 +82,37 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
         packed.quantization_config = scheme.to_dict()
         kept = read_kept(place, partial(read, config=packed))
     how: dict[str, Any] = {"quantization_config": scheme} if quantize else {}  # None would hide the config's own
-    if generation := _repair_generation(settings):
-        how["generation_config"] = generation
     model = read(settings.base, revision=settings.revision, **how) if kept is None else kept
     model.name_or_path = model.config._name_or_path = settings.base
-    for parameter in (
-        model.parameters() if stored else ()
-    ):  # transformers leaves those that are not in 4 bit as they are
+    # What of a base that comes in 4 bit is not in 4 bit transformers leaves as it is.
+    for parameter in model.parameters() if stored else ():
         if parameter.dtype in (torch.float16, torch.bfloat16) and not isinstance(parameter, bnb.nn.Params4bit):
             parameter.data = parameter.data.to(scheme.bnb_4bit_compute_dtype)
     patch_linear4bit(model, device, settings.base)
     model.requires_grad_(False)
     if place and kept is None:
         with quiet_progress():
-            keep_base(model, place, base=folder, wanted=keep)
+            keep_base(model, place, wanted=keep)
     return model
 
 
-def _set_compute_dtype(stored: dict[str, Any], scheme: BitsAndBytesConfig) -> None:
-    """Have a base that comes in 4 bit compute in the dtype of `scheme`, and say so where its config names another."""
+def _set_compute_dtype(config: Any, scheme: BitsAndBytesConfig) -> bool:
+    """Have a base that comes in 4 bit compute in the dtype of `scheme`, and say so where its config names another.
+    Returns whether it comes so."""
+    stored = getattr(config, "quantization_config", None) or {}
     key, told = "bnb_4bit_compute_dtype", scheme.to_dict()["bnb_4bit_compute_dtype"]
-    if stored.get(key) != told:
+    if stored and stored.get(key) != told:
         say(f"computing in {told} (model.dtype, --dtype), not in {stored.get(key)}, which the base's config names")
-    stored[key] = told
+        stored[key] = told
+    return bool(stored)
 
 
-def _repair_generation(settings: ModelSettings) -> GenerationConfig | None:
-    """The base's generation config without the one setting for whose sake transformers may refuse the whole model."""
+def read_generation(base: str, revision: str | None) -> dict[str, Any]:
+    """What the generation config of a base says, where it has one."""
     quiet = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False)
-    with _loading_errors(settings.base):
-        path = cached_file(settings.base, GENERATION_CONFIG, revision=settings.revision, **quiet)
-        content = json.loads(Path(path).read_bytes()) if path else {}
-        return GenerationConfig.from_dict(content) if content.pop("num_return_sequences", None) else None
+    with _loading_errors(base):
+        path = cached_file(base, GENERATION_CONFIG, revision=revision, **quiet)
+        return dict(json.loads(Path(path).read_bytes())) if path else {}
 
 
 def patch_linear4bit(model: nn.Module, device: torch.device, base: str) -> None:

@@ -17,14 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
-from unittest.mock import patch
 
 import torch
-from transformers import BitsAndBytesConfig, GenerationConfig
+from transformers import BitsAndBytesConfig
 
-from lorasft.artifact import GENERATION_CONFIG
 from lorasft.errors import LorasftError, ModelError
-from lorasft.files import MANIFEST, make_folder, need_space, remove_folder, staged_folder, verify_folder, write_file
+from lorasft.files import MANIFEST, make_folder, need_space, remove_folder, staged_folder, verify_folder
 from lorasft.tensors import fingerprint
 from lorasft.terminal import say
 
@@ -42,7 +40,7 @@ def find_place(base: Path, commit: str | None, scheme: BitsAndBytesConfig, devic
     """
     own, shared = os.environ.get("LORASFT_CACHE"), os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     root = Path(own or f"{shared}/lorasft") / "bases"
-    files = sorted([*base.glob("*.safetensors"), *base.glob(GENERATION_CONFIG)])
+    files = sorted(base.glob("*.safetensors"))
     facts = {
         "base": commit or [fingerprint(base), *((path.name, path.stat().st_mtime_ns) for path in files)],
         "scheme": scheme.to_dict(),
@@ -78,7 +76,7 @@ def read_kept(place: Path, read: Callable[[str], Any]) -> Any | None:
     return model
 
 
-def keep_base(model: Any, place: Path, *, base: Path, wanted: Keep) -> None:
+def keep_base(model: Any, place: Path, *, wanted: Keep) -> None:
     """Save a base that was just quantized to `place`, and say so; or say what is in the way, which is no error.
 
     The first process of a machine does it. Of two at once, the first one to end has done it.
@@ -94,12 +92,7 @@ def keep_base(model: Any, place: Path, *, base: Path, wanted: Keep) -> None:
             raise ModelError(f"it must be yours alone: chmod 700 {place.parent}")
         need_space(place.parent, 2 * size)
         with staged_folder(place) as stage:
-            # Its generation config comes from the base: transformers might refuse to save it.
-            with patch.object(model, "generation_config", GenerationConfig()):
-                model.save_pretrained(stage, max_shard_size="500MB")
-            (stage / GENERATION_CONFIG).unlink(missing_ok=True)
-            if (base / GENERATION_CONFIG).is_file():
-                write_file(stage / GENERATION_CONFIG, (base / GENERATION_CONFIG).read_bytes())
+            model.save_pretrained(stage, max_shard_size="500MB")
         _forget_unused(place.parent)
     except (LorasftError, OSError) as error:
         if not (_is_private(place.parent) and place.exists()):

@@ -38,7 +38,7 @@ def generate(
     if len(prompt) >= positions:
         what = f"the prompt has {len(prompt)} tokens, the model {positions} positions"
         raise DataError(what, hint="a shorter prompt")
-    training, own = causal.training, causal.generation_config
+    training = causal.training
     causal.eval()
     stops = sorted({*stops, *own_stops(causal)})
     config = GenerationConfig(
@@ -56,8 +56,6 @@ def generate(
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
     ids = torch.tensor([list(prompt)], device=causal.get_input_embeddings().weight.device)
-    # Of what the base's own says only the stops count: transformers would fill in its beams, penalties and the like.
-    causal.generation_config = GenerationConfig()
     try:
         with torch.no_grad(), attention(causal, default_attention(causal.config)):
             output = causal.generate(
@@ -67,7 +65,6 @@ def generate(
                 streamer=streamer,
             )
     finally:
-        causal.generation_config = own
         causal.train(training)
     new: list[int] = output[0, len(prompt) :].tolist()
     while new and new[-1] in stops:

@@ -11,7 +11,6 @@ adapter/           the result: a plain PEFT adapter with tokenizer and template
 
 from __future__ import annotations
 
-import copy
 import json
 import secrets
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ from lorasft.data.untrained import refuse_untrained
 from lorasft.errors import DivergedError
 from lorasft.files import replace_file, staged_folder, verify_folder, write_file
 from lorasft.model.adapter import attach_adapter, load_adapter, trainable, write_adapter
-from lorasft.model.base import check_files, compute_dtype, load_base, patch_linear4bit
+from lorasft.model.base import check_files, compute_dtype, load_base, patch_linear4bit, read_generation
 from lorasft.model.free_memory import free_memory
 from lorasft.model.generate import own_stops
 from lorasft.model.memory import static_bytes
@@ -175,11 +174,9 @@ def export_adapter(run: Run, state: State) -> Path:
             write_adapter(run.model, stage, base=run.recipe.model)
             set_default_system(run.inputs.tokenizer, run.recipe.chat)
             run.inputs.tokenizer.save_pretrained(stage)
-            generation = copy.deepcopy(run.network.causal.generation_config)
-            if stops := missing_stops(run):
-                generation.eos_token_id = [*stops, *own_stops(run.network.causal)]
-            # Not by its own method, which refuses settings that published bases have.
-            write_file(stage / GENERATION_CONFIG, generation.to_json_string().encode())
+            generation = read_generation(run.recipe.model.base, run.recipe.model.revision)
+            generation["eos_token_id"] = [*missing_stops(run), *own_stops(run.network.causal)] or None
+            write_file(stage / GENERATION_CONFIG, json.dumps(generation, indent=2).encode())
             # Whoever copies the adapter elsewhere takes along how it was made, its base quantized and prompts written.
             write_file(stage / "recipe.yaml", dump_recipe(run.recipe).encode())
             if (record := run.folder / "provenance.json").is_file():  # who lost it continues without
