@@ -81,17 +81,20 @@ def compare_prompts(artifact: Artifact, merged: Path, rows: Sequence[Tokens]) ->
     prompts and answers the same ends as what was trained."""
     trained, found = read_tokenizer(artifact), load_tokenizer(str(merged))
     texts = [trained.decode(row.ids) for row in rows] + [f"a{token} b" for token in trained.get_added_vocab()]
-    same = {"ids": trained(texts)["input_ids"] == found(texts)["input_ids"]}
-    wanted, given = ChatFormat(trained, artifact.chat), ChatFormat(found, ChatSettings())
-    same["prompts"] = all(_render(wanted, roles) in (None, _render(given, roles)) for roles in _PROBES)
-    same["ends of answers"] = {*wanted.eos} <= {*read_stops(merged), *given.eos}
+    wanted, given = ([one.ids for one in each.backend_tokenizer.encode_batch(texts)] for each in (trained, found))
+    same = {"ids": wanted == given, "prompts": True}
+    for roles in _PROBES:
+        prompt = _render(trained, artifact.chat, roles)
+        same["prompts"] &= prompt is None or prompt == _render(found, ChatSettings(), roles)
+    same["ends of answers"] = trained.eos_token_id in (None, found.eos_token_id, *read_stops(merged))
     for what, holds in same.items():
         if not holds:
             raise ModelError(f"the merged folder gives other {what} than the adapter's", where=str(merged))
 
 
-def _render(chat_format: ChatFormat, roles: Sequence[str]) -> list[int] | None:
+def _render(tokenizer: Any, chat: ChatSettings, roles: Sequence[str]) -> list[int] | None:
     """The ids of the prompt of a conversation; None where the template refuses it."""
+    messages = [{"role": role, "content": f" Word {at} "} for at, role in enumerate(roles)]
     with contextlib.suppress(LorasftError):
-        return chat_format.prompt_ids([{"role": role, "content": f" Word {at} "} for at, role in enumerate(roles)])
+        return ChatFormat(tokenizer, chat).prompt_ids(messages)
     return None
