@@ -127,8 +127,9 @@ def test_a_snapshot_is_read_as_its_readme_says(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(README.format(first="en"))
     with pytest.raises(DataError, match="en, fr"):
         names()
-    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: ../*/*.jsonl\n---\n")
-    assert names() == ["outside.jsonl"]
+    for odd in ("../*/*.jsonl", "/etc/*.jsonl", "[{split: train}]", "3", "[[a]]", "''"):  # says nothing
+        (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: a\n  data_files: {odd}\n---\n")
+        assert names() == ["outside.jsonl"]
 
 
 def test_other_files_are_named_and_offered(tmp_path: Path, tiny: Any) -> None:
