@@ -182,7 +182,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("name", "text"), SHAPES)
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le"])
 def test_rows_of_every_shape(tmp_path: Path, name: str, text: str, encoding: str) -> None:
     (tmp_path / name).write_bytes(text.encode(encoding))
     assert answers(tmp_path / name) == ["0", "1", "2"]
