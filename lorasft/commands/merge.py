@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorasft.commands.arguments import SAVED, add_columns, add_json, add_saved, open_saved, show
+from lorasft.commands.arguments import add_columns, add_json, add_saved, open_saved, show
 from lorasft.terminal import ByteProgress, say
 
 
@@ -38,7 +38,7 @@ def run(out: str, data: str | None, columns: str | None, as_json: bool, **option
     from lorasft.recipe.load import read_source
 
     refuse_existing(Path(out))
-    artifact = open_saved(**{name: options.pop(name) for name in SAVED})
+    artifact = open_saved(*(options.pop(name) for name in ("saved", "base", "given", "overrides")))
     artifact.require_adapter()
     if options["check"]:
         say("asking what was trained, to compare the merge with it (--no-check leaves this out)")
