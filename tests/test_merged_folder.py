@@ -134,6 +134,9 @@ def test_a_base_without_generation_settings_stops_where_training_did(tmp_path: P
     adapter = make_adapter(base, tmp_path / "adapter", BROUGHT["another end"])
     merge(base, adapter, tmp_path / "out")
     assert read_stops(tmp_path / "out") == [3, *read_stops(base)]
+    (base / "generation_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ModelError, match="not a config"):
+        merge(base, adapter, tmp_path / "broken")
     (adapter / "generation_config.json").write_text('{"eos_token_id": [7, 3], "top_k": 5}', encoding="utf-8")
     merge(base, adapter, tmp_path / "own")
     settings = json.loads((tmp_path / "own/generation_config.json").read_bytes())

@@ -47,7 +47,7 @@ def write_sidecars(folder: Path, artifact: Artifact, rewritten: Mapping[str, Any
     if trained:
         if told:
             set_default_system(trained, artifact.chat)
-        _write_tokenizer(folder, artifact, trained, template_only=same)
+        _write_tokenizer(folder, trained, template_only=same)
 
 
 def _has_ids_of(trained: Any, base: Path) -> bool:
@@ -59,7 +59,7 @@ def _has_ids_of(trained: Any, base: Path) -> bool:
     return False
 
 
-def _write_tokenizer(folder: Path, artifact: Artifact, trained: Any, *, template_only: bool) -> None:
+def _write_tokenizer(folder: Path, trained: Any, *, template_only: bool) -> None:
     """Save what training had, and have generation stop at its end of text."""
     if template_only:
         trained.save_chat_templates(folder, {}, None, True)
@@ -71,8 +71,7 @@ def _write_tokenizer(folder: Path, artifact: Artifact, trained: Any, *, template
         trained.save_pretrained(folder)
     end, stops, path = trained.eos_token_id, read_stops(folder), folder / GENERATION_CONFIG
     if end is not None and end not in stops:
-        kept = {key: artifact.base_config.get(key) for key in ("bos_token_id", "pad_token_id")}
-        kept = json.loads(path.read_bytes()) if path.is_file() else kept
+        kept = json.loads(path.read_bytes()) if path.is_file() else {}
         replace_file(path, json.dumps({**kept, "eos_token_id": [end, *stops]}, indent=2).encode())
 
 
