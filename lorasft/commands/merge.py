@@ -54,8 +54,6 @@ def run(out: str, data: str | None, columns: str | None, as_json: bool, **option
 def _describe(merged: Mapping[str, Any]) -> Iterator[str]:
     what = f"merged {merged['updated']} tensors onto the {merged['onto']} weights ({merged['why']})"
     yield f"{what}: {merged['size'] / 1e9:.3f} GB"
-    if merged["unchanged"]:
-        yield f"rounding left {merged['unchanged']} of the merged tensors as they were"
     if merged["table"]:
         yield f"on {merged['rows']}:"
         yield f"{'':30}  {'KL a token':>10}  {'same choice':>11}  {'nats a token':>12}"
