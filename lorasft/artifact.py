@@ -192,5 +192,8 @@ def refuse_quantized(scheme: Mapping[str, Any], where: str) -> None:
 def read_stops(folder: Path) -> list[int]:
     """The tokens that end generation, by the generation config in `folder`, or by the model's where there is none."""
     paths = [path for path in (folder / GENERATION_CONFIG, folder / "config.json") if path.is_file()]
-    stops = json.loads(paths[0].read_bytes()).get("eos_token_id") if paths else None
+    try:
+        stops = json.loads(paths[0].read_bytes()).get("eos_token_id") if paths else None
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"this is not a config: {error}", where=str(paths[0]), hint="download it again") from None
     return stops if isinstance(stops, list) else [] if stops is None else [stops]

@@ -162,6 +162,12 @@ def test_arguments_as_a_template_takes_them(tmp_path: Path, tiny: Any, how: str,
         assert f"assistant\nweather {expected}<|end|>" in rendered and not encoder.report.bad_rows
 
 
+def test_the_text_beside_a_call_that_a_template_leaves_out_is_counted(tmp_path: Path, tiny: Any) -> None:
+    encoder = own(tmp_path, tiny, with_calls("{{ c.function.arguments | tojson }}"))
+    encoder.encode(chat("user: q", call() | {"content": "I look."}))
+    assert encoder.report.dropped_characters == len("I look.")
+
+
 def test_what_python_wrote_into_a_row_stays(tmp_path: Path, tiny: Any) -> None:
     rendered = text_of(own(tmp_path, tiny, with_calls("{{ c.function.arguments | tojson }}")),
                        chat("user: q", call(WRITTEN), f"tool: {PARIS}", "assistant: A"))  # fmt: skip

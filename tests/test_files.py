@@ -78,7 +78,7 @@ def test_a_folder_is_read_by_its_splits(
 
 
 def test_names_of_splits_are_whole_words() -> None:
-    named = {"train": "train.x a-train-b.x train_sft.x my/train/0.x Training1.x", "test": "eval.x testing.x test/a.x",
+    named = {"train": "train.x a-train-b.x train_sft.x my/train/0.x Training1.x", "test": "eval.x holdout.x test/a.x",
              "validation": "dev.x val-0.x", "": "latest.x contest/x.x retrain.x evaluate.x train_test.x"}  # fmt: skip
     assert all(split_of(Path(name)) == split for split, names in named.items() for name in names.split())
 
@@ -127,8 +127,9 @@ def test_a_snapshot_is_read_as_its_readme_says(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(README.format(first="en"))
     with pytest.raises(DataError, match="en, fr"):
         names()
-    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: ../*/*.jsonl\n---\n")
-    assert names() == ["outside.jsonl"]
+    for odd in ("../*/*.jsonl", "/etc/*.jsonl", "[{split: train}]", "3", "[[a]]", "''"):  # says nothing
+        (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: a\n  data_files: {odd}\n---\n")
+        assert names() == ["outside.jsonl"]
 
 
 def test_other_files_are_named_and_offered(tmp_path: Path, tiny: Any) -> None:
@@ -181,7 +182,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("name", "text"), SHAPES)
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le"])
 def test_rows_of_every_shape(tmp_path: Path, name: str, text: str, encoding: str) -> None:
     (tmp_path / name).write_bytes(text.encode(encoding))
     assert answers(tmp_path / name) == ["0", "1", "2"]

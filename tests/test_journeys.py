@@ -253,6 +253,7 @@ def test_what_can_be_known_is_said_before_the_work(
     (tmp_path / "out").mkdir()
     done = cli("merge", run, "--out", tmp_path / "out")
     assert done.code == 2 and "asking" not in done.err
+    assert cli("merge", run, "--out", tmp_path / "new", "--columns", "{prompt: q}").code == 2  # of no rows
     assert "asking" not in cli("merge", tmp_path / "nope", "--out", tmp_path / "new").err
     monkeypatch.setattr("lorasft.merge.merge.merge", None)
     monkeypatch.setitem(sys.modules, "gguf", None)

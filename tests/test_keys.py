@@ -391,6 +391,10 @@ def test_messages_and_tools_as_text(tmp_path: Path, name: str) -> None:
     assert example.tools == ({"type": "function", "function": TOOL},)
     (example,) = read(write(tmp_path, [{"conversations": json.dumps([Q, A])}], name))
     assert turns(example) == [("user", "Q"), ("assistant", "A")]
+    (example,) = read(write(tmp_path, [{"prompt": json.dumps([Q, A, Q]), "completion": json.dumps([A])}], name))
+    assert (len(example.messages), example.completion) == (4, 1)
+    (example,) = read(write(tmp_path, [{"prompt": "[{a list of a text}]", "completion": json.dumps([A])}], name))
+    assert turns(example) == [("user", "[{a list of a text}]"), ("assistant", json.dumps([A]))]
     with pytest.raises(DataError, match="messages: not JSON"):
         read(write(tmp_path, [{"messages": "[{'role': 'user'}]"}], name))
 

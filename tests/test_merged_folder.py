@@ -15,9 +15,12 @@ from tiny_tokenizer import TEMPLATE, save_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasft.artifact import find_artifact, read_stops
+from lorasft.data.chat_format import ChatFormat
+from lorasft.data.templates import set_default_system
 from lorasft.errors import ModelError
 from lorasft.merge.merge import merge as merge_artifact
 from lorasft.model.tokenizer_files import read_tokenizer
+from lorasft.recipe import ChatSettings
 
 pytestmark = PEFT_DOUBTS
 TRAINED = "TRAINED{% for m in messages %}<|start|>{{ m.role }}:{{ m.content }}<|end|>{% endfor %}<|start|>assistant:"
@@ -131,6 +134,9 @@ def test_a_base_without_generation_settings_stops_where_training_did(tmp_path: P
     adapter = make_adapter(base, tmp_path / "adapter", BROUGHT["another end"])
     merge(base, adapter, tmp_path / "out")
     assert read_stops(tmp_path / "out") == [3, *read_stops(base)]
+    (base / "generation_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ModelError, match="not a config"):
+        merge(base, adapter, tmp_path / "broken")
     (adapter / "generation_config.json").write_text('{"eos_token_id": [7, 3], "top_k": 5}', encoding="utf-8")
     merge(base, adapter, tmp_path / "own")
     settings = json.loads((tmp_path / "own/generation_config.json").read_bytes())
@@ -234,6 +240,37 @@ def test_the_system_message_of_the_recipe_is_in_the_saved_template(
     lines = [json.loads((tmp_path / f"{folder}.jsonl").read_text().splitlines()[0]) for folder in ("run", "out")]
     asked = [line.get("adapter", line.get("model"))["log_prob_x"] for line in lines]
     assert asked[0] == pytest.approx(asked[1], rel=1e-3)
+
+
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
+ANSWERED = (
+    "{% if messages[0].role == 'system' %}{{ messages[0].content | trim }}{% set messages = messages[1:] %}{% endif %}"
+)
+TEMPLATES: dict[str, Any] = {
+    "refuses": REFUSES,
+    "takes it apart": ANSWERED + TEMPLATE,
+    "has a default": "{% if messages[0].role != 'system' %}DEFAULT{% endif %}" + TEMPLATE,
+    "begins with a line": "\n" + TEMPLATE,
+    "two": {"default": TEMPLATE, "tool_use": REFUSES},
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_template_asks_as_training_did(name: str, tiny: Any, tmp_path: Path) -> None:
+    """Read back by transformers alone, and by lorasft, where it stays as it is."""
+    tiny.chat_template, chat = TEMPLATES[name], ChatSettings(system=" Be {{ brief }}.\n")
+    set_default_system(tiny, chat)
+    tiny.save_pretrained(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    text = saved.apply_chat_template(ASKED, tokenize=False, add_generation_prompt=True)
+    assert "Be {{ brief }}." in text and "DEFAULT" not in text
+    question = [{"role": "user", "content": "a"}]
+    wanted = saved.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+    for settings in (chat, ChatSettings()):
+        assert ChatFormat(AutoTokenizer.from_pretrained(tmp_path), settings).prompt_ids(question) == wanted
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    set_default_system(again, chat)
+    assert again.chat_template == saved.chat_template
 
 
 def test_a_system_message_is_told_or_merged_in(base: Path, rows: Path, tmp_path: Path, cli: Command) -> None:

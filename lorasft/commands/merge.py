@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasft.commands.arguments import SAVED, add_columns, add_json, add_saved, open_saved, show
+from lorasft.errors import RecipeError
 from lorasft.terminal import ByteProgress, say
 
 
@@ -37,6 +38,8 @@ def run(out: str, data: str | None, columns: str | None, as_json: bool, **option
     from lorasft.merge.merge import merge
     from lorasft.recipe.load import read_source
 
+    if columns and not data:
+        raise RecipeError("--columns is of --data, which is not given", hint="--data FILE")
     refuse_existing(Path(out))
     artifact = open_saved(**{name: options.pop(name) for name in SAVED})
     artifact.require_adapter()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -225,9 +226,10 @@ def _list_messages(row: Row, kind: str, unread: set[str]) -> tuple[list[Any], in
         listed = _as_list(row[keys.NEEDED[kind][0]], keys.NEEDED[kind][0])
         turns = kind == "sharegpt" or any(isinstance(one, dict) and "role" not in one for one in listed)
         return [_from_turn(turn, unread) for turn in listed] if turns else listed, None
-    if kind == "prompt-completion" and isinstance(row["prompt"], list) and isinstance(row["completion"], list):
+    prompt, completion = (_as_messages(row[name]) for name in keys.NEEDED[kind])
+    if kind == "prompt-completion" and prompt and completion:
         unread.update(["history"] if row.get("history") else [])
-        return [*row["prompt"], *row["completion"]], len(row["completion"])
+        return [*prompt, *completion], len(completion)
     question, answer = (_expect(row[name], str, name) for name in keys.NEEDED[kind])
     if kind == "alpaca" and row.get("input"):
         question += "\n\n" + _expect(row["input"], str, "input")
@@ -238,6 +240,14 @@ def _list_messages(row: Row, kind: str, unread: set[str]) -> tuple[list[Any], in
         texts[-2:-2] = pair
     roles = ("user", "assistant") * (len(texts) // 2)
     return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)], None
+
+
+def _as_messages(value: Any) -> list[Any]:
+    """The messages of a prompt or completion, also where a column has them as JSON; none of a text of its own."""
+    if isinstance(value, str) and value.startswith("[{"):
+        with suppress(ValueError):
+            value = parse_strict(value)
+    return value if isinstance(value, list) and all(isinstance(one, dict) and "role" in one for one in value) else []
 
 
 def _template_variables(row: Row, unread: set[str]) -> dict[str, Any]:

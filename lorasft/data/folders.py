@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasft.errors import DataError, LorasftError
+from lorasft.errors import DataError, RecipeError, UnsafeError
 from lorasft.hub import is_hub_id
 from lorasft.recipe.yaml_reader import parse_yaml
 
@@ -17,11 +17,17 @@ if TYPE_CHECKING:
 
 KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSED = (".gz", ".zst", ".bz2")
-ABOUT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # none are in them
+ABOUT_ROWS = {
+    "config.json",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+}  # none are in them
 SPLITS = {  # the words that `datasets` looks for
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation", "heldout", "holdout"), "test"),
 }
 HELD_OUT = ("validation", "test")  # the one that is taken first
 DEEPEST = 3  # folders below the given one: config/train/0000.parquet
@@ -87,20 +93,19 @@ def _from_readme(folder: Path, config: str | None) -> dict[Path, str]:
     """The files that a snapshot's README gives for a configuration, each with its split; none where it gives none."""
     try:
         front = (folder / "README.md").read_text(encoding="utf-8-sig").split("---\n")[1]
-        listed = {str(one["config_name"]): one for one in parse_yaml(front, "README.md").value["configs"]}
-    except (OSError, ValueError, LookupError, TypeError, LorasftError):
-        listed = {}
-    default = [name for name, one in listed.items() if one.get("default") or name == "default" or len(listed) == 1]
-    name = config or next(iter(default), "")
-    if name not in listed and (listed or config):
-        what = f"configurations in its README: {', '.join(listed) or 'none'}"
-        hint = f"{{path: {folder}, config: {next(iter(listed), 'null')}}}"
-        raise DataError(what, where=str(folder), hint=hint)
-    from datasets.data_files import sanitize_patterns
+        configs = {str(one["config_name"]): one for one in parse_yaml(front, "README.md").value["configs"]}
+        marked = [name for name, one in configs.items() if one.get("default")]
+        name = config or [*marked, *(configs if len(configs) == 1 else ["default"])][0]
+        if configs and name not in configs:
+            hint = f"{{path: {folder}, config: {min(configs)}}}"
+            raise DataError(f"configurations in its README: {', '.join(configs)}", where=str(folder), hint=hint)
+        from datasets.data_files import sanitize_patterns
 
-    by_split = sanitize_patterns(listed[name]["data_files"]) if "data_files" in listed.get(name, ()) else {}
-    patterns = [(split, pattern) for split, some in by_split.items() for pattern in some if ".." not in pattern]
-    return {file: split for split, pattern in patterns for file in folder.glob(pattern) if kind_of(file) in KINDS}
+        by_split = sanitize_patterns(configs[name]["data_files"]).items()
+        files = [(file, split) for split, some in by_split for pattern in some for file in folder.glob(pattern)]
+        return {file: split for file, split in files if kind_of(file) in KINDS and ".." not in file.parts}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError, RecipeError, UnsafeError):
+        return {}
 
 
 def _choose(source: DataSource, found: dict[Path, str]) -> tuple[Files, Files]:

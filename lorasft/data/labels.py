@@ -105,12 +105,10 @@ class Labeler:
                 raise DataError(what, hint="chat.thinking=follow_template or drop")
             report.dropped_reasoning += len(reasoning)
         content = without_reasoning(message)["content"]
-        if content in rendered or message.get("tool_calls"):  # with calls the content is rewritten altogether
-            return
-        if content.strip() in rendered:
-            report.trimmed_characters += len(content) - len(content.strip())
-        else:
+        if content.strip() not in rendered:
             report.dropped_characters += len(content)
+        elif content not in rendered:
+            report.trimmed_characters += len(content) - len(content.strip())
 
     def _label(self, texts: Sequence[MarkedText], encoded: Mapping[str, Encoded], report: Report) -> list[Tokens]:
         """Ids and labels; `encoded`: each text, and each prompt."""

@@ -121,7 +121,7 @@ def parse_strict(text: str) -> Any:
 
 
 def _open(path: Path) -> IO[bytes]:
-    """The bytes of a file, unpacked, without a mark at its beginning, and in UTF-8 where that says UTF-16."""
+    """The bytes of a file, unpacked, without a mark at its beginning, and in UTF-8 where they begin as UTF-16."""
     if path.suffix.lower() in COMPRESSED:
         import pyarrow
 
@@ -129,7 +129,7 @@ def _open(path: Path) -> IO[bytes]:
     else:
         file = open(path, "rb")  # noqa: SIM115
     mark = file.peek(3)[:3]
-    if mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+    if mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or mark[1:2] == b"\0":
         with file:
             return io.BytesIO(file.read().decode("utf-16").encode())
     file.read(3 if mark == BOM else 0)
@@ -145,8 +145,13 @@ def _read_json(path: Path) -> Iterator[tuple[int, Raw]]:
         if begins not in (b"[", b"{") or any(row[:1] + row[-1:] == b"{}" for _, row in head[len(head) == 1 :]):
             yield from chain(head, lines)
             return
-    with _open(path) as file:
-        values = list(_find_values(file.read().decode()))
+    try:
+        with _open(path) as file:
+            values = list(_find_values(file.read().decode()))
+    except (ValueError, RecursionError):
+        if len(head) > 1:
+            raise
+        values = head  # one line, a bad row
     yield from values if len(values) > 1 else enumerate(_rows_of(values[0][1], path), start=1)
 
 

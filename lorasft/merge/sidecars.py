@@ -47,7 +47,7 @@ def write_sidecars(folder: Path, artifact: Artifact, rewritten: Mapping[str, Any
     if trained:
         if told:
             set_default_system(trained, artifact.chat)
-        _write_tokenizer(folder, artifact, trained, template_only=same)
+        _write_tokenizer(folder, trained, template_only=same)
 
 
 def _has_ids_of(trained: Any, base: Path) -> bool:
@@ -59,7 +59,7 @@ def _has_ids_of(trained: Any, base: Path) -> bool:
     return False
 
 
-def _write_tokenizer(folder: Path, artifact: Artifact, trained: Any, *, template_only: bool) -> None:
+def _write_tokenizer(folder: Path, trained: Any, *, template_only: bool) -> None:
     """Save what training had, and have generation stop at its end of text."""
     if template_only:
         trained.save_chat_templates(folder, {}, None, True)
@@ -71,8 +71,7 @@ def _write_tokenizer(folder: Path, artifact: Artifact, trained: Any, *, template
         trained.save_pretrained(folder)
     end, stops, path = trained.eos_token_id, read_stops(folder), folder / GENERATION_CONFIG
     if end is not None and end not in stops:
-        kept = {key: artifact.base_config.get(key) for key in ("bos_token_id", "pad_token_id")}
-        kept = json.loads(path.read_bytes()) if path.is_file() else kept
+        kept = json.loads(path.read_bytes()) if path.is_file() else {}
         replace_file(path, json.dumps({**kept, "eos_token_id": [end, *stops]}, indent=2).encode())
 
 
@@ -81,17 +80,20 @@ def compare_prompts(artifact: Artifact, merged: Path, rows: Sequence[Tokens]) ->
     prompts and answers the same ends as what was trained."""
     trained, found = read_tokenizer(artifact), load_tokenizer(str(merged))
     texts = [trained.decode(row.ids) for row in rows] + [f"a{token} b" for token in trained.get_added_vocab()]
-    same = {"ids": trained(texts)["input_ids"] == found(texts)["input_ids"]}
-    wanted, given = ChatFormat(trained, artifact.chat), ChatFormat(found, ChatSettings())
-    same["prompts"] = all(_render(wanted, roles) in (None, _render(given, roles)) for roles in _PROBES)
-    same["ends of answers"] = {*wanted.eos} <= {*read_stops(merged), *given.eos}
+    wanted, given = ([one.ids for one in each.backend_tokenizer.encode_batch(texts)] for each in (trained, found))
+    same = {"ids": wanted == given, "prompts": True}
+    for roles in _PROBES:
+        prompt = _render(trained, artifact.chat, roles)
+        same["prompts"] &= prompt is None or prompt == _render(found, ChatSettings(), roles)
+    same["ends of answers"] = trained.eos_token_id in (None, found.eos_token_id, *read_stops(merged))
     for what, holds in same.items():
         if not holds:
             raise ModelError(f"the merged folder gives other {what} than the adapter's", where=str(merged))
 
 
-def _render(chat_format: ChatFormat, roles: Sequence[str]) -> list[int] | None:
+def _render(tokenizer: Any, chat: ChatSettings, roles: Sequence[str]) -> list[int] | None:
     """The ids of the prompt of a conversation; None where the template refuses it."""
+    messages = [{"role": role, "content": f" Word {at} "} for at, role in enumerate(roles)]
     with contextlib.suppress(LorasftError):
-        return chat_format.prompt_ids([{"role": role, "content": f" Word {at} "} for at, role in enumerate(roles)])
+        return ChatFormat(tokenizer, chat).prompt_ids(messages)
     return None

@@ -283,6 +283,6 @@ def _hint_for_name(key: str, section: str) -> str:
     ours = [ours for ours, theirs in PEERS.items() if any(fnmatch(key.lower(), name) for name in theirs.split())]
     names = [[own for name, own in _NAMES.items() if name.startswith(begin)] for begin in (section, "")]
     ends = [own for own in names[1] if f"_{key}".endswith(f"_{own}")]  # as lora_alpha does with alpha
-    near = ends[:1] or next(filter(None, (get_close_matches(key, some, n=1, cutoff=0.8) for some in names)), [])
+    near = ends[:1] or get_close_matches(key, names[0], n=1) or get_close_matches(key, names[1], n=1, cutoff=0.8)
     ours = ours or [name for name, own in _NAMES.items() if own in near]
     return f"here it is {' or '.join(ours)}" if ours else _SCHEMA
