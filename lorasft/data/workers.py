@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 import os
 import signal
+import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
-from threading import Thread
 from typing import Any, TypeVar
 
 from lorasft.errors import CapacityError
@@ -23,13 +24,14 @@ FEW = 4  # blocks, which are done before a process has started
 MOST = 8  # processes: each needs memory, and reading and writing are left to one
 AHEAD = 4  # blocks for each process that may be done before one that takes long
 DEAF = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}  # what this process hears too, and then ends its children
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h: the signal that a process gets when its parent is gone
 _WORK: list[Callable[[Any], Any]] = []  # in a child: what it does
 
 
 def available_workers() -> int:
     """How many processes are worth starting here: one per core that this one may use, and 1 where none can fork."""
-    # macOS, which cannot tell, forks, and its libraries break.
-    if not hasattr(os, "sched_getaffinity") or multiprocessing.current_process().daemon:
+    # macOS forks, and its libraries break.
+    if sys.platform != "linux" or multiprocessing.current_process().daemon:
         return 1
     return min(len(os.sched_getaffinity(0)), MOST)
 
@@ -76,8 +78,7 @@ def map_blocks(
 def _begin(work: Callable[[Any], Any]) -> None:
     """What a child does first: it takes its work, which is never sent, and ends when its parent is gone."""
     _WORK.append(work)
-    parent: Any = multiprocessing.parent_process()
-    Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     gc.disable()  # a tenth of the time; after each block there is little to go through
