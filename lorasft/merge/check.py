@@ -163,10 +163,7 @@ def _find_rows(artifact: Artifact, data: DataSource | None) -> tuple[Sequence[To
     """Rows to compare answers on, and where they come from."""
     if data is not None:
         answers, _ = read_answers(data, artifact.data, artifact.chat, tokenizer=read_tokenizer(artifact))
-        return [
-            Tokens(answer.ids, np.where(np.arange(len(answer.ids)) < answer.start, UNSUPERVISED, answer.ids))
-            for answer in answers
-        ], data.path
+        return [all_supervised(answer.ids, answer.start) for answer in answers], data.path
     if prepared := _open_tokens(artifact):
         store = prepared.held_out or prepared.train
         rows = [tokens for example in range(min(len(store), _PAIRS)) for tokens in store.sequences(example)]

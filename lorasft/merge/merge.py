@@ -105,9 +105,9 @@ def _write_record(stage: Path, artifact: Artifact, done: dict[str, Any]) -> dict
     trained, given = artifact.provenance, artifact.model.base
     origin = {
         "name": given,
-        "commit": trained.commit if trained else None,
+        "commit": trained.get("commit"),
         "fingerprint": fingerprint(artifact.base),
-        "trained_on": trained.fingerprint if trained else None,
+        "trained_on": trained.get("fingerprint"),
     }
     record = {"lorasft": __version__, "base": origin, **done}
     name = Path(given).name if Path(given).is_dir() else given
@@ -132,8 +132,7 @@ def _find_quantized(artifact: Artifact, plan: MergePlan) -> dict[str, torch.dtyp
 
     if artifact.model.quantization != "nf4" or plan.packed:
         return {}
-    trained = artifact.provenance.dtype if artifact.provenance else artifact.model.dtype
-    dtype = compute_dtype(trained, PartialState().device)
+    dtype = compute_dtype(artifact.provenance.get("dtype", artifact.model.dtype), PartialState().device)
     return {plan.places.find(f"{path}.weight"): dtype for path in find_quantized(read_config(str(artifact.base)))}
 
 
