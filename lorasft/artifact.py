@@ -33,15 +33,6 @@ _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"
 
 
 @dataclass(frozen=True)
-class Provenance:
-    """What a run recorded of how it was made."""
-
-    fingerprint: str  # of the base's files
-    commit: str | None  # of the base on the hub
-    dtype: str  # of the computation, such as bfloat16
-
-
-@dataclass(frozen=True)
 class Artifact:
     """A model with or without an adapter, where its files are, and how it was trained. Files come when asked for."""
 
@@ -60,17 +51,18 @@ class Artifact:
         return next((parent for parent in parents if (parent / "provenance.json").is_file()), None)
 
     @cached_property
-    def provenance(self) -> Provenance | None:
-        """What the run recorded, where there is a run. Raises ModelError for a record that cannot be read."""
+    def provenance(self) -> Mapping[str, Any]:
+        """What the run recorded: `fingerprint` and `commit` of its base, and the `dtype` that it computed in; nothing
+        where there is no run. Raises ModelError for a record that cannot be read."""
         if self.run is None:
-            return None
+            return {}
         path = self.run / "provenance.json"
         try:
             record = json.loads(path.read_bytes())
-            base, dtype = record["base"], record["layout"]["dtype"]
-            if dtype not in ("bfloat16", "float16", "float32"):
-                raise ValueError(f"dtype {dtype}")
-            return Provenance(base["fingerprint"], base["commit"], dtype)
+            told = {**record["base"], "dtype": record["layout"]["dtype"]}
+            if told["dtype"] not in ("bfloat16", "float16", "float32"):
+                raise ValueError(f"dtype {told['dtype']}")
+            return {name: told[name] for name in ("fingerprint", "commit", "dtype")}
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             what = f"the run's record cannot be read: {error}"
             raise ModelError(what, where=str(path), hint="name the adapter's folder alone") from None
@@ -124,8 +116,8 @@ class Artifact:
         adapter = self.require_adapter()
         if (adapter / MANIFEST).is_file():
             verify_folder(adapter)
-        trained = self.provenance
-        if trained and trained.fingerprint and not force_base and trained.fingerprint != fingerprint(self.base):
+        trained = self.provenance.get("fingerprint")
+        if trained and not force_base and trained != fingerprint(self.base):
             what = "this base is not the one that the adapter was trained on"
             hint = "--base FOLDER with the files of training, or --force-base"
             raise ModelError(what, where=str(self.base), hint=hint)
@@ -165,11 +157,9 @@ def find_artifact(name: str, *, base: str | None = None) -> Artifact:
         chat = ChatSettings(system=recipe.chat.system, template_date=recipe.chat.template_date)
         return Artifact(name, model, folder, config, recipe, chat, recipe.data)
     found = Artifact(name, model, folder, config)
-    return (
-        found
-        if _tells_of_4_bit(found, own)
-        else replace(found, model=model.model_copy(update={"quantization": "none"}))
-    )
+    if _tells_of_4_bit(found, own):
+        return found
+    return replace(found, model=model.model_copy(update={"quantization": "none"}))
 
 
 def _tells_of_4_bit(artifact: Artifact, own_base: str) -> bool:

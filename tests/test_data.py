@@ -161,9 +161,8 @@ FAULTS = [  # beyond those of test_bad_inputs.py: content, what is said, where i
     (b'{"conversations": [{"from": "martian", "value": "a"}]}', "unknown role 'martian'", ":1"),
     (b'{"conversations": [{"by": "user", "content": "a"}]}', "has `from` and `value`", ":1"),
     (b'{"conversations": [{"role": "user", "content": "a"}]}', "no assistant turn", ":1"),
-    (b"[" * 99_999, "recursion depth", ":1"),
-    (b'{"prompt": ' + b"[" * 99_999 + b"\n", "recursion depth", ":1"),
-    (CHAT_ROW.encode() + b'\n{"prompt": ' + b"[" * 99_999 + b"}\n", "nested too deeply", ":2"),
+    (b"[" * 99_999, "nested too deeply", ":1"),
+    (b'{"prompt": ' + b"[" * 99_999 + b"\n", "nested too deeply", ":1"),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from lorasft.data.chat_format import ChatFormat
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.export.gguf import write_gguf
 from lorasft.export.tokenizer import find_raw_start
-from lorasft.recipe import ChatSettings
+from lorasft.recipe import ChatSettings, load_recipe
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp's wheel xllamacpp is not installed")
 pytest.importorskip("gguf", reason="the extra gguf is not installed")
@@ -50,10 +51,13 @@ def serve(model: Path) -> Iterator[Callable[[str, dict[str, Any]], Any]]:
     yield post
 
 
+@pytest.mark.parametrize("base", ["random", "tiny"])
 @pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.replace("{{ bos_token }}", "")])
-def test_llama_cpp_answers_as_transformers(template: str, tmp_path: Path) -> None:
+def test_llama_cpp_answers_as_transformers(template: str, base: str, tmp_path: Path) -> None:
     """The ids of prompts and texts as in training, and greedy answers with their log-probabilities."""
     model = save_base(tmp_path / "model", dtype="float32")
+    if base == "tiny":
+        shutil.copytree(load_recipe("tiny").model.base, model, dirs_exist_ok=True)
     (model / "chat_template.jinja").write_text(template, encoding="utf-8")
     tokenizer = load_tokenizer(str(model))
     ids = ChatFormat(tokenizer, ChatSettings()).prompt_ids(MESSAGES)
@@ -71,10 +75,11 @@ def test_llama_cpp_answers_as_transformers(template: str, tmp_path: Path) -> Non
     with torch.no_grad():
         logs = plain(torch.tensor([ids + new])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
     chosen = logs.gather(1, torch.tensor(new).unsqueeze(1)).squeeze(1)
-    assert len(new) == 12 and (logs.max(-1).values - chosen < 0.05).all()  # nearly equals change places in fp16
+    assert len(new) == 12 or said["stop_type"] == "eos"
+    assert (logs.max(-1).values - chosen < 0.05).all()  # nearly equals change places in fp16
     # Tokens that end within a character have no number there.
     compared = [(number, chosen[new.index(token)]) for token, number in numbers.items() if new.count(token) == 1]
-    assert len(compared) > 2 and all(abs(ours - theirs) < 0.05 for ours, theirs in compared)
+    assert compared and all(abs(ours - theirs) < 0.05 for ours, theirs in compared)
 
 
 def test_llama_cpp_stops_where_training_did(tmp_path: Path) -> None:

@@ -150,11 +150,11 @@ def raise_memory_error() -> None:
 
 
 def test_a_process_that_dies_ends_the_work() -> None:
-    with pytest.raises(CapacityError, match=r"died \(exit code -9\)"):
+    with pytest.raises(CapacityError, match="died"):
         list(map_blocks(at_twenty(lambda: os.kill(os.getpid(), signal.SIGKILL)), range(99), workers=2))
-    with pytest.raises(CapacityError, match="exit code 6"):
+    with pytest.raises(MemoryError):
         list(map_blocks(at_twenty(raise_memory_error), range(99), workers=2))
-    with pytest.raises(CapacityError, match="exit code 1"):
+    with pytest.raises(ZeroDivisionError):
         list(map_blocks(at_twenty(lambda: 1 // 0), range(99), workers=2))
     assert not multiprocessing.active_children()
 

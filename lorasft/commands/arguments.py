@@ -6,7 +6,6 @@ import json
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ def add_recipe(parser: ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="as train.epochs=3")
 
 
-SAVED = ("saved", "base", "given", "overrides")  # what `add_saved` gives and `open_saved` takes
 _OPTIONS = {  # the key of a recipe that each sets, and what it is for
     "--quantization": ("model.quantization", "nf4 or none: how the base is loaded (default: as in training)"),
     "--dtype": ("model.dtype", "auto, bfloat16, float16 or float32: what is computed in"),
@@ -37,12 +35,8 @@ def add_saved(parser: ArgumentParser, kinds: str = "RUN|ADAPTER|MODEL", *, optio
     parser.add_argument("--base", metavar="MODEL", help="the adapter's base, if it is not where it was trained")
     for name in ("--quantization", "--dtype", *options):
         key, about = _OPTIONS[name]
-        write = partial(_write_override, key)
+        write: Any = lambda text, key=key: f"{key}={json.dumps(text)}"  # noqa: E731
         parser.add_argument(name, action="append", dest="given", default=[], metavar="X", type=write, help=about)
-
-
-def _write_override(key: str, text: str) -> str:
-    return f"{key}={json.dumps(text)}"
 
 
 def open_saved(saved: str, base: str | None, given: Sequence[str], overrides: Sequence[str]) -> Artifact:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorasft.commands.arguments import SAVED, add_columns, add_json, add_saved, open_saved, show
+from lorasft.commands.arguments import add_columns, add_json, add_saved, open_saved, show
 from lorasft.errors import RecipeError
 from lorasft.terminal import ByteProgress, say
 
@@ -41,7 +41,7 @@ def run(out: str, data: str | None, columns: str | None, as_json: bool, **option
     if columns and not data:
         raise RecipeError("--columns is of --data, which is not given", hint="--data FILE")
     refuse_existing(Path(out))
-    artifact = open_saved(**{name: options.pop(name) for name in SAVED})
+    artifact = open_saved(*(options.pop(name) for name in ("saved", "base", "given", "overrides")))
     artifact.require_adapter()
     if options["check"]:
         say("asking what was trained, to compare the merge with it (--no-check leaves this out)")
@@ -54,8 +54,6 @@ def run(out: str, data: str | None, columns: str | None, as_json: bool, **option
 def _describe(merged: Mapping[str, Any]) -> Iterator[str]:
     what = f"merged {merged['updated']} tensors onto the {merged['onto']} weights ({merged['why']})"
     yield f"{what}: {merged['size'] / 1e9:.3f} GB"
-    if merged["unchanged"]:
-        yield f"rounding left {merged['unchanged']} of the merged tensors as they were"
     if merged["table"]:
         yield f"on {merged['rows']}:"
         yield f"{'':30}  {'KL a token':>10}  {'same choice':>11}  {'nats a token':>12}"

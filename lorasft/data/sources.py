@@ -145,8 +145,13 @@ def _read_json(path: Path) -> Iterator[tuple[int, Raw]]:
         if begins not in (b"[", b"{") or any(row[:1] + row[-1:] == b"{}" for _, row in head[len(head) == 1 :]):
             yield from chain(head, lines)
             return
-    with _open(path) as file:
-        values = list(_find_values(file.read().decode()))
+    try:
+        with _open(path) as file:
+            values = list(_find_values(file.read().decode()))
+    except (ValueError, RecursionError):
+        if len(head) > 1:
+            raise
+        values = head  # one line, a bad row
     yield from values if len(values) > 1 else enumerate(_rows_of(values[0][1], path), start=1)
 
 

@@ -85,7 +85,21 @@ def write_gguf(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progr
     total, done = sum(tensor.nbytes for tensor in tensors), 0
     need_space(out.parent, total)
     with staged_file(out) as stage, closing(gguf.GGUFWriter(stage, layout.family.name)) as writer:
-        _write_header(gguf, writer, layout=layout, tokenizer=tokenizer, tensors=tensors, kind=kind)
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        own = {f"{layout.family.name}.{name}": value for name, value in layout.fields.items()}
+        for name, value in (own | tokenizer).items():
+            add.get(type(value), writer.add_array)(name, value)
+        for name, values in layout.extra.items():
+            writer.add_tensor_info(name, (len(values),), np.dtype(np.float32), 4 * len(values))
+        for tensor in tensors:
+            shape, size = tensor.spec.shape, tensor.nbytes
+            writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), size, raw_dtype=tensor.type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
         for values in layout.extra.values():
             writer.write_tensor_data(np.array(values, np.float32))
         for tensor in tensors:
@@ -136,24 +150,3 @@ def _find_tensors(gguf: Any, model: Path, layout: GgufLayout, kind: Kind) -> Ite
                 turned=layout.head_size if turned else 0,
                 offset=layout.family.norm_offset if name.endswith("norm.weight") else 0.0,
             )
-
-
-def _write_header(
-    gguf: Any, writer: Any, *, layout: GgufLayout, tokenizer: dict[str, Any], tensors: list[Tensor], kind: Kind
-) -> None:
-    writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-    own = {f"{layout.family.name}.{name}": value for name, value in layout.fields.items()}
-    for name, value in (own | tokenizer).items():
-        add.get(type(value), writer.add_array)(name, value)
-    for name, values in layout.extra.items():
-        writer.add_tensor_info(name, (len(values),), np.dtype(np.float32), 4 * len(values))
-    for tensor in tensors:
-        writer.add_tensor_info(
-            tensor.name, tensor.spec.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=tensor.type
-        )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()

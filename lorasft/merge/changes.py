@@ -115,7 +115,7 @@ class AdapterReader:
     def _list_changes(self) -> Iterator[tuple[str, Change]]:
         """What becomes of the model's parameters, by their paths in it: whole tensors first."""
         for name, tensor in self.tensors.items():
-            yield self._explain(name), _replace_with(tensor)
+            yield self._explain(name), Change(tuple(tensor.shape), replacement=tensor)
         wrapped = self._find_wrapped() if self.config.get("target_parameters") else {}
         for module, parts in self.modules.items():
             yield from self._read_module(module, parts, wrapped.get(module))
@@ -201,10 +201,6 @@ class AdapterReader:
 
 def _add(product: LoraProduct) -> Change:
     return Change(product.shape, product=product)
-
-
-def _replace_with(tensor: Tensor) -> Change:
-    return Change(tuple(tensor.shape), replacement=tensor)
 
 
 def _refuse_misfits(changes: Mapping[str, Change], reader: AdapterReader) -> None:

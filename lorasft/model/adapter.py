@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorasft.adapter_files import CONFIG, WEIGHTS, list_adapted, read_adapter_weights, subtract_start
+from lorasft.adapter_files import CONFIG, PREFIX, WEIGHTS, list_adapted, read_adapter_weights, subtract_start
 from lorasft.artifact import Artifact
 from lorasft.errors import CapacityError, ModelError, RecipeError
 from lorasft.files import write_file
@@ -58,12 +58,18 @@ def load_adapter(base: Any, artifact: Artifact, *, trainable: bool = False) -> A
         weights = convert_peft_adapter_state_dict_for_transformers(base, LoraConfig(), weights)
     _refuse_streamed(base, weights, fields, where=str(folder))
     weights = subtract_start(weights, fields, folder, lambda path: base.get_submodule(path).weight)
-    _take_embeddings(base, weights, fields, where=str(folder))
+    # PEFT adds whole embeddings where they are adapted, and where the vocabulary was resized: so is `base` then.
+    embeddings = [base.get_input_embeddings(), base.get_output_embeddings()]
+    paths = [f"{PREFIX}{path}" for path, module in base.named_modules() if module in embeddings]
+    whole = {f"{path}{end}" for path in paths for end in (".weight", ".base_layer.weight")} & weights.keys()
+    heights = {size for name in whole for size in weights[name].shape[:1]}
+    for height in heights - {len(base.get_input_embeddings().weight)}:
+        base.resize_token_embeddings(height, mean_resizing=False)
     fields["target_modules"] = experts + list_adapted(weights, fields)
     other = {"peft_type", "base_model_name_or_path", "revision", "init_lora_weights"}  # `base` is what it is put on
     known = fields.keys() - other - (set() if trainable else {"lora_dropout"})  # which PEFT refuses for experts
     model = _wrap(base, where=str(folder / CONFIG), **{key: fields[key] for key in known})
-    give_weights(model, weights, where=str(folder))
+    give_weights(model, weights, where=str(folder), whole=whole)
     model.requires_grad_(False)
     if trainable:
         for name, parameter in model.named_parameters():
@@ -77,7 +83,10 @@ def load_artifact(artifact: Artifact, device: torch.device, *, streamed: bool | 
     `streamed`: weights stay in their files and are read a layer at a time, whenever it is computed; `auto`: where they
     do not fit. Raises CapacityError for others that do not.
     """
-    size, free = _base_bytes(artifact.model, device), free_memory(device)
+    model, size, free = artifact.model, 0, free_memory(device)
+    config = read_config(model.base, model.revision)
+    if model.quantization == "none" and not hasattr(config, "quantization_config"):
+        size = make_skeleton(config).num_parameters() * compute_dtype(model.dtype, device).itemsize
     streamed = size > 0.8 * free if streamed == "auto" else streamed
     if size > free and not streamed:
         hint = "--quantization nf4" if "init_lora_weights" not in artifact.adapter_config else "free memory"
@@ -86,15 +95,6 @@ def load_artifact(artifact: Artifact, device: torch.device, *, streamed: bool | 
     keep = artifact.recipe.machine.cache_base if artifact.recipe else "auto"
     base = load_base(artifact.model, device, streamed=streamed, keep=keep)
     return (load_adapter(base, artifact) if artifact.adapter else base).eval()
-
-
-def _base_bytes(settings: ModelSettings, device: torch.device) -> int:
-    """What the weights of a base take on `device` in 16 or 32 bits; 0 for one in 4 bit."""
-    config = read_config(settings.base, settings.revision)
-    if settings.quantization == "nf4" or hasattr(config, "quantization_config"):
-        return 0
-    numbers = [parameter.numel() for parameter in make_skeleton(config).parameters()]
-    return int(sum(numbers)) * compute_dtype(settings.dtype, device).itemsize
 
 
 def all_linears(base: Any) -> list[str]:
@@ -129,33 +129,10 @@ def _refuse_streamed(base: Any, weights: Mapping[str, Tensor], fields: Mapping[s
         raise ModelError(what, where=where, hint="merge with --no-check")
 
 
-def _take_embeddings(base: Any, weights: dict[str, Tensor], fields: Mapping[str, Any], *, where: str) -> None:
-    """Give `base` the whole embeddings that PEFT adds to an adapter's `weights`, and take them out of these.
-
-    It adds them where they are adapted, and where the vocabulary was resized: `base` is resized then. Those that the
-    adapter itself has as a whole, by its config's `fields`, are left in it.
-    """
-    embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
-    paths = {f"base_model.model.{path}": path for path, module in base.named_modules() if module in embeddings}
-    own = {path for path in paths.values() if path.endswith(tuple(fields.get("modules_to_save") or ()))}
-    if own and fields.get("ensure_weight_tying"):  # the twin of one
-        own = {*paths.values()}
-    for name in list(weights):
-        path = paths.get(name.removesuffix(".weight").removesuffix(".base_layer"))
-        if path is None or path in own:
-            continue
-        tensor, rows = weights.pop(name), base.get_input_embeddings().weight
-        if tensor.shape[1:] != rows.shape[1:]:
-            raise ModelError(f"{name} is {list(tensor.shape)}", where=where)
-        if len(tensor) != len(rows):
-            base.resize_token_embeddings(len(tensor), mean_resizing=False)
-        with torch.no_grad():
-            base.get_submodule(path).weight.copy_(tensor)
-
-
-def give_weights(model: Any, weights: dict[str, Tensor], *, where: str) -> None:
-    """Put adapter tensors into `model`, exactly. Raises ModelError naming what is missing, surplus or misshapen."""
-    own = adapter_weights(model)
+def give_weights(model: Any, weights: dict[str, Tensor], *, where: str, whole: Collection[str] = ()) -> None:
+    """Put adapter tensors, and `whole` ones of the base, into `model`, exactly. Raises ModelError naming what is
+    missing, surplus or misshapen."""
+    own = {name: tensor for name, tensor in model.state_dict().items() if name in whole} | adapter_weights(model)
     known, given = ({name: list(tensor.shape) for name, tensor in side.items()} for side in (own, weights))
     for name in sorted(known.keys() | given.keys()):
         if known.get(name) != given.get(name):
