@@ -44,6 +44,16 @@ def is_hub_id(name: str) -> bool:
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not name.startswith("runs/")
 
 
+def is_folder(name: str, *, hint: str = "name a model folder, or a hub id as OWNER/NAME") -> bool:
+    """Whether `name` is a folder; else it is on the hub, which is found. Raises ModelError when it can be neither."""
+    if Path(name).is_dir():
+        return True
+    if not is_hub_id(name):
+        raise ModelError("there is no such folder", where=name, hint=hint)
+    find_hub()
+    return False
+
+
 def refuse_offline(error: BaseException, name: str, *, missing: type[LorasftError] = ModelError) -> None:
     """Raise DeviceError when `error` came of a hub that is out of reach, `missing` when `name` begins with a folder
     that is here."""
