@@ -33,17 +33,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(out: str, data: str | None, columns: str | None, as_json: bool, **options: Any) -> None:
     """Merge into the new folder `out`; what was done on stdout. `options`: what names an artifact, and those of `merge`
     as they are."""
-    from lorasft.files import refuse_existing
     from lorasft.merge.merge import merge
     from lorasft.recipe.load import read_source
 
     if columns and not data:
         raise RecipeError("--columns is of --data, which is not given", hint="--data FILE")
-    refuse_existing(Path(out))
     artifact = open_saved(*(options.pop(name) for name in ("saved", "base", "given", "overrides")))
-    artifact.require_adapter()
-    if options["check"]:
-        say("asking what was trained, to compare the merge with it (--no-check leaves this out)")
     source = read_source(data, columns) if data else None
     merged = merge(artifact, Path(out), data=source, on_progress=ByteProgress(), **options)
     what = f"merged {merged['updated']} tensors onto the {merged['onto']} weights ({merged['why']})"

@@ -18,6 +18,7 @@ from lorasft.merge.write import MergePlan, Progress, plan_merge, rewrite_config,
 from lorasft.model.tokenizer_files import list_sidecars
 from lorasft.recipe import DataSource
 from lorasft.tensors import INDEX, fingerprint
+from lorasft.terminal import say
 
 if TYPE_CHECKING:
     from lorasft.merge.check import MergeCheck, Onto
@@ -57,6 +58,7 @@ def merge(
     if check:
         from lorasft.merge.check import MergeCheck  # takes seconds and hundreds of megabytes to import
 
+        say("asking what was trained, to compare the merge with it (--no-check leaves this out)")
         judge = MergeCheck(artifact, data)
     chosen, why = _choose("dequantized" if plan.packed else onto, judge, quantize=bool(quantize))
     hashes: dict[str, str] = {}
