@@ -16,7 +16,7 @@ from typing import Any
 from lorasft.adapter_files import CONFIG, list_adapted, open_adapter, read_adapter_config
 from lorasft.errors import ModelError, UnsafeError
 from lorasft.files import MANIFEST, verify_folder
-from lorasft.hub import find_hub, is_hub_id, refuse_offline
+from lorasft.hub import is_folder, refuse_offline
 from lorasft.recipe import ChatSettings, DataSettings, DataSource, ModelSettings, Recipe
 from lorasft.recipe.load import load_recipe
 from lorasft.tensors import fingerprint
@@ -71,12 +71,8 @@ class Artifact:
     def base(self) -> Path:
         """The folder of the base on this machine, downloaded if need be. Raises ModelError or DeviceError."""
         name = self.model.base
-        if Path(name).is_dir():
+        if is_folder(name, hint="--base MODEL" if self.adapter else _NAME_ONE):
             return Path(name)
-        if not is_hub_id(name):
-            hint = "--base MODEL" if self.adapter else _NAME_ONE
-            raise ModelError("there is no such folder of a model", where=name, hint=hint)
-        find_hub()
         from huggingface_hub import snapshot_download
 
         try:

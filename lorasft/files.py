@@ -85,7 +85,8 @@ def append(path: Path, content: bytes, *, at: int, sync: bool = False) -> None:
     A kill may leave the last line short; readers drop it. No link is followed.
     """
     with _disk(path):
-        with effect("append", path), open(path, "ab", opener=_open_no_link) as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        with effect("append", path), open(os.open(path, flags, 0o666), "ab") as file:
             file.truncate(at)
             file.write(content)
         for synced in (path, path.parent) if sync else ():
@@ -275,10 +276,6 @@ def _held(path: Path, flags: int = os.O_RDONLY) -> Iterator[bool]:
 
 def _beside(path: Path, prefix: str) -> Path:
     return path.with_name(f"{prefix}{path.name}-{secrets.token_hex(4)}")
-
-
-def _open_no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _sync(path: Path) -> None:

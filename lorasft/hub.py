@@ -8,8 +8,9 @@ import re
 import ssl
 import urllib.error
 import urllib.request
+from pathlib import Path
 
-from lorasft.errors import DeviceError
+from lorasft.errors import DeviceError, ModelError
 
 SECONDS = 10.0
 _AWAY = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError", "ConnectTimeout"}
@@ -41,6 +42,16 @@ def find_hub() -> None:
 def is_hub_id(name: str) -> bool:
     """Whether `name` could be `OWNER/NAME` on the hub, and is not written as a path; what is in `runs/` is a run."""
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not name.startswith("runs/")
+
+
+def is_folder(name: str, *, hint: str = "name a model folder, or a hub id as OWNER/NAME") -> bool:
+    """Whether `name` is a folder; else it is on the hub, which is found. Raises ModelError when it can be neither."""
+    if Path(name).is_dir():
+        return True
+    if not is_hub_id(name):
+        raise ModelError("there is no such folder", where=name, hint=hint)
+    find_hub()
+    return False
 
 
 def refuse_offline(error: BaseException, name: str) -> None:

@@ -71,10 +71,3 @@ def quote(word: object) -> str:
 def size_text(size: float) -> str:
     """Bytes for a reader, in the units that memory is sold in."""
     return f"{size / 2**30:,.2f} GiB" if abs(size) >= 2**29 else f"{size / 2**20:,.1f} MiB"
-
-
-def time_text(seconds: float) -> str:
-    """A duration for a reader."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -116,6 +116,7 @@ def test_everything_that_is_learned_is_all_of_the_row(tmp_path: Path, tiny: Any)
 def test_systems_that_a_template_leaves_out_are_merged_as_those_that_it_refuses(tmp_path: Path, tiny: Any) -> None:
     encoder = own(tmp_path, tiny, only("m.role != 'system'"))
     assert "user\ns\n\nq" in text_of(encoder, chat("system: s", "user: q", "assistant: A"))
+    assert encoder.report.merged_systems == 1
     with pytest.raises(DataError, match=r"message 3 \(system\)"):
         encoder.encode(chat("user: q", "assistant: A", "system: s", "user: r", "assistant: B"))
 

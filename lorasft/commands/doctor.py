@@ -109,10 +109,10 @@ def _check_memory() -> str:
 
 
 def _check_nf4() -> str:
-    from lorasft.model.health import nf4_error, nf4_tolerance
+    from lorasft.model.health import nf4_error
 
     device = _find_device()
-    error, most = nf4_error(device), nf4_tolerance(device)
+    error, most = nf4_error(device)
     what = f"a 4-bit linear and its backward on {device} are {error:.1e} from float64 (at most {most:.0e})"
     return _require(error <= most, what, "pip install -U torch bitsandbytes")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,22 +40,17 @@ def run(model: str, to: str, out: str, type: Any, as_json: bool) -> None:
             say(f"merged first, onto the {merged['onto']} weights ({merged['why']})")
         write = write_ollama if to == "ollama" else write_gguf
         written = write(folder, Path(out), kind=type, on_progress=ByteProgress())
-    for notice in _list_notices(written):
-        say(notice)
-    say(f"{written['architecture']} as {written['type']}, {written['size'] / 1e9:.3f} GB")
-    show(written, [out], as_json=as_json)
-
-
-def _list_notices(written: Mapping[str, Any]) -> Iterator[str]:
-    """Where llama.cpp or Ollama does otherwise than training did."""
+    # Where llama.cpp or Ollama does otherwise than training did:
     if not written.get("system", True):
-        yield "the chat template takes no system messages: Ollama will leave them out"
+        say("the chat template takes no system messages: Ollama will leave them out")
     if written.get("trims"):
-        yield "the chat template trims messages, Ollama does not: send none with blanks at its ends"
+        say("the chat template trims messages, Ollama does not: send none with blanks at its ends")
     if (start := written["raw_start"]) != "":
         what = f"has the ids of training on texts only after {start!r}" if start else "has other ids than in training"
-        yield f"prompts of the chat template begin as in training; text without it (/completion) {what}"
+        say(f"prompts of the chat template begin as in training; text without it (/completion) {what}")
     if context := written["short_context"]:
         longest = written["longest_row"]
         rows = f"the longest row of training has {longest} tokens" if longest else "the rows of training are not known"
-        yield f"llama.cpp takes the factors for long prompts for short ones, too, above -c {context}; {rows}"
+        say(f"llama.cpp takes the factors for long prompts for short ones, too, above -c {context}; {rows}")
+    say(f"{written['architecture']} as {written['type']}, {written['size'] / 1e9:.3f} GB")
+    show(written, [out], as_json=as_json)

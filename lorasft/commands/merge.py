@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +46,12 @@ def run(out: str, data: str | None, columns: str | None, as_json: bool, **option
         say("asking what was trained, to compare the merge with it (--no-check leaves this out)")
     source = read_source(data, columns) if data else None
     merged = merge(artifact, Path(out), data=source, on_progress=ByteProgress(), **options)
-    say("\n".join(_describe(merged)))
-    show({**merged, "folder": out}, [out], as_json=as_json)
-
-
-def _describe(merged: Mapping[str, Any]) -> Iterator[str]:
     what = f"merged {merged['updated']} tensors onto the {merged['onto']} weights ({merged['why']})"
-    yield f"{what}: {merged['size'] / 1e9:.3f} GB"
-    if merged["unchanged"]:
-        yield f"rounding left {merged['unchanged']} of the merged tensors as they were"
+    say(f"{what}: {merged['size'] / 1e9:.3f} GB")
     if merged["table"]:
-        yield f"on {merged['rows']}:"
-        yield f"{'':30}  {'KL a token':>10}  {'same choice':>11}  {'nats a token':>12}"
+        say(f"on {merged['rows']}:\n{'':30}  {'KL a token':>10}  {'same choice':>11}  {'nats a token':>12}")
     for name, x in merged["table"].items():
-        yield f"{name:30}  {x['kl']:10.1e}  {x['same_choice']:11.1%}  {x['nll']:12.4f}"
+        say(f"{name:30}  {x['kl']:10.1e}  {x['same_choice']:11.1%}  {x['nll']:12.4f}")
     if merged["onto"] == "dequantized" and merged["table"]:
-        yield "the merge answers as chat and evaluate did, the adapter on its 16-bit base as 'onto original'"
+        say("the merge answers as chat and evaluate did, the adapter on its 16-bit base as 'onto original'")
+    show({**merged, "folder": out}, [out], as_json=as_json)

@@ -7,11 +7,12 @@ import re
 import shutil
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 from lorasft.commands.arguments import add_json, add_recipe, show
 from lorasft.errors import CapacityError
-from lorasft.terminal import say, size_text, time_text
+from lorasft.terminal import say, size_text
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -78,7 +79,8 @@ def describe(plan: Mapping[str, Any]) -> Iterator[str]:
     yield f"{plan['steps']:,} steps over {plan['examples']:,} examples; an estimate from single layers on few tokens:"
     supervised = f"{duration['supervised_tokens_per_second']:,.0f} supervised tokens"
     yield f"  {duration['examples_per_second']:,.3g} examples, {supervised} a second"
-    yield f"  {time_text(duration['training'])} of training, {time_text(duration['evaluation'])} of evaluation"
+    training, evaluation = (timedelta(seconds=round(duration[name])) for name in ("training", "evaluation"))
+    yield f"  {training} of training, {evaluation} of evaluation"
     if plan["saved_by_8bit"]:
         yield f"optimizer.name=adamw8bit would save {size_text(plan['saved_by_8bit'])}"
     if plan["holds"]:

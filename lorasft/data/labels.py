@@ -13,7 +13,7 @@ from lorasft.data.chat_format import ChatFormat, MarkedText
 from lorasft.data.encoding import Encoded
 from lorasft.data.examples import Example, Message, reasoning_of, refuse_untrainable, without_reasoning
 from lorasft.data.report import Report
-from lorasft.data.templates import limits
+from lorasft.data.templates import MERGE_SYSTEM, limits
 from lorasft.data.tokenizer import adds_bos
 from lorasft.data.tokens import UNSUPERVISED, Tokens, all_supervised, supervised_runs
 from lorasft.errors import DataError
@@ -81,6 +81,8 @@ class Labeler:
         found = ((marked, answer) for marked in texts for answer in marked.answers)
         for target, (marked, answer) in zip(targets, found, strict=True):
             self._count_losses(example.messages[target], target, marked.text[answer.prompt : answer.end], report)
+        first = example.messages[0]["role"]
+        report.merged_systems += first == "system" and MERGE_SYSTEM in self._template
         functions = [tool.get("function") for tool in example.tools or ()]
         names = [str(one["name"]) for one in functions if isinstance(one, dict) and "name" in one]
         report.tools_left_out += bool(names) and not any(name in marked.text for name in names for marked in texts)

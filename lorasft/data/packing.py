@@ -112,11 +112,6 @@ class Plan:
         return Step(number, number / self.steps_per_epoch, examples, tuple(batches))
 
 
-def count_steps(examples: int, *, batch_size: int, epochs: float, steps: int | None) -> int:
-    """Optimizer steps of a run: `steps` when given, else enough for `epochs` passes over the rows."""
-    return steps if steps is not None else max(1, math.ceil(epochs * math.ceil(examples / batch_size)))
-
-
 @lru_cache(maxsize=2)
 def shuffle(count: int, *, seed: int, epoch: int) -> Integers:
     """A permutation of 0..count-1 by splitmix64 of (seed, epoch, index) (Steele, Lea, Flood 2014): the same on every
@@ -194,18 +189,8 @@ def cost(batch: MicroBatch) -> float:
     return len(batch.ids) + pairs / 2 / 16_384
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """One sequence as inputs and pairs, positions counted from its own start."""
-
-    ids: Integers
-    sources: Integers
-    targets: Integers
-    weights: NDArray[np.float32]
-    examples: Integers
-
-
-def _pieces(sequences: tuple[Tokens, ...], example: int, loss: str) -> Iterator[_Piece]:
+def _pieces(sequences: tuple[Tokens, ...], example: int, loss: str) -> Iterator[MicroBatch]:
+    """Each sequence of an example as a micro-batch of its own."""
     supervised = [np.flatnonzero(tokens.labels != -100) for tokens in sequences]
     weight = 1.0 if loss == "token" else 1.0 / sum(len(places) for places in supervised)
     for tokens, places in zip(sequences, supervised, strict=True):
@@ -214,10 +199,11 @@ def _pieces(sequences: tuple[Tokens, ...], example: int, loss: str) -> Iterator[
         ids = tokens.ids.astype(np.int64)
         # The shift, made here and nowhere else: the token at p is predicted from position p - 1.
         weights = np.full(len(places), weight, dtype=np.float32)
-        yield _Piece(ids[: places[-1]], places - 1, ids[places], weights, np.full(len(places), example, dtype=np.int64))
+        own, row = np.full(len(places), example, dtype=np.int64), np.arange(places[-1])
+        yield MicroBatch(ids[: len(row)], row, (Segment(0, len(row)),), places - 1, ids[places], weights, own)
 
 
-def layout_segments(pieces: list[_Piece], trees: list[Tree]) -> MicroBatch:
+def layout_segments(pieces: list[MicroBatch], trees: list[Tree]) -> MicroBatch:
     """Lay trees out in a row, segment after segment, and point the pairs of each piece at the tokens it is made of."""
     segments: list[Segment] = []
     runs: list[tuple[Integers, ...]] = []  # of each segment: ids, positions
@@ -230,7 +216,7 @@ def layout_segments(pieces: list[_Piece], trees: list[Tree]) -> MicroBatch:
             for end in branch_ends(tree.common, place, len(piece.ids)):
                 begin = segments[-1].end if segments else 0
                 segments.append(Segment(begin, begin + end - start, tuple(number for number, _ in path)))
-                runs.append((piece.ids[start:end], np.arange(start, end)))
+                runs.append((piece.ids[start:end], piece.positions[start:end]))
                 path.append((len(segments) - 1, end))
                 start = end
             row = np.concatenate([np.arange(segments[number].start, segments[number].end) for number, _ in path])

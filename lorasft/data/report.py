@@ -36,6 +36,7 @@ class Report:
     dropped_reasoning: int = 0  # characters: by the template, or by chat.thinking
     trimmed_characters: int = 0  # blanks around answers, by the template
     dropped_characters: int = 0  # of answers that are not in what the template makes of them
+    merged_systems: int = 0  # examples whose system text is in their first user turn
     tools_left_out: int = 0  # examples none of whose tools the template shows
     dropped: list[str] = field(default_factory=list)  # of the first rows that are not trained on: "file:line: why"
     unread: list[str] = field(default_factory=list)  # names of keys that no part of this program reads

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasft.errors import ModelError, UnsafeError
-from lorasft.hub import find_hub, is_hub_id, refuse_offline
+from lorasft.hub import is_folder, refuse_offline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -16,11 +15,7 @@ def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenize
     """The fast tokenizer of a folder (which may hold nothing else) or of a hub id; runs no code that came with it."""
     from transformers import AutoTokenizer
 
-    local = Path(base).is_dir()
-    if not local and not is_hub_id(base):
-        raise ModelError("there is no such folder", where=base, hint="name a folder, or a hub id as OWNER/NAME")
-    if not local:
-        find_hub()
+    local = is_folder(base)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             base, revision=revision, use_fast=True, trust_remote_code=False, local_files_only=local

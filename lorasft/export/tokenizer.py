@@ -56,7 +56,21 @@ def describe_tokenizer(model: Path, vocabulary: int) -> dict[str, Any]:
             "tokenizer.ggml.pre": name_splitter(spec, model),
             "tokenizer.ggml.merges": [" ".join(merge) for merge in spec["model"]["merges"]],
         }
-    return own | pieces | _special_fields(tokenizer, range(vocabulary))
+    end = read_style(tokenizer).end_of_turn.strip() if tokenizer.chat_template else None
+    ids = {
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "eot": tokenizer.get_vocab().get(end),
+        "unknown": tokenizer.unk_token_id,
+        "padding": tokenizer.pad_token_id,
+    }
+    known = range(vocabulary)
+    own |= {f"tokenizer.ggml.{name}_token_id": int(at) for name, at in ids.items() if at in known}
+    own["tokenizer.ggml.add_bos_token"] = starts_with_bos(tokenizer)
+    own["tokenizer.ggml.add_eos_token"] = False
+    if tokenizer.chat_template:
+        own["tokenizer.chat_template"] = tokenizer.get_chat_template(None, None)
+    return own | pieces
 
 
 def name_splitter(spec: dict[str, Any], model: Path) -> str:
@@ -129,23 +143,6 @@ def _describe_sentencepiece(
         # Whether text after a special token gets a space in front, which the text of every prompt does.
         "tokenizer.ggml.add_space_prefix": tokenizer.tokenize(f"{start}a")[-1].startswith(_SPACE),
     }
-
-
-def _special_fields(tokenizer: PreTrainedTokenizerFast, known: range) -> dict[str, Any]:
-    end = read_style(tokenizer).end_of_turn.strip() if tokenizer.chat_template else None
-    ids = {
-        "bos": tokenizer.bos_token_id,
-        "eos": tokenizer.eos_token_id,
-        "eot": tokenizer.get_vocab().get(end),
-        "unknown": tokenizer.unk_token_id,
-        "padding": tokenizer.pad_token_id,
-    }
-    fields: dict[str, Any] = {f"tokenizer.ggml.{name}_token_id": int(at) for name, at in ids.items() if at in known}
-    fields["tokenizer.ggml.add_bos_token"] = starts_with_bos(tokenizer)
-    fields["tokenizer.ggml.add_eos_token"] = False
-    if tokenizer.chat_template:
-        fields["tokenizer.chat_template"] = tokenizer.get_chat_template(None, None)
-    return fields
 
 
 def starts_with_bos(tokenizer: PreTrainedTokenizerFast) -> bool:

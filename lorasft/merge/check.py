@@ -125,8 +125,16 @@ class MergeCheck:
 
 def _choose_rows(artifact: Artifact, data: DataSource | None) -> tuple[list[Tokens], str]:
     """As many rows as are compared, and where they come from."""
+    if data is not None:
+        answers, _ = read_answers(data, artifact.data, artifact.chat, tokenizer=read_tokenizer(artifact))
+        rows, origin = [all_supervised(answer.ids, answer.start) for answer in answers], data.path
+    elif prepared := _open_tokens(artifact):
+        store = prepared.held_out or prepared.train
+        rows = [tokens for example in range(min(len(store), _PAIRS)) for tokens in store.sequences(example)]
+        origin = "held-out rows" if prepared.held_out else "rows of the training set: none were held out"
+    else:
+        rows, origin = [all_supervised(read_tokenizer(artifact)(_TEXT)["input_ids"])], _OWN_TEXT
     left = min(_PAIRS, _BYTES // (4 * (artifact.vocabulary or 1)))
-    rows, origin = _find_rows(artifact, data)
     kept: list[Tokens] = []
     for row in rows:
         row = Tokens(row.ids[:_LONGEST], row.labels[:_LONGEST])
@@ -157,19 +165,6 @@ def log_probs(model: Any, rows: Sequence[Tokens]) -> Tensor:
 def mean_kl(a: Tensor, b: Tensor) -> float:
     """The mean of KL(a || b) over pairs, in nats. a, b: log-probabilities (pairs, vocabulary)."""
     return float((a.exp() * (a - b)).sum(dim=-1).double().mean())
-
-
-def _find_rows(artifact: Artifact, data: DataSource | None) -> tuple[Sequence[Tokens], str]:
-    """Rows to compare answers on, and where they come from."""
-    if data is not None:
-        answers, _ = read_answers(data, artifact.data, artifact.chat, tokenizer=read_tokenizer(artifact))
-        return [all_supervised(answer.ids, answer.start) for answer in answers], data.path
-    if prepared := _open_tokens(artifact):
-        store = prepared.held_out or prepared.train
-        rows = [tokens for example in range(min(len(store), _PAIRS)) for tokens in store.sequences(example)]
-        return rows, "held-out rows" if prepared.held_out else "rows of the training set: none were held out"
-    ids = np.array(read_tokenizer(artifact)(_TEXT)["input_ids"], dtype=np.int32)
-    return [all_supervised(ids)], _OWN_TEXT
 
 
 def _open_tokens(artifact: Artifact) -> Prepared | None:

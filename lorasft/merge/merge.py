@@ -62,7 +62,7 @@ def merge(
     hashes: dict[str, str] = {}
     with files.staged_folder(out, hashes=hashes) as stage:
         weights = stage / "16-bit" if quantize else stage
-        found, unchanged = _write_full(weights, artifact, plan, onto=chosen, on_progress=on_progress)
+        found = _write_full(weights, artifact, plan, onto=chosen, on_progress=on_progress)
         if judge:
             judge.verify(weights, chosen)
         if quantize:
@@ -75,7 +75,6 @@ def merge(
             "onto": chosen,
             "why": why,
             "updated": len(plan.changes),  # tensors that the adapter changes
-            "unchanged": unchanged,  # of these, as the rounding left them
             "size": sum((stage / name).stat().st_size for name in found),  # bytes of weights
             **(judge.record() if judge else {"rows": "", "table": {}}),
             "result": found,
@@ -85,18 +84,24 @@ def merge(
 
 def _write_full(
     folder: Path, artifact: Artifact, plan: MergePlan, *, onto: Onto, on_progress: Progress | None
-) -> tuple[dict[str, str], int]:
-    """Full weights and what lies beside them. Returns their hashes, and how many tensors the rounding left as they
-    were. Raises ModelError when it left all."""
+) -> dict[str, str]:
+    """Full weights and what lies beside them. Returns their hashes. Raises ModelError when rounding left all."""
     files.make_folder(folder)
-    nf4 = _find_quantized(artifact, plan) if onto == "dequantized" else {}
-    written, hashes = write_weights(folder, plan, nf4=nf4, on_progress=on_progress)
-    unchanged = sum(not written[name] for name in plan.changes)
-    if unchanged == len(plan.changes):
+    nf4: dict[str, torch.dtype] = {}
+    if onto == "dequantized" and not plan.packed:  # of a run in 4 bit: the tensors that it had in NF4, in its own dtype
+        from accelerate import PartialState
+
+        from lorasft.model.base import compute_dtype, find_quantized, read_config
+
+        dtype = compute_dtype(artifact.provenance.get("dtype", artifact.model.dtype), PartialState().device)
+        paths = find_quantized(read_config(str(artifact.base)))
+        nf4 = {plan.places.find(f"{path}.weight"): dtype for path in paths}
+    changed, hashes = write_weights(folder, plan, nf4=nf4, on_progress=on_progress)
+    if not changed:
         what = "no weight changed: the adapter is empty, or too small for the base's dtype"
         raise ModelError(what, where=str(artifact.adapter))
     write_sidecars(folder, artifact, rewrite_config(plan, artifact.base_config))
-    return hashes, unchanged
+    return hashes
 
 
 def _write_record(stage: Path, artifact: Artifact, done: dict[str, Any]) -> dict[str, Any]:
@@ -122,18 +127,6 @@ def _write_record(stage: Path, artifact: Artifact, done: dict[str, Any]) -> dict
     files.write_file(stage / MERGE_RECORD, json.dumps(record, indent=1).encode())
     files.write_file(stage / "README.md", card.encode())
     return record
-
-
-def _find_quantized(artifact: Artifact, plan: MergePlan) -> dict[str, torch.dtype]:
-    """The tensors that a 4-bit run had in NF4, by their names in the files, and its dtype; none for other runs."""
-    from accelerate import PartialState
-
-    from lorasft.model.base import compute_dtype, find_quantized, read_config
-
-    if artifact.model.quantization != "nf4" or plan.packed:
-        return {}
-    dtype = compute_dtype(artifact.provenance.get("dtype", artifact.model.dtype), PartialState().device)
-    return {plan.places.find(f"{path}.weight"): dtype for path in find_quantized(read_config(str(artifact.base)))}
 
 
 def _quantize(weights: Path, stage: Path) -> dict[str, str]:

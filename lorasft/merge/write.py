@@ -93,15 +93,14 @@ def rewrite_config(plan: MergePlan, base_config: Mapping[str, Any]) -> dict[str,
 
 def write_weights(
     stage: Path, plan: MergePlan, *, nf4: Mapping[str, torch.dtype], on_progress: Progress | None = None
-) -> tuple[dict[str, bool], dict[str, str]]:
-    """Write the checkpoint of `plan` to the folder `stage`. Returns the tensors that were not just copied, each with
-    whether its change survived the rounding, and the SHA-256 of each file.
+) -> tuple[bool, dict[str, str]]:
+    """Write the checkpoint of `plan` to the folder `stage`. Returns whether any change survived the rounding, and the
+    SHA-256 of each file.
 
     `nf4`: the tensors that are put into NF4 and taken out again in this dtype first, as a 4-bit run had them. Raises
     ModelError when a number leaves its dtype's range.
     """
-    done = 0
-    written: dict[str, bool] = {}
+    done, changed = 0, False
     hashes: dict[str, str] = {}
     buffer = torch.empty(max(_slice_rows(change) * change.shape[-1] for change in plan.changes.values()))
     with contextlib.ExitStack() as stack:
@@ -117,14 +116,14 @@ def write_weights(
                     change = plan.changes.get(name)
                     if change or name in plan.packed or name in nf4:
                         weight = _read_weight(plan, source, name, spec, nf4.get(name))
-                        written[name] = _merge_tensor(writer, weight, change, name=name, spec=spec, buffer=buffer)
+                        changed |= _merge_tensor(writer, weight, change, name=name, spec=spec, buffer=buffer)
                     else:
                         writer.copy(source, name)
                     done += spec.size
                     if on_progress:
                         on_progress(done, plan.size)
                 hashes[path.name] = writer.finish()
-    return written, hashes
+    return changed, hashes
 
 
 def _slice_rows(change: Change) -> int:

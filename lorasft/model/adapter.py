@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,7 +56,11 @@ def load_adapter(base: Any, artifact: Artifact, *, trainable: bool = False) -> A
     experts = [path for path in fields["target_modules"] if re.search(r"\.experts\.\d+\.", path)]
     with _peft_errors(str(folder / CONFIG)):  # of an earlier transformers
         weights = convert_peft_adapter_state_dict_for_transformers(base, LoraConfig(), weights)
-    _refuse_streamed(base, weights, fields, where=str(folder))
+    others = [name for name in weights if ".lora_A." not in name and ".lora_B." not in name]
+    others += [key for key in ("target_parameters", "init_lora_weights") if fields.get(key)]
+    if others and any(parameter.is_meta for parameter in base.parameters()):  # streamed: for A and B of linears alone
+        what = f"the base does not fit into memory, and {others[0]} does not work with one that is streamed"
+        raise ModelError(what, where=str(folder), hint="merge with --no-check")
     weights = subtract_start(weights, fields, folder, lambda path: base.get_submodule(path).weight)
     # PEFT adds whole embeddings where they are adapted, and where the vocabulary was resized: so is `base` then.
     embeddings = [base.get_input_embeddings(), base.get_output_embeddings()]
@@ -118,15 +122,6 @@ def _find_linears(base: Any) -> set[str]:
     linears = {path: one for path, one in base.named_modules() if isinstance(one, (nn.Linear, Conv1D))}
     found = {path for path, module in linears.items() if id(module) in language}
     return {path for path in found if path.rpartition(".")[2] not in refused}
-
-
-def _refuse_streamed(base: Any, weights: Mapping[str, Tensor], fields: Mapping[str, Any], *, where: str) -> None:
-    """Raise ModelError when `base` is streamed from its files and the adapter is more than A and B of linears."""
-    others = [name for name in weights if ".lora_A." not in name and ".lora_B." not in name]
-    others += [key for key in ("target_parameters", "init_lora_weights") if fields.get(key)]
-    if others and any(parameter.is_meta for parameter in base.parameters()):
-        what = f"the base does not fit into memory, and {others[0]} does not work with one that is streamed"
-        raise ModelError(what, where=where, hint="merge with --no-check")
 
 
 def give_weights(model: Any, weights: dict[str, Tensor], *, where: str, whole: Collection[str] = ()) -> None:

@@ -115,9 +115,8 @@ def attend(
         return _attend_at_once(query, torch.cat(keys, dim=2), torch.cat(values, dim=2), segments, scale), None
     outputs = []
     for q, k, v in zip(segments.split(query), keys, values, strict=True):
-        if (
-            open_scores
-        ):  # with soft caps (Gemma 2) or sinks (gpt-oss): the model's own function, under a mask to be added
+        # With soft caps (Gemma 2) or sinks (gpt-oss): the model's own function, under a mask to be added.
+        if open_scores:
             own = sys.modules[type(module).__module__].eager_attention_forward
             seen = _causal(q, k, window=sliding_window)[None, None]
             added = torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, float("-inf"))

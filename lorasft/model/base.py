@@ -23,7 +23,7 @@ from transformers.utils import cached_file
 from lorasft.adapter_files import read_adapter_config
 from lorasft.artifact import GENERATION_CONFIG, refuse_quantized
 from lorasft.errors import CapacityError, LorasftError, ModelError, UnsafeError
-from lorasft.hub import find_hub, is_hub_id, refuse_offline
+from lorasft.hub import is_folder, refuse_offline
 from lorasft.model.attention import default_attention
 from lorasft.model.cache import Keep, find_place, keep_base, read_kept
 from lorasft.model.free_memory import out_of_memory
@@ -159,27 +159,17 @@ def quantize_skeleton(skeleton: nn.Module, dtype: torch.dtype) -> None:
 def read_config(base: str, revision: str | None = None) -> Any:
     """The config of a causal language model. Raises ModelError or UnsafeError before any weight is read."""
     folder = Path(base)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if is_folder(base) and not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             origin = read_adapter_config(folder).get("base_model_name_or_path")
             raise ModelError("this is an adapter, not a base", where=base, hint=f"its base is model.base: {origin}")
         raise ModelError("no config.json: this is no model folder", where=base, hint="name a model folder or a hub id")
-    if not folder.is_dir():
-        if not is_hub_id(base):
-            raise ModelError("there is no such folder", where=base, hint="name a model folder or a hub id")
-        find_hub()
     with _loading_errors(base):
         config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
     if config.is_encoder_decoder or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         what = f"{config.model_type} is not a causal language model"
         raise ModelError(what, where=base, hint="lorasft trains decoder-only models")
-    _refuse_kernels(config, base)
-    refuse_quantized(getattr(config, "quantization_config", None) or {}, base)
-    return config
-
-
-def _refuse_kernels(config: Any, base: str) -> None:
-    """Take out what a config says of attention and experts: a repository there would be fetched, and run."""
+    # What a config says of attention and experts is taken out: a repository there would be fetched, and run.
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         for key in ("_attn_implementation", "_experts_implementation"):
             if "/" in str(getattr(part, key, None)):
@@ -187,6 +177,8 @@ def _refuse_kernels(config: Any, base: str) -> None:
                 raise UnsafeError(what, where=base, hint=f"take {key.lstrip('_')} out of config.json")
             if part is not None:
                 setattr(part, key, None)
+    refuse_quantized(getattr(config, "quantization_config", None) or {}, base)
+    return config
 
 
 def make_skeleton(config: Any, dtype: torch.dtype | None = None) -> Any:

@@ -54,17 +54,16 @@ def only_first(causal: Any, depth: int) -> Iterator[None]:
 
 def layer_kinds(causal: Any) -> list[str]:
     """What decides the time and memory of each layer of the list: its modules, their shapes and plain settings."""
-    return [_kind(layer) for layer in decoder_layers(causal)]
-
-
-def _kind(layer: nn.Module) -> str:
-    parts = []
-    for name, module in layer.named_modules():
-        settings = {
-            key: value
-            for key, value in vars(module).items()
-            if isinstance(value, (int, float, str)) and key not in ("layer_idx", "gradient_checkpointing")
-        }
-        shapes = [(tuple(parameter.shape), parameter.requires_grad) for parameter in module.parameters(recurse=False)]
-        parts.append(f"{name} {type(module).__name__} {settings} {shapes}")
-    return "\n".join(parts)
+    kinds = []
+    for layer in decoder_layers(causal):
+        parts = []
+        for name, module in layer.named_modules():
+            settings = {
+                key: value
+                for key, value in vars(module).items()
+                if isinstance(value, (int, float, str)) and key not in ("layer_idx", "gradient_checkpointing")
+            }
+            shapes = [(tuple(one.shape), one.requires_grad) for one in module.parameters(recurse=False)]
+            parts.append(f"{name} {type(module).__name__} {settings} {shapes}")
+        kinds.append("\n".join(parts))
+    return kinds

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import bitsandbytes as bnb
@@ -31,7 +30,8 @@ def make_weightless(
         del decoder_layers(base)[depth:]
     if settings.quantization == "nf4" or hasattr(config, "quantization_config"):
         quantize_skeleton(base, dtype)
-    _quantize_nothing()
+    # bitsandbytes keeps the tables of its first call for all others: they are to have numbers in them.
+    bnb.functional.quantize_4bit(torch.zeros(64), compress_statistics=True, quant_type="nf4")
     for linear in base.modules():
         if isinstance(linear, bnb.nn.Linear4bit):
             _quantize(linear, torch.empty(linear.out_features, linear.in_features, dtype=dtype, device="meta"))
@@ -103,12 +103,6 @@ def _draw_like(given: Tensor, device: torch.device) -> Tensor:
     """Random numbers in the shape of `given`: a prime number of them, repeated, which is faster than to draw all."""
     few = torch.empty(65_521, dtype=given.dtype, device=device).uniform_(-0.03, 0.03)
     return few.repeat(-(-given.numel() // len(few)))[: given.numel()].view(given.shape)
-
-
-@cache
-def _quantize_nothing() -> None:
-    """Let bitsandbytes make its tables with numbers in them: it keeps those of its first call for all others."""
-    bnb.functional.quantize_4bit(torch.zeros(64), compress_statistics=True, quant_type="nf4")
 
 
 def _quantize(linear: Any, weight: Tensor) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
 from lorasft.artifact import find_artifact
-from lorasft.data.packing import Plan, count_steps
+from lorasft.data.packing import Plan
 from lorasft.data.prepare import prepare
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import DeviceError, ModelError, RecipeError
@@ -80,7 +81,7 @@ def make_plan(recipe: Recipe, *, examples: int) -> Plan:
         what = f"{examples} rows are fewer than one batch of {recipe.train.batch_size}"
         raise RecipeError(what, where="train.batch_size", hint=f"train.batch_size={examples}")
     train, tokens = recipe.train, recipe.machine.micro_batch_tokens
-    steps = count_steps(examples, batch_size=train.batch_size, epochs=train.epochs, steps=train.steps)
+    steps = train.steps or max(1, math.ceil(train.epochs * math.ceil(examples / train.batch_size)))
     warmup_steps(steps, recipe.schedule)
     if tokens == "auto":
         tokens = 4096 if PartialState().device.type == "cuda" else 2048  # measured on CPU

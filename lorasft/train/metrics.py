@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from lorasft.errors import DeviceError, LorasftError
 from lorasft.files import append
 from lorasft.recipe import Recipe
-from lorasft.terminal import say, time_text
+from lorasft.terminal import say
 
 
 class Metrics:
@@ -45,7 +46,7 @@ class Metrics:
         left = (time.monotonic() - self.started) / (number - self.done) * (self.steps - number)
         line = (
             f"step {number}/{self.steps}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
-            f"{values['tokens_per_second']:,.0f} tokens/s  {time_text(left)} left"
+            f"{values['tokens_per_second']:,.0f} tokens/s  {timedelta(seconds=round(left))} left"
         )
         say(line, end="" if sys.stderr.isatty() and number < self.steps else "\n")
 
