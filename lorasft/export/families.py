@@ -70,7 +70,26 @@ def read_gguf_layout(model: Path) -> GgufLayout:
     if difference := _find_difference(config, family, head_size):
         raise ModelError(f"llama.cpp does not compute {difference}", where=str(model / "config.json"))
     positions, extra = _positions(config, family, head_size, model)
-    return GgufLayout(family, config, head_size, _sizes(config, family, head_size) | positions, extra)
+    # llama.cpp has no window in llama: within it the model is the same, so a longer context is not promised.
+    window = config.sliding_window if config.model_type == "mistral" else None
+    fields: dict[str, Field] = {
+        "vocab_size": config.vocab_size,
+        "context_length": min(config.max_position_embeddings, window or config.max_position_embeddings),
+        "block_count": config.num_hidden_layers,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": head_size,
+        "attention.value_length": head_size,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+    }
+    if family.full_every or family.name == "phi3":  # llama.cpp takes Phi-3 without the field for an old broken file
+        fields["attention.sliding_window"] = config.sliding_window or 0
+    if family.name == "gemma2":
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            fields[name] = float(getattr(config, name))
+    return GgufLayout(family, config, head_size, fields | positions, extra)
 
 
 def _find_difference(config: Any, family: Family, head_size: int) -> str | None:
@@ -92,29 +111,6 @@ def _find_difference(config: Any, family: Family, head_size: int) -> str | None:
     caps = (config.attn_logit_softcapping, config.final_logit_softcapping)
     capped = any(caps) if family.name == "gemma3" else not all(caps)
     return f"soft caps {caps} in {family.name}" if capped else None
-
-
-def _sizes(config: Any, family: Family, head_size: int) -> dict[str, Field]:
-    # llama.cpp has no window in llama: within it the model is the same, so a longer context is not promised.
-    window = config.sliding_window if config.model_type == "mistral" else None
-    fields: dict[str, Field] = {
-        "vocab_size": config.vocab_size,
-        "context_length": min(config.max_position_embeddings, window or config.max_position_embeddings),
-        "block_count": config.num_hidden_layers,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": head_size,
-        "attention.value_length": head_size,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-    }
-    if family.full_every or family.name == "phi3":  # llama.cpp takes Phi-3 without the field for an old broken file
-        fields["attention.sliding_window"] = config.sliding_window or 0
-    if family.name == "gemma2":
-        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-            fields[name] = float(getattr(config, name))
-    return fields
 
 
 def _positions(

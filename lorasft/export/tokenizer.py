@@ -48,7 +48,9 @@ def describe_tokenizer(model: Path, vocabulary: int) -> dict[str, Any]:
     if spec["model"]["type"] != "BPE":
         raise _unknown(model, f"is {spec['model']['type']}, not BPE")
     pieces = _name_tokens(tokenizer, spec, vocabulary)
-    if _is_sentencepiece(spec):
+    steps = json.dumps([spec["normalizer"], spec["pre_tokenizer"]], ensure_ascii=False)
+    known = set(re.findall(r'"type": "(\w+)"', steps)) <= {"Sequence", "Prepend", "Replace", "Metaspace", "Split"}
+    if spec["model"].get("byte_fallback") and known and _SPACE in steps:  # all that is done is that blanks become it
         own = _describe_sentencepiece(tokenizer, spec, model, pieces["tokenizer.ggml.tokens"])
     else:
         own = {
@@ -64,8 +66,8 @@ def describe_tokenizer(model: Path, vocabulary: int) -> dict[str, Any]:
         "unknown": tokenizer.unk_token_id,
         "padding": tokenizer.pad_token_id,
     }
-    known = range(vocabulary)
-    own |= {f"tokenizer.ggml.{name}_token_id": int(at) for name, at in ids.items() if at in known}
+    inside = range(vocabulary)
+    own |= {f"tokenizer.ggml.{name}_token_id": int(at) for name, at in ids.items() if at in inside}
     own["tokenizer.ggml.add_bos_token"] = starts_with_bos(tokenizer)
     own["tokenizer.ggml.add_eos_token"] = False
     if tokenizer.chat_template:
@@ -92,13 +94,6 @@ def name_splitter(spec: dict[str, Any], model: Path) -> str:
 
 def _unknown(model: Path, what: str) -> ModelError:
     return ModelError(f"the tokenizer {what}", where=str(model), hint=usual_converter(model))
-
-
-def _is_sentencepiece(spec: dict[str, Any]) -> bool:
-    """Whether all that is done to a text before merging is that its blanks become `_SPACE`."""
-    steps = json.dumps([spec["normalizer"], spec["pre_tokenizer"]], ensure_ascii=False)
-    known = set(re.findall(r'"type": "(\w+)"', steps)) <= {"Sequence", "Prepend", "Replace", "Metaspace", "Split"}
-    return bool(spec["model"].get("byte_fallback")) and known and _SPACE in steps
 
 
 def _name_tokens(tokenizer: PreTrainedTokenizerFast, spec: dict[str, Any], vocabulary: int) -> dict[str, Any]:

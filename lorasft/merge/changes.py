@@ -41,7 +41,18 @@ def read_changes(artifact: Artifact, places: ParameterMap, read: Callable[[str],
         raise reader.error(f"A and B do not fit the base: {error}") from None
     if not changes:
         raise reader.error("the adapter has no tensors")
-    _refuse_misfits(changes, reader)
+    # Only an embedding and its head may get another height, and then the same.
+    resized = {name for name, change in changes.items() if change.shape != places.specs[name].shape}
+    embeddings = {places.find(parameter) for parameter in places.stored_embeddings} if resized else set()
+    for name, change in changes.items():
+        spec = places.specs[name]
+        if spec.dtype not in ("BF16", "F16", "F32"):
+            raise ModelError(f"{name} is {spec.dtype}", hint="merge into the 16-bit original")
+        taller = name in embeddings and change.replacement is not None and change.shape[1:] == spec.shape[1:]
+        if name in resized and not taller:
+            raise reader.error(f"{name} is {spec.shape}, the adapter fits {change.shape}")
+    if len({(changes.get(name) or places.specs[name]).shape[0] for name in embeddings}) > 1:
+        raise reader.error(f"the adapter gives {', '.join(sorted(resized))} another height alone")
     return changes
 
 
@@ -201,19 +212,3 @@ class AdapterReader:
 
 def _add(product: LoraProduct) -> Change:
     return Change(product.shape, product=product)
-
-
-def _refuse_misfits(changes: Mapping[str, Change], reader: AdapterReader) -> None:
-    """Only an embedding and its head may get another height, and then the same."""
-    places = reader.places
-    resized = {name for name, change in changes.items() if change.shape != places.specs[name].shape}
-    embeddings = {places.find(parameter) for parameter in places.stored_embeddings} if resized else set()
-    for name, change in changes.items():
-        spec = places.specs[name]
-        if spec.dtype not in ("BF16", "F16", "F32"):
-            raise ModelError(f"{name} is {spec.dtype}", hint="merge into the 16-bit original")
-        taller = name in embeddings and change.replacement is not None and change.shape[1:] == spec.shape[1:]
-        if name in resized and not taller:
-            raise reader.error(f"{name} is {spec.shape}, the adapter fits {change.shape}")
-    if len({(changes.get(name) or places.specs[name]).shape[0] for name in embeddings}) > 1:
-        raise reader.error(f"the adapter gives {', '.join(sorted(resized))} another height alone")

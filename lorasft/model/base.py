@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -52,8 +51,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     stops = GenerationConfig(eos_token_id=said.get("eos_token_id"))
 
     def read(source: str, config: Any = config, **how: Any) -> Any:
-        # Only weights that are no safetensors would be written to the scratch folder: there are none.
-        with quiet_progress(), _loading_errors(settings.base), tempfile.TemporaryDirectory() as scratch:
+        with quiet_progress(), _loading_errors(settings.base):
             model, found = AutoModelForCausalLM.from_pretrained(
                 source,
                 # As it was read and cleared: what its file says of attention would win over the argument.
@@ -63,7 +61,6 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
                 **how,
                 dtype=scheme.bnb_4bit_compute_dtype,
                 device_map={"": "disk" if streamed else device},
-                offload_folder=scratch if streamed else None,
                 trust_remote_code=False,
                 use_safetensors=True,
                 attn_implementation=default_attention(config),
