@@ -81,20 +81,15 @@ class Stopped(LorasftError):
 class ErrorGroup(LorasftError):
     """Errors of one kind, found in one go, a line each. `beyond`: how many more there are at least."""
 
-    most = 20  # lines, unless stated
-
-    def __init__(self, errors: Sequence[LorasftError], *, beyond: int = 0, most: int = most) -> None:
+    def __init__(self, errors: Sequence[LorasftError], *, beyond: int = 0) -> None:
         super().__init__(f"{len(errors)} errors")
         self.errors = errors
-        self.most = most
         self.beyond = beyond
         self.exit_code = errors[0].exit_code
 
     def __str__(self) -> str:
-        shown = self.errors[: self.most - 1]
-        left = len(self.errors) - len(shown) + self.beyond
-        lines = [" | ".join(" ".join(line.split()) for line in str(error).splitlines()) for error in shown]
-        return "\n".join([*lines, f"... and {'at least ' if self.beyond else ''}{left:,} more"] if left else lines)
+        lines = [" | ".join(" ".join(line.split()) for line in str(error).splitlines()) for error in self.errors]
+        return "\n".join([*lines, f"... and at least {self.beyond:,} more"] if self.beyond > 0 else lines)
 
 
 def in_words(details: Sequence[Mapping[str, Any]]) -> str:

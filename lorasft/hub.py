@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from lorasft.errors import DeviceError, LorasftError, ModelError
+from lorasft.errors import DeviceError, ModelError
 
 SECONDS = 10.0
 _AWAY = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError", "ConnectTimeout"}
@@ -54,16 +54,12 @@ def is_folder(name: str, *, hint: str = "name a model folder, or a hub id as OWN
     return False
 
 
-def refuse_offline(error: BaseException, name: str, *, missing: type[LorasftError] = ModelError) -> None:
-    """Raise DeviceError when `error` came of a hub that is out of reach, `missing` when `name` begins with a folder
-    that is here."""
+def refuse_offline(error: BaseException, name: str) -> None:
+    """Raise DeviceError when `error` came of a hub that is out of reach."""
     seen: BaseException | None = error
     while seen is not None:
         if type(seen).__name__ in _AWAY:
-            if Path(name).parent != Path() and Path(name).parent.is_dir():
-                what = "there is no such folder, and the hub, which may have it, cannot be reached"
-                raise missing(what, where=name, hint="name a folder that is there") from None
-            what = "the hub cannot be reached, and this is not in its cache"
+            what = "there is no such folder, the hub cannot be reached, and this is not in its cache"
             hint = "connect, or name a local folder; HF_HUB_OFFLINE, if it is set, forbids asking"
             raise DeviceError(what, where=name, hint=hint) from None
         seen = seen.__cause__ or seen.__context__

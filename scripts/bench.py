@@ -39,6 +39,7 @@ from functools import partial
 from operator import truediv
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -558,7 +559,6 @@ def prefix_steps(base: str, stem: int, answer: int, batch: int, steps: int, toke
     from lorasft.model.adapter import attach_adapter, trainable
     from lorasft.model.base import load_base
     from lorasft.model.loss import pair_losses
-    from lorasft.model.scoring import Given
     from lorasft.model.selfcheck import verify
     from lorasft.recipe import AdapterSettings, ModelSettings
     from lorasft.train.layout import widen
@@ -573,8 +573,8 @@ def prefix_steps(base: str, stem: int, answer: int, batch: int, steps: int, toke
         ids = np.concatenate([shared, draw.integers(0, vocabulary, length)]).astype(np.int32)
         labels = np.where(np.arange(len(ids)) < max(1, stem), -100, ids).astype(np.int32)
         sequences.append(Tokens(ids, labels))
-    rows = Given(sequences)
-    alone = Plan(len(rows), batch, steps, 0, "token", tokens)
+    rows: Any = SimpleNamespace(sequences=lambda index: (sequences[index],))
+    alone = Plan(len(sequences), batch, steps, 0, "token", tokens)
     together = replace(alone, share_prefixes=True)
     plans = [alone, replace(together, micro_batch_tokens=widen(together, rows))]
     seconds: list[list[float]] = [[], []]

@@ -185,7 +185,6 @@ def make_batches(tokens: int, vocabulary: int, data: str | None, count: int = 10
     """Full micro-batches of rows, the second half of each supervised."""
     from lorasft.data.packing import make_micro_batches
     from lorasft.data.tokens import UNSUPERVISED, Tokens
-    from lorasft.model.scoring import Given
 
     draw = np.random.default_rng(0)
     if data:
@@ -198,7 +197,7 @@ def make_batches(tokens: int, vocabulary: int, data: str | None, count: int = 10
         ids = draw.integers(0, vocabulary, length + 1).astype(np.int32)
         labels = np.where(np.arange(length + 1) > length // 2, ids, UNSUPERVISED).astype(np.int32)
         rows.append(Tokens(ids, labels))
-    batches = make_micro_batches(Given(rows), range(len(rows)), capacity=tokens)
+    batches = make_micro_batches(lambda index: (rows[index],), range(len(rows)), capacity=tokens)
     return sorted(batches, key=lambda batch: -len(batch.ids))[:count]
 
 

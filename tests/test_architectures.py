@@ -9,13 +9,12 @@ import pytest
 import torch
 import transformers as hf
 from test_oracles import differences, gradients
-from tiny_models import GPT_2, SOFT_CAPS, WINDOWS, shape
+from tiny_models import GPT_2, SOFT_CAPS, WINDOWS, Given, shape
 
 from lorasft.data.packing import MicroBatch, make_micro_batches
 from lorasft.data.tokens import Tokens, all_supervised
 from lorasft.model.attention import default_attention
 from lorasft.model.loss import Network, pair_losses
-from lorasft.model.scoring import Given
 from lorasft.model.selfcheck import verify
 
 SHAPE = shape()
@@ -136,11 +135,11 @@ def test_a_tree_gives_what_its_sequences_give_alone(name: str) -> None:
     network = verify(model)
     assert network.segments and network.share == "auto" and (network.head or name == "llama-4"), network.notices
     rows = Given(siblings())
-    (tree,) = make_micro_batches(rows, range(5), capacity=200, share=True)
+    (tree,) = make_micro_batches(rows.sequences, range(5), capacity=200, share=True)
     assert sorted(segment.end - segment.start for segment in tree.segments) == LENGTHS
     got, got_gradients = step(network, [tree])
     model.set_attn_implementation(default_attention(model.config))
-    alone = list(make_micro_batches(rows, range(5), capacity=1))
+    alone = list(make_micro_batches(rows.sequences, range(5), capacity=1))
     want, want_gradients = step(Network(model, head=None, segments=False), alone)
     for batch, part in zip(alone, want.split([len(batch.targets) for batch in alone]), strict=True):
         assert torch.allclose(got[torch.as_tensor(tree.examples == batch.examples[0])], part, atol=1e-5)

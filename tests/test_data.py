@@ -186,7 +186,7 @@ def test_bad_rows_are_dropped_and_counted_or_reported_together(tmp_path: Path) -
     assert [fault.where for fault in several.value.errors] == [f"{tmp_path}/rows.jsonl:{n}" for n in ("2", "4")]
     with pytest.raises(ErrorGroup) as many:
         read_bytes(tmp_path, CHAT_ROW.encode() + b"\n" + b"{\n" * 99)
-    assert str(many.value).endswith("... and 80 more")
+    assert str(many.value).endswith("... and at least 80 more")
     assert len(str(many.value).splitlines()) == 20
 
 

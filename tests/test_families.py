@@ -18,7 +18,6 @@ from lorasft.errors import RecipeError
 from lorasft.model.adapter import attach_adapter, check_targets, trainable
 from lorasft.model.base import make_skeleton
 from lorasft.model.loss import Network, pair_losses
-from lorasft.model.scoring import Given
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import AdapterSettings
 from lorasft.recipe.load import load_recipe, shipped_recipes
@@ -127,7 +126,9 @@ def _learns_from_a_step(model: Any, network: Network) -> None:
     """In training mode, over two sequences in a row, every B gets a gradient: A is random, so none may be zero."""
     model.train()
     ids = np.random.default_rng(5).integers(0, 90, 40).astype(np.int32)  # 90 and above: Gemma's images
-    (batch,) = make_micro_batches(Given((all_supervised(ids[:23]), all_supervised(ids[23:]))), range(2), capacity=40)
+    (batch,) = make_micro_batches(
+        [(all_supervised(ids[:23]),), (all_supervised(ids[23:]),)].__getitem__, range(2), capacity=40
+    )
     pair_losses(network, batch).mean().backward()
     gradients = {path: weight.grad for path, weight in trainable(model).items() if "lora_B" in path}
     assert gradients

@@ -19,9 +19,9 @@ from test_train import die, metrics, stop_at
 
 from lorasft.artifact import find_artifact
 from lorasft.cli import main
-from lorasft.errors import DeviceError, LorasftError, ModelError
+from lorasft.errors import ModelError
 from lorasft.files import sha256, verify_folder
-from lorasft.hub import is_hub_id, refuse_offline
+from lorasft.hub import is_hub_id
 from lorasft.recipe.load import load_recipe
 from lorasft.terminal import quote
 from lorasft.train import metrics as metrics_module
@@ -232,16 +232,6 @@ def test_a_name_like_a_path_is_never_asked_of_the_hub(monkeypatch: pytest.Monkey
                       ["train", "tiny", f"model.base={name}"], ["preview", "tiny", f"model.base={name}"]):  # fmt: skip
             done = cli(*words)
             assert done.code == 4 and "no such folder" in done.err, (words, done.err)
-
-
-def test_a_folder_that_is_not_in_one_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub might have it, so it is asked; where it cannot be, the folder is missing."""
-    monkeypatch.chdir(tmp_path)
-    Path("models").mkdir()
-    for name, kind in (("models/nope", ModelError), ("Qwen/nope", DeviceError)):
-        with pytest.raises(LorasftError) as caught:
-            refuse_offline(ConnectionError(), name)
-        assert type(caught.value) is kind
 
 
 # --- in which order, and in which words ----------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_a_head_with_an_adapter_or_in_4_bit_goes_through_the_model() -> None:
         randomize_adapter(model)
         network = verify(model.get_base_model())
         assert network.head is None is read_head(network.causal) and network.segments
-        (batch,) = make_micro_batches(rows, range(len(rows)), capacity=1000)
+        (batch,) = make_micro_batches(rows.sequences, range(len(rows)), capacity=1000)
         losses = pair_losses(network, batch)
         (losses.sum() / len(losses)).backward()
         got = gradients(model)
@@ -110,7 +110,7 @@ def test_what_sizes_are_rounded_up_with_changes_nothing(family: str, monkeypatch
     model = attach_adapter(make_base(family), AdapterSettings(rank=4), seed=0)
     randomize_adapter(model)
     network = verify(model.get_base_model())
-    (batch,) = make_micro_batches(rows, range(len(rows)), capacity=1000)
+    (batch,) = make_micro_batches(rows.sequences, range(len(rows)), capacity=1000)
     rounded = round_up(batch)
     assert len(rounded.ids) % 64 == len(rounded.sources) % 64 == 0 and len(batch.ids) % 64 and len(batch.sources) % 64
     found = []

@@ -76,7 +76,7 @@ def test_models_that_cannot_do_segments_go_one_sequence_at_a_time() -> None:
     assert not network.segments and "one at a time" in network.notices[0]
     rows = Rows()
     total = 0.0
-    for batch in make_micro_batches(rows, range(len(rows)), capacity=1):
+    for batch in make_micro_batches(rows.sequences, range(len(rows)), capacity=1):
         assert len(batch.segments) == 1
         with torch.no_grad():
             total += float(pair_losses(network, batch).sum())

@@ -18,7 +18,7 @@ from test_architectures import make_model, siblings
 from test_families import find_config
 from test_oracles import Rows, assert_same_step, differences, oracle, ours, packed_step, plain_step
 from test_train import metrics
-from tiny_models import CONFIGS, make_base
+from tiny_models import CONFIGS, Given, make_base
 from torch import Tensor
 from transformers import AttentionInterface
 
@@ -29,7 +29,7 @@ from lorasft.data.prefixes import Sharing
 from lorasft.data.tokens import Tokens, all_supervised
 from lorasft.model.attention import SEGMENTS, Paths, attend, default_attention
 from lorasft.model.loss import Network, pair_losses
-from lorasft.model.scoring import Given, log_probabilities
+from lorasft.model.scoring import log_probabilities
 from lorasft.model.selfcheck import verify
 from lorasft.train.layout import choose_sharing, widen
 from lorasft.train.state import Layout
@@ -55,7 +55,7 @@ def path_of(batch: MicroBatch, source: int) -> np.ndarray[Any, Any]:
 @given(sequences, st.integers(1, 60), st.sampled_from(["auto", True, False]))
 def test_every_sequence_is_its_path(rows: list[list[int]], capacity: int, share: Sharing) -> None:
     learned = []
-    for batch in make_micro_batches(store(rows), range(len(rows)), capacity=capacity, share=share):
+    for batch in make_micro_batches(store(rows).sequences, range(len(rows)), capacity=capacity, share=share):
         assert len(batch.ids) <= max(capacity, *(len(row) - 1 for row in rows))
         assert [segment.start for segment in batch.segments[1:]] == [segment.end for segment in batch.segments[:-1]]
         assert batch.segments[0].start == 0 and batch.segments[-1].end == len(batch.ids)
@@ -71,7 +71,7 @@ def test_every_sequence_is_its_path(rows: list[list[int]], capacity: int, share:
 @given(sequences)
 def test_with_room_each_beginning_is_computed_once(rows: list[list[int]]) -> None:
     beginnings = {tuple(row[:end]) for row in rows for end in range(1, len(row))}
-    batches = list(make_micro_batches(store(rows), range(len(rows)), capacity=1000, share=True))
+    batches = list(make_micro_batches(store(rows).sequences, range(len(rows)), capacity=1000, share=True))
     assert sum(len(batch.ids) for batch in batches) == len(beginnings)
 
 
@@ -81,7 +81,7 @@ def test_sharing_never_computes_more(rows: list[list[int]], capacity: int) -> No
     def count(share: Sharing) -> int:
         return sum(
             len(batch.ids)
-            for batch in make_micro_batches(store(rows), range(len(rows)), capacity=capacity, share=share)
+            for batch in make_micro_batches(store(rows).sequences, range(len(rows)), capacity=capacity, share=share)
         )
 
     assert max(count(True), count("auto")) <= count(False)
@@ -90,15 +90,15 @@ def test_sharing_never_computes_more(rows: list[list[int]], capacity: int) -> No
 def test_a_tree_is_cut_where_the_least_is_repeated() -> None:
     """Two conversations behind one system prompt: the cut falls between them, not inside one."""
     rows = [[9] * 20 + [talk] * 20 + [answer] * 6 for talk in (1, 2) for answer in (3, 4, 5)]
-    batches = list(make_micro_batches(store(rows), range(6), capacity=60, share=True))
+    batches = list(make_micro_batches(store(rows).sequences, range(6), capacity=60, share=True))
     assert [len(batch.ids) for batch in batches] == [55, 55]
     assert {tuple(sorted(set(batch.examples.tolist()))) for batch in batches} == {(0, 1, 2), (3, 4, 5)}
 
 
 def test_a_short_common_beginning_is_not_worth_its_segments() -> None:
     rows = [[9] * 20 + [answer] * 6 for answer in (1, 2)]
-    (automatic,) = make_micro_batches(store(rows), range(2), capacity=100, share="auto")
-    (shared,) = make_micro_batches(store(rows), range(2), capacity=100, share=True)
+    (automatic,) = make_micro_batches(store(rows).sequences, range(2), capacity=100, share="auto")
+    (shared,) = make_micro_batches(store(rows).sequences, range(2), capacity=100, share=True)
     assert (len(automatic.ids), len(shared.ids)) == (50, 30)
 
 
@@ -126,7 +126,7 @@ def test_equal_pairs_are_counted_for_each_example() -> None:
     """The stem and its first answer, three times; once with another answer."""
     stem = [5, 6, 7]
     rows = store([[*stem, 8, 9]] * 3 + [[*stem, 4, 9]])
-    (batch,) = make_micro_batches(rows, range(4), capacity=100, share=True)
+    (batch,) = make_micro_batches(rows.sequences, range(4), capacity=100, share=True)
     pairs = Counter(zip(batch.sources.tolist(), batch.targets.tolist(), strict=True))
     assert sorted(pairs.values()) == [1, 1, 3, 3, 4, 4]
     step = Plan(4, 4, 1, 0, "token", 100, share_prefixes=True).step(1, rows)
@@ -227,13 +227,16 @@ def test_positions_by_the_longest_of_a_row_keep_short_and_long_apart() -> None:
     )
     network = verify(model)
     batches = list(
-        make_micro_batches(rows, range(4), capacity=200, share=True, rope_switch_length=network.rope_switch_length)
+        make_micro_batches(
+            rows.sequences, range(4), capacity=200, share=True, rope_switch_length=network.rope_switch_length
+        )
     )
     assert [sorted(set(batch.examples.tolist())) for batch in batches] == [[1, 3], [0, 2]]
     model.set_attn_implementation(default_attention(model.config))
     plain = Network(model, head=None, segments=False)
     alone = {
-        int(batch.examples[0]): pair_losses(plain, batch) for batch in make_micro_batches(rows, range(4), capacity=1)
+        int(batch.examples[0]): pair_losses(plain, batch)
+        for batch in make_micro_batches(rows.sequences, range(4), capacity=1)
     }
     model.set_attn_implementation(SEGMENTS)
     for batch in batches:

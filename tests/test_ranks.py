@@ -158,14 +158,14 @@ def held_out(model: Any, network: Any, ranks: Ranks) -> list[Any]:
 def test_shares_are_a_balanced_partition(count: int) -> None:
     many = some(6)
     many.rows *= 20
-    batches = tuple(make_micro_batches(many, range(len(many)), capacity=64, processes=count))
+    batches = tuple(make_micro_batches(many.sequences, range(len(many)), capacity=64, processes=count))
     shares = [assign_to_rank(batches, index, count) for index in range(count)]
     assert sorted(id(batch) for mine in shares for batch in mine) == sorted(map(id, batches))
     tokens = [sum(len(batch.ids) for batch in mine) for mine in shares]
     assert max(tokens) < 1.15 * sum(tokens) / count
     assert max(len(batch.ids) for batch in batches) <= 64
     few = tuple(
-        make_micro_batches(many, range(6), capacity=4096, processes=count)
+        make_micro_batches(many.sequences, range(6), capacity=4096, processes=count)
     )  # one micro-batch would hold them all
     assert len(few) >= min(count, 4)
 

@@ -292,7 +292,7 @@ def test_all_errors_come_at_once_and_the_unsafe_decides() -> None:
     assert all(f"r.yaml:{line}" in str(error) for line in (3, 4, 5, 6)) and "command line: adapter.rank" in str(error)
     for count in (50, 500):
         lines = str(refused(SMALLEST + "".join(f"k{number}: 1\n" for number in range(count)))).splitlines()
-        assert len(lines) == min(count, 200) and (count == 50 or lines[-1] == "... and 301 more")
+        assert len(lines) == count
     doubled = str(refused("data: {train: d}\nmodel:\nmodel: {base: m}\n"))
     assert doubled.count("error:") == 1  # none that follows from it
     assert "recipes schema" in str(refused(SMALLEST + "xyzzy: 1\n"))  # no name is near

@@ -120,7 +120,6 @@ WRITERS = {
     "merge/sidecars.py": {"copyfile", "save_pretrained"},  # there, too
     "model/tokenizer_files.py": {"TemporaryDirectory", "mkdir", "symlink_to"},  # links to the files of one tokenizer
     "signals.py": {"write"},  # to stderr, from a signal's handler
-    "model/base.py": {"TemporaryDirectory"},
     "model/scoring.py": {"TemporaryDirectory"},  # the store of the rows that it scores
     "model/cache.py": {"chmod", "save_pretrained"},  # in the stage of a kept base, whose folder is private
     "train/plan.py": {"TemporaryDirectory"},  # the data of a plan

@@ -15,6 +15,13 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, G
 VOCABULARY = 97
 
 
+class Given(list[Any]):
+    """Sequences in memory, one to an example: what a plan asks of a store."""
+
+    def sequences(self, example: int) -> tuple[Any, ...]:
+        return (self[example],)
+
+
 # ATen held to AVX2 (ATEN_CPU_CAPABILITY) still asks the CPU for more, and its bf16 attention then raises.
 HELD_TO_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2" and any(
     torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16")

@@ -6,24 +6,20 @@ The examples are a pure function of seed and step. How they are cut depends on t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lorasft.data.prefixes import Sharing, Tree, branch_ends, build_trees
+from lorasft.data.store import TokenStore
 from lorasft.data.tokens import Tokens
 
 Integers = NDArray[np.int64]
-
-
-class Sequences(Protocol):
-    """What packing needs of a store: the tokenized sequences of an example."""
-
-    def sequences(self, example: int) -> tuple[Tokens, ...]: ...
+Sequences = Callable[[int], tuple[Tokens, ...]]  # the tokenized sequences of an example
 
 
 @dataclass(frozen=True)
@@ -97,11 +93,11 @@ class Plan:
         start = position * self.batch_size
         return shuffle(self.examples, seed=self.seed, epoch=epoch)[start : start + self.batch_size]
 
-    def step(self, number: int, store: Sequences) -> Step:
+    def step(self, number: int, rows: TokenStore) -> Step:
         """The rows of a step, cut into micro-batches."""
         examples = self.step_examples(number)
         batches = make_micro_batches(
-            store,
+            rows.sequences,
             examples,
             capacity=self.micro_batch_tokens,
             loss=self.loss,
@@ -124,7 +120,7 @@ def shuffle(count: int, *, seed: int, epoch: int) -> Integers:
 
 
 def make_micro_batches(
-    store: Sequences,
+    sequences: Sequences,
     examples: Iterable[int],
     *,
     capacity: int,
@@ -139,7 +135,7 @@ def make_micro_batches(
     sequence is not computed. With `share`, what sequences begin with in common is computed once. Sequences up to
     `rope_switch_length` tokens and longer ones never meet: some models compute all positions of a row by its longest.
     """
-    pieces = [piece for example in examples for piece in _pieces(store.sequences(int(example)), int(example), loss)]
+    pieces = [piece for example in examples for piece in _pieces(sequences(int(example)), int(example), loss)]
     switch = rope_switch_length or math.inf
     for is_long in (False, True):
         kind = [piece for piece in pieces if (len(piece.ids) > switch) == is_long]

@@ -241,7 +241,8 @@ def held_out_below(digests: Digests, share: float) -> int:
 def _refuse_losses(data: DataSettings, report: Report) -> None:
     """Raise ModelError when more rows than may be dropped break parity; DataError when more of them were dropped, or
     nothing is left."""
-    where, dropped, most = _paths(data), report.dropped_examples(), data.max_dropped * report.rows
+    where = ", ".join(source.path for source in data.train)
+    dropped, most = report.dropped_examples(), data.max_dropped * report.rows
     reasons = "; ".join(report.reasons()) or "are the files empty, or all their rows blank?"
     hint = f"{reasons}; data.max_length is {data.max_length}, data.max_dropped {data.max_dropped}"
     if report.parity_breaks > most:
@@ -254,7 +255,3 @@ def _refuse_losses(data: DataSettings, report: Report) -> None:
             f"{report.train_examples or 'nothing'} to train on"
         )
         raise DataError(what, where=where, hint=hint)
-
-
-def _paths(data: DataSettings) -> str:
-    return ", ".join(source.path for source in data.train)

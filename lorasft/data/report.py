@@ -9,6 +9,7 @@ from typing import Any
 
 from lorasft.errors import DataError, ErrorGroup, LorasftError
 
+ERRORS = 19  # that are shown, and after which no further blocks of rows are looked at
 NAMED = 1000  # dropped rows that are named; the rest is only counted
 SHOWN = 30  # names of columns
 HINT = "fix the row (fetch the file again if it is cut off), or leave such rows out with data.on_bad_row=drop"
@@ -63,13 +64,13 @@ class Report:
             self.errors.append(DataError(error.what, where=where, hint=error.hint or HINT))
 
     def join(self, later: Report) -> None:
-        """Take in what became of rows that come after. Raises ErrorGroup from 20 errors on: more help nobody."""
+        """Take in what became of rows that come after. Raises ErrorGroup once there are many errors."""
         for name, value in vars(later).items():
             own = getattr(self, name)
             setattr(self, name, value | own if isinstance(own, dict) else own + value)
         self.unread = list(dict.fromkeys(self.unread))[:NAMED]
-        del self.dropped[NAMED:], self.errors[ErrorGroup.most :]
-        if len(self.errors) == ErrorGroup.most:
+        del self.dropped[NAMED:]
+        if len(self.errors) > ERRORS:
             self.raise_errors()
 
     def raise_errors(self, last: LorasftError | None = None) -> None:
@@ -79,7 +80,7 @@ class Report:
         if len(errors) == 1:
             raise errors[0]
         if errors:
-            raise ErrorGroup(errors, beyond=self.bad_rows - len(self.errors))
+            raise ErrorGroup(errors[:ERRORS], beyond=len(errors) - ERRORS)
 
     def dropped_examples(self) -> int:
         return self.bad_rows + self.over_long_examples + self.examples_without_target

@@ -94,7 +94,7 @@ def load_hub(source: DataSource) -> Any:
     try:
         return datasets.load_dataset(source.path, source.config, split=source.split)
     except Exception as error:  # whatever the network, the hub and the loader may raise
-        refuse_offline(error, source.path, missing=DataError)
+        refuse_offline(error, source.path)
         if "Dataset scripts" in str(error):
             what = "this data set is a program of its own, which lorasft does not run"
             raise UnsafeError(what, where=source.path, hint="take its files: JSON, CSV or Parquet") from None

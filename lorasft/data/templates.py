@@ -10,7 +10,7 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache, partial
 from itertools import product
@@ -105,20 +105,21 @@ def render(
     keyword arguments. Raises DataError with the template's own words when it refuses, ModelError when it is broken."""
     import jinja2
 
-    given = list(tools) if tools else None
+    schemas = list(tools) if tools else None
     where, hint = tokenizer.name_or_path, "chat.template=plain, or FILE with another"
     try:
         # What apply_chat_template does with messages of plain JSON types, at half its price; a test compares the two.
         with limits():
-            template = tokenizer.get_chat_template(None, given)
+            template = tokenizer.get_chat_template(None, schemas)
             if any("tool_calls" in message for message in messages):
                 form = _call_form(template, **tokenizer.special_tokens_map)
                 messages = [_with_calls(message, *form) for message in messages]
-            own = {"messages": [_with_reasoning(message) for message in messages], "tools": given}
-            return _compile(template).render(
-                {"documents": None, **tokenizer.special_tokens_map, **(variables or {}), **own},
-                add_generation_prompt=generation_prompt,
-            )
+            own = {"messages": [_with_reasoning(message) for message in messages], "tools": schemas}
+            given = {"documents": None, **tokenizer.special_tokens_map, **(variables or {}), **own}
+            text = _compile(template).render(given, add_generation_prompt=generation_prompt)
+            if len(text) > LARGEST_TEXT:
+                raise MemoryError("it makes text without end")
+            return text
     except (MemoryError, TimeoutError) as error:
         what = f"the chat template takes too much: {str(error) or 'memory'}"
         raise ModelError(what, where=where, hint=hint) from None
@@ -146,7 +147,6 @@ def _sandbox() -> jinja2.Environment:
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     sandbox: Any = _compile_jinja_template("").environment
-    vars(sandbox)["concat"] = _join
     sandbox.intercepted_binops = frozenset(_OPERATORS)
     sandbox.call_binop = lambda context, sign, left, right: _multiply(sign, left, right)
     return cast("jinja2.Environment", sandbox)
@@ -158,14 +158,6 @@ def _multiply(sign: str, left: Any, right: Any) -> Any:
         if bits > LARGEST_NUMBER:
             raise MemoryError("it makes a number without end")
     return _OPERATORS[sign](left, right)
-
-
-def _join(pieces: Iterable[str]) -> str:
-    """Jinja's own would give what a template makes, however much that is."""
-    text = "".join(pieces)
-    if len(text) > LARGEST_TEXT:
-        raise MemoryError("it makes text without end")
-    return text
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from lorasft.model.base import count_bytes
 from lorasft.model.linear import use_lean_linears
 from lorasft.model.loss import Network, pair_losses
 from lorasft.model.recompute import layer_kinds, only_first, recompute
-from lorasft.model.scoring import Given
 
 # Share of the free memory that is planned with: the rest is for fragments and other programs.
 USABLE = 0.9
@@ -177,5 +176,5 @@ def heaviest_batch(network: Network, *, longest: int, capacity: int, supervised:
     draw = np.random.default_rng(0)
     given = [draw.integers(0, vocabulary, length + 1).astype(np.int32) for length in lengths if length]
     rows = [all_supervised(ids, start=1 + int((1 - supervised) * (len(ids) - 1))) for ids in given]
-    (batch,) = make_micro_batches(Given(rows), range(len(rows)), capacity=capacity)
+    (batch,) = make_micro_batches(lambda index: (rows[index],), range(len(rows)), capacity=capacity)
     return batch

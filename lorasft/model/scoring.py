@@ -19,7 +19,7 @@ from lorasft.data.packing import MicroBatch, Sequences, assign_to_rank, make_mic
 from lorasft.data.prepare import prepare, settings_for
 from lorasft.data.report import Report
 from lorasft.data.sources import RowLocation
-from lorasft.data.tokens import Tokens, all_supervised, supervised_runs
+from lorasft.data.tokens import all_supervised, supervised_runs
 from lorasft.errors import DivergedError
 from lorasft.model.loss import Network, pair_losses
 from lorasft.recipe import ChatSettings, DataSettings, DataSource
@@ -29,22 +29,9 @@ _CAPACITY = 2048  # tokens of answers that are scored at once
 _GROUP = 64  # examples cut together: enough to fill micro-batches well, few enough to bound what is held
 
 
-@dataclass(frozen=True)
-class Given:
-    """Sequences in memory, one to an example: what `make_micro_batches` reads, without a store."""
-
-    given: Sequence[Tokens]
-
-    def __len__(self) -> int:
-        return len(self.given)
-
-    def sequences(self, example: int) -> tuple[Tokens, ...]:
-        return (self.given[example],)
-
-
 def score_batches(
     network: Network,
-    rows: Sequences,
+    sequences: Sequences,
     examples: Sequence[int],
     *,
     capacity: int,
@@ -64,7 +51,7 @@ def score_batches(
         for start in range(0, len(examples), _GROUP):
             group = examples[start : start + _GROUP]
             batches = make_micro_batches(
-                rows,
+                sequences,
                 group,
                 capacity=room,
                 processes=processes,
@@ -83,10 +70,10 @@ def log_probabilities(
     network: Network, sequences: Sequence[NDArray[np.int32]], *, capacity: int
 ) -> list[NDArray[np.float64]]:
     """log p(token | tokens before it), natural, for each sequence from its second token on: (length - 1,) each."""
-    store = Given([all_supervised(ids) for ids in sequences])
     scores = [np.zeros(max(0, len(ids) - 1)) for ids in sequences]
     scored = [index for index, ids in enumerate(sequences) if len(ids) > 1]
-    for batch, losses in score_batches(network, store, scored, capacity=capacity):
+    rows = [(all_supervised(ids),) for ids in sequences]
+    for batch, losses in score_batches(network, rows.__getitem__, scored, capacity=capacity):
         for example in set(batch.examples.tolist()):
             scores[example][:] = -losses.double().cpu().numpy()[batch.examples == example]
     return scores

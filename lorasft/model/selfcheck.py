@@ -17,7 +17,6 @@ from lorasft.data.packing import MicroBatch, make_micro_batches
 from lorasft.data.tokens import Tokens, all_supervised
 from lorasft.model.attention import SEGMENTS, attention
 from lorasft.model.loss import Network, pair_losses, read_head
-from lorasft.model.scoring import Given
 
 _STEM, _TAIL, _OTHER = 17, 17, 9  # tokens that two sequences begin with, and with which each continues
 # What rounding may move, as shares of the losses, in 32 bits and in 16: the losses of a sequence beside another first
@@ -116,5 +115,5 @@ def _rope_switch_length(config: Any) -> int | None:
 
 def _row(*sequences: Tokens, share: bool = False) -> MicroBatch:
     size = sum(len(sequence.ids) for sequence in sequences)
-    (batch,) = make_micro_batches(Given(sequences), range(len(sequences)), capacity=size, share=share)
+    (batch,) = make_micro_batches(lambda index: (sequences[index],), range(len(sequences)), capacity=size, share=share)
     return batch

@@ -77,7 +77,6 @@ _NAMES |= {f"{name}.{key}": key for name, section in _SECTIONS.items() for key i
 _NAMES |= {f"data.train.{key}": key for key in DataSource.model_fields}
 _SCHEMA = "lorasft recipes schema has each key and its values"
 _TYPED = "command line: "  # how the place of an override begins
-_MOST_ERRORS = 200  # a file of another tool has 20 to 80 keys
 _PATHS = (("model", "base"), ("adapter", "start"), ("chat", "template"), ("data", "train"), ("data", "eval"))
 
 
@@ -121,7 +120,7 @@ def _validate(document: Document) -> Recipe:
         return Recipe.model_validate_json(json.dumps(document.value))
     except ValidationError as error:
         errors = sorted(_explain(error, document), key=lambda error: -error.exit_code)  # what is unsafe decides
-        raise errors[0] if len(errors) == 1 else ErrorGroup(errors, most=_MOST_ERRORS) from None
+        raise errors[0] if len(errors) == 1 else ErrorGroup(errors) from None
 
 
 def read_source(path: str, columns: str | None) -> DataSource:

@@ -99,12 +99,12 @@ def check_run_folder(folder: Path, *, resume: bool) -> None:
         raise RecipeError(what, where=str(folder), hint="run.output=NEW_FOLDER")
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """What provenance.json says of the run in `folder`; None when it is lost."""
+def read_record(folder: Path) -> dict[str, Any]:
+    """What provenance.json says of the run in `folder`; nothing when it is lost."""
     try:
         return dict(json.loads((folder / "provenance.json").read_bytes()))
     except (OSError, ValueError, TypeError):
-        return None
+        return {}
 
 
 def compare(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
@@ -189,11 +189,11 @@ def find_checkpoint(recipe: Recipe, inputs: RunInputs) -> State:
     """
     folder, prepared = Path(recipe.run.output), inputs.prepared
     record, before = read_record(folder), load_recipe(str(folder / "recipe.yaml"))
-    saved = newest_checkpoint(folder / "checkpoints", run=str(record.get("run", "")) if record else None)
+    saved = newest_checkpoint(folder / "checkpoints", run=record.get("run"))
     what = "the recipe differs from the one that this run was started with"
     changes = [
         *compare(mathematics(before), mathematics(recipe)),
-        *_changed_files(before, recipe, inputs, record or {}),
+        *_changed_files(before, recipe, inputs, record),
     ]
     if not changes:
         if saved.data == prepared.key:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lorasft.data.packing import MicroBatch, Plan, Sequences, cost, shuffle
+from lorasft.data.packing import MicroBatch, Plan, cost, shuffle
 from lorasft.data.prefixes import Sharing
 from lorasft.data.store import TokenStore, example_lengths
 from lorasft.errors import CapacityError
@@ -84,7 +84,7 @@ def choose_layout(recipe: Recipe, inputs: RunInputs, model: Any, *, weightless: 
     return network, fit
 
 
-def widen(plan: Plan, rows: Sequences) -> int:
+def widen(plan: Plan, rows: TokenStore) -> int:
     """The tokens of a micro-batch, doubled as long as the first step then repeats clearly fewer shared prefixes."""
     computed = plan.step(1, rows).tokens
     while plan.micro_batch_tokens < _MOST_TOKENS:

@@ -109,7 +109,7 @@ def evaluate(run: Run, state: State, stop: StopRequest) -> State:
     state = replace(state, evaluation_due=False)
     if rows is None:
         return state
-    score = partial(score_batches, run.network, rows, range(len(rows)), capacity=run.plan.micro_batch_tokens)
+    score = partial(score_batches, run.network, rows.sequences, range(len(rows)), capacity=run.plan.micro_batch_tokens)
     with ranks.sync_errors():
         for batch, losses in score(processes=ranks.count, index=ranks.index, explain=partial(oom_context, rows)):
             if stop.signal:  # of several processes none, before they agree on it in a step

@@ -175,7 +175,10 @@ def export_adapter(run: Run, state: State) -> Path:
             set_default_system(run.inputs.tokenizer, run.recipe.chat)
             run.inputs.tokenizer.save_pretrained(stage)
             generation = read_generation(run.recipe.model.base, run.recipe.model.revision)
-            generation["eos_token_id"] = [*missing_stops(run), *own_stops(run.network.causal)] or None
+            stops, prepared = own_stops(run.network.causal), run.inputs.prepared
+            if prepared.report.answers and prepared.stop_ids[0] not in stops:  # it would run on past the answers' end
+                stops = [prepared.stop_ids[0], *stops]
+            generation["eos_token_id"] = stops or None
             write_file(stage / GENERATION_CONFIG, json.dumps(generation, indent=2).encode())
             # Whoever copies the adapter elsewhere takes along how it was made, its base quantized and prompts written.
             write_file(stage / "recipe.yaml", dump_recipe(run.recipe).encode())
@@ -183,10 +186,3 @@ def export_adapter(run: Run, state: State) -> Path:
                 write_file(stage / record.name, record.read_bytes())
     run.metrics.close()
     return target
-
-
-def missing_stops(run: Run) -> list[int]:
-    """The token that ends the answers of the data, when generation with this base would run on past it."""
-    prepared = run.inputs.prepared
-    ends = prepared.stop_ids[:1] if prepared.report.answers else ()
-    return [stop for stop in ends if stop not in own_stops(run.network.causal)]
