@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from lorasft import __version__
 from lorasft.errors import CapacityError, LorasftError, RecipeError
-from lorasft.signals import Ended, end_at_once, ended_in_order
+from lorasft.signals import Ended, end_at_once, ended_in_order, exit_code
 from lorasft.terminal import say
 
 COMMANDS = {  # each is a file in commands/, which declares its own arguments
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except Ended as signalled:
         say("stopped")
-        return signalled.exit_code
+        return exit_code(signalled.args[0])
     except (RuntimeError, MemoryError) as error:
         from lorasft.model.free_memory import out_of_memory
 

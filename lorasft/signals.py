@@ -17,11 +17,7 @@ from typing import Any, NoReturn
 
 
 class Ended(KeyboardInterrupt):
-    """A signal, where there is no step to finish."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.exit_code = exit_code(number)
+    """A signal, whose number is the argument, where there is no step to finish."""
 
 
 def exit_code(number: int) -> int:

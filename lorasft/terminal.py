@@ -6,7 +6,6 @@ import contextlib
 import re
 import shlex
 import sys
-import time
 
 CLEAR = "\r\x1b[K"  # the line, back to its start
 # What a terminal obeys, or shows in another order than it is; half characters, which no terminal takes.
@@ -48,18 +47,10 @@ def redact(text: str) -> str:
     return _SECRETS.sub(lambda found: (found[found.lastgroup or 0]) + "..." + "@" * (found["url"] is not None), text)
 
 
-class ByteProgress:
-    """One line that is written over, for a terminal: bytes written so far, and the time left at this pace."""
-
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        if not sys.stderr.isatty():
-            return
-        left = (time.monotonic() - self.started) * (total - done) / max(done, 1)
-        text = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {left:.0f} s left"
-        say(text, end="\n" if done == total else "")
+def show_bytes(done: int, total: int) -> None:
+    """One line that is written over, for a terminal: bytes written so far."""
+    if sys.stderr.isatty():
+        say(f"{done / 1e9:.2f} of {total / 1e9:.2f} GB", end="\n" if done == total else "")
 
 
 def quote(word: object) -> str:

@@ -52,7 +52,7 @@ def run(data: str, columns: str | None, per_example: str | None, as_json: bool, 
     scores["adapter" if found.adapter else "model"] = score_answers(network, answers)
     if per_example:
         objects = [
-            {"source": vars(answer.place), "tokens": answer.length}
+            {"source": vars(answer.place), "tokens": len(answer.ids) - answer.start}
             | {name: rows[index] for name, rows in scores.items()}
             for index, answer in enumerate(answers)
         ]

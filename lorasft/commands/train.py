@@ -66,7 +66,7 @@ def _serve_command(ready: Run, adapter: Path) -> str:
 @contextmanager
 def _saying_what_is_saved(folder: Path) -> Iterator[None]:
     """Where a signal ends the run at once: before the first step, after the last, or for the second time."""
-    from lorasft.signals import Ended
+    from lorasft.signals import Ended, exit_code
     from lorasft.train.checkpoint import list_checkpoints
 
     try:
@@ -78,7 +78,7 @@ def _saying_what_is_saved(folder: Path) -> Iterator[None]:
         elif saved := list_checkpoints(folder / "checkpoints"):
             what = f"stopped at once, not saved since step {int(saved[-1].name.removeprefix('step-'))}"
             hint = "continue with --resume"
-        raise Stopped(signalled.exit_code, what, hint=hint) from None
+        raise Stopped(exit_code(signalled.args[0]), what, hint=hint) from None
 
 
 def _introduce(ready: Run) -> None:

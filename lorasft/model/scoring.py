@@ -87,11 +87,6 @@ class Answer:
     start: int
     place: RowLocation
 
-    @property
-    def length(self) -> int:
-        """|y| in tokens."""
-        return len(self.ids) - self.start
-
 
 def read_answers(
     source: DataSource, data: DataSettings, chat: ChatSettings, *, tokenizer: Any
@@ -138,7 +133,7 @@ def score_answers(network: Network, answers: Sequence[Answer]) -> list[dict[str,
 
 def summarize(answers: Sequence[Answer], scores: Sequence[dict[str, float]]) -> dict[str, float]:
     """The mean negative log-likelihood per token of the answers, in nats, its perplexity, and the counts."""
-    tokens = sum(answer.length for answer in answers)
+    tokens = sum(len(answer.ids) - answer.start for answer in answers)
     loss = -sum(score["log_prob_y_given_x"] for score in scores) / tokens
     perplexity = math.exp(min(loss, 700.0))  # beyond that fp64 ends
     return {"loss": loss, "perplexity": perplexity, "tokens": tokens, "answers": len(scores)}

@@ -27,7 +27,7 @@ from faults.subject import make_subject
 from lorasft import files
 from lorasft.errors import LorasftError
 from lorasft.recipe import Recipe
-from lorasft.signals import Ended, end_at_once, ended_in_order, exit_signals
+from lorasft.signals import Ended, end_at_once, ended_in_order, exit_code, exit_signals
 from lorasft.train.checkpoint import list_checkpoints
 from lorasft.train.loop import train
 from lorasft.train.run import export_adapter, open_run
@@ -185,7 +185,7 @@ class Bench:
                 print(error)
                 return getattr(error, "exit_code", 6)  # as the command line answers a lack of memory
             except Ended as signalled:
-                return signalled.exit_code
+                return exit_code(signalled.args[0])
             except BaseException:
                 traceback.print_exc()
                 return 1
