@@ -253,15 +253,12 @@ def read_style(tokenizer: PreTrainedTokenizerFast) -> TemplateStyle:
         what = "the chat template does not show an assistant's answer"
         raise ModelError(what, where=tokenizer.name_or_path, hint="chat.template=plain")
     tail = text[at + len(ANSWER) :]
-    ends = [(tail.find(token), -len(token), token) for token in _turn_ends(tokenizer) if token in tail]
+    tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()}.union(control_tokens(tokenizer))
+    # Gemma has newlines among them.
+    ends = [(tail.find(token), -len(token), token) for token in tokens if token.strip() and token in tail]
     end = tail[: min(ends)[0]] + min(ends)[2] if ends else ""
     shared = next(size for size in range(len(prompt), -1, -1) if text[:at].startswith(prompt[:size]))
     return TemplateStyle(prompt, text, answer_prefix=text[shared:at], end_of_turn=end, prompt_only=prompt[shared:])
-
-
-def _turn_ends(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    return sorted(token for token in added.union(control_tokens(tokenizer)) if token.strip())  # Gemma adds newlines
 
 
 def _with_word(message: Message, word: str) -> Message:

@@ -107,10 +107,9 @@ class Labeler:
                 raise DataError(what, hint="chat.thinking=follow_template or drop")
             report.dropped_reasoning += len(reasoning)
         content = without_reasoning(message)["content"]
-        if content.strip() not in rendered:
-            report.dropped_characters += len(content)
-        elif content not in rendered:
-            report.trimmed_characters += len(content) - len(content.strip())
+        if content not in rendered:
+            kept = content.strip()
+            report.dropped_characters += len(content) - len(kept) * (kept in rendered)
 
     def _label(self, texts: Sequence[MarkedText], encoded: Mapping[str, Encoded], report: Report) -> list[Tokens]:
         """Ids and labels; `encoded`: each text, and each prompt."""

@@ -34,8 +34,7 @@ class Report:
     tokens: int = 0
     supervised_tokens: int = 0
     dropped_reasoning: int = 0  # characters: by the template, or by chat.thinking
-    trimmed_characters: int = 0  # blanks around answers, by the template
-    dropped_characters: int = 0  # of answers that are not in what the template makes of them
+    dropped_characters: int = 0  # of answers, or blanks around them, that the template leaves out
     merged_systems: int = 0  # examples whose system text is in their first user turn
     tools_left_out: int = 0  # examples none of whose tools the template shows
     dropped: list[str] = field(default_factory=list)  # of the first rows that are not trained on: "file:line: why"

@@ -76,7 +76,6 @@ _NAMES = {name: name for name in _SECTIONS}  # each key -> its last part
 _NAMES |= {f"{name}.{key}": key for name, section in _SECTIONS.items() for key in section.model_fields}
 _NAMES |= {f"data.train.{key}": key for key in DataSource.model_fields}
 _SCHEMA = "lorasft recipes schema has each key and its values"
-_TYPED = "command line: "  # how the place of an override begins
 _PATHS = (("model", "base"), ("adapter", "start"), ("chat", "template"), ("data", "train"), ("data", "eval"))
 
 
@@ -95,6 +94,8 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
         hint = "model.base and data.train are needed; lorasft recipes show tiny"
         raise RecipeError(what, where=document.places.get((), str(path)), hint=hint)
     _absolute_paths(document, [path.parent, Path.cwd()])
+    if "data.eval=null" in overrides:  # turns off what the file says of evaluation, and what is typed holds
+        overrides = ["run.eval_every=null", "run.keep_best=false", *overrides]
     for override in overrides:
         _apply_override(override, document)
     _complete(document, path.stem)
@@ -181,7 +182,7 @@ def _absolute_paths(document: Document, folders: Sequence[Path]) -> None:
 def _apply_override(override: str, document: Document) -> None:
     """Put the value of `section.key=value` into the document; its place becomes the command line."""
     name, equals, text = override.partition("=")
-    where, keys = f"{_TYPED}{shorten(name)}=...", tuple(name.split("."))
+    where, keys = f"command line: {shorten(name)}=...", tuple(name.split("."))
     if not equals or not all(keys) or len(keys) > MOST_DEPTH or name in Recipe.model_fields:
         hint = "for example train.batch_size=16"
         raise RecipeError("not of the form section.key=value", where=where, hint=hint)
@@ -198,11 +199,8 @@ def _apply_override(override: str, document: Document) -> None:
 
 
 def _complete(document: Document, stem: str) -> None:
-    """Fill in, in place, the defaults that rest on another key, and take out a retired key that says nothing.
-
-    `data.eval=null` on the command line also turns off what the recipe's file says of evaluation.
-    """
-    raw, places = document.value, document.places
+    """Fill in, in place, the defaults that rest on another key, and take out a retired key that says nothing."""
+    raw = document.value
     for section in Recipe.model_fields:
         if raw.get(section) is None:  # missing, or a heading with nothing under it
             raw[section] = {}
@@ -213,9 +211,6 @@ def _complete(document: Document, stem: str) -> None:
         run.setdefault("output", f"runs/{stem}")
         if isinstance(data, dict) and "eval" in data and data["eval"] is None:
             run.setdefault("eval_every", None)
-            if places["data", "eval"].startswith(_TYPED):
-                off = {"eval_every": None, "keep_best": False}
-                run.update({key: off[key] for key in off if not places.get(("run", key), "").startswith(_TYPED)})
 
 
 def _explain(error: ValidationError, document: Document) -> list[LorasftError]:
