@@ -21,7 +21,7 @@ from lorasft.artifact import find_artifact
 from lorasft.cli import main
 from lorasft.files import sha256
 from lorasft.model.adapter import attach_adapter, load_artifact
-from lorasft.model.attention import attention
+from lorasft.model.attention import evaluating
 from lorasft.model.base import load_base
 from lorasft.model.generate import generate
 from lorasft.model.scoring import score_batches
@@ -129,7 +129,7 @@ def test_the_adapter_loads_in_peft_and_gives_the_same_logits(recipe: Write, base
     theirs = PeftModel.from_pretrained(fresh, adapter, torch_device="cpu").eval()
     ours = load_artifact(find_artifact(str(run_folder(path))), torch.device("cpu")).get_base_model()
     ids = torch.arange(5, 60).unsqueeze(0)
-    with torch.no_grad(), attention(ours, "eager"):
+    with torch.no_grad(), evaluating(ours, "eager"):
         difference = (theirs(ids).logits - ours(ids).logits).abs().max()
     assert difference < 1e-4
     assert all(tensor.dtype == torch.float32 for tensor in load_file(adapter / "adapter_model.safetensors").values())

@@ -213,14 +213,16 @@ def default_attention(config: Any) -> str:
 
 
 @contextlib.contextmanager
-def attention(model: Any, name: str) -> Iterator[None]:
-    """Run `model` under the attention `name` and restore the one that it had."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(name)
+def evaluating(model: Any, attention: str | None = None) -> Iterator[None]:
+    """Let `model` evaluate, under an `attention` if one is named; then it is as it was before."""
+    before, training = model.config._attn_implementation, model.training
+    model.set_attn_implementation(attention or before)
+    model.eval()
     try:
         yield
     finally:
         model.set_attn_implementation(before)
+        model.train(training)
 
 
 AttentionInterface.register(SEGMENTS, attend)

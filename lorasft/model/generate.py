@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, TextStreamer
 
 from lorasft.errors import DataError
-from lorasft.model.attention import attention, default_attention
+from lorasft.model.attention import default_attention, evaluating
 
 
 def own_stops(causal: Any) -> list[int]:
@@ -38,8 +38,6 @@ def generate(
     if len(prompt) >= positions:
         what = f"the prompt has {len(prompt)} tokens, the model {positions} positions"
         raise DataError(what, hint="a shorter prompt")
-    training = causal.training
-    causal.eval()
     stops = sorted({*stops, *own_stops(causal)})
     config = GenerationConfig(
         max_new_tokens=min(max_new_tokens, positions - len(prompt)),
@@ -56,16 +54,9 @@ def generate(
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
     ids = torch.tensor([list(prompt)], device=causal.get_input_embeddings().weight.device)
-    try:
-        with torch.no_grad(), attention(causal, default_attention(causal.config)):
-            output = causal.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=config,
-                streamer=streamer,
-            )
-    finally:
-        causal.train(training)
+    with torch.no_grad(), evaluating(causal, default_attention(causal.config)):
+        mask = torch.ones_like(ids)
+        output = causal.generate(ids, attention_mask=mask, generation_config=config, streamer=streamer)
     new: list[int] = output[0, len(prompt) :].tolist()
     while new and new[-1] in stops:
         new.pop()

@@ -58,15 +58,10 @@ def _quantize(flat: Tensor, size: int, *, below: Tensor, bound: Tensor) -> tuple
         part = flat[start : start + _PART].view(-1, size).float()
         top = part.abs().amax(dim=1)
         largest[start // size :][: len(top)] = top
-        scaled = part * (1.0 / top.clamp(min=1e-38)).unsqueeze(1)
-        packed[start // 2 :, 0][: part.numel() // 2] = _find_codes(scaled.view(-1), below, bound)
+        scaled = (part * (1.0 / top.clamp(min=1e-38)).unsqueeze(1)).view(-1)
+        # From 2 to 4 fp32 is a fixed-point number, whose first bits are the cell: rounding keeps the order.
+        cells = (scaled + 3).view(torch.int32).sub_(2 << 29).bitwise_right_shift_(_SHIFT).clamp_(0, len(below) - 1)
+        codes = below.index_select(0, cells) + (scaled > bound.index_select(0, cells)).view(torch.uint8)
+        pairs = codes.view(torch.int16)  # the first of two in the low byte
+        packed[start // 2 :, 0][: len(pairs)] = (pairs << 4 | pairs >> 8).to(torch.uint8)
     return packed, largest
-
-
-def _find_codes(scaled: Tensor, below: Tensor, bound: Tensor) -> Tensor:
-    """scaled (n,) from -1 to 1 -> (n / 2,) pairs of codes."""
-    # From 2 to 4 fp32 is a fixed-point number, whose first bits are the cell: rounding keeps the order.
-    cells = (scaled + 3).view(torch.int32).sub_(2 << 29).bitwise_right_shift_(_SHIFT).clamp_(0, len(below) - 1)
-    codes = below.index_select(0, cells) + (scaled > bound.index_select(0, cells)).view(torch.uint8)
-    pairs = codes.view(torch.int16)  # the first of two in the low byte
-    return (pairs << 4 | pairs >> 8).to(torch.uint8)

@@ -21,6 +21,7 @@ from lorasft.data.report import Report
 from lorasft.data.sources import RowLocation
 from lorasft.data.tokens import all_supervised, supervised_runs
 from lorasft.errors import DivergedError
+from lorasft.model.attention import evaluating
 from lorasft.model.loss import Network, pair_losses
 from lorasft.recipe import ChatSettings, DataSettings, DataSource
 from lorasft.terminal import say
@@ -44,10 +45,8 @@ def score_batches(
     Of several `processes` the share of the one with this `index`. `explain`: a context round each computation, which
     says what an error means. The model is put back into the mode that it was in.
     """
-    training = network.causal.training
-    network.causal.eval()
     room = capacity if network.segments else 1
-    try:
+    with evaluating(network.causal):
         for start in range(0, len(examples), _GROUP):
             group = examples[start : start + _GROUP]
             batches = make_micro_batches(
@@ -62,8 +61,6 @@ def score_batches(
                 with torch.no_grad(), explain(batch):
                     losses = pair_losses(network, batch)
                 yield batch, losses
-    finally:
-        network.causal.train(training)
 
 
 def log_probabilities(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorasft.data.packing import MicroBatch, make_micro_batches
 from lorasft.data.tokens import Tokens, all_supervised
-from lorasft.model.attention import SEGMENTS, attention
+from lorasft.model.attention import SEGMENTS, evaluating
 from lorasft.model.loss import Network, pair_losses, read_head
 
 _STEM, _TAIL, _OTHER = 17, 17, 9  # tokens that two sequences begin with, and with which each continues
@@ -64,7 +64,7 @@ def _find_leak(network: Network, alone: Tensor) -> str | None:
     """
     rows = [_row(*_branches(first, network), share=bool(network.share)) for first in (1, 2)]
     try:
-        with attention(network.causal, SEGMENTS):
+        with evaluating(network.causal, SEGMENTS):
             losses = [pair_losses(network, row) for row in rows]
     except (ImportError, TypeError, ValueError, RuntimeError) as error:
         return f"no segment attention ({error})"
