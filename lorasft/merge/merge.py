@@ -21,7 +21,7 @@ from lorasft.tensors import INDEX, fingerprint
 from lorasft.terminal import say
 
 if TYPE_CHECKING:
-    from lorasft.merge.check import MergeCheck, Onto
+    from lorasft.merge.check import Onto
 
 
 def merge(
@@ -60,7 +60,11 @@ def merge(
 
         say("asking what was trained, to compare the merge with it (--no-check leaves this out)")
         judge = MergeCheck(artifact, data)
-    chosen, why = _choose("dequantized" if plan.packed else onto, judge, quantize=bool(quantize))
+    chosen, why = "dequantized" if plan.packed else onto, "as asked"
+    if chosen == "auto" and quantize:  # measured: of an update to weights on the grid already, most snaps back to it
+        chosen, why = "original", "weights that come from NF4 would fall back onto its steps"
+    elif chosen == "auto":
+        chosen, why = judge.choose() if judge else ("original", "nothing was measured")
     hashes: dict[str, str] = {}
     with files.staged_folder(out, hashes=hashes) as stage:
         weights = stage / "16-bit" if quantize else stage
@@ -147,11 +151,3 @@ def _quantize(weights: Path, stage: Path) -> dict[str, str]:
         shutil.copymode(stage / "config.json", path)
     shutil.rmtree(weights)
     return {path.name: files.sha256(path) for path in sorted(stage.glob("*.safetensors"))}
-
-
-def _choose(onto: Onto | Literal["auto"], judge: MergeCheck | None, *, quantize: bool) -> tuple[Onto, str]:
-    if onto != "auto":
-        return onto, "as asked"
-    if quantize:  # measured: of an update to weights that are on the grid already, most snaps back to it
-        return "original", "weights that come from NF4 would fall back onto its steps"
-    return judge.choose() if judge else ("original", "nothing was measured")
