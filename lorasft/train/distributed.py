@@ -175,14 +175,10 @@ def join() -> Iterator[Ranks]:
 
 
 def _sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Add up the gradients over the processes, in one flat buffer; None counts as zeros."""
+    """Add up the gradients over the processes; None counts as zeros."""
     import torch
-    from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = parameters_to_vector(gradients)
-    torch.distributed.all_reduce(flat)
-    vector_to_parameters(flat, gradients)
+        torch.distributed.all_reduce(parameter.grad)
