@@ -124,7 +124,12 @@ class Ranks:
         stop.save = any(save for _, _, save in told)
         if self.count > 1:
             stop.signal = max(number for _, number, _ in told)
-            _sum_gradients(parameters)
+            import torch
+
+            for parameter in parameters:
+                if parameter.grad is None:  # counts as zeros
+                    parameter.grad = torch.zeros_like(parameter)
+                torch.distributed.all_reduce(parameter.grad)
         return sum(loss for loss, _, _ in told)
 
     def leave(self) -> None:
@@ -172,13 +177,3 @@ def join() -> Iterator[Ranks]:
         raise
     finally:
         ranks.leave()
-
-
-def _sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Add up the gradients over the processes; None counts as zeros."""
-    import torch
-
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        torch.distributed.all_reduce(parameter.grad)
