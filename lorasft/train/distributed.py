@@ -125,11 +125,14 @@ class Ranks:
         if self.count > 1:
             stop.signal = max(number for _, number, _ in told)
             import torch
+            from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-            for parameter in parameters:
-                if parameter.grad is None:  # counts as zeros
-                    parameter.grad = torch.zeros_like(parameter)
-                torch.distributed.all_reduce(parameter.grad)
+            gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
+            flat = parameters_to_vector(gradients)
+            torch.distributed.all_reduce(flat)
+            vector_to_parameters(flat, gradients)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
         return sum(loss for loss, _, _ in told)
 
     def leave(self) -> None:
