@@ -18,7 +18,6 @@ from lorasft.merge.write import MergePlan, Progress, plan_merge, rewrite_config,
 from lorasft.model.tokenizer_files import list_sidecars
 from lorasft.recipe import DataSource
 from lorasft.tensors import INDEX, fingerprint
-from lorasft.terminal import say
 
 if TYPE_CHECKING:
     from lorasft.merge.check import Onto
@@ -47,8 +46,7 @@ def merge(
         what = "nothing says that it was trained in 4 bit: there are no dequantized weights that it was trained on"
         raise ModelError(what, where=artifact.name, hint="--onto original; or --quantization nf4, if it was")
     artifact.verify(force_base=force_base)
-    adapter = artifact.require_adapter()
-    files.refuse_overlap(out, artifact.base, artifact.run or adapter)
+    files.refuse_overlap(out, artifact.base, artifact.run or artifact.require_adapter())
     plan = plan_merge(artifact)
     if plan.packed and (onto == "original" or quantize):  # it has no original, and an update falls back onto its steps
         what = "the base is stored in 4 bit: no --quantize, no --onto original"
@@ -58,7 +56,6 @@ def merge(
     if check:
         from lorasft.merge.check import MergeCheck  # takes seconds and hundreds of megabytes to import
 
-        say("asking what was trained, to compare the merge with it (--no-check leaves this out)")
         judge = MergeCheck(artifact, data)
     chosen, why = "dequantized" if plan.packed else onto, "as asked"
     if chosen == "auto" and quantize:  # measured: of an update to weights on the grid already, most snaps back to it
@@ -77,7 +74,7 @@ def merge(
                 judge.ask(stage, "merged, in 4 bit")
         hashes.update(found)
         done = {
-            "adapter": files.sha256(adapter / WEIGHTS),
+            "adapter": files.sha256(artifact.require_adapter() / WEIGHTS),
             "onto": chosen,
             "why": why,
             "updated": len(plan.changes),  # tensors that the adapter changes
