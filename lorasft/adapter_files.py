@@ -54,7 +54,6 @@ def _check_pattern(pattern: str) -> str:
     return pattern
 
 
-_Names = list[str]
 _Pattern = Annotated[str, AfterValidator(_check_pattern)]
 _Rank = Annotated[int, Field(ge=1, le=1024)]
 _Positive = Annotated[float, Field(gt=0)]
@@ -72,8 +71,8 @@ class _Fields(TypedDict, total=False):
     r: Required[_Rank]
     lora_alpha: Required[_Positive]
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
-    target_parameters: _Names
-    modules_to_save: _Names
+    target_parameters: list[str]
+    modules_to_save: list[str]
     rank_pattern: dict[_Pattern, _Rank]
     alpha_pattern: dict[_Pattern, _Positive]
     trainable_token_indices: list[_Index] | dict[str, list[_Index]]

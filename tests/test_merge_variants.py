@@ -24,7 +24,7 @@ from lorasft.artifact import find_artifact
 from lorasft.errors import ModelError, UnsafeError
 from lorasft.merge import write
 from lorasft.merge.merge import merge as merge_artifact
-from lorasft.merge.nf4 import find_packed, nf4_view
+from lorasft.merge.nf4 import find_packed, nf4_view, read_packed
 from lorasft.model.adapter import load_adapter
 from lorasft.model.base import load_base
 from lorasft.recipe import ModelSettings
@@ -240,7 +240,7 @@ def test_groups_that_go_over_rows_are_read(tmp_path: Path) -> None:
     nibbles = torch.stack([codes.view(-1) >> 4, codes.view(-1) & 15], dim=1).view(-1).long()
     scales = state.absmax.repeat_interleave(64)[: weight.numel()]
     want = (state.code[nibbles] * scales).to(torch.bfloat16).view(50, 48)
-    assert torch.equal(find_packed([open_tensors(tmp_path / "model.safetensors")])["w"].read(), want)
+    assert torch.equal(read_packed("w", *find_packed([open_tensors(tmp_path / "model.safetensors")])["w"]), want)
     assert (want - weight).abs().max() < 0.7
 
 

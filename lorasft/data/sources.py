@@ -223,9 +223,7 @@ def _batch_rows(batches: Iterable[Any]) -> Iterator[Raw]:
     for batch in batches:
         large = batch.nbytes > LARGEST_ROW
         for part in (batch.slice(number, 1) for number in range(len(batch))) if large else [batch]:
-            for row in map(drop_nulls, part.to_pylist()):
-                size = len(json.dumps(row, default=str)) if large else 0
-                yield _too_large(size) if size > LARGEST_ROW else row
+            yield from [_too_large(part.nbytes)] if part.nbytes > LARGEST_ROW else map(drop_nulls, part.to_pylist())
 
 
 def _too_large(size: int) -> DataError:

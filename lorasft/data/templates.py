@@ -80,8 +80,12 @@ def set_template(tokenizer: PreTrainedTokenizerFast, chat: ChatSettings) -> None
     chosen = chat.template or (None if tokenizer.chat_template else "plain")
     if chosen:
         tokenizer.chat_template = _load_template(tokenizer, chosen)
+    options = "".join(
+        f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
+        for name, value in sorted(chat.template_options.items())
+    )
     settle = partial(_settle, day=chat.template_date)
-    _change_template(tokenizer, lambda text: _before(settle(_options(chat)), settle(text)))
+    _change_template(tokenizer, lambda text: _before(settle(options), settle(text)))
     if chosen != "none" and _loses_system(tokenizer):
         _change_template(tokenizer, partial(_before, MERGE_SYSTEM))
 
@@ -267,14 +271,6 @@ def _load_template(tokenizer: PreTrainedTokenizerFast, name: str) -> str:
         what = f"template chatml needs {' and '.join(unknown)}, which this tokenizer does not know as single tokens"
         raise ModelError(what, where=tokenizer.name_or_path, hint="chat.template=plain")
     return BUILT_IN[name].replace("{{ BOS }}", "{{ bos_token }}" if adds_bos(tokenizer) else "")
-
-
-def _options(chat: ChatSettings) -> str:
-    """The recipe's values of a template's variables, for its head."""
-    return "".join(
-        f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
-        for name, value in sorted(chat.template_options.items())
-    )
 
 
 def _before(head: str, template: str) -> str:

@@ -66,22 +66,17 @@ def find_joints(tokenizer: PreTrainedTokenizerFast, *, where: str) -> Joints:
     for shape in _SHAPES:
         if "s" in shape and not with_system:
             continue
-        texts = _cut(tokenizer, shape)
+        texts, roles = _cut(tokenizer, shape), [_ROLES[letter] for letter in shape]
         if texts is None:
-            raise ModelError(f"the chat template refuses {_spell(shape)}, Ollama would not", where=where)
-        roles = [_START, *(_ROLES[letter] for letter in shape), _ANSWER]
-        for pair, text in zip(pairwise(roles), texts, strict=True):
+            raise ModelError(f"the chat template refuses {' + '.join(roles)}, Ollama would not", where=where)
+        for pair, text in zip(pairwise([_START, *roles, _ANSWER]), texts, strict=True):
             if joints.setdefault(pair, text) != text:
-                what = f"the chat template writes {_spell(shape)} in a way that a Modelfile cannot"
+                what = f"the chat template writes {' + '.join(roles)} in a way that a Modelfile cannot"
                 raise ModelError(what, where=where, hint="--to gguf, and a server that takes the chat template from it")
     if starts_with_bos(tokenizer):
         bos = str(tokenizer.bos_token)
         joints = {pair: text.removeprefix(bos) if pair[0] == _START else text for pair, text in joints.items()}
     return joints
-
-
-def _spell(shape: str) -> str:
-    return " + ".join(_ROLES[letter] for letter in shape)
 
 
 def _cut(tokenizer: PreTrainedTokenizerFast, shape: str, *, blank: str = "") -> list[str] | None:

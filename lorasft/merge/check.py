@@ -30,6 +30,7 @@ from lorasft.model.adapter import load_artifact
 from lorasft.model.scoring import read_answers
 from lorasft.model.tokenizer_files import read_tokenizer
 from lorasft.recipe import DataSource
+from lorasft.terminal import say
 
 Onto = Literal["original", "dequantized"]  # the weights that an update is added to
 
@@ -53,6 +54,7 @@ class MergeCheck:
 
         Raises DataError without rows.
         """
+        say("asking what was trained, to compare the merge with it (--no-check leaves this out)")
         self.artifact = artifact
         self.rows, self.origin = _choose_rows(artifact, data)
         self.table: dict[str, dict[str, float]] = {}

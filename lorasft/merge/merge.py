@@ -18,10 +18,9 @@ from lorasft.merge.write import MergePlan, Progress, plan_merge, rewrite_config,
 from lorasft.model.tokenizer_files import list_sidecars
 from lorasft.recipe import DataSource
 from lorasft.tensors import INDEX, fingerprint
-from lorasft.terminal import say
 
 if TYPE_CHECKING:
-    from lorasft.merge.check import MergeCheck, Onto
+    from lorasft.merge.check import Onto
 
 
 def merge(
@@ -47,8 +46,7 @@ def merge(
         what = "nothing says that it was trained in 4 bit: there are no dequantized weights that it was trained on"
         raise ModelError(what, where=artifact.name, hint="--onto original; or --quantization nf4, if it was")
     artifact.verify(force_base=force_base)
-    adapter = artifact.require_adapter()
-    files.refuse_overlap(out, artifact.base, artifact.run or adapter)
+    files.refuse_overlap(out, artifact.base, artifact.run or artifact.require_adapter())
     plan = plan_merge(artifact)
     if plan.packed and (onto == "original" or quantize):  # it has no original, and an update falls back onto its steps
         what = "the base is stored in 4 bit: no --quantize, no --onto original"
@@ -58,9 +56,12 @@ def merge(
     if check:
         from lorasft.merge.check import MergeCheck  # takes seconds and hundreds of megabytes to import
 
-        say("asking what was trained, to compare the merge with it (--no-check leaves this out)")
         judge = MergeCheck(artifact, data)
-    chosen, why = _choose("dequantized" if plan.packed else onto, judge, quantize=bool(quantize))
+    chosen, why = "dequantized" if plan.packed else onto, "as asked"
+    if chosen == "auto" and quantize:  # measured: of an update to weights on the grid already, most snaps back to it
+        chosen, why = "original", "weights that come from NF4 would fall back onto its steps"
+    elif chosen == "auto":
+        chosen, why = judge.choose() if judge else ("original", "nothing was measured")
     hashes: dict[str, str] = {}
     with files.staged_folder(out, hashes=hashes) as stage:
         weights = stage / "16-bit" if quantize else stage
@@ -73,7 +74,7 @@ def merge(
                 judge.ask(stage, "merged, in 4 bit")
         hashes.update(found)
         done = {
-            "adapter": files.sha256(adapter / WEIGHTS),
+            "adapter": files.sha256(artifact.require_adapter() / WEIGHTS),
             "onto": chosen,
             "why": why,
             "updated": len(plan.changes),  # tensors that the adapter changes
@@ -147,11 +148,3 @@ def _quantize(weights: Path, stage: Path) -> dict[str, str]:
         shutil.copymode(stage / "config.json", path)
     shutil.rmtree(weights)
     return {path.name: files.sha256(path) for path in sorted(stage.glob("*.safetensors"))}
-
-
-def _choose(onto: Onto | Literal["auto"], judge: MergeCheck | None, *, quantize: bool) -> tuple[Onto, str]:
-    if onto != "auto":
-        return onto, "as asked"
-    if quantize:  # measured: of an update to weights that are on the grid already, most snaps back to it
-        return "original", "weights that come from NF4 would fall back onto its steps"
-    return judge.choose() if judge else ("original", "nothing was measured")

@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,27 +19,21 @@ _NAMES = {DTYPES[name]: name for name in ("BF16", "F16", "F32")}
 _MOST = 1 << 16  # bytes of a description; real ones have 200
 
 
-@dataclass(frozen=True)
-class PackedWeight:
-    """A weight of which a checkpoint stores codes of 4 bits, in groups that share a scale, and how to read them."""
-
-    name: str
-    spec: TensorSpec  # of the numbers
-    files: Mapping[str, TensorFile]  # of the codes, the scales and the tables, by the names of their tensors
-
-    def read(self) -> Tensor:
-        """The numbers, in the dtype that they were quantized from: the same bits as bitsandbytes' own."""
-        try:
-            parts = {name.removeprefix(f"{self.name}."): file.read(name) for name, file in self.files.items()}
-            codes = parts.pop(self.name)
-            state = _import_functional().QuantState.from_dict(parts, device=torch.device("cpu"))
-            return _dequantize(codes, state).view(self.spec.shape)
-        except (KeyError, ValueError, RuntimeError, AssertionError) as error:
-            raise ModelError(f"{self.name} does not fit its own description: {error}") from None
+def read_packed(weight: str, spec: TensorSpec, files: Mapping[str, TensorFile]) -> Tensor:
+    """The numbers of a weight that find_packed found, in the dtype that they were quantized from: the same bits as
+    bitsandbytes' own."""
+    try:
+        parts = {name.removeprefix(f"{weight}."): file.read(name) for name, file in files.items()}
+        codes = parts.pop(weight)
+        state = _import_functional().QuantState.from_dict(parts, device=torch.device("cpu"))
+        return _dequantize(codes, state).view(spec.shape)
+    except (KeyError, ValueError, RuntimeError, AssertionError) as error:
+        raise ModelError(f"{weight} does not fit its own description: {error}") from None
 
 
-def find_packed(files: Sequence[TensorFile]) -> dict[str, PackedWeight]:
-    """The 4-bit weights of a checkpoint by their names. Raises ModelError where their description makes no sense."""
+def find_packed(files: Sequence[TensorFile]) -> dict[str, tuple[TensorSpec, dict[str, TensorFile]]]:
+    """The 4-bit weights of a checkpoint by their names: what their numbers look like, and the files of codes, scales
+    and tables by the names of their tensors. Raises ModelError where their description makes no sense."""
     places = {name: file for file in files for name in file.specs}
     found = {}
     for state in places:
@@ -53,7 +46,7 @@ def find_packed(files: Sequence[TensorFile]) -> dict[str, PackedWeight]:
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ModelError(f"{state} is not what bitsandbytes writes: {error}", where=str(file.path)) from None
             spec = TensorSpec(dtype, shape, math.prod(shape) * (4 if dtype == "F32" else 2))
-            found[weight] = PackedWeight(weight, spec, parts)
+            found[weight] = (spec, parts)
     return found
 
 

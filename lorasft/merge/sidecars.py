@@ -86,9 +86,8 @@ def compare_prompts(artifact: Artifact, merged: Path, rows: Sequence[Tokens]) ->
         prompt = _render(trained, artifact.chat, roles)
         same["prompts"] &= prompt is None or prompt == _render(found, ChatSettings(), roles)
     same["ends of answers"] = trained.eos_token_id in (None, found.eos_token_id, *read_stops(merged))
-    for what, holds in same.items():
-        if not holds:
-            raise ModelError(f"the merged folder gives other {what} than the adapter's", where=str(merged))
+    if wrong := [what for what, holds in same.items() if not holds]:
+        raise ModelError(f"the merged folder gives other {', '.join(wrong)} than the adapter's", where=str(merged))
 
 
 def _render(tokenizer: Any, chat: ChatSettings, roles: Sequence[str]) -> list[int] | None:

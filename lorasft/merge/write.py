@@ -24,7 +24,7 @@ from lorasft.artifact import Artifact
 from lorasft.errors import ModelError
 from lorasft.files import new_file
 from lorasft.merge.changes import read_changes
-from lorasft.merge.nf4 import PackedWeight, find_packed, nf4_view
+from lorasft.merge.nf4 import find_packed, nf4_view, read_packed
 from lorasft.merge.parameters import ParameterMap
 from lorasft.merge.updates import Change
 from lorasft.tensors import INDEX, SINGLE, TensorFile, TensorSpec, TensorWriter, find_weights, open_tensors
@@ -42,7 +42,9 @@ class MergePlan:
     sources: Sequence[TensorFile]  # as they are
     targets: Sequence[Mapping[str, TensorSpec]]  # the tensors of the same files as they are to be
     changes: Mapping[str, Change]  # what becomes of tensors, by their names in the files
-    packed: Mapping[str, PackedWeight]  # the weights that the base stores in 4 bit, and that are written in 16
+    packed: Mapping[
+        str, tuple[TensorSpec, Mapping[str, TensorFile]]
+    ]  # the weights that the base stores in 4 bit, and that are written in 16
     places: ParameterMap
 
     @property
@@ -55,9 +57,9 @@ def plan_merge(artifact: Artifact) -> MergePlan:
     """What a merge of an adapter into its base will write. Raises ModelError for what does not fit or cannot be."""
     sources = [open_tensors(path) for path in find_weights(artifact.base)]
     packed = find_packed(sources)
-    parts = {name for weight in packed.values() for name in weight.files} - packed.keys()  # of no use any more
+    parts = {name for _, files in packed.values() for name in files} - packed.keys()  # of no use any more
     targets = [
-        {name: packed[name].spec if name in packed else spec for name, spec in file.specs.items() if name not in parts}
+        {name: packed[name][0] if name in packed else spec for name, spec in file.specs.items() if name not in parts}
         for file in sources
     ]
     places = ParameterMap({name: spec for specs in targets for name, spec in specs.items()}, base=artifact.base)
@@ -137,7 +139,7 @@ def _read_weight(
 ) -> Callable[[int, int], Tensor]:
     """What the base has for a tensor: gives rows `first` to `first + count`, (count, width)."""
     if name in plan.packed:
-        numbers = plan.packed[name].read()
+        numbers = read_packed(name, *plan.packed[name])
     elif nf4_dtype:
         numbers = nf4_view(source.read(name), nf4_dtype)
     elif source.specs[name].shape != spec.shape:  # what is of another shape takes its place

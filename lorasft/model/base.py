@@ -226,9 +226,8 @@ def check_mostly_quantized(skeleton: Any) -> None:
     if share > _MOST_UNQUANTIZED:
         most = max(loose, key=lambda name: loose[name])
         hint = "use model.quantization=none, or a model whose experts are separate linears"
-        raise ModelError(
-            f"{share:.0%} of the weights are not 4-bit, such as {most}", where="model.quantization", hint=hint
-        )
+        what = f"{share:.0%} of the weights are not 4-bit, such as {most}"
+        raise ModelError(what, where="model.quantization", hint=hint)
 
 
 @contextlib.contextmanager

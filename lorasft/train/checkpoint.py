@@ -99,14 +99,6 @@ def check_run_folder(folder: Path, *, resume: bool) -> None:
         raise RecipeError(what, where=str(folder), hint="run.output=NEW_FOLDER")
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """What provenance.json says of the run in `folder`; nothing when it is lost."""
-    try:
-        return dict(json.loads((folder / "provenance.json").read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
 def compare(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     """What differs, a line each: `key: old -> new`, of long texts from shortly before they part."""
     old, new = _flatten(before), _flatten(now)
@@ -188,7 +180,9 @@ def find_checkpoint(recipe: Recipe, inputs: RunInputs) -> State:
     decides the result differs from what the run began with; where its files are now decides nothing.
     """
     folder, prepared = Path(recipe.run.output), inputs.prepared
-    record, before = read_record(folder), load_recipe(str(folder / "recipe.yaml"))
+    record, before = {}, load_recipe(str(folder / "recipe.yaml"))
+    with suppress(OSError, ValueError, TypeError):  # what the run was made of, unless that is lost
+        record = dict(json.loads((folder / "provenance.json").read_bytes()))
     saved = newest_checkpoint(folder / "checkpoints", run=record.get("run"))
     what = "the recipe differs from the one that this run was started with"
     changes = [

@@ -124,7 +124,15 @@ class Ranks:
         stop.save = any(save for _, _, save in told)
         if self.count > 1:
             stop.signal = max(number for _, number, _ in told)
-            _sum_gradients(parameters)
+            import torch
+            from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+            gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
+            flat = parameters_to_vector(gradients)
+            torch.distributed.all_reduce(flat)
+            vector_to_parameters(flat, gradients)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
         return sum(loss for loss, _, _ in told)
 
     def leave(self) -> None:
@@ -172,17 +180,3 @@ def join() -> Iterator[Ranks]:
         raise
     finally:
         ranks.leave()
-
-
-def _sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Add up the gradients over the processes, in one flat buffer; None counts as zeros."""
-    import torch
-    from torch.nn.utils import parameters_to_vector, vector_to_parameters
-
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = parameters_to_vector(gradients)
-    torch.distributed.all_reduce(flat)
-    vector_to_parameters(flat, gradients)

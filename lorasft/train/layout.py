@@ -61,7 +61,7 @@ def choose_layout(recipe: Recipe, inputs: RunInputs, model: Any, *, weightless: 
     """The verified network of the PEFT `model`, and how its steps fit into `spare` bytes beside weights, gradients and
     optimizer. `weightless`: the model without numbers.
     """
-    machine, kept, rows = recipe.machine, inputs.kept, inputs.prepared.train
+    machine, rows, kept = recipe.machine, inputs.prepared.train, inputs.saved.layout if inputs.saved else None
     own = machine.attention in ("eager", "sdpa")
     network = verify(model.get_base_model(), segments=kept.segments if kept else not own)
     if own:

@@ -79,7 +79,7 @@ def _prepare(recipe: Recipe, *, resume: bool, held: ExitStack) -> RunInputs:
 def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> tuple[Run, State]:
     device, saved = PartialState().device, inputs.saved
     with ranks.sync_errors():
-        dtype = compute_dtype(inputs.kept.dtype if inputs.kept else recipe.model.dtype, device)
+        dtype = compute_dtype(inputs.saved.layout.dtype if inputs.saved else recipe.model.dtype, device)
         settings = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
         weightless = make_weightless(inputs.config, settings, inputs.adapter, device)
         patch_linear4bit(weightless, device, recipe.model.base)  # refused before weights are read
@@ -103,22 +103,16 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> tuple[Run, State]:
         if saved:
             restore_checkpoint(run.checkpoint(saved.step), run)
         if ranks.is_main:
-            _say_notes(run)
+            for notice in network.notices:
+                say(notice)
+            layers = f"{run.layout.recomputed_layers} of {len(decoder_layers(network.causal))} layers"
+            say(f"on {network.device} in {run.layout.dtype}; activations: {layers} recomputed")
         run_heaviest_batch(run, fit, static)
         state = saved or State(0, inputs.prepared.key, metrics_bytes=0, layout=run.layout, run=secrets.token_hex(8))
         if ranks.is_main and not saved:  # from here on there is something to resume: this makes the folder a run
             save(run, state)
             write_start(run, state)
     return run, state
-
-
-def _say_notes(run: Run) -> None:
-    """What a person should know before the first step."""
-    for notice in run.network.notices:
-        say(notice)
-    layout, layers = run.layout, len(decoder_layers(run.network.causal))
-    activations = f"activations: {layout.recomputed_layers} of {layers} layers recomputed"
-    say(f"on {run.network.device} in {layout.dtype}; {activations}")
 
 
 def run_heaviest_batch(run: Run, fit: Fit, static: dict[str, int]) -> None:

@@ -57,12 +57,7 @@ class RunInputs:
     plan: Plan
     adapter: AdapterSettings  # with the sizes of the adapter that it begins from
     start: Artifact | None  # that adapter
-    saved: State | None = None  # what is resumed
-
-    @property
-    def kept(self) -> Layout | None:
-        """The layout that a resumed run keeps, where the recipe leaves it open."""
-        return self.saved.layout if self.saved else None
+    saved: State | None = None  # what is resumed: with its layout, where the recipe leaves it open
 
 
 @dataclass
