@@ -42,9 +42,7 @@ class MergePlan:
     sources: Sequence[TensorFile]  # as they are
     targets: Sequence[Mapping[str, TensorSpec]]  # the tensors of the same files as they are to be
     changes: Mapping[str, Change]  # what becomes of tensors, by their names in the files
-    packed: Mapping[
-        str, tuple[TensorSpec, Mapping[str, TensorFile]]
-    ]  # the weights that the base stores in 4 bit, and that are written in 16
+    packed: Mapping[str, tuple[TensorSpec, Mapping[str, TensorFile]]]  # 4-bit weights, which are written in 16 bits
     places: ParameterMap
 
     @property
