@@ -127,6 +127,8 @@ def test_a_snapshot_is_read_as_its_readme_says(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(README.format(first="en"))
     with pytest.raises(DataError, match="en, fr"):
         names()
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: a\n  data_dir: fr\n---\n")
+    assert names() == ["fr/a.jsonl", "fr/b.jsonl"]
     for odd in ("../*/*.jsonl", "/etc/*.jsonl", "[{split: train}]", "3", "[[a]]", "''"):  # says nothing
         (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: a\n  data_files: {odd}\n---\n")
         assert names() == ["outside.jsonl"]

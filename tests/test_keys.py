@@ -235,6 +235,17 @@ def test_a_mapping_that_no_format_reads_is_refused(tmp_path: Path) -> None:
             read_row(tmp_path, row, columns=columns)
 
 
+def test_two_texts_of_a_turn_and_a_call_without_its_wrapper(tmp_path: Path, tiny: Any) -> None:
+    turn = {"from": "human", "value": "Q", "content": "other"}
+    made = make(tmp_path, tiny, [{"conversations": [turn, {"from": "gpt", "value": "A"}]}])
+    assert made.report.unread == ["conversations.content"]
+    example = read_row(tmp_path, {"conversations": [{"from": None, "role": "user", "value": None, "content": "Q"}, A]})
+    assert turns(example) == [("user", "Q"), ("assistant", "A")]
+    call = {"name": "f", "arguments": {"x": 1}}
+    example = read_row(tmp_path, {"messages": [Q, {"role": "assistant", "tool_calls": [call]}]})
+    assert example.messages[1]["tool_calls"] == [{"type": "function", "function": call}]
+
+
 def test_history_is_before_the_question(tmp_path: Path) -> None:
     history = [["q1", "a1"], ["q2", "a2"]]
     expected = [
@@ -300,7 +311,7 @@ PREFERENCES = [
 def test_pairs_of_a_better_and_a_worse_answer_are_refused(tmp_path: Path, row: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"preference pair|no known format") as refused:
         read_row(tmp_path, row)
-    assert "data.columns={completion: chosen}" in str(refused.value.hint)
+    assert "'data.columns={completion: chosen}'" in str(refused.value.hint)
 
 
 def test_the_better_answers_are_learned_where_the_recipe_or_the_set_says_so(tmp_path: Path, tiny: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,3 +198,14 @@ def test_a_run_ends_with_the_whole_command_for_a_server(
     assert rank in line and words[:3] == ["vllm", "serve", str(base)] and f"mine={folder}" in words
     assert words[words.index("--generation-config") + 1] == str(folder)
     assert Path(words[words.index("--chat-template") + 1]).is_file() and "16-bit base" in done.err
+
+
+def test_a_tokenizer_of_another_base_is_an_error_in_words(base: Path, rows: Path, tmp_path: Path, cli: Command) -> None:
+    """One that gives ids which the model has no row for."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(8)
+    model.save_pretrained(tmp_path / "few")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, tmp_path / "few" / name)
+    done = cli("evaluate", str(tmp_path / "few"), "--data", str(rows))
+    assert done.code == 4 and "the model has 8 embedding rows" in done.err

@@ -177,7 +177,7 @@ def normalize_message(message: Any, unread: set[str] | None = None) -> Message:
     if role == "function":
         role = clean["role"] = "tool"
     if role not in keys.ROLES:
-        others = "data.format=sharegpt data.columns={conversations: messages} has other names"
+        others = "data.format=sharegpt 'data.columns={conversations: messages}' has other names"
         raise DataError(f"unknown role {role!r}", hint=f"known: {', '.join(keys.ROLES)}; {others}")
     unread = set() if unread is None else unread
     if len(clean) > 2 or "content" not in clean:
@@ -264,13 +264,16 @@ def _template_variables(row: Row, unread: set[str]) -> dict[str, Any]:
 
 def _from_turn(turn: Any, unread: set[str]) -> Message:
     """A turn with `from` and `value`, or with the names of a message."""
-    role = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
+    role = turn.get("from") or turn.get("role") if isinstance(turn, dict) else None
     if not isinstance(role, str):
         raise DataError("a turn of a sharegpt conversation has `from` and `value`, or `role` and `content`")
     message: Message = {key: value for key, value in turn.items() if key in keys.KEPT}
-    others = turn.keys() - keys.KEPT - {"from", "value"}
+    others = turn.keys() - keys.KEPT - {"from", "value"} | ({"content"} & turn.keys() if turn.get("value") else set())
     unread.update(f"conversations.{key}" for key in others if not keys.is_absent(turn[key]))
-    message |= {"role": keys.OTHER_ROLES.get(role, role), "content": turn.get("value", turn.get("content"))}
+    message |= {
+        "role": keys.OTHER_ROLES.get(role, role),
+        "content": turn.get("value") or turn.get("content", turn.get("value")),
+    }
     if role in ("function_call", "tool_call") and not message.get("tool_calls"):
         calls = _parse(message["content"], "a tool call")
         calls = calls if isinstance(calls, list) else [calls]
@@ -283,7 +286,9 @@ def _wrap_function(function: Any) -> dict[str, Any]:
 
 
 def _normalize_call(call: Any) -> dict[str, Any]:
-    function = _expect(_expect(call, dict, "a tool call").get("function"), dict, "function")
+    if "name" in _expect(call, dict, "a tool call") and "function" not in call:
+        call = _wrap_function(call)
+    function = _expect(call.get("function"), dict, "function")
     _expect(function.get("name"), str, "name")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):  # as OpenAI sends them; templates would quote them twice

@@ -43,8 +43,9 @@ def find_files(source: DataSource) -> tuple[Files, Files]:
         return _choose(source, found)
     named = is_hub_id(source.path) or re.fullmatch(r"\w[\w.-]*", source.path)
     if not found and (not named or here.is_dir() or kind_of(here) in KINDS):
+        where = here.absolute() if here.is_dir() else here.absolute().parent
         what = f"there is no such file, or no {', '.join(KINDS)} in this folder"
-        raise DataError(what, where=source.path, hint=f"the folder that was looked in: {here.absolute().parent}")
+        raise DataError(what, where=source.path, hint=f"looked in {where}")
     return tuple(sorted(found)), ()
 
 
@@ -92,8 +93,10 @@ def _from_readme(folder: Path, config: str | None) -> dict[Path, str]:
         marked = [name for name, one in configs.items() if one.get("default")]
         name = config or [*marked, *(configs if len(configs) == 1 else ["default"])][0]
         if configs and name not in configs:
-            hint = f"{{path: {folder}, config: {min(configs)}}}"
+            hint = f"'data.train={{path: {folder}, config: {min(configs)}}}'"
             raise DataError(f"configurations in its README: {', '.join(configs)}", where=str(folder), hint=hint)
+        if "data_files" not in configs[name] and ".." not in (below := str(configs[name]["data_dir"])):
+            return _by_names(folder / below)
         from datasets.data_files import sanitize_patterns
 
         by_split = sanitize_patterns(configs[name]["data_files"]).items()
@@ -116,6 +119,7 @@ def _choose(source: DataSource, found: dict[Path, str]) -> tuple[Files, Files]:
     if unclear or len({found[file] for file in chosen}) != 1:
         first = {split or "no split": file for file, split in sorted(found.items(), reverse=True)}
         names = "; ".join(f"{split}: {file.name}" for split, file in sorted(first.items()))
-        hint = f"name the files themselves, as {min(chosen or found)}, or {{path: {source.path}, split: NAME}}"
+        other = f"'data.train={{path: {source.path}, split: NAME}}'"
+        hint = f"name the files themselves, as {min(chosen or found)}, or a split: {other}"
         raise DataError(f"which files are meant for {source.split}? {names}", where=source.path, hint=hint)
     return tuple(chosen), tuple(sorted(found.keys() - set(chosen)))

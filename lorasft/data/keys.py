@@ -44,7 +44,7 @@ MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
 KNOWN = {"role", "content", "tool_calls", "function_call", *REASONING, *FLAGS, *UNCLEAR, *MEDIA}
 KEPT = KNOWN | {"name", "tool_call_id"}  # of a turn; these two say something to some templates
 PAIRS = (
-    "data.columns={completion: chosen} learns the better answers beside a prompt, {output: chosen} beside an "
+    "'data.columns={completion: chosen}' learns the better answers beside a prompt, {output: chosen} beside an "
     "instruction, {messages: chosen} where it is a conversation; beside messages, put it at their end"
 )
 

@@ -110,7 +110,7 @@ def render(
     import jinja2
 
     schemas = list(tools) if tools else None
-    where, hint = tokenizer.name_or_path, "chat.template=plain, or FILE with another"
+    where, hint = tokenizer.name_or_path, "chat.template=FILE with another, or plain where there are no tools"
     try:
         # What apply_chat_template does with messages of plain JSON types, at half its price; a test compares the two.
         with limits():

@@ -27,7 +27,7 @@ from lorasft.data.tokens import UNSUPERVISED, Tokens, all_supervised
 from lorasft.errors import DataError, ModelError
 from lorasft.merge.sidecars import compare_prompts
 from lorasft.model.adapter import load_artifact
-from lorasft.model.scoring import read_answers
+from lorasft.model.scoring import check_ids, read_answers
 from lorasft.model.tokenizer_files import read_tokenizer
 from lorasft.recipe import DataSource
 from lorasft.terminal import say
@@ -155,6 +155,7 @@ def log_probs(model: Any, rows: Sequence[Tokens]) -> Tensor:
     (pairs, vocabulary) fp32 on the CPU, row after row.
     """
     device, logs = PartialState().device, []
+    check_ids(model, [row.ids for row in rows])
     with torch.no_grad():
         for row in rows:
             sources = torch.from_numpy((row.labels != UNSUPERVISED).nonzero()[0] - 1)

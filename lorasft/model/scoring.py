@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from lorasft.data.prepare import prepare, settings_for
 from lorasft.data.report import Report
 from lorasft.data.sources import RowLocation
 from lorasft.data.tokens import all_supervised, supervised_runs
-from lorasft.errors import DivergedError
+from lorasft.errors import DivergedError, ModelError
 from lorasft.model.attention import evaluating
 from lorasft.model.loss import Network, pair_losses
 from lorasft.recipe import ChatSettings, DataSettings, DataSource
@@ -76,6 +76,14 @@ def log_probabilities(
     return scores
 
 
+def check_ids(model: Any, sequences: Iterable[NDArray[np.int32]]) -> None:
+    """Raise ModelError for ids that `model` has no embedding row for, at which a GPU would only assert."""
+    rows, most = model.get_input_embeddings().weight.shape[0], max(int(ids.max()) for ids in sequences)
+    if most >= rows:
+        what = f"the tokenizer gives id {most}, the model has {rows} embedding rows"
+        raise ModelError(what, hint="use the tokenizer that belongs to the model")
+
+
 @dataclass(frozen=True)
 class Answer:
     """One answer: ids[:start] is x, ids[start:] is y. An example has as many as it has learned turns."""
@@ -111,6 +119,7 @@ def score_answers(network: Network, answers: Sequence[Answer]) -> list[dict[str,
     x and [x, y] go through separate passes, so that log Pr(y|x) = log Pr([x,y]) - log Pr(x) is a real test. Raises
     DivergedError for one that is not finite.
     """
+    check_ids(network.causal, [answer.ids for answer in answers])
     wholes = log_probabilities(network, [answer.ids for answer in answers], capacity=_CAPACITY)
     prompts = log_probabilities(network, [answer.ids[: answer.start] for answer in answers], capacity=_CAPACITY)
     scores = [
