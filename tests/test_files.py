@@ -175,6 +175,8 @@ SHAPES = [
     ("a.json", _columns(list)),
     ("a.json", _columns(lambda cells: {str(n): cell for n, cell in enumerate(cells)})),  # as pandas writes it
     ("a.json", json.dumps({str(n): row for n, row in enumerate(ROWS)})),
+    ("a.json", json.dumps({f"row-{n}": row for n, row in enumerate(ROWS)})),
+    ("a.json", json.dumps({"data": {f"row-{n}": row for n, row in enumerate(ROWS)}})),
     ("a.ndjson", LINES),
     ("a.jsonl", "\ufeff" + LINES),
     ("a.csv", "prompt;completion\nSay 0.;0\nSay 1.;1\n\"Say; 2.\";2\n"),
@@ -229,6 +231,9 @@ def test_a_file_of_another_shape_gets_one_error(tmp_path: Path) -> None:
         assert "one object per line" in str(error.value.hint) and name in str(error.value.where)
     (tmp_path / "splits.json").write_text(json.dumps({"train": ROWS, "test": ROWS}))
     with pytest.raises(DataError, match="lists under train, test"):
+        read(tmp_path / "splits.json")
+    (tmp_path / "splits.json").write_text(json.dumps({"data": {"train": ROWS}}))
+    with pytest.raises(DataError, match="lists under train"):
         read(tmp_path / "splits.json")
     (tmp_path / "split.json").write_text(json.dumps({"columns": ["prompt", "completion"], "data": [["a", "b"]]}))
     with pytest.raises(DataError, match="lists under data"):

@@ -166,7 +166,8 @@ def _find_values(text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _rows_of(value: Any, path: Path) -> list[Any]:
-    """The rows of a file that is one value: of an array, of a list in an object, of columns, or the value itself."""
+    """The rows of a file that is one value: of an array, of a list in an object, of an object with each, of columns, or
+    the value itself. Raises DataError for lists of several splits."""
     if not isinstance(value, dict):
         return value if isinstance(value, list) else [value]
     lists = [name for name in (*LISTS, *SPLITS) if isinstance(value.get(name), list) and not value.keys() & OF_ROWS]
@@ -176,8 +177,11 @@ def _rows_of(value: Any, path: Path) -> list[Any]:
         hint = f"write each list into a file of its own; {SHAPES}"
         raise DataError(f"one object with lists under {', '.join(lists)}", where=str(path), hint=hint)
     parts = list(value.values())
-    if all(isinstance(part, dict) for part in parts) and all(map(str.isdecimal, value)):
-        return parts
+    if len(parts) == 1 and value.keys() <= set(LISTS) and isinstance(parts[0], dict):
+        return _rows_of(parts[0], path)
+    objects = [part for part in parts if isinstance(part, dict)]
+    if len(objects) == len(value) and (all(map(str.isdecimal, value)) or all(one.keys() & OF_ROWS for one in objects)):
+        return objects  # rows by their numbers or names
     columns = [list(part.values()) if isinstance(part, dict) else part for part in parts]  # as pandas writes them
     if any(not isinstance(part, list) or not part or len(part) != len(columns[0]) for part in columns) or not columns:
         return [value]
