@@ -78,7 +78,8 @@ def test_a_folder_is_read_by_its_splits(
 
 
 def test_names_of_splits_are_whole_words() -> None:
-    named = {"train": "train.x a-train-b.x train_sft.x my/train/0.x Training1.x", "test": "eval.x holdout.x test/a.x",
+    named = {"train": "train.x a-train-b.x train_sft.x my/train/0.x Training1.x dataTrain.x TRAIN.x",
+             "test": "evalTest.x TestSet.x eval.x holdout.x test/a.x",
              "validation": "dev.x val-0.x", "": "latest.x contest/x.x retrain.x evaluate.x train_test.x"}  # fmt: skip
     assert all(split_of(Path(name)) == split for split, names in named.items() for name in names.split())
 
@@ -229,6 +230,10 @@ def test_a_file_of_another_shape_gets_one_error(tmp_path: Path) -> None:
         with pytest.raises(DataError) as error:
             read(tmp_path / name)
         assert "one object per line" in str(error.value.hint) and name in str(error.value.where)
+    for name in ("a.jsonl", "a.parquet", "a.csv"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+        with pytest.raises(DataError, match="git-lfs"):
+            read(tmp_path / name)
     (tmp_path / "splits.json").write_text(json.dumps({"train": ROWS, "test": ROWS}))
     with pytest.raises(DataError, match="lists under train, test"):
         read(tmp_path / "splits.json")

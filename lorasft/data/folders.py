@@ -64,7 +64,8 @@ def kind_of(path: Path) -> str:
 def split_of(path: Path) -> str:
     """The split that the name of a file gives, or else that of a folder above it; empty where none or two are named."""
     for name in reversed(path.parts):
-        if named := {SPLITS[word] for word in re.findall(r"[^\W\d_]+", name.lower()) if word in SPLITS}:
+        words = map(str.lower, re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name))
+        if named := {SPLITS[word] for word in words if word in SPLITS}:
             return named.pop() if len(named) == 1 else ""
     return ""
 

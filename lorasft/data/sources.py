@@ -28,6 +28,7 @@ Row = dict[str, Any]
 Raw = Any  # a row as it was read: bytes of JSON, a value, or the DataError that stands for it
 LARGEST_ROW = 8 << 20  # bytes of JSON; characters of a field of CSV
 BOM = codecs.BOM_UTF8
+_POINTER = b"version https://git-lfs."
 RECODE = "Western European text becomes UTF-8 with iconv -f cp1252 -t utf-8 FILE; in other UTF-8 fix these bytes"
 REPAIR = "fix the file there, or fetch it again: nothing after this can be read"
 SHAPES = (
@@ -54,6 +55,9 @@ def read_file(path: Path) -> Iterator[tuple[int, Raw]]:
     if kind not in KINDS:
         hint = f"known: {', '.join(KINDS)}, and text compressed as {', '.join(COMPRESSED)}"
         raise DataError(f"unknown kind of file: {kind or path.name}", where=str(path), hint=hint)
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise DataError("this is a pointer of git-lfs, not the file itself", where=str(path), hint="git lfs pull")
     readers = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_arrow, ".arrow": _read_arrow}
     try:
         for line, raw in readers.get(kind, _read_json)(path):
