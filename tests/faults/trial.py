@@ -160,6 +160,8 @@ class Bench:
             end_at_once()
             try:
                 code = self._run(Child(os.getpid(), trace, self._words(os.getpid())), fault or no_fault)
+            except Ended as second:  # while the first one was answered
+                code = exit_code(second.args[0])
             finally:
                 trace.over = 1
                 os._exit(code)
