@@ -34,6 +34,7 @@ from lorasft.model.loss import Network, pair_losses
 from lorasft.model.memory import ActivationMemory, StorageMeter, dry_run, heaviest_batch, static_bytes
 from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
 from lorasft.model.selfcheck import verify
+from lorasft.model.trained import Trained
 from lorasft.model.weightless import make_sample, make_weightless, plan_network
 from lorasft.recipe import AdapterSettings, ModelSettings
 from lorasft.train import layout as layouts
@@ -134,8 +135,7 @@ def test_a_dry_run_is_the_step(name: str) -> None:
     batch = heaviest_batch(network, longest=20, capacity=60)
     for count in (0, 1, len(decoder_layers(base))):
         recompute(base, count)
-        for parameter in model.train().parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        Trained(model.train(), torch.float32)
         with StorageMeter() as meter:
             loss = pair_losses(network, batch).sum()
             kept = meter.live

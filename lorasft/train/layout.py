@@ -201,7 +201,7 @@ def retry_on_oom(run: Run, work: Callable[[], Result]) -> Result:
 
 def reduce_memory(run: Run, error: MicroBatchTooLarge) -> None:
     """Give `run` a layout that needs less, without the gradients of the pass that failed. Raises `error` at the end."""
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=False)
     layers, tokens = len(decoder_layers(run.network.causal)), run.plan.micro_batch_tokens
     if error.tokens > error.longest:
         run.plan = replace(run.plan, micro_batch_tokens=max(error.longest, min(error.tokens, tokens) // 2))

@@ -31,18 +31,18 @@ def take_step(run: Run, number: int, stop: StopRequest) -> dict[str, Any]:
     """
     step = run.plan.step(number, run.rows)
     started = time.monotonic()
-    parameters, optimizer = run.parameters, run.optimizer
-    loss = run.ranks.sum_step(lambda: add_gradients(run, step), list(parameters.values()), stop=stop)
-    norm = get_total_norm([parameter.grad for parameter in parameters.values() if parameter.grad is not None])
+    trained, optimizer = run.trained, run.optimizer
+    loss = run.ranks.sum_step(lambda: add_gradients(run, step), trained.gradient, stop=stop)
+    norm = get_total_norm([trained.gradient])
     refuse_non_finite(run, step, loss=loss, norm=float(norm))
     if run.recipe.train.max_grad_norm is not None:
-        clip_grads_with_norm_(parameters.values(), run.recipe.train.max_grad_norm, norm)
+        clip_grads_with_norm_([trained.master], run.recipe.train.max_grad_norm, norm)
     peak = run.recipe.optimizer.learning_rate
     rate = learning_rate(number, steps=run.plan.steps, peak=peak, schedule=run.recipe.schedule)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=False)
     seconds = time.monotonic() - started
     return {
         "step": number,
@@ -64,6 +64,7 @@ def add_gradients(run: Run, step: Step) -> float:
     loss = 0.0
     for batch in assign_to_rank(step.micro_batches, run.ranks.index, run.ranks.count):
         weights = torch.as_tensor(batch.weights, device=run.network.device)
+        run.trained.check()
         with oom_context(run.rows, batch):
             part = (pair_losses(run.network, batch) * weights).sum() / step.divisor
             part.backward()  # type: ignore[no-untyped-call]
