@@ -99,6 +99,26 @@ def test_nothing_is_kept_but_the_input_once_and_what_is_small() -> None:
     assert all(y.dtype == torch.bfloat16 for y in outputs)
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_an_input_that_can_be_made_again_is_not_kept(changed: bool) -> None:
+    """As down's input is in a gated MLP, unless it was changed after it was made."""
+    layer, dy = make_layer("nf4-double"), torch.randn(50, OUT)
+    parts = [torch.randn(50, IN, requires_grad=True) for _ in range(2)]
+    results, kept = [], []
+    for made in (False, True):
+        x = parts[0] * parts[1]
+        if made:
+            x.made_by = (torch.mul, parts)  # type: ignore[attr-defined]
+        if changed:
+            x.mul_(2)
+        with saved_tensors_hooks(lambda tensor: (kept.append(tensor.data_ptr()), tensor)[1], lambda tensor: tensor):
+            y = layer(x)
+        assert (x.data_ptr() in kept) == (changed or not made)
+        wanted = [*parts, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        results.append(torch.autograd.grad(y, wanted, dy))
+    assert all(map(torch.equal, *results))
+
+
 def test_in_bf16_gradients_are_as_near_as_pefts() -> None:
     """A whole model in bf16, ours and PEFT's, against the same numbers in float64."""
     settings = AdapterSettings(rank=4, alpha=8.0)

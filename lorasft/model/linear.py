@@ -1,13 +1,14 @@
 """The NF4 + LoRA linear, forward and backward in one function: y = x W^T (+ bias) + s (x A^T) B^T.
 
 PEFT casts every input to the adapter's fp32 and keeps that copy. Here the small A and B are cast to the dtype of x
-instead; they stay fp32 masters, and their gradients arrive in fp32. Kept for the backward pass are x, once, and
-x A^T, which is `rank` wide. W is frozen: it is dequantized where it is needed, forwards and backwards, into memory
-that the next layer uses again. Modules that are trained in full are cast in the same way.
+instead; they stay fp32 masters, and their gradients arrive in fp32. Kept for the backward pass are x A^T, which is
+`rank` wide, and x, once, or what it can be made again from. W is frozen: it is dequantized where it is needed, forwards
+and backwards, into memory that the next layer uses again. Modules that are trained in full are cast in the same way.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
 
@@ -99,14 +100,16 @@ class LoraLinear(torch.autograd.Function):
             torch.addmm(base.bias.to(x.dtype), flat, weight, out=rows)
         down = flat @ a.to(x.dtype).t()  # (tokens, rank)
         rows.addmm_(down, b.to(x.dtype).t(), alpha=scaling)
-        ctx.save_for_backward(x, down, a, b)
+        ctx.make, parts = _made_by(x)
+        ctx.save_for_backward(down, a, b, *parts)
         ctx.scaling, ctx.base, ctx.weights = scaling, base, weights
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, down, a, b = ctx.saved_tensors
+        down, a, b, *parts = ctx.saved_tensors
+        x = ctx.make(*parts)
         flat, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         d_down = (dy @ b.to(x.dtype)).mul_(ctx.scaling)  # (tokens, rank)
         dx = None
@@ -116,6 +119,14 @@ class LoraLinear(torch.autograd.Function):
         da = (d_down.t() @ flat).to(a.dtype)
         db = (dy.t() @ down).to(b.dtype).mul_(ctx.scaling)
         return dx, da, db, None, None, None
+
+
+def _made_by(x: Tensor) -> tuple[Callable[..., Tensor], Sequence[Tensor]]:
+    """How to make the bits of x again, and from which tensors, which autograd keeps anyway: `x.made_by` of a norm or
+    of a gated product, unless x was changed since; else x itself.
+    """
+    made: tuple[Callable[..., Tensor], Sequence[Tensor]] | None = getattr(x, "made_by", None)
+    return made if made and x._version == 0 else (lambda same: same, (x,))
 
 
 def _is_plain(layer: Any) -> bool:
