@@ -14,11 +14,13 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface
 
 SEGMENTS = "lorasft_segments"
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -39,8 +41,9 @@ class Paths:
 
     lengths: list[int]  # tokens of each segment
     ancestors: list[tuple[int, ...]]  # numbers of segments
-    varlen: torch.device | None = None  # where one kernel takes all segments
+    varlen: bool = False  # one kernel takes all segments
     cascade: bool = True  # by CascadeAttention, which is for CPUs
+    places: Sequence[Tensor] = ()  # `starts`, on the device of the row
 
     @cached_property
     def stretches(self) -> list[Stretch]:
@@ -64,10 +67,9 @@ class Paths:
         return [own + sum(self.lengths[number] for number in before) for own, before in each]
 
     @cached_property
-    def starts(self) -> list[Tensor]:
-        """Where each segment's queries begin, and its gathered keys: (segments + 1,) int32 each."""
-        sizes = (self.lengths, self.key_counts)
-        return [torch.tensor([0, *accumulate(one)], dtype=torch.int32, device=self.varlen) for one in sizes]
+    def starts(self) -> list[NDArray[np.int32]]:
+        """Where each segment's queries begin, and its gathered keys: (segments + 1,) each."""
+        return [np.cumsum([0, *sizes], dtype=np.int32) for sizes in (self.lengths, self.key_counts)]
 
     def split(self, row: Tensor) -> list[Tensor]:
         """Each segment's own part of `row` (1, heads, tokens, head size)."""
@@ -191,7 +193,7 @@ def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, segments: Paths, 
 
     q, k, v = (row[0].transpose(0, 1) for row in (query, key, value))  # (tokens, heads, size)
     options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0), "enable_gqa": q.shape[1] != k.shape[1]}
-    begun, gathered = segments.starts
+    begun, gathered = segments.places
     output = varlen_attn(q, k, v, begun, gathered, max(segments.lengths), max(segments.key_counts), **options)
     assert isinstance(output, Tensor)
     return output.unsqueeze(0)
@@ -225,5 +227,5 @@ def evaluating(model: Any, attention: str | None = None) -> Iterator[None]:
         model.train(training)
 
 
+# With no mask function of that name, transformers makes no mask (and looks for no packing, which would read numbers).
 AttentionInterface.register(SEGMENTS, attend)
-AttentionMaskInterface.register(SEGMENTS, lambda *args, **kwargs: None)
