@@ -302,7 +302,7 @@ def test_memory_that_ends_around_the_steps(
 
 
 class Fills:
-    """`weighted_loss`, or `plain`, on a device that holds `tokens` tokens, or twice as many where all layers are recomputed.
+    """`plain` on a device that holds `tokens` tokens, or twice as many where all layers are recomputed.
 
     The first micro-batch passes, so that the first failure finds gradients that must be thrown away.
     """

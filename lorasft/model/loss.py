@@ -121,9 +121,9 @@ def send(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
     given = [torch.from_numpy(array) for array in arrays]
     sizes = [-(-tensor.nbytes // 8) * 8 for tensor in given]  # a view begins at a multiple of what a number takes
     buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    for tensor, part in zip(given, buffer.split(sizes), strict=True):
+    for tensor, part in zip(given, torch.split(buffer, sizes), strict=True):
         part[: tensor.nbytes].view(tensor.dtype).copy_(tensor)
-    there = buffer.to(device, non_blocking=True).split(sizes)  # torch keeps pinned memory until its copy is done
+    there = torch.split(buffer.to(device, non_blocking=True), sizes)  # torch keeps pinned memory until its copy is done
     return [part[: tensor.nbytes].view(tensor.dtype) for tensor, part in zip(given, there, strict=True)]
 
 

@@ -121,7 +121,7 @@ class Ranks:
         with self.sync_errors():
             loss = work()
         wanted, stop.save_wanted = stop.save_wanted, False
-        told = self.gather((loss if self.count == 1 else float(loss), stop.received, wanted))
+        told = self.gather((float(loss) if self.count > 1 else 0.0, stop.received, wanted))
         stop.save = any(save for _, _, save in told)
         if self.count > 1:
             stop.signal = max(number for _, number, _ in told)
@@ -134,7 +134,7 @@ class Ranks:
             vector_to_parameters(flat, gradients)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
-        return sum((one for one, _, _ in told), loss.new_zeros(()))
+        return loss if self.count == 1 else loss.new_tensor(sum(one for one, _, _ in told))
 
     def leave(self) -> None:
         """From here on this process ends by itself, also where a launcher wants to end it with the others."""
