@@ -6,6 +6,7 @@ are; it is formed in the forward pass and nothing of a chunk survives but it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from lorasft.data.packing import MicroBatch
 from lorasft.data.prefixes import Sharing
-from lorasft.model.attention import Paths
+from lorasft.model.attention import Paths, Shape
 
 # Pairs of a chunk: enough to keep the head's product busy, few enough to keep its logits small. On GPUs more, as
 # far as the fp32 logits stay near 128 MB.
@@ -63,7 +64,7 @@ class Network:
     head: Head | None  # None: through the model's own `logits_to_keep`, the general and larger way
     segments: bool  # False: sequences go alone, under transformers' own attention
     share: Sharing = False  # whether what sequences begin with in common is computed once
-    varlen: bool = False  # attention of all segments in one kernel
+    kernel: Callable[[Shape], bool] | None = None  # whether one computes attention over all segments, by layer
     rope_switch_length: int | None = None  # sequences up to this length are never in a row with longer ones
     notices: tuple[str, ...] = ()  # what a person should know about a slower way that was taken
     planned: torch.device | None = None  # where a model on the meta device would run
@@ -94,7 +95,10 @@ def pair_losses(network: Network, batch: MicroBatch) -> Tensor:
     if network.segments:
         lengths = [segment.end - segment.start for segment in batch.segments]
         ancestors = [segment.ancestors for segment in batch.segments]
-        paths = Paths(lengths, ancestors, device if network.varlen else None, cascade=on_cpu)
+        paths = Paths(lengths, ancestors, cascade=on_cpu, kernel=network.kernel)
+        if not on_cpu:
+            places = [torch.as_tensor(numbers, device=device) for numbers in paths.numbers]
+            paths = replace(paths, places=places)
         positions = torch.as_tensor(batch.positions, device=device).unsqueeze(0)
         inputs |= {"position_ids": positions, "segments": paths}
     if network.head is None:
