@@ -89,8 +89,7 @@ class Paths:
         return [*starts, np.concatenate(seen)]
 
     def gather(self, row: Tensor) -> Tensor:
-        """What the segments see of `row` (1, heads, tokens, size), one after the other; `row`, where none has ancestors.
-        """
+        """What each segment sees of `row` (1, heads, tokens, size), in turn: `row` itself where none has ancestors."""
         if not any(self.ancestors):
             return row
         index = self.places[2] if self.places else torch.from_numpy(self.numbers[2])
@@ -130,8 +129,8 @@ def attend(
     if segments.kernel and not dropout and segments.kernel(shape):
         return _attend_at_once(query, keys, values, segments, scale, sliding_window), None
     outputs = []
-    parts = (query.split(segments.lengths, 2), *(row.split(segments.key_counts, 2) for row in (keys, values)))
-    for q, k, v in zip(*parts, strict=True):
+    parts = [torch.split(row, segments.key_counts, dim=2) for row in (keys, values)]
+    for q, k, v in zip(torch.split(query, segments.lengths, dim=2), *parts, strict=True):
         # With soft caps (Gemma 2) or sinks (gpt-oss): the model's own function, under a mask to be added.
         if open_scores:
             own = sys.modules[type(module).__module__].eager_attention_forward

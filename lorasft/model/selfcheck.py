@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorasft.data.packing import MicroBatch, make_micro_batches
 from lorasft.data.tokens import Tokens, all_supervised
-from lorasft.model.attention import SEGMENTS, Paths, Shape, attend, evaluating
+from lorasft.model.attention import SEGMENTS, Paths, Shape, attend, default_attention, evaluating
 from lorasft.model.free_memory import out_of_memory
 from lorasft.model.loss import Network, pair_losses, read_head
 
@@ -33,6 +33,7 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
     """
     training = causal.training
     causal.eval()
+    causal.set_attn_implementation(default_attention(causal.config))
     network = Network(
         causal, head=None, segments=False, rope_switch_length=_rope_switch_length(causal.config.get_text_config())
     )
@@ -106,20 +107,20 @@ def _find_kernel_error(shape: Shape, device: torch.device, dtype: torch.dtype) -
         return f"torch's FlashAttention computes in 16 bits, not in {str(dtype).removeprefix('torch.')}"
     paths = Paths([150, 70, 5, 90], [(), (0,), (0, 1), ()], cascade=False)  # longer and shorter than a kernel's blocks
     paths = replace(paths, places=[torch.from_numpy(numbers).to(device) for numbers in paths.numbers])
-    draw, options = torch.Generator().manual_seed(0), {"scaling": 0.1, "sliding_window": 40 if shape.windowed else None}
+    draw, window = torch.Generator().manual_seed(0), 40 if shape.windowed else None
     heads = ((shape.heads, shape.size), (shape.key_heads, shape.size), (shape.key_heads, shape.value_size))
     rows = [torch.randn(1, sum(paths.lengths), *one, generator=draw).to(device, dtype).transpose(1, 2) for one in heads]
     found = []
     try:
         for segments, precision in ((replace(paths, kernel=lambda _: True), dtype), (paths, torch.float64)):
-            given = [row.to(precision).requires_grad_() for row in rows]
+            q, k, v = (row.to(precision).requires_grad_() for row in rows)
             with torch.enable_grad():
-                output, _ = attend(nn.Module(), *given, None, segments=segments, **options)
-                gradients = torch.autograd.grad(output, given, output.detach().sin())
+                output, _ = attend(nn.Module(), q, k, v, None, scaling=0.1, sliding_window=window, segments=segments)
+                gradients = torch.autograd.grad(output, (q, k, v), output.detach().sin())
             found.append([one.double() for one in (output.detach(), *gradients)])
     except Exception as error:  # of the kernel, of its backward pass, of a torch that calls it otherwise
         return _first_line(error)
-    drift = max(float((one - exact).norm() / exact.norm()) for one, exact in zip(*found, strict=True))
+    drift = float(torch.stack([(one - exact).norm() / exact.norm() for one, exact in zip(*found, strict=True)]).max())
     return "" if drift <= _KERNEL else f"torch's FlashAttention is {drift:.1e} from float64"
 
 
@@ -128,7 +129,8 @@ def _try_kernels(network: Network, alone: Tensor) -> Network:
     kernels = _Kernels(network.device, network.causal.dtype)
     whole = _find_leak(replace(network, kernel=kernels), alone)
     reasons = sorted({*kernels.reasons.values(), whole or ""} - {""})
-    notices = [f"attention goes segment by segment, which is slower: {reason}" for reason in reasons]
+    which = "attention" if whole or all(kernels.reasons.values()) else "attention of some layers"
+    notices = [f"{which} goes segment by segment, which is slower: {reason}" for reason in reasons]
     return replace(network, kernel=None if whole else kernels, notices=(*network.notices, *notices))
 
 
