@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -25,6 +26,8 @@ from tiny_models import make_base, randomize_adapter
 from torch.profiler import ProfilerActivity, profile
 
 from lorasft.cli import main
+from lorasft.data.packing import Plan
+from lorasft.data.store import TokenStore
 from lorasft.model import memory, scoring
 from lorasft.model.adapter import attach_adapter
 from lorasft.model.attention import SEGMENTS
@@ -40,6 +43,7 @@ from lorasft.train import layout as layouts
 from lorasft.train import loop
 from lorasft.train import run as runs
 from lorasft.train.checkpoint import read_state
+from lorasft.train.layout import choose_fit, find_heaviest, widen
 
 Write = Callable[..., str]
 GIB = 1 << 30
@@ -214,6 +218,42 @@ def test_as_few_layers_as_fit_are_recomputed(monkeypatch: pytest.MonkeyPatch) ->
     found = [layouts.fewest_recomputed(network, batch, free=free) for free in (1000, 500, 410, 210, 100)]
     assert [count for count, _ in found] == [0, 1, 1, 3, 4]
     assert [needs.peak for _, needs in found] == [455, 365, 365, 185, 185]
+
+
+def test_on_a_gpu_micro_batches_are_as_large_as_recompute_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sizes are tried from the largest on; below the usual ones layers recompute, too. On the meta device."""
+    arrays = {"ids": np.arange(64 * 60, dtype=np.int32) % 90, "supervised": np.ones(64 * 60, dtype=bool)}
+    rows = TokenStore(np.arange(64), arrays, np.arange(0, 64 * 60 + 1, 60), np.arange(65), ())
+    _, network = with_adapter(make_base("llama", layers=4))
+    network = replace(network, causal=copy.deepcopy(network.causal).to("meta"), planned=torch.device("cuda"))
+    plan = Plan(64, 64, 1, seed=0, loss="token", micro_batch_tokens=400)
+    most = widen(plan, rows, worth=1.0).micro_batch_tokens
+    assert most == 6400  # all of 64 * 59 tokens
+
+    def needs(tokens: int, recomputed: int = 0) -> int:
+        batch = find_heaviest(replace(plan, micro_batch_tokens=tokens), rows)
+        return int(dry_run(network, batch, recomputed=recomputed).peak / 0.9) + 1
+
+    def fit(spare: int, **given: Any) -> tuple[int, int]:
+        given = {"wanted": None, "free": True, "most": most} | given
+        found = choose_fit(network, plan, rows, spare=spare, **given)
+        assert found.holds == (spare > 0)
+        return found.plan.micro_batch_tokens, found.recomputed
+
+    assert fit(GIB) == (6400, 0)
+    for tokens in (3200, 1600, 400):
+        assert fit(needs(tokens)) == (tokens, 0) and fit(needs(tokens) - 1) != (tokens, 0)
+    assert fit(needs(177)) == (177, 0)  # half of the 354 tokens of the heaviest
+    assert fit(needs(177) - 1) == (177, 1) and fit(needs(177, 4)) == (177, 4)
+    assert fit(0) == (60, 4)  # the longest
+    assert fit(needs(800, 4), wanted=4) == (800, 4)
+    assert fit(needs(400) - 1, free=False, most=400)[0] == 400
+
+    def reads_numbers(*_: Any, **__: Any) -> ActivationMemory:
+        raise NotImplementedError("nonzero")
+
+    monkeypatch.setattr(layouts, "dry_run", reads_numbers)
+    assert (fit(GIB), fit(GIB, wanted=0)) == ((400, 4), (400, 0))
 
 
 def test_the_heaviest_batch_is_full_and_holds_the_longest() -> None:

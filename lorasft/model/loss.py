@@ -6,7 +6,7 @@ are; it is formed in the forward pass and nothing of a chunk survives but it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorasft.data.packing import MicroBatch
 from lorasft.data.prefixes import Sharing
-from lorasft.model.attention import Paths
+from lorasft.model.attention import Paths, Shape
 
 # Pairs of a chunk: enough to keep the head's product busy, few enough to keep its logits small. On GPUs more, as
 # far as the fp32 logits stay near 128 MB.
@@ -65,7 +65,7 @@ class Network:
     head: Head | None  # None: through the model's own `logits_to_keep`, the general and larger way
     segments: bool  # False: sequences go alone, under transformers' own attention
     share: Sharing = False  # whether what sequences begin with in common is computed once
-    varlen: bool = False  # attention of all segments in one kernel
+    kernel: Callable[[Shape], bool] | None = None  # whether one computes attention over all segments, by layer
     rope_switch_length: int | None = None  # sequences up to this length are never in a row with longer ones
     notices: tuple[str, ...] = ()  # what a person should know about a slower way that was taken
     planned: torch.device | None = None  # where a model on the meta device would run
@@ -102,9 +102,10 @@ def _compute_losses(network: Network, batch: MicroBatch) -> tuple[Tensor, Tensor
     if network.segments and on_cpu and model.dtype.itemsize == 2:
         batch = round_up(batch)
     lengths = [segment.end - segment.start for segment in batch.segments]
-    paths = Paths(lengths, [segment.ancestors for segment in batch.segments], network.varlen, cascade=on_cpu)
+    ancestors = [segment.ancestors for segment in batch.segments]
+    paths = Paths(lengths, ancestors, cascade=on_cpu, kernel=network.kernel)
     rows = (batch.ids, batch.positions, batch.sources, batch.targets, batch.weights)
-    ids, positions, sources, targets, weights, *places = send((*rows, *paths.starts), device)
+    ids, positions, sources, targets, weights, *places = send((*rows, *paths.numbers), device)
     inputs: dict[str, Any] = {"input_ids": ids.unsqueeze(0), "use_cache": False}
     if network.segments:
         inputs |= {"position_ids": positions.unsqueeze(0), "segments": replace(paths, places=places)}
