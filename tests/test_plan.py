@@ -63,7 +63,7 @@ def test_the_peak_is_foreseen_from_config_and_data(shape: str, words: int, recip
     for recompute in (False, True):
         path = recipe(
             model={"base": str(base), "quantization": "none" if shape == "moe" else "nf4"},
-            adapter={"dropout": 0.0, "rank": 64},  # large enough for states in 8 bit
+            adapter={"dropout": 0.0, "rank": 16},
             optimizer={"name": "adamw8bit" if shape == "gemma2" else "adamw"},
             data={"train": str(tmp_path / "rows.jsonl"), "eval": None, "max_length": 1024},
             chat={"template": "plain"},
@@ -78,7 +78,8 @@ def test_the_peak_is_foreseen_from_config_and_data(shape: str, words: int, recip
 
 
 def loaded_bytes(plan: dict[str, Any]) -> int:
-    return sum(size for kind, size in plan["bytes"].items() if kind == "adapter" or "weights" in kind)
+    optimizer, steps = plan["bytes"]["optimizer"], plan["bytes"]["activations"] + plan["bytes"]["transient"]
+    return int(plan["peak"] - optimizer - steps)  # what the first step finds
 
 
 def work_twice(run: loop.Run) -> None:
@@ -104,7 +105,7 @@ def test_a_plan_needs_no_weights_and_leaves_nothing(recipe: Write, base: Path, t
 LARGE, AUTO = {"rank": 64}, {"micro_batch_tokens": "auto"}
 FIXED = {"micro_batch_tokens": 150, "activation_checkpointing": False}
 CHANGES = [  # adapter, machine, share of the memory that it takes, what is said
-    (LARGE, FIXED, 0.85, "machine.activation_checkpointing=auto"),
+    (LARGE, FIXED, 0.87, "machine.activation_checkpointing=auto"),
     (LARGE, AUTO, 0.4, "optimizer.name=adamw8bit"),
     ({"rank": 2, "modules_to_save": ["lm_head"]}, AUTO, 0.24, "'adapter.modules_to_save=[]'"),
 ]
@@ -207,7 +208,7 @@ def test_what_does_not_fit_is_met_before_the_first_step(
     assert main(["train", recipe(**settings, run={"output": str(tmp_path / "roomy")})]) == 0
     fills = Fills(80)
     fills.calls = 1  # the first micro-batch does not pass
-    monkeypatch.setattr(loop, "pair_losses", fills)
+    monkeypatch.setattr(loop, "weighted_loss", fills)
     said = cli("train", recipe(**settings, run={"output": str(tmp_path / "tight")})).err
     assert said.index("from here on micro-batches of") < said.index("step 1/4") and fills.raised == 1
     assert losses_of(tmp_path / "tight") == pytest.approx(losses_of(tmp_path / "roomy"), rel=1e-6)

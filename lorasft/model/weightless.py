@@ -47,7 +47,7 @@ def plan_network(network: Network, model: Any) -> Network:
     base = model.get_base_model()
     base.set_attn_implementation(network.causal.config._attn_implementation)
     head = read_head(base, network.runs_on) if network.head else None
-    planned = replace(network, causal=base, head=head, planned=network.runs_on, varlen=False)
+    planned = replace(network, causal=base, head=head, planned=network.runs_on)
     # Which linears share an input is seen in a pass, as it was on the other; a model that reads numbers has no plan.
     with contextlib.suppress(LookupError, TypeError, ValueError, RuntimeError), torch.no_grad(), shapes_alone():
         pair_losses(planned, heaviest_batch(planned, longest=8, capacity=8))
