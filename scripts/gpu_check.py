@@ -229,7 +229,7 @@ def prepare_lorasft(case: Case, model: Any, device: Any) -> Learner:
         recomputed, _ = fewest_recomputed(planned, heaviest, free=room)
         recompute(network.causal, recomputed)
     network.causal.train()
-    note = f"{recomputed} layers recomputed, {'one kernel' if network.varlen else 'segment by segment'}"
+    note = f"{recomputed} layers recomputed, {'one kernel' if network.kernel else 'segment by segment'}"
     return Learner(lambda batch: pair_losses(network, batch).mean(), "; ".join([note, *network.notices]))
 
 

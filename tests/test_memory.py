@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -25,12 +26,14 @@ from tiny_models import make_base, randomize_adapter
 from torch.profiler import ProfilerActivity, profile
 
 from lorasft.cli import main
+from lorasft.data.packing import Plan
+from lorasft.data.store import TokenStore
 from lorasft.model import memory, scoring
 from lorasft.model.adapter import attach_adapter
 from lorasft.model.attention import SEGMENTS
 from lorasft.model.base import load_base
 from lorasft.model.free_memory import cgroup_free
-from lorasft.model.loss import Network, pair_losses
+from lorasft.model.loss import Network, pair_losses, weighted_loss
 from lorasft.model.memory import ActivationMemory, StorageMeter, dry_run, heaviest_batch, static_bytes
 from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
 from lorasft.model.selfcheck import verify
@@ -40,6 +43,7 @@ from lorasft.train import layout as layouts
 from lorasft.train import loop
 from lorasft.train import run as runs
 from lorasft.train.checkpoint import read_state
+from lorasft.train.layout import choose_fit, find_heaviest, widen
 
 Write = Callable[..., str]
 GIB = 1 << 30
@@ -216,6 +220,42 @@ def test_as_few_layers_as_fit_are_recomputed(monkeypatch: pytest.MonkeyPatch) ->
     assert [needs.peak for _, needs in found] == [455, 365, 365, 185, 185]
 
 
+def test_on_a_gpu_micro_batches_are_as_large_as_recompute_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sizes are tried from the largest on; below the usual ones layers recompute, too. On the meta device."""
+    arrays = {"ids": np.arange(64 * 60, dtype=np.int32) % 90, "supervised": np.ones(64 * 60, dtype=bool)}
+    rows = TokenStore(np.arange(64), arrays, np.arange(0, 64 * 60 + 1, 60), np.arange(65), ())
+    _, network = with_adapter(make_base("llama", layers=4))
+    network = replace(network, causal=copy.deepcopy(network.causal).to("meta"), planned=torch.device("cuda"))
+    plan = Plan(64, 64, 1, seed=0, loss="token", micro_batch_tokens=400)
+    most = widen(plan, rows, worth=1.0).micro_batch_tokens
+    assert most == 6400  # all of 64 * 59 tokens
+
+    def needs(tokens: int, recomputed: int = 0) -> int:
+        batch = find_heaviest(replace(plan, micro_batch_tokens=tokens), rows)
+        return int(dry_run(network, batch, recomputed=recomputed).peak / 0.9) + 1
+
+    def fit(spare: int, **given: Any) -> tuple[int, int]:
+        given = {"wanted": None, "free": True, "most": most} | given
+        found = choose_fit(network, plan, rows, spare=spare, **given)
+        assert found.holds == (spare > 0)
+        return found.plan.micro_batch_tokens, found.recomputed
+
+    assert fit(GIB) == (6400, 0)
+    for tokens in (3200, 1600, 400):
+        assert fit(needs(tokens)) == (tokens, 0) and fit(needs(tokens) - 1) != (tokens, 0)
+    assert fit(needs(177)) == (177, 0)  # half of the 354 tokens of the heaviest
+    assert fit(needs(177) - 1) == (177, 1) and fit(needs(177, 4)) == (177, 4)
+    assert fit(0) == (60, 4)  # the longest
+    assert fit(needs(800, 4), wanted=4) == (800, 4)
+    assert fit(needs(400) - 1, free=False, most=400)[0] == 400
+
+    def reads_numbers(*_: Any, **__: Any) -> ActivationMemory:
+        raise NotImplementedError("nonzero")
+
+    monkeypatch.setattr(layouts, "dry_run", reads_numbers)
+    assert (fit(GIB), fit(GIB, wanted=0)) == ((400, 4), (400, 0))
+
+
 def test_the_heaviest_batch_is_full_and_holds_the_longest() -> None:
     _, network = with_adapter(make_base("llama"))
     for longest, capacity in ((9, 20), (50, 20), (10, 20)):
@@ -302,10 +342,12 @@ def test_memory_that_ends_around_the_steps(
 
 
 class Fills:
-    """`pair_losses` on a device that holds `tokens` tokens, or twice as many where all layers are recomputed.
+    """`plain` on a device that holds `tokens` tokens, or twice as many where all layers are recomputed.
 
     The first micro-batch passes, so that the first failure finds gradients that must be thrown away.
     """
+
+    plain = staticmethod(weighted_loss)
 
     def __init__(self, tokens: int, *, backward: bool = False, message: str | None = None) -> None:
         self.tokens, self.backward = tokens, backward
@@ -313,7 +355,7 @@ class Fills:
         self.raised = self.calls = 0
 
     def __call__(self, network: Network, batch: Any) -> torch.Tensor:
-        losses = pair_losses(network, batch)
+        losses = self.plain(network, batch)
         layers = decoder_layers(network.causal)
         room = self.tokens * (2 if recomputed_layers(network.causal) == len(layers) else 1)
         self.calls += 1
@@ -353,7 +395,11 @@ def test_a_run_survives_running_out_of_memory_with_the_same_losses(
 ) -> None:
     settings: dict[str, Any] = {"adapter": {"dropout": 0.0}, "train": {"steps": 4}}
     assert main(["train", recipe(**settings, run={"output": str(tmp_path / "roomy")})]) == 0
-    monkeypatch.setattr(loop if where == "step" else scoring, "pair_losses", fills)
+    if where == "step":
+        monkeypatch.setattr(loop, "weighted_loss", fills)
+    else:
+        monkeypatch.setattr(fills, "plain", pair_losses)
+        monkeypatch.setattr(scoring, "pair_losses", fills)
     said = cli("train", recipe(**settings, run={"output": str(tmp_path / "tight")})).err
     assert 0 < fills.raised < 5 and "out of memory with" in said and "from here on micro-batches of" in said
     want, got = losses_of(tmp_path / "roomy"), losses_of(tmp_path / "tight")
@@ -409,7 +455,7 @@ def test_out_of_memory_at_the_end_names_the_rows_and_what_would_help(
     recipe: Write, monkeypatch: pytest.MonkeyPatch, cli: Command
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "pair_losses", Fills(10))
+        patch.setattr(loop, "weighted_loss", Fills(10))
         code, _, said = cli("train", recipe())
     assert code == 6 and "rows.jsonl:" in said and "tokens)" in said and "Traceback" not in said
     assert "adapter.rank" in said and "lorasft plan" in said, said
@@ -417,6 +463,6 @@ def test_out_of_memory_at_the_end_names_the_rows_and_what_would_help(
 
 
 def test_other_runtime_errors_are_not_taken_for_memory(recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "pair_losses", Fills(80, message="shapes do not match"))
+    monkeypatch.setattr(loop, "weighted_loss", Fills(80, message="shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         main(["train", recipe()])

@@ -19,7 +19,6 @@ from test_families import find_config
 from test_oracles import Rows, assert_same_step, differences, oracle, ours, packed_step, plain_step
 from test_train import metrics
 from tiny_models import CONFIGS, Given, make_base
-from torch import Tensor
 from transformers import AttentionInterface
 
 from lorasft.cli import main
@@ -118,8 +117,7 @@ def test_without_a_shared_prefix_the_plan_is_the_same_bytes_and_nothing_is_gathe
             lengths = [segment.end - segment.start for segment in batch.segments]
             paths = Paths(lengths, [segment.ancestors for segment in batch.segments])
             keys = torch.zeros(1, 2, len(batch.ids), 4)
-            for part, segment in zip(paths.gather(keys), batch.segments, strict=True):
-                assert part.data_ptr() == keys[:, :, segment.start].data_ptr()  # views of the row itself
+            assert paths.gather(keys) is keys
 
 
 def test_equal_pairs_are_counted_for_each_example() -> None:
@@ -245,37 +243,6 @@ def test_positions_by_the_longest_of_a_row_keep_short_and_long_apart() -> None:
             assert torch.allclose(losses[torch.as_tensor(batch.examples == example)], alone[example], atol=1e-5)
 
 
-def varlen_by_hand(
-    query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, most_queries: int, most_keys: int,
-    *, scale: float, window_size: tuple[int, int], enable_gqa: bool,
-) -> Tensor:  # fmt: skip
-    """What torch documents of `varlen_attn` with the window (-1, 0), which runs on CUDA alone."""
-    assert window_size == (-1, 0) and query.shape[0] == queries[-1] and key.shape[0] == keys[-1]
-    assert (queries.diff().max(), keys.diff().max()) == (most_queries, most_keys)
-    assert enable_gqa == (query.shape[1] != key.shape[1])
-    outputs = []
-    for (a, b), (c, d) in zip(queries.unfold(0, 2, 1).tolist(), keys.unfold(0, 2, 1).tolist(), strict=True):
-        k, v = (row[c:d].repeat_interleave(query.shape[1] // key.shape[1], 1) for row in (key, value))
-        scores = torch.einsum("qhd,khd->hqk", query[a:b], k) * scale
-        hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(1 + d - c - (b - a))
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v))
-    return torch.cat(outputs)
-
-
-def test_one_kernel_for_all_segments_is_fed_the_same_paths(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_hand)
-    lengths, ancestors = [9, 5, 4, 7, 6], [(), (0,), (0, 1), (0,), ()]
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(1, heads, 31, 8) for heads in (4, 2, 2))
-    got, want = (
-        attend(torch.nn.Module(), query, key, value, None, segments=Paths(lengths, ancestors, kernel, kernel is None))[
-            0
-        ]
-        for kernel in (query.device, None)
-    )
-    assert torch.allclose(got, want, atol=1e-6)
-
-
 def test_a_run_shares_and_learns_the_same(recipe: Write, tmp_path: Path) -> None:
     """The layout keeps the decision, and a resumed run goes on as it began."""
     results = {}
@@ -316,6 +283,10 @@ def test_micro_batches_widen_where_a_long_stem_would_be_repeated() -> None:
         return Given([all_supervised(np.concatenate([first, tail]).astype(np.int32)) for tail in tails])
 
     plan = Plan(32, 32, 1, seed=0, loss="token", micro_batch_tokens=1024, share_prefixes="auto")
-    assert widen(plan, rows(800)) == 4096  # 800 + 32 * 100 tokens
-    assert widen(plan, rows(0)) == widen(plan, rows(20)) == 1024
-    assert widen(replace(plan, share_prefixes=False), rows(800)) == 1024
+    narrow = widen(plan, rows(0), worth=0.9), widen(plan, rows(20), worth=0.9)
+    assert widen(plan, rows(800), worth=0.9).micro_batch_tokens == 4096  # 800 + 32 * 100 tokens
+    assert narrow == (plan, plan)
+    alone = replace(plan, share_prefixes=False)
+    assert widen(alone, rows(800), worth=0.9) == alone
+    assert widen(alone, rows(800), worth=1.0).micro_batch_tokens == 16_384  # 32 * 900, and no more than that
+    assert widen(alone, rows(0), worth=1.0).micro_batch_tokens == 4096  # holds all of the step

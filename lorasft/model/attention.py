@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface
 
 SEGMENTS = "lorasft_segments"
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash = torch.ops.aten._flash_attention_forward
 _attend_back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
@@ -33,14 +36,26 @@ class Stretch(NamedTuple):
     causal: bool
 
 
+class Shape(NamedTuple):
+    """What decides whether a kernel can compute a call of attention."""
+
+    heads: int
+    key_heads: int
+    size: int  # of a head's queries and keys
+    value_size: int
+    windowed: bool
+    open_scores: bool  # soft caps or sinks
+
+
 @dataclass(frozen=True)
 class Paths:
     """The segments of a row as attention reads them, made once for a micro-batch and all layers."""
 
     lengths: list[int]  # tokens of each segment
     ancestors: list[tuple[int, ...]]  # numbers of segments
-    varlen: torch.device | None = None  # where one kernel takes all segments
     cascade: bool = True  # by CascadeAttention, which is for CPUs
+    kernel: Callable[[Shape], bool] | None = None  # whether one computes all segments of a layer
+    places: Sequence[Tensor] = ()  # `numbers`, on the device of the row
 
     @cached_property
     def stretches(self) -> list[Stretch]:
@@ -64,22 +79,21 @@ class Paths:
         return [own + sum(self.lengths[number] for number in before) for own, before in each]
 
     @cached_property
-    def starts(self) -> list[Tensor]:
-        """Where each segment's queries begin, and its gathered keys: (segments + 1,) int32 each."""
-        sizes = (self.lengths, self.key_counts)
-        return [torch.tensor([0, *accumulate(one)], dtype=torch.int32, device=self.varlen) for one in sizes]
+    def numbers(self) -> list[NDArray[np.int32]]:
+        """Where each segment's queries begin, and the keys it sees, (segments + 1,) each; and those keys' places in the
+        row, its ancestors' first: (gathered,).
+        """
+        starts = [np.cumsum([0, *sizes], dtype=np.int32) for sizes in (self.lengths, self.key_counts)]
+        own = np.split(np.arange(starts[0][-1], dtype=np.int32), starts[0][1:-1])
+        seen = [own[one] for number, before in enumerate(self.ancestors) for one in (*before, number)]
+        return [*starts, np.concatenate(seen)]
 
-    def split(self, row: Tensor) -> list[Tensor]:
-        """Each segment's own part of `row` (1, heads, tokens, head size)."""
-        return list(torch.split(row, self.lengths, dim=2))
-
-    def gather(self, row: Tensor) -> list[Tensor]:
-        """What each segment sees of `row`: its ancestors' part and its own. Nothing is copied where none has any."""
-        own = self.split(row)
-        return [
-            torch.cat([*(own[number] for number in before), part], dim=2) if before else part
-            for part, before in zip(own, self.ancestors, strict=True)
-        ]
+    def gather(self, row: Tensor) -> Tensor:
+        """What each segment sees of `row` (1, heads, tokens, size), in turn: `row` itself where none has ancestors."""
+        if not any(self.ancestors):
+            return row
+        index = self.places[2] if self.places else torch.from_numpy(self.numbers[2])
+        return row.index_select(2, index)
 
 
 def attend(
@@ -111,10 +125,12 @@ def attend(
         output: Tensor = CascadeAttention.apply(query, key, value, segments.stretches, scale)  # type: ignore[no-untyped-call]
         return output, None
     keys, values = segments.gather(key), segments.gather(value)
-    if plain and segments.varlen:
-        return _attend_at_once(query, torch.cat(keys, dim=2), torch.cat(values, dim=2), segments, scale), None
+    shape = Shape(query.shape[1], key.shape[1], query.shape[3], value.shape[3], sliding_window is not None, open_scores)
+    if segments.kernel and not dropout and segments.kernel(shape):
+        return _attend_at_once(query, keys, values, segments, scale, sliding_window), None
     outputs = []
-    for q, k, v in zip(segments.split(query), keys, values, strict=True):
+    parts = [torch.split(row, segments.key_counts, dim=2) for row in (keys, values)]
+    for q, k, v in zip(torch.split(query, segments.lengths, dim=2), *parts, strict=True):
         # With soft caps (Gemma 2) or sinks (gpt-oss): the model's own function, under a mask to be added.
         if open_scores:
             own = sys.modules[type(module).__module__].eager_attention_forward
@@ -180,19 +196,20 @@ class CascadeAttention(torch.autograd.Function):
         return *gradients, None, None
 
 
-def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, segments: Paths, scale: float) -> Tensor:
-    """query (1, heads, tokens, size), key and value (1, key heads, gathered, size) -> (1, tokens, heads, size).
+def _attend_at_once(
+    query: Tensor, keys: Tensor, values: Tensor, segments: Paths, scale: float, window: int | None
+) -> Tensor:
+    """query (1, heads, tokens, size), keys and values (1, key heads, gathered, size) -> (1, tokens, heads, size).
 
-    torch's own FlashAttention over sequences of unequal lengths (CUDA), causal from the bottom right; `verify` compares
-    it with attention segment by segment before it is used. Raises RuntimeError or ValueError where torch or the device
-    cannot do it.
+    torch's FlashAttention over sequences of unequal lengths (CUDA), causal from the bottom right: a window counts along
+    the gathered keys. Called as torch 2.10 to 2.13 have it; their `varlen_attn` takes other arguments in each of them.
+    Raises RuntimeError where torch or the device cannot do it.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (row[0].transpose(0, 1) for row in (query, key, value))  # (tokens, heads, size)
-    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0), "enable_gqa": q.shape[1] != k.shape[1]}
-    begun, gathered = segments.starts
-    output = varlen_attn(q, k, v, begun, gathered, max(segments.lengths), max(segments.key_counts), **options)
+    q, k, v = (row[0].transpose(0, 1) for row in (query, keys, values))  # (tokens, heads, size)
+    left, causal = (-1, True) if window is None else (window - 1, False)
+    longest = (max(segments.lengths), max(segments.key_counts))
+    options = {"scale": scale, "window_size_left": left, "window_size_right": 0}
+    output, *_ = _flash(q, k, v, *segments.places[:2], *longest, 0.0, causal, False, **options)
     assert isinstance(output, Tensor)
     return output.unsqueeze(0)
 
@@ -207,9 +224,10 @@ def _causal(query: Tensor, key: Tensor, *, window: int | None) -> Tensor:
 def default_attention(config: Any) -> str:
     """The attention of transformers for generation and for sequences that go alone, named so that no config chooses.
 
-    Models with soft caps or sinks (Gemma 2, gpt-oss) have no `sdpa`.
+    Models with soft caps or sinks (Gemma 2, gpt-oss) have no `sdpa`; before 5.23 it left out the soft caps.
     """
-    return "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa else "eager"
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa and not capped else "eager"
 
 
 @contextlib.contextmanager
@@ -225,5 +243,5 @@ def evaluating(model: Any, attention: str | None = None) -> Iterator[None]:
         model.train(training)
 
 
+# With no mask function of that name, transformers makes no mask (and looks for no packing, which would read numbers).
 AttentionInterface.register(SEGMENTS, attend)
-AttentionMaskInterface.register(SEGMENTS, lambda *args, **kwargs: None)

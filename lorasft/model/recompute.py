@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -29,15 +31,14 @@ def recomputed_layers(causal: Any) -> int:
 
 
 def recompute(causal: Any, count: int) -> None:
-    """Let exactly the first `count` decoder layers recompute their activations; 0: none."""
-    if count == 0:
-        causal.activation_checkpointing_disable()
-    else:
-        causal.activation_checkpointing_enable({"use_reentrant": False})
-    # Only reentrant checkpoints need inputs with gradients, for which the first layer would do work without a use.
-    causal.disable_input_require_grads()
+    """Let exactly the first `count` decoder layers recompute their activations; 0: none.
+
+    The layers' own attributes, as transformers 5.3 to 5.23 read them: the model's method for it has had two names, and
+    gives the embeddings gradients, which only reentrant checkpoints need.
+    """
     for index, layer in enumerate(decoder_layers(causal)):
         layer.gradient_checkpointing = index < count  # type: ignore[assignment]
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
 
 
 @contextmanager

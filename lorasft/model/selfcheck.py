@@ -6,22 +6,24 @@ ones do) is run one sequence at a time; a head that does more than is known here
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorasft.data.packing import MicroBatch, make_micro_batches
 from lorasft.data.tokens import Tokens, all_supervised
-from lorasft.model.attention import SEGMENTS, evaluating
+from lorasft.model.attention import SEGMENTS, Paths, Shape, attend, default_attention, evaluating
+from lorasft.model.free_memory import out_of_memory
 from lorasft.model.loss import Network, pair_losses, read_head
 
 _STEM, _TAIL, _OTHER = 17, 17, 9  # tokens that two sequences begin with, and with which each continues
 # What rounding may move, as shares of the losses, in 32 bits and in 16: the losses of a sequence beside another first
 # one (an expert's product has other rows then), and their mean by other kernels.
 _LEAK, _DRIFT = (2e-6, 1.6e-2), (1e-4, 3e-2)
+_KERNEL = 2e-2  # and, as a share of their norm, outputs and gradients of attention in 16 bits
 
 
 def verify(causal: Any, *, segments: bool = True) -> Network:
@@ -31,13 +33,12 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
     """
     training = causal.training
     causal.eval()
+    causal.set_attn_implementation(default_attention(causal.config))
     network = Network(
         causal, head=None, segments=False, rope_switch_length=_rope_switch_length(causal.config.get_text_config())
     )
     shared = replace(network, segments=True, share="auto")
     ways = [shared, replace(shared, share=False)]  # the fastest first
-    if network.device.type == "cuda":
-        ways.insert(0, replace(shared, varlen=True))
     notice = None
     with torch.no_grad():
         alone = torch.cat([pair_losses(network, _row(sequence)) for sequence in _branches(1, network)])
@@ -51,6 +52,8 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
             notice = f"{lost}: {reason}"
         if notice and not network.share:
             network = replace(network, notices=(notice,))
+        if network.segments and network.device.type == "cuda":
+            network = _try_kernels(network, alone)
         network = _try_head(network)
     causal.train(training)
     return network
@@ -66,13 +69,69 @@ def _find_leak(network: Network, alone: Tensor) -> str | None:
     try:
         with evaluating(network.causal, SEGMENTS):
             losses = [pair_losses(network, row) for row in rows]
-    except (ImportError, TypeError, ValueError, RuntimeError) as error:
-        return f"no segment attention ({error})"
+    except Exception as error:  # a model's own code may raise anything
+        return f"no segment attention ({_first_line(error)})"
     leak = float((losses[0] - losses[1])[rows[0].examples == 1].abs().max())
     drift = float((losses[0] - alone).abs().mean())
     if leak <= _limit(_LEAK, network.causal, alone) and drift <= _limit(_DRIFT, network.causal, alone):
         return None
     return f"losses move by {leak:.1e} with another neighbour and by {drift:.1e} in company"
+
+
+def _first_line(error: Exception) -> str:
+    """What `error` says first. Where it says that memory ran out, it is raised again: nothing was found out then."""
+    if out_of_memory(error):
+        raise error
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    """Whether FlashAttention computes all segments of a layer at once, tried when a shape of it is met first."""
+
+    device: torch.device
+    dtype: torch.dtype
+    reasons: dict[Shape, str] = field(default_factory=dict)  # why not; empty: it does
+
+    def __call__(self, shape: Shape) -> bool:
+        if shape not in self.reasons:
+            self.reasons[shape] = _find_kernel_error(shape, self.device, self.dtype)
+        return not self.reasons[shape]
+
+
+def _find_kernel_error(shape: Shape, device: torch.device, dtype: torch.dtype) -> str:
+    """What is wrong with the one kernel: its output and gradients beside those segment by segment in float64."""
+    if shape.open_scores:
+        return "torch has no kernel with soft caps or sinks"
+    if dtype.itemsize != 2:
+        return f"torch's FlashAttention computes in 16 bits, not in {str(dtype).removeprefix('torch.')}"
+    paths = Paths([150, 70, 5, 90], [(), (0,), (0, 1), ()], cascade=False)  # longer and shorter than a kernel's blocks
+    paths = replace(paths, places=[torch.from_numpy(numbers).to(device) for numbers in paths.numbers])
+    draw, window = torch.Generator().manual_seed(0), 40 if shape.windowed else None
+    heads = ((shape.heads, shape.size), (shape.key_heads, shape.size), (shape.key_heads, shape.value_size))
+    rows = [torch.randn(1, sum(paths.lengths), *one, generator=draw).to(device, dtype).transpose(1, 2) for one in heads]
+    found = []
+    try:
+        for segments, precision in ((replace(paths, kernel=lambda _: True), dtype), (paths, torch.float64)):
+            q, k, v = (row.to(precision).requires_grad_() for row in rows)
+            with torch.enable_grad():
+                output, _ = attend(nn.Module(), q, k, v, None, scaling=0.1, sliding_window=window, segments=segments)
+                gradients = torch.autograd.grad(output, (q, k, v), output.detach().sin())
+            found.append([one.double() for one in (output.detach(), *gradients)])
+    except Exception as error:  # of the kernel, of its backward pass, of a torch that calls it otherwise
+        return _first_line(error)
+    drift = float(torch.stack([(one - exact).norm() / exact.norm() for one, exact in zip(*found, strict=True)]).max())
+    return "" if drift <= _KERNEL else f"torch's FlashAttention is {drift:.1e} from float64"
+
+
+def _try_kernels(network: Network, alone: Tensor) -> Network:
+    """`network` with one kernel for all segments of the layers that it computes rightly."""
+    kernels = _Kernels(network.device, network.causal.dtype)
+    whole = _find_leak(replace(network, kernel=kernels), alone)
+    reasons = sorted({*kernels.reasons.values(), whole or ""} - {""})
+    which = "attention" if whole or all(kernels.reasons.values()) else "attention of some layers"
+    notices = [f"{which} goes segment by segment, which is slower: {reason}" for reason in reasons]
+    return replace(network, kernel=None if whole else kernels, notices=(*network.notices, *notices))
 
 
 def _try_head(network: Network) -> Network:

@@ -45,7 +45,7 @@ def plan_network(network: Network, model: Any) -> Network:
     base = model.get_base_model()
     base.set_attn_implementation(network.causal.config._attn_implementation)
     head = read_head(base, network.runs_on) if network.head else None
-    return replace(network, causal=base, head=head, planned=network.runs_on, varlen=False)
+    return replace(network, causal=base, head=head, planned=network.runs_on)
 
 
 def _shrink_vocabulary(config: Any, most: int = 8192) -> Any:

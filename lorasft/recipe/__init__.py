@@ -134,7 +134,7 @@ class RunSettings(_Section):
 
 
 class MachineSettings(_Section):
-    micro_batch_tokens: Auto | PositiveInt = Field("auto", description="tokens per micro-batch")
+    micro_batch_tokens: Auto | PositiveInt = Field("auto", description="tokens per micro-batch; auto: by the memory")
     activation_checkpointing: Auto | bool = Field("auto", description="recompute layers; auto: as few as must be")
     share_prefixes: Auto | bool = Field("auto", description="compute common beginnings once")
     attention: Literal["auto", "segments", "sdpa", "eager"] = Field("auto", description="attention backend")

@@ -36,7 +36,7 @@ from lorasft.train.state import Layout, Run, RunInputs
 
 Result = TypeVar("Result")
 _STEPS_SEEN = 64  # whose micro-batches are weighed to find the heaviest
-_MOST_TOKENS = 16_384  # that shared prefixes may widen it to
+_MOST_TOKENS = 16_384  # that a micro-batch is widened to
 _WORTH = 0.9  # a wider micro-batch has to compute at most this share of the tokens
 
 
@@ -73,27 +73,32 @@ def choose_layout(recipe: Recipe, inputs: RunInputs, model: Any, *, weightless: 
         plan = replace(plan, micro_batch_tokens=1)  # sequences go alone
     elif kept and machine.micro_batch_tokens == "auto":
         plan = replace(plan, micro_batch_tokens=kept.micro_batch_tokens)
-    elif free and network.share:
-        plan = replace(plan, micro_batch_tokens=widen(plan, rows))
+    elif free:
+        plan = widen(plan, rows, worth=_WORTH)
+    # On a CPU a wider row takes as long a token; a GPU is kept busy by it.
+    most = widen(plan, rows, worth=1.0) if free and network.runs_on.type == "cuda" else plan
     if machine.activation_checkpointing == "auto":
         wanted = kept.recomputed_layers if kept else None
     else:
         wanted = machine.activation_checkpointing * len(decoder_layers(weightless.get_base_model()))
-    fit = choose_fit(plan_network(network, weightless), plan, rows, wanted=wanted, free=free, spare=spare)
+    planned, tokens = plan_network(network, weightless), most.micro_batch_tokens
+    fit = choose_fit(planned, plan, rows, wanted=wanted, free=free, most=tokens, spare=spare)
     recompute(network.causal, fit.recomputed)
     return network, fit
 
 
-def widen(plan: Plan, rows: TokenStore) -> int:
-    """The tokens of a micro-batch, doubled as long as the first step then repeats clearly fewer shared prefixes."""
-    computed = plan.step(1, rows).tokens
-    while plan.micro_batch_tokens < _MOST_TOKENS:
+def widen(plan: Plan, rows: TokenStore, *, worth: float) -> Plan:
+    """`plan` with micro-batches of twice the tokens, and again, as long as its first step has several for a process and
+    then computes at most the share `worth` of its tokens, because it repeats fewer shared prefixes.
+    """
+    step = plan.step(1, rows)
+    while plan.micro_batch_tokens < _MOST_TOKENS and len(step.micro_batches) > plan.processes:
         wider = replace(plan, micro_batch_tokens=2 * plan.micro_batch_tokens)
-        fewer = wider.step(1, rows).tokens
-        if fewer > _WORTH * computed:
+        fewer = wider.step(1, rows)
+        if fewer.tokens > worth * step.tokens:
             break
-        plan, computed = wider, fewer
-    return plan.micro_batch_tokens
+        plan, step = wider, fewer
+    return plan
 
 
 def choose_sharing(network: Network, wanted: Sharing, *, kept: Layout | None) -> Network:
@@ -115,17 +120,31 @@ def has_dropout(model: nn.Module) -> bool:
     )
 
 
-def choose_fit(network: Network, plan: Plan, rows: TokenStore, *, wanted: int | None, free: bool, spare: int) -> Fit:
-    """The first fit: `free` micro-batches are halved once before layers recompute, and again where all of them do."""
-    most, longest, layers = plan.micro_batch_tokens, int(example_lengths(rows).max()), decoder_layers(network.causal)
+def choose_fit(
+    network: Network, plan: Plan, rows: TokenStore, *, wanted: int | None, free: bool, most: int, spare: int
+) -> Fit:
+    """The first fit. `free` micro-batches begin with `most` tokens and are halved before any layer recomputes, down to
+    half of those of `plan`; and again where all layers do.
+    """
+    usual, longest, layers = (
+        plan.micro_batch_tokens,
+        int(example_lengths(rows).max()),
+        len(decoder_layers(network.causal)),
+    )
+    tokens = most
     while True:
-        heaviest, tokens = find_heaviest(plan, rows), plan.micro_batch_tokens
-        recomputed, needs = fewest_recomputed(network, heaviest, wanted=wanted, free=spare)
-        fit = Fit(plan, recomputed, len(layers), heaviest, needs, spare)
-        enough = needs is None or (fit.holds and (tokens < most or not recomputed))
-        if enough or not free or tokens <= longest:
+        tried = replace(plan, micro_batch_tokens=tokens)
+        heaviest, last = find_heaviest(tried, rows), not free or tokens <= longest
+        none = wanted is None and tokens >= usual and not last
+        recomputed, needs = fewest_recomputed(network, heaviest, wanted=0 if none else wanted, free=spare)
+        fit = Fit(tried, recomputed, layers, heaviest, needs, spare)
+        if needs is None:  # the model reads numbers: the usual tokens, and as many layers as need least
+            return replace(
+                fit, plan=plan, recomputed=layers if none else recomputed, heaviest=find_heaviest(plan, rows)
+            )
+        if fit.holds or last:
             return fit
-        plan = replace(plan, micro_batch_tokens=max(longest, min(tokens, len(heaviest.ids)) // 2))
+        tokens = max(longest, (tokens if tokens > usual else min(tokens, len(heaviest.ids))) // 2)
 
 
 def fewest_recomputed(

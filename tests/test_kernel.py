@@ -1,0 +1,115 @@
+"""One kernel for all segments: what it is given, beside attention segment by segment, and when it is refused.
+
+`flash` is what FlashAttention computes, by hand; tests/cuda runs the same on an emulated device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_cascade import TREES, make_inputs, random_tree
+from torch import Tensor
+
+from lorasft.model import attention
+from lorasft.model.attention import Paths, Shape, attend
+from lorasft.model.selfcheck import _find_kernel_error
+
+PLAIN, WINDOWED = (Shape(4, 2, 16, 16, windowed, open_scores=False) for windowed in (False, True))
+
+
+def flash(
+    query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, most_queries: int, most_keys: int,
+    dropout: float, causal: bool, debug: bool, *, scale: float, window_size_left: int, window_size_right: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """torch.ops.aten._flash_attention_forward, which runs on CUDA alone."""
+    assert (queries.dtype, keys.dtype) == (torch.int32, torch.int32) and not (dropout or debug)
+    assert (queries.diff().max(), keys.diff().max()) == (most_queries, most_keys)
+    assert query.shape[0] == queries[-1] and key.shape[0] == value.shape[0] == keys[-1]
+    outputs = []
+    for (a, b), (c, d) in zip(queries.unfold(0, 2, 1).tolist(), keys.unfold(0, 2, 1).tolist(), strict=True):
+        k, v = (row[c:d].repeat_interleave(query.shape[1] // key.shape[1], 1) for row in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query[a:b], k) * scale
+        ahead = torch.arange(d - c) - torch.arange(d - c - (b - a), d - c).unsqueeze(1)
+        hidden = ahead > (0 if causal else window_size_right)
+        hidden |= ahead < (-window_size_left if window_size_left >= 0 else -len(key))
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v))
+    return (torch.cat(outputs),)
+
+
+def results(segments: Paths, window: int | None, inputs: list[Tensor]) -> list[Tensor]:
+    """The output and the gradients of queries, keys and values."""
+    leaves = [row.clone().requires_grad_() for row in inputs]
+    output, _ = attend(torch.nn.Module(), *leaves, None, segments=segments, sliding_window=window)
+    return [output.detach(), *torch.autograd.grad(output, leaves, output.detach().cos())]
+
+
+@pytest.mark.parametrize("window", [None, 1, 6, 33])
+@pytest.mark.parametrize("tree", [*TREES, 0, 1])
+def test_it_is_given_what_each_segment_sees(
+    tree: str | int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_flash", flash)
+    paths = Paths(*(TREES[tree] if isinstance(tree, str) else random_tree(tree)), cascade=False)
+    asked: list[Shape] = []
+    one = replace(
+        paths, kernel=lambda shape: asked.append(shape) or True, places=[torch.from_numpy(n) for n in paths.numbers]
+    )
+    inputs = make_inputs(sum(paths.lengths), torch.float64)
+    for got, want in zip(results(one, window, inputs), results(paths, window, inputs), strict=True):
+        assert torch.allclose(got, want, atol=1e-12)
+    assert asked == [WINDOWED if window else PLAIN]
+
+
+def wrong(change: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda *given, **named: flash(*change(given), **named)
+
+
+class Backward(torch.autograd.Function):
+    """Passes on; its backward pass does as it is told."""
+
+    @staticmethod
+    def forward(ctx: Any, row: Tensor, error: Exception | None) -> Tensor:
+        ctx.error = error
+        return row.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        if ctx.error:
+            raise ctx.error
+        return upstream * 1.1, None
+
+
+WRONG = {
+    "an outer key": (lambda *given, **named: flash(*given, **named | {"window_size_left": 40}), "from float64"),
+    "the scale": (lambda *given, **named: flash(*given, **named | {"scale": 0.25}), "from float64"),
+    "numbers": (lambda *given, **named: (flash(*given, **named)[0] * torch.nan,), "nan from float64"),
+    "gradients of keys": (wrong(lambda rows: (rows[0], Backward.apply(rows[1], None), *rows[2:])), "from float64"),
+    "no backward": (
+        wrong(lambda rows: (*rows[:2], Backward.apply(rows[2], RuntimeError("head dim 200\nat line 7")), *rows[3:])),
+        "RuntimeError: head dim 200",
+    ),
+    "other arguments": (lambda query: (query,), "TypeError: "),
+}
+
+
+def test_it_is_used_where_it_is_right_and_the_reason_said_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(attention, "_flash", flash)
+    assert [_find_kernel_error(shape, cpu, torch.bfloat16) for shape in (PLAIN, WINDOWED)] == ["", ""]
+    assert "in float32" in _find_kernel_error(PLAIN, cpu, torch.float32)
+    assert "soft caps" in _find_kernel_error(PLAIN._replace(open_scores=True), cpu, torch.bfloat16)
+    for name, (kernel, reason) in WRONG.items():
+        monkeypatch.setattr(attention, "_flash", kernel)
+        said = _find_kernel_error(WINDOWED, cpu, torch.bfloat16)
+        assert reason in said and "line 7" not in said, (name, said)
+    monkeypatch.setattr(attention, "_flash", wrong(lambda rows: raise_(torch.OutOfMemoryError("CUDA out of memory"))))
+    with pytest.raises(torch.OutOfMemoryError):  # says nothing of the kernel
+        _find_kernel_error(PLAIN, cpu, torch.bfloat16)
+
+
+def raise_(error: Exception) -> Any:
+    raise error
