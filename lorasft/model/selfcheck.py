@@ -6,7 +6,7 @@ ones do) is run one sequence at a time; a head that does more than is known here
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,12 +37,10 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
     network = Network(
         causal, head=None, segments=False, rope_switch_length=_rope_switch_length(causal.config.get_text_config())
     )
-    shared = replace(network, segments=True, share="auto")
-    ways = [shared, replace(shared, share=False)]  # the fastest first
-    notice = None
+    shared, notice = replace(network, segments=True, share="auto"), None
     with torch.no_grad():
         alone = torch.cat([pair_losses(network, _row(sequence)) for sequence in _branches(1, network)])
-        for way in ways if segments else ():
+        for way in (shared, replace(shared, share=False)) if segments else ():  # the faster first
             reason = _find_leak(way, alone)
             if reason is None:
                 causal.set_attn_implementation(SEGMENTS)
@@ -85,31 +83,15 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-@dataclass(frozen=True)
-class _Kernels:
-    """Whether FlashAttention computes all segments of a layer at once, tried when a shape of it is met first."""
-
-    device: torch.device
-    dtype: torch.dtype
-    reasons: dict[Shape, str] = field(default_factory=dict)  # why not; empty: it does
-
-    def __call__(self, shape: Shape) -> bool:
-        if shape not in self.reasons:
-            self.reasons[shape] = _find_kernel_error(shape, self.device, self.dtype)
-        return not self.reasons[shape]
-
-
 def _find_kernel_error(shape: Shape, device: torch.device, dtype: torch.dtype) -> str:
     """What is wrong with the one kernel: its output and gradients beside those segment by segment in float64."""
     if shape.open_scores:
         return "torch has no kernel with soft caps or sinks"
-    if dtype.itemsize != 2:
-        return f"torch's FlashAttention computes in 16 bits, not in {str(dtype).removeprefix('torch.')}"
     paths = Paths([150, 70, 5, 90], [(), (0,), (0, 1), ()], cascade=False)  # longer and shorter than a kernel's blocks
     paths = replace(paths, places=[torch.from_numpy(numbers).to(device) for numbers in paths.numbers])
     draw, window = torch.Generator().manual_seed(0), 40 if shape.windowed else None
-    heads = ((shape.heads, shape.size), (shape.key_heads, shape.size), (shape.key_heads, shape.value_size))
-    rows = [torch.randn(1, sum(paths.lengths), *one, generator=draw).to(device, dtype).transpose(1, 2) for one in heads]
+    each = [(sum(paths.lengths), *one) for one in zip(shape.heads, shape.sizes, strict=True)]
+    rows = [torch.randn(1, *one, generator=draw).to(device, dtype).transpose(1, 2) for one in each]
     found = []
     try:
         for segments, precision in ((replace(paths, kernel=lambda _: True), dtype), (paths, torch.float64)):
@@ -126,12 +108,17 @@ def _find_kernel_error(shape: Shape, device: torch.device, dtype: torch.dtype) -
 
 def _try_kernels(network: Network, alone: Tensor) -> Network:
     """`network` with one kernel for all segments of the layers that it computes rightly."""
-    kernels = _Kernels(network.device, network.causal.dtype)
-    whole = _find_leak(replace(network, kernel=kernels), alone)
-    reasons = sorted({*kernels.reasons.values(), whole or ""} - {""})
-    which = "attention" if whole or all(kernels.reasons.values()) else "attention of some layers"
-    notices = [f"{which} goes segment by segment, which is slower: {reason}" for reason in reasons]
-    return replace(network, kernel=None if whole else kernels, notices=(*network.notices, *notices))
+    reasons: dict[Shape, str] = {}  # why not, of each shape of a layer when it is first met; empty: it does
+
+    def holds(shape: Shape) -> bool:
+        if shape not in reasons:
+            reasons[shape] = _find_kernel_error(shape, network.device, network.causal.dtype)
+        return not reasons[shape]
+
+    leak = _find_leak(replace(network, kernel=holds), alone)
+    slower = "attention goes segment by segment, which is slower, where one kernel cannot do it"
+    notices = [f"{slower}: {reason}" for reason in sorted(filter(None, {*reasons.values(), leak}))]
+    return replace(network, kernel=None if leak else holds, notices=(*network.notices, *notices))
 
 
 def _try_head(network: Network) -> Network:

@@ -126,22 +126,16 @@ def choose_fit(
     """The first fit. `free` micro-batches begin with `most` tokens and are halved before any layer recomputes, down to
     half of those of `plan`; and again where all layers do.
     """
-    usual, longest, layers = (
-        plan.micro_batch_tokens,
-        int(example_lengths(rows).max()),
-        len(decoder_layers(network.causal)),
-    )
-    tokens = most
+    usual, longest, tokens = plan.micro_batch_tokens, int(example_lengths(rows).max()), most
+    layers = len(decoder_layers(network.causal))
     while True:
-        tried = replace(plan, micro_batch_tokens=tokens)
-        heaviest, last = find_heaviest(tried, rows), not free or tokens <= longest
-        none = wanted is None and tokens >= usual and not last
-        recomputed, needs = fewest_recomputed(network, heaviest, wanted=0 if none else wanted, free=spare)
-        fit = Fit(tried, recomputed, layers, heaviest, needs, spare)
+        tried, last = replace(plan, micro_batch_tokens=tokens), not free or tokens <= longest
+        least = 0 if wanted is None and tokens >= usual and not last else wanted
+        heaviest = find_heaviest(tried, rows)
+        recomputed, needs = fewest_recomputed(network, heaviest, wanted=least, free=spare)
         if needs is None:  # the model reads numbers: the usual tokens, and as many layers as need least
-            return replace(
-                fit, plan=plan, recomputed=layers if none else recomputed, heaviest=find_heaviest(plan, rows)
-            )
+            return Fit(plan, layers if wanted is None else wanted, layers, find_heaviest(plan, rows), None, spare)
+        fit = Fit(tried, recomputed, layers, heaviest, needs, spare)
         if fit.holds or last:
             return fit
         tokens = max(longest, (tokens if tokens > usual else min(tokens, len(heaviest.ids))) // 2)
