@@ -33,7 +33,7 @@ from lorasft.model.adapter import attach_adapter
 from lorasft.model.attention import SEGMENTS
 from lorasft.model.base import load_base
 from lorasft.model.free_memory import cgroup_free
-from lorasft.model.loss import Network, pair_losses
+from lorasft.model.loss import Network, pair_losses, weighted_loss
 from lorasft.model.memory import ActivationMemory, StorageMeter, dry_run, heaviest_batch, static_bytes
 from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
 from lorasft.model.selfcheck import verify
@@ -342,10 +342,12 @@ def test_memory_that_ends_around_the_steps(
 
 
 class Fills:
-    """`pair_losses` on a device that holds `tokens` tokens, or twice as many where all layers are recomputed.
+    """`plain` on a device that holds `tokens` tokens, or twice as many where all layers are recomputed.
 
     The first micro-batch passes, so that the first failure finds gradients that must be thrown away.
     """
+
+    plain = staticmethod(weighted_loss)
 
     def __init__(self, tokens: int, *, backward: bool = False, message: str | None = None) -> None:
         self.tokens, self.backward = tokens, backward
@@ -353,7 +355,7 @@ class Fills:
         self.raised = self.calls = 0
 
     def __call__(self, network: Network, batch: Any) -> torch.Tensor:
-        losses = pair_losses(network, batch)
+        losses = self.plain(network, batch)
         layers = decoder_layers(network.causal)
         room = self.tokens * (2 if recomputed_layers(network.causal) == len(layers) else 1)
         self.calls += 1
@@ -393,7 +395,11 @@ def test_a_run_survives_running_out_of_memory_with_the_same_losses(
 ) -> None:
     settings: dict[str, Any] = {"adapter": {"dropout": 0.0}, "train": {"steps": 4}}
     assert main(["train", recipe(**settings, run={"output": str(tmp_path / "roomy")})]) == 0
-    monkeypatch.setattr(loop if where == "step" else scoring, "pair_losses", fills)
+    if where == "step":
+        monkeypatch.setattr(loop, "weighted_loss", fills)
+    else:
+        monkeypatch.setattr(fills, "plain", pair_losses)
+        monkeypatch.setattr(scoring, "pair_losses", fills)
     said = cli("train", recipe(**settings, run={"output": str(tmp_path / "tight")})).err
     assert 0 < fills.raised < 5 and "out of memory with" in said and "from here on micro-batches of" in said
     want, got = losses_of(tmp_path / "roomy"), losses_of(tmp_path / "tight")
@@ -449,7 +455,7 @@ def test_out_of_memory_at_the_end_names_the_rows_and_what_would_help(
     recipe: Write, monkeypatch: pytest.MonkeyPatch, cli: Command
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "pair_losses", Fills(10))
+        patch.setattr(loop, "weighted_loss", Fills(10))
         code, _, said = cli("train", recipe())
     assert code == 6 and "rows.jsonl:" in said and "tokens)" in said and "Traceback" not in said
     assert "adapter.rank" in said and "lorasft plan" in said, said
@@ -457,6 +463,6 @@ def test_out_of_memory_at_the_end_names_the_rows_and_what_would_help(
 
 
 def test_other_runtime_errors_are_not_taken_for_memory(recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "pair_losses", Fills(80, message="shapes do not match"))
+    monkeypatch.setattr(loop, "weighted_loss", Fills(80, message="shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         main(["train", recipe()])

@@ -207,7 +207,7 @@ def test_what_does_not_fit_is_met_before_the_first_step(
     assert main(["train", recipe(**settings, run={"output": str(tmp_path / "roomy")})]) == 0
     fills = Fills(80)
     fills.calls = 1  # the first micro-batch does not pass
-    monkeypatch.setattr(loop, "pair_losses", fills)
+    monkeypatch.setattr(loop, "weighted_loss", fills)
     said = cli("train", recipe(**settings, run={"output": str(tmp_path / "tight")})).err
     assert said.index("from here on micro-batches of") < said.index("step 1/4") and fills.raised == 1
     assert losses_of(tmp_path / "tight") == pytest.approx(losses_of(tmp_path / "roomy"), rel=1e-6)

@@ -129,7 +129,7 @@ def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> N
                 parameters = list(run.parameters.values())
                 work = lambda run=run, step=step: loop.add_gradients(run, step)  # noqa: E731
                 value = ranks.sum_step(work, parameters, stop=StopRequest(alone=False))
-                save_file(gradients(model) | {"loss": torch.tensor(value)}, tmp_path / f"{number}-{rank}.safetensors")
+                save_file(gradients(model) | {"loss": value}, tmp_path / f"{number}-{rank}.safetensors")
             (tmp_path / f"held_out-{rank}.json").write_text(
                 json.dumps(held_out(model, network, ranks)), encoding="utf-8"
             )
@@ -288,15 +288,15 @@ def test_a_fault_ends_all_with_its_code_and_is_said_once(
 ) -> None:
     """The last three happen in the second process alone, a full disk in the first."""
     path = recipe()
-    plain = loop.pair_losses
+    plain = loop.weighted_loss
 
     def act(rank: int) -> int:
         if rank == 1 and broken == "nan":
-            loop.pair_losses = lambda *args: plain(*args) * float("nan")  # type: ignore[assignment]
+            loop.weighted_loss = lambda *args: plain(*args) * float("nan")  # type: ignore[assignment]
         if rank == 1 and broken == "model":
             runs.load_base = no_model  # type: ignore[assignment]
         if rank == 1 and broken == "memory":
-            loop.pair_losses = out_of_memory
+            loop.weighted_loss = out_of_memory
         with with_fault(full_in("step-000004", "step-000006")) if broken == "disk" else contextlib.nullcontext():
             return main(["train", path, *arguments])
 

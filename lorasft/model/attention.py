@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface
 
 SEGMENTS = "lorasft_segments"
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -53,7 +53,7 @@ class Paths:
     ancestors: list[tuple[int, ...]]  # numbers of segments
     cascade: bool = True  # by CascadeAttention, which is for CPUs
     kernel: Callable[[Shape], bool] | None = None  # whether one computes all segments of a layer
-    places: Sequence[Tensor] = ()  # `numbers` on the device of the row, where that is no CPU
+    places: Sequence[Tensor] = ()  # `numbers`, on the device of the row
 
     @cached_property
     def stretches(self) -> list[Stretch]:
@@ -240,5 +240,5 @@ def evaluating(model: Any, attention: str | None = None) -> Iterator[None]:
         model.train(training)
 
 
+# With no mask function of that name, transformers makes no mask (and looks for no packing, which would read numbers).
 AttentionInterface.register(SEGMENTS, attend)
-AttentionMaskInterface.register(SEGMENTS, lambda *args, **kwargs: None)

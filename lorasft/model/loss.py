@@ -6,13 +6,14 @@ are; it is formed in the forward pass and nothing of a chunk survives but it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lorasft.data.packing import MicroBatch
@@ -85,28 +86,46 @@ def pair_losses(network: Network, batch: MicroBatch) -> Tensor:
 
     The model must run under segment attention if the network can, else the batch holds one sequence.
     """
+    return _compute_losses(network, batch)[0]
+
+
+def weighted_loss(network: Network, batch: MicroBatch) -> Tensor:
+    """The losses of the pairs of `batch`, each times its weight, summed: () fp32."""
+    losses, weights = _compute_losses(network, batch)
+    return (losses * weights).sum()
+
+
+def _compute_losses(network: Network, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """The losses of the pairs, (pairs,) fp32, and their weights on the same device."""
     model, device, pairs = network.causal, network.device, len(batch.sources)
     on_cpu = network.runs_on.type == "cpu"
     if network.segments and on_cpu and model.dtype.itemsize == 2:
         batch = round_up(batch)
-    sources = torch.as_tensor(batch.sources, device=device)
-    targets = torch.as_tensor(batch.targets, device=device)
-    inputs: dict[str, Any] = {"input_ids": torch.as_tensor(batch.ids, device=device).unsqueeze(0), "use_cache": False}
+    lengths = [segment.end - segment.start for segment in batch.segments]
+    ancestors = [segment.ancestors for segment in batch.segments]
+    paths = Paths(lengths, ancestors, cascade=on_cpu, kernel=network.kernel)
+    rows = (batch.ids, batch.positions, batch.sources, batch.targets, batch.weights)
+    ids, positions, sources, targets, weights, *places = send((*rows, *paths.numbers), device)
+    inputs: dict[str, Any] = {"input_ids": ids.unsqueeze(0), "use_cache": False}
     if network.segments:
-        lengths = [segment.end - segment.start for segment in batch.segments]
-        ancestors = [segment.ancestors for segment in batch.segments]
-        paths = Paths(lengths, ancestors, cascade=on_cpu, kernel=network.kernel)
-        if not on_cpu:
-            places = [torch.as_tensor(numbers, device=device) for numbers in paths.numbers]
-            paths = replace(paths, places=places)
-        positions = torch.as_tensor(batch.positions, device=device).unsqueeze(0)
-        inputs |= {"position_ids": positions, "segments": paths}
+        inputs |= {"position_ids": positions.unsqueeze(0), "segments": replace(paths, places=places)}
     if network.head is None:
         logits = model(**inputs, logits_to_keep=sources).logits[0]  # (pairs, vocabulary)
-        return F.cross_entropy(logits.float(), targets, reduction="none")[:pairs]
+        return F.cross_entropy(logits.float(), targets, reduction="none")[:pairs], weights
     hidden = model.base_model(**inputs).last_hidden_state[0]  # (tokens, hidden)
     losses: Tensor = ChunkedLoss.apply(hidden[sources], targets, network.head)  # type: ignore[no-untyped-call]
-    return losses[:pairs]
+    return losses[:pairs], weights
+
+
+def send(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
+    """`arrays` on `device`, in one copy; the host does not wait for it where it goes to CUDA, from pinned memory."""
+    given = [torch.from_numpy(array) for array in arrays]
+    sizes = [-(-tensor.nbytes // 8) * 8 for tensor in given]  # a view begins at a multiple of what a number takes
+    buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for tensor, part in zip(given, torch.split(buffer, sizes), strict=True):
+        part[: tensor.nbytes].view(tensor.dtype).copy_(tensor)
+    there = torch.split(buffer.to(device, non_blocking=True), sizes)  # torch keeps pinned memory until its copy is done
+    return [part[: tensor.nbytes].view(tensor.dtype) for tensor, part in zip(given, there, strict=True)]
 
 
 def round_up(batch: MicroBatch) -> MicroBatch:

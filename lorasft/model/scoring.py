@@ -71,8 +71,9 @@ def log_probabilities(
     scored = [index for index, ids in enumerate(sequences) if len(ids) > 1]
     rows = [(all_supervised(ids),) for ids in sequences]
     for batch, losses in score_batches(network, rows.__getitem__, scored, capacity=capacity):
+        found = -losses.double().cpu().numpy()
         for example in set(batch.examples.tolist()):
-            scores[example][:] = -losses.double().cpu().numpy()[batch.examples == example]
+            scores[example][:] = found[batch.examples == example]
     return scores
 
 

@@ -112,15 +112,16 @@ class Ranks:
 
             broadcast([tensor.detach() for tensor in tensors])
 
-    def sum_step(self, work: Callable[[], float], parameters: Sequence[nn.Parameter], *, stop: StopRequest) -> float:
+    def sum_step(self, work: Callable[[], Tensor], parameters: Sequence[nn.Parameter], *, stop: StopRequest) -> Tensor:
         """Do `work`, this process's share of a step; leave the gradients of all in `parameters`, return their loss.
 
-        `stop` then holds what any of them was asked for: by which signal to stop, and to save.
+        `stop` then holds what any of them was asked for: by which signal to stop, and to save. One process alone does
+        not wait for its device.
         """
         with self.sync_errors():
             loss = work()
         wanted, stop.save_wanted = stop.save_wanted, False
-        told = self.gather((loss, stop.received, wanted))
+        told = self.gather((float(loss) if self.count > 1 else 0.0, stop.received, wanted))
         stop.save = any(save for _, _, save in told)
         if self.count > 1:
             stop.signal = max(number for _, number, _ in told)
@@ -133,7 +134,7 @@ class Ranks:
             vector_to_parameters(flat, gradients)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
-        return sum(loss for loss, _, _ in told)
+        return loss if self.count == 1 else loss.new_tensor(sum(one for one, _, _ in told))
 
     def leave(self) -> None:
         """From here on this process ends by itself, also where a launcher wants to end it with the others."""

@@ -10,11 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lorasft.data.packing import Step, assign_to_rank
 from lorasft.errors import DivergedError, Stopped
-from lorasft.model.loss import pair_losses
+from lorasft.model.loss import weighted_loss
 from lorasft.model.scoring import score_batches
 from lorasft.signals import StopRequest, exit_code, stop_signals
 from lorasft.train.checkpoint import CheckpointSaver, list_checkpoints
@@ -32,9 +33,11 @@ def take_step(run: Run, number: int, stop: StopRequest) -> dict[str, Any]:
     step = run.plan.step(number, run.rows)
     started = time.monotonic()
     parameters, optimizer = run.parameters, run.optimizer
-    loss = run.ranks.sum_step(lambda: add_gradients(run, step), list(parameters.values()), stop=stop)
+    total = run.ranks.sum_step(lambda: add_gradients(run, step), list(parameters.values()), stop=stop)
     norm = get_total_norm([parameter.grad for parameter in parameters.values() if parameter.grad is not None])
-    refuse_non_finite(run, step, loss=loss, norm=float(norm))
+    # The only numbers of a step that the host waits for: a GPU computes the while what was launched before.
+    loss, grad_norm = torch.stack([total, norm.double()]).tolist()
+    refuse_non_finite(run, step, loss=loss, norm=grad_norm)
     if run.recipe.train.max_grad_norm is not None:
         clip_grads_with_norm_(parameters.values(), run.recipe.train.max_grad_norm, norm)
     peak = run.recipe.optimizer.learning_rate
@@ -49,7 +52,7 @@ def take_step(run: Run, number: int, stop: StopRequest) -> dict[str, Any]:
         "epoch": step.epoch,
         "loss": loss,
         "learning_rate": rate,
-        "grad_norm": float(norm),  # before clipping
+        "grad_norm": grad_norm,  # before clipping
         "tokens": step.tokens,
         "supervised_tokens": step.supervised_tokens,
         "tokens_per_second": step.tokens / seconds,
@@ -58,16 +61,15 @@ def take_step(run: Run, number: int, stop: StopRequest) -> dict[str, Any]:
     }
 
 
-def add_gradients(run: Run, step: Step) -> float:
-    """Forward and backward over this process's share of the step. Returns its part of the step's loss."""
+def add_gradients(run: Run, step: Step) -> Tensor:
+    """Forward and backward over this process's share of the step. Returns its part of the step's loss: () fp64."""
     torch.manual_seed(run.plan.seed * 1_000_003 + step.number + (run.ranks.index << 40))  # dropout: step and process
-    loss = 0.0
+    loss = torch.zeros((), dtype=torch.float64, device=run.network.device)
     for batch in assign_to_rank(step.micro_batches, run.ranks.index, run.ranks.count):
-        weights = torch.as_tensor(batch.weights, device=run.network.device)
         with oom_context(run.rows, batch):
-            part = (pair_losses(run.network, batch) * weights).sum() / step.divisor
+            part = weighted_loss(run.network, batch) / step.divisor
             part.backward()  # type: ignore[no-untyped-call]
-        loss += float(part.detach())
+        loss += part.detach()
     return loss
 
 

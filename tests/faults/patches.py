@@ -26,7 +26,7 @@ def before_step(number: int, act: Callable[[Any], object]) -> None:
 
 
 def poison(number: int, where: str) -> None:
-    plain_losses, plain_norm = loop.pair_losses, loop.get_total_norm
+    plain_losses, plain_norm = loop.weighted_loss, loop.get_total_norm
 
     def put(run: Any) -> None:
         first = next(iter(run.parameters.values()))
@@ -35,7 +35,7 @@ def poison(number: int, where: str) -> None:
         elif where == "moment" and run.optimizer.state:
             run.optimizer.state[first]["exp_avg"].view(-1)[0] = float("nan")
         elif where == "loss":
-            loop.pair_losses = lambda *values: plain_losses(*values) * float("nan")
+            loop.weighted_loss = lambda *values: plain_losses(*values) * float("nan")
         elif where == "gradient":
             loop.get_total_norm = lambda gradients: plain_norm([tensor * float("inf") for tensor in gradients])
 
@@ -45,7 +45,7 @@ def poison(number: int, where: str) -> None:
 def starve(number: int, part: str) -> None:
     """Run out of memory once, at step `number` or at the first chance after it."""
     module, name = {
-        "forward": (loop, "pair_losses"),
+        "forward": (loop, "weighted_loss"),
         "backward": (torch.Tensor, "backward"),
         "evaluation": (scoring, "pair_losses"),
         "update": (torch.optim.AdamW, "step"),
@@ -95,8 +95,8 @@ def note_rows(ledger: Path) -> None:
 
 
 def learn_nothing() -> None:
-    plain = loop.pair_losses
-    loop.pair_losses = lambda *values: plain(*values) * 0.0
+    plain = loop.weighted_loss
+    loop.weighted_loss = lambda *values: plain(*values) * 0.0
 
 
 def get_worse() -> None:
