@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,9 +17,13 @@ from torch import Tensor
 
 from lorasft.model import attention
 from lorasft.model.attention import Paths, Shape, attend
-from lorasft.model.selfcheck import _find_kernel_error
+from lorasft.model.selfcheck import _find_kernel_error, _reason
 
 PLAIN, WINDOWED = (Shape((4, 2, 2), (16, 16, 16), windowed, open_scores=False) for windowed in (False, True))
+
+
+def find(shape: Shape) -> str | None:
+    return _reason(partial(_find_kernel_error, shape, torch.device("cpu"), torch.bfloat16))
 
 
 def flash(
@@ -113,17 +118,16 @@ WRONG = {
 
 
 def test_it_is_used_where_it_is_right_and_the_reason_said_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
     monkeypatch.setattr(attention, "_flash", flash)
-    assert [_find_kernel_error(shape, cpu, torch.bfloat16) for shape in (PLAIN, WINDOWED)] == ["", ""]
-    assert "soft caps" in _find_kernel_error(PLAIN._replace(open_scores=True), cpu, torch.bfloat16)
+    assert not find(PLAIN) and not find(WINDOWED)
+    assert "soft caps" in (find(PLAIN._replace(open_scores=True)) or "")
     for name, (kernel, reason) in WRONG.items():
         monkeypatch.setattr(attention, "_flash", kernel)
-        said = _find_kernel_error(WINDOWED, cpu, torch.bfloat16)
+        said = find(WINDOWED) or ""
         assert reason in said and "line 7" not in said, (name, said)
     monkeypatch.setattr(attention, "_flash", wrong(lambda rows: raise_(torch.OutOfMemoryError("CUDA out of memory"))))
     with pytest.raises(torch.OutOfMemoryError):  # says nothing of the kernel
-        _find_kernel_error(PLAIN, cpu, torch.bfloat16)
+        find(PLAIN)
 
 
 def raise_(error: Exception) -> Any:

@@ -78,7 +78,7 @@ class Paths:
 
     @cached_property
     def numbers(self) -> list[NDArray[np.int32]]:
-        """Where each segment's queries and the keys it sees begin, (segments + 1,) each; those keys' places, (keys,)."""
+        """Where each segment's queries, and the keys it sees, begin: (segments + 1,) each; the keys' places (keys,)."""
         starts = [np.cumsum([0, *sizes], dtype=np.int32) for sizes in (self.lengths, self.key_counts)]
         own = np.split(np.arange(starts[0][-1], dtype=np.int32), starts[0][1:-1])
         seen = [own[one] for number, before in enumerate(self.ancestors) for one in (*before, number)]
@@ -127,7 +127,13 @@ def attend(
     heads, sizes = zip(*(row.shape[1::2] for row in (query, key, value)), strict=True)
     shape = Shape(heads, sizes, windowed=sliding_window is not None, open_scores=open_scores)
     if segments.kernel and not dropout and segments.kernel(shape):
-        return _attend_at_once(query, keys, values, segments, scale, sliding_window), None
+        # torch's FlashAttention, causal from the bottom right: a window counts along the keys. `varlen_attn` around it
+        # takes other arguments in each of torch 2.10, 2.11 and 2.12.
+        q, k, v = (row[0].transpose(0, 1) for row in (query, keys, values))  # (tokens, heads, size)
+        begun, longest = segments.places[:2], (max(segments.lengths), max(segments.key_counts))
+        reach = {"window_size_left": sliding_window - 1 if sliding_window else -1, "window_size_right": 0}
+        rows = _flash(q, k, v, *begun, *longest, 0.0, not sliding_window, False, scale=scale, **reach)[0]
+        return rows.unsqueeze(0), None
     outputs = []
     parts = [torch.split(row, segments.key_counts, dim=2) for row in (keys, values)]
     for q, k, v in zip(torch.split(query, segments.lengths, dim=2), *parts, strict=True):
@@ -194,21 +200,6 @@ class CascadeAttention(torch.autograd.Function):
                 else:
                     gradient[:, :, place] += part
         return *gradients, None, None
-
-
-def _attend_at_once(
-    query: Tensor, keys: Tensor, values: Tensor, segments: Paths, scale: float, window: int | None
-) -> Tensor:
-    """query (1, heads, tokens, size), keys and values (1, key heads, gathered, size) -> (1, tokens, heads, size).
-
-    torch's FlashAttention over sequences of unequal lengths (CUDA), causal from the bottom right: a window counts along
-    the gathered keys. `varlen_attn` around it takes other arguments in each of torch 2.10, 2.11 and 2.12.
-    """
-    q, k, v = (row[0].transpose(0, 1) for row in (query, keys, values))  # (tokens, heads, size)
-    begun, longest = segments.places[:2], (max(segments.lengths), max(segments.key_counts))
-    seen = {"window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
-    rows: Tensor = _flash(q, k, v, *begun, *longest, 0.0, window is None, False, scale=scale, **seen)[0]
-    return rows.unsqueeze(0)
 
 
 def _causal(query: Tensor, key: Tensor, *, window: int | None) -> Tensor:
