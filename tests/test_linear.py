@@ -171,7 +171,7 @@ def test_what_needs_no_gradient_costs_nothing(monkeypatch: pytest.MonkeyPatch) -
     """An input without gradient: the weight is not read backwards; without autograd, the base computes as ever."""
     layer, reads, own = make_layer("nf4"), [], FrozenWeights.read
     x, dy = torch.randn(5, IN), torch.randn(5, OUT)
-    monkeypatch.setattr(FrozenWeights, "read", lambda *args: reads.append(1) or own(*args))
+    monkeypatch.setattr(FrozenWeights, "read", lambda *args, **how: reads.append(1) or own(*args, **how))
     layer(x).backward(dy)
     assert len(reads) == 1 and gradients(layer).keys() == {"lora_A.default.weight", "lora_B.default.weight"}
     with torch.no_grad():
@@ -195,7 +195,7 @@ def test_recomputed_activations_give_the_same_bits(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(linear, "_MALLOC_KEEPS", 0)
     holder = nn.Sequential(make_layer("nf4-double"), nn.Linear(OUT, IN).requires_grad_(False), make_layer("nf4"))
     use_lean_linears(holder)  # one memory for both
-    assert holder[0].frozen_weights is holder[2].frozen_weights
+    assert holder[0].weights is holder[2].weights
     x, dy = torch.randn(5, IN), torch.randn(5, OUT)
     plain = run(holder, x, dy)
     holder.zero_grad()
@@ -235,8 +235,10 @@ def take_block(block: Block, x: Tensor, *, recomputed: bool = False) -> dict[str
 @pytest.mark.parametrize("change", ["nothing", "recomputed", "missing", "apart", "dropout", "disabled", "interrupted"])
 def test_linears_that_share_an_input_are_one_function(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen in a first pass without gradients, relied on in the next, and given up where a pass differs."""
-    x, calls, own = torch.randn(7, IN), [], linear._apply
-    monkeypatch.setattr(linear, "_apply", lambda layers, x: (calls.append(len(layers)), own(layers, x))[1])
+    x, calls, own = torch.randn(7, IN), [], linear.LoraLinears.apply
+    monkeypatch.setattr(
+        linear.LoraLinears, "apply", lambda x, layers, *rest: (calls.append(len(layers)), own(x, layers, *rest))[1]
+    )
     block = Block(lora_dropout=0.5 if change == "dropout" else 0.0).train()
     with torch.no_grad():
         block(x)
@@ -246,7 +248,9 @@ def test_linears_that_share_an_input_are_one_function(change: str, monkeypatch: 
         with pytest.raises(ZeroDivisionError):
             block(x)
         monkeypatch.undo()
-        monkeypatch.setattr(linear, "_apply", lambda layers, x: (calls.append(len(layers)), own(layers, x))[1])
+        monkeypatch.setattr(
+            linear.LoraLinears, "apply", lambda x, layers, *rest: (calls.append(len(layers)), own(x, layers, *rest))[1]
+        )
     block.missing, block.apart = change == "missing", change == "apart"
     if change == "disabled":
         block.up.enable_adapters(False)
@@ -267,8 +271,10 @@ def test_linears_that_share_an_input_are_one_function(change: str, monkeypatch: 
 
 def test_the_layers_of_a_model_that_share_an_input_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     model = attach_adapter(make_base("llama"), AdapterSettings(rank=4), seed=0)
-    calls, own = [], linear._apply
-    monkeypatch.setattr(linear, "_apply", lambda layers, x: (calls.append(len(layers)), own(layers, x))[1])
+    calls, own = [], linear.LoraLinears.apply
+    monkeypatch.setattr(
+        linear.LoraLinears, "apply", lambda x, layers, *rest: (calls.append(len(layers)), own(x, layers, *rest))[1]
+    )
     verify(model.get_base_model()).causal.set_attn_implementation("eager")
     model(torch.arange(5)[None])
     assert calls == [3, 1, 2, 1] * 2
