@@ -13,7 +13,6 @@ from tiny_models import make_base, randomize_adapter
 from torch import Tensor
 
 from lorasft.data.packing import make_micro_batches
-from lorasft.model import loss as module
 from lorasft.model.adapter import attach_adapter
 from lorasft.model.loss import ChunkedLoss, Head, pair_losses, read_head, round_up
 from lorasft.model.selfcheck import verify
@@ -51,15 +50,13 @@ def weights() -> Tensor:
 @pytest.mark.parametrize("kind", ["plain", "bias", "scaled", "capped"])
 @pytest.mark.parametrize("pairs", [4, 11, 192])  # of a chunk: a ragged last one, all, more than there are
 @pytest.mark.parametrize(("dtype", "apart"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
-def test_losses_and_gradients_are_the_definitions(
-    kind: str, pairs: int, dtype: torch.dtype, apart: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_CHUNK_PAIRS", pairs)
+def test_losses_and_gradients_are_the_definitions(kind: str, pairs: int, dtype: torch.dtype, apart: float) -> None:
+    head = replace(heads(dtype)[kind], chunk=pairs, fp32=3 * VOCABULARY)
     hidden = (torch.randn(PAIRS, HIDDEN) * 2).to(dtype).requires_grad_()
     targets = torch.randint(0, VOCABULARY, (PAIRS,))
-    losses = ChunkedLoss.apply(hidden, targets, heads(dtype)[kind])
+    losses = ChunkedLoss.apply(hidden, targets, head)
     (losses * weights()).sum().backward()
-    want, slopes = define(hidden, targets, heads(dtype)[kind])
+    want, slopes = define(hidden, targets, head)
     assert losses.dtype == torch.float32 and hidden.grad is not None
     assert (losses - want).norm() < apart * want.norm()
     assert (hidden.grad - slopes).norm() < apart * slopes.norm()

@@ -20,10 +20,12 @@ from lorasft.data.packing import MicroBatch
 from lorasft.data.prefixes import Sharing
 from lorasft.model.attention import Paths, Shape
 
-# Pairs of a chunk: enough to keep the head's product busy, few enough to keep its logits small. On GPUs more, as
-# far as the fp32 logits stay near 128 MB.
+# Pairs of a chunk, whose logits exist at a time: on a CPU few; on a GPU whole tiles of its product, as many as keep it
+# busy, as far as their logits in 16 bits stay within a 64th of the card's memory.
 _CHUNK_PAIRS = 192
-_CHUNK_ELEMENTS = 1 << 25
+_TILE, _MOST_PAIRS, _MEMORY_SHARE = 128, 1024, 64
+# Logits that exist in fp32 at a time: on a CPU few rows, which stay in its cache; on a GPU enough for its kernels.
+_FP32_ON_CPU, _FP32_ON_GPU = 1 << 19, 1 << 24
 # On a CPU oneDNN compiles a kernel of 16 bits for each number of rows: up to a fifth of a step (8 rows of Alpaca, 56
 # million parameters). Rounded up to multiples of so many, the numbers come again, and what they cost is less.
 _ROUND = 64
@@ -38,6 +40,7 @@ class Head:
     scale: float
     softcap: float | None
     chunk: int = _CHUNK_PAIRS  # pairs whose logits exist at a time
+    fp32: int = _FP32_ON_CPU  # logits that exist in fp32 at a time
 
 
 def read_head(model: Any, device: torch.device | None = None) -> Head | None:
@@ -52,9 +55,11 @@ def read_head(model: Any, device: torch.device | None = None) -> Head | None:
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     scale = scale / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
-    on_cpu = (device or linear.weight.device).type == "cpu"
-    chunk = _CHUNK_PAIRS if on_cpu else max(_CHUNK_PAIRS, _CHUNK_ELEMENTS // len(linear.weight))
-    return Head(linear.weight, linear.bias, float(scale), getattr(config, "final_logit_softcapping", None), chunk)
+    chunk, fp32, device = _CHUNK_PAIRS, _FP32_ON_CPU, device or linear.weight.device
+    if device.type == "cuda":
+        most = torch.cuda.get_device_properties(device).total_memory // _MEMORY_SHARE // (2 * len(linear.weight))
+        chunk, fp32 = max(_TILE, min(_MOST_PAIRS, most // _TILE * _TILE)), _FP32_ON_GPU
+    return Head(linear.weight, linear.bias, float(scale), getattr(config, "final_logit_softcapping", None), chunk, fp32)
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class Network:
     head: Head | None  # None: through the model's own `logits_to_keep`, the general and larger way
     segments: bool  # False: sequences go alone, under transformers' own attention
     share: Sharing = False  # whether what sequences begin with in common is computed once
+    lean: bool = False  # norms, MLPs and rotary embeddings that keep less
     kernel: Callable[[Shape], bool] | None = None  # whether one computes attention over all segments, by layer
     rope_switch_length: int | None = None  # sequences up to this length are never in a row with longer ones
     notices: tuple[str, ...] = ()  # what a person should know about a slower way that was taken
@@ -152,39 +158,46 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        rows = min(len(targets), head.chunk)
-        logits_lowp = hidden.new_empty(rows, len(head.weight))  # one memory for the logits of all chunks
-        logits_fp32 = (
-            logits_lowp if hidden.dtype == torch.float32 else torch.empty_like(logits_lowp, dtype=torch.float32)
-        )
-        for start in range(0, len(targets), rows):
-            part = slice(start, min(start + rows, len(targets)))
-            product = torch.mm(hidden[part], head.weight.t(), out=logits_lowp[: len(hidden[part])])
-            if head.bias is not None:
-                product.add_(head.bias)
-            logits = logits_fp32[: len(product)].copy_(product)
-            if head.scale != 1:
-                logits.mul_(head.scale)
-            if head.softcap is not None:
-                logits.div_(head.softcap).tanh_().mul_(head.softcap)
-            softcap_grad = None if head.softcap is None else 1 - (logits / head.softcap) ** 2
-            wanted = targets[part].unsqueeze(1)
-            peak, chosen = logits.amax(dim=-1, keepdim=True), logits.gather(1, wanted)
-            total = logits.sub_(peak).exp_().sum(dim=-1, keepdim=True)
-            losses[part] = (total.log() + peak - chosen).squeeze(1)
-            if grad_hidden is None:
-                continue
-            grad_logits = logits.div_(total)  # the softmax, then minus 1 at the target
-            grad_logits.scatter_add_(1, wanted, torch.full_like(total, -1.0))
-            if softcap_grad is not None:
-                grad_logits.mul_(softcap_grad)
-            if head.scale != 1:
-                grad_logits.mul_(head.scale)
-            torch.mm(logits_lowp[: len(grad_logits)].copy_(grad_logits), head.weight, out=grad_hidden[part])
+        chunk = min(len(targets), head.chunk)
+        memory = hidden.new_empty(chunk, len(head.weight))  # one for the logits of all chunks
+        rows = max(1, head.fp32 // len(head.weight))
+        for start in range(0, len(targets), chunk):
+            part = slice(start, start + chunk)
+            logits = memory[: len(hidden[part])]
+            if head.bias is None:
+                torch.mm(hidden[part], head.weight.t(), out=logits)
+            else:
+                torch.addmm(head.bias, hidden[part], head.weight.t(), out=logits)
+            pieces = (torch.split(one, rows) for one in (logits, targets[part], losses[part]))
+            for some, wanted, found in zip(*pieces, strict=True):
+                _cross_entropy(some, wanted, found, head, with_gradient=grad_hidden is not None)
+            if grad_hidden is not None:
+                torch.mm(logits, head.weight, out=grad_hidden[part])
         ctx.save_for_backward(grad_hidden)
+        ctx.scale = head.scale
         return losses
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
         (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden * upstream[0].unsqueeze(1).to(grad_hidden.dtype), None, None
+        return grad_hidden * (upstream[0] * ctx.scale).unsqueeze(1).to(grad_hidden.dtype), None, None
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, losses: Tensor, head: Head, *, with_gradient: bool) -> None:
+    """Write the `losses` (rows,) of `logits` (rows, vocabulary), and over these the gradient by scaled ones.
+
+    In 16 bits three kernels pass over the rows, a cast, a softmax and an exponential; a soft cap takes four more.
+    """
+    exact = logits.float().mul(head.scale) if head.scale != 1 else logits
+    if head.softcap is not None:
+        bent = torch.tanh(exact.float() / head.softcap)
+        exact = bent * head.softcap
+    logs = torch.log_softmax(exact, dim=-1, dtype=torch.float32)
+    wanted = targets.unsqueeze(1)
+    torch.neg(logs.gather(1, wanted).squeeze(1), out=losses)
+    if not with_gradient:
+        return
+    grads = torch.exp(logs, out=logits if head.softcap is None else logs)
+    grads.scatter_(1, wanted, torch.expm1(-losses).unsqueeze(1).to(grads.dtype))  # p - 1, exact also where p is near 1
+    if head.softcap is not None:
+        logits.copy_(torch.ops.aten.tanh_backward(grads, bent))

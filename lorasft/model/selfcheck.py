@@ -17,6 +17,7 @@ from lorasft.data.packing import MicroBatch, make_micro_batches
 from lorasft.data.tokens import Tokens, all_supervised
 from lorasft.model.attention import SEGMENTS, Paths, Shape, attend, default_attention, evaluating
 from lorasft.model.free_memory import out_of_memory
+from lorasft.model.lean import use_lean_layers, use_own_layers
 from lorasft.model.loss import Network, pair_losses, read_head
 
 _STEM, _TAIL, _OTHER = 17, 17, 9  # tokens that two sequences begin with, and with which each continues
@@ -33,6 +34,7 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
     """
     training = causal.training
     causal.eval()
+    use_own_layers(causal)
     causal.set_attn_implementation(default_attention(causal.config))
     network = Network(
         causal, head=None, segments=False, rope_switch_length=_rope_switch_length(causal.config.get_text_config())
@@ -54,7 +56,7 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
             network = replace(network, notices=(notice,))
         if network.segments and network.device.type == "cuda":
             network = _try_kernels(network, alone)
-        network = _try_head(network)
+        network = _try_lean(_try_head(network))
     causal.train(training)
     return network
 
@@ -136,16 +138,29 @@ def _try_kernels(network: Network, alone: Tensor) -> Network:
 
 def _try_head(network: Network) -> Network:
     """The chunked loss equals the loss from the model's own logits."""
-    head = read_head(network.causal)
+    head, row = read_head(network.causal), _row(_branches(1, network)[0])
     if head is None:
         return network
-    row = _row(_branches(1, network)[0])
-    own = pair_losses(network, row)
-    drift = float((own - pair_losses(replace(network, head=head), row)).abs().mean())
+    what = "the head does more than is known here: its own logits are used"
+    return _choose(replace(network, head=head), network, pair_losses(network, row), what)
+
+
+def _try_lean(network: Network) -> Network:
+    """The losses with lean norms, MLPs and rotary embeddings equal those from the model's own."""
+    own = pair_losses(network, _row(_branches(1, network)[0]))
+    lean = replace(network, lean=use_lean_layers(network.causal) > 0)
+    chosen = _choose(lean, network, own, "norms and MLPs keep more, as they are transformers' own: lean ones are wrong")
+    if not chosen.lean:
+        use_own_layers(network.causal)
+    return chosen
+
+
+def _choose(faster: Network, network: Network, own: Tensor, notice: str) -> Network:
+    """`faster`, where its losses of the first sequence are as those of `network`; else that one, with a notice."""
+    drift = float((own - pair_losses(faster, _row(_branches(1, network)[0]))).abs().mean())
     if drift <= _limit(_DRIFT, network.causal, own):
-        return replace(network, head=head)
-    notice = f"the head does more than is known here (losses differ by {drift:.1e}): its own logits are used"
-    return replace(network, notices=(*network.notices, notice))
+        return faster
+    return replace(network, notices=(*network.notices, f"{notice} (losses differ by {drift:.1e})"))
 
 
 def _limit(shares: tuple[float, float], causal: Any, losses: Tensor) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lorasft.model.adapter import attach_adapter
 from lorasft.model.base import compute_dtype, make_skeleton, patch_linear4bit, quantize_skeleton
+from lorasft.model.lean import use_lean_layers
 from lorasft.model.loss import Network, read_head
 from lorasft.model.recompute import decoder_layers, layer_kinds
 from lorasft.recipe import AdapterSettings, ModelSettings
@@ -45,6 +46,8 @@ def plan_network(network: Network, model: Any) -> Network:
     base = model.get_base_model()
     base.set_attn_implementation(network.causal.config._attn_implementation)
     head = read_head(base, network.runs_on) if network.head else None
+    if network.lean:
+        use_lean_layers(base)
     return replace(network, causal=base, head=head, planned=network.runs_on)
 
 

@@ -322,6 +322,30 @@ def _histc(row: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tens
         return torch.histc(row.cpu().float(), bins, min, max).to(row.dtype).to("cuda")
 
 
+def _norm(x: Tensor, shape: Any, weight: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
+    """aten::_fused_rms_norm over the last dimension: y like x, 1 / the root of the mean square (..., 1) fp32."""
+    _need(weight is None or weight.dtype == x.dtype, f"expected scalar type {x.dtype} but found another")
+    with _kernel("aten::_fused_rms_norm"):
+        rows = x.cpu().float()
+        inverse = (rows.square().mean(-1, keepdim=True) + eps).rsqrt()
+        y = rows * inverse if weight is None else rows * inverse * weight.cpu().float()
+        return y.to(x.dtype).to("cuda"), inverse.to("cuda")
+
+
+def _norm_back(
+    upstream: Tensor, x: Tensor, shape: Any, inverse: Tensor, weight: Tensor | None, wanted: list[bool]
+) -> tuple[Tensor, Tensor | None]:
+    """aten::_fused_rms_norm_backward: the gradient of x."""
+    _need(upstream.dtype == x.dtype and (weight is None or weight.dtype == x.dtype), "the tensors have several dtypes")
+    _need(inverse.dtype == torch.float32 and wanted == [True, False], "rstd, or a gradient that is not emulated")
+    with _kernel("aten::_fused_rms_norm_backward"):
+        rows, given, inverse = (one.cpu().float() for one in (x, upstream, inverse))
+        given = given if weight is None else given * weight.cpu().float()
+        rows = rows * inverse
+        slope = (given - rows * (given * rows).mean(-1, keepdim=True)) * inverse
+        return slope.to(x.dtype).to("cuda"), None
+
+
 def _varlen_2_10(
     query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
     is_causal: bool = False, return_aux: Any = None,
@@ -347,6 +371,8 @@ def _install_kernels() -> tuple[Any, ...]:
     aten.impl("histc", _histc, "CUDA")
     aten.impl("_flash_attention_forward", _flash, "CUDA")
     aten.impl("_flash_attention_backward", _flash_back, "CUDA")
+    aten.impl("_fused_rms_norm", _norm, "CUDA")
+    aten.impl("_fused_rms_norm_backward", _norm_back, "CUDA")
     older = {"2.10": _varlen_2_10, "2.11": _varlen_2_11}.get(os.environ.get("EMU_VARLEN", ""))
     if older:
         import torch.nn.attention.varlen as module

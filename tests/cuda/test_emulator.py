@@ -30,6 +30,32 @@ for left in (-1, 3):
     assert max(float((a.cpu() - b).norm() / b.norm()) for a, b in pairs) < 1e-2
 """
 
+NORMS = """
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from lorasft.model.lean import use_lean_layers
+import emu
+
+for kind in (LlamaRMSNorm, GemmaRMSNorm):
+    norm = kind(64, eps=1e-5).requires_grad_(False).bfloat16().cuda()
+    norm.weight.copy_(torch.randn(64) * 0.3)
+    assert use_lean_layers(norm) == 1
+    x, dy = (torch.randn(3, 50, 64, device="cuda").bfloat16() for _ in range(2))
+    x.requires_grad_()
+    emu.clear()
+    y = norm(x)
+    y.backward(dy)
+    names = [name for name in emu.report() if "rms_norm" in name]
+    assert names == ["aten::_fused_rms_norm", "aten::_fused_rms_norm_backward"], names
+    exact, scale = x.detach().cpu().double().requires_grad_(), norm.weight.cpu().double() + (kind is GemmaRMSNorm)
+    want = torch.nn.functional.rms_norm(exact, (64,), scale, 1e-5)
+    want.backward(dy.cpu().double())
+    for a, b in ((y.detach(), want.detach()), (x.grad, exact.grad)):
+        assert a.dtype == torch.bfloat16 and float((a.cpu() - b).norm() / b.norm()) < 2e-3
+    make, parts = y.made_by
+    assert torch.equal(make(*parts), y)
+"""
+
 DEVICE = """
 import emu, torch
 
@@ -64,7 +90,7 @@ except torch.OutOfMemoryError:
 """
 
 
-@pytest.mark.parametrize("script", [ATTENTION, DEVICE], ids=["attention", "device"])
+@pytest.mark.parametrize("script", [ATTENTION, NORMS, DEVICE], ids=["attention", "norms", "device"])
 def test_the_emulated_device_does_what_it_says(script: str, tmp_path: Path) -> None:
     path = tmp_path / "script.py"
     path.write_text("import sys\nimport torch\ntorch.manual_seed(0)\n" + script, encoding="utf-8")
