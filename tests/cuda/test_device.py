@@ -16,7 +16,7 @@ from tiny_models import HELD_TO_AVX2
 
 Row = dict[str, Any]
 # Work of the device a Llama layer in NF4 and micro-batch: with what it keeps, and where it is recomputed.
-LAUNCHES = {"kept": 269, "recomputed": 355}
+LAUNCHES = {"kept": 221, "recomputed": 289}
 
 
 def losses_of(run: Path) -> list[float]:
@@ -95,10 +95,10 @@ def test_commands_answer_as_on_the_cpu(done: dict[str, Row], folder: Path, on_cp
 
 
 def check_architectures(found: dict[str, Row], *, losses: float, gradients: float) -> None:
-    """They are as near to the CPU's in fp32 as `losses` and `gradients` say, or as the CPU's own in the same dtype."""
+    """They are as near to the CPU's in fp32 as `losses` and `gradients` say, or as twice the CPU's own in the same dtype."""
     assert len(found) == 6
     for name, one in found.items():
-        assert one["losses"] <= losses and one["gradients"] <= max(gradients, 1.5 * one["usual"]), (name, one)
+        assert one["losses"] <= losses and one["gradients"] <= max(gradients, 2 * one["usual"]), (name, one)
         assert one["shared"] == "auto"
         # torch's products of experts, but for its kernel for bf16, read how many rows each has: two a layer each way.
         assert one["waits"] == ({"copy_ D2H": 32} if name == "qwen3-moe" else {}), (name, one["waits"])
