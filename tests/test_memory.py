@@ -37,13 +37,14 @@ from lorasft.model.loss import Network, pair_losses, weighted_loss
 from lorasft.model.memory import ActivationMemory, StorageMeter, dry_run, heaviest_batch, static_bytes
 from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
 from lorasft.model.selfcheck import verify
+from lorasft.model.trained import Trained
 from lorasft.model.weightless import make_sample, make_weightless, plan_network
 from lorasft.recipe import AdapterSettings, ModelSettings
 from lorasft.train import layout as layouts
 from lorasft.train import loop
 from lorasft.train import run as runs
 from lorasft.train.checkpoint import read_state
-from lorasft.train.layout import choose_fit, find_heaviest, widen
+from lorasft.train.layout import choose_fit, find_heaviest
 
 Write = Callable[..., str]
 GIB = 1 << 30
@@ -138,8 +139,7 @@ def test_a_dry_run_is_the_step(name: str) -> None:
     batch = heaviest_batch(network, longest=20, capacity=60)
     for count in (0, 1, len(decoder_layers(base))):
         recompute(base, count)
-        for parameter in model.train().parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        Trained(model.train(), torch.float32)
         with StorageMeter() as meter:
             loss = pair_losses(network, batch).sum()
             kept = meter.live
@@ -227,15 +227,13 @@ def test_on_a_gpu_micro_batches_are_as_large_as_recompute_nothing(monkeypatch: p
     _, network = with_adapter(make_base("llama", layers=4))
     network = replace(network, causal=copy.deepcopy(network.causal).to("meta"), planned=torch.device("cuda"))
     plan = Plan(64, 64, 1, seed=0, loss="token", micro_batch_tokens=400)
-    most = widen(plan, rows, worth=1.0).micro_batch_tokens
-    assert most == 6400  # all of 64 * 59 tokens
 
     def needs(tokens: int, recomputed: int = 0) -> int:
         batch = find_heaviest(replace(plan, micro_batch_tokens=tokens), rows)
         return int(dry_run(network, batch, recomputed=recomputed).peak / 0.9) + 1
 
     def fit(spare: int, **given: Any) -> tuple[int, int]:
-        given = {"wanted": None, "free": True, "most": most} | given
+        given = {"wanted": None, "most": 6400} | given  # more than there are
         found = choose_fit(network, plan, rows, spare=spare, **given)
         assert found.holds == (spare > 0)
         return found.plan.micro_batch_tokens, found.recomputed
@@ -247,7 +245,7 @@ def test_on_a_gpu_micro_batches_are_as_large_as_recompute_nothing(monkeypatch: p
     assert fit(needs(177) - 1) == (177, 1) and fit(needs(177, 4)) == (177, 4)
     assert fit(0) == (60, 4)  # the longest
     assert fit(needs(800, 4), wanted=4) == (800, 4)
-    assert fit(needs(400) - 1, free=False, most=400)[0] == 400
+    assert fit(needs(400) - 1, most=None)[0] == 400
 
     def reads_numbers(*_: Any, **__: Any) -> ActivationMemory:
         raise NotImplementedError("nonzero")

@@ -36,6 +36,7 @@ from lorasft.cli import main
 from lorasft.data.packing import Plan, assign_to_rank, make_micro_batches
 from lorasft.errors import ModelError
 from lorasft.files import verify_folder
+from lorasft.model.trained import Trained
 from lorasft.recipe.load import load_recipe
 from lorasft.signals import StopRequest
 from lorasft.train import distributed as ranks_module
@@ -103,10 +104,9 @@ def some(count: int, *, share: bool = False) -> Rows:
 
 def step_run(model: Any, network: Any, rows: Rows, ranks: Ranks, **plan: Any) -> Run:
     """As much of a run as a step's losses and gradients need."""
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     whole = Plan(len(rows), len(rows), 1, seed=0, processes=ranks.count, **plan)
     stub: Any = SimpleNamespace(prepared=SimpleNamespace(train=rows, held_out=rows), evaluation=lambda **_: None)
-    return Run(stub, stub, whole, network, model, parameters, stub, stub, ranks)
+    return Run(stub, stub, whole, network, model, Trained(model, torch.float32), stub, stub, ranks)
 
 
 SIZES = ((6, 1000, False), (6, 20, False), (1, 1000, False), (6, 40, True))
@@ -125,10 +125,8 @@ def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> N
                 run = step_run(model, network, rows, ranks, **plan)
                 step = run.plan.step(1, rows)
                 assert len(assign_to_rank(step.micro_batches, rank, 2)) > 0 or (count == 1 and rank == 1)
-                model.zero_grad()
-                parameters = list(run.parameters.values())
                 work = lambda run=run, step=step: loop.add_gradients(run, step)  # noqa: E731
-                value = ranks.sum_step(work, parameters, stop=StopRequest(alone=False))
+                value = ranks.sum_step(work, run.trained.gradient, stop=StopRequest(alone=False))
                 save_file(gradients(model) | {"loss": value}, tmp_path / f"{number}-{rank}.safetensors")
             (tmp_path / f"held_out-{rank}.json").write_text(
                 json.dumps(held_out(model, network, ranks)), encoding="utf-8"
@@ -198,7 +196,7 @@ def test_all_processes_end_with_the_same_parameters(recipe: Write, tmp_path: Pat
         with join() as ranks, runs.open_run(settings, resume=False, ranks=ranks) as (run, state):
             loop.train(run, state)
             run.metrics.close()  # of trackers, in the first alone: must not part the processes
-            parameters = {name: tensor.detach() for name, tensor in run.parameters.items()}
+            parameters = {name: tensor.detach() for name, tensor in run.trained.parameters.items()}
             save_file(parameters, tmp_path / f"{rank}.safetensors")
 
     launch = Launch(tmp_path, act)

@@ -98,7 +98,7 @@ def test_the_frozen_base_is_unchanged(recipe: Write, base: Path) -> None:
             for name, parameter in run.model.named_parameters()
             if not parameter.requires_grad
         }
-        trained = set(run.parameters)
+        trained = set(run.trained.parameters)
     assert all("lora_" in name for name in trained) and trained
     fresh = dict(load_base(settings.model, torch.device("cpu")).named_parameters())
     assert fresh.keys() == after.keys()

@@ -1,14 +1,16 @@
-"""The NF4 + LoRA linear, forward and backward in one function: y = x W^T (+ bias) + s (x A^T) B^T.
+"""NF4 + LoRA linears that are given the same input, in one function: each y = x W^T (+ bias) + s (x A^T) B^T.
 
 PEFT casts every input to the adapter's fp32 and keeps that copy. Here the small A and B are cast to the dtype of x
-instead; they stay fp32 masters, and their gradients arrive in fp32. Kept for the backward pass are x A^T, which is
-`rank` wide, and x, once, or what it can be made again from. W is frozen: it is dequantized where it is needed, forwards
-and backwards, into memory that the next layer uses again. Modules that are trained in full are cast in the same way.
+instead, once a step where `Trained` made copies; they stay fp32 masters, and their gradients arrive in fp32. Kept for
+the backward pass are x A^T, which is `rank` wide, and x, once, or what it can be made again from. W is frozen: it is
+dequantized where it is needed, forwards and backwards, into memory that the next layer uses again. Modules that are
+trained in full are cast in the same way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from types import MethodType
 from typing import Any
 
@@ -34,12 +36,13 @@ def use_lean_linears(model: nn.Module) -> None:
 
     Layers with a variant (DoRA), a bias in B or several adapters keep PEFT's own forward.
     """
-    weights = FrozenWeights()
+    weights, inputs = FrozenWeights(), Inputs()
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.forward = MethodType(_forward_saved, module)
         elif isinstance(module, LoraLayer) and _is_plain(module):
-            module.frozen_weights = weights
+            module.frozen_weights, module.inputs = weights, inputs
+            module.followers = getattr(module, "followers", [])
             module.forward = MethodType(_forward, module)
 
 
@@ -59,12 +62,14 @@ class FrozenWeights:
             return weight.t() if isinstance(base, Conv1D) else weight
         packed, state = base.weight.data, base.weight.quant_state
         size = state.shape.numel()
-        if packed.is_cuda or size * state.dtype.itemsize <= _MALLOC_KEEPS:
+        if not packed.is_cuda and size * state.dtype.itemsize <= _MALLOC_KEEPS:
             return bnb.functional.dequantize_4bit(packed, state).to(dtype)  # type: ignore[no-any-return]
         if len(self._buffer) < size:
             self._buffer = torch.empty(size, dtype=state.dtype, device=packed.device)
         out = self._buffer[:size].view(state.shape)
-        if not packed.is_meta:
+        if packed.is_cuda:
+            bnb.functional.dequantize_4bit(packed, state, out=out)
+        elif not packed.is_meta:
             _dequantize_by_blocks(packed, state, out)
         return out.to(dtype)
 
@@ -85,40 +90,149 @@ def _dequantize_by_blocks(packed: Tensor, state: Any, out: Tensor) -> None:
         block.copy_(bnb.functional.dequantize_4bit(codes[first // 2 : end // 2].unsqueeze(1), part))
 
 
-class LoraLinear(torch.autograd.Function):
-    """x (..., in), A (rank, in), B (out, rank), s, base, weights -> (..., out) in the dtype of x."""
+class Inputs:
+    """Which LoRA linears are given the same tensor one after the other, as queries, keys and values.
+
+    What is seen in one pass is relied on in the next: the first of them computes for all, and they take their part.
+    One that does not ask for its part is left alone from then on, until it follows again.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[Any, int] = (None, 0)  # the input, weakly, and its version
+        self._first: Any = None  # the layer that was given it first
+        self._ready: dict[Any, Tensor] = {}  # outputs for it that were not asked for yet
+
+    def compute(self, layer: Any, x: Tensor) -> Tensor:
+        """x: (..., in) -> (..., out) of `layer`, in the dtype of x."""
+        given, version = self._last
+        if given is None or given() is not x or version != x._version:
+            for one in self._ready:
+                self._first.followers.remove(one)
+            self._last, self._first, self._ready = (weakref.ref(x), x._version), layer, {}
+            if layer.followers and _is_fused(layer):
+                layers = [layer, *filter(_is_fused, layer.followers)]
+                self._ready = dict(zip(layers, _apply(layers, x), strict=True))
+        elif layer is not self._first and layer not in self._first.followers:
+            self._first.followers.append(layer)
+        if layer in self._ready:
+            return self._ready.pop(layer)
+        return _apply([layer], x)[0] if _is_fused(layer) else _compute_plainly(layer, x)
+
+
+class LoraLinears(torch.autograd.Function):
+    """x (..., in), layers, their A (rank, in), their B (out, rank) -> of each (..., out) in the dtype of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, base: Any, weights: FrozenWeights) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layers: Sequence[Any], *adapter: Tensor) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        weight = weights.read(base, x.dtype).t()
-        y = x.new_empty(*x.shape[:-1], weight.shape[1])  # no view of another tensor: Gemma 3n changes it in place
-        rows = y.view(-1, weight.shape[1])
-        if base.bias is None:
-            torch.mm(flat, weight, out=rows)
-        else:
-            torch.addmm(base.bias.to(x.dtype), flat, weight, out=rows)
-        down = flat @ a.to(x.dtype).t()  # (tokens, rank)
-        rows.addmm_(down, b.to(x.dtype).t(), alpha=scaling)
+        stacked = _join(adapter[: len(layers)], x.dtype).view(-1, x.shape[-1])  # (ranks, in)
+        down = flat @ stacked.t()  # (tokens, ranks)
+        outputs = []
+        for layer, b, part in _parts(layers, down):
+            weight, bias = layer.frozen_weights.read(layer.base_layer, x.dtype).t(), layer.base_layer.bias
+            y = x.new_empty(*x.shape[:-1], weight.shape[1])  # no view of another tensor: Gemma 3n changes it in place
+            rows = y.view(-1, weight.shape[1])
+            if bias is None:
+                torch.mm(flat, weight, out=rows)
+            else:
+                torch.addmm(bias.to(x.dtype), flat, weight, out=rows)
+            outputs.append(y)
+            rows.addmm_(part, b.t(), alpha=_scaling(layer))
         ctx.make, parts = _made_by(x)
-        ctx.save_for_backward(down, a, b, *parts)
-        ctx.scaling, ctx.base, ctx.weights = scaling, base, weights
-        return y
+        ctx.save_for_backward(down, *parts)
+        ctx.layers, ctx.shape = layers, x.shape
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        down, a, b, *parts = ctx.saved_tensors
-        x = ctx.make(*parts)
-        flat, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        d_down = (dy @ b.to(x.dtype)).mul_(ctx.scaling)  # (tokens, rank)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = dy @ ctx.weights.read(ctx.base, x.dtype)
-            dx = dx.addmm_(d_down, a.to(x.dtype)).view(x.shape)
-        da = (d_down.t() @ flat).to(a.dtype)
-        db = (dy.t() @ down).to(b.dtype).mul_(ctx.scaling)
-        return dx, da, db, None, None, None
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        down, *parts = ctx.saved_tensors
+        layers, a = ctx.layers, [_adapter(layer)[0] for layer in ctx.layers]
+        b = [_adapter(layer)[1] for layer in layers]
+        d_down, db = torch.empty_like(down), down.new_empty(sum(one.numel() for one in b))
+        dx: Tensor | None = None
+        rest = zip(
+            upstream,
+            torch.split(d_down, [len(one) for one in a], 1),
+            torch.split(db, [one.numel() for one in b]),
+            strict=True,
+        )
+        for (layer, up, part), (dy, d_part, db_part) in zip(_parts(layers, down), rest, strict=True):
+            if dy is None:
+                d_part.zero_(), db_part.zero_()
+                continue
+            dy = dy.reshape(-1, dy.shape[-1])
+            d_part.addmm_(dy, up, beta=0, alpha=_scaling(layer))
+            db_part.view_as(up).addmm_(dy.t(), part, beta=0, alpha=_scaling(layer))
+            if ctx.needs_input_grad[0]:
+                weight = layer.frozen_weights.read(layer.base_layer, down.dtype)
+                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+        if dx is not None:
+            dx = dx.addmm_(d_down, _join(a, down.dtype).view(-1, ctx.shape[-1])).view(ctx.shape)
+        da = d_down.t() @ ctx.make(*parts).reshape(-1, ctx.shape[-1])
+        return dx, None, *_add_gradient(a, da.view(-1)), *_add_gradient(b, db)
+
+
+def _apply(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:
+    adapters = [_adapter(layer) for layer in layers]
+    outputs: tuple[Tensor, ...] = LoraLinears.apply(  # type: ignore[no-untyped-call]
+        x, layers, *(a for a, _ in adapters), *(b for _, b in adapters)
+    )
+    return outputs
+
+
+def _parts(layers: Sequence[Any], down: Tensor) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """Each layer, its B and its columns of `down` (tokens, ranks)."""
+    ups = [_cast(_adapter(layer)[1], down.dtype) for layer in layers]
+    return zip(layers, ups, torch.split(down, [up.shape[1] for up in ups], 1), strict=True)
+
+
+def _adapter(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    """A (rank, in) and B (out, rank), fp32."""
+    ((name, a),) = layer.lora_A.items()
+    return a.weight, layer.lora_B[name].weight
+
+
+def _scaling(layer: Any) -> float:
+    (scaling,) = layer.scaling.values()
+    return float(scaling)
+
+
+def _cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """`parameter` in `dtype`: the copy that `Trained` made of it, if it did."""
+    copy: Tensor | None = getattr(parameter, "copy", None)
+    return copy if copy is not None and copy.dtype == dtype else parameter.detach().to(dtype)
+
+
+def _join(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """All numbers of `parameters` in `dtype` and one dimension."""
+    copies = [_cast(one, dtype) for one in parameters]
+    row = _as_row(copies)
+    return torch.cat([one.flatten() for one in copies]) if row is None else row
+
+
+def _as_row(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """`tensors` as one of one dimension, if they lie one after the other in one memory."""
+    first, size = tensors[0], 0
+    for one in tensors:
+        if first is None or one is None or not one.is_contiguous():
+            return None
+        same = one.untyped_storage()._cdata == first.untyped_storage()._cdata
+        if not same or one.storage_offset() != first.storage_offset() + size:
+            return None
+        size += one.numel()
+    return first.as_strided((size,), (1,)) if first is not None else None
+
+
+def _add_gradient(parameters: Sequence[Tensor], gradient: Tensor) -> list[Tensor | None]:
+    """Add `gradient`, of all `parameters`, to theirs, if these lie in a row too; else what autograd is to add."""
+    row = _as_row([one.grad for one in parameters])
+    if row is not None:
+        row.add_(gradient)
+        return [None] * len(parameters)
+    parts = torch.split(gradient, [one.numel() for one in parameters])
+    return [part.view_as(one).to(one.dtype) for one, part in zip(parameters, parts, strict=True)]
 
 
 def _made_by(x: Tensor) -> tuple[Callable[..., Tensor], Sequence[Tensor]]:
@@ -148,19 +262,22 @@ def _forward_saved(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
     return functional_call(copy, cast, args, kwargs)
 
 
-def _forward(layer: Any, x: Tensor) -> Tensor:
-    """x: (..., in) -> (..., out) in the dtype of x."""
-    base = layer.base_layer
-    if layer.disable_adapters:
-        result: Tensor = base(x)
-        return result
-    (name,) = layer.lora_A
-    a, b, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
-    dropout = layer.lora_dropout[name]
+def _is_fused(layer: Any) -> bool:
+    """Whether `layer` is computed by `LoraLinears`: where gradients are wanted and nothing is disabled or drops out."""
+    (dropout,) = layer.lora_dropout.values()
     drops = layer.training and not isinstance(dropout, nn.Identity)
-    if torch.is_grad_enabled() and not drops:
-        fused: Tensor = LoraLinear.apply(x, a, b, scaling, base, layer.frozen_weights)  # type: ignore[no-untyped-call]
-        return fused
-    update = F.linear(F.linear(dropout(x), a.to(x.dtype)), (b * scaling).to(x.dtype))
-    total: Tensor = base(x) + update
-    return total
+    return torch.is_grad_enabled() and not drops and not layer.disable_adapters
+
+
+def _compute_plainly(layer: Any, x: Tensor) -> Tensor:
+    """x: (..., in) -> (..., out)."""
+    y: Tensor = layer.base_layer(x)
+    if layer.disable_adapters:
+        return y
+    (a, b), (dropout,) = _adapter(layer), layer.lora_dropout.values()
+    return y + F.linear(F.linear(dropout(x), a.to(x.dtype)), (b * _scaling(layer)).to(x.dtype))
+
+
+def _forward(layer: Any, x: Tensor) -> Tensor:
+    y: Tensor = layer.inputs.compute(layer, x)
+    return y

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,6 +27,7 @@ from lorasft.model.base import count_bytes
 from lorasft.model.linear import use_lean_linears
 from lorasft.model.loss import Network, pair_losses
 from lorasft.model.recompute import layer_kinds, only_first, recompute
+from lorasft.model.trained import Trained
 
 # Share of the free memory that is planned with: the rest is for fragments and other programs.
 USABLE = 0.9
@@ -89,15 +90,17 @@ class ActivationMemory:
         return {"activations": self.kept, "transient": self.peak - self.kept}
 
 
-def static_bytes(model: nn.Module, optimizer: str) -> dict[str, int]:
-    """What lives all through a run, in bytes by kind, under the recipe's `optimizer.name`; with or without numbers.
+def static_bytes(model: Any, optimizer: str) -> dict[str, int]:
+    """What lives all through a run of a PEFT `model`, in bytes by kind, under the recipe's `optimizer.name`.
 
-    An optimizer has two moments for each trained number; `adamw8bit` keeps those of small tensors in fp32.
+    An optimizer has two moments for each trained number; `adamw8bit` keeps those of few in fp32.
     """
-    trained = list(trainable(model).values())
-    moments = [8 * one.numel() if optimizer == "adamw" or one.numel() < 4096
-               else 2 * one.numel() + 8 * -(-one.numel() // 256) for one in trained]  # fmt: skip
-    return {**count_bytes(model), "gradients": sum(one.nbytes for one in trained), "optimizer": sum(moments)}
+    trained = trainable(model)
+    count = sum(one.numel() for one in trained.values())
+    moments = 8 * count if optimizer == "adamw" or count < 4096 else 2 * count + 8 * -(-count // 256)
+    lora = sum(one.numel() for name, one in trained.items() if ".lora_" in name)
+    copies = 2 * lora if model.get_base_model().dtype.itemsize == 2 else 0
+    return {**count_bytes(model), "gradients": 4 * count, "optimizer": moments, "16-bit copies": copies}
 
 
 def dry_run(network: Network, batch: MicroBatch, *, recomputed: int) -> ActivationMemory:
@@ -135,9 +138,8 @@ def run_layers(network: Network, batch: MicroBatch, recomputed: int) -> Activati
     recompute(network.causal, recomputed)
     network.causal.train()
     use_lean_linears(network.causal)  # which forget the memory that they had
-    for parameter in trainable(network.causal).values():
-        parameter.grad = torch.empty_like(parameter)  # of the micro-batch before: `static_bytes` counts it
-    with _shapes_alone(), StorageMeter() as meter:
+    Trained(network.causal, network.causal.dtype)  # with gradients and copies, which `static_bytes` counts
+    with shapes_alone(), StorageMeter() as meter:
         loss = pair_losses(network, batch).sum()
         kept = meter.live
         loss.backward()  # type: ignore[no-untyped-call]
@@ -145,7 +147,7 @@ def run_layers(network: Network, batch: MicroBatch, recomputed: int) -> Activati
 
 
 @contextlib.contextmanager
-def _shapes_alone() -> Iterator[None]:
+def shapes_alone() -> Iterator[None]:
     """Let no one read numbers, and attention allocate what it does on a device."""
     general = F.scaled_dot_product_attention
 

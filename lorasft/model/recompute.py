@@ -33,8 +33,7 @@ def recomputed_layers(causal: Any) -> int:
 def recompute(causal: Any, count: int) -> None:
     """Let exactly the first `count` decoder layers recompute their activations; 0: none.
 
-    The layers' own attributes, as transformers 5.3 to 5.23 read them: the model's method for it has had two names, and
-    gives the embeddings gradients, which only reentrant checkpoints need.
+    By the layers' own attributes: the model's method has two names, and gives the embeddings gradients without a use.
     """
     for index, layer in enumerate(decoder_layers(causal)):
         layer.gradient_checkpointing = index < count  # type: ignore[assignment]

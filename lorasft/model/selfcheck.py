@@ -6,7 +6,9 @@ ones do) is run one sequence at a time; a head that does more than is known here
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,13 +41,11 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
     network = Network(
         causal, head=None, segments=False, rope_switch_length=_rope_switch_length(causal.config.get_text_config())
     )
-    shared = replace(network, segments=True, share="auto")
-    ways = [shared, replace(shared, share=False)]  # the fastest first
-    notice = None
+    shared, notice = replace(network, segments=True, share="auto"), None
     with torch.no_grad():
         alone = torch.cat([pair_losses(network, _row(sequence)) for sequence in _branches(1, network)])
-        for way in ways if segments else ():
-            reason = _find_leak(way, alone)
+        for way in (shared, replace(shared, share=False)) if segments else ():  # the faster first
+            reason = _reason(partial(_find_leak, way, alone))
             if reason is None:
                 causal.set_attn_implementation(SEGMENTS)
                 network = way
@@ -68,11 +68,8 @@ def _find_leak(network: Network, alone: Tensor) -> str | None:
     the same kernels, so what does not look at it differs by rounding at most.
     """
     rows = [_row(*_branches(first, network), share=bool(network.share)) for first in (1, 2)]
-    try:
-        with evaluating(network.causal, SEGMENTS):
-            losses = [pair_losses(network, row) for row in rows]
-    except Exception as error:  # a model's own code may raise anything
-        return f"no segment attention ({_first_line(error)})"
+    with evaluating(network.causal, SEGMENTS):
+        losses = [pair_losses(network, row) for row in rows]
     leak = float((losses[0] - losses[1])[rows[0].examples == 1].abs().max())
     drift = float((losses[0] - alone).abs().mean())
     if leak <= _limit(_LEAK, network.causal, alone) and drift <= _limit(_DRIFT, network.causal, alone):
@@ -80,60 +77,49 @@ def _find_leak(network: Network, alone: Tensor) -> str | None:
     return f"losses move by {leak:.1e} with another neighbour and by {drift:.1e} in company"
 
 
-def _first_line(error: Exception) -> str:
-    """What `error` says first. Where it says that memory ran out, it is raised again: nothing was found out then."""
-    if out_of_memory(error):
-        raise error
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+def _reason(find: Callable[[], str | None]) -> str | None:
+    """What is wrong: as `find` says, or the first line of the error that it ends in."""
+    try:
+        return find()
+    except Exception as error:  # a model, or a kernel, may raise anything
+        if out_of_memory(error):  # by which nothing is known of them
+            raise
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-@dataclass(frozen=True)
-class _Kernels:
-    """Whether FlashAttention computes all segments of a layer at once, tried when a shape of it is met first."""
-
-    device: torch.device
-    dtype: torch.dtype
-    reasons: dict[Shape, str] = field(default_factory=dict)  # why not; empty: it does
-
-    def __call__(self, shape: Shape) -> bool:
-        if shape not in self.reasons:
-            self.reasons[shape] = _find_kernel_error(shape, self.device, self.dtype)
-        return not self.reasons[shape]
-
-
-def _find_kernel_error(shape: Shape, device: torch.device, dtype: torch.dtype) -> str:
+def _find_kernel_error(shape: Shape, device: torch.device, dtype: torch.dtype) -> str | None:
     """What is wrong with the one kernel: its output and gradients beside those segment by segment in float64."""
     if shape.open_scores:
         return "torch has no kernel with soft caps or sinks"
-    if dtype.itemsize != 2:
-        return f"torch's FlashAttention computes in 16 bits, not in {str(dtype).removeprefix('torch.')}"
     paths = Paths([150, 70, 5, 90], [(), (0,), (0, 1), ()], cascade=False)  # longer and shorter than a kernel's blocks
     paths = replace(paths, places=[torch.from_numpy(numbers).to(device) for numbers in paths.numbers])
     draw, window = torch.Generator().manual_seed(0), 40 if shape.windowed else None
-    heads = ((shape.heads, shape.size), (shape.key_heads, shape.size), (shape.key_heads, shape.value_size))
-    rows = [torch.randn(1, sum(paths.lengths), *one, generator=draw).to(device, dtype).transpose(1, 2) for one in heads]
+    each = [(sum(paths.lengths), *one) for one in zip(shape.heads, shape.sizes, strict=True)]
+    rows = [torch.randn(1, *one, generator=draw).to(device, dtype).transpose(1, 2) for one in each]
     found = []
-    try:
-        for segments, precision in ((replace(paths, kernel=lambda _: True), dtype), (paths, torch.float64)):
-            q, k, v = (row.to(precision).requires_grad_() for row in rows)
-            with torch.enable_grad():
-                output, _ = attend(nn.Module(), q, k, v, None, scaling=0.1, sliding_window=window, segments=segments)
-                gradients = torch.autograd.grad(output, (q, k, v), output.detach().sin())
-            found.append([one.double() for one in (output.detach(), *gradients)])
-    except Exception as error:  # of the kernel, of its backward pass, of a torch that calls it otherwise
-        return _first_line(error)
+    for segments, precision in ((replace(paths, kernel=lambda _: True), dtype), (paths, torch.float64)):
+        q, k, v = (row.to(precision).requires_grad_() for row in rows)
+        with torch.enable_grad():
+            output, _ = attend(nn.Module(), q, k, v, None, scaling=0.1, sliding_window=window, segments=segments)
+            gradients = torch.autograd.grad(output, (q, k, v), output.detach().sin())
+        found.append([one.double() for one in (output.detach(), *gradients)])
     drift = float(torch.stack([(one - exact).norm() / exact.norm() for one, exact in zip(*found, strict=True)]).max())
-    return "" if drift <= _KERNEL else f"torch's FlashAttention is {drift:.1e} from float64"
+    return None if drift <= _KERNEL else f"torch's FlashAttention is {drift:.1e} from float64"
 
 
 def _try_kernels(network: Network, alone: Tensor) -> Network:
     """`network` with one kernel for all segments of the layers that it computes rightly."""
-    kernels = _Kernels(network.device, network.causal.dtype)
-    whole = _find_leak(replace(network, kernel=kernels), alone)
-    reasons = sorted({*kernels.reasons.values(), whole or ""} - {""})
-    which = "attention" if whole or all(kernels.reasons.values()) else "attention of some layers"
-    notices = [f"{which} goes segment by segment, which is slower: {reason}" for reason in reasons]
-    return replace(network, kernel=None if whole else kernels, notices=(*network.notices, *notices))
+    reasons: dict[Shape, str | None] = {}  # why not, of each shape of a layer when it is first met
+
+    def holds(shape: Shape) -> bool:
+        if shape not in reasons:
+            reasons[shape] = _reason(partial(_find_kernel_error, shape, network.device, network.causal.dtype))
+        return not reasons[shape]
+
+    leak = _reason(partial(_find_leak, replace(network, kernel=holds), alone))
+    slower = "attention goes segment by segment, which is slower, where one kernel cannot do it"
+    notices = [f"{slower}: {reason}" for reason in sorted(filter(None, {*reasons.values(), leak}))]
+    return replace(network, kernel=None if leak else holds, notices=(*network.notices, *notices))
 
 
 def _try_head(network: Network) -> Network:

@@ -139,7 +139,7 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def save_checkpoint(run: Run, state: State) -> None:
     """Commit the checkpoint of `state`. Raises DivergedError rather than save a tensor that is not finite."""
-    tensors = optimizer_state(run.optimizer, run.parameters)
+    tensors = optimizer_state(run.optimizer, run.trained)
     for name, tensor in {**adapter_weights(run.model), **tensors}.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise DivergedError(f"{name} is not finite: the checkpoint is not saved", hint="lower the learning rate")
@@ -155,8 +155,9 @@ def save_checkpoint(run: Run, state: State) -> None:
 def restore_checkpoint(path: Path, run: Run) -> None:
     """Put adapter and optimizer back as they were when `path` was saved, bit for bit. Raises ModelError."""
     give_weights(run.model, read_adapter_weights(path), where=str(path))
+    run.trained.refresh()
     try:
-        restore_optimizer(run.optimizer, run.parameters, load_file(path / "optimizer.safetensors"))
+        restore_optimizer(run.optimizer, run.trained, load_file(path / "optimizer.safetensors"))
     except (SafetensorError, OSError, LookupError, ValueError, RuntimeError) as error:
         raise ModelError(f"cannot read the optimizer: {error}", where=str(path)) from None
 

@@ -23,7 +23,7 @@ from lorasft.signals import StopRequest
 from lorasft.terminal import say
 
 if TYPE_CHECKING:  # torch is imported only where it is needed: what is wrong with a recipe is said at once
-    from torch import Tensor, nn
+    from torch import Tensor
 
 T = TypeVar("T")
 _GRACE = 5.0  # seconds in which a process may find out by itself that another is gone, and end in order
@@ -112,8 +112,8 @@ class Ranks:
 
             broadcast([tensor.detach() for tensor in tensors])
 
-    def sum_step(self, work: Callable[[], Tensor], parameters: Sequence[nn.Parameter], *, stop: StopRequest) -> Tensor:
-        """Do `work`, this process's share of a step; leave the gradients of all in `parameters`, return their loss.
+    def sum_step(self, work: Callable[[], Tensor], gradient: Tensor, *, stop: StopRequest) -> Tensor:
+        """Do `work`, this process's share of a step; leave the sum of all in its `gradient`, return their loss.
 
         `stop` then holds what any of them was asked for: by which signal to stop, and to save. One process alone does
         not wait for its device.
@@ -126,14 +126,8 @@ class Ranks:
         if self.count > 1:
             stop.signal = max(number for _, number, _ in told)
             import torch
-            from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-            gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
-            flat = parameters_to_vector(gradients)
-            torch.distributed.all_reduce(flat)
-            vector_to_parameters(flat, gradients)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
+            torch.distributed.all_reduce(gradient)
         return loss if self.count == 1 else loss.new_tensor(sum(one for one, _, _ in told))
 
     def leave(self) -> None:

@@ -73,32 +73,29 @@ def choose_layout(recipe: Recipe, inputs: RunInputs, model: Any, *, weightless: 
         plan = replace(plan, micro_batch_tokens=1)  # sequences go alone
     elif kept and machine.micro_batch_tokens == "auto":
         plan = replace(plan, micro_batch_tokens=kept.micro_batch_tokens)
-    elif free:
-        plan = widen(plan, rows, worth=_WORTH)
-    # On a CPU a wider row takes as long a token; a GPU is kept busy by it.
-    most = widen(plan, rows, worth=1.0) if free and network.runs_on.type == "cuda" else plan
+    elif free and network.share:
+        plan = replace(plan, micro_batch_tokens=widen(plan, rows))
+    widest = _MOST_TOKENS if network.runs_on.type == "cuda" else plan.micro_batch_tokens  # a CPU gains nothing by more
     if machine.activation_checkpointing == "auto":
         wanted = kept.recomputed_layers if kept else None
     else:
         wanted = machine.activation_checkpointing * len(decoder_layers(weightless.get_base_model()))
-    planned, tokens = plan_network(network, weightless), most.micro_batch_tokens
-    fit = choose_fit(planned, plan, rows, wanted=wanted, free=free, most=tokens, spare=spare)
+    planned = plan_network(network, weightless)
+    fit = choose_fit(planned, plan, rows, wanted=wanted, most=widest if free else None, spare=spare)
     recompute(network.causal, fit.recomputed)
     return network, fit
 
 
-def widen(plan: Plan, rows: TokenStore, *, worth: float) -> Plan:
-    """`plan` with micro-batches of twice the tokens, and again, as long as its first step has several for a process and
-    then computes at most the share `worth` of its tokens, because it repeats fewer shared prefixes.
-    """
-    step = plan.step(1, rows)
-    while plan.micro_batch_tokens < _MOST_TOKENS and len(step.micro_batches) > plan.processes:
+def widen(plan: Plan, rows: TokenStore) -> int:
+    """The tokens of a micro-batch, doubled as long as the first step then repeats clearly fewer shared prefixes."""
+    computed = plan.step(1, rows).tokens
+    while plan.micro_batch_tokens < _MOST_TOKENS:
         wider = replace(plan, micro_batch_tokens=2 * plan.micro_batch_tokens)
-        fewer = wider.step(1, rows)
-        if fewer.tokens > worth * step.tokens:
+        fewer = wider.step(1, rows).tokens
+        if fewer > _WORTH * computed:
             break
-        plan, step = wider, fewer
-    return plan
+        plan, computed = wider, fewer
+    return plan.micro_batch_tokens
 
 
 def choose_sharing(network: Network, wanted: Sharing, *, kept: Layout | None) -> Network:
@@ -121,27 +118,21 @@ def has_dropout(model: nn.Module) -> bool:
 
 
 def choose_fit(
-    network: Network, plan: Plan, rows: TokenStore, *, wanted: int | None, free: bool, most: int, spare: int
+    network: Network, plan: Plan, rows: TokenStore, *, wanted: int | None, most: int | None, spare: int
 ) -> Fit:
-    """The first fit. `free` micro-batches begin with `most` tokens and are halved before any layer recomputes, down to
-    half of those of `plan`; and again where all layers do.
+    """The first fit. Micro-batches begin with `most` tokens, unless `plan` states them, and are halved before any layer
+    recomputes, down to half of the plan's; and again where all layers do.
     """
-    usual, longest, layers = (
-        plan.micro_batch_tokens,
-        int(example_lengths(rows).max()),
-        len(decoder_layers(network.causal)),
-    )
-    tokens = most
+    longest, layers = int(example_lengths(rows).max()), len(decoder_layers(network.causal))
+    usual, tokens = plan.micro_batch_tokens, most or plan.micro_batch_tokens
     while True:
-        tried = replace(plan, micro_batch_tokens=tokens)
-        heaviest, last = find_heaviest(tried, rows), not free or tokens <= longest
-        none = wanted is None and tokens >= usual and not last
-        recomputed, needs = fewest_recomputed(network, heaviest, wanted=0 if none else wanted, free=spare)
-        fit = Fit(tried, recomputed, layers, heaviest, needs, spare)
+        tried, last = replace(plan, micro_batch_tokens=tokens), most is None or tokens <= longest
+        least = 0 if wanted is None and tokens >= usual and not last else wanted
+        heaviest = find_heaviest(tried, rows)
+        recomputed, needs = fewest_recomputed(network, heaviest, wanted=least, free=spare)
         if needs is None:  # the model reads numbers: the usual tokens, and as many layers as need least
-            return replace(
-                fit, plan=plan, recomputed=layers if none else recomputed, heaviest=find_heaviest(plan, rows)
-            )
+            return Fit(plan, layers if wanted is None else wanted, layers, find_heaviest(plan, rows), None, spare)
+        fit = Fit(tried, recomputed, layers, heaviest, needs, spare)
         if fit.holds or last:
             return fit
         tokens = max(longest, (tokens if tokens > usual else min(tokens, len(heaviest.ids))) // 2)
@@ -222,7 +213,7 @@ def retry_on_oom(run: Run, work: Callable[[], Result]) -> Result:
 
 def reduce_memory(run: Run, error: MicroBatchTooLarge) -> None:
     """Give `run` a layout that needs less, without the gradients of the pass that failed. Raises `error` at the end."""
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=False)
     layers, tokens = len(decoder_layers(run.network.causal)), run.plan.micro_batch_tokens
     if error.tokens > error.longest:
         run.plan = replace(run.plan, micro_batch_tokens=max(error.longest, min(error.tokens, tokens) // 2))

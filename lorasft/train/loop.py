@@ -32,20 +32,20 @@ def take_step(run: Run, number: int, stop: StopRequest) -> dict[str, Any]:
     """
     step = run.plan.step(number, run.rows)
     started = time.monotonic()
-    parameters, optimizer = run.parameters, run.optimizer
-    total = run.ranks.sum_step(lambda: add_gradients(run, step), list(parameters.values()), stop=stop)
-    norm = get_total_norm([parameter.grad for parameter in parameters.values() if parameter.grad is not None])
+    trained, optimizer = run.trained, run.optimizer
+    total = run.ranks.sum_step(lambda: add_gradients(run, step), trained.gradient, stop=stop)
+    norm = get_total_norm([trained.gradient])
     # The only numbers of a step that the host waits for: a GPU computes the while what was launched before.
     loss, grad_norm = torch.stack([total, norm.double()]).tolist()
     refuse_non_finite(run, step, loss=loss, norm=grad_norm)
     if run.recipe.train.max_grad_norm is not None:
-        clip_grads_with_norm_(parameters.values(), run.recipe.train.max_grad_norm, norm)
+        clip_grads_with_norm_([trained.master], run.recipe.train.max_grad_norm, norm)
     peak = run.recipe.optimizer.learning_rate
     rate = learning_rate(number, steps=run.plan.steps, peak=peak, schedule=run.recipe.schedule)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=False)
     seconds = time.monotonic() - started
     return {
         "step": number,
@@ -66,6 +66,7 @@ def add_gradients(run: Run, step: Step) -> Tensor:
     torch.manual_seed(run.plan.seed * 1_000_003 + step.number + (run.ranks.index << 40))  # dropout: step and process
     loss = torch.zeros((), dtype=torch.float64, device=run.network.device)
     for batch in assign_to_rank(step.micro_batches, run.ranks.index, run.ranks.count):
+        run.trained.check()
         with oom_context(run.rows, batch):
             part = weighted_loss(run.network, batch) / step.divisor
             part.backward()  # type: ignore[no-untyped-call]

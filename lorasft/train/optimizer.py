@@ -4,44 +4,62 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from bitsandbytes.optim import AdamW8bit
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorasft.errors import RecipeError
+from lorasft.model.trained import Trained
 from lorasft.recipe import OptimizerSettings, ScheduleSettings
 
+_MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")  # of torch and of bitsandbytes: one for each number
 
-def make_optimizer(settings: OptimizerSettings, parameters: Mapping[str, nn.Parameter]) -> Any:
-    """AdamW over exactly `parameters`; `adamw8bit` keeps its moments in 8 bit (bitsandbytes)."""
-    kind: Any = torch.optim.AdamW if settings.name == "adamw" else AdamW8bit
+
+def make_optimizer(settings: OptimizerSettings, trained: Trained) -> Any:
+    """AdamW over all that is trained, as one tensor; `adamw8bit` keeps its moments in 8 bit (bitsandbytes)."""
+    kind: Any = partial(torch.optim.AdamW, fused=True) if settings.name == "adamw" else AdamW8bit
+    if settings.name == "adamw8bit" and trained.master.numel() >= 1 << 31:
+        what = "adamw8bit counts the trained numbers in 32 bits, and there are more"
+        raise RecipeError(what, where="optimizer.name", hint="use adamw, or a smaller adapter")
     rate, decay = settings.learning_rate, settings.weight_decay
-    return kind(list(parameters.values()), lr=rate, betas=settings.betas, weight_decay=decay)
+    optimizer = kind([trained.master], lr=rate, betas=settings.betas, weight_decay=decay)
+    # Neither kernel says that it writes into what it is given.
+    optimizer.register_step_pre_hook(lambda *_: torch.autograd.graph.increment_version(trained.master))
+    optimizer.register_step_post_hook(lambda *_: trained.refresh())
+    return optimizer
 
 
-def optimizer_state(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The state by `parameter/key`, bit for bit; a number becomes a tensor of no dimension."""
-    return {
+def optimizer_state(optimizer: Any, trained: Trained) -> dict[str, Tensor]:
+    """The moments by `parameter/key`, and what there is once as `all/key`, bit for bit; a number becomes a tensor."""
+    found: dict[str, Tensor] = {}
+    for field, value in optimizer.state[trained.master].items():
+        parts = trained.split(value) if field in _MOMENTS else {"all": torch.as_tensor(value)}
         # A copy each: 8-bit states share their code tables, and a file may not hold a tensor twice.
-        f"{name}/{key}": torch.as_tensor(value).detach().cpu().clone().contiguous()
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state[parameter].items()
-    }
+        found |= {f"{name}/{field}": part.detach().cpu().clone() for name, part in parts.items()}
+    return found
 
 
-def restore_optimizer(optimizer: Any, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+def restore_optimizer(optimizer: Any, trained: Trained, tensors: Mapping[str, Tensor]) -> None:
     """Put a saved state back, bit for bit. Raises LookupError or ValueError when it belongs to other parameters."""
+    state, whole = optimizer.state[trained.master], trained.master.detach()
+    parts: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, field = key.rpartition("/")
-        parameter = parameters[name]
-        if value.shape != parameter.shape and field in ("exp_avg", "exp_avg_sq", "state1", "state2"):
-            raise ValueError(f"{key} {list(value.shape)} is not of this model")
-        if field == "step":  # torch counts in a tensor that stays on the CPU, bitsandbytes in a number
-            optimizer.state[parameter][field] = value if value.is_floating_point() else int(value)
-        else:
-            optimizer.state[parameter][field] = value.to(parameter.device)
+        if field in _MOMENTS:
+            if field not in parts:
+                state[field] = torch.zeros_like(whole, dtype=value.dtype)
+                parts[field] = trained.split(state[field])
+            if parts[field][name].shape != value.shape:
+                raise ValueError(f"{key} {list(value.shape)} is not of this model")
+            parts[field][name].copy_(value)
+        elif field.startswith("absmax") and len(value) != -(-whole.numel() // 256):
+            raise ValueError(f"{key} is not of this model, or of lorasft 0.1, where each tensor had its own")
+        else:  # torch counts steps in a tensor, bitsandbytes in a number
+            number = field == "step" and not value.is_floating_point()
+            state[field] = int(value) if number else value.to(whole.device)
 
 
 def learning_rate(step: int, *, steps: int, peak: float, schedule: ScheduleSettings) -> float:

@@ -28,12 +28,13 @@ from lorasft.data.templates import set_default_system
 from lorasft.data.untrained import refuse_untrained
 from lorasft.errors import DivergedError
 from lorasft.files import replace_file, staged_folder, verify_folder, write_file
-from lorasft.model.adapter import attach_adapter, load_adapter, trainable, write_adapter
+from lorasft.model.adapter import attach_adapter, load_adapter, write_adapter
 from lorasft.model.base import check_device, check_files, compute_dtype, load_base, patch_linear4bit, read_generation
 from lorasft.model.free_memory import free_memory
 from lorasft.model.generate import own_stops
 from lorasft.model.memory import static_bytes
 from lorasft.model.recompute import decoder_layers
+from lorasft.model.trained import Trained
 from lorasft.model.weightless import make_weightless
 from lorasft.recipe import Recipe
 from lorasft.recipe.load import dump_recipe
@@ -90,16 +91,17 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> tuple[Run, State]:
         else:
             model = attach_adapter(base, recipe.adapter, seed=recipe.train.seed)
         static = static_bytes(model, recipe.optimizer.name)
-        spare = free_memory(device) - static["gradients"] - static["optimizer"]
+        spare = free_memory(device) - sum(static[kind] for kind in ("gradients", "optimizer", "16-bit copies"))
         network, fit = choose_layout(recipe, inputs, model, weightless=weightless, spare=spare)
     # All processes must cut a step in the same way.
     plan = replace(fit.plan, micro_batch_tokens=min(ranks.gather(fit.plan.micro_batch_tokens)))
-    parameters = trainable(model)
-    ranks.copy_first(list(parameters.values()))
-    optimizer = make_optimizer(recipe.optimizer, parameters)
+    trained = Trained(model, network.causal.dtype)
+    ranks.copy_first([trained.master])
+    trained.refresh()
+    optimizer = make_optimizer(recipe.optimizer, trained)
     done, written = (saved.step, saved.metrics_bytes) if saved else (0, 0)
     metrics = Metrics(recipe, steps=plan.steps, done=done, metrics_bytes=written, quiet=not ranks.is_main)
-    run = Run(recipe, inputs, plan, network, model, parameters, optimizer, metrics, ranks)
+    run = Run(recipe, inputs, plan, network, model, trained, optimizer, metrics, ranks)
     with ranks.sync_errors():
         if saved:
             restore_checkpoint(run.checkpoint(saved.step), run)
@@ -143,13 +145,11 @@ def _measure_heaviest(run: Run) -> int:
     batch, device = find_heaviest(run.plan, run.rows), run.network.device
     on_cuda = device.type == "cuda"
     run.network.causal.train()
-    for parameter in run.parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
     with torch.random.fork_rng([device] if on_cuda else []):
         add_gradients(replace(run, ranks=ALONE), Step(1, 0.0, batch.examples, (batch,)))
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=False)
     return peak_memory(device)["memory_bytes"]
 
 
@@ -159,7 +159,7 @@ def export_adapter(run: Run, state: State) -> Path:
         best = run.checkpoint(state.best_step)
         verify_folder(best)
         restore_checkpoint(best, run)
-    trained = (one for name, one in run.parameters.items() if "lora_" not in name or "_B" in name)
+    trained = (one for name, one in run.trained.parameters.items() if "lora_" not in name or "_B" in name)
     if not any(one.any() for one in trained):
         hint = "see metrics.jsonl; if no step was better than the base, run.keep_best=false takes the last"
         raise DivergedError("nothing was trained: the adapter is zero", hint=hint)

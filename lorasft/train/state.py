@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import NonNegativeInt, PositiveInt, StringConstraints
-from torch import nn
 
 from lorasft.artifact import Artifact
 from lorasft.data.packing import Plan
@@ -16,6 +15,7 @@ from lorasft.data.prepare import Prepared
 from lorasft.data.store import TokenStore
 from lorasft.model.loss import Network
 from lorasft.model.recompute import recomputed_layers
+from lorasft.model.trained import Trained
 from lorasft.recipe import AdapterSettings, Recipe
 from lorasft.train.distributed import Ranks
 from lorasft.train.metrics import Metrics
@@ -69,8 +69,8 @@ class Run:
     plan: Plan
     network: Network
     model: Any  # the PEFT model
-    parameters: dict[str, nn.Parameter]  # that are trained
-    optimizer: Any  # of them
+    trained: Trained
+    optimizer: Any  # of it
     metrics: Metrics
     ranks: Ranks
 

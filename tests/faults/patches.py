@@ -29,11 +29,11 @@ def poison(number: int, where: str) -> None:
     plain_losses, plain_norm = loop.weighted_loss, loop.get_total_norm
 
     def put(run: Any) -> None:
-        first = next(iter(run.parameters.values()))
+        master = run.trained.master
         if where == "weight":
-            first.data.view(-1)[0] = float("inf")
+            master.data[0] = float("inf")
         elif where == "moment" and run.optimizer.state:
-            run.optimizer.state[first]["exp_avg"].view(-1)[0] = float("nan")
+            run.optimizer.state[master]["exp_avg"].view(-1)[0] = float("nan")
         elif where == "loss":
             loop.weighted_loss = lambda *values: plain_losses(*values) * float("nan")
         elif where == "gradient":
