@@ -95,7 +95,7 @@ def test_commands_answer_as_on_the_cpu(done: dict[str, Row], folder: Path, on_cp
 
 
 def check_architectures(found: dict[str, Row], *, losses: float, gradients: float) -> None:
-    """They are as near to the CPU's in fp32 as the limits say, gradients or within twice what the CPU's `dtype` gives."""
+    """As near to the CPU's in fp32 as the limits say, gradients or within twice what the CPU's `dtype` gives."""
     assert len(found) == 6
     for name, one in found.items():
         assert one["losses"] <= losses and one["gradients"] <= max(gradients, 2 * one["usual"]), (name, one)
