@@ -78,6 +78,7 @@ class ActivationMemory:
 
     kept: int  # between forward and backward
     peak: int
+    copies: int = 0  # of weights, all the time; in the peak
 
     def fits(self, free: int) -> bool:
         """Whether the peak stays within 90 % of `free` bytes."""
@@ -86,7 +87,8 @@ class ActivationMemory:
     @property
     def by_kind(self) -> dict[str, int]:
         """The bytes of the peak."""
-        return {"activations": self.kept, "transient": self.peak - self.kept}
+        transient = self.peak - self.kept - self.copies
+        return {"weight copies": self.copies, "activations": self.kept, "transient": transient}
 
 
 def static_bytes(model: Any, optimizer: str) -> dict[str, int]:

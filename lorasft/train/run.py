@@ -109,7 +109,8 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> tuple[Run, State]:
             for notice in network.notices:
                 say(notice)
             layers = f"{run.layout.recomputed_layers} of {len(decoder_layers(network.causal))} layers"
-            say(f"on {network.device} in {run.layout.dtype}; activations: {layers} recomputed")
+            kept = "; weights kept in 16 bit" if fit.keep else ""
+            say(f"on {network.device} in {run.layout.dtype}; activations: {layers} recomputed{kept}")
         run_heaviest_batch(run, fit, static)
         state = saved or State(0, inputs.prepared.key, metrics_bytes=0, layout=run.layout, run=secrets.token_hex(8))
         if ranks.is_main and not saved:  # from here on there is something to resume: this makes the folder a run
