@@ -31,7 +31,7 @@ from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
 from lorasft.model.selfcheck import verify
 from lorasft.model.weightless import plan_network
 from lorasft.recipe import Recipe
-from lorasft.terminal import say
+from lorasft.terminal import say, shorten
 from lorasft.train.state import Layout, Run, RunInputs
 
 Result = TypeVar("Result")
@@ -180,8 +180,10 @@ def oom_context(rows: TokenStore, batch: MicroBatch) -> Iterator[None]:
             raise
         examples = sorted(set(batch.examples.tolist()))
         places = (f"{rows.place(one)} ({max(map(len, rows.sequences(one)))} tokens)" for one in examples[:5])
+        plain = isinstance(raised, (torch.OutOfMemoryError, MemoryError))
+        why = "" if plain else f" ({shorten(str(raised).strip().partition(chr(10))[0])})"  # where it is something else
         error = MicroBatchTooLarge(
-            f"out of memory with {len(batch.ids)} tokens in a micro-batch of {len(examples)} rows",
+            f"out of memory with {len(batch.ids)} tokens in a micro-batch of {len(examples)} rows{why}",
             where=", ".join(places),
             hint="free memory and try again, with --resume if the run had begun; or start anew with a smaller "
             "data.max_length, adapter.rank or model.base: lorasft plan RECIPE --memory SIZE finds what fits",
