@@ -16,7 +16,7 @@ from tiny_models import HELD_TO_AVX2
 
 Row = dict[str, Any]
 # Work of the device a Llama layer in NF4 and micro-batch: with what it keeps, and where it is recomputed.
-LAUNCHES = {"kept": 221, "recomputed": 289}
+LAUNCHES = {"kept": 150, "recomputed": 180}
 
 
 def losses_of(run: Path) -> list[float]:
@@ -69,16 +69,17 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(done: dict[str, Row]
 
 def test_a_step_that_runs_out_of_memory_is_done_again(done: dict[str, Row], folder: Path) -> None:
     said = done["redone"]["err"]
-    assert "out of memory with" in said and said.index("from here on micro-batches of") < said.index("step 1/4")
+    remedies = ("from here on no weights are kept in 16 bit", "from here on micro-batches of", "step 1/4")
+    assert "out of memory with" in said and [*remedies] == sorted(remedies, key=said.index)
     assert losses_of(folder / "redone") == pytest.approx(losses_of(folder / "bf16"), rel=2e-3)
 
 
 def test_a_step_waits_for_its_device_once(done: dict[str, Row]) -> None:
-    """Where loss and norm are read. bitsandbytes waits after each tensor that it updates; its tables come at first."""
+    """Where loss and norm are read. bitsandbytes waits after the tensor that it updates; its tables come at first."""
     for name in ("fp32", "bf16"):
         assert done[name]["waits"] == [{"copy_ D2H": 1}] * 4
     for waits in done["8bit"]["waits"][1:]:
-        assert waits.pop("synchronize") <= 56 and waits == {"copy_ D2H": 1}
+        assert waits.pop("synchronize") == 1 and waits == {"copy_ D2H": 1}
 
 
 def test_commands_answer_as_on_the_cpu(done: dict[str, Row], folder: Path, on_cpu: Path, cli: Command) -> None:
