@@ -205,6 +205,23 @@ def test_the_meter_counts_each_storage_once_until_it_is_freed() -> None:
         assert view.shape == (50,)
 
 
+def test_layers_recompute_by_their_own_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers names the model's method for it otherwise before 5.23; no gradient reaches the embeddings."""
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        for end in ("enable", "disable"):
+            monkeypatch.delattr(hf.PreTrainedModel, f"{name}_{end}", raising=False)
+    model, network = with_adapter(make_base("llama", layers=3).requires_grad_(False))
+    batch = heaviest_batch(network, longest=9, capacity=20)
+    calls = Counter[int]()
+    for number, layer in enumerate(decoder_layers(network.causal)):
+        layer.self_attn.register_forward_hook(lambda *_, number=number: calls.update([number]))
+    recompute(network.causal, 2)
+    entered: list[bool] = []
+    network.causal.get_input_embeddings().register_forward_hook(lambda *given: entered.append(given[2].requires_grad))
+    pair_losses(network, batch).sum().backward()
+    assert calls == {0: 2, 1: 2, 2: 1} and entered == [False] and model.training
+
+
 def test_as_few_layers_as_fit_are_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four layers keep 100 bytes or 10, beside 30 at the peak; nothing is below 185."""
     _, network = with_adapter(make_base("llama", layers=4))

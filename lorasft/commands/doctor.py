@@ -15,7 +15,7 @@ from typing import Any
 
 from lorasft import __version__
 from lorasft.commands.arguments import add_json
-from lorasft.errors import DeviceError, LorasftError
+from lorasft.errors import DeviceError, LorasftError, first_line
 from lorasft.terminal import harmless, redact, size_text
 
 # bitsandbytes before what imports it in its turn, and would let it ask the hub
@@ -50,7 +50,7 @@ def run(hub: bool, as_json: bool) -> None:
         except LorasftError as error:
             what, fix = " in ".join(filter(None, (error.what, error.where))), error.hint
         except (Exception, SystemExit) as error:  # a library may break in any way, also while it is imported
-            what = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            what = first_line(error)
             fix = f"pip install -U {name if name in LIBRARIES else ' '.join(LIBRARIES)}"
         findings.append({"name": name, "what": what, "mend": fix})
         if fix:

@@ -23,7 +23,7 @@ from torch import nn
 from lorasft.data.packing import MicroBatch, Plan, cost, shuffle
 from lorasft.data.prefixes import Sharing
 from lorasft.data.store import TokenStore, example_lengths
-from lorasft.errors import CapacityError
+from lorasft.errors import CapacityError, first_line
 from lorasft.model.free_memory import out_of_memory
 from lorasft.model.loss import Network
 from lorasft.model.memory import ActivationMemory, dry_run
@@ -151,7 +151,8 @@ def fewest_recomputed(
             none = not layers or needs(0).fits(free)
             wanted = 0 if none else bisect_left(range(layers), True, lo=1, key=lambda count: needs(count).fits(free))
         return wanted, needs(wanted)
-    except (LookupError, TypeError, ValueError, RuntimeError):  # it reads numbers: the layout that needs least
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:  # it reads numbers: what needs least
+        say(f"the memory of a step is not known beforehand: {first_line(error)}")
         return layers if wanted is None else wanted, None
 
 
