@@ -98,3 +98,8 @@ def in_words(details: Sequence[Mapping[str, Any]]) -> str:
     value = details[0]["input"]
     shown = f" (it is {shorten(json.dumps(value))})" if isinstance(value, (str, int, float)) else ""
     return f"{'.'.join(map(str, details[0]['loc']))}: {', or '.join(said)}{shown}"
+
+
+def first_line(error: BaseException) -> str:
+    """What `error` is and says, without what follows."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -32,7 +32,7 @@ from lorasft.model import memory, scoring
 from lorasft.model.adapter import attach_adapter
 from lorasft.model.attention import SEGMENTS
 from lorasft.model.base import load_base
-from lorasft.model.free_memory import cgroup_free
+from lorasft.model.free_memory import cgroup_free, out_of_memory
 from lorasft.model.loss import Network, pair_losses, weighted_loss
 from lorasft.model.memory import ActivationMemory, StorageMeter, dry_run, heaviest_batch, static_bytes
 from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
@@ -203,6 +203,23 @@ def test_the_meter_counts_each_storage_once_until_it_is_freed() -> None:
         del same
         assert (meter.live, meter.peak) == (0, 400)
         assert view.shape == (50,)
+
+
+def test_layers_recompute_by_their_own_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers names the model's method for it otherwise before 5.23; no gradient reaches the embeddings."""
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        for end in ("enable", "disable"):
+            monkeypatch.delattr(hf.PreTrainedModel, f"{name}_{end}", raising=False)
+    model, network = with_adapter(make_base("llama", layers=3).requires_grad_(False))
+    batch = heaviest_batch(network, longest=9, capacity=20)
+    calls = Counter[int]()
+    for number, layer in enumerate(decoder_layers(network.causal)):
+        layer.self_attn.register_forward_hook(lambda *_, number=number: calls.update([number]))
+    recompute(network.causal, 2)
+    entered: list[bool] = []
+    network.causal.get_input_embeddings().register_forward_hook(lambda *given: entered.append(given[2].requires_grad))
+    pair_losses(network, batch).sum().backward()
+    assert calls == {0: 2, 1: 2, 2: 1} and entered == [False] and model.training
 
 
 def test_as_few_layers_as_fit_are_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,6 +401,7 @@ def losses_of(folder: Path) -> list[float]:
         (Fills(80, backward=True), "step"),
         (Fills(80, message=ALLOCATOR), "step"),
         (Fills(80, message="could not create a primitive"), "step"),  # oneDNN's
+        (Fills(80, message="CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), "step"),
         (Fills(40), "step"),  # below the longest sequence: layers are recomputed too
         (Fills(80), "evaluation"),
     ],
@@ -458,6 +476,27 @@ def test_out_of_memory_at_the_end_names_the_rows_and_what_would_help(
     assert code == 6 and "rows.jsonl:" in said and "tokens)" in said and "Traceback" not in said
     assert "adapter.rank" in said and "lorasft plan" in said, said
     assert cli("train", recipe(), "--resume").code == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "memory"),
+    [
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), True),
+        (RuntimeError("CUDA driver error: out of memory"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("cusolver error: CUSOLVER_STATUS_NOT_INITIALIZED"), True),
+        (RuntimeError("could not execute a primitive\n"), True),
+        (RuntimeError("could not execute a primitive of another kind"), False),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), False),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_says_that_memory_ran_out(error: BaseException, memory: bool) -> None:
+    assert out_of_memory(error) == memory
 
 
 def test_other_runtime_errors_are_not_taken_for_memory(recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from lorasft import __version__
 from lorasft.commands.arguments import add_json
-from lorasft.errors import DeviceError, LorasftError
+from lorasft.errors import DeviceError, LorasftError, first_line
 from lorasft.terminal import harmless, redact, size_text
 
 # bitsandbytes before what imports it in its turn, and would let it ask the hub
@@ -50,7 +50,7 @@ def run(hub: bool, as_json: bool) -> None:
         except LorasftError as error:
             what, fix = " in ".join(filter(None, (error.what, error.where))), error.hint
         except (Exception, SystemExit) as error:  # a library may break in any way, also while it is imported
-            what = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            what = first_line(error)
             fix = f"pip install -U {name if name in LIBRARIES else ' '.join(LIBRARIES)}"
         findings.append({"name": name, "what": what, "mend": fix})
         if fix:
@@ -73,7 +73,7 @@ def _check_library(name: str) -> str:
 def _check_device() -> str:
     import torch
 
-    from lorasft.model.base import compute_dtype
+    from lorasft.model.base import check_device, compute_dtype
 
     driver = DRIVER.read_text(encoding="utf-8", errors="replace").partition("\n")[0] if DRIVER.is_file() else ""
     unusable = f"{driver}, which torch {torch.__version__} of CUDA {torch.version.cuda} cannot use"
@@ -84,9 +84,9 @@ def _check_device() -> str:
     dtype = str(compute_dtype("auto", device)).removeprefix("torch.")
     if device.type != "cuda":
         return f"{device.type}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {dtype}"
+    check_device(device)
     found = torch.cuda.get_device_properties(device)
-    what = f"{found.name}, sm_{found.major}{found.minor}, CUDA {torch.version.cuda}, {driver}, {dtype}"
-    return _require((found.major, found.minor) >= (7, 5), what, "a GPU of sm_75 or later, or CUDA_VISIBLE_DEVICES=")
+    return f"{found.name}, sm_{found.major}{found.minor}, CUDA {torch.version.cuda}, {driver}, {dtype}"
 
 
 def _require(holds: bool, what: str, fix: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers.utils import cached_file
 
 from lorasft.adapter_files import read_adapter_config
 from lorasft.artifact import GENERATION_CONFIG, refuse_quantized
-from lorasft.errors import CapacityError, LorasftError, ModelError, UnsafeError
+from lorasft.errors import CapacityError, DeviceError, LorasftError, ModelError, UnsafeError
 from lorasft.hub import is_folder, refuse_offline
 from lorasft.model.attention import default_attention
 from lorasft.model.cache import Keep, find_place, keep_base, read_kept
@@ -32,6 +33,7 @@ from lorasft.terminal import say
 
 # Above this share of the linear weights left in 16 bits, a "4-bit" model is one in name only (fused experts).
 _MOST_UNQUANTIZED = 0.15
+_NUMBER = re.compile(r"\d+")
 
 
 def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool = False, keep: Keep = False) -> Any:
@@ -39,8 +41,10 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
 
     `streamed`: its weights stay in their files and are read layer by layer, whenever they are computed; not in 4 bit.
     `keep`: what is quantized is kept for the next start, and taken from there where an earlier one kept it.
-    Raises ModelError for files that are no causal language model, UnsafeError where remote code would be needed.
+    Raises ModelError for files that are no causal language model, UnsafeError where remote code would be needed, and
+    DeviceError for a GPU that is too old.
     """
+    check_device(device)
     config = read_config(settings.base, settings.revision)
     check_files(settings.base)
     scheme = nf4_scheme(compute_dtype(settings.dtype, device))
@@ -201,6 +205,24 @@ def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
         # ATen held to AVX2 (ATEN_CPU_CAPABILITY) still asks the CPU, and then fails in attention in bf16.
         native = able and torch.backends.cpu.get_cpu_capability() != "AVX2"
     return torch.bfloat16 if native else torch.float32
+
+
+def check_device(device: torch.device, dtype: torch.dtype | None = None) -> None:
+    """Raise DeviceError for a GPU that torch has no kernels for, or that only emulates a `dtype` to train in.
+
+    That is bf16 below sm_80.
+    """
+    if device.type != "cuda":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    name = f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
+    least = min((int(found[0]) for found in map(_NUMBER.findall, torch.cuda.get_arch_list()) if found), default=0)
+    if 10 * major + minor < least:
+        what = f"torch {torch.__version__} has no kernels for {name}, only for sm_{least} and later"
+        raise DeviceError(what, hint="a newer GPU, or CUDA_VISIBLE_DEVICES= for the CPU")
+    if dtype == torch.bfloat16 and major < 8:
+        hint = "model.dtype=float32; a run that began in bfloat16 continues on a GPU of sm_80 or later"
+        raise DeviceError(f"{name} does not multiply in bfloat16", where="model.dtype", hint=hint)
 
 
 def count_bytes(model: nn.Module) -> dict[str, int]:

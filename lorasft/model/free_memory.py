@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,11 +33,17 @@ def cgroup_free(root: Path) -> Iterator[int]:
                     yield int(limit) - int(used) + int(dict(map(str.split, lines.splitlines()))["inactive_file"])
 
 
-def out_of_memory(fault: BaseException) -> bool:
-    """Whether an error means that memory ran out: CUDA has a class for it, the CPU's allocator and oneDNN a message."""
-    signs = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "could not create a memory object")
-    if str(fault).strip() in ("could not create a primitive", "could not execute a primitive"):
-        return isinstance(fault, RuntimeError)
-    return isinstance(fault, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(fault, RuntimeError) and any(sign in str(fault) for sign in signs)
-    )
+# torch has a class for its own allocator on CUDA. What libraries take beside it, and the driver, they say in words: a
+# library that cannot even start on a GPU has mostly found no memory for its work space. oneDNN has the last two.
+_SIGNS = re.compile(
+    r"out of memory|ALLOC_FAILED|ALLOCATION_FAILED|cudaErrorMemoryAllocation|DefaultCPUAllocator"
+    r"|CU(BLAS|DNN|SOLVER|SPARSE)_STATUS_NOT_INITIALIZED|could not create a memory object"
+    r"|^\s*could not (create|execute) a primitive\s*$"
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on a GPU or on a CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and _SIGNS.search(str(error)) is not None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lorasft.data.packing import MicroBatch, make_micro_batches
 from lorasft.data.tokens import Tokens, all_supervised
+from lorasft.errors import first_line
 from lorasft.model.attention import SEGMENTS, Paths, Shape, attend, default_attention, evaluating
 from lorasft.model.free_memory import out_of_memory
 from lorasft.model.lean import use_lean_layers, use_own_layers
@@ -84,7 +85,7 @@ def _reason(find: Callable[[], str | None]) -> str | None:
     except Exception as error:  # a model, or a kernel, may raise anything
         if out_of_memory(error):  # by which nothing is known of them
             raise
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return first_line(error)
 
 
 def _find_kernel_error(shape: Shape, device: torch.device, dtype: torch.dtype) -> str | None:

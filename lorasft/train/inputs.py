@@ -14,7 +14,7 @@ from lorasft.data.prepare import prepare
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import DeviceError, ModelError, RecipeError
 from lorasft.model.adapter import check_targets
-from lorasft.model.base import check_mostly_quantized, make_skeleton, read_config
+from lorasft.model.base import check_device, check_mostly_quantized, compute_dtype, make_skeleton, read_config
 from lorasft.recipe import Recipe
 from lorasft.terminal import say
 from lorasft.train.metrics import check_trackers
@@ -54,7 +54,8 @@ def read_inputs(recipe: Recipe, config: Any, folder: Path) -> RunInputs:
 
 def read_checked_config(recipe: Recipe) -> Any:
     """The config of the base. Raises RecipeError or DeviceError for what it or this machine cannot do for `recipe`."""
-    config = read_config(recipe.model.base, recipe.model.revision)
+    config, device = read_config(recipe.model.base, recipe.model.revision), PartialState().device
+    check_device(device, compute_dtype(recipe.model.dtype, device))
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions and recipe.data.max_length > positions:
         what = f"data.max_length is {recipe.data.max_length}, the model has {positions} positions"

@@ -23,7 +23,7 @@ from torch import nn
 from lorasft.data.packing import MicroBatch, Plan, cost, shuffle
 from lorasft.data.prefixes import Sharing
 from lorasft.data.store import TokenStore, example_lengths
-from lorasft.errors import CapacityError
+from lorasft.errors import CapacityError, first_line
 from lorasft.model.free_memory import out_of_memory
 from lorasft.model.loss import Network
 from lorasft.model.memory import ActivationMemory, dry_run
@@ -31,7 +31,7 @@ from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
 from lorasft.model.selfcheck import verify
 from lorasft.model.weightless import plan_network
 from lorasft.recipe import Recipe
-from lorasft.terminal import say
+from lorasft.terminal import say, shorten
 from lorasft.train.state import Layout, Run, RunInputs
 
 Result = TypeVar("Result")
@@ -151,7 +151,8 @@ def fewest_recomputed(
             none = not layers or needs(0).fits(free)
             wanted = 0 if none else bisect_left(range(layers), True, lo=1, key=lambda count: needs(count).fits(free))
         return wanted, needs(wanted)
-    except (LookupError, TypeError, ValueError, RuntimeError):  # it reads numbers: the layout that needs least
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:  # it reads numbers: what needs least
+        say(f"the memory of a step is not known beforehand: {first_line(error)}")
         return layers if wanted is None else wanted, None
 
 
@@ -179,8 +180,10 @@ def oom_context(rows: TokenStore, batch: MicroBatch) -> Iterator[None]:
             raise
         examples = sorted(set(batch.examples.tolist()))
         places = (f"{rows.place(one)} ({max(map(len, rows.sequences(one)))} tokens)" for one in examples[:5])
+        plain = isinstance(raised, (torch.OutOfMemoryError, MemoryError))
+        why = "" if plain else f" ({shorten(str(raised).strip().partition(chr(10))[0])})"  # where it is something else
         error = MicroBatchTooLarge(
-            f"out of memory with {len(batch.ids)} tokens in a micro-batch of {len(examples)} rows",
+            f"out of memory with {len(batch.ids)} tokens in a micro-batch of {len(examples)} rows{why}",
             where=", ".join(places),
             hint="free memory and try again, with --resume if the run had begun; or start anew with a smaller "
             "data.max_length, adapter.rank or model.base: lorasft plan RECIPE --memory SIZE finds what fits",

@@ -56,7 +56,7 @@ def take_step(run: Run, number: int, stop: StopRequest) -> dict[str, Any]:
         "tokens": step.tokens,
         "supervised_tokens": step.supervised_tokens,
         "tokens_per_second": step.tokens / seconds,
-        "memory_bytes": peak_memory(run.network.device),
+        **peak_memory(run.network.device),
         "seconds": seconds,
     }
 
@@ -139,8 +139,9 @@ def refuse_non_finite(run: Run, step: Step, *, loss: float, norm: float) -> None
     raise DivergedError(what, where=places, hint=hint)
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes at the peak so far: of the allocator on CUDA, of the process elsewhere."""
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Bytes at the peak so far: on CUDA of tensors, and of all that the allocator holds; elsewhere of the process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        reserved = torch.cuda.max_memory_reserved(device)
+        return {"memory_bytes": torch.cuda.max_memory_allocated(device), "memory_reserved_bytes": reserved}
+    return {"memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}

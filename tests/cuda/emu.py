@@ -143,6 +143,7 @@ def _install_device() -> None:
         "current_device": lambda: 0,
         "set_device": lambda device: None,
         "get_device_capability": lambda device=None: CAPABILITY,
+        "get_arch_list": lambda: ["sm_75", "sm_80", "sm_90", "compute_90"],
         "get_device_name": lambda device=None: "Emulated",
         "get_device_properties": _properties,
         "synchronize": _synchronize,
@@ -180,8 +181,7 @@ def _install_device() -> None:
 @contextlib.contextmanager
 def _kernel(name: str) -> Iterator[None]:
     """One dispatch, whatever emulates it."""
-    if name:
-        _lib.emu_add(name.encode())
+    _lib.emu_add(name.encode())
     _lib.emu_count(0)
     try:
         yield
@@ -316,6 +316,12 @@ def _flash_back(
         return tuple(one.to(q.dtype).to("cuda") for one in (grad_q, grad_k, grad_v))
 
 
+def _histc(row: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tensor:
+    """aten::histc, which counts whole numbers on CUDA only."""
+    with _kernel("aten::histc"):
+        return torch.histc(row.cpu().float(), bins, min, max).to(row.dtype).to("cuda")
+
+
 def _norm(x: Tensor, shape: Any, weight: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
     """aten::_fused_rms_norm over the last dimension: y like x, 1 / the root of the mean square (..., 1) fp32."""
     _need(weight is None or weight.dtype == x.dtype, f"expected scalar type {x.dtype} but found another")
@@ -362,6 +368,7 @@ def _install_kernels() -> tuple[Any, ...]:
     """Register what is emulated here; the result has to live on."""
     aten, own = torch.library.Library("aten", "IMPL"), torch.library.Library("bitsandbytes", "IMPL")
     own.impl("dequantize_4bit.out", _dequantize, "CUDA")
+    aten.impl("histc", _histc, "CUDA")
     aten.impl("_flash_attention_forward", _flash, "CUDA")
     aten.impl("_flash_attention_backward", _flash_back, "CUDA")
     aten.impl("_fused_rms_norm", _norm, "CUDA")

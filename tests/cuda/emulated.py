@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.metadata
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import sysconfig
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,3 +57,9 @@ def run_emulated(*words: str, check: bool = True, **environment: str) -> subproc
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | fixed | environment)
     assert not check or done.returncode == 0, done.stderr[-4000:]
     return done
+
+
+def journey(name: str, *words: Any, **environment: str) -> Any:
+    """What the function `name` of journeys.py gives on the emulated device."""
+    done = run_emulated("-W", "error::UserWarning", str(HERE / "journeys.py"), name, *map(str, words), **environment)
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,221 @@
+"""What tests run on the emulated device: python journeys.py NAME WORD...; the last line of stdout is a JSON value."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import emu
+import torch
+from tiny_models import CONFIGS, make_base, randomize_adapter, shape
+from transformers import Qwen3MoeConfig
+
+from lorasft.cli import main
+from lorasft.data.packing import make_micro_batches
+from lorasft.data.tokens import all_supervised
+from lorasft.model.adapter import attach_adapter, trainable
+from lorasft.model.base import load_base
+from lorasft.model.loss import Network, weighted_loss
+from lorasft.model.recompute import recompute
+from lorasft.model.selfcheck import verify
+from lorasft.recipe import AdapterSettings, ModelSettings
+from lorasft.recipe.load import load_recipe
+from lorasft.signals import Ended
+from lorasft.train import loop
+from lorasft.train.run import export_adapter, open_run
+
+Row = dict[str, Any]
+CONFIGS["qwen3-moe"] = lambda hidden: Qwen3MoeConfig(
+    **shape(hidden), num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+)
+NAMES = ("llama", "qwen3", "gemma2", "gemma3", "gpt2", "qwen3-moe")
+FEW = ["train.steps=4", "data.eval=null", "run.eval_every=null", "run.save_every=2", "schedule.warmup=1"]
+# Views and new memory are no work of the device.
+NO_LAUNCH = ("view", "transpose", "as_strided", "expand", "slice", "select", "squeeze", "aten::t", "detach", "alias",
+             "split", "permute", "empty", "reshape", "unbind", "resize")  # fmt: skip
+
+
+def command(words: list[str]) -> Row:
+    """What `lorasft` says with `words`."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(words)
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+
+
+def commands(folder: str) -> dict[str, Row]:
+    """Every command on the shipped recipe `tiny`: in fp32, to be compared with the CPU's, then as it comes."""
+    few, exact = FEW, [*FEW, "model.dtype=float32"]
+    done: dict[str, Row] = {"doctor": command(["doctor", "--json"])}
+    for name, more in {"fp32": exact, "bf16": few, "8bit": [*exact, "optimizer.name=adamw8bit"]}.items():
+        waits: list[dict[str, int]] = []
+        with each_step(before=lambda number: emu.clear(), after=lambda waits=waits: waits.append(emu.waits())):
+            done[name] = command(["train", "tiny", f"run.output={folder}/{name}", *more]) | {"waits": waits}
+    done["resumed"] = resume(f"{folder}/resumed", exact)
+    done["redone"] = redo(f"{folder}/redone", few)
+    done["plan"] = command(["plan", "tiny", *few, "--json"])
+    rows = "recipes/tiny/heldout.jsonl"
+    done["evaluate"] = command(["evaluate", f"{folder}/fp32", "--data", rows, "--json"])
+    done["chat"] = command(["chat", f"{folder}/fp32", "--prompt", "Who?", "--max-new-tokens", "4"])
+    done["merge"] = command(["merge", f"{folder}/fp32", "--out", f"{folder}/merged"])
+    return done
+
+
+def resume(folder: str, settings: list[str]) -> Row:
+    """A run that is stopped in its third step and resumed."""
+    words = ["train", "tiny", f"run.output={folder}", *settings]
+
+    def stop(number: int) -> None:
+        if number == 3:
+            raise Ended(signal.SIGINT)
+
+    with each_step(before=stop):
+        stopped = command(words)
+    return command([*words, "--resume"]) | {"stopped": stopped["code"]}
+
+
+@contextlib.contextmanager
+def each_step(
+    *, before: Callable[[int], None] = lambda number: None, after: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Do something `before` each step, given its number, and `after` it."""
+    plain = loop.take_step
+
+    def take_step(run: Any, number: int, stop: Any) -> Row:
+        before(number)
+        values = plain(run, number, stop)
+        after()
+        return values
+
+    loop.take_step = take_step
+    try:
+        yield
+    finally:
+        loop.take_step = plain
+
+
+def redo(folder: str, settings: list[str]) -> Row:
+    """A run whose device gets smaller after the first micro-batch of its first step, too small for the second."""
+    wide = [*settings, "machine.micro_batch_tokens=300", "machine.activation_checkpointing=false"]
+    said, recipe = io.StringIO(), load_recipe("tiny", [f"run.output={folder}", *wide])
+    plain, calls = loop.weighted_loss, Counter[str]()
+
+    def shrinks(*given: Any) -> torch.Tensor:
+        calls["all"] += 1
+        if calls["all"] == 2:
+            torch.cuda.set_per_process_memory_fraction((held + 0.6 * (peak - held)) / emu.TOTAL)
+        return plain(*given)
+
+    with contextlib.redirect_stderr(said), open_run(recipe, resume=False) as (run, state):
+        held, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        loop.weighted_loss = shrinks
+        try:
+            export_adapter(run, loop.train(run, state))
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+            loop.weighted_loss = plain
+    return {"code": 0, "out": "", "err": said.getvalue()}
+
+
+def with_adapter(base: Any) -> Network:
+    """The verified network of `base` in training mode, with an adapter whose values matter."""
+    model = attach_adapter(base.requires_grad_(False), AdapterSettings(rank=4), seed=0)
+    randomize_adapter(model)
+    return verify(model.get_base_model().train())
+
+
+def batches_of(network: Network, count: int = 4) -> list[Any]:
+    """Micro-batches of rows of unequal length, some of which begin alike."""
+    draw = torch.Generator().manual_seed(3)
+    stem = torch.randint(5, 90, (9,), generator=draw)
+    rows = []
+    for number in range(4 * count):
+        own = torch.randint(5, 90, (5 + 3 * (number % 4),), generator=draw)
+        ids = torch.cat([stem, own]) if number % 2 else own
+        rows.append(all_supervised(ids.numpy().astype("int32")))
+    give = lambda index: (rows[index],)  # noqa: E731
+    return list(make_micro_batches(give, range(len(rows)), capacity=60, share=network.share))
+
+
+def architectures(dtype: str) -> dict[str, Row]:
+    """How far losses and gradients of each architecture on the device, in `dtype`, are from the CPU's in fp32; and how
+    far the CPU's in `dtype` are.
+    """
+    found = {}
+    for name in NAMES:
+        want = compute(name, torch.float32, "cpu")
+        got, usual = (compute(name, getattr(torch, dtype), device) for device in ("cuda", "cpu"))
+        network = got["network"]
+        found[name] = {
+            "losses": distance(got["losses"], want["losses"]),
+            "gradients": max(map(distance, got["gradients"], want["gradients"])),
+            "usual": max(map(distance, usual["gradients"], want["gradients"])),
+            "notices": network.notices,
+            "shared": network.share,
+            "waits": got["waits"],
+        }
+    return found
+
+
+def compute(name: str, dtype: torch.dtype, device: str) -> Row:
+    """The losses of a few micro-batches, the gradients of all of them, and what was waited for."""
+    network = with_adapter(make_base(name).to(dtype).to(device))
+    emu.clear()
+    losses = [weighted_loss(network, batch) for batch in batches_of(network)]
+    torch.stack(losses).sum().backward()
+    waits = emu.waits()
+    gradients = [one.grad.cpu() for one in trainable(network.causal).values()]
+    return {"network": network, "losses": torch.stack(losses).detach().cpu(), "gradients": gradients, "waits": waits}
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+def old_card(folder: str) -> Row:
+    """On a card without bf16: a run, one that asks for bf16, and the architectures in fp32."""
+    words = ["train", "tiny", *FEW]
+    done = {"auto": command([*words, f"run.output={folder}/auto"])}
+    done["bf16"] = command([*words, f"run.output={folder}/bf16", "model.dtype=bfloat16"])
+    return done | {"architectures": architectures("float32")}
+
+
+def refused(folder: str) -> dict[str, Row]:
+    """On a card that torch has no kernels for."""
+    rows = "recipes/tiny/heldout.jsonl"
+    return {
+        "train": command(["train", "tiny", f"run.output={folder}/run"]),
+        "plan": command(["plan", "tiny"]),
+        "evaluate": command(["evaluate", "recipes/tiny/base", "--data", rows]),
+        "doctor": command(["doctor"]),
+    }
+
+
+def launches(folder: str) -> dict[str, float]:
+    """Dispatches that are work of the device, a Llama layer in NF4 and micro-batch, forwards and backwards."""
+    found = {}
+    for layers in (2, 4):
+        make_base("llama", hidden=64, layers=layers).save_pretrained(f"{folder}/{layers}")
+    for name in ("kept", "recomputed"):
+        counted = []
+        for layers in (2, 4):
+            base = load_base(ModelSettings(base=f"{folder}/{layers}", dtype="bfloat16"), torch.device("cuda"))
+            network = with_adapter(base)
+            recompute(network.causal, layers if name == "recomputed" else 0)
+            for batch in batches_of(network)[:2]:
+                emu.clear()
+                weighted_loss(network, batch).backward()
+            counted.append(sum(number for one, number in emu.report().items() if not any(w in one for w in NO_LAUNCH)))
+        found[name] = (counted[1] - counted[0]) / 2
+    return found
+
+
+if __name__ == "__main__":
+    value = globals()[sys.argv[1]](*sys.argv[2:])
+    print(json.dumps(value, default=str))
