@@ -467,12 +467,16 @@ def test_a_run_survives_a_real_lack_of_memory(recipe: Write, tmp_path: Path) -> 
     assert losses_of(tmp_path / "tight") == pytest.approx(losses_of(tmp_path / "roomy"), rel=1e-6)
 
 
+@pytest.mark.parametrize("message", [None, "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling it"])
 def test_out_of_memory_at_the_end_names_the_rows_and_what_would_help(
-    recipe: Write, monkeypatch: pytest.MonkeyPatch, cli: Command
+    message: str | None, recipe: Write, monkeypatch: pytest.MonkeyPatch, cli: Command
 ) -> None:
+    """A library that cannot start for another reason ends the run as well, after the same few tries."""
+    fills = Fills(10, message=message)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "weighted_loss", Fills(10))
+        patch.setattr(loop, "weighted_loss", fills)
         code, _, said = cli("train", recipe())
+    assert fills.raised < 8 and (message is None or "CUBLAS_STATUS_NOT_INITIALIZED" in said)
     assert code == 6 and "rows.jsonl:" in said and "tokens)" in said and "Traceback" not in said
     assert "adapter.rank" in said and "lorasft plan" in said, said
     assert cli("train", recipe(), "--resume").code == 0

@@ -11,7 +11,7 @@ What it gives, for code that behaves differently on CUDA where there is no GPU:
 What it is not: real kernels, the caching allocator (fragments, the work space of cuBLAS), Triton, NCCL, speed.
 
 Environment: EMU_LIB the compiled emu.cpp; EMU_TOTAL bytes of memory (24 GiB); EMU_CAP the compute capability (8.9;
-below 8.0 neither FlashAttention nor products in bf16); EMU_VARLEN=2.10 or 2.11: that torch's `varlen_attn`.
+below 8.0 neither FlashAttention nor products in bf16).
 """
 
 from __future__ import annotations
@@ -346,24 +346,6 @@ def _norm_back(
         return slope.to(x.dtype).to("cuda"), None
 
 
-def _varlen_2_10(
-    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
-    is_causal: bool = False, return_aux: Any = None,
-) -> Any:  # fmt: skip
-    """The arguments that torch 2.10 takes."""
-    rest = (cu_seq_q, cu_seq_k, max_q, max_k, is_causal)
-    return torch.ops.torch_attn._varlen_attn(query, key, value, *rest)[0]
-
-
-def _varlen_2_11(
-    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
-    *, return_aux: Any = None, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
-) -> Any:  # fmt: skip
-    """The arguments that torch 2.11 takes."""
-    rest = (cu_seq_q, cu_seq_k, max_q, max_k, window_size == (-1, 0), scale, list(window_size))
-    return torch.ops.torch_attn._varlen_attn(query, key, value, *rest)[0]
-
-
 def _install_kernels() -> tuple[Any, ...]:
     """Register what is emulated here; the result has to live on."""
     aten, own = torch.library.Library("aten", "IMPL"), torch.library.Library("bitsandbytes", "IMPL")
@@ -373,11 +355,6 @@ def _install_kernels() -> tuple[Any, ...]:
     aten.impl("_flash_attention_backward", _flash_back, "CUDA")
     aten.impl("_fused_rms_norm", _norm, "CUDA")
     aten.impl("_fused_rms_norm_backward", _norm_back, "CUDA")
-    older = {"2.10": _varlen_2_10, "2.11": _varlen_2_11}.get(os.environ.get("EMU_VARLEN", ""))
-    if older:
-        import torch.nn.attention.varlen as module
-
-        module.varlen_attn = older  # type: ignore[assignment]
     return aten, own
 
 

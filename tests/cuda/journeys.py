@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import emu
+import numpy as np
 import torch
 from tiny_models import CONFIGS, make_base, randomize_adapter, shape
 from transformers import Qwen3MoeConfig
@@ -23,7 +25,9 @@ from lorasft.model.adapter import attach_adapter, trainable
 from lorasft.model.base import load_base
 from lorasft.model.loss import Network, weighted_loss
 from lorasft.model.recompute import recompute
+from lorasft.model.scoring import score_batches
 from lorasft.model.selfcheck import verify
+from lorasft.model.trained import Trained
 from lorasft.recipe import AdapterSettings, ModelSettings
 from lorasft.recipe.load import load_recipe
 from lorasft.signals import Ended
@@ -124,13 +128,15 @@ def redo(folder: str, settings: list[str]) -> Row:
 
 
 def with_adapter(base: Any) -> Network:
-    """The verified network of `base` in training mode, with an adapter whose values matter."""
+    """The verified network of `base` as it is trained, with an adapter whose values matter."""
     model = attach_adapter(base.requires_grad_(False), AdapterSettings(rank=4), seed=0)
     randomize_adapter(model)
-    return verify(model.get_base_model().train())
+    network = verify(model.get_base_model().train())
+    Trained(network.causal, network.causal.dtype)
+    return network
 
 
-def batches_of(network: Network, count: int = 4) -> list[Any]:
+def batches_of(share: Any, count: int = 4) -> list[Any]:
     """Micro-batches of rows of unequal length, some of which begin alike."""
     draw = torch.Generator().manual_seed(3)
     stem = torch.randint(5, 90, (9,), generator=draw)
@@ -140,7 +146,7 @@ def batches_of(network: Network, count: int = 4) -> list[Any]:
         ids = torch.cat([stem, own]) if number % 2 else own
         rows.append(all_supervised(ids.numpy().astype("int32")))
     give = lambda index: (rows[index],)  # noqa: E731
-    return list(make_micro_batches(give, range(len(rows)), capacity=60, share=network.share))
+    return list(make_micro_batches(give, range(len(rows)), capacity=60, share=share))
 
 
 def architectures(dtype: str) -> dict[str, Row]:
@@ -164,11 +170,13 @@ def architectures(dtype: str) -> dict[str, Row]:
 
 
 def compute(name: str, dtype: torch.dtype, device: str) -> Row:
-    """The losses of a few micro-batches, the gradients of all of them, and what was waited for."""
+    """The losses of a few micro-batches, the gradients of all of them, and what was waited for, also to score rows."""
     network = with_adapter(make_base(name).to(dtype).to(device))
     emu.clear()
-    losses = [weighted_loss(network, batch) for batch in batches_of(network)]
+    losses = [weighted_loss(network, batch) for batch in batches_of(network.share)]
     torch.stack(losses).sum().backward()
+    rows = [all_supervised(np.arange(5, 9 + number, dtype=np.int32)) for number in range(8)]
+    list(score_batches(network, lambda index: (rows[index],), range(len(rows)), capacity=20))
     waits = emu.waits()
     gradients = [one.grad.cpu() for one in trainable(network.causal).values()]
     return {"network": network, "losses": torch.stack(losses).detach().cpu(), "gradients": gradients, "waits": waits}
@@ -183,6 +191,10 @@ def old_card(folder: str) -> Row:
     words = ["train", "tiny", *FEW]
     done = {"auto": command([*words, f"run.output={folder}/auto"])}
     done["bf16"] = command([*words, f"run.output={folder}/bf16", "model.dtype=bfloat16"])
+    shutil.copytree(f"{folder}/../bf16", f"{folder}/begun")
+    for last in ("adapter", "checkpoints/step-000004"):
+        shutil.rmtree(f"{folder}/begun/{last}")
+    done["resumed"] = command([*words, f"run.output={folder}/begun", "--resume"])
     return done | {"architectures": architectures("float32")}
 
 
@@ -208,7 +220,7 @@ def launches(folder: str) -> dict[str, float]:
             base = load_base(ModelSettings(base=f"{folder}/{layers}", dtype="bfloat16"), torch.device("cuda"))
             network = with_adapter(base)
             recompute(network.causal, layers if name == "recomputed" else 0)
-            for batch in batches_of(network)[:2]:
+            for batch in batches_of(share=False)[:2]:
                 emu.clear()
                 weighted_loss(network, batch).backward()
             counted.append(sum(number for one, number in emu.report().items() if not any(w in one for w in NO_LAUNCH)))

@@ -16,7 +16,7 @@ from tiny_models import HELD_TO_AVX2
 
 Row = dict[str, Any]
 # Work of the device a Llama layer in NF4 and micro-batch: with what it keeps, and where it is recomputed.
-LAUNCHES = {"kept": 221, "recomputed": 289}
+LAUNCHES = {"kept": 144, "recomputed": 195}
 
 
 def losses_of(run: Path) -> list[float]:
@@ -74,11 +74,11 @@ def test_a_step_that_runs_out_of_memory_is_done_again(done: dict[str, Row], fold
 
 
 def test_a_step_waits_for_its_device_once(done: dict[str, Row]) -> None:
-    """Where loss and norm are read. bitsandbytes waits after each tensor that it updates; its tables come at first."""
+    """Where loss and norm are read. bitsandbytes waits once more after its update; its tables come with the first."""
     for name in ("fp32", "bf16"):
         assert done[name]["waits"] == [{"copy_ D2H": 1}] * 4
     for waits in done["8bit"]["waits"][1:]:
-        assert waits.pop("synchronize") <= 56 and waits == {"copy_ D2H": 1}
+        assert waits == {"copy_ D2H": 1, "synchronize": 1}
 
 
 def test_commands_answer_as_on_the_cpu(done: dict[str, Row], folder: Path, on_cpu: Path, cli: Command) -> None:
@@ -100,8 +100,9 @@ def check_architectures(found: dict[str, Row], *, losses: float, gradients: floa
     for name, one in found.items():
         assert one["losses"] <= losses and one["gradients"] <= max(gradients, 2 * one["usual"]), (name, one)
         assert one["shared"] == "auto"
-        # torch's products of experts, but for its kernel for bf16, read how many rows each has: two a layer each way.
-        assert one["waits"] == ({"copy_ D2H": 32} if name == "qwen3-moe" else {}), (name, one["waits"])
+        # A product of experts reads how many rows each has, but in torch's own kernel, which is for bf16: of two layers
+        # two each way in four micro-batches, and two in three that are only scored.
+        assert one["waits"] == ({"copy_ D2H": 44} if name == "qwen3-moe" else {}), (name, one["waits"])
 
 
 def test_architectures_have_the_losses_and_gradients_of_the_cpu() -> None:
@@ -115,11 +116,13 @@ def test_architectures_in_bf16_are_as_near_as_on_the_cpu() -> None:
     assert {name for name, one in found.items() if one["notices"]} == {"gemma2"}  # no kernel has soft caps
 
 
-def test_a_card_without_bf16_trains_in_fp32(folder: Path, on_cpu: Path) -> None:
+def test_a_card_without_bf16_trains_in_fp32(done: dict[str, Row], folder: Path, on_cpu: Path) -> None:
+    assert done["bf16"]["code"] == 0
     done = journey("old_card", folder / "old", EMU_CAP="7.5")
     assert done["auto"]["code"] == 0 and "in float32" in done["auto"]["err"], done["auto"]["err"]
     assert losses_of(folder / "old/auto") == pytest.approx(losses_of(on_cpu), rel=1e-5)
     assert done["bf16"]["code"] == 5 and "sm_75 does not multiply in bfloat16" in done["bf16"]["err"]
+    assert done["resumed"]["code"] == 5 and "continues on a GPU of sm_80 or later" in done["resumed"]["err"]
     assert "where: model.dtype" in done["bf16"]["err"] and "hint: model.dtype=float32" in done["bf16"]["err"]
     check_architectures(done["architectures"], losses=1e-5, gradients=1e-4)
 
