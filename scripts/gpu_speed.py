@@ -391,7 +391,8 @@ def run_trl(model: Any, lora: Any, rows: list[Any], total: int) -> Row:
     from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found,unused-ignore]
 
     meter, liger = Meter(), importlib.metadata.version("liger-kernel")
-    fixed = {"max_steps": 3, "per_device_train_batch_size": 8, "gradient_accumulation_steps": len(rows) // 16}
+    model.is_quantized = False  # or it would be asked for the quantizer that loaded it
+    fixed = {"max_steps": 2, "per_device_train_batch_size": 8, "gradient_accumulation_steps": len(rows) // 16}
     fixed |= {"logging_steps": 1, "save_strategy": "no", "report_to": [], "bf16": True, "disable_tqdm": True}
     settings = SFTConfig(tempfile.mkdtemp(), use_liger_kernel=True, max_length=None, **fixed)
     data = Dataset.from_list([{"input_ids": row.ids.tolist(), "labels": row.labels.tolist()} for row in rows])
