@@ -1,361 +1,318 @@
-"""What only a GPU can show: python scripts/gpu_check.py [--data FILE.jsonl] [--write] [--tiny]
+"""What only a GPU can show, the most valuable first: python scripts/gpu_check.py [--only PART ...] [--out FOLDER]
 
-Random weights at the shapes of Llama 3.1 8B and Qwen3 4B, made on the device and put into NF4 one by one; a rank-16
-adapter on all linears; rows as long as those of FILE (four bytes a token), else of a log-normal distribution, the
-second half of each supervised; micro-batches of 2,048 and 8,192 tokens; AdamW. Each case in a process of its own:
+Each part has a process of its own and at most five minutes. What it finds is a line of FOLDER/results.jsonl as soon as
+it is found, an error like another; what it says on stderr lies whole in FOLDER/PART.log. In this order:
 
-lorasft    its loss and linears, as few layers recomputed as fit
-peft       transformers, PEFT and bitsandbytes as their guides say: padded, prepared, checkpointed, autocast to bf16
+versions, doctor     the machine; every check of `lorasft doctor`
+nf4, attention       bits of NF4 as on the CPU; the one kernel, and segment by segment, beside dense float64: outputs
+gradients            and gradients; those of LoRA and loss beside float64, and PEFT's on the same device
+tiny                 the recipe `tiny` beside the CPU; adamw8bit; resumed; in too little memory; merged with its check
+speed                the shape of Llama 3.1 8B: micro-batches of 2,048 to 16,384 tokens, lean layers or the model's own,
+                     none or all recomputed; one profiled step; kernels alone
+peer-*               the same rows by lorasft, by PEFT padded in eights and packed, by TRL with Liger
+caps-8b, caps-70b    trained in less memory than there is
+waits, fragments*    how often the host waits for the device, and what the allocator holds beside what is used
 
-and within a cap: the 8B at 2,048 tokens in 7 GiB, the shape of Llama 3.3 70B in 44 GiB. `of peak`: the work without
-recomputation against the rate of a bf16 product of 8192 x 8192 matrices. `floor`: weights, adapter with gradients and
-moments, the input of every layer and the largest weight in bf16. Then what else depends on the device: the bits of NF4,
-attention in one kernel, a run that runs out of memory, one that is resumed. `--write` puts all of it into docs/gpu.md.
-`--tiny` runs the same code on small shapes, also on a CPU; it has been run there only.
+Weights are random. `share`: the work without recomputation against a product of 8192 x 8192 matrices in bf16; sizes are
+GiB. `--write` puts all of it into docs/gpu.md. `--tiny` runs the same code on small shapes, also on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
+import functools
 import gc
 import importlib.metadata
 import json
-import shlex
+import os
+import platform
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from bench import PACKAGES, ROOT, table
+from gpu_speed import (
+    GIB,
+    Cases,
+    Row,
+    Scale,
+    caps,
+    fragments,
+    make_batches,
+    make_config,
+    make_model,
+    measure_ceiling,
+    peer,
+    speed,
+    waits,
+)
 
-Row = dict[str, Any]
-GIB = 1 << 30
-LLAMA = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "max_position_embeddings": 16384}
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama-3.1-8b": ("llama", LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-                                       "num_attention_heads": 32}),
-    "llama-3.3-70b": ("llama", LLAMA | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
-                                        "num_attention_heads": 64}),
-    "qwen3-4b": ("qwen3", LLAMA | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
-                                   "num_attention_heads": 32, "vocab_size": 151936, "tie_word_embeddings": True}),
-    "tiny": ("llama", LLAMA | {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 32,
-                               "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Case:
-    """One process: who trains which shape in micro-batches of how many tokens, in how many GiB of the card."""
-
-    arm: str
-    shape: str
-    tokens: int
-    cap: int | None = None
+LIMIT = 300  # seconds of a part
+PAGE, FOUND = ROOT / "docs" / "gpu.md", "\n## What was found\n"
 
 
-CASES = [Case(arm, shape, tokens) for shape in ("qwen3-4b", "llama-3.1-8b") for tokens in (2048, 8192)
-         for arm in ("lorasft", "peft")]  # fmt: skip
-CASES += [Case("lorasft", "llama-3.1-8b", 2048, cap=7), Case("lorasft", "llama-3.3-70b", 2048, cap=44)]
+# ---- parts, each in a process of its own ---------------------------------------------------------------------------
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="JSON lines whose lengths are taken")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART")
+    parser.add_argument("--out", type=Path, default=Path("gpu-check"), metavar="FOLDER")
+    parser.add_argument("--data", help="JSON lines whose lengths are taken, four bytes a token")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    import torch
-
-    if options.case:
-        print(json.dumps(run_case(Case(**json.loads(options.case)), options.data)))
+    if options.part:
+        run_part(options.part, options)
         return
-    if not (options.tiny or torch.cuda.is_available()):
-        raise SystemExit("no CUDA device: --tiny runs the same code on a CPU")
-    if options.tiny:
-        results = [run_case(Case(arm, "tiny", 256), options.data) for arm in ("lorasft", "peft")]
-    else:
-        results = [run_apart(case, options.data) for case in CASES]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    text = f"{show(results)}\n" + "".join(f"- {name}: {check()}\n" for name, check in CHECKS.items())
-    print(text)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "results.jsonl").unlink(missing_ok=True)
+    for part in options.only:
+        run_apart(part, options)
     if options.write:
-        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-        made = f"{datetime.date.today()}, {device};\n{versions}:\n`{shlex.join(['python', 'scripts/gpu_check.py'])}`\n"
-        (ROOT / "docs" / "gpu.md").write_text(f"# On a GPU\n\n{text}\n{made}", encoding="utf-8")
+        write_page(options.out)
 
 
-def run_apart(case: Case, data: str | None) -> Row:
-    """A case in a process of its own; a fault is its result."""
-    command = [sys.executable, __file__, "--case", json.dumps(asdict(case)), *(["--data", data] if data else [])]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
-    faults = [line for line in done.stderr.splitlines() if "error" in line.lower()] or ["ended without a word"]
-    return asdict(case) | {"fault": faults[-1].strip()[:80]}
+def run_apart(part: str, options: argparse.Namespace) -> None:
+    """A part in a process of its own, which is ended after its time."""
+    words = ["--part", part, "--out", str(options.out), *(["--tiny"] if options.tiny else [])]
+    words += ["--data", options.data] if options.data else []
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | ENVIRONMENT.get(part, {})
+    with (options.out / f"{part}.log").open("w", encoding="utf-8") as log:
+        command = [sys.executable, __file__, *words]
+        process = subprocess.Popen(command, stderr=log, env=environment, start_new_session=True)
+        try:
+            error = f"ended with {process.wait(LIMIT)}"
+        except subprocess.TimeoutExpired:
+            error = f"ran past {LIMIT} s"
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if process.returncode:
+        said = (options.out / f"{part}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        note(options.out, {"part": part, "case": "-", "error": f"{error}; {said[-1][:200] if said else 'no word'}"})
 
 
-def run_case(case: Case, data: str | None) -> Row:
-    """Eight micro-batches after two that warm up."""
-    import torch
+def run_part(part: str, options: argparse.Namespace) -> None:
+    """Every case of a part; one that fails leaves the others."""
+    import lorasft.model  # noqa: F401  which asks the hub for nothing, and sets up the allocator
 
-    from lorasft.model.memory import StorageMeter
+    import torch  # isort: skip
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if case.cap:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(case.cap * GIB / total)
-    on_gpu = device.type == "cuda"
-    with contextlib.nullcontext() if on_gpu else StorageMeter() as meter:
-        config = make_config(case.shape)
-        model = make_model(config, device)
-        batches = make_batches(case.tokens, config.vocab_size, data)
-        learner = prepare_peft(model) if case.arm == "peft" else prepare_lorasft(case, model, device)
-        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(device)
-        for number, batch in enumerate(batches):
-            if number == 2:
-                synchronize(device)
-                started = time.perf_counter()
-            learner.loss(batch).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        synchronize(device)
-        seconds = time.perf_counter() - started
-        peak = torch.cuda.max_memory_allocated(device) if meter is None else meter.peak
-    measured = batches[2:]
-    work = sum(count_flops(config, model, batch) for batch in measured)
-    return asdict(case) | {
-        "tokens_per_second": sum(len(batch.ids) for batch in measured) / seconds,
-        "share": work / seconds / measure_ceiling(device),
-        "peak": peak / GIB,
-        "floor": count_floor(config, model, case.tokens) / GIB,
-        "note": learner.note,
-    }
+    cases = PARTS[part](Scale(options.tiny, device, options.data))
+    while True:
+        name, started = "-", time.perf_counter()
+        try:
+            name, run = next(cases)
+            found = run()
+        except StopIteration:
+            return
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            found = {"error": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"}
+        note(options.out, {"part": part, "case": name, **found, "seconds": round(time.perf_counter() - started, 1)})
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
-@dataclass(frozen=True)
-class Learner:
-    loss: Callable[[Any], Any]
-    note: str
+def note(out: Path, row: Row) -> None:
+    """One finding: on the disk, and on the screen."""
+    with (out / "results.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    facts = ", ".join(f"{key} {show(value)}" for key, value in row.items() if key not in ("part", "case"))
+    print(f"{row['part']}: {row['case']}: {facts}", flush=True)
 
 
-def make_config(shape: str) -> Any:
-    from transformers import LlamaConfig, Qwen3Config
+def show(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return "; ".join(f"{key} {show(one)}" for key, one in value.items()) if isinstance(value, dict) else str(value)
 
-    kind, sizes = SHAPES[shape]
-    return {"llama": LlamaConfig, "qwen3": Qwen3Config}[kind](**sizes)
+
+def write_page(out: Path) -> None:
+    """The findings as tables, in place of those that docs/gpu.md had."""
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    text = ""
+    for part in dict.fromkeys(row["part"] for row in rows):
+        own = [row for row in rows if row["part"] == part]
+        keys = [key for key in dict.fromkeys(key for row in own for key in row) if key not in ("part", "case")]
+        lines = [[row["case"], *(show(row.get(key, "")).replace("|", "/") for key in keys)] for row in own]
+        text += f"\n### {part}\n\n{table(['case', *keys], lines)}"
+    head = PAGE.read_text(encoding="utf-8").partition(FOUND)[0]
+    PAGE.write_text(f"{head}{FOUND}\n{datetime.date.today()}, `python scripts/gpu_check.py`.\n{text}", encoding="utf-8")
 
 
-def make_model(config: Any, device: Any) -> Any:
-    """Random weights on `device`: of those in NF4 only one is ever there in 16 bits."""
+# ---- the machine, and whether it computes rightly ------------------------------------------------------------------
+
+
+def versions(scale: Scale) -> Cases:
+    import torch
+
+    def machine() -> Row:
+        found = {"python": platform.python_version(), "torch CUDA": str(torch.version.cuda)}
+        if scale.on_gpu:
+            card = torch.cuda.get_device_properties(scale.device)
+            found |= {"device": card.name, "sm": f"{card.major}.{card.minor}", "memory": card.total_memory / GIB}
+        return found | {name: importlib.metadata.version(name) for name in (*PACKAGES, "tokenizers", "numpy")}
+
+    yield "machine", machine
+    yield "TFLOP/s of a bf16 product", lambda: {"measured": measure_ceiling(scale.device) / 1e12}
+
+
+def doctor(scale: Scale) -> Cases:
+    command = [sys.executable, "-m", "lorasft", "doctor", "--json"]
+    for check in json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout)["checks"]:
+        fix = {"error": check["mend"]} if check["mend"] else {}
+        yield check["name"], functools.partial(dict, said=check["what"], **fix)
+
+
+def nf4(scale: Scale) -> Cases:
     import bitsandbytes as bnb
     import torch
 
-    from lorasft.model.base import make_skeleton, quantize_skeleton
+    def compare(dtype: Any) -> Row:
+        weight = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
+        seen = []
+        for device in ("cpu", scale.device):
+            packed, state = bnb.functional.quantize_4bit(weight.to(device), quant_type="nf4", compress_statistics=True)
+            seen.append((packed.cpu().flatten(), bnb.functional.dequantize_4bit(packed, state).cpu().double()))
+        (codes, mine), (others, other) = seen
+        same = {"same codes": float((codes == others).double().mean()), "same": float((mine == other).double().mean())}
+        return same | {"apart": float((mine - other).norm() / mine.norm())}
 
-    model: Any = make_skeleton(config)
-    quantize_skeleton(model, torch.bfloat16)
-    torch.manual_seed(0)
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            drawn = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
-            drawn = drawn.normal_(0, 0.02) if drawn.dim() > 1 else drawn.fill_(1)
-            if isinstance(module, bnb.nn.Linear4bit) and name == "weight":
-                made = bnb.nn.Params4bit(drawn, requires_grad=False, quant_type="nf4", module=module).to(device)
-                module.support_avx512bf16_for_cpu = False
-            else:
-                made = torch.nn.Parameter(drawn, requires_grad=False)
-            module.register_parameter(name, made)
-    model.tie_weights()
-    with torch.device(device):  # its frequencies are not weights
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    return model.eval()
+    for dtype in (torch.float32, torch.bfloat16):
+        yield str(dtype), functools.partial(compare, dtype)
 
 
-def make_batches(tokens: int, vocabulary: int, data: str | None, count: int = 10) -> list[Any]:
-    """Full micro-batches of rows, the second half of each supervised."""
-    from lorasft.data.packing import make_micro_batches
-    from lorasft.data.tokens import UNSUPERVISED, Tokens
-
-    draw = np.random.default_rng(0)
-    if data:
-        lengths = draw.permutation([len(line) // 4 for line in Path(data).read_bytes().splitlines()])
-    else:
-        lengths = draw.lognormal(np.log(250), 0.9, size=16 * count * max(1, tokens // 250)).astype(int)
-    lengths = np.clip(lengths, 8, tokens)
-    rows = []
-    for length in np.resize(lengths, int(np.searchsorted(lengths.cumsum(), 2 * count * tokens)) + 1):
-        ids = draw.integers(0, vocabulary, length + 1).astype(np.int32)
-        labels = np.where(np.arange(length + 1) > length // 2, ids, UNSUPERVISED).astype(np.int32)
-        rows.append(Tokens(ids, labels))
-    batches = make_micro_batches(lambda index: (rows[index],), range(len(rows)), capacity=tokens)
-    return sorted(batches, key=lambda batch: -len(batch.ids))[:count]
+def attention(scale: Scale) -> Cases:
+    for size in (64, 80, 96, 128, 160, 192, 224, 256):
+        for window in (None, 100):
+            for way in ("one kernel", "segment by segment") if scale.on_gpu else ("segment by segment",):
+                name = f"{way}, head size {size}" + (f", window {window}" if window else "")
+                yield name, functools.partial(compare_attention, scale.device, size, window, way == "one kernel")
 
 
-def prepare_lorasft(case: Case, model: Any, device: Any) -> Learner:
+def compare_attention(device: Any, size: int, window: int | None, at_once: bool) -> Row:
+    """Segments with ancestors and grouped keys in bf16, beside a dense softmax in float64: shares of the norms."""
     import torch
+
+    from lorasft.model.attention import Paths, attend
+
+    lengths, ancestors = [150, 70, 5, 90], [(), (0,), (0, 1), ()]
+    paths = Paths(lengths, ancestors, cascade=False, kernel=(lambda _: True) if at_once else None)
+    paths = replace(paths, places=[torch.from_numpy(one).to(device) for one in paths.numbers])
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(1, heads, sum(lengths), size) for heads in (8, 2, 2, 8)]
+    q, k, v, upstream = (torch.randn(shape, generator=draw).bfloat16() for shape in shapes)
+    owner = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
+    begun = [sum(lengths[one] for one in before) for before in ancestors]
+    places = torch.cat([torch.arange(length) + start for length, start in zip(lengths, begun, strict=True)])
+    family = torch.tensor([[one == two or one in ancestors[two] for one in range(4)] for two in range(4)])
+    ahead = places.unsqueeze(1) - places  # (queries, keys): how far back the key is
+    seen = family[owner][:, owner] & (ahead >= 0) & (ahead < (window or 1 << 30))
+    exact = [one.double().requires_grad_() for one in (q, k, v)]
+    keys, values = (one.repeat_interleave(4, 1) for one in exact[1:])
+    scores = (exact[0] @ keys.transpose(2, 3) * size**-0.5).masked_fill(~seen, float("-inf"))
+    truth = (scores.softmax(-1) @ values).transpose(1, 2)
+    given = [one.to(device).requires_grad_() for one in (q, k, v)]
+    found, _ = attend(None, *given, None, segments=paths, sliding_window=window)  # type: ignore[arg-type]
+    wanted = torch.autograd.grad(truth, exact, upstream.double().transpose(1, 2))
+    got = torch.autograd.grad(found, given, upstream.to(device).transpose(1, 2))
+    return {name: distance(mine, one) for name, mine, one in
+            zip(("output", "dq", "dk", "dv"), (found, *got), (truth, *wanted), strict=True)}  # fmt: skip
+
+
+def distance(found: Any, truth: Any) -> float:
+    """The norm of the difference, as a share."""
+    return float((found.detach().double().cpu() - truth.detach()).norm() / truth.detach().norm())
+
+
+def gradients(scale: Scale) -> Cases:
+    """Losses and gradients of a small NF4 base under LoRA with B that is not 0, beside float64 by other code."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
 
     from lorasft.model.adapter import attach_adapter
-    from lorasft.model.loss import pair_losses
-    from lorasft.model.memory import heaviest_batch
-    from lorasft.model.recompute import recompute
+    from lorasft.model.loss import weighted_loss
     from lorasft.model.selfcheck import verify
-    from lorasft.model.weightless import make_weightless, plan_network
-    from lorasft.recipe import AdapterSettings, ModelSettings
-    from lorasft.train.layout import fewest_recomputed
+    from lorasft.recipe import AdapterSettings
 
-    peft = attach_adapter(model, AdapterSettings(rank=16), seed=0)
-    network = verify(peft.get_base_model())
-    recomputed = 0
-    if device.type == "cuda":
-        settings = ModelSettings(base=case.shape, dtype="bfloat16")
-        planned = plan_network(network, make_weightless(model.config, settings, AdapterSettings(rank=16), device))
-        heaviest = heaviest_batch(planned, longest=case.tokens, capacity=case.tokens)
-        gc.collect()
-        torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(device)[0]
-        free = min(free, case.cap * GIB - torch.cuda.memory_allocated(device)) if case.cap else free
-        trained = sum(p.numel() for p in peft.parameters() if p.requires_grad)
-        room = free - 12 * trained  # gradients and moments come later
-        recomputed, _ = fewest_recomputed(planned, heaviest, free=room)
-        recompute(network.causal, recomputed)
-    network.causal.train()
-    note = f"{recomputed} layers recomputed, {'one kernel' if network.kernel else 'segment by segment'}"
-    return Learner(lambda batch: pair_losses(network, batch).mean(), "; ".join([note, *network.notices]))
+    config, settings = make_config("tiny"), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    batch = make_batches(256, config.vocab_size, None, count=1)[0]
+    ours = attach_adapter(make_model(config, scale.device, std=0.1), AdapterSettings(rank=16), seed=0)
+    lora = {name: one for name, one in ours.named_parameters() if one.requires_grad}
+    for name, one in lora.items():
+        one.data.normal_(0, 0.05 if "lora_B" in name else 0.2)
+    base = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="sdpa").eval()
+    held = make_model(config, scale.device, std=0.1)
+    for name, module in base.named_modules():
+        other = held.get_submodule(name)
+        for key, parameter in module.named_parameters(recurse=False):
+            state = getattr(getattr(other, key), "quant_state", None)
+            value = getattr(other, key) if state is None else dequantize_4bit(getattr(other, key).data, state)
+            parameter.data.copy_(value)
+    exact, plain = (get_peft_model(one.requires_grad_(False), settings) for one in (base, held))
+    plain.set_attn_implementation("sdpa")
+    for model in (exact, plain):
+        for name, one in model.named_parameters():
+            if name in lora:
+                one.data = one.data.copy_(lora[name].data)
 
+    def run(model: Any, loss: Any) -> dict[str, Any]:
+        loss.backward()
+        return {"loss": loss} | {name: one.grad for name, one in model.named_parameters() if one.requires_grad}
 
-def prepare_peft(model: Any) -> Learner:
-    import torch
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    truth = run(exact, alone_loss(exact, batch))
 
-    settings = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
-    peft: Any = get_peft_model(prepare_model_for_kbit_training(model), settings).train()
+    def compare(found: dict[str, Any]) -> Row:
+        apart = sorted(distance(found[name], value) for name, value in truth.items() if name != "loss")
+        return {"loss": distance(found["loss"], truth["loss"]), "median": apart[len(apart) // 2], "largest": apart[-1]}
 
-    def loss(batch: Any) -> Any:
-        spans = [(segment.start, segment.end) for segment in batch.segments]
-        ids = torch.zeros(len(spans), max(end - start for start, end in spans), dtype=torch.long)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        targets = dict(zip(batch.sources.tolist(), batch.targets.tolist(), strict=True))
-        for row, (start, end) in enumerate(spans):
-            ids[row, : end - start] = torch.as_tensor(batch.ids[start:end])
-            mask[row, : end - start] = 1
-            for source in range(start, end - 1):
-                labels[row, source - start + 1] = targets.get(source, -100)
-        inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        with torch.autocast(peft.device.type, torch.bfloat16):
-            return peft(**{name: tensor.to(peft.device) for name, tensor in inputs.items()}, use_cache=False).loss
-
-    return Learner(loss, "padded, all layers recomputed")
+    network = verify(ours.get_base_model())
+    yield "lorasft", lambda: compare(run(ours, weighted_loss(network, batch))) | {"notices": "; ".join(network.notices)}
+    yield "transformers and PEFT", lambda: compare(run(plain, alone_loss(plain, batch)))
 
 
-def count_linears(model: Any) -> int:
-    """Weights in linears that are 4-bit: those of the decoder layers."""
-    return sum(2 * p.numel() for p in model.parameters() if getattr(p, "quant_state", None) is not None)
-
-
-def count_flops(config: Any, model: Any, batch: Any) -> float:
-    """Forwards and backwards through frozen weights, attention, and the head where something is supervised."""
-    width = config.num_attention_heads * config.head_dim
-    pairs = sum((segment.end - segment.start) ** 2 / 2 for segment in batch.segments)
-    attention = 14 * width * pairs * config.num_hidden_layers  # 4 forwards, 10 backwards
-    head = 4 * config.vocab_size * config.hidden_size * len(batch.targets)
-    return 4.0 * count_linears(model) * len(batch.ids) + attention + head
-
-
-def count_floor(config: Any, model: Any, tokens: int) -> float:
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    other = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-    kept = config.num_hidden_layers * tokens * config.hidden_size
-    largest = config.hidden_size * config.intermediate_size
-    return count_linears(model) * 4.127 / 8 + 2 * (other + kept + largest) + 16 * trained
-
-
-def measure_ceiling(device: Any) -> float:
-    """FLOP a second of a large bf16 product."""
+def alone_loss(model: Any, batch: Any) -> Any:
+    """The sum of the losses of a micro-batch, one sequence at a time."""
     import torch
 
-    size = 8192 if device.type == "cuda" else 512
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    for turn in range(20):
-        if turn == 5:
-            synchronize(device)
-            started = time.perf_counter()
-        a @ a
-    synchronize(device)
-    return 15 * 2 * size**3 / (time.perf_counter() - started)
+    total, targets = 0.0, dict(zip(batch.sources.tolist(), batch.targets.tolist(), strict=True))
+    for segment in batch.segments:
+        places = [place for place in range(segment.start, segment.end) if place in targets]
+        ids = torch.as_tensor(batch.ids[segment.start : segment.end], device=model.device).unsqueeze(0)
+        logs = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+        wanted = torch.tensor([targets[place] for place in places], device=model.device)
+        total = total - logs[[place - segment.start for place in places], wanted].sum()
+    return total
 
 
-def synchronize(device: Any) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+# ---- tiny: the recipe that is shipped -------------------------------------------------------------------------------
 
 
-def show(results: list[Row]) -> str:
-    lines = []
-    for row in results:
-        cap = f", {row['cap']} GiB" if row["cap"] else ""
-        name = f"{row['shape']}, {row['tokens']:,}{cap}: {row['arm']}"
-        if "fault" in row:
-            lines.append([name, "-", "-", "-", "-", row["fault"]])
-        else:
-            numbers = [f"{row['tokens_per_second']:,.0f}", f"{row['share']:.0%}", f"{row['peak']:.2f}"]
-            lines.append([name, *numbers, f"{row['floor']:.2f}", row["note"]])
-    return table(["case", "tokens/s", "of peak", "peak, GiB", "floor, GiB", "how"], lines)
-
-
-def check_bits() -> str:
-    import bitsandbytes as bnb
-    import torch
-
-    if not torch.cuda.is_available():
-        return "needs CUDA"
-    weight = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
-    seen = []
-    for device in ("cpu", "cuda"):
-        packed, state = bnb.functional.quantize_4bit(weight.to(device), quant_type="nf4", compress_statistics=True)
-        seen.append(bnb.functional.dequantize_4bit(packed, state).cpu())
-    same, apart = float((seen[0] == seen[1]).double().mean()), float((seen[0] - seen[1]).norm() / seen[0].norm())
-    return f"{same:.4%} of the dequantized weights have the CPU's bits, all are {apart:.1e} apart"
-
-
-def check_redo() -> str:
-    """A run in less than it needs has the losses of one that has room."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return "needs CUDA"
-    wide = "machine.micro_batch_tokens=65536"
-    with tempfile.TemporaryDirectory() as folder:
-        torch.cuda.reset_peak_memory_stats()
-        losses, _ = train_tiny(f"{folder}/a", wide)
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(0.6 * torch.cuda.max_memory_allocated() / total)
-        redone, tokens = train_tiny(f"{folder}/b", wide)
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    return f"losses {apart(losses, redone)} apart; micro-batches of {tokens} tokens in the end"
-
-
-def check_resume() -> str:
-    """A run that is resumed in its middle has the losses of one that was never stopped."""
-    from lorasft.files import remove_folder
-
-    with tempfile.TemporaryDirectory() as folder:
-        losses, _ = train_tiny(f"{folder}/a")
-        remove_folder(Path(folder, "a", "checkpoints", "step-000004"))
-        remove_folder(Path(folder, "a", "adapter"))
-        again, _ = train_tiny(f"{folder}/a", resume=True)
-    return f"losses {apart(losses, again)} apart"
+def tiny(scale: Scale) -> Cases:
+    folder = tempfile.mkdtemp()
+    for dtype in ("float32", "bfloat16"):
+        yield f"beside the CPU, {dtype}", functools.partial(beside_cpu, folder, f"model.dtype={dtype}")
+    yield "adamw8bit", functools.partial(beside_cpu, folder, "model.dtype=float32", "optimizer.name=adamw8bit")
+    yield "resumed", functools.partial(check_resume, folder)
+    yield "in too little memory", functools.partial(check_redo, scale, folder)
+    yield "merged", functools.partial(check_merge, folder)
 
 
 def train_tiny(folder: str, *settings: str, resume: bool = False) -> tuple[list[float], int]:
@@ -365,19 +322,91 @@ def train_tiny(folder: str, *settings: str, resume: bool = False) -> tuple[list[
     from lorasft.train.loop import train
     from lorasft.train.run import export_adapter, open_run
 
-    fixed = [f"run.output={folder}", "run.save_every=2", "train.steps=4", "data.eval=null", "run.eval_every=null"]
-    with open_run(load_recipe("tiny", [*fixed, *settings]), resume=resume) as (run, state):
+    with open_run(load_recipe("tiny", tiny_settings(folder, *settings)), resume=resume) as (run, state):
         export_adapter(run, train(run, state))
-    lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     state = newest_checkpoint(Path(folder, "checkpoints"), run=None)
-    return [line["loss"] for line in lines if "loss" in line], state.layout.micro_batch_tokens
+    return read_losses(folder), state.layout.micro_batch_tokens
 
 
-def apart(one: list[float], other: list[float]) -> str:
-    return f"{max(abs(a - b) for a, b in zip(one, other, strict=True)):.1e}"
+def tiny_settings(folder: str, *settings: str) -> list[str]:
+    fixed = [f"run.output={folder}", "run.save_every=2", "train.steps=4", "data.eval=null", "run.eval_every=null"]
+    return [*fixed, *settings]
 
 
-CHECKS = {"NF4": check_bits, "too little memory": check_redo, "resumed": check_resume}
+def read_losses(folder: str) -> list[float]:
+    lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def apart(one: list[float], other: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+def beside_cpu(folder: str, *settings: str) -> Row:
+    """A run here, and the same run in a process that sees the CPU alone."""
+    mine, theirs = (f"{folder}/{'-'.join((place, *settings))}" for place in ("here", "cpu"))
+    losses, tokens = train_tiny(mine, *settings)
+    command = [sys.executable, "-m", "lorasft", "train", "tiny", *tiny_settings(theirs, *settings)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"ACCELERATE_USE_CPU": "true"})
+    return {"losses apart": apart(losses, read_losses(theirs)), "last": losses[-1], "tokens": tokens}
+
+
+def check_resume(folder: str) -> Row:
+    """A run that is resumed in its middle has the losses of one that was never stopped."""
+    from lorasft.files import remove_folder
+
+    losses, _ = train_tiny(f"{folder}/a")
+    remove_folder(Path(folder, "a", "checkpoints", "step-000004"))
+    remove_folder(Path(folder, "a", "adapter"))
+    again, _ = train_tiny(f"{folder}/a", resume=True)
+    return {"losses apart": apart(losses, again)}
+
+
+def check_redo(scale: Scale, folder: str) -> Row:
+    """A run in less than it needs has the losses of one that has room."""
+    import torch
+
+    if not scale.on_gpu:
+        return {"error": "needs CUDA"}
+    wide = ("machine.micro_batch_tokens=65536", "machine.activation_checkpointing=false")
+    torch.cuda.reset_peak_memory_stats()
+    losses, before = train_tiny(f"{folder}/wide", *wide)
+    most = torch.cuda.max_memory_allocated() / torch.cuda.get_device_properties(0).total_memory
+    redone, tokens, share = losses, before, 0.9
+    while tokens == before and share > 0.5:  # until it no longer fits as it is
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(share * most)
+        redone, tokens = train_tiny(f"{folder}/{share:.1f}", *wide)
+        share -= 0.1
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    return {
+        "losses apart": apart(losses, redone),
+        "tokens before": before,
+        "tokens": tokens,
+        "of the memory": share + 0.1,
+    }
+
+
+def check_merge(folder: str) -> Row:
+    from lorasft.artifact import find_artifact
+    from lorasft.merge.merge import merge
+
+    merge(find_artifact(f"{folder}/a"), Path(folder, "merged"))  # raises where the merged weights answer otherwise
+    return {"check": "holds"}
+
+
+PARTS: dict[str, Callable[[Scale], Cases]] = {
+    **{part.__name__: part for part in (versions, doctor, nf4, attention, gradients, tiny, speed)},
+    **{f"peer-{arm}": functools.partial(peer, arm=arm) for arm in ("lorasft", "padded", "packed", "trl")},
+    "caps-8b": functools.partial(
+        caps, shape="llama-3.1-8b", cases=[(24, 4096), (24, 16384), (8, 2048), (7.5, 2048), (7, 2048)]
+    ),
+    "caps-70b": functools.partial(caps, shape="llama-3.3-70b", cases=[(46, 2048), (44, 2048)]),
+    **{part.__name__: part for part in (waits, fragments)},
+    "fragments-fixed": fragments,
+}
+ENVIRONMENT = {"fragments-fixed": {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}}
 
 
 if __name__ == "__main__":

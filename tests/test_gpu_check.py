@@ -1,18 +1,47 @@
 """The script that is to run on a GPU runs: the same code, on small shapes."""
 
+from __future__ import annotations
+
+import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
+import gpu_check
 import pytest
 from tiny_models import HELD_TO_AVX2
 
+ROOT = Path(__file__).parents[1]
+
 
 @pytest.mark.skipif(HELD_TO_AVX2, reason="torch has no bf16 attention here")
-def test_the_check_for_gpus_runs_on_small_shapes() -> None:
-    command, root = [sys.executable, "scripts/gpu_check.py", "--tiny"], Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def test_the_check_for_gpus_runs_on_small_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Findings of several parts, an error among them, each on the disk; and the page that is made of them."""
+    command = [sys.executable, "scripts/gpu_check.py", "--tiny", "--out", str(tmp_path), "--only"]
+    parts = ["versions", "gradients", "waits", "peer-lorasft", "peer-packed"]
+    quiet = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *parts], cwd=ROOT, capture_output=True, text=True, env=os.environ | quiet)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "tiny, 256: lorasft" in done.stdout and "tiny, 256: peft" in done.stdout
-    assert "- resumed: losses 0.0e+00 apart" in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    found = {(row["part"], row["case"]): row for row in rows}
+    assert list(dict.fromkeys(row["part"] for row in rows)) == parts
+    ours, theirs = (found["gradients", name] for name in ("lorasft", "transformers and PEFT"))
+    assert ours["median"] < 1.3 * theirs["median"] < 0.1  # rounding in bf16
+    lorasft, packed = (found[part, "the same rows"]["loss"] for part in ("peer-lorasft", "peer-packed"))
+    assert lorasft == pytest.approx(packed, abs=2e-2)
+    assert "CUDA" in found["waits", "a micro-batch and an update"]["error"]
+    assert "Traceback" in (tmp_path / "waits.log").read_text()
+    page = tmp_path / "gpu.md"
+    page.write_text(f"# On a GPU\n\nWritten by hand.\n{gpu_check.FOUND}\nold\n")
+    monkeypatch.setattr(gpu_check, "PAGE", page)
+    gpu_check.write_page(tmp_path)
+    assert "by hand" in page.read_text() and "old" not in page.read_text() and "### gradients" in page.read_text()
+
+
+def test_a_part_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "LIMIT", 0.2)
+    gpu_check.run_apart("caps-70b", Namespace(out=tmp_path, tiny=True, data=None))
+    (row,) = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert row["part"] == "caps-70b" and row["error"].startswith("ran past 0.2 s")

@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from lorasft.model import lean
 from lorasft.model.adapter import attach_adapter
 from lorasft.model.attention import SEGMENTS
-from lorasft.model.lean import GatedProduct, LeanNorm, Rotary, use_lean_layers, use_own_layers
+from lorasft.model.lean import GatedProduct, LeanNorm, Rotary, use_lean_layers
 from lorasft.model.loss import Network, read_head
 from lorasft.model.memory import heaviest_batch, run_layers
 from lorasft.model.recompute import only_first, recompute
@@ -52,6 +52,12 @@ def found(model: nn.Module) -> tuple[int, ...]:
     forwards = [getattr(vars(module).get("forward"), "__func__", None) for module in model.modules()]
     kinds = Counter(one.func.__name__ for one in forwards if isinstance(one, partial))
     return kinds["_normalize"], kinds["_gated_mlp"], kinds["forward"]
+
+
+def use_own_layers(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(getattr(vars(module).get("forward"), "__func__", None), partial):
+            del module.forward
 
 
 def make_adapted(name: str) -> Any:
@@ -132,6 +138,12 @@ class Mlp(nn.Module):
         return result + x if self.kind == "residual" else result
 
 
+def run(module: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    y = module(x)
+    return [y.detach(), *torch.autograd.grad(y, x, dy)]
+
+
 MLP = hf.LlamaConfig(hidden_size=64, intermediate_size=96)
 
 
@@ -160,19 +172,16 @@ def test_modules_are_found_by_what_they_compute(module: Any, expected: bool, dev
     if frozen:
         module.requires_grad_(False)
     before = {name: (one, one._version) for name, one in module.state_dict(keep_vars=True).items()}
-    state = torch.get_rng_state()
-    assert use_lean_layers(module) == expected == sum(found(module))
+    state, x, dy = torch.get_rng_state(), torch.linspace(-2, 3, 7 * 64).view(7, 64), torch.ones(7, 64)
+    own = run(module, x, dy) if expected and device == "cpu" else []
+    assert len(use_lean_layers(module)) == expected == sum(found(module))
     after = {name: (one, one._version) for name, one in module.state_dict(keep_vars=True).items()}
     assert all(after[name][0] is one and after[name][1] == version for name, (one, version) in before.items())
     assert torch.equal(torch.get_rng_state(), state)
+    for a, b in zip(own and run(module, x, dy), own, strict=True):  # with its own numbers, and gate and up in order
+        assert (a - b).norm() < 1e-5 * b.norm()
     use_own_layers(module)
     assert sum(found(module)) == 0 and all("forward" not in vars(one) for one in module.modules())
-
-
-def run(module: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> list[Tensor]:
-    x = x.clone().requires_grad_()
-    y = module(x)
-    return [y.detach(), *torch.autograd.grad(y, x, dy)]
 
 
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, GemmaRMSNorm])
@@ -198,7 +207,7 @@ def test_what_is_made_again_has_the_same_bits_and_is_kept_once() -> None:
     x, gate, up = (torch.randn(3, 50, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     norm, mlp = LlamaRMSNorm(64).requires_grad_(False).bfloat16(), LlamaMLP(MLP).requires_grad_(False)
     norm.weight.copy_(torch.randn(64))
-    assert use_lean_layers(nn.ModuleList([norm, mlp])) == 2
+    assert use_lean_layers(nn.ModuleList([norm, mlp])) == [norm, mlp]
     kept: list[Tensor] = []
     with saved_tensors_hooks(lambda one: (kept.append(one), one)[1], lambda one: one):
         y = norm(x)

@@ -146,7 +146,8 @@ def test_a_length_that_drops_most_rows_says_so(recipe: Write) -> None:
     path = recipe(adapter={"rank": 64, "dropout": 0.0}, machine={"micro_batch_tokens": "auto"})
     roomy = plan_run(load_recipe(path), memory=4 << 30)
     kept = roomy["bytes"]["activations"]
-    plans = [plan_run(load_recipe(path), memory=beside_activations(roomy) + kept // part) for part in (8, 16, 32)]
+    given = [beside_activations(roomy) + int(kept / part) for part in (6, 6.5, 7, 7.5, 8)]
+    plans = [plan_run(load_recipe(path), memory=memory) for memory in given]
     lengths = [one for plan in plans for one in plan["suggestions"] if one.startswith("data.max_length")]
     assert lengths and all("data.overlong=truncate" in one for one in lengths), lengths
 

@@ -1,9 +1,9 @@
 """Norms, gated MLPs and rotary embeddings that keep less for the backward pass and take fewer kernels.
 
-They are found by what they compute, not by their names: with random weights, forwards and backwards. A norm keeps its
-input, which is the residual, and a number a token; a gated MLP keeps gate and up. The norm's output and the gated
-product carry `made_by`: the function and those tensors that give the same bits again, so that no linear keeps them.
-transformers' own modules keep all of that as well, so a model that changes it in place fails with them too.
+They are found by what they compute with random weights, forwards and backwards. A norm keeps its input, which is the
+residual, and a number a token; a gated MLP keeps gate and up. What they hand to the next linear carries `made_by`: the
+function and the tensors that give its bits again, so that it need not be kept. transformers' own modules keep these
+tensors as well, so a model that changes them in place fails with both.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import permutations, product
+from itertools import chain, permutations, product
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -20,43 +20,35 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers.pytorch_utils import Conv1D
 
 _ROTARY = "apply_rotary_pos_emb"  # as every file of transformers calls it
 _APART = 1e-5  # of each row, relative: more than rounding does in fp32
-Probe = tuple[Any, "partial[Any]", Tensor]  # a module, a lean forward to be bound to it, an input
 
 
-def use_lean_layers(causal: nn.Module) -> int:
-    """Give modules of `causal`, with or without numbers, the lean forward that computes the same. Returns how many.
+def use_lean_layers(causal: nn.Module) -> list[nn.Module]:
+    """Give modules of `causal`, with or without numbers, the lean forward that computes the same.
 
-    What trains, and what has a forward of its own already, is left alone.
+    What trains is left alone. Returns them; without the attribute `forward` one computes as before.
     """
-    found = [(one, lean) for one in causal.modules() if "forward" not in vars(one) and (lean := _find(one))]
+    found = [(one, lean) for one in causal.modules() if not hasattr(one, "_hf_hook") and (lean := _find(one))]
     for module, lean in found:
         module.forward = MethodType(lean, module)
-    return len(found)
-
-
-def use_own_layers(causal: nn.Module) -> None:
-    """Give the modules of `causal` the forwards back that `use_lean_layers` took from them."""
-    for module in causal.modules():
-        if isinstance(getattr(vars(module).get("forward"), "__func__", None), partial):
-            del module.forward
+    return [module for module, _ in found]
 
 
 def _find(module: nn.Module) -> partial[Any] | None:
-    """The lean forward of `module`, to be bound to it, or None."""
-    forward, children, own = type(module).forward, len(list(module.children())), list(module.named_parameters())
-    if not isinstance(forward, FunctionType):
-        return None
-    if _ROTARY in forward.__code__.co_names:
+    """The lean forward of `module`, to be bound to it."""
+    forward: Any = type(module).forward
+    if _ROTARY in getattr(getattr(forward, "__code__", None), "co_names", ()):
         return _find_rotary(forward)
     if len(inspect.signature(forward).parameters) != 2:  # a second input may be a gate
         return None
-    fixed = len(own) == 1 and own[0][1].dim() == 1 and not own[0][1].requires_grad
-    probes = _norms(module, *own[0]) if fixed else _gated_mlps(module) if children in (3, 4) else ()
-    return next((lean for small, lean, x in probes if _same(small.forward, partial(lean, small), x)), None)
+    for parts, lean, x in chain(_norms(module), _gated_mlps(module)):
+        small = copy.copy(module)
+        vars(small).update(parts)  # found before its parameters and modules
+        if _same(partial(forward, small), partial(lean, small), x):
+            return lean
+    return None
 
 
 def _same(own: Callable[..., Any], lean: Callable[..., Any], *inputs: Tensor) -> bool:
@@ -80,26 +72,19 @@ def _numbers(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape) + sum(shape)))
 
 
-def _with_parts(module: nn.Module, **parts: Any) -> nn.Module:
-    """A module that computes as `module` does, with other parameters or modules in it."""
-    small = copy.copy(module)
-    vars(small).update(parts)
-    return small
-
-
-def _norms(module: nn.Module, name: str, weight: Tensor) -> Iterator[Probe]:
-    """x / sqrt(mean(x^2) + eps), times w or 1 + w, for every number that may be eps."""
-    small = _with_parts(module, _parameters={name: nn.Parameter(_numbers(len(weight)), requires_grad=False)})
-    x = _numbers(4, len(weight)) * torch.tensor([[1e-6], [1e-3], [1.0], [30.0]])  # so that eps counts
-    for eps, offset in product([one for one in vars(module).values() if isinstance(one, float)], (0, 1)):
-        yield small, partial(_normalize, name=name, eps=eps, offset=offset), x
+def _norms(module: nn.Module) -> Iterator[tuple[dict[str, Any], partial[Any], Tensor]]:
+    """x / sqrt(mean(x^2) + eps) * w, or 1 + w, for every number that may be eps: a weight, the forward, an input."""
+    sizes = {name: len(one) for name, one in module.named_parameters() if one.dim() == 1 and not one.requires_grad}
+    if len(sizes) == len(list(module.parameters())) == 1:
+        ((name, size),) = sizes.items()
+        x = _numbers(4, size) * torch.tensor([[1e-6], [1e-3], [1.0], [30.0]])  # so that eps counts
+        for eps, offset in product([one for one in vars(module).values() if isinstance(one, float)], (0, 1)):
+            yield {name: _numbers(size)}, partial(_normalize, name=name, eps=eps, offset=offset), x
 
 
 def _normalize(module: nn.Module, x: Tensor, *, name: str, eps: float, offset: int) -> Any:
-    """x (..., size) -> (..., size) in the dtype of x; as the module does it where its weight has another."""
+    """x (..., size) -> (..., size)."""
     weight = getattr(module, name)
-    if weight.dtype != x.dtype:
-        return type(module).forward(module, x)
     scale = weight.float() + offset if offset else weight  # in 16 bits 1 + w would lose most of w
     y = LeanNorm.apply(x, scale, eps)  # type: ignore[no-untyped-call]
     y.made_by = (lambda x: _rms_norm(x, scale, eps)[0], (x,))
@@ -137,25 +122,21 @@ def _rms_norm(x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (exact * rstd * scale).to(x.dtype), rstd
 
 
-def _gated_mlps(module: nn.Module) -> Iterator[Probe]:
+def _gated_mlps(module: nn.Module) -> Iterator[tuple[dict[str, Any], partial[Any], Tensor]]:
     """down(act(gate(x)) * up(x)), of three linears in any order, or of two, one of which gives gate and up."""
-    linears = [name for name, one in module.named_children() if isinstance(one, (nn.Linear, Conv1D, LoraLayer))]
+    linears = [name for name, one in module.named_children() if isinstance(one, (nn.Linear, LoraLayer))]
     others = [name for name, one in module.named_children() if name not in linears and not list(one.parameters())]
-    wide = 12 if len(linears) == 3 else 24
-    for (*into, down), swapped in product(permutations(linears), (False, True)) if len(others) == 1 else ():
-        sizes = {**dict.fromkeys(into, (wide, 8)), down: (8, 12)}
-        parts = {name: nn.Linear(1, 1, bias=False, device="meta") for name in linears}
-        for name, part in parts.items():
-            part.weight = nn.Parameter(_numbers(*sizes[name]))
-        small = _with_parts(module, _modules={**dict(module.named_children()), **parts})
-        yield small, partial(_gated_mlp, into=into, act=others[0], down=down, swapped=swapped), _numbers(3, 5, 8)
+    wide = {2: 24, 3: 12}.get(len(linears), 0)
+    for *into, down in permutations(linears) if wide and len(others) == 1 else ():
+        weights = {name: _numbers(8, wide).roll(index, 0) for index, name in enumerate(into)} | {down: _numbers(12, 8)}
+        small = {name: partial(torch.matmul, other=weight) for name, weight in weights.items()}
+        yield small, partial(_gated_mlp, into=into, act=others[0], down=down), _numbers(3, 5, 8)
 
 
-def _gated_mlp(module: nn.Module, x: Tensor, *, into: Sequence[str], act: str, down: str, swapped: bool) -> Any:
-    """x (..., in) -> (..., out), by the names of the linears and of the activation; `swapped`: up comes first."""
+def _gated_mlp(module: nn.Module, x: Tensor, *, into: Sequence[str], act: str, down: str) -> Any:
+    """x (..., in) -> (..., out), by the names of the linears and of the activation."""
     parts = [getattr(module, name)(x) for name in into]
-    gate, up = reversed(parts if len(parts) == 2 else parts[0].chunk(2, dim=-1))
-    gate, up = (gate, up) if swapped else (up, gate)
+    gate, up = parts if len(parts) == 2 else parts[0].chunk(2, dim=-1)
     y = GatedProduct.apply(getattr(module, act), gate, up)  # type: ignore[no-untyped-call]
     y.made_by = (lambda gate, up: getattr(module, act)(gate) * up, (gate, up))
     return getattr(module, down)(y)
@@ -196,8 +177,7 @@ def _find_rotary(forward: FunctionType) -> partial[Any] | None:
 
 def _rotate(own: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> Any:
     """q and k turned; as `own` does it where it is a part of them, or in several dtypes, or otherwise."""
-    alike = isinstance(k, Tensor) and q.dtype == k.dtype == cos.dtype and q.shape[-1] == cos.shape[-1]
-    if options or not alike or cos.dim() != 3:
+    if options or k is None or not q.dtype == k.dtype == cos.dtype or q.shape[-1] != cos.shape[-1] or cos.dim() != 3:
         return own(q, k, cos, sin, **options)
     return Rotary.apply(q, k, cos.unsqueeze(1), sin.unsqueeze(1))  # type: ignore[no-untyped-call]
 

@@ -20,12 +20,10 @@ from lorasft.data.packing import MicroBatch
 from lorasft.data.prefixes import Sharing
 from lorasft.model.attention import Paths, Shape
 
-# Pairs of a chunk, whose logits exist at a time: on a CPU few; on a GPU whole tiles of its product, as many as keep it
-# busy, as far as their logits in 16 bits stay within a 64th of the card's memory.
-_CHUNK_PAIRS = 192
-_TILE, _MOST_PAIRS, _MEMORY_SHARE = 128, 1024, 64
-# Logits that exist in fp32 at a time: on a CPU few rows, which stay in its cache; on a GPU enough for its kernels.
-_FP32_ON_CPU, _FP32_ON_GPU = 1 << 19, 1 << 24
+# Pairs of a chunk, whose logits exist at a time: on a CPU few; on a GPU whole tiles of the product, up to 1,024, as far
+# as their logits take no more than a 64th of its memory. In fp32 so many logits exist at a time.
+_CHUNK_PAIRS, _TILE, _MOST_PAIRS, _MEMORY_SHARE = 192, 128, 1024, 64
+_FP32_LOGITS = 1 << 22
 # On a CPU oneDNN compiles a kernel of 16 bits for each number of rows: up to a fifth of a step (8 rows of Alpaca, 56
 # million parameters). Rounded up to multiples of so many, the numbers come again, and what they cost is less.
 _ROUND = 64
@@ -40,7 +38,6 @@ class Head:
     scale: float
     softcap: float | None
     chunk: int = _CHUNK_PAIRS  # pairs whose logits exist at a time
-    fp32: int = _FP32_ON_CPU  # logits that exist in fp32 at a time
 
 
 def read_head(model: Any, device: torch.device | None = None) -> Head | None:
@@ -55,11 +52,11 @@ def read_head(model: Any, device: torch.device | None = None) -> Head | None:
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     scale = scale / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
-    chunk, fp32, device = _CHUNK_PAIRS, _FP32_ON_CPU, device or linear.weight.device
+    chunk, device = _CHUNK_PAIRS, device or linear.weight.device
     if device.type == "cuda":
-        most = torch.cuda.get_device_properties(device).total_memory // _MEMORY_SHARE // (2 * len(linear.weight))
-        chunk, fp32 = max(_TILE, min(_MOST_PAIRS, most // _TILE * _TILE)), _FP32_ON_GPU
-    return Head(linear.weight, linear.bias, float(scale), getattr(config, "final_logit_softcapping", None), chunk, fp32)
+        share = torch.cuda.get_device_properties(device).total_memory // _MEMORY_SHARE
+        chunk = min(max(1, share // (2 * len(linear.weight)) // _TILE) * _TILE, _MOST_PAIRS)
+    return Head(linear.weight, linear.bias, float(scale), getattr(config, "final_logit_softcapping", None), chunk)
 
 
 @dataclass(frozen=True)
@@ -160,14 +157,12 @@ class ChunkedLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         chunk = min(len(targets), head.chunk)
         memory = hidden.new_empty(chunk, len(head.weight))  # one for the logits of all chunks
-        rows = max(1, head.fp32 // len(head.weight))
+        rows = max(1, _FP32_LOGITS // len(head.weight))
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            logits = memory[: len(hidden[part])]
-            if head.bias is None:
-                torch.mm(hidden[part], head.weight.t(), out=logits)
-            else:
-                torch.addmm(head.bias, hidden[part], head.weight.t(), out=logits)
+            logits = torch.mm(hidden[part], head.weight.t(), out=memory[: len(hidden[part])])
+            if head.bias is not None:
+                logits.add_(head.bias)
             pieces = (torch.split(one, rows) for one in (logits, targets[part], losses[part]))
             for some, wanted, found in zip(*pieces, strict=True):
                 _cross_entropy(some, wanted, found, head, with_gradient=grad_hidden is not None)

@@ -20,7 +20,7 @@ from lorasft.data.tokens import Tokens, all_supervised
 from lorasft.errors import first_line
 from lorasft.model.attention import SEGMENTS, Paths, Shape, attend, default_attention, evaluating
 from lorasft.model.free_memory import out_of_memory
-from lorasft.model.lean import use_lean_layers, use_own_layers
+from lorasft.model.lean import use_lean_layers
 from lorasft.model.loss import Network, pair_losses, read_head
 
 _STEM, _TAIL, _OTHER = 17, 17, 9  # tokens that two sequences begin with, and with which each continues
@@ -37,7 +37,6 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
     """
     training = causal.training
     causal.eval()
-    use_own_layers(causal)
     causal.set_attn_implementation(default_attention(causal.config))
     network = Network(
         causal, head=None, segments=False, rope_switch_length=_rope_switch_length(causal.config.get_text_config())
@@ -135,10 +134,11 @@ def _try_head(network: Network) -> Network:
 def _try_lean(network: Network) -> Network:
     """The losses with lean norms, MLPs and rotary embeddings equal those from the model's own."""
     own = pair_losses(network, _row(_branches(1, network)[0]))
-    lean = replace(network, lean=use_lean_layers(network.causal) > 0)
-    chosen = _choose(lean, network, own, "norms and MLPs keep more, as they are transformers' own: lean ones are wrong")
-    if not chosen.lean:
-        use_own_layers(network.causal)
+    found = use_lean_layers(network.causal)
+    notice = "norms and MLPs keep more, as they are transformers' own: lean ones are wrong"
+    chosen = _choose(replace(network, lean=bool(found)), network, own, notice)
+    for module in () if chosen.lean else found:
+        del module.forward
     return chosen
 
 

@@ -39,7 +39,7 @@ import emu
 for kind in (LlamaRMSNorm, GemmaRMSNorm):
     norm = kind(64, eps=1e-5).requires_grad_(False).bfloat16().cuda()
     norm.weight.copy_(torch.randn(64) * 0.3)
-    assert use_lean_layers(norm) == 1
+    assert use_lean_layers(norm) == [norm]
     x, dy = (torch.randn(3, 50, 64, device="cuda").bfloat16() for _ in range(2))
     x.requires_grad_()
     emu.clear()
