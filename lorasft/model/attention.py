@@ -138,18 +138,15 @@ def attend(
     outputs = []
     parts = [torch.split(row, segments.key_counts, dim=2) for row in (keys, values)]
     for q, k, v in zip(torch.split(query, segments.lengths, dim=2), *parts, strict=True):
-        # With soft caps (Gemma 2) or sinks (gpt-oss): the model's own function, under a mask to be added.
-        if open_scores:
-            own = sys.modules[type(module).__module__].eager_attention_forward
-            seen = _causal(q, k, window=sliding_window)[None, None]
-            added = torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, float("-inf"))
-            rows = own(module, q, k, v, added, scaling=scale, dropout=dropout, softcap=softcap)[0]
-            outputs.append(rows.transpose(1, 2))
-            continue
         square = q.shape[2] == k.shape[2] and (sliding_window is None or k.shape[2] <= sliding_window)
-        mask = None if square else _causal(q, k, window=sliding_window)
-        grouped = q.shape[1] != k.shape[1]
-        outputs.append(F.scaled_dot_product_attention(q, k, v, mask, dropout, square, scale=scale, enable_gqa=grouped))
+        mask = None if square and not open_scores else _causal(q, k, window=sliding_window)
+        if open_scores:  # Gemma 2, gpt-oss: the model's own function
+            own = sys.modules[type(module).__module__].eager_attention_forward
+            rows = own(module, q, k, v, mask, scaling=scale, dropout=dropout, softcap=softcap)[0].transpose(1, 2)
+        else:
+            grouped = q.shape[1] != k.shape[1]
+            rows = F.scaled_dot_product_attention(q, k, v, mask, dropout, square, scale=scale, enable_gqa=grouped)
+        outputs.append(rows)
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -204,10 +201,13 @@ class CascadeAttention(torch.autograd.Function):
 
 
 def _causal(query: Tensor, key: Tensor, *, window: int | None) -> Tensor:
-    """(queries, keys) bool, causal from the bottom right; a window counts along the keys, ancestors included."""
+    """What is added to the scores, (1, 1, queries, keys): causal from the bottom right; a window counts along the keys,
+    ancestors included.
+    """
     keys = torch.arange(key.shape[2], device=key.device)
     ahead = keys - keys[key.shape[2] - query.shape[2] :].unsqueeze(1)
-    return (ahead <= 0) if window is None else (ahead <= 0) & (ahead > -window)
+    seen = (ahead <= 0) if window is None else (ahead <= 0) & (ahead > -window)
+    return torch.zeros_like(seen, dtype=query.dtype).masked_fill_(~seen, -torch.inf)[None, None]
 
 
 def default_attention(config: Any) -> str:

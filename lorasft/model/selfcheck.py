@@ -41,19 +41,17 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
     network = Network(
         causal, head=None, segments=False, rope_switch_length=_rope_switch_length(causal.config.get_text_config())
     )
-    shared, notice = replace(network, segments=True, share="auto"), None
+    shared = replace(network, segments=True, share="auto")
     with torch.no_grad():
         alone = torch.cat([pair_losses(network, _row(sequence)) for sequence in _branches(1, network)])
         for way in (shared, replace(shared, share=False)) if segments else ():  # the faster first
             reason = _reason(partial(_find_leak, way, alone))
             if reason is None:
                 causal.set_attn_implementation(SEGMENTS)
-                network = way
+                network = replace(way, notices=network.notices)
                 break
             lost = "shared prefixes are computed for each example" if way.share else "sequences go one at a time"
-            notice = f"{lost}: {reason}"
-        if notice and not network.share:
-            network = replace(network, notices=(notice,))
+            network = replace(network, notices=(f"{lost}: {reason}",))
         if network.segments and network.device.type == "cuda":
             network = _try_kernels(network, alone)
         network = _try_lean(_try_head(network))

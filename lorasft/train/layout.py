@@ -68,20 +68,18 @@ def choose_layout(recipe: Recipe, inputs: RunInputs, model: Any, *, weightless: 
         network.causal.set_attn_implementation(machine.attention)
     network = choose_sharing(network, machine.share_prefixes, kept=kept)
     plan = replace(inputs.plan, share_prefixes=network.share, rope_switch_length=network.rope_switch_length)
-    free = machine.micro_batch_tokens == "auto" and kept is None and network.segments
+    most = None  # tokens to begin with, where no one states them
     if not network.segments:
         plan = replace(plan, micro_batch_tokens=1)  # sequences go alone
-    elif kept and machine.micro_batch_tokens == "auto":
-        plan = replace(plan, micro_batch_tokens=kept.micro_batch_tokens)
-    elif free and network.share:
-        plan = replace(plan, micro_batch_tokens=widen(plan, rows))
-    widest = _MOST_TOKENS if network.runs_on.type == "cuda" else plan.micro_batch_tokens  # a CPU gains nothing by more
+    elif machine.micro_batch_tokens == "auto":
+        plan = replace(plan, micro_batch_tokens=kept.micro_batch_tokens if kept else widen(plan, rows))
+        if not kept:  # a CPU gains nothing by more
+            most = _MOST_TOKENS if network.runs_on.type == "cuda" else plan.micro_batch_tokens
     if machine.activation_checkpointing == "auto":
         wanted = kept.recomputed_layers if kept else None
     else:
         wanted = machine.activation_checkpointing * len(decoder_layers(weightless.get_base_model()))
-    planned = plan_network(network, weightless)
-    fit = choose_fit(planned, plan, rows, wanted=wanted, most=widest if free else None, spare=spare)
+    fit = choose_fit(plan_network(network, weightless), plan, rows, wanted=wanted, most=most, spare=spare)
     recompute(network.causal, fit.recomputed)
     return network, fit
 
@@ -102,10 +100,8 @@ def choose_sharing(network: Network, wanted: Sharing, *, kept: Layout | None) ->
     """`network` as it shares prefixes: as recipe or checkpoint say, where that was verified and nothing drops out."""
     if wanted == "auto" and kept:
         wanted = kept.share_prefixes
-    if network.share is False:
-        return network
     # Where something drops out, examples that share tokens would share what is dropped.
-    return replace(network, share=not has_dropout(network.causal) and wanted)
+    return replace(network, share=network.share and not has_dropout(network.causal) and wanted)
 
 
 def has_dropout(model: nn.Module) -> bool:
@@ -181,7 +177,7 @@ def oom_context(rows: TokenStore, batch: MicroBatch) -> Iterator[None]:
         examples = sorted(set(batch.examples.tolist()))
         places = (f"{rows.place(one)} ({max(map(len, rows.sequences(one)))} tokens)" for one in examples[:5])
         plain = isinstance(raised, (torch.OutOfMemoryError, MemoryError))
-        why = "" if plain else f" ({shorten(str(raised).strip().partition(chr(10))[0])})"  # where it is something else
+        why = "" if plain else f" ({shorten(first_line(raised))})"  # where it is something else
         error = MicroBatchTooLarge(
             f"out of memory with {len(batch.ids)} tokens in a micro-batch of {len(examples)} rows{why}",
             where=", ".join(places),
