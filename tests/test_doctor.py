@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import importlib.metadata
 import json
 import os
 import socket
@@ -39,6 +40,32 @@ def test_a_sound_machine_is_said_to_be_so(capsys: pytest.CaptureFixture[str], mo
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(names) and all(line.startswith("ok    ") for line in lines)
+
+
+def test_versions_are_those_that_are_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line for each library that is out of range, with what fixes it; extras are not asked for."""
+    needed = ["torch>=2.10", "transformers>=99,<100", "pyyaml>=99", "nowhere>=1", 'gguf>=99; extra == "gguf"']
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: needed)
+    assert main(["doctor"]) == 5
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("ok    torch: 2.") for line in lines)
+    place = next(number for number, line in enumerate(lines) if line.startswith("FAIL  transformers: 5."))
+    assert lines[place + 1].split("fix it: ")[1] == "pip install 'transformers<100,>=99'"
+    place = next(
+        number for number, line in enumerate(lines) if line.startswith("FAIL  others: nowhere missing, pyyaml 6")
+    )
+    assert lines[place + 1].split("fix it: ")[1] == "pip install 'pyyaml>=99' 'nowhere>=1'"
+    assert "gguf" not in "".join(lines)
+
+
+def test_doctor_works_from_the_sources_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.requires", missing)
+    assert doctor._check_library("torch") == torch.__version__ and doctor._check_others() == "not compared"
 
 
 def test_a_library_that_breaks_is_a_line(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 from argparse import ArgumentParser
 from collections.abc import Callable
 from functools import partial
@@ -35,6 +36,7 @@ def run(hub: bool, as_json: bool) -> None:
     checks: dict[str, Callable[[], str]] = {
         "lorasft": lambda: f"{__version__}, Python {platform.python_version()}, {platform.platform()}",
         **{name: partial(_check_library, name) for name in LIBRARIES},
+        "others": _check_others,
         "device": _check_device,
         "memory": _check_memory,
         "NF4": _check_nf4,
@@ -67,7 +69,44 @@ def run(hub: bool, as_json: bool) -> None:
 
 def _check_library(name: str) -> str:
     importlib.import_module("lorasft.model" if name == "bitsandbytes" else name)  # which asks the hub for nothing
-    return importlib.metadata.version(name)
+    version = importlib.metadata.version(name)
+    return _check_range({name: version}, version)
+
+
+def _check_others() -> str:
+    found = {}
+    for name in sorted(_requirements().keys() - set(LIBRARIES)):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return _check_range(found, ", ".join(f"{name} {version}" for name, version in found.items()) or "not compared")
+
+
+def _requirements() -> dict[str, Any]:
+    """What the installed lorasft asks for without its extras: a `packaging.requirements.Requirement` by its name."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    try:
+        wanted = map(Requirement, importlib.metadata.requires("lorasft") or ())
+    except importlib.metadata.PackageNotFoundError:  # it runs from its sources
+        return {}
+    return {canonicalize_name(one.name): one for one in wanted if not one.marker or one.marker.evaluate({"extra": ""})}
+
+
+def _check_range(versions: dict[str, str], what: str) -> str:
+    """`what`. Raises DeviceError with the command that fixes it where a version is not one that lorasft asks for."""
+    wanted = {name: one for name, one in _requirements().items() if name in versions}
+    wrong = [
+        str(one)
+        for name, one in wanted.items()
+        if versions[name] == "missing" or not one.specifier.contains(versions[name], prereleases=True)
+    ]
+    if wrong:
+        what = f"{what}; asked for: {', '.join(wrong)}"
+        raise DeviceError(what, hint=shlex.join(["pip", "install", *wrong]))
+    return what
 
 
 def _check_device() -> str:
