@@ -36,7 +36,7 @@ def run(hub: bool, as_json: bool) -> None:
     checks: dict[str, Callable[[], str]] = {
         "lorasft": lambda: f"{__version__}, Python {platform.python_version()}, {platform.platform()}",
         **{name: partial(_check_library, name) for name in LIBRARIES},
-        "others": _check_others,
+        "others": _check_versions,
         "device": _check_device,
         "memory": _check_memory,
         "NF4": _check_nf4,
@@ -69,43 +69,27 @@ def run(hub: bool, as_json: bool) -> None:
 
 def _check_library(name: str) -> str:
     importlib.import_module("lorasft.model" if name == "bitsandbytes" else name)  # which asks the hub for nothing
-    version = importlib.metadata.version(name)
-    return _check_range({name: version}, version)
+    return _check_versions(name)
 
 
-def _check_others() -> str:
-    found = {}
-    for name in sorted(_requirements().keys() - set(LIBRARIES)):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "missing"
-    return _check_range(found, ", ".join(f"{name} {version}" for name, version in found.items()) or "not compared")
+def _check_versions(*names: str) -> str:
+    """The versions of libraries, 0 for one that is missing; without `names` all others that lorasft asks for.
 
-
-def _requirements() -> dict[str, Any]:
-    """What the installed lorasft asks for without its extras: a `packaging.requirements.Requirement` by its name."""
+    Raises DeviceError with the command that fixes it where one is not in the range that the installed lorasft asks for.
+    """
     from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
 
-    try:
-        wanted = map(Requirement, importlib.metadata.requires("lorasft") or ())
-    except importlib.metadata.PackageNotFoundError:  # it runs from its sources
-        return {}
-    return {canonicalize_name(one.name): one for one in wanted if not one.marker or one.marker.evaluate({"extra": ""})}
-
-
-def _check_range(versions: dict[str, str], what: str) -> str:
-    """`what`. Raises DeviceError with the command that fixes it where a version is not one that lorasft asks for."""
-    wanted = {name: one for name, one in _requirements().items() if name in versions}
-    wrong = [
-        str(one)
-        for name, one in wanted.items()
-        if versions[name] == "missing" or not one.specifier.contains(versions[name], prereleases=True)
-    ]
+    own = next(iter(importlib.metadata.distributions(name="lorasft")), None)  # None: it runs from its sources
+    lines = map(Requirement, (own and own.requires) or ())
+    asked = {one.name: one for one in lines if not one.marker or one.marker.evaluate({"extra": ""})}
+    found = {}
+    for name in names or sorted(asked.keys() - set(LIBRARIES)):
+        found[name] = next((one.version for one in importlib.metadata.distributions(name=name)), "0")
+    ranges = {name: asked[name].specifier for name in found if name in asked}
+    wrong = [str(asked[name]) for name, one in ranges.items() if not one.contains(found[name], prereleases=True)]
+    what = found[names[0]] if names else ", ".join(map(" ".join, found.items()))
     if wrong:
-        what = f"{what}; asked for: {', '.join(wrong)}"
-        raise DeviceError(what, hint=shlex.join(["pip", "install", *wrong]))
+        raise DeviceError(f"{what}; asked for: {', '.join(wrong)}", hint=shlex.join(["pip", "install", *wrong]))
     return what
 
 
