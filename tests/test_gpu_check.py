@@ -21,10 +21,13 @@ def test_the_check_for_gpus_runs_on_small_shapes(tmp_path: Path, monkeypatch: py
     """Findings of several parts, an error among them, each on the disk; and the page that is made of them."""
     command = [sys.executable, "scripts/gpu_check.py", "--tiny", "--out", str(tmp_path), "--only"]
     parts = ["versions", "gradients", "waits", "peer-lorasft", "peer-packed"]
+    old = [{"part": "nf4", "case": "kept"}, {"part": "waits", "case": "asked again"}]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old))
     quiet = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, *parts], cwd=ROOT, capture_output=True, text=True, env=os.environ | quiet)
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    kept, *rows = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert kept == old[0] and old[1] not in rows
     found = {(row["part"], row["case"]): row for row in rows}
     assert list(dict.fromkeys(row["part"] for row in rows)) == parts
     ours, theirs = (found["gradients", name] for name in ("lorasft", "transformers and PEFT"))
