@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import importlib.metadata
 import json
 import os
 import socket
@@ -11,6 +12,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import bitsandbytes as bnb
 import pytest
@@ -39,6 +42,35 @@ def test_a_sound_machine_is_said_to_be_so(capsys: pytest.CaptureFixture[str], mo
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(names) and all(line.startswith("ok    ") for line in lines)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """What the installed lorasft asks for, in the one item of the list; without an item it is not installed."""
+    asked: list[Any] = [
+        ["torch>=2.10", "transformers>=99,<100", "pyyaml>=99", "nowhere>=1", 'gguf>=99; extra == "gguf"']
+    ]
+    real = importlib.metadata.distributions
+
+    def distributions(name: str) -> Any:
+        return [SimpleNamespace(requires=one) for one in asked] if name == "lorasft" else real(name=name)
+
+    monkeypatch.setattr("importlib.metadata.distributions", distributions)
+    yield asked
+
+
+def test_versions_are_those_that_are_asked_for(asked: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """One line for each library that is out of range, with what fixes it; extras are not asked for."""
+    assert main(["doctor"]) == 5
+    text = capsys.readouterr().out
+    assert "ok    torch: 2." in text and "gguf" not in text
+    assert "; asked for: transformers<100,>=99\n      fix it: pip install 'transformers<100,>=99'\n" in text
+    assert "FAIL  others: nowhere 0, pyyaml 6" in text and "fix it: pip install 'nowhere>=1' 'pyyaml>=99'" in text
+
+
+def test_doctor_works_from_the_sources_alone(asked: list[Any]) -> None:
+    asked.clear()
+    assert doctor._check_library("torch") == torch.__version__ and doctor._check_versions() == ""
 
 
 def test_a_library_that_breaks_is_a_line(tmp_path: Path) -> None:

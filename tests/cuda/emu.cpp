@@ -392,8 +392,11 @@ TORCH_LIBRARY_IMPL(_, CUDA, library) {
   library.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>());
 }
 
+// What torch would put together from other operations, where a real device has a kernel.
 TORCH_LIBRARY_IMPL(aten, CUDA, library) {
-  library.impl("copy_", torch::CppFunction::makeFromBoxedFunction<&fallback>());
+  for (const char* name : {"copy_", "silu_backward"}) {
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
+  }
 }
 
 TORCH_LIBRARY_IMPL(bitsandbytes, CUDA, library) {

@@ -346,11 +346,24 @@ def _norm_back(
         return slope.to(x.dtype).to("cuda"), None
 
 
+def _grouped_mm(
+    rows: Tensor, experts: Tensor, offs: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """aten::_grouped_mm, of which only bf16 has a kernel: else torch reads how many rows each expert has."""
+    for one in (rows, experts):
+        _need(max(one.stride()[-2:]) * one.itemsize % 16 == 0, "strides should be multiple of 16 bytes")
+    ends = offs.cpu() if rows.dtype != torch.bfloat16 else None
+    with _kernel("aten::_grouped_mm"):
+        ends = offs.cpu() if ends is None else ends
+        return torch._grouped_mm(rows.cpu(), experts.cpu(), offs=ends, out_dtype=out_dtype).to("cuda")
+
+
 def _install_kernels() -> tuple[Any, ...]:
     """Register what is emulated here; the result has to live on."""
     aten, own = torch.library.Library("aten", "IMPL"), torch.library.Library("bitsandbytes", "IMPL")
     own.impl("dequantize_4bit.out", _dequantize, "CUDA")
     aten.impl("histc", _histc, "CUDA")
+    aten.impl("_grouped_mm", _grouped_mm, "CUDA")
     aten.impl("_flash_attention_forward", _flash, "CUDA")
     aten.impl("_flash_attention_backward", _flash_back, "CUDA")
     aten.impl("_fused_rms_norm", _norm, "CUDA")

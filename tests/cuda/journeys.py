@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import shutil
@@ -24,10 +25,12 @@ from lorasft.data.tokens import all_supervised
 from lorasft.model.adapter import attach_adapter, trainable
 from lorasft.model.base import load_base
 from lorasft.model.loss import Network, weighted_loss
+from lorasft.model.memory import dry_run, heaviest_batch
 from lorasft.model.recompute import recompute
 from lorasft.model.scoring import score_batches
 from lorasft.model.selfcheck import verify
 from lorasft.model.trained import Trained
+from lorasft.model.weightless import make_weightless, plan_network
 from lorasft.recipe import AdapterSettings, ModelSettings
 from lorasft.recipe.load import load_recipe
 from lorasft.signals import Ended
@@ -209,9 +212,9 @@ def refused(folder: str) -> dict[str, Row]:
     }
 
 
-def launches(folder: str) -> dict[str, float]:
-    """Dispatches that are work of the device, a Llama layer in NF4 and micro-batch, forwards and backwards."""
-    found = {}
+def launches(folder: str) -> Row:
+    """Dispatches that are work of the device, a Llama layer in NF4 and micro-batch, forwards and backwards; memory."""
+    found: Row = {}
     for layers in (2, 4):
         make_base("llama", hidden=64, layers=layers).save_pretrained(f"{folder}/{layers}")
     for name in ("kept", "recomputed"):
@@ -225,6 +228,28 @@ def launches(folder: str) -> dict[str, float]:
                 weighted_loss(network, batch).backward()
             counted.append(sum(number for one, number in emu.report().items() if not any(w in one for w in NO_LAUNCH)))
         found[name] = (counted[1] - counted[0]) / 2
+    return found | {"memory": memory(f"{folder}/memory")}
+
+
+def memory(folder: str) -> list[list[float]]:
+    """What a micro-batch keeps and needs at its peak, over what was predicted, with 0, 1 and 3 layers recomputed."""
+    make_base("llama", hidden=128, layers=3).save_pretrained(folder)
+    settings, device = ModelSettings(base=folder, dtype="bfloat16"), torch.device("cuda")
+    network = with_adapter(load_base(settings, device))
+    planned = plan_network(network, make_weightless(network.causal.config, settings, AdapterSettings(rank=4), device))
+    batch, found = heaviest_batch(network, longest=100, capacity=1000), []
+    for count in (0, 1, 3):
+        needs = dry_run(planned, batch, recomputed=count)
+        recompute(network.causal, count)
+        weighted_loss(network, batch).backward()  # makes what is made once
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        loss = weighted_loss(network, batch)
+        kept = torch.cuda.memory_allocated() - before
+        loss.backward()
+        found.append([kept / needs.kept, (torch.cuda.max_memory_allocated() - before) / needs.peak])
+        del loss
     return found
 
 

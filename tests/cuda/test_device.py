@@ -16,7 +16,7 @@ from tiny_models import HELD_TO_AVX2
 
 Row = dict[str, Any]
 # Work of the device a Llama layer in NF4 and micro-batch: with what it keeps, and where it is recomputed.
-LAUNCHES = {"kept": 144, "recomputed": 195}
+LAUNCHES = {"kept": 138, "recomputed": 189}
 
 
 def losses_of(run: Path) -> list[float]:
@@ -94,15 +94,15 @@ def test_commands_answer_as_on_the_cpu(done: dict[str, Row], folder: Path, on_cp
     assert done["merge"]["code"] == 0 and "the merge answers as chat and evaluate did" in done["merge"]["err"]
 
 
-def check_architectures(found: dict[str, Row], *, losses: float, gradients: float) -> None:
+def check_architectures(found: dict[str, Row], *, losses: float, gradients: float, loops: bool = True) -> None:
     """As near to the CPU's in fp32 as the limits say, gradients or within twice what the CPU's `dtype` gives."""
     assert len(found) == 6
     for name, one in found.items():
         assert one["losses"] <= losses and one["gradients"] <= max(gradients, 2 * one["usual"]), (name, one)
         assert one["shared"] == "auto"
-        # A product of experts reads how many rows each has, but in torch's own kernel, which is for bf16: of two layers
-        # two each way in four micro-batches, and two in three that are only scored.
-        assert one["waits"] == ({"copy_ D2H": 44} if name == "qwen3-moe" else {}), (name, one["waits"])
+        # A product of experts reads how many rows each has, where torch has no kernel for it (in fp32, on older cards):
+        # of two layers two each way in four micro-batches, and two in three that are only scored.
+        assert one["waits"] == ({"copy_ D2H": 44} if name == "qwen3-moe" and loops else {}), (name, one["waits"])
 
 
 def test_architectures_have_the_losses_and_gradients_of_the_cpu() -> None:
@@ -112,7 +112,7 @@ def test_architectures_have_the_losses_and_gradients_of_the_cpu() -> None:
 @pytest.mark.skipif(HELD_TO_AVX2, reason="torch has no bf16 attention here")
 def test_architectures_in_bf16_are_as_near_as_on_the_cpu() -> None:
     found = journey("architectures", "bfloat16")
-    check_architectures(found, losses=1e-2, gradients=0)
+    check_architectures(found, losses=1e-2, gradients=0, loops=False)
     assert {name for name, one in found.items() if one["notices"]} == {"gemma2"}  # no kernel has soft caps
 
 
@@ -134,10 +134,11 @@ def test_a_card_that_torch_has_no_kernels_for_is_named_before_weights_are_read(f
     assert not (folder / "refused/run/provenance.json").exists()
 
 
-def test_launches_do_not_grow(tmp_path: Path) -> None:
+def test_launches_do_not_grow_and_memory_is_as_predicted(tmp_path: Path) -> None:
     found = journey("launches", tmp_path)
     for name, most in LAUNCHES.items():
         assert found[name] <= most * 1.02, f"{name}: {found[name]}"
+    assert all(0.99 < ratio < 1.02 for ratios in found["memory"] for ratio in ratios), found["memory"]
 
 
 @pytest.mark.parametrize(
