@@ -171,7 +171,7 @@ def test_what_needs_no_gradient_costs_nothing(monkeypatch: pytest.MonkeyPatch) -
     """An input without gradient: the weight is not read backwards; without autograd, the base computes as ever."""
     layer, reads, own = make_layer("nf4"), [], FrozenWeights.read
     x, dy = torch.randn(5, IN), torch.randn(5, OUT)
-    monkeypatch.setattr(FrozenWeights, "read", lambda *args: reads.append(1) or own(*args))
+    monkeypatch.setattr(FrozenWeights, "read", lambda *args, **how: reads.append(1) or own(*args, **how))
     layer(x).backward(dy)
     assert len(reads) == 1 and gradients(layer).keys() == {"lora_A.default.weight", "lora_B.default.weight"}
     with torch.no_grad():
@@ -195,7 +195,7 @@ def test_recomputed_activations_give_the_same_bits(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(linear, "_MALLOC_KEEPS", 0)
     holder = nn.Sequential(make_layer("nf4-double"), nn.Linear(OUT, IN).requires_grad_(False), make_layer("nf4"))
     use_lean_linears(holder)  # one memory for both
-    assert holder[0].frozen_weights is holder[2].frozen_weights
+    assert holder[0].weights is holder[2].weights
     x, dy = torch.randn(5, IN), torch.randn(5, OUT)
     plain = run(holder, x, dy)
     holder.zero_grad()
@@ -203,6 +203,19 @@ def test_recomputed_activations_give_the_same_bits(monkeypatch: pytest.MonkeyPat
     checkpoint(holder, x, use_reentrant=False).backward(dy)
     again = {"x": x.grad, **gradients(holder)}
     assert all(torch.equal(again[name], plain[name]) for name in again)
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers each function computes, in a list that grows."""
+    calls: list[int] = []
+    own = linear.LoraLinears.apply
+
+    def apply(x: Tensor, layers: list[Any], *adapter: Tensor) -> Any:
+        calls.append(len(layers))
+        return own(x, layers, *adapter)
+
+    monkeypatch.setattr(linear.LoraLinears, "apply", apply)
+    return calls
 
 
 class Block(nn.Module):
@@ -235,8 +248,7 @@ def take_block(block: Block, x: Tensor, *, recomputed: bool = False) -> dict[str
 @pytest.mark.parametrize("change", ["nothing", "recomputed", "missing", "apart", "dropout", "disabled", "interrupted"])
 def test_linears_that_share_an_input_are_one_function(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen in a first pass without gradients, relied on in the next, and given up where a pass differs."""
-    x, calls, own = torch.randn(7, IN), [], linear._apply
-    monkeypatch.setattr(linear, "_apply", lambda layers, x: (calls.append(len(layers)), own(layers, x))[1])
+    x, calls = torch.randn(7, IN), count_calls(monkeypatch)
     block = Block(lora_dropout=0.5 if change == "dropout" else 0.0).train()
     with torch.no_grad():
         block(x)
@@ -246,7 +258,7 @@ def test_linears_that_share_an_input_are_one_function(change: str, monkeypatch: 
         with pytest.raises(ZeroDivisionError):
             block(x)
         monkeypatch.undo()
-        monkeypatch.setattr(linear, "_apply", lambda layers, x: (calls.append(len(layers)), own(layers, x))[1])
+        calls = count_calls(monkeypatch)
     block.missing, block.apart = change == "missing", change == "apart"
     if change == "disabled":
         block.up.enable_adapters(False)
@@ -267,11 +279,37 @@ def test_linears_that_share_an_input_are_one_function(change: str, monkeypatch: 
 
 def test_the_layers_of_a_model_that_share_an_input_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     model = attach_adapter(make_base("llama"), AdapterSettings(rank=4), seed=0)
-    calls, own = [], linear._apply
-    monkeypatch.setattr(linear, "_apply", lambda layers, x: (calls.append(len(layers)), own(layers, x))[1])
+    calls = count_calls(monkeypatch)
     verify(model.get_base_model()).causal.set_attn_implementation("eager")
     model(torch.arange(5)[None])
     assert calls == [3, 1, 2, 1] * 2
+
+
+@pytest.mark.parametrize(("keep", "each"), [(None, 3), ("layer", 2), ("run", 1 / 2)])
+def test_weights_that_are_kept_are_dequantized_less_often(
+    keep: Any, each: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In recomputed layers: forwards, again, and backwards; for a run, once in two passes. The bits are the same."""
+    reads, own = [], FrozenWeights._dequantize
+    monkeypatch.setattr(FrozenWeights, "_dequantize", lambda self, base: reads.append(base) or own(self, base))
+    holder = nn.Sequential(*(make_layer("nf4-double") for _ in range(2)))
+    between = nn.Linear(OUT, IN).requires_grad_(False)
+    results = []
+    for kept in (None, keep):
+        use_lean_linears(holder)
+        weights: Any = holder.frozen_weights
+        weights.forget(kept)
+        reads.clear()
+        for _ in range(2):
+            holder.zero_grad()
+            x = torch.randn(5, IN, generator=torch.Generator().manual_seed(3)).requires_grad_()
+            y = between(checkpoint(holder[0], x, use_reentrant=False))
+            y = checkpoint(holder[1], y, use_reentrant=False)
+            y.square().sum().backward()
+            assert len(weights._kept) == (2 if kept == "run" else 0)
+        results.append({"x": x.grad, **gradients(holder)})
+    assert len(reads) == each * 2 * 2
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

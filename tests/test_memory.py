@@ -44,7 +44,7 @@ from lorasft.train import layout as layouts
 from lorasft.train import loop
 from lorasft.train import run as runs
 from lorasft.train.checkpoint import read_state
-from lorasft.train.layout import choose_fit, find_heaviest
+from lorasft.train.layout import Fit, choose_copies, choose_fit, find_heaviest
 
 Write = Callable[..., str]
 GIB = 1 << 30
@@ -255,7 +255,7 @@ def test_on_a_gpu_micro_batches_are_as_large_as_recompute_nothing(monkeypatch: p
         assert found.holds == (spare > 0)
         return found.plan.micro_batch_tokens, found.recomputed
 
-    assert fit(GIB) == (6400, 0)
+    assert fit(GIB) == fit(GIB, most=25_600) == (6400, 0)  # 64 * 59 tokens
     for tokens in (3200, 1600, 400):
         assert fit(needs(tokens)) == (tokens, 0) and fit(needs(tokens) - 1) != (tokens, 0)
     assert fit(needs(177)) == (177, 0)  # half of the 354 tokens of the heaviest
@@ -269,6 +269,55 @@ def test_on_a_gpu_micro_batches_are_as_large_as_recompute_nothing(monkeypatch: p
 
     monkeypatch.setattr(layouts, "dry_run", reads_numbers)
     assert (fit(GIB), fit(GIB, wanted=0)) == ((400, 4), (400, 0))
+
+
+@pytest.mark.parametrize("recomputed", [0, 2])
+def test_copies_of_weights_are_counted_and_kept_where_they_fit(recomputed: int, nf4_base: Path) -> None:
+    """For the run: all of them. In recomputed layers: what one layer's are at its peak."""
+    settings, adapter = ModelSettings(base=str(nf4_base), dtype="float32"), AdapterSettings(rank=4)
+    model = attach_adapter(load_base(settings, CPU), adapter, seed=0).train()
+    network = verify(model.get_base_model())
+    _, planned = without_numbers(network, adapter, settings=settings)
+    batch = heaviest_batch(network, longest=20, capacity=60)
+    recompute(network.causal, recomputed)
+    Trained(model, torch.float32)
+    peaks = []
+    for keep in (None, "layer" if recomputed else "run"):
+        network.causal.frozen_weights.forget(keep)
+        with StorageMeter() as meter:
+            pair_losses(network, batch).sum().backward()
+        peaks.append(meter.peak)
+    fit = Fit(Plan(1, 1, 1, 0, "token", 60), recomputed, 2, batch, dry_run(planned, batch, recomputed=recomputed), 0)
+    on_gpu = replace(planned, planned=torch.device("cuda"))
+    assert choose_copies(planned, fit, "auto") is choose_copies(on_gpu, fit, False) is fit
+    more = choose_copies(planned, fit, True)
+    assert more.needs and fit.needs and more.keep == ("layer" if recomputed else "run")
+    assert more.needs.peak - fit.needs.peak == pytest.approx(peaks[1] - peaks[0], rel=0.05) and peaks[1] > peaks[0]
+    more = choose_copies(on_gpu, fit, True)
+    least = int(more.needs.peak / 0.9) + 1  # type: ignore[union-attr]
+    assert choose_copies(on_gpu, replace(fit, spare=least), "auto") == replace(more, spare=least)
+    assert choose_copies(on_gpu, replace(fit, spare=least - 2), "auto").keep is None
+
+
+def test_a_run_that_keeps_copies_of_weights_has_the_same_losses(
+    recipe: Write, nf4_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
+) -> None:
+    """Resumed it keeps them, until memory runs out."""
+    settings = {"model": {"base": str(nf4_base)}, "adapter": {"dropout": 0.0}, "run": {"save_every": 3}}
+    for wanted in ("true", "false"):
+        said = cli("train", recipe(**settings), f"machine.keep_16bit={wanted}", f"run.output={tmp_path / wanted}").err
+        assert ("weights kept in 16 bit" in said) == (wanted == "true")
+    assert losses_of(tmp_path / "true") == losses_of(tmp_path / "false")
+    path, tight = recipe(**settings), f"run.output={tmp_path / 'tight'}"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5, die)
+        assert cli("train", path, tight, "machine.keep_16bit=true").code == 130
+    monkeypatch.setattr(loop, "weighted_loss", Fills(80))
+    said = cli("train", path, tight, "--resume").err
+    assert "from here on no weights are kept in 16 bit" in said and "from here on micro-batches of" in said
+    assert losses_of(tmp_path / "tight") == pytest.approx(losses_of(tmp_path / "false"), rel=1e-6)
+    checkpoints = sorted((tmp_path / "tight/checkpoints").iterdir())
+    assert not read_state(checkpoints[-1], run=None).layout.keep_16bit
 
 
 def test_the_heaviest_batch_is_full_and_holds_the_longest() -> None:

@@ -149,7 +149,8 @@ def test_a_length_that_drops_most_rows_says_so(recipe: Write) -> None:
     given = [beside_activations(roomy) + int(kept / part) for part in (6, 6.5, 7, 7.5, 8)]
     plans = [plan_run(load_recipe(path), memory=memory) for memory in given]
     lengths = [one for plan in plans for one in plan["suggestions"] if one.startswith("data.max_length")]
-    assert lengths and all("data.overlong=truncate" in one for one in lengths), lengths
+    many = [one for one in lengths if "(1 of 21 rows" not in one]  # one row may be dropped
+    assert many and all(("data.overlong=truncate" in one) == (one in many) for one in lengths), lengths
 
 
 def beside_activations(plan: dict[str, Any]) -> int:

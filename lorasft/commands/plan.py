@@ -74,8 +74,9 @@ def picture(plan: Mapping[str, Any], *, width: int) -> Iterator[str]:
 def describe(plan: Mapping[str, Any]) -> Iterator[str]:
     """The layout, the speed and the time in words."""
     duration, layers = plan["duration"], f"{plan['recomputed_layers']} of {plan['layers']}"
+    kept = ", weights kept in 16 bit" if plan["keep_16bit"] else ""
     yield f"on {plan['device']} in {plan['dtype']}: micro-batches of {plan['micro_batch_tokens']:,} tokens"
-    yield f"(the heaviest: {plan['heaviest']['tokens']:,}), {layers} layers recomputed"
+    yield f"(the heaviest: {plan['heaviest']['tokens']:,}), {layers} layers recomputed{kept}"
     yield f"{plan['steps']:,} steps over {plan['examples']:,} examples; an estimate from single layers on few tokens:"
     supervised = f"{duration['supervised_tokens_per_second']:,.0f} supervised tokens"
     yield f"  {duration['examples_per_second']:,.3g} examples, {supervised} a second"

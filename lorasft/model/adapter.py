@@ -208,5 +208,5 @@ def _wrap(base: Any, *, where: str, **settings: Any) -> Any:
         model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
     for parameter in trainable(model).values():
         parameter.data = parameter.data.float()
-    use_lean_linears(model)
+    use_lean_linears(model.get_base_model())
     return model

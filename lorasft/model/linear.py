@@ -10,9 +10,10 @@ trained in full are cast in the same way.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import bitsandbytes as bnb
 import torch
@@ -36,34 +37,56 @@ def use_lean_linears(model: nn.Module) -> None:
 
     Layers with a variant (DoRA), a bias in B or several adapters keep PEFT's own forward.
     """
-    weights, inputs = FrozenWeights(), Inputs()
+    model.frozen_weights, inputs = FrozenWeights(), Inputs()  # type: ignore[assignment]
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.forward = MethodType(_forward_saved, module)
         elif isinstance(module, LoraLayer) and _is_plain(module):
-            module.frozen_weights, module.inputs = weights, inputs
-            module.followers = getattr(module, "followers", [])
+            module.weights, module.inputs, module.followers = model.frozen_weights, inputs, []
             module.forward = MethodType(_forward, module)
 
 
-class FrozenWeights:
-    """The weights of frozen linears in a compute dtype, large ones in memory that the next reading uses again.
+def copy_bytes(model: nn.Module) -> int:
+    """Bytes of the 16-bit copies of all 4-bit weights that lean LoRA layers read."""
+    bases = (module.base_layer for module in model.modules() if hasattr(module, "followers"))
+    states = (base.weight.quant_state for base in bases if isinstance(base, bnb.nn.Linear4bit))
+    return sum(state.shape.numel() * state.dtype.itemsize for state in states)
 
-    What is read is used at once, in the order of one stream, so it does not matter which thread reads.
+
+class FrozenWeights:
+    """The weights of frozen linears in a compute dtype, in memory that the next reading uses again.
+
+    What is read is used at once, in the order of one stream, so it does not matter which thread reads. Copies of 4-bit
+    weights may be kept: all of them for the `run`, or a recomputed `layer`'s until its backward pass has used them.
     """
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0)
+        self.forget()
 
-    def read(self, base: Any, dtype: torch.dtype) -> Tensor:
-        """The weight of `base`, (out, in) in `dtype`; valid until the next reading."""
+    def forget(self, keep: Literal["run", "layer"] | None = None) -> None:
+        """Give the memory back, and from now on keep what `keep` says."""
+        self.keep, self._buffer, self._kept = keep, torch.empty(0), dict[Any, Tensor]()
+
+    def read(self, base: Any, dtype: torch.dtype, *, again: bool = False) -> Tensor:
+        """The weight of `base`, (out, in) in `dtype`; valid until the next reading. `again`: going backwards too."""
         if not isinstance(base, bnb.nn.Linear4bit):
             weight: Tensor = base.weight.detach().to(dtype)
             return weight.t() if isinstance(base, Conv1D) else weight
+        if base in self._kept:
+            return self._kept[base] if again or self.keep == "run" else self._kept.pop(base)
+        recomputing = again and torch._C._current_graph_task_id() >= 0
+        if self.keep == "run" or (self.keep == "layer" and recomputing):
+            self._buffer = torch.empty(0)
+            self._kept[base] = self._dequantize(base).to(dtype)
+            self._buffer = torch.empty(0)  # it is the copy's
+            return self._kept[base]
+        return self._dequantize(base).to(dtype)
+
+    def _dequantize(self, base: Any) -> Tensor:
         packed, state = base.weight.data, base.weight.quant_state
         size = state.shape.numel()
         if not packed.is_cuda and size * state.dtype.itemsize <= _MALLOC_KEEPS:
-            return bnb.functional.dequantize_4bit(packed, state).to(dtype)  # type: ignore[no-any-return]
+            return bnb.functional.dequantize_4bit(packed, state)  # type: ignore[no-any-return]
         if len(self._buffer) < size:
             self._buffer = torch.empty(size, dtype=state.dtype, device=packed.device)
         out = self._buffer[:size].view(state.shape)
@@ -71,7 +94,7 @@ class FrozenWeights:
             bnb.functional.dequantize_4bit(packed, state, out=out)
         elif not packed.is_meta:
             _dequantize_by_blocks(packed, state, out)
-        return out.to(dtype)
+        return out
 
 
 def _dequantize_by_blocks(packed: Tensor, state: Any, out: Tensor) -> None:
@@ -98,25 +121,28 @@ class Inputs:
     """
 
     def __init__(self) -> None:
-        self._last: tuple[Any, int] = (None, 0)  # the input, weakly, and its version
+        self._last: tuple[Any, int] = (lambda: None, 0)  # the input, weakly, and its version
         self._first: Any = None  # the layer that was given it first
         self._ready: dict[Any, Tensor] = {}  # outputs for it that were not asked for yet
 
     def compute(self, layer: Any, x: Tensor) -> Tensor:
         """x: (..., in) -> (..., out) of `layer`, in the dtype of x."""
-        given, version = self._last
-        if given is None or given() is not x or version != x._version:
+        layers = [layer]
+        if self._last[0]() is not x or self._last[1] != x._version:
             for one in self._ready:
                 self._first.followers.remove(one)
             self._last, self._first, self._ready = (weakref.ref(x), x._version), layer, {}
-            if layer.followers and _is_fused(layer):
-                layers = [layer, *filter(_is_fused, layer.followers)]
-                self._ready = dict(zip(layers, _apply(layers, x), strict=True))
-        elif layer is not self._first and layer not in self._first.followers:
+            layers += filter(_is_fused, layer.followers)
+        elif layer is not self._first and layer not in self._first.followers and not x.is_meta:
             self._first.followers.append(layer)
         if layer in self._ready:
             return self._ready.pop(layer)
-        return _apply([layer], x)[0] if _is_fused(layer) else _compute_plainly(layer, x)
+        if not _is_fused(layer):
+            return _compute_plainly(layer, x)
+        a, b, _ = zip(*map(_adapter, layers), strict=True)
+        y, *others = LoraLinears.apply(x, layers, *a, *b)  # type: ignore[no-untyped-call]
+        self._ready |= zip(layers[1:], others, strict=True)
+        return y  # type: ignore[no-any-return]
 
 
 class LoraLinears(torch.autograd.Function):
@@ -124,20 +150,20 @@ class LoraLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: Sequence[Any], *adapter: Tensor) -> tuple[Tensor, ...]:
-        flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        stacked = _join(adapter[: len(layers)], x.dtype).view(-1, x.shape[-1])  # (ranks, in)
+        flat, outputs = x.reshape(-1, x.shape[-1]), []  # (tokens, in)
+        stacked = _stack(adapter[: len(layers)], x.dtype)
         down = flat @ stacked.t()  # (tokens, ranks)
-        outputs = []
-        for layer, b, part in _parts(layers, down):
-            weight, bias = layer.frozen_weights.read(layer.base_layer, x.dtype).t(), layer.base_layer.bias
+        for layer, part in zip(layers, _split(down, layers), strict=True):
+            _, b, scaling = _adapter(layer)
+            weight = layer.weights.read(layer.base_layer, x.dtype, again=ctx.needs_input_grad[0]).t()
             y = x.new_empty(*x.shape[:-1], weight.shape[1])  # no view of another tensor: Gemma 3n changes it in place
-            rows = y.view(-1, weight.shape[1])
+            rows, bias = y.view(-1, weight.shape[1]), layer.base_layer.bias
             if bias is None:
                 torch.mm(flat, weight, out=rows)
             else:
                 torch.addmm(bias.to(x.dtype), flat, weight, out=rows)
+            rows.addmm_(part, _cast(b, x.dtype).t(), alpha=scaling)
             outputs.append(y)
-            rows.addmm_(part, b.t(), alpha=_scaling(layer))
         ctx.make, parts = _made_by(x)
         ctx.save_for_backward(down, *parts)
         ctx.layers, ctx.shape = layers, x.shape
@@ -147,56 +173,38 @@ class LoraLinears(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        down, *parts = ctx.saved_tensors
-        layers, a = ctx.layers, [_adapter(layer)[0] for layer in ctx.layers]
-        b = [_adapter(layer)[1] for layer in layers]
-        d_down, db = torch.empty_like(down), down.new_empty(sum(one.numel() for one in b))
+        layers, (down, *parts) = ctx.layers, ctx.saved_tensors
+        a, d_down = [_adapter(layer)[0] for layer in layers], torch.empty_like(down)
         dx: Tensor | None = None
-        rest = zip(
-            upstream,
-            torch.split(d_down, [len(one) for one in a], 1),
-            torch.split(db, [one.numel() for one in b]),
-            strict=True,
-        )
-        for (layer, up, part), (dy, d_part, db_part) in zip(_parts(layers, down), rest, strict=True):
+        db: list[Tensor | None] = []
+        for layer, dy, part, d_part in zip(layers, upstream, _split(down, layers), _split(d_down, layers), strict=True):
+            _, b, scaling = _adapter(layer)
             if dy is None:
-                d_part.zero_(), db_part.zero_()
+                d_part.zero_()
+                db.append(None)
                 continue
             dy = dy.reshape(-1, dy.shape[-1])
-            d_part.addmm_(dy, up, beta=0, alpha=_scaling(layer))
-            db_part.view_as(up).addmm_(dy.t(), part, beta=0, alpha=_scaling(layer))
+            d_part.addmm_(dy, _cast(b, dy.dtype), beta=0, alpha=scaling)
+            db.append(_add_gradient(b, dy.t() @ part, scaling))
             if ctx.needs_input_grad[0]:
-                weight = layer.frozen_weights.read(layer.base_layer, down.dtype)
+                weight = layer.weights.read(layer.base_layer, dy.dtype)
                 dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
         if dx is not None:
-            dx = dx.addmm_(d_down, _join(a, down.dtype).view(-1, ctx.shape[-1])).view(ctx.shape)
-        da = d_down.t() @ ctx.make(*parts).reshape(-1, ctx.shape[-1])
-        return dx, None, *_add_gradient(a, da.view(-1)), *_add_gradient(b, db)
+            dx = dx.addmm_(d_down, _stack(a, down.dtype)).view(ctx.shape)
+        product = d_down.t() @ ctx.make(*parts).reshape(-1, ctx.shape[-1])  # (ranks, in)
+        da = [_add_gradient(one, part.t()) for one, part in zip(a, _split(product.t(), layers), strict=True)]
+        return dx, None, *da, *db
 
 
-def _apply(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:
-    adapters = [_adapter(layer) for layer in layers]
-    outputs: tuple[Tensor, ...] = LoraLinears.apply(  # type: ignore[no-untyped-call]
-        x, layers, *(a for a, _ in adapters), *(b for _, b in adapters)
-    )
-    return outputs
-
-
-def _parts(layers: Sequence[Any], down: Tensor) -> Iterator[tuple[Any, Tensor, Tensor]]:
-    """Each layer, its B and its columns of `down` (tokens, ranks)."""
-    ups = [_cast(_adapter(layer)[1], down.dtype) for layer in layers]
-    return zip(layers, ups, torch.split(down, [up.shape[1] for up in ups], 1), strict=True)
-
-
-def _adapter(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
-    """A (rank, in) and B (out, rank), fp32."""
+def _adapter(layer: Any) -> tuple[nn.Parameter, nn.Parameter, float]:
+    """A (rank, in) and B (out, rank), fp32, and what their product is scaled by."""
     ((name, a),) = layer.lora_A.items()
-    return a.weight, layer.lora_B[name].weight
+    return a.weight, layer.lora_B[name].weight, layer.scaling[name]
 
 
-def _scaling(layer: Any) -> float:
-    (scaling,) = layer.scaling.values()
-    return float(scaling)
+def _split(rows: Tensor, layers: Sequence[Any]) -> Sequence[Tensor]:
+    """rows (any, ranks) -> of each layer (any, rank)."""
+    return torch.split(rows, [len(_adapter(layer)[0]) for layer in layers], 1)
 
 
 def _cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
@@ -205,34 +213,22 @@ def _cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     return copy if copy is not None and copy.dtype == dtype else parameter.detach().to(dtype)
 
 
-def _join(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """All numbers of `parameters` in `dtype` and one dimension."""
-    copies = [_cast(one, dtype) for one in parameters]
-    row = _as_row(copies)
-    return torch.cat([one.flatten() for one in copies]) if row is None else row
+def _stack(a: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """All A, (ranks, in) in `dtype`; a view where they lie one after the other in one memory."""
+    parts = [_cast(one, dtype) for one in a]
+    places = [(one.untyped_storage()._cdata, one.storage_offset()) for one in parts]
+    starts = accumulate((one.numel() for one in parts[:-1]), initial=places[0][1])
+    if places == [(places[0][0], start) for start in starts]:
+        return parts[0].as_strided((sum(map(len, parts)), parts[0].shape[1]), (parts[0].shape[1], 1))
+    return torch.cat(parts)
 
 
-def _as_row(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    """`tensors` as one of one dimension, if they lie one after the other in one memory."""
-    first, size = tensors[0], 0
-    for one in tensors:
-        if first is None or one is None or not one.is_contiguous():
-            return None
-        same = one.untyped_storage()._cdata == first.untyped_storage()._cdata
-        if not same or one.storage_offset() != first.storage_offset() + size:
-            return None
-        size += one.numel()
-    return first.as_strided((size,), (1,)) if first is not None else None
-
-
-def _add_gradient(parameters: Sequence[Tensor], gradient: Tensor) -> list[Tensor | None]:
-    """Add `gradient`, of all `parameters`, to theirs, if these lie in a row too; else what autograd is to add."""
-    row = _as_row([one.grad for one in parameters])
-    if row is not None:
-        row.add_(gradient)
-        return [None] * len(parameters)
-    parts = torch.split(gradient, [one.numel() for one in parameters])
-    return [part.view_as(one).to(one.dtype) for one, part in zip(parameters, parts, strict=True)]
+def _add_gradient(parameter: Tensor, gradient: Tensor, scaling: float = 1.0) -> Tensor | None:
+    """Add to the gradient of `parameter`, if it has one, in place; else what autograd is to give it."""
+    if parameter.grad is None:
+        return gradient.to(parameter.dtype) * scaling
+    parameter.grad.add_(gradient, alpha=scaling)
+    return None
 
 
 def _made_by(x: Tensor) -> tuple[Callable[..., Tensor], Sequence[Tensor]]:
@@ -270,12 +266,11 @@ def _is_fused(layer: Any) -> bool:
 
 
 def _compute_plainly(layer: Any, x: Tensor) -> Tensor:
-    """x: (..., in) -> (..., out)."""
     y: Tensor = layer.base_layer(x)
     if layer.disable_adapters:
         return y
-    (a, b), (dropout,) = _adapter(layer), layer.lora_dropout.values()
-    return y + F.linear(F.linear(dropout(x), a.to(x.dtype)), (b * _scaling(layer)).to(x.dtype))
+    (a, b, scaling), (dropout,) = _adapter(layer), layer.lora_dropout.values()
+    return y + F.linear(F.linear(dropout(x), a.to(x.dtype)), (b * scaling).to(x.dtype))
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:

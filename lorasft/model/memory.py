@@ -24,7 +24,6 @@ from lorasft.data.packing import MicroBatch, make_micro_batches
 from lorasft.data.tokens import all_supervised
 from lorasft.model.adapter import trainable
 from lorasft.model.base import count_bytes
-from lorasft.model.linear import use_lean_linears
 from lorasft.model.loss import Network, pair_losses
 from lorasft.model.recompute import layer_kinds, only_first, recompute
 from lorasft.model.trained import Trained
@@ -79,6 +78,7 @@ class ActivationMemory:
 
     kept: int  # between forward and backward
     peak: int
+    copies: int = 0  # of weights, all the time; in the peak
 
     def fits(self, free: int) -> bool:
         """Whether the peak stays within 90 % of `free` bytes."""
@@ -87,7 +87,8 @@ class ActivationMemory:
     @property
     def by_kind(self) -> dict[str, int]:
         """The bytes of the peak."""
-        return {"activations": self.kept, "transient": self.peak - self.kept}
+        transient = self.peak - self.kept - self.copies
+        return {"weight copies": self.copies, "activations": self.kept, "transient": transient}
 
 
 def static_bytes(model: Any, optimizer: str) -> dict[str, int]:
@@ -137,9 +138,9 @@ def run_layers(network: Network, batch: MicroBatch, recomputed: int) -> Activati
     """What `batch` needs on `network` as it is."""
     recompute(network.causal, recomputed)
     network.causal.train()
-    use_lean_linears(network.causal)  # which forget the memory that they had
+    network.causal.frozen_weights.forget(network.causal.frozen_weights.keep)
     Trained(network.causal, network.causal.dtype)  # with gradients and copies, which `static_bytes` counts
-    with shapes_alone(), StorageMeter() as meter:
+    with _shapes_alone(), StorageMeter() as meter:
         loss = pair_losses(network, batch).sum()
         kept = meter.live
         loss.backward()  # type: ignore[no-untyped-call]
@@ -147,7 +148,7 @@ def run_layers(network: Network, batch: MicroBatch, recomputed: int) -> Activati
 
 
 @contextlib.contextmanager
-def shapes_alone() -> Iterator[None]:
+def _shapes_alone() -> Iterator[None]:
     """Let no one read numbers, and attention allocate what it does on a device."""
     general = F.scaled_dot_product_attention
 

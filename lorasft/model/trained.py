@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor, nn
 
@@ -22,45 +24,41 @@ class Trained:
         for name, part in self.split(self.master.detach()).items():
             self.parameters[name].data = part
         self.master.grad = self.gradient = torch.zeros_like(self.master).detach()
-        self._copy = self.master.detach()
+        lora = sum(one.numel() for name, one in self.parameters.items() if ".lora_" in name)
+        self._copy = self.master.detach()[:lora]
         if dtype != self.master.dtype:
-            last = sum(one.numel() for name, one in self.parameters.items() if _place(name)[0] == 0)
-            self._copy = torch.empty_like(self._copy[:last], dtype=dtype)
+            self._copy = torch.empty_like(self._copy, dtype=dtype)
         self._gradients, copies = self.split(self.gradient), self.split(self._copy)
         for name, one in self.parameters.items():
             one.grad, one.copy = self._gradients[name], copies.get(name)  # type: ignore[attr-defined]
         self.refresh()
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
-        """`flat`, of a number for each of the master or of the first ones, as a view for each parameter."""
-        views, start = {}, 0
-        for name, one in self.parameters.items():
-            if start + one.numel() <= len(flat):
-                views[name] = flat[start : start + one.numel()].view_as(one)
-            start += one.numel()
-        return views
+        """`flat`, numbers of all parameters or of the first, as a view for each of these."""
+        ends = accumulate(one.numel() for one in self.parameters.values())
+        reached = {
+            name: (end, one) for (name, one), end in zip(self.parameters.items(), ends, strict=True) if end <= len(flat)
+        }
+        return {name: flat[end - one.numel() : end].view_as(one) for name, (end, one) in reached.items()}
 
     def refresh(self) -> None:
         """Make the copies those of the masters."""
         if self._copy.dtype != self.master.dtype:
             self._copy.copy_(self.master.detach()[: len(self._copy)])
-        self._seen = self._changes()
+        self._writes = self._count_writes()
 
     def check(self) -> None:
         """Raise RuntimeError where a master was changed after the copies were made, or a gradient is not ours."""
         if any(one.grad is not self._gradients[name] for name, one in self.parameters.items()):
             raise RuntimeError("gradients would be lost: zero_grad needs set_to_none=False")
-        if self._copy.dtype != self.master.dtype and self._seen != self._changes():
-            raise RuntimeError(
-                "the model would compute with copies of A and B as they were: Trained.refresh is missing"
-            )
+        if self._copy.dtype != self.master.dtype and self._writes != self._count_writes():
+            raise RuntimeError("A or B changed after their copies were made: Trained.refresh is missing")
 
-    def _changes(self) -> int:
-        """How often something was written into the masters."""
+    def _count_writes(self) -> int:
         return sum(one._version for one in (self.master, *self.parameters.values()))
 
 
-def _place(name: str) -> tuple[int, str, str]:
-    """What comes first: A and B, by their blocks; in a block A, B, and what else is LoRA's."""
+def _place(name: str) -> tuple[bool, str, str]:
+    """A and B before other modules, by their blocks; in a block A, B, and what else is LoRA's."""
     path, _, kind = name.partition(".lora_")
-    return (0 if kind else 1), path.rpartition(".")[0], kind
+    return not kind, path.rpartition(".")[0], kind

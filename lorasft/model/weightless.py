@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from dataclasses import replace
 from typing import Any
@@ -14,8 +13,7 @@ from torch import Tensor, nn
 from lorasft.model.adapter import attach_adapter
 from lorasft.model.base import compute_dtype, make_skeleton, patch_linear4bit, quantize_skeleton
 from lorasft.model.lean import use_lean_layers
-from lorasft.model.loss import Network, pair_losses, read_head
-from lorasft.model.memory import heaviest_batch, shapes_alone
+from lorasft.model.loss import Network, read_head
 from lorasft.model.recompute import decoder_layers, layer_kinds
 from lorasft.recipe import AdapterSettings, ModelSettings
 
@@ -50,11 +48,7 @@ def plan_network(network: Network, model: Any) -> Network:
     head = read_head(base, network.runs_on) if network.head else None
     if network.lean:
         use_lean_layers(base)
-    planned = replace(network, causal=base, head=head, planned=network.runs_on)
-    # Which linears share an input is seen in a pass, as it was on the other; a model that reads numbers has no plan.
-    with contextlib.suppress(LookupError, TypeError, ValueError, RuntimeError), torch.no_grad(), shapes_alone():
-        pair_losses(planned, heaviest_batch(planned, longest=8, capacity=8))
-    return planned
+    return replace(network, causal=base, head=head, planned=network.runs_on)
 
 
 def _shrink_vocabulary(config: Any, most: int = 8192) -> Any:

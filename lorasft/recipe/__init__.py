@@ -136,6 +136,7 @@ class RunSettings(_Section):
 class MachineSettings(_Section):
     micro_batch_tokens: Auto | PositiveInt = Field("auto", description="tokens per micro-batch; auto: by the memory")
     activation_checkpointing: Auto | bool = Field("auto", description="recompute layers; auto: as few as must be")
+    keep_16bit: Auto | bool = Field("auto", description="4-bit weights also in 16 bit; auto: on a GPU if they fit")
     share_prefixes: Auto | bool = Field("auto", description="compute common beginnings once")
     attention: Literal["auto", "segments", "sdpa", "eager"] = Field("auto", description="attention backend")
     cache_base: Auto | bool = Field("auto", description="keep the 4-bit base for the next start; auto: from 64 MB")

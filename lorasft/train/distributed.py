@@ -105,12 +105,12 @@ class Ranks:
             say(str(error))
         raise SystemExit(codes[first])
 
-    def copy_first(self, tensors: Sequence[Tensor]) -> None:
-        """Make `tensors` those of the first process: unlike devices draw unlike random numbers."""
+    def copy_first(self, tensor: Tensor) -> None:
+        """Make `tensor` that of the first process: unlike devices draw unlike random numbers."""
         if self.count > 1:
             from accelerate.utils import broadcast
 
-            broadcast([tensor.detach() for tensor in tensors])
+            broadcast(tensor.detach())
 
     def sum_step(self, work: Callable[[], Tensor], gradient: Tensor, *, stop: StopRequest) -> Tensor:
         """Do `work`, this process's share of a step; leave the sum of all in its `gradient`, return their loss.

@@ -2,8 +2,9 @@
 
 What the recipe states under `machine` is taken; what it leaves to `auto` is kept from the checkpoint when a run is
 resumed, else chosen by what was verified on the model, by the lengths of the data and by the memory that is free. When
-memory runs out all the same, the work is cut smaller and done again: first in micro-batches of half the tokens, down to
-the longest sequence; then all layers recompute their activations; then the run ends with the rows that did not fit.
+memory runs out all the same, the work is done again with less: first without 16-bit copies of weights; then in
+micro-batches of half the tokens, down to the longest sequence; then all layers recompute their activations; then the
+run ends with the rows that did not fit.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -25,12 +26,13 @@ from lorasft.data.prefixes import Sharing
 from lorasft.data.store import TokenStore, example_lengths
 from lorasft.errors import CapacityError, first_line
 from lorasft.model.free_memory import out_of_memory
+from lorasft.model.linear import copy_bytes
 from lorasft.model.loss import Network
 from lorasft.model.memory import ActivationMemory, dry_run
 from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
 from lorasft.model.selfcheck import verify
 from lorasft.model.weightless import plan_network
-from lorasft.recipe import Recipe
+from lorasft.recipe import Auto, Recipe
 from lorasft.terminal import say, shorten
 from lorasft.train.state import Layout, Run, RunInputs
 
@@ -50,6 +52,7 @@ class Fit:
     heaviest: MicroBatch
     needs: ActivationMemory | None  # None: this model cannot be run without numbers
     spare: int  # bytes for it
+    keep: Literal["run", "layer"] | None = None  # 16-bit copies of 4-bit weights (see FrozenWeights)
 
     @property
     def holds(self) -> bool:
@@ -79,9 +82,29 @@ def choose_layout(recipe: Recipe, inputs: RunInputs, model: Any, *, weightless: 
         wanted = kept.recomputed_layers if kept else None
     else:
         wanted = machine.activation_checkpointing * len(decoder_layers(weightless.get_base_model()))
-    fit = choose_fit(plan_network(network, weightless), plan, rows, wanted=wanted, most=most, spare=spare)
+    planned = plan_network(network, weightless)
+    fit = choose_fit(planned, plan, rows, wanted=wanted, most=most, spare=spare)
+    fit = choose_copies(planned, fit, kept.keep_16bit if kept and machine.keep_16bit == "auto" else machine.keep_16bit)
     recompute(network.causal, fit.recomputed)
+    network.causal.frozen_weights.forget(fit.keep)
     return network, fit
+
+
+def choose_copies(network: Network, fit: Fit, wanted: Auto | bool) -> Fit:
+    """`fit` with 16-bit copies of the 4-bit weights of the planned `network`; `auto`: on a GPU, where they fit too.
+
+    They are kept for the run or, where layers recompute, from there until the layer's backward pass has used them.
+    """
+    size, needs = copy_bytes(network.causal), fit.needs
+    if not wanted or not size or (wanted == "auto" and (needs is None or network.runs_on.type != "cuda")):
+        return fit
+    if needs and fit.recomputed:
+        network.causal.frozen_weights.forget("layer")
+        needs = dry_run(network, fit.heaviest, recomputed=fit.recomputed)
+    elif needs:
+        needs = replace(needs, copies=size, peak=needs.peak + size)
+    more = replace(fit, needs=needs, keep="layer" if fit.recomputed else "run")
+    return more if wanted is True or more.holds else fit
 
 
 def widen(plan: Plan, rows: TokenStore) -> int:
@@ -123,8 +146,11 @@ def choose_fit(
     usual, tokens = plan.micro_batch_tokens, most or plan.micro_batch_tokens
     while True:
         tried, last = replace(plan, micro_batch_tokens=tokens), most is None or tokens <= longest
-        least = 0 if wanted is None and tokens >= usual and not last else wanted
         heaviest = find_heaviest(tried, rows)
+        if usual < tokens >= 2 * len(heaviest.ids):  # no step fills half of it
+            tokens //= 2
+            continue
+        least = 0 if wanted is None and tokens >= usual and not last else wanted
         recomputed, needs = fewest_recomputed(network, heaviest, wanted=least, free=spare)
         if needs is None:  # the model reads numbers: the usual tokens, and as many layers as need least
             return Fit(plan, layers if wanted is None else wanted, layers, find_heaviest(plan, rows), None, spare)
@@ -212,7 +238,10 @@ def reduce_memory(run: Run, error: MicroBatchTooLarge) -> None:
     """Give `run` a layout that needs less, without the gradients of the pass that failed. Raises `error` at the end."""
     run.optimizer.zero_grad(set_to_none=False)
     layers, tokens = len(decoder_layers(run.network.causal)), run.plan.micro_batch_tokens
-    if error.tokens > error.longest:
+    if run.network.causal.frozen_weights.keep:
+        run.network.causal.frozen_weights.forget()
+        say(f"{error.what}: from here on no weights are kept in 16 bit")
+    elif error.tokens > error.longest:
         run.plan = replace(run.plan, micro_batch_tokens=max(error.longest, min(error.tokens, tokens) // 2))
         say(f"{error.what}: from here on micro-batches of {run.plan.micro_batch_tokens} tokens")
     elif recomputed_layers(run.network.causal) < layers:

@@ -15,6 +15,7 @@ from lorasft.data.packing import cost
 from lorasft.data.store import TokenStore, example_lengths
 from lorasft.errors import ModelError
 from lorasft.model.free_memory import free_memory
+from lorasft.model.linear import copy_bytes
 from lorasft.model.loss import Network
 from lorasft.model.memory import dry_run, heaviest_batch, static_bytes
 from lorasft.model.recompute import decoder_layers
@@ -69,6 +70,7 @@ def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
             "heaviest": {"tokens": len(fit.heaviest.ids), "sequences": len(fit.heaviest.segments)},
             "layers": fit.layers,
             "recomputed_layers": fit.recomputed,
+            "keep_16bit": fit.keep is not None,
             "steps": fit.plan.steps,
             "examples": len(rows),
             "duration": predict_duration(recipe, network, model.get_base_model(), fit, inputs),
@@ -101,6 +103,7 @@ def find_suggestions(recipe: Recipe, config: Any, network: Network, rows: TokenS
     lengths, adapter = example_lengths(rows), recipe.adapter
     # By key what it may be instead, the least change first.
     alternatives: dict[str, Sequence[Any]] = {
+        "machine.keep_16bit": ["auto"],
         "machine.activation_checkpointing": ["auto"],
         "machine.micro_batch_tokens": ["auto"],
         "model.quantization": ["nf4"],
@@ -118,7 +121,8 @@ def find_suggestions(recipe: Recipe, config: Any, network: Network, rows: TokenS
         tokens = longest if machine.micro_batch_tokens == "auto" else machine.micro_batch_tokens
         batch = heaviest_batch(planned, longest=longest, capacity=tokens)
         layers = 0 if machine.activation_checkpointing is False else len(decoder_layers(planned.causal))
-        return dry_run(planned, batch, recomputed=layers).fits(memory - sum(static.values()))
+        copies = copy_bytes(planned.causal) if machine.keep_16bit is True else 0
+        return dry_run(planned, batch, recomputed=layers).fits(memory - sum(static.values()) - copies)
 
     for key, values in alternatives.items():
         section, name = key.split(".")

@@ -96,7 +96,7 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> tuple[Run, State]:
     # All processes must cut a step in the same way.
     plan = replace(fit.plan, micro_batch_tokens=min(ranks.gather(fit.plan.micro_batch_tokens)))
     trained = Trained(model, network.causal.dtype)
-    ranks.copy_first([trained.master])
+    ranks.copy_first(trained.master)
     trained.refresh()
     optimizer = make_optimizer(recipe.optimizer, trained)
     done, written = (saved.step, saved.metrics_bytes) if saved else (0, 0)
@@ -109,7 +109,8 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> tuple[Run, State]:
             for notice in network.notices:
                 say(notice)
             layers = f"{run.layout.recomputed_layers} of {len(decoder_layers(network.causal))} layers"
-            say(f"on {network.device} in {run.layout.dtype}; activations: {layers} recomputed")
+            kept = "; weights kept in 16 bit" if fit.keep else ""
+            say(f"on {network.device} in {run.layout.dtype}; activations: {layers} recomputed{kept}")
         run_heaviest_batch(run, fit, static)
         state = saved or State(0, inputs.prepared.key, metrics_bytes=0, layout=run.layout, run=secrets.token_hex(8))
         if ranks.is_main and not saved:  # from here on there is something to resume: this makes the folder a run
@@ -121,8 +122,8 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> tuple[Run, State]:
 def run_heaviest_batch(run: Run, fit: Fit, static: dict[str, int]) -> None:
     """Run the heaviest micro-batch where its memory is not known, so that what does not fit is met at once.
 
-    Nothing is updated and no random number is used up: the losses keep their bits. Writes `memory.json` (bytes; null
-    where a number is not known). Raises CapacityError when it fits in no layout.
+    Nothing is updated, and each step begins its random numbers anew: the losses keep their bits. Writes `memory.json`
+    (bytes; null where a number is not known). Raises CapacityError when it fits in no layout.
     """
     known = {**static, **fit.needs.by_kind} if fit.needs else {}
     peak = sum(known.values())
@@ -143,12 +144,10 @@ def sees_too_little(run: Run, fit: Fit) -> bool:
 def _measure_heaviest(run: Run) -> int:
     """Bytes at the peak of the run's heaviest micro-batch, weights included, with the gradients of one before it."""
     batch, device = find_heaviest(run.plan, run.rows), run.network.device
-    on_cuda = device.type == "cuda"
     run.network.causal.train()
-    if on_cuda:
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with torch.random.fork_rng([device] if on_cuda else []):
-        add_gradients(replace(run, ranks=ALONE), Step(1, 0.0, batch.examples, (batch,)))
+    add_gradients(replace(run, ranks=ALONE), Step(1, 0.0, batch.examples, (batch,)))
     run.optimizer.zero_grad(set_to_none=False)
     return peak_memory(device)["memory_bytes"]
 

@@ -31,6 +31,7 @@ class Layout:
     segments: bool
     share_prefixes: Sharing = False
     processes: PositiveInt = 1
+    keep_16bit: bool = False  # copies of 4-bit weights
 
 
 @dataclass(frozen=True)
@@ -101,4 +102,5 @@ class Run:
             segments=self.network.segments,
             share_prefixes=self.network.share,
             processes=self.ranks.count,
+            keep_16bit=self.network.causal.frozen_weights.keep is not None,
         )

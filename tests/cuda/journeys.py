@@ -24,6 +24,7 @@ from lorasft.data.packing import make_micro_batches
 from lorasft.data.tokens import all_supervised
 from lorasft.model.adapter import attach_adapter, trainable
 from lorasft.model.base import load_base
+from lorasft.model.linear import copy_bytes
 from lorasft.model.loss import Network, weighted_loss
 from lorasft.model.memory import dry_run, heaviest_batch
 from lorasft.model.recompute import recompute
@@ -119,8 +120,10 @@ def redo(folder: str, settings: list[str]) -> Row:
             torch.cuda.set_per_process_memory_fraction((held + 0.6 * (peak - held)) / emu.TOTAL)
         return plain(*given)
 
+    gc.collect()  # what earlier runs hold
     with contextlib.redirect_stderr(said), open_run(recipe, resume=False) as (run, state):
         held, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        held -= copy_bytes(run.network.causal)  # to give these back is not enough
         loop.weighted_loss = shrinks
         try:
             export_adapter(run, loop.train(run, state))
@@ -223,6 +226,7 @@ def launches(folder: str) -> Row:
             base = load_base(ModelSettings(base=f"{folder}/{layers}", dtype="bfloat16"), torch.device("cuda"))
             network = with_adapter(base)
             recompute(network.causal, layers if name == "recomputed" else 0)
+            network.causal.frozen_weights.forget("layer")
             for batch in batches_of(share=False)[:2]:
                 emu.clear()
                 weighted_loss(network, batch).backward()

@@ -16,7 +16,7 @@ from tiny_models import HELD_TO_AVX2
 
 Row = dict[str, Any]
 # Work of the device a Llama layer in NF4 and micro-batch: with what it keeps, and where it is recomputed.
-LAUNCHES = {"kept": 138, "recomputed": 189}
+LAUNCHES = {"kept": 144, "recomputed": 174}
 
 
 def losses_of(run: Path) -> list[float]:
@@ -69,7 +69,8 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(done: dict[str, Row]
 
 def test_a_step_that_runs_out_of_memory_is_done_again(done: dict[str, Row], folder: Path) -> None:
     said = done["redone"]["err"]
-    assert "out of memory with" in said and said.index("from here on micro-batches of") < said.index("step 1/4")
+    remedies = ("from here on no weights are kept in 16 bit", "from here on micro-batches of", "step 1/4")
+    assert "out of memory with" in said and [*remedies] == sorted(remedies, key=said.index)
     assert losses_of(folder / "redone") == pytest.approx(losses_of(folder / "bf16"), rel=2e-3)
 
 
