@@ -10,8 +10,12 @@ from argparse import Namespace
 from pathlib import Path
 
 import gpu_check
+import gpu_speed
 import pytest
+import torch
 from tiny_models import HELD_TO_AVX2
+
+from lorasft.model.memory import dry_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,6 +45,15 @@ def test_the_check_for_gpus_runs_on_small_shapes(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(gpu_check, "PAGE", page)
     gpu_check.write_page(tmp_path)
     assert "by hand" in page.read_text() and "old" not in page.read_text() and "### gradients" in page.read_text()
+
+
+def test_lean_layers_can_be_turned_off_and_on() -> None:
+    rig = gpu_speed.make_rig("tiny", torch.device("cpu"))
+    batch, peaks = gpu_speed.make_batches(256, 512, None, count=1)[0], []
+    for lean in (True, False, True):
+        rig.set_lean(lean)
+        peaks.append(dry_run(rig.planned, batch, recomputed=0).peak)
+    assert peaks[0] == peaks[2] < peaks[1]
 
 
 def test_a_part_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
