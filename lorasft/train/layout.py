@@ -146,8 +146,11 @@ def choose_fit(
     usual, tokens = plan.micro_batch_tokens, most or plan.micro_batch_tokens
     while True:
         tried, last = replace(plan, micro_batch_tokens=tokens), most is None or tokens <= longest
-        least = 0 if wanted is None and tokens >= usual and not last else wanted
         heaviest = find_heaviest(tried, rows)
+        if usual < tokens >= 2 * len(heaviest.ids):  # no step fills half of it
+            tokens //= 2
+            continue
+        least = 0 if wanted is None and tokens >= usual and not last else wanted
         recomputed, needs = fewest_recomputed(network, heaviest, wanted=least, free=spare)
         if needs is None:  # the model reads numbers: the usual tokens, and as many layers as need least
             return Fit(plan, layers if wanted is None else wanted, layers, find_heaviest(plan, rows), None, spare)
