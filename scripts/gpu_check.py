@@ -75,7 +75,11 @@ def main() -> None:
         run_part(options.part, options)
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "results.jsonl").unlink(missing_ok=True)
+    results = options.out / "results.jsonl"
+    older = results.read_text(encoding="utf-8").splitlines(keepends=True) if results.is_file() else []
+    results.write_text(
+        "".join(line for line in older if json.loads(line)["part"] not in options.only), encoding="utf-8"
+    )
     for part in options.only:
         run_apart(part, options)
     if options.write:

@@ -127,10 +127,12 @@ class Rig:
     seconds: float  # to measure
 
     def set_lean(self, lean: bool) -> None:
-        from lorasft.model.lean import use_lean_layers, use_own_layers
+        from lorasft.model.lean import use_lean_layers
 
         for network in (self.network, self.planned):
-            (use_lean_layers if lean else use_own_layers)(network.causal)
+            for module in use_lean_layers(network.causal):
+                if not lean:
+                    del module.forward
 
     def step(self, batch: Any) -> None:
         from lorasft.model.loss import weighted_loss

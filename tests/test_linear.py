@@ -268,10 +268,9 @@ def test_linears_that_share_an_input_are_one_function(change: str, monkeypatch: 
     shared = {"nothing": [2, 1] * 2, "recomputed": [2, 1] * 4, "dropout": [], "disabled": [1, 1] * 2}
     lone = {"missing": [2, 1, 1, 1], "apart": [2, 1, 1, 1, 1, 1], "interrupted": [1, 1, 1, 2, 1]}
     assert calls == (shared | lone)[change]
-    assert not block.gate.inputs._ready  # nothing is held
+    assert not block.gate.forward.func.__self__._ready  # nothing is held
     for layer in (block.gate, block.up, block.other):
-        layer.inputs = linear.Inputs()  # each alone
-        layer.followers = []
+        use_lean_linears(layer)  # each alone
     torch.manual_seed(1)
     want = [take_block(block, x) for _ in range(2)][-1]
     assert got.keys() == want.keys() and differences(got, want)[1] < 1e-6

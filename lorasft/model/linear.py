@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from types import MethodType
 from typing import Any, Literal
@@ -42,8 +43,8 @@ def use_lean_linears(model: nn.Module) -> None:
         if isinstance(module, ModulesToSaveWrapper):
             module.forward = MethodType(_forward_saved, module)
         elif isinstance(module, LoraLayer) and _is_plain(module):
-            module.weights, module.inputs, module.followers = model.frozen_weights, inputs, []
-            module.forward = MethodType(_forward, module)
+            module.weights, module.followers = model.frozen_weights, []
+            module.forward = partial(inputs.compute, module)
 
 
 def copy_bytes(model: nn.Module) -> int:
@@ -271,8 +272,3 @@ def _compute_plainly(layer: Any, x: Tensor) -> Tensor:
         return y
     (a, b, scaling), (dropout,) = _adapter(layer), layer.lora_dropout.values()
     return y + F.linear(F.linear(dropout(x), a.to(x.dtype)), (b * scaling).to(x.dtype))
-
-
-def _forward(layer: Any, x: Tensor) -> Tensor:
-    y: Tensor = layer.inputs.compute(layer, x)
-    return y

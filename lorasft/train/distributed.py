@@ -121,14 +121,16 @@ class Ranks:
         with self.sync_errors():
             loss = work()
         wanted, stop.save_wanted = stop.save_wanted, False
-        told = self.gather((float(loss) if self.count > 1 else 0.0, stop.received, wanted))
+        if self.count == 1:
+            stop.save = wanted
+            return loss
+        told = self.gather((float(loss), stop.received, wanted))
         stop.save = any(save for _, _, save in told)
-        if self.count > 1:
-            stop.signal = max(number for _, number, _ in told)
-            import torch
+        stop.signal = max(number for _, number, _ in told)
+        import torch
 
-            torch.distributed.all_reduce(gradient)
-        return loss if self.count == 1 else loss.new_tensor(sum(one for one, _, _ in told))
+        torch.distributed.all_reduce(gradient)
+        return loss.new_tensor(sum(one for one, _, _ in told))
 
     def leave(self) -> None:
         """From here on this process ends by itself, also where a launcher wants to end it with the others."""

@@ -44,22 +44,15 @@ def optimizer_state(optimizer: Any, trained: Trained) -> dict[str, Tensor]:
 
 def restore_optimizer(optimizer: Any, trained: Trained, tensors: Mapping[str, Tensor]) -> None:
     """Put a saved state back, bit for bit. Raises LookupError or ValueError when it belongs to other parameters."""
-    state, whole = optimizer.state[trained.master], trained.master.detach()
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        name, _, field = key.rpartition("/")
+    state, count, device = optimizer.state[trained.master], trained.master.numel(), trained.master.device
+    for field, value in {key.rpartition("/")[2]: value for key, value in tensors.items()}.items():
         if field in _MOMENTS:
-            if field not in parts:
-                state[field] = torch.zeros_like(whole, dtype=value.dtype)
-                parts[field] = trained.split(state[field])
-            if parts[field][name].shape != value.shape:
-                raise ValueError(f"{key} {list(value.shape)} is not of this model")
-            parts[field][name].copy_(value)
-        elif field.startswith("absmax") and len(value) != -(-whole.numel() // 256):
-            raise ValueError(f"{key} is not of this model, or of lorasft 0.1, where each tensor had its own")
-        else:  # torch counts steps in a tensor, bitsandbytes in a number
-            number = field == "step" and not value.is_floating_point()
-            state[field] = int(value) if number else value.to(whole.device)
+            value = torch.cat([tensors[f"{name}/{field}"].flatten() for name in trained.parameters])
+        wanted = count if field in _MOMENTS else -(-count // 256) if field.startswith("absmax") else value.numel()
+        if value.numel() != wanted:
+            raise ValueError(f"{value.numel()} numbers of {field} for {count} that are trained")
+        # Torch counts steps in a tensor, bitsandbytes in a number.
+        state[field] = int(value) if field == "step" and not value.is_floating_point() else value.to(device)
 
 
 def learning_rate(step: int, *, steps: int, peak: float, schedule: ScheduleSettings) -> float:
