@@ -113,9 +113,9 @@ def _compute_losses(network: Network, batch: MicroBatch) -> tuple[Tensor, Tensor
     if network.segments:
         inputs |= {"position_ids": positions.unsqueeze(0), "segments": replace(paths, places=places)}
     if network.head is None:
-        logits = model(**inputs, logits_to_keep=sources).logits[0]  # (pairs, vocabulary)
+        logits = model(**inputs, logits_to_keep=sources).logits.squeeze(0)  # (pairs, vocabulary)
         return F.cross_entropy(logits.float(), targets, reduction="none")[:pairs], weights
-    hidden = model.base_model(**inputs).last_hidden_state[0]  # (tokens, hidden)
+    hidden = model.base_model(**inputs).last_hidden_state.squeeze(0)  # (tokens, hidden)
     losses: Tensor = ChunkedLoss.apply(hidden[sources], targets, network.head)  # type: ignore[no-untyped-call]
     return losses[:pairs], weights
 
