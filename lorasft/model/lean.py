@@ -118,7 +118,7 @@ def _rms_norm(x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         y, rstd = torch.ops.aten._fused_rms_norm(x.to(scale.dtype), x.shape[-1:], scale, eps)
         return y.to(x.dtype), rstd
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
-    rstd = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square().div_(x.shape[-1]).add_(eps).rsqrt_()
+    rstd = exact.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
     return (exact * rstd).mul_(scale).to(x.dtype).data, rstd  # `data`: not yet changed in place, as a linear sees it
 
 
