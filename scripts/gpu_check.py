@@ -8,7 +8,7 @@ nf4, attention       bits of NF4 as on the CPU; the one kernel, and segment by s
 gradients            and gradients; those of LoRA and loss beside float64, and PEFT's on the same device
 tiny                 the recipe `tiny` beside the CPU; adamw8bit; resumed; in too little memory; merged with its check
 speed                the shape of Llama 3.1 8B: micro-batches of 2,048 to 16,384 tokens, lean layers or the model's own,
-                     none or all recomputed; one profiled step; kernels alone
+                     none or all recomputed, weights kept in 16 bits; one profiled step; kernels alone
 peer-*               the same rows by lorasft, by PEFT padded in eights and packed, by TRL with Liger
 caps-8b, caps-70b    trained in less memory than there is
 waits, fragments*    how often the host waits for the device, and what the allocator holds beside what is used

@@ -141,8 +141,11 @@ class Rig:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
 
-    def measure(self, batches: list[Any], recomputed: int) -> Row:
-        """Every batch in turn until some seconds are over, after one that warms up; the memory beside the predicted."""
+    def measure(self, batches: list[Any], recomputed: int, keep: Any = None) -> Row:
+        """Every batch in turn until some seconds are over, after one that warms up; the memory beside the predicted.
+
+        `keep`: copies of the weights in 16 bits, of a recomputed `layer` or for the `run`.
+        """
         import torch
 
         from lorasft.model.memory import dry_run
@@ -150,6 +153,8 @@ class Rig:
 
         recompute(self.network.causal, recomputed)
         self.network.causal.train()
+        for network in (self.network, self.planned):
+            network.causal.frozen_weights.forget(keep)
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.empty_cache()
@@ -247,6 +252,10 @@ def speed(scale: Scale) -> Cases:
                 yield name, functools.partial(rig.measure, batches, recomputed)
         if size == 4096:
             rig.set_lean(True)
+            for keep, recomputed in (("layer", layers), ("run", 0)):
+                name = f"{size:,} tokens, 16-bit weights kept for the {keep}, {recomputed} recomputed"
+                yield name, functools.partial(rig.measure, batches, recomputed, keep)
+            rig.measure(batches, 0)
             yield "a micro-batch of 4,096", functools.partial(profile, rig, batches[0])
             for name, run in kernels(rig, scale.tokens(size)):
                 yield name, functools.partial(lambda run: {"ms": 1e3 * time_kernel(run, scale.device)}, run)
