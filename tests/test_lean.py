@@ -217,6 +217,7 @@ def test_what_is_made_again_has_the_same_bits_and_is_kept_once() -> None:
     assert {one.data_ptr() for one in kept} == {one.data_ptr() for one in (x, norm.weight, gate, up, *small)}
     make, parts = y.made_by
     assert y._version == 0 and parts == (x,) and torch.equal(make(*parts), y)
+    assert norm.float()(x.float())._version == 0
 
     seen: list[Tensor] = []
     mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))

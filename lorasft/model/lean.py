@@ -109,7 +109,7 @@ class LeanNorm(torch.autograd.Function):
             return torch.ops.aten._fused_rms_norm_backward(*given)[0].to(x.dtype), None, None
         exact, slope = x.to(rstd.dtype), dy.to(rstd.dtype) * scale
         along = torch.linalg.vecdot(slope, exact).unsqueeze(-1).mul_(rstd.square()).div_(-x.shape[-1])
-        return torch.addcmul(slope, exact, along).mul_(rstd).to(x.dtype), None, None
+        return slope.addcmul_(exact, along).mul_(rstd).to(x.dtype), None, None
 
 
 def _rms_norm(x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -119,7 +119,7 @@ def _rms_norm(x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return y.to(x.dtype), rstd
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
     rstd = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (exact * rstd * scale).to(x.dtype), rstd
+    return (exact * rstd).mul_(scale).to(x.dtype).data, rstd  # `data`: not yet changed in place, as a linear sees it
 
 
 def _gated_mlps(module: nn.Module) -> Iterator[tuple[dict[str, Any], partial[Any], Tensor]]:
@@ -200,7 +200,7 @@ class Rotary(torch.autograd.Function):
 def _turn(x: Tensor, cos: Tensor, sines: Sequence[Tensor], sign: int) -> Tensor:
     """x cos + the halves of x, exchanged, times -`sign` and `sign` and the `sines`."""
     y = x * cos
-    halves = zip(y.chunk(2, dim=-1), reversed(x.chunk(2, dim=-1)), sines, (-sign, sign), strict=True)
-    for half, other, sine, factor in halves:
-        half.addcmul_(other, sine, value=factor)
+    (first, second), (into_first, into_second) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
+    into_first.addcmul_(second, sines[0], value=-sign)
+    into_second.addcmul_(first, sines[1], value=sign)
     return y
