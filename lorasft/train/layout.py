@@ -123,17 +123,14 @@ def choose_sharing(network: Network, wanted: Sharing, *, kept: Layout | None) ->
     """`network` as it shares prefixes: as recipe or checkpoint say, where that was verified and nothing drops out."""
     if wanted == "auto" and kept:
         wanted = kept.share_prefixes
-    # Where something drops out, examples that share tokens would share what is dropped.
-    return replace(network, share=network.share and not has_dropout(network.causal) and wanted)
-
-
-def has_dropout(model: nn.Module) -> bool:
-    """Whether anything in `model` drops out while it trains: modules, or attention by a number that it is given."""
-    return any(
+    # Where something drops out, examples that share tokens would share what is dropped: modules do, or attention by a
+    # number that it is given.
+    dropout = any(
         "drop" in name and isinstance(value, float) and value > 0
-        for module in model.modules()
+        for module in network.causal.modules()
         for name, value in ({"dropout": module.p} if isinstance(module, nn.Dropout) else vars(module)).items()
     )
+    return replace(network, share=network.share and not dropout and wanted)
 
 
 def choose_fit(
@@ -231,21 +228,16 @@ def retry_on_oom(run: Run, work: Callable[[], Result]) -> Result:
         gc.collect()  # here the frames are gone that held the tensors of the failed pass
         if run.network.device.type == "cuda":
             torch.cuda.empty_cache()
-        reduce_memory(run, error)
-
-
-def reduce_memory(run: Run, error: MicroBatchTooLarge) -> None:
-    """Give `run` a layout that needs less, without the gradients of the pass that failed. Raises `error` at the end."""
-    run.optimizer.zero_grad(set_to_none=False)
-    layers, tokens = len(decoder_layers(run.network.causal)), run.plan.micro_batch_tokens
-    if run.network.causal.frozen_weights.keep:
-        run.network.causal.frozen_weights.forget()
-        say(f"{error.what}: from here on no weights are kept in 16 bit")
-    elif error.tokens > error.longest:
-        run.plan = replace(run.plan, micro_batch_tokens=max(error.longest, min(error.tokens, tokens) // 2))
-        say(f"{error.what}: from here on micro-batches of {run.plan.micro_batch_tokens} tokens")
-    elif recomputed_layers(run.network.causal) < layers:
-        recompute(run.network.causal, layers)
-        say(f"{error.what}: from here on all {layers} layers recomputed")
-    else:
-        raise error
+        run.optimizer.zero_grad(set_to_none=False)
+        layers, tokens = len(decoder_layers(run.network.causal)), run.plan.micro_batch_tokens
+        if run.network.causal.frozen_weights.keep:
+            run.network.causal.frozen_weights.forget()
+            say(f"{error.what}: from here on no weights are kept in 16 bit")
+        elif error.tokens > error.longest:
+            run.plan = replace(run.plan, micro_batch_tokens=max(error.longest, min(error.tokens, tokens) // 2))
+            say(f"{error.what}: from here on micro-batches of {run.plan.micro_batch_tokens} tokens")
+        elif recomputed_layers(run.network.causal) < layers:
+            recompute(run.network.causal, layers)
+            say(f"{error.what}: from here on all {layers} layers recomputed")
+        else:
+            raise error
