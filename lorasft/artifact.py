@@ -23,7 +23,6 @@ from lorasft.tensors import fingerprint
 
 _NAME_ONE = "name a run folder, an adapter, a model folder or a hub id"
 MERGE_RECORD = "merge.json"
-_NO_DATA = DataSettings(train=(DataSource(path="-"),))
 GENERATION_CONFIG = "generation_config.json"
 # What tells of a run in 4 bit: words in the name of its base, and in what other tools write beside an adapter.
 _FOUR_BIT_NAME = re.compile(r"(?i)(?<![a-z0-9])(4[-_]?bit|nf4|fp4)(?![a-z0-9])")
@@ -42,7 +41,7 @@ class Artifact:
     adapter_config: Mapping[str, Any] = field(default_factory=dict)  # checked; PEFT's fields
     recipe: Recipe | None = None  # of the run that the adapter came from
     chat: ChatSettings = field(default_factory=ChatSettings)  # how prompts are made; the template came with the adapter
-    data: DataSettings = _NO_DATA  # how rows are read
+    data: DataSettings = DataSettings(train=(DataSource(path="-"),))  # how rows are read
 
     @property
     def run(self) -> Path | None:
@@ -130,11 +129,11 @@ def find_artifact(name: str, *, base: str | None = None) -> Artifact:
         folder = folder / "adapter"
     if not (folder / CONFIG).is_file():
         if is_run:
-            hint = "finish it with lorasft train ... --resume"
-            raise ModelError("this run has no adapter yet", where=name, hint=hint)
+            raise ModelError(
+                "this run has no adapter yet", where=name, hint="finish it with lorasft train ... --resume"
+            )
         if folder.exists() and not (folder / "config.json").is_file():
-            what = "this is not a run, an adapter or a model"
-            raise ModelError(what, where=name, hint=_NAME_ONE)
+            raise ModelError("this is not a run, an adapter or a model", where=name, hint=_NAME_ONE)
         return Artifact(name, ModelSettings(base=name, quantization="none"))
     config = read_adapter_config(folder)
     places = [parent / "recipe.yaml" for parent in (folder, *folder.resolve().parents[:2])]
@@ -147,8 +146,7 @@ def find_artifact(name: str, *, base: str | None = None) -> Artifact:
     for named in (trained.base, own) if base is None else ():
         if ":" in named or named.startswith(("//", "\\\\")):
             raise UnsafeError(f"the adapter names {named} as its base", where=str(folder / CONFIG), hint="--base MODEL")
-    where = {"base": own, "revision": config.get("revision")}
-    model = trained.model_copy(update={"base": base, "revision": None} if base else where)
+    model = trained.model_copy(update={"base": base or own, "revision": None if base else config.get("revision")})
     if recipe:
         chat = ChatSettings(system=recipe.chat.system, template_date=recipe.chat.template_date)
         return Artifact(name, model, folder, config, recipe, chat, recipe.data)

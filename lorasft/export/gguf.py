@@ -66,8 +66,8 @@ def require_gguf() -> Any:
     try:
         import gguf
     except ImportError:
-        hint = "pip install gguf"
-        raise DeviceError("the export needs the package gguf, which is not installed", hint=hint) from None
+        what = "the export needs the package gguf, which is not installed"
+        raise DeviceError(what, hint="pip install gguf") from None
     return gguf
 
 
@@ -131,14 +131,8 @@ def _find_tensors(gguf: Any, model: Path, layout: GgufLayout, kind: Kind) -> Ite
             chosen = "F32" if len(spec.shape) < 2 else "Q8_0" if kind == "q8_0" and not spec.width % 32 else "F16"
             type = gguf.GGMLQuantizationType[chosen]
             numbers, size = gguf.GGML_QUANT_SIZES[type]
-            turned = layout.family.paired and (".attn_q." in name or ".attn_k." in name)
-            yield Tensor(
-                shard,
-                source,
-                spec,
-                name,
-                type,
-                nbytes=spec.rows * spec.width // numbers * size,
-                turned=layout.fields["attention.key_length"] if turned else 0,
-                offset=layout.family.norm_offset if name.endswith("norm.weight") else 0.0,
-            )
+            nbytes = spec.rows * spec.width // numbers * size
+            paired = layout.family.paired and (".attn_q." in name or ".attn_k." in name)
+            turned = layout.fields["attention.key_length"] if paired else 0
+            offset = layout.family.norm_offset if name.endswith("norm.weight") else 0.0
+            yield Tensor(shard, source, spec, name, type, nbytes, turned, offset)

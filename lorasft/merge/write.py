@@ -63,10 +63,9 @@ def plan_merge(artifact: Artifact) -> MergePlan:
     files = {name: file for file in sources for name in file.specs}
     changes = read_changes(artifact, places, lambda name: files[name].read(name))
     for specs in targets:
-        for name, spec in specs.items():
-            if name in changes and changes[name].shape != spec.shape:
-                shape = changes[name].shape
-                specs[name] = TensorSpec(spec.dtype, shape, math.prod(shape) * spec.torch_dtype.itemsize)
+        for name in specs.keys() & changes.keys():
+            spec, shape = specs[name], changes[name].shape
+            specs[name] = TensorSpec(spec.dtype, shape, math.prod(shape) * spec.torch_dtype.itemsize)
     return MergePlan(sources, targets, changes, packed, places)
 
 
