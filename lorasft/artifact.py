@@ -23,6 +23,7 @@ from lorasft.tensors import fingerprint
 
 _NAME_ONE = "name a run folder, an adapter, a model folder or a hub id"
 MERGE_RECORD = "merge.json"
+_NO_DATA = DataSettings(train=(DataSource(path="-"),))
 GENERATION_CONFIG = "generation_config.json"
 # What tells of a run in 4 bit: words in the name of its base, and in what other tools write beside an adapter.
 _FOUR_BIT_NAME = re.compile(r"(?i)(?<![a-z0-9])(4[-_]?bit|nf4|fp4)(?![a-z0-9])")
@@ -41,7 +42,7 @@ class Artifact:
     adapter_config: Mapping[str, Any] = field(default_factory=dict)  # checked; PEFT's fields
     recipe: Recipe | None = None  # of the run that the adapter came from
     chat: ChatSettings = field(default_factory=ChatSettings)  # how prompts are made; the template came with the adapter
-    data: DataSettings = DataSettings(train=(DataSource(path="-"),))  # how rows are read
+    data: DataSettings = _NO_DATA  # how rows are read
 
     @property
     def run(self) -> Path | None:
