@@ -126,7 +126,7 @@ def test_labels_cover_the_oracle_and_no_more(name: str) -> None:
     rows = map(json.loads, (SHARED / "oracles/label_spans.jsonl").read_bytes().split(b"\n")[:-1])
     checked = 0
     for row in (row for row in rows if row["tokenizer"] == name):
-        messages = tuple(map(normalize_message, row["messages"]))
+        messages = tuple(normalize_message(one, set()) for one in row["messages"])
         sequences = encoder.encode(Example(messages, tuple(row["tools"] or ()) or None, None, PLACE))
         if len(sequences) == 1:
             (tokens,) = sequences

@@ -41,7 +41,7 @@ SIX = {
     "system": conversation("Hi", "Hello.", system="Be brief."),
     "multi-turn": conversation("Hi", "Hello there!", "Who?", "It is me.\n\nReally.", "ok", "Bye"),
     "thinking": conversation("2 + 2?", "<think>\neasy\n</think>\n\n4.", "3 + 3?", "<think>\nstill\n</think>\n\n6."),
-    "parallel tool calls": Example(tuple(map(normalize_message, PARALLEL)), (TOOL,), None, PLACE),
+    "parallel tool calls": Example(tuple(normalize_message(one, set()) for one in PARALLEL), (TOOL,), None, PLACE),
     "unicode and code": conversation("Loop in Ünïcode?", CODE),
 }
 

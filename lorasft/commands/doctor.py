@@ -97,10 +97,9 @@ def _check_device() -> str:
     from lorasft.model.base import check_device, compute_dtype
 
     driver = DRIVER.read_text(encoding="utf-8", errors="replace").partition("\n")[0] if DRIVER.is_file() else ""
-    unusable = f"{driver}, which torch {torch.__version__} of CUDA {torch.version.cuda} cannot use"
-    _require(
-        not driver or torch.cuda.is_available(), unusable, "update the driver, or pip install --force-reinstall torch"
-    )
+    if driver and not torch.cuda.is_available():
+        what = f"{driver}, which torch {torch.__version__} of CUDA {torch.version.cuda} cannot use"
+        raise DeviceError(what, hint="update the driver, or pip install --force-reinstall torch")
     device = _find_device()
     dtype = str(compute_dtype("auto", device)).removeprefix("torch.")
     if device.type != "cuda":
@@ -108,12 +107,6 @@ def _check_device() -> str:
     check_device(device)
     found = torch.cuda.get_device_properties(device)
     return f"{found.name}, sm_{found.major}{found.minor}, CUDA {torch.version.cuda}, {driver}, {dtype}"
-
-
-def _require(holds: bool, what: str, fix: str) -> str:
-    if not holds:
-        raise DeviceError(what, hint=fix)
-    return what
 
 
 def _find_device() -> Any:
@@ -135,16 +128,19 @@ def _check_nf4() -> str:
     device = _find_device()
     error, most = nf4_error(device)
     what = f"a 4-bit linear and its backward on {device} are {error:.1e} from float64 (at most {most:.0e})"
-    return _require(error <= most, what, "pip install -U torch bitsandbytes")
+    if not error <= most:  # nor is a NaN
+        raise DeviceError(what, hint="pip install -U torch bitsandbytes")
+    return what
 
 
 def _check_attention() -> str:
     from lorasft.model.health import try_attention
 
     network = try_attention(_find_device())
-    whole = bool(network.segments and network.share and network.head)  # a slower attention is right all the same
-    fine = ["packed sequences do not see each other; shared prefixes and the loss are exact"] if whole else []
-    return _require(whole, "; ".join([*fine, *network.notices]), "pip install -U torch transformers")
+    if not (network.segments and network.share and network.head):  # a slower attention is right all the same
+        raise DeviceError("; ".join(network.notices), hint="pip install -U torch transformers")
+    fine = "packed sequences do not see each other; shared prefixes and the loss are exact"
+    return "; ".join([fine, *network.notices])
 
 
 def _check_disk() -> str:
@@ -160,5 +156,6 @@ def _check_disk() -> str:
 def _check_hub() -> str:
     from lorasft.hub import hub_error
 
-    error = hub_error()
-    return _require(not error, error or "answers", "curl -I https://huggingface.co  # a proxy? export HTTPS_PROXY=...")
+    if error := hub_error():
+        raise DeviceError(error, hint="curl -I https://huggingface.co  # a proxy? export HTTPS_PROXY=...")
+    return "answers"

@@ -85,18 +85,17 @@ def _saying_what_is_saved(folder: Path) -> Iterator[None]:
         raise Stopped(exit_code(signalled.args[0]), what, hint=hint) from None
 
 
-def _show_answers(ready: Run, most: int = 3) -> None:
+def _show_answers(ready: Run) -> None:
     """Up to three held-out prompts, answered by the base and by the adapter. To run out of memory here is no error."""
     from lorasft.data.tokens import supervised_runs
     from lorasft.model.free_memory import out_of_memory
     from lorasft.model.generate import generate
 
-    tokenizer, prepared = ready.inputs.tokenizer, ready.inputs.prepared
-    held_out = prepared.held_out
+    tokenizer, prepared, held_out = ready.inputs.tokenizer, ready.inputs.prepared, ready.inputs.prepared.held_out
     if held_out is None:
         return
     try:
-        for example in range(min(most, len(held_out))):
+        for example in range(len(held_out))[:3]:
             tokens = held_out.sequences(example)[-1]
             prompt = tokens.ids[: supervised_runs(tokens)[-1, 0]].tolist()
             say(f"\nprompt: {shorten(tokenizer.decode(prompt, skip_special_tokens=True)[-80:])}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lorasft.data import keys
 from lorasft.data.folders import find_files
 from lorasft.data.report import Report
-from lorasft.data.sources import Raw, Row, RowLocation, parse_row, parse_strict, read_file, read_hub
+from lorasft.data.sources import Raw, Row, RowLocation, drop_nulls, load_hub, parse_row, parse_strict, read_file
 from lorasft.errors import DataError
 
 if TYPE_CHECKING:
@@ -66,11 +66,11 @@ class RowBlock:
 
 def read_blocks(source: DataSource, settings: DataSettings) -> Iterator[RowBlock]:
     """The rows of a source in order, hardly looked at; raises nothing for what a file holds."""
-    files = [(str(file), read_file(file)) for file in find_files(source)[0]]
-    for file, rows in files or [(f"{source.path}/{source.split}", read_hub(source))]:
+    for path in find_files(source)[0] or (None,):  # None: it is on the hub
+        file = str(path or f"{source.path}/{source.split}")
         block, size, unfit = RowBlock(source, file, "", []), 0, None
         try:
-            for line, raw in rows:
+            for line, raw in read_file(path) if path else enumerate(map(drop_nulls, load_hub(source)), start=1):
                 size += len(raw) if isinstance(raw, bytes) else 0
                 if not block.kind:
                     raw, block.kind, error = _find_format(raw, RowLocation(file, line), source, settings)
@@ -165,7 +165,7 @@ def shape_row(row: Row, kind: str, place: RowLocation, *, unread: set[str], mapp
     return Example(messages, tools, None, place, _template_variables(row, unread), completion)
 
 
-def normalize_message(message: Any, unread: set[str] | None = None) -> Message:
+def normalize_message(message: Any, unread: set[str]) -> Message:
     """A message as templates want it: content a string, tool arguments objects, no nulls, of all flags `train` alone.
     Raises DataError. `unread`: gets the names of its keys that nothing reads."""
     clean = {
@@ -179,7 +179,6 @@ def normalize_message(message: Any, unread: set[str] | None = None) -> Message:
     if role not in keys.ROLES:
         others = "data.format=sharegpt 'data.columns={conversations: messages}' has other names"
         raise DataError(f"unknown role {role!r}", hint=f"known: {', '.join(keys.ROLES)}; {others}")
-    unread = set() if unread is None else unread
     if len(clean) > 2 or "content" not in clean:
         unread.update(f"messages.{key}" for key in clean.keys() - keys.KNOWN)
         keys.refuse_media(clean, clean.keys())

@@ -11,7 +11,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -67,13 +67,8 @@ def read_file(path: Path) -> Iterator[tuple[int, Raw]]:
         raise DataError(f"cannot read this as {kind}: {error}", where=f"{path}:{line + 1}", hint=hint) from None
 
 
-def read_hub(source: DataSource) -> Iterator[tuple[int, Raw]]:
-    """The rows of a data set on the hub, each with its number. Raises DataError when it cannot be had."""
-    yield from enumerate(map(drop_nulls, load_hub(source)), start=1)
-
-
 def parse_row(raw: Raw, place: RowLocation) -> Row:
-    """A row of `read_file` or `read_hub` as an object. Raises DataError with the place."""
+    """A row as it was read, as an object. Raises DataError with the place."""
     if isinstance(raw, DataError):
         raise raw
     if isinstance(raw, bytes):
@@ -90,9 +85,9 @@ def parse_row(raw: Raw, place: RowLocation) -> Row:
 
 
 def load_hub(source: DataSource) -> Any:
-    """The `datasets.Dataset` of a hub id; `datasets` is imported only here."""
+    """The `datasets.Dataset` of a hub id, whose rows have nulls. Raises DataError when it cannot be had."""
     find_hub()
-    import datasets
+    import datasets  # only here
 
     datasets.disable_progress_bars()
     try:
@@ -220,15 +215,13 @@ def _read_arrow(path: Path) -> Iterator[tuple[int, Raw]]:
         batches = ParquetFile(path).iter_batches(batch_size=1024)
     else:
         batches = ipc.open_stream(memory_map(str(path)))  # as `save_to_disk` writes it
-    yield from enumerate(_batch_rows(batches), start=1)
-
-
-def _batch_rows(batches: Iterable[Any]) -> Iterator[Raw]:
-    """The rows of record batches, without their nulls; of large ones one at a time, or none where it is too large."""
+    line = 1
     for batch in batches:
-        large = batch.nbytes > LARGEST_ROW
+        large = batch.nbytes > LARGEST_ROW  # then a row at a time, and none that is too large
         for part in (batch.slice(number, 1) for number in range(len(batch))) if large else [batch]:
-            yield from [_too_large(part.nbytes)] if part.nbytes > LARGEST_ROW else map(drop_nulls, part.to_pylist())
+            too_large = [_too_large(part.nbytes)] if part.nbytes > LARGEST_ROW else None
+            yield from enumerate(too_large or map(drop_nulls, part.to_pylist()), start=line)
+            line += len(part)
 
 
 def _too_large(size: int) -> DataError:
