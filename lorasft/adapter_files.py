@@ -123,15 +123,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             hint = "convert it into plain LoRA where it was trained: PEFT's save_pretrained does that with "
             hint += f"path_initial_model_for_weight_conversion; or put its start beside it, as {kind}_init"
             raise ModelError(what, where=str(path), hint=hint)
-        fields = {**_double(fields), "init_lora_weights": kind}
+        times = {"rank_pattern": 2, "alpha_pattern": math.sqrt(2) if fields.get("use_rslora") else 2}
+        fields |= {key: {path: by * one for path, one in fields.get(key, {}).items()} for key, by in times.items()}
+        fields |= {"r": 2 * fields["r"], "lora_alpha": times["alpha_pattern"] * fields["lora_alpha"]}
+        fields["init_lora_weights"] = kind
     return fields
-
-
-def _double(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the same update in twice the rank."""
-    times = {"rank_pattern": 2, "alpha_pattern": math.sqrt(2) if fields.get("use_rslora") else 2}
-    doubled = {key: {path: by * one for path, one in fields.get(key, {}).items()} for key, by in times.items()}
-    return {**fields, "r": 2 * fields["r"], "lora_alpha": times["alpha_pattern"] * fields["lora_alpha"], **doubled}
 
 
 def _find_start(folder: Path, kind: str) -> Path | None:

@@ -130,11 +130,11 @@ def find_artifact(name: str, *, base: str | None = None) -> Artifact:
         folder = folder / "adapter"
     if not (folder / CONFIG).is_file():
         if is_run:
-            hint = "finish it with lorasft train ... --resume"
-            raise ModelError("this run has no adapter yet", where=name, hint=hint)
+            raise ModelError(
+                "this run has no adapter yet", where=name, hint="finish it with lorasft train ... --resume"
+            )
         if folder.exists() and not (folder / "config.json").is_file():
-            what = "this is not a run, an adapter or a model"
-            raise ModelError(what, where=name, hint=_NAME_ONE)
+            raise ModelError("this is not a run, an adapter or a model", where=name, hint=_NAME_ONE)
         return Artifact(name, ModelSettings(base=name, quantization="none"))
     config = read_adapter_config(folder)
     places = [parent / "recipe.yaml" for parent in (folder, *folder.resolve().parents[:2])]
@@ -147,8 +147,7 @@ def find_artifact(name: str, *, base: str | None = None) -> Artifact:
     for named in (trained.base, own) if base is None else ():
         if ":" in named or named.startswith(("//", "\\\\")):
             raise UnsafeError(f"the adapter names {named} as its base", where=str(folder / CONFIG), hint="--base MODEL")
-    where = {"base": own, "revision": config.get("revision")}
-    model = trained.model_copy(update={"base": base, "revision": None} if base else where)
+    model = trained.model_copy(update={"base": base or own, "revision": None if base else config.get("revision")})
     if recipe:
         chat = ChatSettings(system=recipe.chat.system, template_date=recipe.chat.template_date)
         return Artifact(name, model, folder, config, recipe, chat, recipe.data)

@@ -233,11 +233,8 @@ def locked(folder: Path) -> Iterator[str]:
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def need_space(folder: Path, size: int) -> None:

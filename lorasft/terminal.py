@@ -7,7 +7,6 @@ import re
 import shlex
 import sys
 
-CLEAR = "\r\x1b[K"  # the line, back to its start
 # What a terminal obeys, or shows in another order than it is; half characters, which no terminal takes.
 _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -28,7 +27,7 @@ def say(text: str, *, end: str = "\n") -> None:
     A reader that has gone away is no reason to stop.
     """
     with contextlib.suppress(OSError, ValueError):  # a closed pipe, a closed stream
-        clear = CLEAR if sys.stderr.isatty() else ""
+        clear = "\r\x1b[K" if sys.stderr.isatty() else ""
         print(f"{clear}{redact(harmless(text))}", end=end, file=sys.stderr, flush=True)
 
 

@@ -24,9 +24,9 @@ from lorasft.artifact import find_artifact
 from lorasft.errors import ModelError, UnsafeError
 from lorasft.merge import write
 from lorasft.merge.merge import merge as merge_artifact
-from lorasft.merge.nf4 import find_packed, nf4_view, read_packed
 from lorasft.model.adapter import load_adapter
 from lorasft.model.base import load_base
+from lorasft.model.nf4 import find_packed, nf4_view, read_packed
 from lorasft.recipe import ModelSettings
 from lorasft.tensors import open_tensors
 

@@ -159,7 +159,7 @@ def test_a_tokenizer_that_was_only_saved_anew_leaves_the_bases_files(base: Path,
 
 WRONG: dict[str, tuple[str, Any, str]] = {
     "ids": ("a token", "_has_ids_of", "ids"),
-    "prompts": ("a template alone", "_write_tokenizer", "prompts"),
+    "prompts": ("a template alone", "own_files", "prompts"),
     "ends": ("another end", "_has_ids_of", "ends of answers"),
 }
 
@@ -172,7 +172,7 @@ def test_the_check_compares_ids_prompts_and_stops(
     adapter = make_adapter(base, tmp_path / "adapter", BROUGHT[brought])
     found = find_artifact(str(adapter), base=str(base))
     merge_artifact(found, tmp_path / "right")
-    monkeypatch.setattr(f"lorasft.merge.sidecars.{function}", lambda *given, **named: True)
+    monkeypatch.setattr(f"lorasft.merge.sidecars.{function}", lambda *given: function == "_has_ids_of")
     if name == "ends":
         monkeypatch.setattr("lorasft.merge.sidecars.replace_file", lambda *given: None)
     with pytest.raises(ModelError, match=f"other {words}"):

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lorasft.commands.arguments import add_json, show
-from lorasft.terminal import say, show_bytes
+from lorasft.terminal import say
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def run(model: str, to: str, out: str, type: Any, as_json: bool) -> None:
             merged = merge(artifact, folder)
             say(f"merged first, onto the {merged['onto']} weights ({merged['why']})")
         write = write_ollama if to == "ollama" else write_gguf
-        written = write(folder, Path(out), kind=type, on_progress=show_bytes)
+        written = write(folder, Path(out), kind=type)
     # Where llama.cpp or Ollama does otherwise than training did:
     if not written.get("system", True):
         say("the chat template takes no system messages: Ollama will leave them out")

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorasft.commands.arguments import add_columns, add_json, add_saved, open_saved, show
 from lorasft.errors import RecipeError
-from lorasft.terminal import say, show_bytes
+from lorasft.terminal import say
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def run(out: str, data: str | None, columns: str | None, as_json: bool, **option
         raise RecipeError("--columns is of --data, which is not given", hint="--data FILE")
     artifact = open_saved(*(options.pop(name) for name in ("saved", "base", "given", "overrides")))
     source = read_source(data, columns) if data else None
-    merged = merge(artifact, Path(out), data=source, on_progress=show_bytes, **options)
+    merged = merge(artifact, Path(out), data=source, **options)
     what = f"merged {merged['updated']} tensors onto the {merged['onto']} weights ({merged['why']})"
     say(f"{what}: {merged['size'] / 1e9:.3f} GB")
     if merged["table"]:

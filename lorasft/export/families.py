@@ -12,8 +12,6 @@ from typing import Any
 
 from lorasft.errors import ModelError
 
-Field = int | float | str
-
 
 @dataclass(frozen=True)
 class Family:
@@ -45,8 +43,7 @@ class GgufLayout:
 
     family: Family
     config: Any  # of the text model
-    head_size: int
-    fields: dict[str, Field]
+    fields: dict[str, Any]
     extra: dict[str, list[float]]
 
 
@@ -72,7 +69,7 @@ def read_gguf_layout(model: Path) -> GgufLayout:
     positions, extra = _positions(config, family, head_size, model)
     # llama.cpp has no window in llama: within it the model is the same, so a longer context is not promised.
     window = config.sliding_window if config.model_type == "mistral" else None
-    fields: dict[str, Field] = {
+    fields = {
         "vocab_size": config.vocab_size,
         "context_length": min(config.max_position_embeddings, window or config.max_position_embeddings),
         "block_count": config.num_hidden_layers,
@@ -89,7 +86,7 @@ def read_gguf_layout(model: Path) -> GgufLayout:
     if family.name == "gemma2":
         for name in ("attn_logit_softcapping", "final_logit_softcapping"):
             fields[name] = float(getattr(config, name))
-    return GgufLayout(family, config, head_size, fields | positions, extra)
+    return GgufLayout(family, config, fields | positions, extra)
 
 
 def _find_difference(config: Any, family: Family, head_size: int) -> str | None:
@@ -115,13 +112,13 @@ def _find_difference(config: Any, family: Family, head_size: int) -> str | None:
 
 def _positions(
     config: Any, family: Family, head_size: int, model: Path
-) -> tuple[dict[str, Field], dict[str, list[float]]]:
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Fields and tensors of the rotary positions. Raises ModelError for a kind that has no place in a GGUF."""
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = config.rope_parameters
-    fields: dict[str, Field] = {}
+    fields: dict[str, Any] = {}
     extra: dict[str, list[float]] = {}
     if family.name == "gemma3":
         fields["rope.freq_base_swa"] = float(rope["sliding_attention"]["rope_theta"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +21,13 @@ from lorasft.files import need_space, staged_file
 from lorasft.tensors import TensorFile, TensorSpec, find_weights, open_tensors
 
 Kind = Literal["f16", "q8_0"]
-Progress = Callable[[int, int], None]  # bytes written, bytes in all
 _BLOCK = 4 << 20  # numbers held of a tensor at a time
 _EYES = ("vision_tower.", "multi_modal_projector.")  # of a Gemma 3 that has these the language model is exported
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor on its way from a file into a GGUF. `nbytes` and `tofile` are what GGUFWriter asks of an array."""
+    """A tensor on its way from a file into a GGUF. GGUFWriter asks `dtype`, `nbytes` and `tofile` of an array."""
 
     shard: TensorFile
     source: str
@@ -37,6 +37,7 @@ class Tensor:
     nbytes: int
     turned: int  # the rows of a head, where those half a head apart, which transformers turns together, go side by side
     offset: float  # is added
+    dtype = np.dtype(np.float32)  # of no effect beside `type`
 
     def tofile(self, file: BinaryIO) -> None:
         """Write it, a few rows at a time, whole heads where their rows change places. Raises ModelError for numbers
@@ -65,12 +66,12 @@ def require_gguf() -> Any:
     try:
         import gguf
     except ImportError:
-        hint = "pip install gguf"
-        raise DeviceError("the export needs the package gguf, which is not installed", hint=hint) from None
+        what = "the export needs the package gguf, which is not installed"
+        raise DeviceError(what, hint="pip install gguf") from None
     return gguf
 
 
-def write_gguf(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progress | None = None) -> dict[str, Any]:
+def write_gguf(model: Path, out: Path, *, kind: Kind = "f16") -> dict[str, Any]:
     """Write the model in the folder `model`, with its tokenizer and chat template, to the new file `out`.
 
     Matrices become `kind`, what is not a matrix fp32. Raises ModelError for what llama.cpp would not read or compute
@@ -82,8 +83,7 @@ def write_gguf(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progr
     layout = read_gguf_layout(model)
     tokenizer = describe_tokenizer(model, layout.config.vocab_size)
     tensors = list(_find_tensors(gguf, model, layout, kind))
-    total, done = sum(tensor.nbytes for tensor in tensors), 0
-    need_space(out.parent, total)
+    need_space(out.parent, sum(tensor.nbytes for tensor in tensors))
     with staged_file(out) as stage, closing(gguf.GGUFWriter(stage, layout.family.name)) as writer:
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
@@ -93,20 +93,12 @@ def write_gguf(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progr
         for name, value in (own | tokenizer).items():
             add.get(type(value), writer.add_array)(name, value)
         for name, values in layout.extra.items():
-            writer.add_tensor_info(name, (len(values),), np.dtype(np.float32), 4 * len(values))
+            writer.add_tensor(name, np.array(values, np.float32))
         for tensor in tensors:
-            shape, size = tensor.spec.shape, tensor.nbytes
-            writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), size, raw_dtype=tensor.type)
+            writer.add_tensor(tensor.name, tensor, raw_shape=tensor.spec.shape, raw_dtype=tensor.type)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for values in layout.extra.values():
-            writer.write_tensor_data(np.array(values, np.float32))
-        for tensor in tensors:
-            writer.write_tensor_data(tensor)
-            done += tensor.nbytes
-            if on_progress:
-                on_progress(done, total)
+        writer.write_tensors_to_file(progress=sys.stderr.isatty())
     merged = model / MERGE_RECORD
     return {
         "file": str(out),
@@ -139,14 +131,8 @@ def _find_tensors(gguf: Any, model: Path, layout: GgufLayout, kind: Kind) -> Ite
             chosen = "F32" if len(spec.shape) < 2 else "Q8_0" if kind == "q8_0" and not spec.width % 32 else "F16"
             type = gguf.GGMLQuantizationType[chosen]
             numbers, size = gguf.GGML_QUANT_SIZES[type]
-            turned = layout.family.paired and (".attn_q." in name or ".attn_k." in name)
-            yield Tensor(
-                shard,
-                source,
-                spec,
-                name,
-                type,
-                nbytes=spec.rows * spec.width // numbers * size,
-                turned=layout.head_size if turned else 0,
-                offset=layout.family.norm_offset if name.endswith("norm.weight") else 0.0,
-            )
+            nbytes = spec.rows * spec.width // numbers * size
+            paired = layout.family.paired and (".attn_q." in name or ".attn_k." in name)
+            turned = layout.fields["attention.key_length"] if paired else 0
+            offset = layout.family.norm_offset if name.endswith("norm.weight") else 0.0
+            yield Tensor(shard, source, spec, name, type, nbytes, turned, offset)

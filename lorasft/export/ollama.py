@@ -16,7 +16,7 @@ from lorasft.artifact import read_stops
 from lorasft.data.templates import CLOCK, render
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import DataError, ModelError
-from lorasft.export.gguf import Kind, Progress, write_gguf
+from lorasft.export.gguf import Kind, write_gguf
 from lorasft.export.tokenizer import starts_with_bos
 from lorasft.files import staged_folder, write_file
 
@@ -27,14 +27,12 @@ WEIGHTS, MODELFILE = "model.gguf", "Modelfile"
 _SHAPES = ("u", "su", "uau", "suau", "uauau", "suauauau")  # of conversations: system, user, assistant
 _ROLES = {"s": "system", "u": "user", "a": "assistant"}
 _START, _ANSWER = "", "answer"  # the role before the first message, and the one after the last
-
-
 # The texts between the messages of a conversation, by the roles before and after; a template that takes no system
 # messages has none for them.
 Joints = dict[tuple[str, str], str]
 
 
-def write_ollama(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Progress | None = None) -> dict[str, Any]:
+def write_ollama(model: Path, out: Path, *, kind: Kind = "f16") -> dict[str, Any]:
     """Write the new folder `out`: model.gguf and Modelfile. Returns what write_gguf does, whether system messages have
     a place in the template, and whether it trims messages, which Ollama does not.
 
@@ -47,7 +45,7 @@ def write_ollama(model: Path, out: Path, *, kind: Kind = "f16", on_progress: Pro
     for stop in dict.fromkeys(str(tokenizer.convert_ids_to_tokens(end)) for end in ends if end is not None):
         modelfile += f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}\n"
     with staged_folder(out) as stage:
-        written = write_gguf(model, stage / WEIGHTS, kind=kind, on_progress=on_progress)
+        written = write_gguf(model, stage / WEIGHTS, kind=kind)
         if context := written["short_context"]:
             modelfile += f"PARAMETER num_ctx {max(context, written['longest_row'] or 0)}\n"
         write_file(stage / MODELFILE, modelfile.encode())

@@ -111,12 +111,8 @@ class AdapterReader:
     def find_tensors(self, parameter: str, change: Change) -> Iterator[tuple[str, Change]]:
         """The tensors of the files that a parameter's change concerns, and what becomes of each."""
         product = change.product
-        if product is None or product.up.dim() == 2:
+        if product is None or product.up.dim() == 2 or len(stored := self.places.find_experts(parameter)) == 1:
             yield self.places.find(parameter), change
-            return
-        stored = self.places.find_experts(parameter)
-        if len(stored) == 1:
-            yield stored[0][0], change
             return
         for names, up, down in zip(stored, product.up, product.down, strict=True):
             heights = [self.places.specs[name].shape[0] for name in names]

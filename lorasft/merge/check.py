@@ -77,10 +77,7 @@ class MergeCheck:
         return self._compare(_ORIGINAL, log_probs(_load(own), self.rows))
 
     def choose(self) -> tuple[Onto, str]:
-        """The base whose answers to held-out rows are likelier; between equals the one nearer to what was trained.
-
-        And why, in one line.
-        """
+        """The base whose answers to held-out rows are likelier, of equals the one nearer to training; and why."""
         if not self.four_bit:
             return "original", "nothing says that it was trained in 4 bit"
         parts = self.lengths if len(self.lengths) > 1 else [1] * self.lengths[0]  # of one row its tokens

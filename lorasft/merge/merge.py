@@ -14,7 +14,7 @@ from lorasft.adapter_files import WEIGHTS
 from lorasft.artifact import MERGE_RECORD, Artifact
 from lorasft.errors import ModelError
 from lorasft.merge.sidecars import write_sidecars
-from lorasft.merge.write import MergePlan, Progress, plan_merge, rewrite_config, write_weights
+from lorasft.merge.write import MergePlan, plan_merge, rewrite_config, write_weights
 from lorasft.model.tokenizer_files import list_sidecars
 from lorasft.recipe import DataSource
 from lorasft.tensors import INDEX, fingerprint
@@ -32,7 +32,6 @@ def merge(
     check: bool = True,
     data: DataSource | None = None,
     force_base: bool = False,
-    on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the base of `artifact` with its adapter folded in to the new folder `out`.
 
@@ -65,7 +64,7 @@ def merge(
     hashes: dict[str, str] = {}
     with files.staged_folder(out, hashes=hashes) as stage:
         weights = stage / "16-bit" if quantize else stage
-        found = _write_full(weights, artifact, plan, onto=chosen, on_progress=on_progress)
+        found = _write_full(weights, artifact, plan, onto=chosen)
         if judge:
             judge.verify(weights, chosen)
         if quantize:
@@ -85,9 +84,7 @@ def merge(
         return _write_record(stage, artifact, done)
 
 
-def _write_full(
-    folder: Path, artifact: Artifact, plan: MergePlan, *, onto: Onto, on_progress: Progress | None
-) -> dict[str, str]:
+def _write_full(folder: Path, artifact: Artifact, plan: MergePlan, *, onto: Onto) -> dict[str, str]:
     """Full weights and what lies beside them. Returns their hashes. Raises ModelError when rounding left all."""
     files.make_folder(folder)
     nf4: dict[str, torch.dtype] = {}
@@ -99,7 +96,7 @@ def _write_full(
         dtype = compute_dtype(artifact.provenance.get("dtype", artifact.model.dtype), PartialState().device)
         paths = find_quantized(read_config(str(artifact.base)))
         nf4 = {plan.places.find(f"{path}.weight"): dtype for path in paths}
-    changed, hashes = write_weights(folder, plan, nf4=nf4, on_progress=on_progress)
+    changed, hashes = write_weights(folder, plan, nf4=nf4)
     if not changed:
         what = "no weight changed: the adapter is empty, or too small for the base's dtype"
         raise ModelError(what, where=str(artifact.adapter))

@@ -44,10 +44,22 @@ def write_sidecars(folder: Path, artifact: Artifact, rewritten: Mapping[str, Any
             write_file(folder / name, json.dumps(rewritten[name], indent=2).encode())
         else:
             shutil.copyfile(path, folder / name)
-    if trained:
-        if told:
-            set_default_system(trained, artifact.chat)
-        _write_tokenizer(folder, trained, template_only=same)
+    if not trained:
+        return
+    if told:
+        set_default_system(trained, artifact.chat)
+    if not same:
+        trained.save_pretrained(folder)
+    else:
+        trained.save_chat_templates(folder, {}, None, True)
+        config = folder / "tokenizer_config.json"
+        if (content := json.loads(config.read_bytes())).get("chat_template"):  # stale, and all that some servers read
+            content["chat_template"] = trained.get_chat_template()
+            replace_file(config, json.dumps(content, indent=2, ensure_ascii=False).encode())
+    end, stops, path = trained.eos_token_id, read_stops(folder), folder / GENERATION_CONFIG
+    if end is not None and end not in stops:
+        kept = json.loads(path.read_bytes()) if path.is_file() else {}
+        replace_file(path, json.dumps({**kept, "eos_token_id": [end, *stops]}, indent=2).encode())
 
 
 def _has_ids_of(trained: Any, base: Path) -> bool:
@@ -57,22 +69,6 @@ def _has_ids_of(trained: Any, base: Path) -> bool:
         same: bool = trained.special_tokens_map == other.special_tokens_map
         return same and str(trained.backend_tokenizer.to_str()) == other.backend_tokenizer.to_str()
     return False
-
-
-def _write_tokenizer(folder: Path, trained: Any, *, template_only: bool) -> None:
-    """Save what training had, and have generation stop at its end of text."""
-    if template_only:
-        trained.save_chat_templates(folder, {}, None, True)
-        config = folder / "tokenizer_config.json"
-        if (content := json.loads(config.read_bytes())).get("chat_template"):  # stale, and all that some servers read
-            content["chat_template"] = trained.get_chat_template()
-            replace_file(config, json.dumps(content, indent=2, ensure_ascii=False).encode())
-    else:
-        trained.save_pretrained(folder)
-    end, stops, path = trained.eos_token_id, read_stops(folder), folder / GENERATION_CONFIG
-    if end is not None and end not in stops:
-        kept = json.loads(path.read_bytes()) if path.is_file() else {}
-        replace_file(path, json.dumps({**kept, "eos_token_id": [end, *stops]}, indent=2).encode())
 
 
 def compare_prompts(artifact: Artifact, merged: Path, rows: Sequence[Tokens]) -> None:

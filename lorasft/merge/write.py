@@ -24,15 +24,14 @@ from lorasft.artifact import Artifact
 from lorasft.errors import ModelError
 from lorasft.files import new_file
 from lorasft.merge.changes import read_changes
-from lorasft.merge.nf4 import find_packed, nf4_view, read_packed
 from lorasft.merge.parameters import ParameterMap
 from lorasft.merge.updates import Change
+from lorasft.model.nf4 import find_packed, nf4_view, read_packed
 from lorasft.tensors import INDEX, SINGLE, TensorFile, TensorSpec, TensorWriter, find_weights, open_tensors
+from lorasft.terminal import show_bytes
 
 _SLICE = 1 << 27  # numbers of a product at a time: 512 MiB
 _BLOCK = 1 << 18  # numbers that are cast, added to and rounded at a time: few enough for a core's cache
-
-Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,9 @@ def plan_merge(artifact: Artifact) -> MergePlan:
     files = {name: file for file in sources for name in file.specs}
     changes = read_changes(artifact, places, lambda name: files[name].read(name))
     for specs in targets:
-        for name, spec in specs.items():
-            if name in changes and changes[name].shape != spec.shape:
-                shape = changes[name].shape
-                specs[name] = TensorSpec(spec.dtype, shape, math.prod(shape) * spec.torch_dtype.itemsize)
+        for name in specs.keys() & changes.keys():
+            spec, shape = specs[name], changes[name].shape
+            specs[name] = TensorSpec(spec.dtype, shape, math.prod(shape) * spec.torch_dtype.itemsize)
     return MergePlan(sources, targets, changes, packed, places)
 
 
@@ -91,9 +89,7 @@ def rewrite_config(plan: MergePlan, base_config: Mapping[str, Any]) -> dict[str,
     return files
 
 
-def write_weights(
-    stage: Path, plan: MergePlan, *, nf4: Mapping[str, torch.dtype], on_progress: Progress | None = None
-) -> tuple[bool, dict[str, str]]:
+def write_weights(stage: Path, plan: MergePlan, *, nf4: Mapping[str, torch.dtype]) -> tuple[bool, dict[str, str]]:
     """Write the checkpoint of `plan` to the folder `stage`. Returns whether any change survived the rounding, and the
     SHA-256 of each file.
 
@@ -113,15 +109,14 @@ def write_weights(
             with new_file(path) as file:
                 writer = TensorWriter(file, specs, source.metadata, thread)
                 for name, spec in specs.items():
-                    change = plan.changes.get(name)
-                    if change or name in plan.packed or name in nf4:
+                    if name in plan.changes or name in plan.packed or name in nf4:
+                        change = plan.changes.get(name, Change(spec.shape))
                         weight = _read_weight(plan, source, name, spec, nf4.get(name))
                         changed |= _merge_tensor(writer, weight, change, name=name, spec=spec, buffer=buffer)
                     else:
                         writer.copy(source, name)
                     done += spec.size
-                    if on_progress:
-                        on_progress(done, plan.size)
+                    show_bytes(done, plan.size)
                 hashes[path.name] = writer.finish()
     return changed, hashes
 
@@ -150,7 +145,7 @@ def _read_weight(
 def _merge_tensor(
     writer: TensorWriter,
     weight: Callable[[int, int], Tensor],
-    change: Change | None,
+    change: Change,
     *,
     name: str,
     spec: TensorSpec,
@@ -159,16 +154,15 @@ def _merge_tensor(
     """Write one tensor: its change added in fp32, a block of rows at a time, then rounded once. Returns whether
     anything of the change is left."""
     changed = False
-    step = _slice_rows(change) if change else spec.rows
+    step = _slice_rows(change)
     for first in range(0, spec.rows, step):
         end = min(first + step, spec.rows)
-        product = change.product.compute(first, end - first, buffer) if change and change.product else None
-        rows = end - first if change and change.needs_all_rows else max(1, _BLOCK // spec.width)
+        product = change.product.compute(first, end - first, buffer) if change.product else None
+        rows = end - first if change.needs_all_rows else max(1, _BLOCK // spec.width)
         for start in range(first, end, rows):
             before = weight(start, min(rows, end - start))
             total = before.to(torch.float32, copy=True)
-            if change:
-                change.apply(total, start, None if product is None else product[start - first :][: len(before)])
+            change.apply(total, start, None if product is None else product[start - first :][: len(before)])
             after = total.to(spec.torch_dtype)
             low, high = torch.aminmax(after)  # a third of what isfinite costs; not-a-number shows in both
             if not math.isfinite(low) or not math.isfinite(high):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from bitsandbytes import functional
 from torch import Tensor
 
 from lorasft.errors import ModelError
@@ -25,7 +26,7 @@ def read_packed(weight: str, spec: TensorSpec, files: Mapping[str, TensorFile]) 
     try:
         parts = {name.removeprefix(f"{weight}."): file.read(name) for name, file in files.items()}
         codes = parts.pop(weight)
-        state = _import_functional().QuantState.from_dict(parts, device=torch.device("cpu"))
+        state = functional.QuantState.from_dict(parts, device=torch.device("cpu"))
         return _dequantize(codes, state).view(spec.shape)
     except (KeyError, ValueError, RuntimeError, AssertionError) as error:
         raise ModelError(f"{weight} does not fit its own description: {error}") from None
@@ -55,7 +56,7 @@ def nf4_view(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
     The same bits as `bitsandbytes.nn.Linear4bit` with double quantization, which the loader uses (a test compares).
     """
-    quantize = _import_functional().quantize_4bit
+    quantize = functional.quantize_4bit
     codes, state = quantize(weight.to(dtype), blocksize=64, compress_statistics=True, quant_type="nf4")
     return _dequantize(codes, state).view(weight.shape)
 
@@ -63,14 +64,5 @@ def nf4_view(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _dequantize(codes: Tensor, state: Any) -> Tensor:
     """As one row: bitsandbytes 0.50 is wrong on a CPU where its groups go over the ends of rows."""
     state.shape = torch.Size([math.prod(state.shape)])
-    numbers: Tensor = _import_functional().dequantize_4bit(codes.view(-1).view(torch.uint8).unsqueeze(1), state)
+    numbers: Tensor = functional.dequantize_4bit(codes.view(-1).view(torch.uint8).unsqueeze(1), state)
     return numbers.view(-1)
-
-
-def _import_functional() -> Any:
-    """bitsandbytes takes seconds and hundreds of megabytes to import: only where it is needed."""
-    from bitsandbytes import functional
-
-    import lorasft.model  # noqa: F401  # imports it without asking the hub
-
-    return functional
