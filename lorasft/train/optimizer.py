@@ -15,6 +15,7 @@ from lorasft.errors import RecipeError
 from lorasft.model.trained import Trained
 from lorasft.recipe import OptimizerSettings, ScheduleSettings
 
+
 def make_optimizer(settings: OptimizerSettings, trained: Trained) -> Any:
     """AdamW over all that is trained, as one tensor; `adamw8bit` keeps its moments in 8 bit (bitsandbytes)."""
     kind: Any = partial(torch.optim.AdamW, fused=True) if settings.name == "adamw" else AdamW8bit
