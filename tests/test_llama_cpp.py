@@ -20,7 +20,8 @@ from lorasft.data.chat_format import ChatFormat
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.export.gguf import write_gguf
 from lorasft.export.tokenizer import find_raw_start
-from lorasft.recipe import ChatSettings, load_recipe
+from lorasft.recipe import ChatSettings
+from lorasft.recipe.load import load_recipe
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp's wheel xllamacpp is not installed")
 pytest.importorskip("gguf", reason="the extra gguf is not installed")

@@ -299,6 +299,8 @@ def test_all_errors_come_at_once_and_the_unsafe_decides() -> None:
 
 
 NEAR = (
+    "num_train_epochs",
+    "model_max_length",
     "stage",
     "wandb_name",
     "ddp_backend",

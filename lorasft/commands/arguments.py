@@ -52,17 +52,14 @@ def open_saved(saved: str, base: str | None, given: Sequence[str], overrides: Se
 
 
 def add_columns(parser: ArgumentParser) -> None:
-    """The names of the columns in `--data`."""
     parser.add_argument("--columns", metavar="MAPPING", help="of --data: '{prompt: question, completion: answer}'")
 
 
 def add_json(parser: ArgumentParser, about: str) -> None:
-    """`--json`, as `as_json`."""
     parser.add_argument("--json", action="store_true", dest="as_json", help=f"{about} as JSON")
 
 
 def whole_number(text: str) -> int:
-    """A whole number above 0."""
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"{text} is not a whole number above 0")
     return int(text)

@@ -12,7 +12,6 @@ from lorasft.terminal import harmless, say
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """What `lorasft chat` takes."""
     add_saved(parser, options=["--system"])
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and stop")
     parser.add_argument("--max-new-tokens", type=whole_number, default=512, metavar="N", help="default: 512")

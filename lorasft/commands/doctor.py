@@ -26,7 +26,6 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """What `lorasft doctor` takes."""
     parser.add_argument("--hub", action="store_true", help="ask the hub as well whether it can be reached")
     add_json(parser, "what was found")
 
@@ -44,7 +43,7 @@ def run(hub: bool, as_json: bool) -> None:
         "disk": _check_disk,
         **({"hub": _check_hub} if hub else {}),
     }
-    findings, failed = [], []
+    findings: list[dict[str, Any]] = []
     for name, check in checks.items():  # none of which ends the others
         fix = None
         try:
@@ -55,11 +54,10 @@ def run(hub: bool, as_json: bool) -> None:
             what = first_line(error)
             fix = f"pip install -U {name if name in LIBRARIES else ' '.join(LIBRARIES)}"
         findings.append({"name": name, "what": what, "mend": fix})
-        if fix:
-            failed.append(name)
         if not as_json:
             line = f"FAIL  {name}: {what}\n      fix it: {fix}" if fix else f"ok    {name}: {what}"
             print(redact(harmless(line)), flush=True)
+    failed = [one["name"] for one in findings if one["mend"]]
     if as_json:
         print(json.dumps({"ok": not failed, "checks": findings}, indent=1))
     if failed:

@@ -12,7 +12,6 @@ from lorasft.terminal import say
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """What `lorasft evaluate` takes."""
     add_saved(parser, options=["--on-bad-row", "--system"])
     parser.add_argument("--data", required=True, metavar="FILE", help="rows of any shape that a recipe takes")
     add_columns(parser)

@@ -12,7 +12,6 @@ from lorasft.terminal import say
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """What `lorasft export` takes."""
     parser.add_argument("model", metavar="RUN|DIR", help="a run or an adapter, merged first, or a model folder")
     parser.add_argument("--to", choices=["gguf", "ollama"], required=True, help="a GGUF file, or that with a Modelfile")
     parser.add_argument("--out", required=True, metavar="FILE", help="a file, or for ollama a folder, not there yet")

@@ -12,7 +12,6 @@ from lorasft.terminal import say
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """What `lorasft merge` takes."""
     add_saved(parser, "RUN|ADAPTER", options=["--on-bad-row"])
     parser.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet")
     parser.add_argument(

@@ -16,7 +16,6 @@ from lorasft.terminal import say, size_text
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """What `lorasft plan` takes."""
     add_recipe(parser)
     parser.add_argument("--memory", type=parse_bytes, metavar="SIZE", help="8GiB, 24GB, ... (default: what is free)")
     add_json(parser, "the plan")

@@ -30,7 +30,6 @@ BRACKETS = ("", ""), ("⟦", "⟧")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """What `lorasft preview` takes."""
     add_recipe(parser)
     parser.add_argument("--rows", type=whole_number, metavar="N", help="examples to show (3, with --html 1000)")
     add_json(parser, "every example and a summary, a line each,")

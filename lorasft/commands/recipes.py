@@ -11,7 +11,6 @@ from lorasft.terminal import say
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """What `lorasft recipes` takes."""
     parser.add_argument("action", nargs="?", default="list", choices=["list", "show", "copy", "schema"])
     parser.add_argument("name", nargs="?", help="of a shipped recipe")
     parser.add_argument("to", nargs="?", help="file to copy to (default: ./NAME.yaml)")

@@ -21,7 +21,6 @@ _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """What `lorasft train` takes."""
     add_recipe(parser)
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of run.output")
 
@@ -38,8 +37,13 @@ def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
 
         started, output = time.monotonic(), settings.run.output
         with _saying_what_is_saved(Path(output)), open_run(settings, resume=resume, ranks=ranks) as (ready, state):
+            report, plan = ready.inputs.prepared.report, ready.plan
             if ranks.is_main:
-                _introduce(ready)
+                say(
+                    f"{report.train_examples:,} examples, {report.held_out_examples:,} held out, "
+                    f"{report.tokens:,} tokens, {report.supervised_tokens:,} of them supervised; "
+                    f"{plan.steps} steps of {plan.batch_size} examples"
+                )
             state = train(ready, state)
             adapter = ranks.on_main(lambda: export_adapter(ready, state))
             if ranks.is_main:
@@ -79,15 +83,6 @@ def _saying_what_is_saved(folder: Path) -> Iterator[None]:
             what = f"stopped at once, not saved since step {int(saved[-1].name.removeprefix('step-'))}"
             hint = "continue with --resume"
         raise Stopped(exit_code(signalled.args[0]), what, hint=hint) from None
-
-
-def _introduce(ready: Run) -> None:
-    """What was found and made ready, before the first step."""
-    report, plan = ready.inputs.prepared.report, ready.plan
-    say(
-        f"{report.train_examples:,} examples, {report.held_out_examples:,} held out, {report.tokens:,} tokens, "
-        f"{report.supervised_tokens:,} of them supervised; {plan.steps} steps of {plan.batch_size} examples"
-    )
 
 
 def _show_answers(ready: Run, most: int = 3) -> None:

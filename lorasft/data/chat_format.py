@@ -83,7 +83,7 @@ class ChatFormat:
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """What a server would feed the model for these messages, to be answered."""
         asked = self.complete(Example(tuple(messages), None, None, RowLocation("prompt", 1)))
-        text = self._prompt(asked, len(asked.messages))
+        text = self.render(asked, len(asked.messages), answered=False)
         return list(self.encoder.encode([(text, len(text))])[text].ids)
 
     def complete(self, example: Example) -> Example:
@@ -121,10 +121,10 @@ class ChatFormat:
     def mark_last(self, example: Example, target: int) -> MarkedText:
         """The conversation up to one answer, exactly as it is when that answer is the last."""
         message = example.messages[target]
-        text, prompt = self.render(example, target + 1), self._prompt(example, target)
+        text, prompt = self.render(example, target + 1), self.render(example, target, answered=False)
         base = prompt.removesuffix(self.style.prompt_only)
         if not text.startswith(base) and reasoning_of(message):
-            bare = _with_message(example, target, without_reasoning(message))
+            bare = replace(example, messages=(*example.messages[:target], without_reasoning(message)))
             if self.render(bare, target + 1).startswith(base):
                 # A prompt that closes the thought, such as enable_thinking=false, leaves reasoning no place.
                 return self.mark_last(bare, target)
@@ -146,7 +146,7 @@ class ChatFormat:
 
     def _locate_earlier(self, text: str, example: Example, target: int) -> AnswerSpan | None:
         """An earlier answer within the whole conversation, if it is there as it would be as the last."""
-        message, style, prompt = example.messages[target], self.style, self._prompt(example, target)
+        message, style, prompt = example.messages[target], self.style, self.render(example, target, answered=False)
         usual = prompt + style.answer_prefix + message["content"] + style.end_of_turn
         if style.end_of_turn and text.startswith(usual) and not (message.get("tool_calls") or self._masks(message)):
             return AnswerSpan(len(prompt), len(prompt + style.answer_prefix), len(usual))
@@ -191,8 +191,8 @@ class ChatFormat:
 
     def _count_reasoning(self, said: str, example: Example, target: int) -> int:
         """How many characters of an answer are its reasoning: it ends as it would had there been none."""
-        bare = without_reasoning(example.messages[target])
-        alone = self.mark_last(_with_message(example, target, bare), target)
+        bare = (*example.messages[:target], without_reasoning(example.messages[target]))
+        alone = self.mark_last(replace(example, messages=bare), target)
         rest = alone.text[alone.answers[0].start : alone.answers[0].end]
         if not said.endswith(rest):
             hint = "chat.thinking=follow_template or drop"
@@ -228,12 +228,8 @@ class ChatFormat:
             what = f"the chat template writes {', '.join(sorted(escaped))} for characters of the row"
             raise DataError(what, hint="chat.template=FILE with one that does not escape HTML")
 
-    def _prompt(self, example: Example, target: int) -> str:
-        """What a server would render before the message `target`."""
-        return self.render(example, target, answered=False)
-
     def render(self, example: Example, upto: int, answered: bool = True) -> str:
-        """The conversation up to a message, with nothing to be answered, or a prompt."""
+        """The conversation up to a message: with nothing to be answered, or else as a server's prompt for an answer."""
         messages = example.messages[:upto]
         return render(self.tokenizer, messages, example.tools, example.variables, generation_prompt=not answered)
 
@@ -268,8 +264,3 @@ def _with_word(message: Message, word: str) -> Message:
     if names:
         return message | {"tool_calls": names}
     return message | {"content": word} if message["content"].strip() else message
-
-
-def _with_message(example: Example, index: int, message: Message) -> Example:
-    """The example up to `index`, with another message there."""
-    return replace(example, messages=(*example.messages[:index], message))

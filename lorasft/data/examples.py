@@ -186,7 +186,7 @@ def normalize_message(message: Any, unread: set[str] | None = None) -> Message:
         keys.read_flags(clean)
         if call := clean.pop("function_call", None):
             unread.update(["messages.function_call"] if "tool_calls" in clean else [])
-            clean.setdefault("tool_calls", [_wrap_function(call)])
+            clean.setdefault("tool_calls", [call])
     if "tool_calls" in clean:
         clean["tool_calls"] = [_normalize_call(call) for call in _as_list(clean["tool_calls"], "tool_calls")]
     if "content" not in clean and "tool_calls" not in clean:
@@ -197,10 +197,10 @@ def normalize_message(message: Any, unread: set[str] | None = None) -> Message:
 
 def normalize_tools(tools: Any) -> tuple[dict[str, Any], ...] | None:
     """Tool schemas as OpenAI writes them, from a list or from a string of JSON; None when empty. Raises DataError."""
-    listed = (_parse(tool, "a tool") for tool in _as_list(tools, "tools")) if tools else ()
+    listed = _as_list(tools, "tools") if tools else ()
     wrapped = tuple(
-        tool if "function" in _expect(tool, dict, "a tool") or "name" not in tool else _wrap_function(tool)
-        for tool in listed
+        {"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool
+        for tool in (_expect(_parse(tool, "a tool"), dict, "a tool") for tool in listed)
     )
     return wrapped or None
 
@@ -270,24 +270,18 @@ def _from_turn(turn: Any, unread: set[str]) -> Message:
     message: Message = {key: value for key, value in turn.items() if key in keys.KEPT}
     others = turn.keys() - keys.KEPT - {"from", "value"} | ({"content"} & turn.keys() if turn.get("value") else set())
     unread.update(f"conversations.{key}" for key in others if not keys.is_absent(turn[key]))
-    message |= {
-        "role": keys.OTHER_ROLES.get(role, role),
-        "content": turn.get("value") or turn.get("content", turn.get("value")),
-    }
+    message["role"] = keys.OTHER_ROLES.get(role, role)
+    message["content"] = turn.get("value") or turn.get("content", turn.get("value"))
     if role in ("function_call", "tool_call") and not message.get("tool_calls"):
         calls = _parse(message["content"], "a tool call")
-        calls = calls if isinstance(calls, list) else [calls]
-        message |= {"content": "", "tool_calls": [_wrap_function(call) for call in calls]}
+        message |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
     return message
 
 
-def _wrap_function(function: Any) -> dict[str, Any]:
-    return {"type": "function", "function": function}
-
-
 def _normalize_call(call: Any) -> dict[str, Any]:
-    if "name" in _expect(call, dict, "a tool call") and "function" not in call:
-        call = _wrap_function(call)
+    """A call as OpenAI writes it, also of a function alone; its arguments an object. Raises DataError."""
+    if "function" not in _expect(call, dict, "a tool call"):
+        call = {"type": "function", "function": call}
     function = _expect(call.get("function"), dict, "function")
     _expect(function.get("name"), str, "name")
     arguments = function.get("arguments", {})

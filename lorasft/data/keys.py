@@ -21,14 +21,10 @@ NEEDED = {  # format -> the columns that make it
 }
 OPTIONS = "chat_template_kwargs"  # of a row: variables of its template
 VARIABLES = ("documents", "enable_thinking", "reasoning_effort")  # and those that have a column of their own
-_BESIDE = {"system", "tools", "functions", OPTIONS, *VARIABLES}
-READ: dict[str, Set[str]] = {  # format -> all columns that are read
-    "chat": {"messages", *_BESIDE},
-    "sharegpt": {"conversations", *_BESIDE},
-    "alpaca": {"instruction", "input", "output", "history", *_BESIDE},
-    "prompt-completion": {"prompt", "completion", "history", *_BESIDE},
-    "text": {"text"},
-}
+_BESIDE = {"system", "tools", "functions", OPTIONS, *VARIABLES}  # of every format but text
+_MORE = {"alpaca": {"input", "history"}, "prompt-completion": {"history"}}
+# Format -> all columns that are read.
+READ = {kind: {*needed, *_BESIDE, *_MORE.get(kind, ())} for kind, needed in NEEDED.items()} | {"text": {"text"}}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 OTHER_ROLES = {  # what others call them
     "human": "user",

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 SCHEMA = 6  # raised whenever the same ingredients give other tokens, or the same tokens lie otherwise in the folder
 
-Digests = npt.NDArray[np.uint64]
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -56,16 +54,11 @@ class Prepared:
 
 
 def prepare(
-    data: DataSettings,
-    chat: ChatSettings,
-    *,
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
-    workers: int | None = None,
+    data: DataSettings, chat: ChatSettings, *, tokenizer: PreTrainedTokenizerFast, folder: Path, workers: int = 0
 ) -> Prepared:
     """The tokenized data of a recipe, from `folder/<key>` when it was made before and still verifies.
 
-    Sets the recipe's template on `tokenizer`. `workers`: processes that share the work (null: as many as pay). Raises
+    Sets the recipe's template on `tokenizer`. `workers`: processes that share the work (0: as many as pay). Raises
     DataError or ErrorGroup for rows, files and counts, ModelError for templates, CapacityError when a process dies.
     """
     labeler = Labeler(ChatFormat(tokenizer, chat), data)
@@ -91,12 +84,11 @@ def open_prepared(folder: Path) -> Prepared:
     if record["ingredients"]["schema"] != SCHEMA:
         raise ModelError("another version of lorasft prepared this data", where=str(folder))
     store = map_store(folder, record["names"])
-    held_out = store.split(held_out=True)
     return Prepared(
         folder=folder,
         store=store,
         train=store.split(held_out=False),
-        held_out=held_out if len(held_out) else None,
+        held_out=store.split(held_out=True) or None,
         report=Report(**record["report"]),
         key=record["key"],
         stop_ids=tuple(record["stop_ids"]),
@@ -116,10 +108,10 @@ def read_ingredients(folder: Path, key: str) -> dict[str, Any]:
 def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, Any]:
     """What the tokens are made from, wherever it lies, as JSON values. Raises DataError when a source is missing."""
     tokenizer = chat_format.tokenizer
-    files: list[Any] = []  # of each source
-    for source, _ in _sources(data):
-        found = [(kind_of(file), sha256(file)) for file in find_files(source)[0]]
-        files.append(found or str(load_hub(source)._fingerprint))
+    files = [
+        [(kind_of(file), sha256(file)) for file in find_files(source)[0]] or str(load_hub(source)._fingerprint)
+        for source, _ in _sources(data)
+    ]
     return {
         "schema": SCHEMA,
         "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "jinja2", "transformers")},
@@ -203,7 +195,12 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     digests, apart, sizes = (
         np.fromfile(stage / name, TYPES[name]) for name in ("digests", "held_out", "example_sizes")
     )
-    held_out = apart | (digests < _split(data, digests[~apart], digests[apart]))
+    # Also of rows that were dropped, so that no setting of lengths moves the split.
+    if twice := np.intersect1d(digests[~apart], digests[apart]).size:
+        hint = "take them out of one of the two: the held-out loss would measure memory"
+        raise DataError(f"{twice} rows of data.eval are in data.train as well", where="data.eval", hint=hint)
+    below = held_out_below(digests, data.eval) if isinstance(data.eval, float) else 0
+    held_out = apart | (digests < below)
     replace_file(stage / "held_out", held_out.tobytes())
     report.held_out_examples = int(np.count_nonzero(sizes[held_out]))
     report.train_examples = int(np.count_nonzero(sizes[~held_out]))
@@ -217,17 +214,7 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     }
 
 
-def _split(data: DataSettings, train: Digests, apart: Digests) -> int:
-    """The digest below which an example is held out. `train`, `apart`: of all rows that could be read, also of those
-    dropped later, so that no setting of lengths moves the split."""
-    twice = np.intersect1d(train, apart).size
-    if twice:
-        hint = "take them out of one of the two: the held-out loss would measure memory"
-        raise DataError(f"{twice} rows of data.eval are in data.train as well", where="data.eval", hint=hint)
-    return held_out_below(train, data.eval) if isinstance(data.eval, float) else 0
-
-
-def held_out_below(digests: Digests, share: float) -> int:
+def held_out_below(digests: npt.NDArray[np.uint64], share: float) -> int:
     """The digest below which an example is held out, so that about `share` of the distinct contents are, at least one
     and not all. Raises DataError when all rows are equal."""
     distinct = np.unique(digests)

@@ -102,11 +102,9 @@ def load_hub(source: DataSource) -> Any:
         if "Dataset scripts" in str(error):
             what = "this data set is a program of its own, which lorasft does not run"
             raise UnsafeError(what, where=source.path, hint="take its files: JSON, CSV or Parquet") from None
-        raise DataError(
-            f"cannot load this data set: {type(error).__name__}: {error}",
-            where=source.path,
-            hint="data.train takes a file, a folder, a glob or the id of a data set on the hub",
-        ) from None
+        what = f"cannot load this data set: {type(error).__name__}: {error}"
+        hint = "data.train takes a file, a folder, a glob or the id of a data set on the hub"
+        raise DataError(what, where=source.path, hint=hint) from None
 
 
 def drop_nulls(value: Any) -> Any:
@@ -199,9 +197,8 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Raw]]:
         lines = (line.decode() for line in file)
         head = next(lines, "")
         marks = "\t,;|" if kind_of(path) == ".tsv" else ",;\t|"
-        reader = csv.reader(
-            chain([head], lines), delimiter=next((mark for mark in marks if mark in head), ","), strict=True
-        )
+        delimiter = next((mark for mark in marks if mark in head), ",")
+        reader = csv.reader(chain([head], lines), delimiter=delimiter, strict=True)
         names = next(reader, [])
         if len(set(names)) < len(names):
             raise ValueError(f"a column twice: {', '.join(names)}")

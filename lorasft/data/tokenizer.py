@@ -18,7 +18,7 @@ def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenize
     local = is_folder(base)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            base, revision=revision, use_fast=True, trust_remote_code=False, local_files_only=local
+            base, revision=revision, trust_remote_code=False, local_files_only=local
         )
         tokenizer.backend_tokenizer.encode("a")  # slow ones have none; a file at odds with itself shows here
     except BaseException as fault:  # transformers, its parsers and the hub raise a dozen kinds here

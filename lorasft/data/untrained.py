@@ -26,11 +26,9 @@ def refuse_untrained(base: str, tokenizer: PreTrainedTokenizerFast, *, supervise
     found = sorted({token for file, name in tables for token in untrained_rows(file, name, supervised, added=added)})
     if found:
         names = ", ".join(tokenizer.convert_ids_to_tokens(found)[:10])
-        raise DataError(
-            f"the data asks to learn {names}, which the base never trained: its row is empty",
-            where=base,
-            hint="model.base=the instruct model of this family, or chat.template=plain, which needs no such token",
-        )
+        what = f"the data asks to learn {names}, which the base never trained: its row is empty"
+        hint = "model.base=the instruct model of this family, or chat.template=plain, which needs no such token"
+        raise DataError(what, where=base, hint=hint)
 
 
 def untrained_rows(file: TensorFile, name: str, supervised: Sequence[int], *, added: Sequence[int]) -> Iterator[int]:

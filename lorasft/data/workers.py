@@ -36,9 +36,7 @@ def available_workers() -> int:
     return min(len(os.sched_getaffinity(0)), MOST)
 
 
-def map_blocks(
-    work: Callable[[Block], Result], blocks: Iterable[Block], *, workers: int
-) -> Generator[Result, None, None]:
+def map_blocks(work: Callable[[Block], Result], blocks: Iterable[Block], *, workers: int) -> Generator[Result]:
     """`work` of each block, in the order of the blocks; by `workers` processes if there are more than a few blocks.
 
     Close the iterator to end the processes. Raises CapacityError when one dies, and what `work` raises.
