@@ -60,11 +60,9 @@ _Positive = Annotated[float, Field(gt=0)]
 _Index = Annotated[int, Field(ge=0)]
 
 
-# Forbidden: what is not known may compute something else, as variants of LoRA do, or take any amount of memory.
+# What is read. Other fields are refused: they may compute something else, as variants of LoRA do, or take any memory.
 @with_config(ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 class _Fields(TypedDict, total=False):
-    """The fields that are read."""
-
     peft_type: Required[Literal["LORA"]]
     base_model_name_or_path: str
     revision: str
@@ -110,8 +108,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         code = [one for one in found if one["type"] == "value_error" or one["loc"][-1] in _CODE]
         if code:
             what = f"the adapter's config names code or a pattern: {in_words(code[:1])}"
-            hint = "lorasft runs no code from files: take another adapter"
-            raise UnsafeError(what, where=str(path), hint=hint) from None
+            raise UnsafeError(
+                what, where=str(path), hint="lorasft runs no code from files: take another adapter"
+            ) from None
         hint = "lorasft takes LoRA, rslora and DoRA adapters as PEFT writes them"
         raise ModelError(in_words(found[:1]), where=str(path), hint=hint) from None
     init = str(known.get("init_lora_weights")).lower()

@@ -22,10 +22,7 @@ _SECRETS = re.compile(
 
 
 def say(text: str, *, end: str = "\n") -> None:
-    """Print `text` on stderr, on a terminal over a line that has not ended.
-
-    A reader that has gone away is no reason to stop.
-    """
+    """Print `text` on stderr, on a terminal over a line that has not ended. A reader that went away stops nothing."""
     with contextlib.suppress(OSError, ValueError):  # a closed pipe, a closed stream
         clear = "\r\x1b[K" if sys.stderr.isatty() else ""
         print(f"{clear}{redact(harmless(text))}", end=end, file=sys.stderr, flush=True)

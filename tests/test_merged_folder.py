@@ -239,7 +239,7 @@ def test_the_system_message_of_the_recipe_is_in_the_saved_template(
         assert cli("evaluate", tmp_path / folder, "--data", rows, "--per-example", out).code == 0
     lines = [json.loads((tmp_path / f"{folder}.jsonl").read_text().splitlines()[0]) for folder in ("run", "out")]
     asked = [line.get("adapter", line.get("model"))["log_prob_x"] for line in lines]
-    assert asked[0] == pytest.approx(asked[1], rel=1e-3)
+    assert asked[0] == pytest.approx(asked[1], rel=3e-3)
 
 
 REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE

@@ -116,7 +116,7 @@ WRITERS = {
     "commands/preview.py": {"TemporaryDirectory"},  # the store that it shows
     "data/store.py": {"open"},  # the flat files of a store, in the stage of prepare
     "commands/export.py": {"TemporaryDirectory"},
-    "merge/merge.py": {"copyfile", "rmtree", "save_pretrained"},  # in the stage of the merge
+    "merge/merge.py": {"copytree", "rmtree", "save_pretrained"},  # in the stage of the merge
     "merge/sidecars.py": {"copyfile", "save_pretrained"},  # there, too
     "model/tokenizer_files.py": {"TemporaryDirectory", "mkdir", "symlink_to"},  # links to the files of one tokenizer
     "signals.py": {"write"},  # to stderr, from a signal's handler

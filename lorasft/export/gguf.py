@@ -113,8 +113,7 @@ def write_gguf(model: Path, out: Path, *, kind: Kind = "f16") -> dict[str, Any]:
 
 def _find_tensors(gguf: Any, model: Path, layout: GgufLayout, kind: Kind) -> Iterator[Tensor]:
     """Every tensor of the folder with its place in the GGUF. Raises ModelError for one that has none."""
-    architecture = gguf.MODEL_ARCH[layout.family.name.upper()]
-    names = gguf.get_tensor_name_map(architecture, layout.config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[layout.family.name.upper()], layout.config.num_hidden_layers)
     for shard in map(open_tensors, find_weights(model)):
         for source, spec in sorted(shard.specs.items()):
             plain = source.replace("language_model.", "", 1)

@@ -66,8 +66,7 @@ def describe_tokenizer(model: Path, vocabulary: int) -> dict[str, Any]:
         "unknown": tokenizer.unk_token_id,
         "padding": tokenizer.pad_token_id,
     }
-    inside = range(vocabulary)
-    own |= {f"tokenizer.ggml.{name}_token_id": int(at) for name, at in ids.items() if at in inside}
+    own |= {f"tokenizer.ggml.{name}_token_id": int(at) for name, at in ids.items() if at in range(vocabulary)}
     own["tokenizer.ggml.add_bos_token"] = starts_with_bos(tokenizer)
     own["tokenizer.ggml.add_eos_token"] = False
     if tokenizer.chat_template:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,13 +26,12 @@ from lorasft.data.prepare import Prepared, open_prepared
 from lorasft.data.tokens import UNSUPERVISED, Tokens, all_supervised
 from lorasft.errors import DataError, ModelError
 from lorasft.merge.sidecars import compare_prompts
+from lorasft.merge.write import Onto
 from lorasft.model.adapter import load_artifact
 from lorasft.model.scoring import check_ids, read_answers
 from lorasft.model.tokenizer_files import read_tokenizer
 from lorasft.recipe import DataSource
 from lorasft.terminal import say
-
-Onto = Literal["original", "dequantized"]  # the weights that an update is added to
 
 _ROUNDING = 1e-2  # nats: more than bf16 ever does to an answer
 _PAIRS, _BYTES = 512, 256 << 20  # supervised tokens that are compared, and what their log-probabilities may take
@@ -50,10 +49,8 @@ class MergeCheck:
     """
 
     def __init__(self, artifact: Artifact, data: DataSource | None) -> None:
-        """Loads what was trained, asks it and lets it go. On the held-out rows of the run, those in `data`, or a text.
-
-        Raises DataError without rows.
-        """
+        """Loads what was trained, asks it and lets it go: on the held-out rows of the run, those in `data`, or a text.
+        Raises DataError without rows."""
         say("asking what was trained, to compare the merge with it (--no-check leaves this out)")
         self.artifact = artifact
         self.rows, self.origin = _choose_rows(artifact, data)
@@ -147,10 +144,8 @@ def _choose_rows(artifact: Artifact, data: DataSource | None) -> tuple[list[Toke
 
 
 def log_probs(model: Any, rows: Sequence[Tokens]) -> Tensor:
-    """The log-probabilities of all tokens wherever `rows` have a supervised one, from the model's own logits.
-
-    (pairs, vocabulary) fp32 on the CPU, row after row.
-    """
+    """The log-probabilities of all tokens wherever `rows` have a supervised one, from the model's own logits: (pairs,
+    vocabulary) fp32 on the CPU, row after row."""
     device, logs = PartialState().device, []
     check_ids(model, [row.ids for row in rows])
     with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -14,13 +14,9 @@ from lorasft.adapter_files import WEIGHTS
 from lorasft.artifact import MERGE_RECORD, Artifact
 from lorasft.errors import ModelError
 from lorasft.merge.sidecars import write_sidecars
-from lorasft.merge.write import MergePlan, plan_merge, rewrite_config, write_weights
-from lorasft.model.tokenizer_files import list_sidecars
+from lorasft.merge.write import MergePlan, Onto, plan_merge, rewrite_config, write_weights
 from lorasft.recipe import DataSource
 from lorasft.tensors import INDEX, fingerprint
-
-if TYPE_CHECKING:
-    from lorasft.merge.check import Onto
 
 
 def merge(
@@ -137,10 +133,8 @@ def _quantize(weights: Path, stage: Path) -> dict[str, str]:
     model = load_base(ModelSettings(base=str(weights)), torch.device("cpu"))
     with quiet_progress():
         model.save_pretrained(stage)
-    for name, path in list_sidecars(weights).items():
-        if name not in (INDEX, "config.json"):
-            files.make_folder((stage / name).parent)
-            shutil.copyfile(path, stage / name)
+    replaced = shutil.ignore_patterns("*.safetensors", INDEX, "config.json")
+    shutil.copytree(weights, stage, ignore=replaced, copy_function=shutil.copyfile, dirs_exist_ok=True)
     for path in stage.glob("*.safetensors"):  # safetensors lets nobody else read them
         shutil.copymode(stage / "config.json", path)
     shutil.rmtree(weights)

@@ -16,8 +16,6 @@ from lorasft.tensors import TensorSpec
 
 
 class ParameterMap:
-    """Where the parameters of a model lie in its checkpoint."""
-
     def __init__(self, specs: Mapping[str, TensorSpec], *, base: Path) -> None:
         """`specs`: of all tensors in the files; `base`: their folder, whose config says which model it is."""
         self.specs, self.base = specs, base

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from lorasft.merge.updates import Change
 from lorasft.model.nf4 import find_packed, nf4_view, read_packed
 from lorasft.tensors import INDEX, SINGLE, TensorFile, TensorSpec, TensorWriter, find_weights, open_tensors
 from lorasft.terminal import show_bytes
+
+Onto = Literal["original", "dequantized"]  # the weights that an update is added to
 
 _SLICE = 1 << 27  # numbers of a product at a time: 512 MiB
 _BLOCK = 1 << 18  # numbers that are cast, added to and rounded at a time: few enough for a core's cache

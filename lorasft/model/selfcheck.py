@@ -54,7 +54,7 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
             network = replace(network, notices=(f"{lost}: {reason}",))
         if network.segments and network.device.type == "cuda":
             network = _try_kernels(network, alone)
-        network = _try_lean(_try_head(network))
+        network = _try_lean(_try_head(network, alone), alone)
     causal.train(training)
     return network
 
@@ -120,30 +120,28 @@ def _try_kernels(network: Network, alone: Tensor) -> Network:
     return replace(network, kernel=None if leak else holds, notices=(*network.notices, *notices))
 
 
-def _try_head(network: Network) -> Network:
+def _try_head(network: Network, alone: Tensor) -> Network:
     """The chunked loss equals the loss from the model's own logits."""
-    head, row = read_head(network.causal), _row(_branches(1, network)[0])
-    if head is None:
-        return network
+    head = read_head(network.causal)
     what = "the head does more than is known here: its own logits are used"
-    return _choose(replace(network, head=head), network, pair_losses(network, row), what)
+    return _choose(replace(network, head=head), network, alone, what) if head else network
 
 
-def _try_lean(network: Network) -> Network:
+def _try_lean(network: Network, alone: Tensor) -> Network:
     """The losses with lean norms, MLPs and rotary embeddings equal those from the model's own."""
-    own = pair_losses(network, _row(_branches(1, network)[0]))
     found = use_lean_layers(network.causal)
     notice = "norms and MLPs keep more, as they are transformers' own: lean ones are wrong"
-    chosen = _choose(replace(network, lean=bool(found)), network, own, notice)
+    chosen = _choose(replace(network, lean=bool(found)), network, alone, notice)
     for module in () if chosen.lean else found:
         del module.forward
     return chosen
 
 
-def _choose(faster: Network, network: Network, own: Tensor, notice: str) -> Network:
-    """`faster`, where its losses of the first sequence are as those of `network`; else that one, with a notice."""
-    drift = float((own - pair_losses(faster, _row(_branches(1, network)[0]))).abs().mean())
-    if drift <= _limit(_DRIFT, network.causal, own):
+def _choose(faster: Network, network: Network, alone: Tensor, notice: str) -> Network:
+    """`faster`, where its losses of the first sequence are those that it has `alone`; else `network`, with a notice."""
+    row = _row(_branches(1, network)[0])
+    drift = float((alone[: len(row.sources)] - pair_losses(faster, row)).abs().mean())
+    if drift <= _limit(_DRIFT, network.causal, alone):
         return faster
     return replace(network, notices=(*network.notices, f"{notice} (losses differ by {drift:.1e})"))
 

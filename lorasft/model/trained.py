@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import torch
 from torch import Tensor, nn
 
@@ -35,11 +33,12 @@ class Trained:
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """`flat`, numbers of all parameters or of the first, as a view for each of these."""
-        ends = accumulate(one.numel() for one in self.parameters.values())
-        reached = {
-            name: (end, one) for (name, one), end in zip(self.parameters.items(), ends, strict=True) if end <= len(flat)
-        }
-        return {name: flat[end - one.numel() : end].view_as(one) for name, (end, one) in reached.items()}
+        views, start = {}, 0
+        for name, one in self.parameters.items():
+            if start < len(flat):
+                views[name] = flat[start : start + one.numel()].view_as(one)
+            start += one.numel()
+        return views
 
     def refresh(self) -> None:
         """Make the copies those of the masters."""

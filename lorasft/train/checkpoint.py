@@ -3,7 +3,7 @@
 A checkpoint is written whole or not at all, verified, restored; what a disk does not take costs one save.
 
 checkpoints/step-000200/   adapter_model.safetensors, adapter_config.json   the adapter, in PEFT's format
-                           optimizer.safetensors                            its moments, by parameter
+                           optimizer.safetensors                            its moments, of all that is trained
                            state.json                                       step, layout, where metrics end
                            manifest.json                                    hashes of the above
 """

@@ -1,4 +1,4 @@
-"""The optimizer of the recipe, its state as named tensors, and its learning rate, a pure function of the step."""
+"""The optimizer of the recipe, its state as tensors, and its learning rate, a pure function of the step."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from torch import Tensor
 from lorasft.errors import RecipeError
 from lorasft.model.trained import Trained
 from lorasft.recipe import OptimizerSettings, ScheduleSettings
-
-_MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")  # of torch and of bitsandbytes: one for each number
 
 
 def make_optimizer(settings: OptimizerSettings, trained: Trained) -> Any:
@@ -33,26 +31,23 @@ def make_optimizer(settings: OptimizerSettings, trained: Trained) -> Any:
 
 
 def optimizer_state(optimizer: Any, trained: Trained) -> dict[str, Tensor]:
-    """The moments by `parameter/key`, and what there is once as `all/key`, bit for bit; a number becomes a tensor."""
-    found: dict[str, Tensor] = {}
-    for field, value in optimizer.state[trained.master].items():
-        parts = trained.split(value) if field in _MOMENTS else {"all": torch.as_tensor(value)}
-        # A copy each: 8-bit states share their code tables, and a file may not hold a tensor twice.
-        found |= {f"{name}/{field}": part.detach().cpu().clone() for name, part in parts.items()}
-    return found
+    """The state of all that is trained by its fields, bit for bit; a number becomes a tensor of no dimension."""
+    state = optimizer.state[trained.master].items()
+    # A copy each: 8-bit states share their code tables, and a file may not hold a tensor twice.
+    return {field: torch.as_tensor(value).detach().cpu().clone() for field, value in state}
 
 
 def restore_optimizer(optimizer: Any, trained: Trained, tensors: Mapping[str, Tensor]) -> None:
-    """Put a saved state back, bit for bit. Raises LookupError or ValueError when it belongs to other parameters."""
-    state, count, device = optimizer.state[trained.master], trained.master.numel(), trained.master.device
-    for field, value in {key.rpartition("/")[2]: value for key, value in tensors.items()}.items():
-        if field in _MOMENTS:
-            value = torch.cat([tensors[f"{name}/{field}"].flatten() for name in trained.parameters])
-        wanted = count if field in _MOMENTS else -(-count // 256) if field.startswith("absmax") else value.numel()
-        if value.numel() != wanted:
-            raise ValueError(f"{value.numel()} numbers of {field} for {count} that are trained")
-        # Torch counts steps in a tensor, bitsandbytes in a number.
-        state[field] = int(value) if field == "step" and not value.is_floating_point() else value.to(device)
+    """Put a saved state back, bit for bit. Raises ValueError when it belongs to other parameters."""
+    count, device = trained.master.numel(), trained.master.device
+    found = max(map(torch.numel, tensors.values()), default=count)  # there is none before the first step
+    if found != count:
+        raise ValueError(f"moments of {found} numbers for {count} that are trained")
+    # torch counts steps in a tensor, bitsandbytes in a number.
+    optimizer.state[trained.master] = {
+        field: int(value) if field == "step" and not value.is_floating_point() else value.to(device)
+        for field, value in tensors.items()
+    }
 
 
 def learning_rate(step: int, *, steps: int, peak: float, schedule: ScheduleSettings) -> float:
