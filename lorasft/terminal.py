@@ -43,12 +43,6 @@ def redact(text: str) -> str:
     return _SECRETS.sub(lambda found: (found[found.lastgroup or 0]) + "..." + "@" * (found["url"] is not None), text)
 
 
-def show_bytes(done: int, total: int) -> None:
-    """One line that is written over, for a terminal: bytes written so far."""
-    if sys.stderr.isatty():
-        say(f"{done / 1e9:.2f} of {total / 1e9:.2f} GB", end="\n" if done == total else "")
-
-
 def quote(word: object) -> str:
     """A path or `key=value` as a word of a command that is printed to be copied: for a shell, and not an option."""
     text = str(word)

@@ -60,17 +60,18 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
 
 def test_versions_are_those_that_are_asked_for(asked: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """One line for each library that is out of range, with what fixes it; extras are not asked for."""
+    """A line for those that are out of range, with what fixes them; extras are not asked for."""
     assert main(["doctor"]) == 5
     text = capsys.readouterr().out
     assert "ok    torch: 2." in text and "gguf" not in text
-    assert "; asked for: transformers<100,>=99\n      fix it: pip install 'transformers<100,>=99'\n" in text
-    assert "FAIL  others: nowhere 0, pyyaml 6" in text and "fix it: pip install 'nowhere>=1' 'pyyaml>=99'" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("FAIL  versions: ")]
+    assert "nowhere 0" in line and "pyyaml 6" in line and "asked for: " in line and "torch" not in line
+    assert "transformers<100,>=99" in line and "fix it: pip install " in text and "'nowhere>=1'" in text
 
 
 def test_doctor_works_from_the_sources_alone(asked: list[Any]) -> None:
     asked.clear()
-    assert doctor._check_library("torch") == torch.__version__ and doctor._check_versions() == ""
+    assert doctor._check_library("torch") == torch.__version__ and "asks for" in doctor._check_versions()
 
 
 def test_a_library_that_breaks_is_a_line(tmp_path: Path) -> None:

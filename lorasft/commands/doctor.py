@@ -35,7 +35,7 @@ def run(hub: bool, as_json: bool) -> None:
     checks: dict[str, Callable[[], str]] = {
         "lorasft": lambda: f"{__version__}, Python {platform.python_version()}, {platform.platform()}",
         **{name: partial(_check_library, name) for name in LIBRARIES},
-        "others": _check_versions,
+        "versions": _check_versions,
         "device": _check_device,
         "memory": _check_memory,
         "NF4": _check_nf4,
@@ -67,28 +67,24 @@ def run(hub: bool, as_json: bool) -> None:
 
 def _check_library(name: str) -> str:
     importlib.import_module("lorasft.model" if name == "bitsandbytes" else name)  # which asks the hub for nothing
-    return _check_versions(name)
+    return importlib.metadata.version(name)
 
 
-def _check_versions(*names: str) -> str:
-    """The versions of libraries, 0 for one that is missing; without `names` all others that lorasft asks for.
-
-    Raises DeviceError with the command that fixes it where one is not in the range that the installed lorasft asks for.
-    """
+def _check_versions() -> str:
+    """Raises DeviceError, with the command that fixes them, for libraries that lorasft asks for in other versions."""
     from packaging.requirements import Requirement
 
     own = next(iter(importlib.metadata.distributions(name="lorasft")), None)  # None: it runs from its sources
-    lines = map(Requirement, (own and own.requires) or ())
-    asked = {one.name: one for one in lines if not one.marker or one.marker.evaluate({"extra": ""})}
-    found = {}
-    for name in names or sorted(asked.keys() - set(LIBRARIES)):
-        found[name] = next((one.version for one in importlib.metadata.distributions(name=name)), "0")
-    ranges = {name: asked[name].specifier for name in found if name in asked}
-    wrong = [str(asked[name]) for name, one in ranges.items() if not one.contains(found[name], prereleases=True)]
-    what = found[names[0]] if names else ", ".join(map(" ".join, found.items()))
+    wrong = {}
+    for asked in map(Requirement, (own and own.requires) or ()):
+        found = next((one.version for one in importlib.metadata.distributions(name=asked.name)), "0")
+        meant = not asked.marker or asked.marker.evaluate({"extra": ""})
+        if meant and not asked.specifier.contains(found, prereleases=True):
+            wrong[f"{asked.name} {found}"] = str(asked)
     if wrong:
-        raise DeviceError(f"{what}; asked for: {', '.join(wrong)}", hint=shlex.join(["pip", "install", *wrong]))
-    return what
+        fix = shlex.join(["pip", "install", *wrong.values()])
+        raise DeviceError(f"{', '.join(wrong)}; asked for: {', '.join(wrong.values())}", hint=fix)
+    return "as lorasft asks for"
 
 
 def _check_device() -> str:

@@ -62,7 +62,10 @@ class Labeler:
             hint = "write <think>...</think>answer, or give reasoning_content"
             raise DataError("an answer with <think> or </think> alone, which the template would cut", hint=hint)
         if self.chat.thinking == "drop":
-            example = _drop_reasoning(example, report)
+            report.dropped_reasoning += sum(len(reasoning_of(m)) for m in example.messages if m["role"] == "assistant")
+            bare = tuple(without_reasoning(m) if m["role"] == "assistant" else m for m in example.messages)
+            refuse_untrainable(bare)
+            example = replace(example, messages=bare)
         if "documents" in example.variables and "documents" not in self._template:
             hint = "write their text into a message, or chat.template=FILE with a template that shows them"
             raise DataError("the chat template does not show the documents of this row", hint=hint)
@@ -215,13 +218,6 @@ def _texts_of(texts: Iterable[MarkedText]) -> Iterator[tuple[str, int]]:
     for marked in texts:
         yield marked.text, min((answer.start for answer in marked.answers), default=len(marked.text))
         yield from ((marked.text[: answer.prompt], answer.prompt) for answer in marked.answers)
-
-
-def _drop_reasoning(example: Example, report: Report) -> Example:
-    bare = tuple(without_reasoning(m) if m["role"] == "assistant" else m for m in example.messages)
-    refuse_untrainable(bare)
-    report.dropped_reasoning += sum(len(reasoning_of(m)) for m in example.messages if m["role"] == "assistant")
-    return replace(example, messages=bare)
 
 
 def _drop_without_target(example: Example, report: Report) -> None:

@@ -187,7 +187,10 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
                 append_arrays(stage, **packed)
                 supervised.update(np.bincount(packed["ids"][packed["supervised"]]).nonzero()[0].tolist())
     report.raise_errors()
-    report.refuse_labels()
+    for (file, good), place in report.labels.items():
+        if not good and (file, True) in report.labels:
+            what = "a preference set: the answer of this row is labelled false, that of others true"
+            raise DataError(what, where=place, hint="keep the rows labelled true, in a file of their own")
     template = str(labeler.format.tokenizer.chat_template)
     report.unread = [name for name in report.unread if not template_reads(template, name)]
     if report.dropped_examples() == report.rows:

@@ -84,13 +84,6 @@ class Report:
     def dropped_examples(self) -> int:
         return self.bad_rows + self.over_long_examples + self.examples_without_target
 
-    def refuse_labels(self) -> None:
-        """Raise DataError for a file of answers that are labelled good, and others that are labelled bad."""
-        for (file, good), place in self.labels.items():
-            if not good and (file, True) in self.labels:
-                what = "a preference set: the answer of this row is labelled false, that of others true"
-                raise DataError(what, where=place, hint="keep the rows labelled true, in a file of their own")
-
     def reasons(self) -> Iterator[str]:
         """Why rows were dropped, most frequent first: how many of those that are named, and the first of them."""
         alike: dict[str, list[str]] = {}

@@ -147,7 +147,7 @@ def log_probs(model: Any, rows: Sequence[Tokens]) -> Tensor:
     """The log-probabilities of all tokens wherever `rows` have a supervised one, from the model's own logits: (pairs,
     vocabulary) fp32 on the CPU, row after row."""
     device, logs = PartialState().device, []
-    check_ids(model, [row.ids for row in rows])
+    check_ids([row.ids for row in rows], len(model.get_input_embeddings().weight))
     with torch.no_grad():
         for row in rows:
             sources = torch.from_numpy((row.labels != UNSUPERVISED).nonzero()[0] - 1)

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from lorasft.merge.parameters import ParameterMap
 from lorasft.merge.updates import Change
 from lorasft.model.nf4 import find_packed, nf4_view, read_packed
 from lorasft.tensors import INDEX, SINGLE, TensorFile, TensorSpec, TensorWriter, find_weights, open_tensors
-from lorasft.terminal import show_bytes
+from lorasft.terminal import say
 
 Onto = Literal["original", "dequantized"]  # the weights that an update is added to
 
@@ -118,7 +119,9 @@ def write_weights(stage: Path, plan: MergePlan, *, nf4: Mapping[str, torch.dtype
                     else:
                         writer.copy(source, name)
                     done += spec.size
-                    show_bytes(done, plan.size)
+                    if sys.stderr.isatty():  # one line that is written over
+                        end = "\n" if done == plan.size else ""
+                        say(f"{done / 1e9:.2f} of {plan.size / 1e9:.2f} GB", end=end)
                 hashes[path.name] = writer.finish()
     return changed, hashes
 

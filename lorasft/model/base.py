@@ -33,7 +33,6 @@ from lorasft.terminal import say
 
 # Above this share of the linear weights left in 16 bits, a "4-bit" model is one in name only (fused experts).
 _MOST_UNQUANTIZED = 0.15
-_NUMBER = re.compile(r"\d+")
 
 
 def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool = False, keep: Keep = False) -> Any:
@@ -208,15 +207,14 @@ def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def check_device(device: torch.device, dtype: torch.dtype | None = None) -> None:
-    """Raise DeviceError for a GPU that torch has no kernels for, or that only emulates a `dtype` to train in.
-
-    That is bf16 below sm_80.
-    """
+    """Raise DeviceError for a GPU that torch has no kernels for, or that only emulates a `dtype` to train in: bf16
+    below sm_80."""
     if device.type != "cuda":
         return
     major, minor = torch.cuda.get_device_capability(device)
     name = f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
-    least = min((int(found[0]) for found in map(_NUMBER.findall, torch.cuda.get_arch_list()) if found), default=0)
+    known = (re.findall(r"\d+", arch)[:1] for arch in torch.cuda.get_arch_list())
+    least = min((int(number) for found in known for number in found), default=0)
     if 10 * major + minor < least:
         what = f"torch {torch.__version__} has no kernels for {name}, only for sm_{least} and later"
         raise DeviceError(what, hint="a newer GPU, or CUDA_VISIBLE_DEVICES= for the CPU")

@@ -51,10 +51,8 @@ def find_place(base: Path, commit: str | None, scheme: BitsAndBytesConfig, devic
 
 
 def read_kept(place: Path, read: Callable[[str], Any]) -> Any | None:
-    """What `read` makes of the kept base, or None where none is kept or what is there is damaged.
-
-    The hashes are computed while it is read: both wait for the same bytes.
-    """
+    """What `read` makes of the kept base, or None where none is kept or what is there is damaged. Hashes are computed
+    while it is read: both wait for the same bytes."""
     if not (_is_private(place.parent) and (place / MANIFEST).is_file()) or place.is_symlink():
         return None
     with ThreadPoolExecutor(1) as pool:
@@ -93,7 +91,10 @@ def keep_base(model: Any, place: Path, *, wanted: Keep) -> None:
         need_space(place.parent, 2 * size)
         with staged_folder(place) as stage:
             model.save_pretrained(stage, max_shard_size="500MB")
-        _forget_unused(place.parent)
+        for path in place.parent.iterdir():  # kept bases, and what killed processes left of theirs
+            ours = re.fullmatch(r"(\.(stage|trash)-)?[0-9a-f]{32}(-.*)?", path.name) and not path.is_symlink()
+            if ours and time.time() - path.stat().st_mtime > _UNUSED_DAYS * 86400:
+                remove_folder(path)
     except (LorasftError, OSError) as error:
         if not (_is_private(place.parent) and place.exists()):
             say(f"the 4-bit base is not kept in {place.parent}: {getattr(error, 'what', error)}")
@@ -107,11 +108,3 @@ def _is_private(folder: Path) -> bool:
         found = folder.stat()
         return folder.is_dir() and found.st_uid == os.geteuid() and not found.st_mode & 0o077
     return False
-
-
-def _forget_unused(root: Path) -> None:
-    """Remove kept bases, and what killed processes left of theirs, that nothing has used for a month."""
-    for path in root.iterdir():
-        ours = re.fullmatch(r"(\.(stage|trash)-)?[0-9a-f]{32}(-.*)?", path.name) and not path.is_symlink()
-        if ours and time.time() - path.stat().st_mtime > _UNUSED_DAYS * 86400:
-            remove_folder(path)

@@ -10,7 +10,7 @@ trained in full are cast in the same way.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 from types import MethodType
@@ -34,10 +34,8 @@ _BLOCK_ELEMENTS = 1 << 22
 
 
 def use_lean_linears(model: nn.Module) -> None:
-    """Give every plain LoRA layer of `model` the lean forward.
-
-    Layers with a variant (DoRA), a bias in B or several adapters keep PEFT's own forward.
-    """
+    """Give every plain LoRA layer of `model` the lean forward: those with a variant (DoRA), a bias in B or several
+    adapters keep PEFT's own."""
     model.frozen_weights, inputs = FrozenWeights(), Inputs()  # type: ignore[assignment]
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
@@ -165,7 +163,9 @@ class LoraLinears(torch.autograd.Function):
                 torch.addmm(bias.to(x.dtype), flat, weight, out=rows)
             rows.addmm_(part, _cast(b, x.dtype).t(), alpha=scaling)
             outputs.append(y)
-        ctx.make, parts = _made_by(x)
+        # What makes the bits of x again, a norm's or a gated product's, from what autograd keeps anyway; else x itself.
+        made = getattr(x, "made_by", None) if x._version == 0 else None  # unless it was changed since
+        ctx.make, parts = made or (lambda same: same, (x,))
         ctx.save_for_backward(down, *parts)
         ctx.layers, ctx.shape = layers, x.shape
         ctx.set_materialize_grads(False)
@@ -230,14 +230,6 @@ def _add_gradient(parameter: Tensor, gradient: Tensor, scaling: float = 1.0) -> 
         return gradient.to(parameter.dtype) * scaling
     parameter.grad.add_(gradient, alpha=scaling)
     return None
-
-
-def _made_by(x: Tensor) -> tuple[Callable[..., Tensor], Sequence[Tensor]]:
-    """How to make the bits of x again, and from which tensors, which autograd keeps anyway: `x.made_by` of a norm or
-    of a gated product, unless x was changed since; else x itself.
-    """
-    made: tuple[Callable[..., Tensor], Sequence[Tensor]] | None = getattr(x, "made_by", None)
-    return made if made and x._version == 0 else (lambda same: same, (x,))
 
 
 def _is_plain(layer: Any) -> bool:

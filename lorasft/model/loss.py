@@ -132,10 +132,8 @@ def send(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
 
 
 def round_up(batch: MicroBatch) -> MicroBatch:
-    """`batch` with its last token and its last pair repeated, each up to a multiple of 64.
-
-    They follow at the end of the last segment, where no other token sees them.
-    """
+    """`batch` with its last token and its last pair repeated, each up to a multiple of 64: at the end of the last
+    segment, where no other token sees them."""
     tokens, pairs = (-len(numbers) % _ROUND for numbers in (batch.ids, batch.sources))
     last = batch.segments[-1]
     return replace(

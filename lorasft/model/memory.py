@@ -33,10 +33,8 @@ USABLE = 0.9
 
 
 class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the storages that operations allocate while the meter is entered, each once, until it is freed.
-
-    What an operation allocates inside itself is not seen.
-    """
+    """Counts the storages that operations allocate while the meter is entered, each once, until it is freed; not what
+    an operation allocates inside itself."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -77,10 +77,9 @@ def log_probabilities(
     return scores
 
 
-def check_ids(model: Any, sequences: Iterable[NDArray[np.int32]]) -> None:
-    """Raise ModelError for ids that `model` has no embedding row for, at which a GPU would only assert."""
-    rows, most = model.get_input_embeddings().weight.shape[0], max(int(ids.max()) for ids in sequences)
-    if most >= rows:
+def check_ids(sequences: Iterable[NDArray[np.int32]], rows: int) -> None:
+    """Raise ModelError for ids that an embedding of so many `rows` has no row for, at which a GPU would only assert."""
+    if (most := max(int(ids.max()) for ids in sequences)) >= rows:
         what = f"the tokenizer gives id {most}, the model has {rows} embedding rows"
         raise ModelError(what, hint="use the tokenizer that belongs to the model")
 
@@ -97,10 +96,8 @@ class Answer:
 def read_answers(
     source: DataSource, data: DataSettings, chat: ChatSettings, *, tokenizer: Any
 ) -> tuple[list[Answer], Report]:
-    """The answers in the rows of `source`, tokenized as training would, and what became of the rows.
-
-    Raises DataError when there are no answers.
-    """
+    """The answers in the rows of `source`, tokenized as training would, and what became of the rows. Raises DataError
+    when there are no answers."""
     with TemporaryDirectory(prefix="lorasft-") as folder:
         prepared = prepare(settings_for(source, data), chat, tokenizer=tokenizer, folder=Path(folder), workers=1)
         for notice in prepared.report.notices():
@@ -120,7 +117,7 @@ def score_answers(network: Network, answers: Sequence[Answer]) -> list[dict[str,
     x and [x, y] go through separate passes, so that log Pr(y|x) = log Pr([x,y]) - log Pr(x) is a real test. Raises
     DivergedError for one that is not finite.
     """
-    check_ids(network.causal, [answer.ids for answer in answers])
+    check_ids([answer.ids for answer in answers], len(network.causal.get_input_embeddings().weight))
     wholes = log_probabilities(network, [answer.ids for answer in answers], capacity=_CAPACITY)
     prompts = log_probabilities(network, [answer.ids[: answer.start] for answer in answers], capacity=_CAPACITY)
     scores = [

@@ -31,10 +31,8 @@ _KERNEL = 2e-2  # and, as a share of their norm, outputs and gradients of attent
 
 
 def verify(causal: Any, *, segments: bool = True) -> Network:
-    """Probe `causal` and leave it under the attention that its losses will be computed with.
-
-    Without `segments`, sequences go alone from the start.
-    """
+    """Probe `causal` and leave it under the attention that its losses will be computed with; without `segments`,
+    sequences go alone from the start."""
     training = causal.training
     causal.eval()
     causal.set_attn_implementation(default_attention(causal.config))
@@ -54,7 +52,10 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
             network = replace(network, notices=(f"{lost}: {reason}",))
         if network.segments and network.device.type == "cuda":
             network = _try_kernels(network, alone)
-        network = _try_lean(_try_head(network, alone), alone)
+        if head := read_head(causal):
+            what = "the head does more than is known here: its own logits are used"
+            network = _choose(replace(network, head=head), network, alone, what)
+        network = _try_lean(network, alone)
     causal.train(training)
     return network
 
@@ -118,13 +119,6 @@ def _try_kernels(network: Network, alone: Tensor) -> Network:
     slower = "attention goes segment by segment, which is slower, where one kernel cannot do it"
     notices = [f"{slower}: {reason}" for reason in sorted(filter(None, {*reasons.values(), leak}))]
     return replace(network, kernel=None if leak else holds, notices=(*network.notices, *notices))
-
-
-def _try_head(network: Network, alone: Tensor) -> Network:
-    """The chunked loss equals the loss from the model's own logits."""
-    head = read_head(network.causal)
-    what = "the head does more than is known here: its own logits are used"
-    return _choose(replace(network, head=head), network, alone, what) if head else network
 
 
 def _try_lean(network: Network, alone: Tensor) -> Network:

@@ -21,10 +21,8 @@ from lorasft.recipe import AdapterSettings, ModelSettings
 def make_weightless(
     config: Any, settings: ModelSettings, adapter: AdapterSettings, device: torch.device, *, depth: int | None = None
 ) -> Any:
-    """The PEFT model that `load_base` and `attach_adapter` would make for `device`, on the meta device.
-
-    `depth`: only its first layers.
-    """
+    """The PEFT model that `load_base` and `attach_adapter` would make for `device`, on the meta device; its first
+    `depth` layers only."""
     dtype = compute_dtype(settings.dtype, device)
     base = make_skeleton(config, dtype)
     if depth:

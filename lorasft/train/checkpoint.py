@@ -186,10 +186,7 @@ def find_checkpoint(recipe: Recipe, inputs: RunInputs) -> State:
         record = dict(json.loads((folder / "provenance.json").read_bytes()))
     saved = newest_checkpoint(folder / "checkpoints", run=record.get("run"))
     what = "the recipe differs from the one that this run was started with"
-    changes = [
-        *compare(mathematics(before), mathematics(recipe)),
-        *_changed_files(before, recipe, inputs, record),
-    ]
+    changes = [*compare(mathematics(before), mathematics(recipe)), *_changed_files(before, recipe, inputs, record)]
     if not changes:
         if saved.data == prepared.key:
             return saved
@@ -217,10 +214,8 @@ def _changed_files(before: Recipe, now: Recipe, inputs: RunInputs, record: dict[
 
 
 def newest_checkpoint(folder: Path, *, run: str | None) -> State:
-    """The state of the newest checkpoint of `run` that verifies; says why each newer one is skipped.
-
-    Raises ModelError when none does: a resumed run never starts from nothing.
-    """
+    """The state of the newest checkpoint of `run` that verifies; says why each newer one is skipped. Raises ModelError
+    when none does: a resumed run never starts from nothing."""
     for path in reversed(list_checkpoints(folder)):
         try:
             return read_state(path, run=run)

@@ -12,9 +12,10 @@ from lorasft.artifact import find_artifact
 from lorasft.data.packing import Plan
 from lorasft.data.prepare import prepare
 from lorasft.data.tokenizer import load_tokenizer
-from lorasft.errors import DeviceError, ModelError, RecipeError
+from lorasft.errors import DeviceError, RecipeError
 from lorasft.model.adapter import check_targets
 from lorasft.model.base import check_device, check_mostly_quantized, compute_dtype, make_skeleton, read_config
+from lorasft.model.scoring import check_ids
 from lorasft.recipe import Recipe
 from lorasft.terminal import say
 from lorasft.train.metrics import check_trackers
@@ -44,10 +45,7 @@ def read_inputs(recipe: Recipe, config: Any, folder: Path) -> RunInputs:
     prepared = prepare(recipe.data, recipe.chat, tokenizer=tokenizer, folder=folder)
     for notice in prepared.report.notices():
         say(notice)
-    rows, most = config.get_text_config().vocab_size, int(prepared.store.arrays["ids"].max())
-    if most >= rows:  # on which a GPU would only assert
-        what = f"the tokenizer gives id {most}, the model has {rows} embedding rows"
-        raise ModelError(what, where="model.base", hint="use the tokenizer that belongs to the model")
+    check_ids([prepared.store.arrays["ids"]], config.get_text_config().vocab_size)
     plan = make_plan(recipe, examples=len(prepared.train))
     return RunInputs(config, tokenizer, prepared, plan, adapter, start)
 

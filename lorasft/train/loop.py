@@ -104,10 +104,8 @@ def train(run: Run, state: State) -> State:
 
 
 def evaluate(run: Run, state: State, stop: StopRequest) -> State:
-    """The held-out loss a supervised token, in nats, noted; the state with it when it is the best so far.
-
-    A signal leaves it due.
-    """
+    """The held-out loss a supervised token, in nats, noted; the state with it when it is the best so far. A signal
+    leaves it due."""
     rows, ranks, total, tokens = run.inputs.prepared.held_out, run.ranks, 0.0, 0
     state = replace(state, evaluation_due=False)
     if rows is None:
