@@ -106,6 +106,10 @@ def test_overrides_win_and_reach_into_mappings() -> None:
     assert load("model: {base: m}\n", "data.train=x.jsonl").data.train == (DataSource(path="x.jsonl"),)
 
 
+def test_retired_keys_of_an_earlier_version_are_ignored_at_their_default() -> None:
+    assert load(SMALLEST + "machine: {kernels: torch}\n") == load(SMALLEST)
+
+
 def test_no_held_out_data_means_no_evaluation() -> None:
     recipe = load(SMALLEST, "data.eval=null")
     assert recipe.run.eval_every is None and recipe.run.output == "runs/r"

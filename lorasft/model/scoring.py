@@ -77,11 +77,11 @@ def log_probabilities(
     return scores
 
 
-def check_ids(sequences: Iterable[NDArray[np.int32]], rows: int) -> None:
+def check_ids(sequences: Iterable[NDArray[np.int32]], rows: int, *, where: str | None = None) -> None:
     """Raise ModelError for ids that an embedding of so many `rows` has no row for, at which a GPU would only assert."""
     if (most := max(int(ids.max()) for ids in sequences)) >= rows:
         what = f"the tokenizer gives id {most}, the model has {rows} embedding rows"
-        raise ModelError(what, hint="use the tokenizer that belongs to the model")
+        raise ModelError(what, where=where, hint="use the tokenizer that belongs to the model")
 
 
 @dataclass(frozen=True)

@@ -198,12 +198,14 @@ def _apply_override(override: str, document: Document) -> None:
 
 
 def _complete(document: Document, stem: str) -> None:
-    """Fill in, in place, the defaults that rest on another key."""
+    """Fill in, in place, the defaults that rest on another key, and take out a retired key that says nothing."""
     raw = document.value
     for section in Recipe.model_fields:
         if raw.get(section) is None:  # missing, or a heading with nothing under it
             raw[section] = {}
-    run, data = raw["run"], raw["data"]
+    run, data, machine = raw["run"], raw["data"], raw["machine"]
+    if isinstance(machine, dict) and machine.get("kernels") == "torch":
+        del machine["kernels"]
     if isinstance(run, dict):
         run.setdefault("output", f"runs/{stem}")
         if isinstance(data, dict) and "eval" in data and data["eval"] is None:

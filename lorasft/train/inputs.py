@@ -45,7 +45,7 @@ def read_inputs(recipe: Recipe, config: Any, folder: Path) -> RunInputs:
     prepared = prepare(recipe.data, recipe.chat, tokenizer=tokenizer, folder=folder)
     for notice in prepared.report.notices():
         say(notice)
-    check_ids([prepared.store.arrays["ids"]], config.get_text_config().vocab_size)
+    check_ids([prepared.store.arrays["ids"]], config.get_text_config().vocab_size, where="model.base")
     plan = make_plan(recipe, examples=len(prepared.train))
     return RunInputs(config, tokenizer, prepared, plan, adapter, start)
 

@@ -212,11 +212,8 @@ def oom_context(rows: TokenStore, batch: MicroBatch) -> Iterator[None]:
 
 
 def retry_on_oom(run: Run, work: Callable[[], Result]) -> Result:
-    """What `work` gives, done again with less memory until it fits.
-
-    `work` must change nothing before the last micro-batch is done. Raises CapacityError when nothing is left to try,
-    and at once where several processes would have to try together.
-    """
+    """What `work`, which must change nothing before its last micro-batch is done, gives: done again with less memory
+    until it fits. Raises CapacityError when nothing is left to try, and at once where processes would try together."""
     while True:
         try:
             return work()
