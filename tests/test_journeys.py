@@ -223,13 +223,17 @@ HUB = ("Qwen/Qwen3-4B", "org/a.b-c_d")
 PATHS = ("runs/nope", "./nope", "../nope", "/a/b", "~/nope", "a/b/c", "nope", "nope/", "a/", ".a/b", "a/..")
 
 
-def test_a_name_like_a_path_is_never_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch, cli: Command) -> None:
+def test_a_name_like_a_path_is_never_asked_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
+) -> None:
     assert all(map(is_hub_id, HUB)) and not any(map(is_hub_id, PATHS))
     monkeypatch.setattr("lorasft.hub.find_hub", None)
     for name in ("runs/nope", "./nope", "../nope", "a/b/c", "nope/"):
+        run = f"run.output={tmp_path / 'run'}"
         for words in (["chat", name, "--prompt", "q"], ["evaluate", name, "--data", "x.jsonl"],
                       ["merge", name, "--out", "out"], ["export", name, "--to", "gguf", "--out", "out"],
-                      ["train", "tiny", f"model.base={name}"], ["preview", "tiny", f"model.base={name}"]):  # fmt: skip
+                      ["train", "tiny", run, f"model.base={name}"],
+                      ["preview", "tiny", f"model.base={name}"]):  # fmt: skip
             done = cli(*words)
             assert done.code == 4 and "no such folder" in done.err, (words, done.err)
 
