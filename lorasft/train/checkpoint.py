@@ -268,10 +268,8 @@ class CheckpointSaver:
         return self.minutes is not None and time.monotonic() - self.time > 60 * self.minutes
 
     def attempt(self, run: Run, state: State, *, final: bool) -> State:
-        """Save. When disk or memory does not allow it, say so and continue with what was saved before.
-
-        Raises CapacityError when that happens twice in a row, or in the `final` save of a run.
-        """
+        """Save. When disk or memory does not allow it, say so and continue with what was saved before; raises
+        CapacityError when that happens twice in a row, or in the `final` save of a run."""
         self.time = time.monotonic()
         try:
             self.last = save(run, state)
