@@ -28,6 +28,8 @@ GENERATION_CONFIG = "generation_config.json"
 # What tells of a run in 4 bit: words in the name of its base, and in what other tools write beside an adapter.
 _FOUR_BIT_NAME = re.compile(r"(?i)(?<![a-z0-9])(4[-_]?bit|nf4|fp4)(?![a-z0-9])")
 _FOUR_BIT_RUN = re.compile(r"(?i)\b(load_in_4bit\W{1,5}true|quant(ization)?_bits?\W{1,5}4|adapter\W{1,5}qlora)\b")
+# What names of quantized bases add to those of their originals: Qwen3-8B-AWQ, Qwen2.5-7B-Instruct-GPTQ-Int4.
+_QUANTIZED_NAME = re.compile(r"(?i)[-_.](gptq|awq|int[48]|w\d+a\d+|fp8|nvfp4|quantized|hqq|[2-8]-?bit)([-_.].*)?$")
 _RECORDS = ("README.md", "args.json", "*.yaml", "*.yml")
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
@@ -76,20 +78,23 @@ class Artifact:
         from huggingface_hub import snapshot_download
 
         try:
-            return Path(snapshot_download(name, revision=self.model.revision, allow_patterns=_FILES))
+            which = {"allow_patterns": _FILES, "ignore_patterns": "*/*"}  # gpt-oss has its weights three times
+            return Path(snapshot_download(name, revision=self.model.revision, **which))
         except Exception as error:  # the hub raises a dozen kinds
             refuse_offline(error, name)
             raise ModelError(f"cannot get the base: {str(error)[:200]}", where=name, hint="--base FOLDER") from None
 
     @cached_property
     def base_config(self) -> Mapping[str, Any]:
-        """config.json of the base. Raises ModelError for one that is quantized by another than bitsandbytes."""
+        """config.json of the base, for FP8 and MXFP4 as for 16 bits. Raises ModelError for another quantization."""
         path = self.base / "config.json"
         try:
             config: dict[str, Any] = json.loads(path.read_bytes())
             if not isinstance(config["model_type"], str):
                 raise TypeError("model_type is not text")
-            refuse_quantized(config.get("quantization_config") or {}, str(path))
+            for part in (config, config.get("text_config") or {}):
+                if stored_as(part.get("quantization_config") or {}, self.model.base):
+                    del part["quantization_config"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             what = f"cannot read the base's config: {error!r}"
             raise ModelError(what, where=str(path), hint="--base with the folder of a model") from None
@@ -167,11 +172,20 @@ def _tells_of_4_bit(artifact: Artifact, own_base: str) -> bool:
     return any(_FOUR_BIT_RUN.search(path.read_text(encoding="utf-8", errors="ignore")) for path in found)
 
 
-def refuse_quantized(scheme: Mapping[str, Any], where: str) -> None:
-    """Raise ModelError for a base whose config tells of a quantization other than 4 bit by bitsandbytes."""
+def stored_as(scheme: Mapping[str, Any], base: str) -> str | None:
+    """FP8 or MXFP4, if the config of a base says so, whose weights become numbers of 16 bits as they are read.
+
+    Raises ModelError for another quantization than these and 4 bit by bitsandbytes.
+    """
+    method = scheme.get("quant_method", "an unknown method")
+    if method in ("fp8", "mxfp4"):
+        return str(method).upper()
     if scheme and not (scheme.get("load_in_4bit") or scheme.get("_load_in_4bit")):
-        what = f"the base is quantized with {scheme.get('quant_method', 'an unknown method')}"
-        raise ModelError(what, where=where, hint="take its 16-bit original, as model.base or --base")
+        original = _QUANTIZED_NAME.sub("", Path(base).name)
+        named = f", by its name {original}," if original != Path(base).name else ""
+        hint = f"take its 16-bit original{named} as model.base or --base"
+        raise ModelError(f"the base is quantized with {method}", where=base, hint=hint)
+    return None
 
 
 def read_stops(folder: Path) -> list[int]:

@@ -22,6 +22,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LARGEST_HEADER = 100 << 20  # bytes: safetensors' own limit
 # Types that are computed with, in the words of safetensors and of torch. Tensors of any type are copied.
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8", "I8": "int8"}
+DTYPES |= {"F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu"}
 _AGAIN = "download it again"
 _FLUSH = 32 << 20  # bytes after which the system is asked to write them
 _COPIED = 1 << 20  # bytes copied at once

@@ -104,6 +104,8 @@ def make_model(config: Any) -> Any:
     torch.manual_seed(0)
     model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.get_output_embeddings().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and "sinks" not in name)  # no adapter trains them
     return model.eval()
 
 

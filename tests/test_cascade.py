@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import HELD_TO_AVX2
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from lorasft.model import attention
 from lorasft.model.attention import CascadeAttention, Paths
@@ -31,28 +35,34 @@ def random_tree(seed: int) -> tuple[list[int], list[tuple[int, ...]]]:
     return lengths, ancestors
 
 
-def attend(segments: Paths, *inputs: Tensor) -> list[Tensor]:
+def attend(segments: Paths, *inputs: Tensor, window: int | None = None, sinks: Tensor | None = None) -> list[Tensor]:
     """The output and the gradients of queries, keys and values."""
     inputs = tuple(tensor.clone().requires_grad_() for tensor in inputs)
-    output, _ = attention.attend(torch.nn.Module(), *inputs, None, segments=segments)
+    options = {"sliding_window": window, "s_aux": sinks}
+    output, _ = attention.attend(torch.nn.Module(), *inputs, None, segments=segments, **options)
     output.backward(slopes(output))
     return [output.detach(), *(tensor.grad for tensor in inputs)]  # type: ignore[list-item]
 
 
-def dense(segments: Paths, *inputs: Tensor) -> list[Tensor]:
-    """The same over the whole row in float64, with a mask of all that each token sees."""
+def dense(segments: Paths, *inputs: Tensor, window: int | None = None, sinks: Tensor | None = None) -> list[Tensor]:
+    """The same over the whole row in float64, with a mask of all that each token sees, by transformers' own function
+    for gpt-oss."""
     query, key, value = (tensor.double().requires_grad_() for tensor in inputs)
     owner = torch.repeat_interleave(torch.arange(len(segments.lengths)), torch.tensor(segments.lengths))
+    counts = zip(segments.lengths, segments.key_counts, strict=True)
+    place = torch.cat([torch.arange(seen - length, seen) for length, seen in counts])
     seen = torch.zeros(len(owner), len(owner), dtype=torch.bool)
     for number, before in enumerate(segments.ancestors):
         mine = owner == number
         seen |= (mine.unsqueeze(1) & mine).tril()
         for ancestor in before:
             seen |= mine.unsqueeze(1) & (owner == ancestor)
-    group = query.shape[1] // key.shape[1]
-    scores = query @ key.repeat_interleave(group, 1).transpose(2, 3) / query.shape[-1] ** 0.5
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    output = (weights @ value.repeat_interleave(group, 1)).transpose(1, 2)
+    seen &= place.unsqueeze(1) - place < (window or len(owner))
+    module = torch.nn.Module()
+    module.num_key_value_groups = query.shape[1] // key.shape[1]
+    module.sinks = torch.full((query.shape[1],), -torch.inf, dtype=torch.float64) if sinks is None else sinks
+    mask = torch.zeros(1, 1, *seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf)
+    output, _ = eager_attention_forward(module, query, key, value, mask, scaling=query.shape[-1] ** -0.5)
     output.backward(slopes(output))
     return [output.detach(), *(tensor.grad for tensor in (query, key, value))]  # type: ignore[list-item]
 
@@ -65,6 +75,41 @@ def make_inputs(tokens: int, dtype: torch.dtype) -> list[Tensor]:
     """Queries, keys and values as projections leave them, (1, tokens, heads, size) turned about."""
     torch.manual_seed(0)
     return [torch.randn(1, tokens, heads, 16).to(dtype).transpose(1, 2) for heads in (4, 2, 2)]
+
+
+@pytest.mark.parametrize("sinks", [None, torch.tensor([-3.0, 0.5, 2.0, 9.0], dtype=torch.float64)])
+@pytest.mark.parametrize("window", [None, 1, 6, 33])
+@pytest.mark.parametrize("tree", [*TREES, 0, 1])
+def test_windows_and_sinks_are_exact(
+    tree: str | int, window: int | None, sinks: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_BLOCK", 8)  # below the larger window
+    segments = Paths(*(TREES[tree] if isinstance(tree, str) else random_tree(tree)))
+    inputs, limits = make_inputs(sum(segments.lengths), torch.float64), {"window": window, "sinks": sinks}
+    for got, want in zip(attend(segments, *inputs, **limits), dense(segments, *inputs, **limits), strict=True):
+        assert (got - want).abs().max() < 1e-14 * max(1, want.abs().max())
+
+
+class LargestTensor(TorchDispatchMode):
+    """How many numbers the largest tensor has that an operation gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.numbers = max(self.numbers, *(one.numel() for one in tree_leaves(result) if isinstance(one, Tensor)), 0)
+        return result
+
+
+@pytest.mark.parametrize("window", [None, 128])
+def test_sinks_and_windows_take_no_scores_of_all_tokens_by_all(window: int | None) -> None:
+    """Of 2,048 tokens and 4 heads transformers' own has four tensors of 16.8 million numbers."""
+    inputs, sinks = make_inputs(2048, torch.float32), torch.ones(4)
+    with LargestTensor() as largest:
+        attend(Paths([1500, 548], [(), (0,)]), *inputs, window=window, sinks=sinks)
+    assert largest.numbers <= 4 * 2048 * 16 < 2048 * 2048
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
@@ -93,7 +138,7 @@ def test_only_the_row_and_a_number_for_each_head_are_kept() -> None:
     inputs = [tensor.requires_grad_() for tensor in make_inputs(50, torch.bfloat16)]
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        output = CascadeAttention.apply(*inputs, Paths([20, 30], [(), (0,)]).stretches, 0.25)
+        output = CascadeAttention.apply(*inputs, None, Paths([20, 30], [(), (0,)]).stretches, 0.25)
     assert [tensor.data_ptr() for tensor in kept[:4]] == [tensor.data_ptr() for tensor in (*inputs, output)]
     assert [tuple(tensor.shape) for tensor in kept[4:]] == [(1, 4, 50)]
 

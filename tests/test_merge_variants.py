@@ -26,7 +26,7 @@ from lorasft.merge import write
 from lorasft.merge.merge import merge as merge_artifact
 from lorasft.model.adapter import load_adapter
 from lorasft.model.base import load_base
-from lorasft.model.nf4 import find_packed, nf4_view, read_packed
+from lorasft.model.packed import list_stored, nf4_view
 from lorasft.recipe import ModelSettings
 from lorasft.tensors import open_tensors
 
@@ -240,7 +240,7 @@ def test_groups_that_go_over_rows_are_read(tmp_path: Path) -> None:
     nibbles = torch.stack([codes.view(-1) >> 4, codes.view(-1) & 15], dim=1).view(-1).long()
     scales = state.absmax.repeat_interleave(64)[: weight.numel()]
     want = (state.code[nibbles] * scales).to(torch.bfloat16).view(50, 48)
-    assert torch.equal(read_packed("w", *find_packed([open_tensors(tmp_path / "model.safetensors")])["w"]), want)
+    assert torch.equal(list_stored([open_tensors(tmp_path / "model.safetensors")])["w"].read(), want)
     assert (want - weight).abs().max() < 0.7
 
 
@@ -254,7 +254,7 @@ def test_a_weight_is_seen_as_the_loader_quantizes_it(size: tuple[int, int], dtyp
     assert not torch.equal(seen.to(torch.bfloat16), weight)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "mxfp4", "bitsandbytes"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "bitsandbytes"])
 def test_a_base_quantized_otherwise_is_refused(method: str, tmp_path: Path) -> None:
     base, adapter = make_pair(tmp_path, "llama")
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))

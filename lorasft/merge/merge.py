@@ -43,7 +43,8 @@ def merge(
     artifact.verify(force_base=force_base)
     files.refuse_overlap(out, artifact.base, artifact.run or artifact.require_adapter())
     plan = plan_merge(artifact)
-    if plan.packed and (onto == "original" or quantize):  # it has no original, and an update falls back onto its steps
+    four_bit = artifact.base_config.get("quantization_config")
+    if four_bit and (onto == "original" or quantize):  # it has no original, and an update falls back onto its steps
         what = "the base is stored in 4 bit: no --quantize, no --onto original"
         raise ModelError(what, hint="--base with the 16-bit original")
     files.need_space(out, plan.size * (2 if quantize else 1))
@@ -52,7 +53,7 @@ def merge(
         from lorasft.merge.check import MergeCheck  # takes seconds and hundreds of megabytes to import
 
         judge = MergeCheck(artifact, data)
-    chosen, why = "dequantized" if plan.packed else onto, "as asked"
+    chosen, why = "dequantized" if four_bit else onto, "as asked"
     if chosen == "auto" and quantize:  # measured: of an update to weights on the grid already, most snaps back to it
         chosen, why = "original", "weights that come from NF4 would fall back onto its steps"
     elif chosen == "auto":
@@ -83,8 +84,8 @@ def merge(
 def _write_full(folder: Path, artifact: Artifact, plan: MergePlan, *, onto: Onto) -> dict[str, str]:
     """Full weights and what lies beside them. Returns their hashes. Raises ModelError when rounding left all."""
     files.make_folder(folder)
-    nf4: dict[str, torch.dtype] = {}
-    if onto == "dequantized" and not plan.packed:  # of a run in 4 bit: the tensors that it had in NF4, in its own dtype
+    nf4: dict[str, torch.dtype] = {}  # of a run in 4 bit: the tensors that it had in NF4, in its own dtype
+    if onto == "dequantized" and not artifact.base_config.get("quantization_config"):
         from accelerate import PartialState
 
         from lorasft.model.base import compute_dtype, find_quantized, read_config

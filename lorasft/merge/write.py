@@ -27,7 +27,7 @@ from lorasft.files import new_file
 from lorasft.merge.changes import read_changes
 from lorasft.merge.parameters import ParameterMap
 from lorasft.merge.updates import Change
-from lorasft.model.nf4 import find_packed, nf4_view, read_packed
+from lorasft.model.packed import StoredWeight, list_stored, nf4_view
 from lorasft.tensors import INDEX, SINGLE, TensorFile, TensorSpec, TensorWriter, find_weights, open_tensors
 from lorasft.terminal import say
 
@@ -44,7 +44,7 @@ class MergePlan:
     sources: Sequence[TensorFile]  # as they are
     targets: Sequence[Mapping[str, TensorSpec]]  # the tensors of the same files as they are to be
     changes: Mapping[str, Change]  # what becomes of tensors, by their names in the files
-    packed: Mapping[str, tuple[TensorSpec, Mapping[str, TensorFile]]]  # 4-bit weights, which are written in 16 bits
+    weights: Mapping[str, StoredWeight]  # all that are read, by their names as they are to be
     places: ParameterMap
 
     @property
@@ -56,27 +56,23 @@ class MergePlan:
 def plan_merge(artifact: Artifact) -> MergePlan:
     """What a merge of an adapter into its base will write. Raises ModelError for what does not fit or cannot be."""
     sources = [open_tensors(path) for path in find_weights(artifact.base)]
-    packed = find_packed(sources)
-    parts = {name for _, files in packed.values() for name in files} - packed.keys()  # of no use any more
-    targets = [
-        {name: packed[name][0] if name in packed else spec for name, spec in file.specs.items() if name not in parts}
-        for file in sources
-    ]
+    weights = list_stored(sources)
+    first = {next(iter(weight.parts)): name for name, weight in weights.items()}  # other parts are of no use any more
+    targets = [{first[part]: weights[first[part]].spec for part in file.specs if part in first} for file in sources]
     places = ParameterMap({name: spec for specs in targets for name, spec in specs.items()}, base=artifact.base)
-    files = {name: file for file in sources for name in file.specs}
-    changes = read_changes(artifact, places, lambda name: files[name].read(name))
+    changes = read_changes(artifact, places, lambda name: weights[name].read())
     for specs in targets:
         for name in specs.keys() & changes.keys():
             spec, shape = specs[name], changes[name].shape
             specs[name] = TensorSpec(spec.dtype, shape, math.prod(shape) * spec.torch_dtype.itemsize)
-    return MergePlan(sources, targets, changes, packed, places)
+    return MergePlan(sources, targets, changes, weights, places)
 
 
 def rewrite_config(plan: MergePlan, base_config: Mapping[str, Any]) -> dict[str, Any]:
     """The base's config and index where its tensors get other forms or names; else nothing."""
     specs = plan.places.specs
     resized = [change.shape[0] for name, change in plan.changes.items() if change.shape != specs[name].shape]
-    if not resized and not plan.packed:
+    if not resized and not any(weight.convert for weight in plan.weights.values()):
         return {}
     config = copy.deepcopy(dict(base_config))
     config.pop("quantization_config", None)
@@ -86,7 +82,8 @@ def rewrite_config(plan: MergePlan, base_config: Mapping[str, Any]) -> dict[str,
     index = plan.sources[0].path.with_name(INDEX)
     if index.is_file() and plan.sources[0].path.name != SINGLE:
         content = json.loads(index.read_bytes())
-        content["weight_map"] = {name: file for name, file in content["weight_map"].items() if name in specs}
+        written = zip(plan.sources, plan.targets, strict=True)
+        content["weight_map"] = {name: source.path.name for source, target in written for name in target}
         content.setdefault("metadata", {})["total_size"] = plan.size
         files[INDEX] = content
     return files
@@ -112,7 +109,7 @@ def write_weights(stage: Path, plan: MergePlan, *, nf4: Mapping[str, torch.dtype
             with new_file(path) as file:
                 writer = TensorWriter(file, specs, source.metadata, thread)
                 for name, spec in specs.items():
-                    if name in plan.changes or name in plan.packed or name in nf4:
+                    if name in plan.changes or plan.weights[name].convert or name in nf4:
                         change = plan.changes.get(name, Change(spec.shape))
                         weight = _read_weight(plan, source, name, spec, nf4.get(name))
                         changed |= _merge_tensor(writer, weight, change, name=name, spec=spec, buffer=buffer)
@@ -136,10 +133,10 @@ def _read_weight(
     plan: MergePlan, source: TensorFile, name: str, spec: TensorSpec, nf4_dtype: torch.dtype | None
 ) -> Callable[[int, int], Tensor]:
     """What the base has for a tensor: gives rows `first` to `first + count`, (count, width)."""
-    if name in plan.packed:
-        numbers = read_packed(name, *plan.packed[name])
-    elif nf4_dtype:
-        numbers = nf4_view(source.read(name), nf4_dtype)
+    if plan.weights[name].convert or nf4_dtype:
+        numbers = plan.weights[name].read()
+        numbers = nf4_view(numbers, nf4_dtype) if nf4_dtype else numbers.to(spec.torch_dtype)
+        numbers = numbers.reshape(-1, spec.width)
     elif source.specs[name].shape != spec.shape:  # what is of another shape takes its place
         return lambda first, count: torch.zeros(count, spec.width, dtype=spec.torch_dtype)
     else:

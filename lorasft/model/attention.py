@@ -26,6 +26,8 @@ SEGMENTS = "lorasft_segments"
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash = torch.ops.aten._flash_attention_forward
 _attend_back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_flash_back = torch.ops.aten._flash_attention_backward
+_BLOCK = 512  # queries that look through a window at a time on a CPU: few enough for a small mask
 
 
 class Stretch(NamedTuple):
@@ -34,6 +36,7 @@ class Stretch(NamedTuple):
     queries: slice
     keys: slice
     causal: bool
+    window: int | None = None  # the last keys that a query sees, its own among them; None: as many as there are
 
 
 class Shape(NamedTuple):
@@ -42,7 +45,8 @@ class Shape(NamedTuple):
     heads: tuple[int, ...]  # of queries, keys and values
     sizes: tuple[int, ...]  # of a head of each
     windowed: bool
-    open_scores: bool  # soft caps or sinks
+    open_scores: bool  # soft caps, or sinks that are trained
+    sinks: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,18 @@ class Paths:
                     readers.append(part)
         below = [Stretch(part, own[number], False) for number, readers in shared.items() for part in readers]
         return [*(Stretch(part, part, True) for part in own), *below]
+
+    def windows(self, window: int) -> list[Stretch]:
+        """What each segment sees through a window, a block of its queries at a time; keys are those of `gather`."""
+        step, begin, first, found = min(window, _BLOCK), 0, 0, []
+        for length, seen in zip(self.lengths, self.key_counts, strict=True):
+            own = first + seen - length  # where its own keys begin
+            for start in range(0, length, step):
+                stop = min(start + step, length)
+                keys = slice(max(first, own + start - window + 1), own + stop)
+                found.append(Stretch(slice(begin + start, begin + stop), keys, True, window))
+            begin, first = begin + length, first + seen
+        return found
 
     @cached_property
     def key_counts(self) -> list[int]:
@@ -118,29 +134,33 @@ def attend(
     if segments is None:
         raise RuntimeError("segment attention was called without segments")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    open_scores = softcap is not None or s_aux is not None
-    windowed = sliding_window is not None and max(segments.key_counts) > sliding_window
-    plain = not (open_scores or windowed or dropout)
-    if plain and segments.cascade and query.shape[-1] == value.shape[-1]:
-        output: Tensor = CascadeAttention.apply(query, key, value, segments.stretches, scale)  # type: ignore[no-untyped-call]
+    open_scores = softcap is not None or (s_aux is not None and s_aux.requires_grad)
+    if not (open_scores or dropout) and segments.cascade and query.shape[-1] == value.shape[-1]:
+        stretches, rows = segments.stretches, [key, value]
+        if sliding_window is not None and max(segments.key_counts) > sliding_window:
+            stretches, rows = segments.windows(sliding_window), [segments.gather(row) for row in rows]
+        output: Tensor = CascadeAttention.apply(query, *rows, s_aux, stretches, scale)  # type: ignore[no-untyped-call]
         return output, None
     keys, values = segments.gather(key), segments.gather(value)
     heads, sizes = zip(*(row.shape[1::2] for row in (query, key, value)), strict=True)
-    shape = Shape(heads, sizes, windowed=sliding_window is not None, open_scores=open_scores)
+    shape = Shape(heads, sizes, sliding_window is not None, open_scores, sinks=s_aux is not None)
     if segments.kernel and not dropout and segments.kernel(shape):
         # torch's FlashAttention, causal from the bottom right: a window counts along the keys. `varlen_attn` around it
         # takes other arguments in each of torch 2.10, 2.11 and 2.12.
         q, k, v = (row.squeeze(0).transpose(0, 1) for row in (query, keys, values))  # (tokens, heads, size)
         begun, longest = segments.places[:2], (max(segments.lengths), max(segments.key_counts))
         reach = {"window_size_left": sliding_window - 1 if sliding_window else -1, "window_size_right": 0}
-        rows = _flash(q, k, v, *begun, *longest, 0.0, not sliding_window, False, scale=scale, **reach)[0]
-        return rows.unsqueeze(0), None
+        given, how = (*begun, *longest, 0.0, not sliding_window), {"scale": scale, **reach}
+        if s_aux is not None:
+            return SinkAttention.apply(q, k, v, s_aux, given, how).unsqueeze(0), None  # type: ignore[no-untyped-call]
+        return _flash(q, k, v, *given, False, **how)[0].unsqueeze(0), None
     outputs = []
     parts = [torch.split(row, segments.key_counts, dim=2) for row in (keys, values)]
     for q, k, v in zip(torch.split(query, segments.lengths, dim=2), *parts, strict=True):
         square = q.shape[2] == k.shape[2] and (sliding_window is None or k.shape[2] <= sliding_window)
-        mask = None if square and not open_scores else _causal(q, k, window=sliding_window)
-        if open_scores:  # Gemma 2, gpt-oss: the model's own function
+        own_scores = softcap is not None or s_aux is not None
+        mask = None if square and not own_scores else _causal(q, k, window=sliding_window)
+        if own_scores:  # Gemma 2, gpt-oss: the model's own function
             own = sys.modules[type(module).__module__].eager_attention_forward
             rows = own(module, q, k, v, mask, scaling=scale, dropout=dropout, softcap=softcap)[0].transpose(1, 2)
         else:
@@ -151,10 +171,12 @@ def attend(
 
 
 class CascadeAttention(torch.autograd.Function):
-    """query (1, heads, tokens, size), key and value (1, key heads, tokens, size) -> (1, tokens, heads, size), on a CPU.
+    """query (1, heads, tokens, size), key and value (1, key heads, tokens, size), sinks (heads,), frozen, or None ->
+    (1, tokens, heads, size), on a CPU.
 
     A shared prefix is read once for all that follow it: torch's kernel attends to one stretch of keys and tells the log
-    of its softmax's denominator, by which the stretches of a segment are merged (Ye et al. 2024, cascade inference).
+    of its softmax's denominator, by which the stretches of a segment are merged (Ye et al. 2024, cascade inference); a
+    sink is one without keys.
     With the merged output and denominator the kernel's own backward pass gives each stretch its exact share of the
     gradients (Liu et al. 2023, ring attention). It runs in fp32 also where the rest has 16 bits: torch 2.13 compiles a
     kernel of 16 bits for each shape anew, 2 to 9 times as slow, and the gradients are nearer to the truth.
@@ -164,13 +186,14 @@ class CascadeAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, stretches: Sequence[Stretch], scale: float
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, given: list[Stretch], scale: float
     ) -> Tensor:
         output = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
         rows = output.transpose(1, 2)
         logs = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
-        for queries, keys, causal in stretches:
-            part, log = _attend(query[:, :, queries], key[:, :, keys], value[:, :, keys], 0.0, causal, scale=scale)
+        for queries, keys, causal, window in given:
+            q, k, v = query[:, :, queries], key[:, :, keys], value[:, :, keys]
+            part, log = _attend(q, k, v, 0.0, **_limits(q, k, causal, window), scale=scale)
             if causal:  # the first that these queries see
                 rows[:, :, queries], logs[:, :, queries] = part, log
                 continue
@@ -178,26 +201,55 @@ class CascadeAttention(torch.autograd.Function):
             before = rows[:, :, queries] * (logs[:, :, queries] - both).exp().unsqueeze(-1)
             rows[:, :, queries] = torch.addcmul(before, part, (log - both).exp().unsqueeze(-1))
             logs[:, :, queries] = both
+        if sinks is not None:
+            both = torch.logaddexp(logs, sinks.to(logs.dtype).unsqueeze(1))
+            rows *= (logs - both).exp().unsqueeze(-1)
+            logs = both
         ctx.save_for_backward(query, key, value, output, logs)
-        ctx.stretches, ctx.scale = stretches, scale
+        ctx.stretches, ctx.scale = given, scale
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, logs = ctx.saved_tensors
-        gradients = [torch.empty_like(tensor) for tensor in (query, key, value)]
-        for queries, keys, causal in ctx.stretches:
+        gradients = [torch.zeros_like(tensor) for tensor in (query, key, value)]
+        for queries, keys, causal, window in ctx.stretches:
             places = (queries, queries, keys, keys, queries)
             rows = (upstream.transpose(1, 2), query, key, value, output.transpose(1, 2))
             exact = [row[:, :, place].to(logs.dtype) for row, place in zip(rows, places, strict=True)]
-            parts = _attend_back(*exact, logs[:, :, queries], 0.0, causal, scale=ctx.scale)
+            limits = _limits(*exact[1:3], causal, window)
+            parts = _attend_back(*exact, logs[:, :, queries], 0.0, **limits, scale=ctx.scale)
             for gradient, place, part in zip(gradients, (queries, keys, keys), parts, strict=True):
-                if causal:  # each token's own segment comes first
-                    gradient[:, :, place] = part
-                else:
-                    gradient[:, :, place] += part
-        return *gradients, None, None
+                gradient[:, :, place] += part
+        return *gradients, None, None, None
+
+
+class SinkAttention(torch.autograd.Function):
+    """query (queries, heads, size), key and value (keys, key heads, size), sinks (heads,) -> (queries, heads, size), on
+    CUDA: as in CascadeAttention sinks are frozen, and merged by the logs."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, given: Any, how: Any) -> Tensor:
+        output, log, *state = _flash(query, key, value, *given, False, **how)  # log: (heads, queries) fp32
+        both = torch.logaddexp(log, sinks.to(log.dtype).unsqueeze(1))
+        output *= (log - both).exp().t().unsqueeze(-1)
+        ctx.save_for_backward(query, key, value, output, both, *state[:2])
+        ctx.given, ctx.how = given, how
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        *rows, log, state, unused = ctx.saved_tensors
+        gradients = _flash_back(upstream.contiguous(), *rows, log, *ctx.given, state, unused, **ctx.how)
+        return *gradients, None, None, None
+
+
+def _limits(query: Tensor, key: Tensor, causal: bool, window: int | None) -> dict[str, Any]:
+    """What the kernel is told of the keys of a stretch that a query does not see."""
+    square = window is None or query.shape[2] == key.shape[2] <= window
+    return {"is_causal": causal and square, "attn_mask": None if square else _causal(query, key, window=window)}
 
 
 def _causal(query: Tensor, key: Tensor, *, window: int | None) -> Tensor:

@@ -21,12 +21,13 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import cached_file
 
 from lorasft.adapter_files import read_adapter_config
-from lorasft.artifact import GENERATION_CONFIG, refuse_quantized
+from lorasft.artifact import GENERATION_CONFIG, Artifact, stored_as
 from lorasft.errors import CapacityError, DeviceError, LorasftError, ModelError, UnsafeError
 from lorasft.hub import is_folder, refuse_offline
 from lorasft.model.attention import default_attention
 from lorasft.model.cache import Keep, find_place, keep_base, read_kept
 from lorasft.model.free_memory import out_of_memory
+from lorasft.model.packed import list_stored
 from lorasft.recipe import ModelSettings
 from lorasft.tensors import find_weights, open_tensors
 from lorasft.terminal import say
@@ -53,9 +54,10 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     # Of what it says only the stops count: transformers would follow its beams, penalties and the like.
     stops = GenerationConfig(eos_token_id=said.get("eos_token_id"))
 
-    def read(source: str, config: Any = config, **how: Any) -> Any:
+    def read(source: str | None, config: Any = config, **how: Any) -> Any:
+        loader = AutoModelForCausalLM if source else transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         with quiet_progress(), _loading_errors(settings.base):
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, found = loader.from_pretrained(
                 source,
                 # As it was read and cleared: what its file says of attention would win over the argument.
                 config=copy.deepcopy(config),  # transformers writes into it
@@ -82,7 +84,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
         packed.quantization_config = scheme.to_dict()
         kept = read_kept(place, partial(read, config=packed))
     how: dict[str, Any] = {"quantization_config": scheme} if quantize else {}  # None would hide the config's own
-    model = read(settings.base, revision=settings.revision, **how) if kept is None else kept
+    model = read(**_find_source(settings, config), **how) if kept is None else kept
     model.name_or_path = model.config._name_or_path = settings.base
     # What of a base that comes in 4 bit is not in 4 bit transformers leaves as it is.
     for parameter in model.parameters() if stored else ():
@@ -94,6 +96,15 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
         with quiet_progress():
             keep_base(model, place, wanted=keep)
     return model
+
+
+def _find_source(settings: ModelSettings, config: Any) -> dict[str, Any]:
+    """What transformers reads a base from; of one in FP8 or MXFP4 its weights, each dequantized when it is asked for."""
+    if not hasattr(config, "stored_as"):
+        return {"source": settings.base, "revision": settings.revision}
+    say(f"the base comes in {config.stored_as}: it is read in 16 bits, a weight at a time")
+    files = [open_tensors(path) for path in find_weights(Artifact(settings.base, settings).base)]
+    return {"source": None, "state_dict": list_stored(files)}
 
 
 def _set_compute_dtype(config: Any, scheme: BitsAndBytesConfig) -> bool:
@@ -171,13 +182,16 @@ def read_config(base: str, revision: str | None = None) -> Any:
         raise ModelError(what, where=base, hint="lorasft trains decoder-only models")
     # What a config says of attention and experts is taken out: a repository there would be fetched, and run.
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        scheme = getattr(part, "quantization_config", None) or {}
+        if stored := stored_as(scheme, base):  # for all but its files it is a base in 16 bits
+            config.stored_as = stored
+            del part.quantization_config
         for key in ("_attn_implementation", "_experts_implementation"):
             if "/" in str(getattr(part, key, None)):
                 what = f"the config names a kernel, which would be code: {getattr(part, key)}"
                 raise UnsafeError(what, where=base, hint=f"take {key.lstrip('_')} out of config.json")
             if part is not None:
                 setattr(part, key, None)
-    refuse_quantized(getattr(config, "quantization_config", None) or {}, base)
     return config
 
 
@@ -276,6 +290,9 @@ def _loading_errors(base: str) -> Iterator[None]:
         if out_of_memory(error) or "Cannot allocate memory" in str(error):
             hint = "free memory, or a smaller base"
             raise CapacityError("out of memory while loading", where=base, hint=hint) from error
+        if "offloaded to the disk" in str(error):
+            what = "the base does not fit into memory, and is stored so that it cannot be streamed"
+            raise CapacityError(what, where=base, hint="merge with --onto dequantized, or with --no-check") from None
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if not Path(base).is_dir():
             refuse_offline(error, base)

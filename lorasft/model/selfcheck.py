@@ -87,21 +87,24 @@ def _reason(find: Callable[[], str | None]) -> str | None:
 
 
 def _find_kernel_error(shape: Shape, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong with the one kernel: its output and gradients beside those segment by segment in float64."""
+    """What is wrong with the one kernel: its output and gradients beside those on a CPU in float64."""
     if shape.open_scores:
-        return "torch has no kernel with soft caps or sinks"
+        return "torch has no kernel with soft caps, or for sinks that are trained"
     paths = Paths([150, 70, 5, 90], [(), (0,), (0, 1), ()], cascade=False)  # longer and shorter than a kernel's blocks
     paths = replace(paths, places=[torch.from_numpy(numbers).to(device) for numbers in paths.numbers])
     draw, window = torch.Generator().manual_seed(0), 40 if shape.windowed else None
     each = [(sum(paths.lengths), *one) for one in zip(shape.heads, shape.sizes, strict=True)]
-    rows = [torch.randn(1, *one, generator=draw).to(device, dtype).transpose(1, 2) for one in each]
+    rows = [torch.randn(1, *one, generator=draw).to(dtype).transpose(1, 2) for one in each]
+    sinks = torch.linspace(-2, 4, shape.heads[0]) if shape.sinks else None
     found = []
-    for segments, precision in ((replace(paths, kernel=lambda _: True), dtype), (paths, torch.float64)):
-        q, k, v = (row.to(precision).requires_grad_() for row in rows)
+    reference = Paths(paths.lengths, paths.ancestors), torch.device("cpu"), torch.float64
+    for segments, place, precision in ((replace(paths, kernel=lambda _: True), device, dtype), reference):
+        q, k, v = (row.to(place, precision).requires_grad_() for row in rows)
+        options = {"scaling": 0.1, "sliding_window": window, "s_aux": None if sinks is None else sinks.to(place)}
         with torch.enable_grad():
-            output, _ = attend(nn.Module(), q, k, v, None, scaling=0.1, sliding_window=window, segments=segments)
+            output, _ = attend(nn.Module(), q, k, v, None, **options, segments=segments)
             gradients = torch.autograd.grad(output, (q, k, v), output.detach().sin())
-        found.append([one.double() for one in (output.detach(), *gradients)])
+        found.append([one.double().cpu() for one in (output.detach(), *gradients)])
     drift = float(torch.stack([(one - exact).norm() / exact.norm() for one, exact in zip(*found, strict=True)]).max())
     return None if drift <= _KERNEL else f"torch's FlashAttention is {drift:.1e} from float64"
 

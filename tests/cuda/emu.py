@@ -299,17 +299,19 @@ def _flash_back(
     """aten::_flash_attention_backward: the gradients of q, k, v."""
     _check_flash(q, k, v, cq, ck)
     _need(upstream.stride(-1) == 1, "dout tensor must have contiguous last dimension")
+    _need(log.shape == (q.shape[1], len(q)) and log.dtype == torch.float32, "softmax_lse has another shape or dtype")
     small = CAPABILITY in ((8, 6), (8, 9)) or CAPABILITY >= (12, 0)
     _need(not (small and 192 < q.shape[-1] <= 224), "FlashAttention backward for head dim > 192 requires A100 or H100")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with _kernel("aten::_flash_attention_backward"):
         grad_q, grad_k, grad_v = torch.zeros(q.shape), torch.zeros(k.shape), torch.zeros(v.shape)
-        given, group = upstream.cpu().float(), q.shape[1] // k.shape[1]
+        given, rows, logs, group = upstream.cpu().float(), out.cpu().float(), log.cpu(), q.shape[1] // k.shape[1]
         cpu = [one.cpu() for one in (q, k, v, cq, ck)]
         for where, what, qs, ks, vs in _sequences(*cpu, mq, mk):
-            weights = _scores(qs, ks, scale, causal, window_size_left, window_size_right).softmax(-1)
+            scores = _scores(qs, ks, scale, causal, window_size_left, window_size_right)
+            weights = (scores - logs[:, where].unsqueeze(-1)).exp()
             grad_weights = torch.einsum("qhd,khd->hqk", given[where], vs)
-            grad_scores = weights * (grad_weights - (grad_weights * weights).sum(-1, keepdim=True)) * scale
+            grad_scores = weights * (grad_weights - (given[where] * rows[where]).sum(-1).t().unsqueeze(-1)) * scale
             grad_q[where] = torch.einsum("hqk,khd->qhd", grad_scores, ks)
             grad_k[what] = torch.einsum("hqk,qhd->khd", grad_scores, qs).unflatten(1, (-1, group)).sum(2)
             grad_v[what] = torch.einsum("hqk,qhd->khd", weights, given[where]).unflatten(1, (-1, group)).sum(2)

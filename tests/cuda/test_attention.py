@@ -7,15 +7,17 @@ from emulated import run_emulated
 MODEL = """
 import emu, copy, torch
 from test_prefixes import Relatives
-from tiny_models import make_base, randomize_adapter
+from tiny_models import CONFIGS, WINDOWS, make_base, randomize_adapter, shape
+from transformers import GptOssConfig
 from lorasft.data.packing import make_micro_batches
 from lorasft.model.adapter import attach_adapter, trainable
 from lorasft.model.loss import pair_losses
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import AdapterSettings
 
-rows = Relatives()
-for name in ("llama", "qwen3", "gemma3", "gpt2"):  # gemma3: windows of 6 and 40 tokens
+rows, experts = Relatives(), {"num_local_experts": 4, "num_experts_per_tok": 2}
+CONFIGS["gpt_oss"] = lambda hidden: GptOssConfig(**shape(hidden), **WINDOWS, **experts)  # sinks
+for name in ("llama", "qwen3", "gemma3", "gpt2", "gpt_oss"):  # gemma3, gpt_oss: windows of 6 and 40 tokens
     base = make_base(name, torch.bfloat16)
     results = []
     for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.bfloat16), ("cpu", torch.float64)):
