@@ -72,14 +72,13 @@ class Artifact:
     @cached_property
     def base(self) -> Path:
         """The folder of the base on this machine, downloaded if need be. Raises ModelError or DeviceError."""
-        name = self.model.base
+        name, revision = self.model.base, self.model.revision
         if is_folder(name, hint="--base MODEL" if self.adapter else _NAME_ONE):
             return Path(name)
         from huggingface_hub import snapshot_download
 
         try:
-            which = {"allow_patterns": _FILES, "ignore_patterns": "*/*"}  # gpt-oss has its weights three times
-            return Path(snapshot_download(name, revision=self.model.revision, **which))
+            return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES, ignore_patterns="*/*"))
         except Exception as error:  # the hub raises a dozen kinds
             refuse_offline(error, name)
             raise ModelError(f"cannot get the base: {str(error)[:200]}", where=name, hint="--base FOLDER") from None

@@ -136,10 +136,10 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     open_scores = softcap is not None or (s_aux is not None and s_aux.requires_grad)
     if not (open_scores or dropout) and segments.cascade and query.shape[-1] == value.shape[-1]:
-        stretches, rows = segments.stretches, [key, value]
+        stretches, seen = segments.stretches, (key, value)
         if sliding_window is not None and max(segments.key_counts) > sliding_window:
-            stretches, rows = segments.windows(sliding_window), [segments.gather(row) for row in rows]
-        output: Tensor = CascadeAttention.apply(query, *rows, s_aux, stretches, scale)  # type: ignore[no-untyped-call]
+            stretches, seen = segments.windows(sliding_window), (segments.gather(key), segments.gather(value))
+        output: Tensor = CascadeAttention.apply(query, *seen, s_aux, stretches, scale)  # type: ignore[no-untyped-call]
         return output, None
     keys, values = segments.gather(key), segments.gather(value)
     heads, sizes = zip(*(row.shape[1::2] for row in (query, key, value)), strict=True)
@@ -218,7 +218,7 @@ class CascadeAttention(torch.autograd.Function):
             places = (queries, queries, keys, keys, queries)
             rows = (upstream.transpose(1, 2), query, key, value, output.transpose(1, 2))
             exact = [row[:, :, place].to(logs.dtype) for row, place in zip(rows, places, strict=True)]
-            limits = _limits(*exact[1:3], causal, window)
+            limits = _limits(exact[1], exact[2], causal, window)
             parts = _attend_back(*exact, logs[:, :, queries], 0.0, **limits, scale=ctx.scale)
             for gradient, place, part in zip(gradients, (queries, keys, keys), parts, strict=True):
                 gradient[:, :, place] += part
@@ -231,6 +231,7 @@ class SinkAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, given: Any, how: Any) -> Tensor:
+        output: Tensor
         output, log, *state = _flash(query, key, value, *given, False, **how)  # log: (heads, queries) fp32
         both = torch.logaddexp(log, sinks.to(log.dtype).unsqueeze(1))
         output *= (log - both).exp().t().unsqueeze(-1)

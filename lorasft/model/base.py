@@ -99,7 +99,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
 
 
 def _find_source(settings: ModelSettings, config: Any) -> dict[str, Any]:
-    """What transformers reads a base from; of one in FP8 or MXFP4 its weights, each dequantized when it is asked for."""
+    """What transformers reads a base from: of FP8 and MXFP4 the weights, each dequantized when it is asked for."""
     if not hasattr(config, "stored_as"):
         return {"source": settings.base, "revision": settings.revision}
     say(f"the base comes in {config.stored_as}: it is read in 16 bits, a weight at a time")

@@ -63,7 +63,8 @@ def _find_scaled(places: Mapping[str, TensorFile]) -> dict[str, StoredWeight]:
     found = {}
     for name, file in places.items():
         dtype, shape = file.specs[name].dtype, file.specs[name].shape
-        weight, scales, convert = name, f"{name}_scale_inv", _scale_fp8
+        weight, scales = name, f"{name}_scale_inv"
+        convert: Callable[..., Tensor] = _scale_fp8
         if dtype == "U8" and name.endswith("_blocks") and len(shape) == 4:
             weight, scales, convert = name[:-7], f"{name[:-7]}_scales", _unpack_mxfp4
             shape = (shape[0], 2 * shape[2] * shape[3], shape[1])
@@ -93,8 +94,8 @@ def _unpack_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """Blocks (experts, out, groups, 16) of two codes in a byte, scales (experts, out, groups) -> (experts, in, out) in
     bf16, where each number is exact. An expert at a time: it takes several times its size."""
     numbers = torch.empty(len(blocks), blocks.shape[1], 32 * blocks.shape[2], dtype=torch.bfloat16).mT
-    for number, out in enumerate(numbers.split(1)):
-        out.copy_(convert_moe_packed_tensors(blocks[number, None], scales[number, None]))
+    for number in range(len(blocks)):
+        numbers[number] = convert_moe_packed_tensors(blocks[number, None], scales[number, None])[0]
     return numbers
 
 

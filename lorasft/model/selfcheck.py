@@ -104,7 +104,7 @@ def _find_kernel_error(shape: Shape, device: torch.device, dtype: torch.dtype) -
     reference = Paths(paths.lengths, paths.ancestors), torch.device("cpu"), torch.float64
     for segments, place, precision in ((replace(paths, kernel=lambda _: True), device, dtype), reference):
         q, k, v = (row.to(place, precision).requires_grad_() for row in rows)
-        options = {"scaling": 0.1, "sliding_window": window, "s_aux": None if sinks is None else sinks.to(place)}
+        options: Any = {"scaling": 0.1, "sliding_window": window, "s_aux": None if sinks is None else sinks.to(place)}
         with torch.enable_grad():
             output, _ = attend(nn.Module(), q, k, v, None, **options, segments=segments)
             gradients = torch.autograd.grad(output, (q, k, v), output.detach().sin())
