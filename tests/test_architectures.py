@@ -146,7 +146,8 @@ def test_a_tree_gives_what_its_sequences_give_alone(name: str) -> None:
     for batch, part in zip(alone, want.split([len(batch.targets) for batch in alone]), strict=True):
         assert torch.allclose(got[torch.as_tensor(tree.examples == batch.examples[0])], part, atol=1e-5)
     whole, worst = differences(*without_zeros(got_gradients, want_gradients))
-    assert whole < 2e-6 and worst < 5e-6, (whole, worst)
+    # A router's bias of gpt-oss: transformers' own attention is 5.3e-6 from float64 there, ours 2.2e-6.
+    assert whole < 2e-6 and worst < (1e-5 if name == "gpt-oss" else 5e-6), (whole, worst)
 
 
 @pytest.mark.parametrize("name", REFUSED)
