@@ -37,8 +37,8 @@ def attach_adapter(base: Any, settings: AdapterSettings, *, seed: int, new_rows:
     new tokens, see `add_rows`. Raises ModelError where they cannot be trained."""
     targets = all_linears(base) if settings.targets == "all-linear" else list(settings.targets)
     tokens, named = add_rows(base, new_rows) if new_rows else {}, [*targets, *settings.modules_to_save]
-    text, bias = base.config.get_text_config(), getattr(base.get_output_embeddings(), "bias", None) is not None
-    unfit = bias or getattr(text, "hidden_size_per_layer_input", 0)
+    unfit = getattr(base.get_output_embeddings(), "bias", None) is not None
+    unfit = unfit or bool(getattr(base.config.get_text_config(), "hidden_size_per_layer_input", 0))
     if (tokens and unfit) or any(f".{path}".endswith(f".{name}") for path in tokens for name in named):
         what = (
             "not where embedding or head train as a whole, the head has a bias, or layers have embeddings of their own"

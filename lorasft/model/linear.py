@@ -256,9 +256,9 @@ def _forward_saved(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
     return functional_call(copy, cast, args, kwargs)
 
 
-def trained_rows(module: Any) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """The tokens (tokens,) for which an embedding or head has trained rows, and these (tokens, hidden), fp32; None where
-    it has none, or adapters are disabled."""
+def trained_rows(module: Any) -> tuple[Any, Any]:
+    """The tokens (tokens,) for which an embedding or head has trained rows, and these, (tokens, hidden) in fp32; None
+    where it has none, or adapters are disabled."""
     if not hasattr(module, "tokens") or module.disable_adapters:
         return None, None
     (rows,) = module.token_adapter.trainable_tokens_delta.values()
