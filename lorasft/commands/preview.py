@@ -66,8 +66,8 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
             return
         found = _sequences(prepared.store, tokenizer, most=rows or (1000 if html else 3))
         shown = [(_harmless(f"{place}{' (held out)' * held_out}"), parts) for place, held_out, _, parts in found]
-        names, ids = sorted(settings.model.new_tokens), prepared.store.arrays["ids"]
-        counts = [f"{(ids == at).sum():,} times the new token {name}" for name, at in zip(names, new, strict=True)]
+        ids = prepared.store.arrays["ids"]
+        counts = [f"{(ids == token).sum():,} times the new token {tokenizer.decode([token])}" for token in new]
     facts = list(map(_harmless, [*counts, *summary(prepared.report)]))
     if html:
         write_file(Path(html), make_page(shown, facts).encode())

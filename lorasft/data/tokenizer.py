@@ -55,19 +55,19 @@ def add_tokens(tokenizer: PreTrainedTokenizerFast, new_tokens: Mapping[str, str]
     those of the text that it starts as. Raises RecipeError for one that is there, or would split another."""
     from tokenizers import AddedToken
 
-    backend, added, starts = tokenizer.backend_tokenizer, tokenizer.get_added_vocab(), []
-    entries = tokenizer.get_vocab() if new_tokens else ()
+    backend, entries, starts = tokenizer.backend_tokenizer, tokenizer.get_vocab(), []
     for token in sorted(new_tokens):
         pieces, back = backend.encode(token, add_special_tokens=False), backend.decoder.decode(["x", token])[1:]
         own = token if tokenizer.unk_token_id in pieces.ids else "".join(pieces.tokens).removeprefix("\u2581")
-        split = [other for other in (*added, *new_tokens) if other in token and other != token]
+        split = [one for one in (*tokenizer.get_added_vocab(), *new_tokens) if one in token and one != token]
         split += [entry for entry in entries if own in entry]  # in the tokenizer's own alphabet
         starts.append(backend.encode(new_tokens[token], add_special_tokens=False).ids)
         if split or back != token or not token.strip():
             reason = f"would split the token {split[0]}" if split else f"would come out as {back}"
             reason = "is blank" if not token.strip() else "is a token already" if own in split else reason
-            hint = "leave it out, or write it with marks, as <name>"
-            raise RecipeError(f"the new token {token!r} {reason}", where="model.new_tokens", hint=hint)
+            raise RecipeError(
+                f"{token!r} {reason}", where="model.new_tokens", hint="another one, with marks, as <name>"
+            )
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in sorted(new_tokens)])
     return dict(zip(tokenizer.convert_tokens_to_ids(sorted(new_tokens)), starts, strict=True))
 

@@ -259,10 +259,8 @@ def _forward_saved(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
 def trained_rows(module: Any) -> tuple[Any, Any]:
     """The tokens (tokens,) for which an embedding or head has trained rows, and these, (tokens, hidden) in fp32; None
     where it has none, or adapters are disabled."""
-    if not hasattr(module, "tokens") or module.disable_adapters:
-        return None, None
-    (rows,) = module.token_adapter.trainable_tokens_delta.values()
-    return module.tokens, rows
+    found = hasattr(module, "tokens") and not module.disable_adapters
+    return (module.tokens, *module.token_adapter.trainable_tokens_delta.values()) if found else (None, None)
 
 
 def _forward_rows(wrapper: Any, x: Tensor) -> Tensor:

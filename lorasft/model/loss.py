@@ -39,7 +39,6 @@ class Head:
     softcap: float | None
     chunk: int = _CHUNK_PAIRS  # pairs whose logits exist at a time
     fp32_logits: int = 1 << 20  # that exist at a time: on a CPU what its caches hold, on a GPU enough to keep it busy
-    module: Any = None  # that it was read from, where it has trained rows
 
 
 def read_head(model: Any, device: torch.device | None = None) -> Head | None:
@@ -55,8 +54,7 @@ def read_head(model: Any, device: torch.device | None = None) -> Head | None:
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     scale = scale / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
-    softcap = getattr(config, "final_logit_softcapping", None)
-    head = Head(linear.weight, linear.bias, float(scale), softcap, module=module)
+    head = Head(linear.weight, linear.bias, float(scale), getattr(config, "final_logit_softcapping", None))
     if (device or linear.weight.device).type != "cuda":
         return head
     share = torch.cuda.get_device_properties(device).total_memory // _MEMORY_SHARE
@@ -121,8 +119,8 @@ def _compute_losses(network: Network, batch: MicroBatch) -> tuple[Tensor, Tensor
         logits = model(**inputs, logits_to_keep=sources).logits.squeeze(0)  # (pairs, vocabulary)
         return F.cross_entropy(logits.float(), targets, reduction="none")[:pairs], weights
     hidden = model.base_model(**inputs).last_hidden_state.squeeze(0)  # (tokens, hidden)
-    own = trained_rows(network.head.module)
-    losses: Tensor = ChunkedLoss.apply(hidden[sources], targets, network.head, *own)  # type: ignore[no-untyped-call]
+    given = (hidden[sources], targets, network.head, *trained_rows(model.get_output_embeddings()))
+    losses: Tensor = ChunkedLoss.apply(*given)  # type: ignore[no-untyped-call]
     return losses[:pairs], weights
 
 
@@ -153,7 +151,7 @@ def round_up(batch: MicroBatch) -> MicroBatch:
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """hidden (pairs, hidden), targets (pairs,), Head, `trained_rows` of it -> losses (pairs,) fp32."""
+    """hidden (pairs, hidden), targets (pairs,), Head, and its `trained_rows` -> losses (pairs,) fp32."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, tokens: Any = None, own: Any = None) -> Tensor:
@@ -177,15 +175,15 @@ class ChunkedLoss(torch.autograd.Function):
                 grad_own[part] = logits[:, tokens]
                 torch.mm(logits.index_fill_(1, tokens, 0), head.weight, out=grad_hidden[part])
                 grad_hidden[part].addmm_(grad_own[part], own)
-        ctx.save_for_backward(grad_hidden, grad_own, hidden if len(own) else own)
+        ctx.save_for_backward(grad_hidden, *((grad_own, hidden) if len(own) else ()))
         ctx.scale = head.scale
         return losses
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_own, hidden = ctx.saved_tensors
+        grad_hidden, *own = ctx.saved_tensors
         scales = (upstream[0] * ctx.scale).unsqueeze(1).to(grad_hidden.dtype)  # (pairs, 1)
-        grad_rows = (grad_own * scales).t() @ hidden if len(hidden) else None  # (tokens, hidden)
+        grad_rows = (own[0] * scales).t() @ own[1] if own else None  # (tokens, hidden)
         return grad_hidden * scales, None, None, None, grad_rows
 
 
