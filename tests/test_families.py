@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from tiny_models import EYES, LLAMA_3, SOFT_CAPS, VOCABULARY, WINDOWS, shape
+from tiny_models import EYES, LLAMA_3, VOCABULARY, WINDOWS, shape
 from torch import nn
 
 from lorasft.data.packing import make_micro_batches

@@ -78,4 +78,4 @@ def read_sizes() -> list[dict[str, Any]]:
 
 def count_text(parameters: int) -> str:
     """A number of parameters for a reader."""
-    return f"{parameters / 1e9:.3g}B" if parameters >= 1e9 else f"{parameters / 1e6:.3g}M"
+    return f"{parameters / 1e9:.3g}B" if parameters >= 999.5e6 else f"{parameters / 1e6:.3g}M"
