@@ -15,14 +15,21 @@ from lorasft.model.base import compute_dtype, make_skeleton, patch_linear4bit, q
 from lorasft.model.lean import use_lean_layers
 from lorasft.model.loss import Network, read_head
 from lorasft.model.recompute import decoder_layers, layer_kinds
+from lorasft.model.tables import keep_on_host
 from lorasft.recipe import AdapterSettings, ModelSettings
 
 
 def make_weightless(
-    config: Any, settings: ModelSettings, adapter: AdapterSettings, device: torch.device, *, depth: int | None = None
+    config: Any,
+    settings: ModelSettings,
+    adapter: AdapterSettings,
+    device: torch.device,
+    *,
+    depth: int | None = None,
+    card: int | None = None,
 ) -> Any:
-    """The PEFT model that `load_base` and `attach_adapter` would make for `device`, on the meta device; its first
-    `depth` layers only."""
+    """The PEFT model that `load_base` and `attach_adapter` would make for `device`, or for a card of so many bytes, on
+    the meta device; its first `depth` layers only."""
     dtype = compute_dtype(settings.dtype, device)
     base = make_skeleton(config, dtype)
     if depth:
@@ -34,6 +41,7 @@ def make_weightless(
     for linear in base.modules():
         if isinstance(linear, bnb.nn.Linear4bit):
             _quantize(linear, torch.empty(linear.out_features, linear.in_features, dtype=dtype, device="meta"))
+    keep_on_host(base, device, card=card)
     base.requires_grad_(False)
     with torch.device("meta"):
         return attach_adapter(base, adapter, seed=0)
@@ -76,7 +84,7 @@ def make_sample(
     for index, kind in enumerate(kinds[:depth]):
         if (first := kinds.index(kind)) < index:
             layers[index] = copy.copy(layers[first])
-    _fill([*base.get_decoder().modules(), *base.get_output_embeddings().modules()], device=device)
+    _fill([*base.modules()], device=device)
     base.initialize_weights()
     patch_linear4bit(base, device, base.name_or_path)
     return model

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
         device, config, rows = PartialState().device, inputs.config, inputs.prepared.train
         libraries = 0 if memory is None else _LIBRARIES
         given = free_memory(device) if memory is None else memory
-        model = make_weightless(config, recipe.model, recipe.adapter, device)
+        make = partial(make_weightless, config, device=device, card=memory)
+        model = make(recipe.model, recipe.adapter)
         sample = make_sample(model, config, recipe.model, recipe.adapter, device)
         static = static_bytes(model, recipe.optimizer.name)
         spare = given - libraries - sum(static.values())
@@ -54,7 +56,7 @@ def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
             what = "this model cannot be planned: it computes by numbers, not only shapes"
             raise ModelError(what, where=recipe.model.base)
         kinds = {**static, **fit.needs.by_kind}
-        suggestions = () if fit.holds else find_suggestions(recipe, config, network, rows, memory=given - libraries)
+        suggestions = () if fit.holds else find_suggestions(recipe, make, network, rows, memory=given - libraries)
         return {
             "device": str(device),
             "dtype": str(network.causal.dtype).removeprefix("torch."),
@@ -62,6 +64,7 @@ def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
             "given": memory is not None,
             "libraries": libraries,  # of the memory, not ours
             "bytes": kinds,
+            "host": sum(one.nbytes for one in model.parameters() if hasattr(one, "on_host")),
             "peak": sum(kinds.values()) + libraries,
             "holds": fit.holds,
             "suggestions": list(islice(suggestions, 3)),
@@ -96,9 +99,12 @@ def predict_duration(recipe: Recipe, network: Network, whole: Any, fit: Fit, inp
     }
 
 
-def find_suggestions(recipe: Recipe, config: Any, network: Network, rows: TokenStore, *, memory: int) -> Iterator[str]:
+def find_suggestions(
+    recipe: Recipe, make: Callable[..., Any], network: Network, rows: TokenStore, *, memory: int
+) -> Iterator[str]:
     """Changes with which `recipe` fits into `memory` bytes, each alone, as they would be typed: those first that change
-    the result least. One key is changed, and the leanest layout that the recipe then allows is predicted.
+    the result least. One key is changed, and the leanest layout that the recipe then allows is predicted. `make`: the
+    model without weights for settings of base and adapter.
     """
     lengths, adapter = example_lengths(rows), recipe.adapter
     # By key what it may be instead, the least change first.
@@ -115,7 +121,7 @@ def find_suggestions(recipe: Recipe, config: Any, network: Network, rows: TokenS
     alternatives["data.max_length"] = np.quantile(lengths, _SHARES).astype(int).tolist()
 
     def fits(changed: Recipe) -> bool:
-        model = make_weightless(config, changed.model, changed.adapter, network.runs_on)
+        model = make(changed.model, changed.adapter)
         static, planned = static_bytes(model, changed.optimizer.name), plan_network(network, model)
         longest, machine = min(int(lengths.max()), changed.data.max_length), changed.machine
         tokens = longest if machine.micro_batch_tokens == "auto" else machine.micro_batch_tokens
