@@ -25,7 +25,6 @@ from lorasft.merge.merge import merge
 from lorasft.model.adapter import attach_adapter, write_adapter
 from lorasft.model.base import check_mostly_quantized, count_bytes, load_base, make_skeleton, read_config
 from lorasft.model.selfcheck import verify
-from lorasft.model.towers import model_class
 from lorasft.model.weightless import make_weightless
 from lorasft.recipe import AdapterSettings, ModelSettings
 
@@ -44,7 +43,12 @@ SMALL_EYES: dict[str, Any] = {key: EYES[key] for key in EYES if key not in ("mod
 
 
 def _gemma_3n() -> hf.Gemma3nConfig:
-    more = {"altup_num_inputs": 2, "num_kv_shared_layers": 0, "laurel_rank": 64, "activation_sparsity_pattern": [0.0] * 2}
+    more = {
+        "altup_num_inputs": 2,
+        "num_kv_shared_layers": 0,
+        "laurel_rank": 64,
+        "activation_sparsity_pattern": [0.0] * 2,
+    }
     eyes = {"hidden_size": 16, "vocab_size": 4, "vocab_offset": 97}
     return hf.Gemma3nConfig(
         text_config={**SHAPE, **WINDOWS, **PER_LAYER, **more}, vision_config=eyes, audio_config=SOUND
@@ -72,7 +76,8 @@ KINDS: dict[str, tuple[Callable[[], Any], set[str], str]] = {  # config, towers,
     ),
     "qwen-3.5": (
         lambda: hf.Qwen3_5Config(
-            text_config={**SHAPE, **LINEAR_ATTENTION, "linear_value_head_dim": 32}, vision_config={**QWEN_EYES, **POSITIONS}, **PLACES
+            text_config={**SHAPE, **LINEAR_ATTENTION, "linear_value_head_dim": 32},
+            vision_config={**QWEN_EYES, **POSITIONS}, **PLACES,
         ),
         {"model.visual"},
         "model.language_model.layers.1",
@@ -192,7 +197,9 @@ def test_a_merge_keeps_names_and_bytes_of_what_it_leaves_alone(saved: tuple[str,
     before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
     assert list(before) == list(after) and f"{KINDS[kind][2]}.self_attn.q_proj.weight" in before
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert len(changed) == done["updated"] and not any(re.search("vis|tower|projector|audio|mtp", one) for one in changed)
+    assert len(changed) == done["updated"] and not any(
+        re.search("vis|tower|projector|audio|mtp", one) for one in changed
+    )
     merged = _whole(out)
     ids = torch.arange(3, 13).unsqueeze(0)
     want = _on_whole(folder, adapter).eval()(input_ids=ids).logits
@@ -204,6 +211,8 @@ def test_a_merge_keeps_names_and_bytes_of_what_it_leaves_alone(saved: tuple[str,
     towers = [again.get_submodule(path) for path in _trained(folder).get_base_model().left_out]
     inside = {type(module) for tower in towers for module in tower.modules()}
     assert Linear4bit not in inside and Linear4bit in {type(module) for module in again.modules()}
+
+
 def test_what_is_called_for_text_is_kept() -> None:
     """Gemma 3n looks the ids beyond its words up in embeddings of images and sounds."""
     assert "model.embed_vision.embedding.weight" in dict(make_skeleton(_gemma_3n()).named_parameters())

@@ -43,8 +43,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
 
     `streamed`: its weights stay in their files and are read layer by layer, whenever they are computed; not in 4 bit.
     `keep`: what is quantized is kept for the next start, and taken from there where an earlier one kept it.
-    Raises ModelError for files that are no causal language model, UnsafeError where remote code would be needed, and
-    DeviceError for a GPU that is too old.
+    Raises ModelError, UnsafeError where remote code would be needed, and DeviceError for a GPU that is too old.
     """
     check_device(device)
     config = read_config(settings.base, settings.revision)
@@ -93,8 +92,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
         if parameter.dtype in (torch.float16, torch.bfloat16) and not isinstance(parameter, bnb.nn.Params4bit):
             parameter.data = parameter.data.to(scheme.bnb_4bit_compute_dtype)
     patch_linear4bit(model, device, settings.base)
-    if not streamed:
-        keep_on_host(model, device)
+    keep_on_host(model, torch.device("cpu") if streamed else device)
     model.requires_grad_(False)
     if place and kept is None:
         with quiet_progress():
@@ -104,7 +102,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
 
 @contextlib.contextmanager
 def _placing(config: Any, dtype: torch.dtype, device: torch.device, *, streamed: bool) -> Iterator[dict[str, Any]]:
-    """Where weights go, in transformers' words: to `device`, but large tables to the host; or they stay in their files."""
+    """Where weights go, in transformers' words: to `device`, but large tables to the host; or nowhere."""
     tables = keep_on_host(make_skeleton(config, dtype), device) if device.type == "cuda" and not streamed else []
     # Its hooks would bring a table to the card, all of it, for each use. bitsandbytes refuses the word "cpu".
     hooks = patch("transformers.modeling_utils.accelerate_dispatch") if tables else contextlib.nullcontext()

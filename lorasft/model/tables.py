@@ -1,4 +1,4 @@
-"""Large embeddings beside that of the input, such as Gemma's per-layer ones: a card takes the rows of its tokens only."""
+"""Large embeddings beside that of the input, such as Gemma's per-layer ones: a card takes the rows of its tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def keep_on_host(model: Any, device: torch.device, *, card: int | None = None) -
     large = {path: one for path, one in embeddings.items() if 0 < card < _SHARE * one.weight.nbytes}
     tables = {path: one for path, one in large.items() if one is not model.get_input_embeddings()}
     for table in tables.values():
-        table.forward, table.weight.on_host = MethodType(_look_up, table), True  # type: ignore[assignment, attr-defined]
+        table.forward, table.weight.on_host = MethodType(_look_up, table), True  # type: ignore[method-assign, attr-defined]
     return list(tables)
 
 

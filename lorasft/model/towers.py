@@ -65,7 +65,8 @@ def _drop_towers(model: Any) -> list[str]:
     """Take out of `model` what lies beside its decoder and is not called for text. Returns the paths."""
     called: set[nn.Module] = set()
     hook = register_module_forward_pre_hook(lambda module, _: called.add(module))
-    unread = patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)  # has no numbers
+    # It would read numbers, which are not there.
+    unread = patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
     try:
         with only_first(model, 0), unread, torch.no_grad():
             model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
