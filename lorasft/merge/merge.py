@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,18 +125,18 @@ def _write_record(stage: Path, artifact: Artifact, done: dict[str, Any]) -> dict
     return record
 
 
-def _quantize(weights: Path, stage: Path, unread: Sequence[str]) -> dict[str, str]:
-    """Turn the full weights into a 4-bit checkpoint in `stage`, with all that lies beside them; the tensors `unread`,
-    which the model leaves out, stay as they are. Returns its hashes."""
+def _quantize(weights: Path, stage: Path, unread: set[str]) -> dict[str, str]:
+    """Turn the full weights, but for what is `unread`, into a 4-bit checkpoint in `stage`, with all that lies beside
+    them. Returns its hashes."""
     from lorasft.model.base import load_base, quiet_progress
     from lorasft.recipe import ModelSettings
 
     model = load_base(ModelSettings(base=str(weights)), torch.device("cpu"))
-    whole, sources = model.state_dict(), [open_tensors(path) for path in find_weights(weights)]
-    whole |= {name: file.read(name) for file in sources for name in file.specs if name in unread}
+    sources = map(open_tensors, find_weights(weights))
+    whole = model.state_dict() | {name: file.read(name) for file in sources for name in file.specs if name in unread}
     model.state_dict = lambda: whole
-    if towers := getattr(model, "left_out", []):  # whoever loads them takes them as they are
-        model.config.quantization_config.llm_int8_skip_modules = [*model.hf_quantizer.modules_to_not_convert, *towers]
+    skipped = [*model.hf_quantizer.modules_to_not_convert, *getattr(model, "left_out", [])]
+    model.config.quantization_config.llm_int8_skip_modules = skipped
     with quiet_progress():
         model.save_pretrained(stage)
     replaced = shutil.ignore_patterns("*.safetensors", INDEX, "config.json")

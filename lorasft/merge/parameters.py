@@ -40,11 +40,10 @@ class ParameterMap:
         return [list(parts) for parts in zip(*self._sources.get(parameter, []), strict=True)]
 
     @cached_property
-    def unread(self) -> list[str]:
+    def unread(self) -> set[str]:
         """The tensors that loading leaves out: those of towers, and what the model has nothing like (Qwen3.5's mtp)."""
-        state = self.model.state_dict()
-        lost = (parts for target, parts in self._sources.items() if target not in state)
-        return [name for parts in lost for part in parts for name in part]
+        read = [parts for name in self.parameters for parts in self._sources.get(name, [])]
+        return self.specs.keys() - {name for parts in read for name in parts}
 
     @cached_property
     def tied(self) -> bool:

@@ -161,8 +161,8 @@ def find_quantized(config: Any) -> list[str]:
     skeleton = make_skeleton(config)
     quantize_skeleton(skeleton, torch.bfloat16)
     language = set(skeleton.get_decoder().modules())
-    packed = ((path, one) for path, one in skeleton.named_modules() if isinstance(one, bnb.nn.Linear4bit))
-    return [path for path, one in packed if one in language]
+    found = {path: one for path, one in skeleton.named_modules() if one in language}
+    return [path for path, one in found.items() if isinstance(one, bnb.nn.Linear4bit)]
 
 
 def quantize_skeleton(skeleton: nn.Module, dtype: torch.dtype) -> None:
@@ -241,8 +241,7 @@ def check_device(device: torch.device, dtype: torch.dtype | None = None) -> None
 
 
 def count_bytes(model: nn.Module) -> dict[str, int]:
-    """Where the bytes of a loaded model are, by kind; quantization constants count as 4-bit, what stays on the host not
-    at all."""
+    """Where the bytes of a loaded model are, by kind; constants count as 4-bit, what stays on the host not at all."""
     sizes = dict.fromkeys(("4-bit weights", "16-bit weights", "32-bit weights", "adapter"), 0)
     for parameter in (one for one in model.parameters() if not hasattr(one, "on_host")):
         kind = "adapter" if parameter.requires_grad else f"{16 if parameter.element_size() == 2 else 32}-bit weights"
@@ -255,8 +254,7 @@ def count_bytes(model: nn.Module) -> dict[str, int]:
 
 
 def check_mostly_quantized(skeleton: Any) -> None:
-    """Raise ModelError for the skeleton of a model most of whose weights would stay in 16 bits, as fused experts do.
-    Embeddings of any kind and the head do not count."""
+    """Raise ModelError for the skeleton of a model most of whose weights would stay in 16 bits, as fused experts do."""
     embeddings = (one for one in skeleton.modules() if isinstance(one, nn.Embedding))
     outside = {id(one.weight) for one in (*embeddings, skeleton.get_output_embeddings())}
     linears = {id(one.weight) for one in skeleton.modules() if isinstance(one, (nn.Linear, Conv1D))}

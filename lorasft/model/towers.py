@@ -1,7 +1,7 @@
 """The class that a config is built as: of a checkpoint that also sees or hears, all but its towers.
 
-A tower is what lies beside the decoder and is not called for text. It is left out before any weight is read, so it
-stays in its file. Everything else keeps the names of the whole class, which transformers, PEFT and vLLM expect.
+A tower lies beside the decoder and is not called for text: it stays in its file. Everything else keeps the names of the
+whole class, which transformers, PEFT and vLLM expect.
 """
 
 from __future__ import annotations
@@ -37,17 +37,13 @@ def auto_class(config: Any) -> Any:
 
 @cache
 def _without_towers(whole: type[Any]) -> type[Any]:
-    """`whole` under its own name, by which transformers finds what its checkpoints are called. `left_out`: the paths of
-    the towers."""
+    """`whole` under its own name, by which transformers knows its checkpoints; `left_out`: the paths of the towers."""
 
     def build(self: Any, config: Any) -> None:
-        def build_part(config: Any, **options: Any) -> Any:
-            try:
-                return _build(config, **options)
-            except (ImportError, ValueError):  # a tower asks for a library of images, or for another attention
-                if config is self.config.get_text_config():
-                    raise
-                return nn.Identity()
+        text = config.get_text_config()
+
+        def build_part(config: Any, **options: Any) -> Any:  # a tower may ask for a library of images
+            return _build(config, **options) if config is text else nn.Identity()
 
         with patch.object(AutoModel, "from_config", build_part):
             whole.__init__(self, config)

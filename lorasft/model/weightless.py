@@ -20,16 +20,10 @@ from lorasft.recipe import AdapterSettings, ModelSettings
 
 
 def make_weightless(
-    config: Any,
-    settings: ModelSettings,
-    adapter: AdapterSettings,
-    device: torch.device,
-    *,
-    depth: int | None = None,
-    card: int | None = None,
+    config: Any, settings: ModelSettings, adapter: AdapterSettings, device: torch.device, *, depth: int | None = None
 ) -> Any:
-    """The PEFT model that `load_base` and `attach_adapter` would make for `device`, or for a card of so many bytes, on
-    the meta device; its first `depth` layers only."""
+    """The PEFT model that `load_base` and `attach_adapter` would make for `device`, on the meta device; its first
+    `depth` layers only."""
     dtype = compute_dtype(settings.dtype, device)
     base = make_skeleton(config, dtype)
     if depth:
@@ -41,7 +35,7 @@ def make_weightless(
     for linear in base.modules():
         if isinstance(linear, bnb.nn.Linear4bit):
             _quantize(linear, torch.empty(linear.out_features, linear.in_features, dtype=dtype, device="meta"))
-    keep_on_host(base, device, card=card)
+    keep_on_host(base, device)
     base.requires_grad_(False)
     with torch.device("meta"):
         return attach_adapter(base, adapter, seed=0)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from lorasft.model.linear import copy_bytes
 from lorasft.model.loss import Network
 from lorasft.model.memory import dry_run, heaviest_batch, static_bytes
 from lorasft.model.recompute import decoder_layers
+from lorasft.model.tables import keep_on_host
 from lorasft.model.timing import predict_seconds
 from lorasft.model.weightless import make_sample, make_weightless, plan_network
 from lorasft.recipe import Recipe
@@ -46,8 +46,8 @@ def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
         device, config, rows = PartialState().device, inputs.config, inputs.prepared.train
         libraries = 0 if memory is None else _LIBRARIES
         given = free_memory(device) if memory is None else memory
-        make = partial(make_weightless, config, device=device, card=memory)
-        model = make(recipe.model, recipe.adapter)
+        model = make_weightless(config, recipe.model, recipe.adapter, device)
+        keep_on_host(model.get_base_model(), device, card=memory)
         sample = make_sample(model, config, recipe.model, recipe.adapter, device)
         static = static_bytes(model, recipe.optimizer.name)
         spare = given - libraries - sum(static.values())
@@ -56,7 +56,9 @@ def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
             what = "this model cannot be planned: it computes by numbers, not only shapes"
             raise ModelError(what, where=recipe.model.base)
         kinds = {**static, **fit.needs.by_kind}
-        suggestions = () if fit.holds else find_suggestions(recipe, make, network, rows, memory=given - libraries)
+        suggestions = (
+            () if fit.holds else find_suggestions(recipe, config, network, rows, memory=given - libraries, card=memory)
+        )
         return {
             "device": str(device),
             "dtype": str(network.causal.dtype).removeprefix("torch."),
@@ -100,11 +102,10 @@ def predict_duration(recipe: Recipe, network: Network, whole: Any, fit: Fit, inp
 
 
 def find_suggestions(
-    recipe: Recipe, make: Callable[..., Any], network: Network, rows: TokenStore, *, memory: int
+    recipe: Recipe, config: Any, network: Network, rows: TokenStore, *, memory: int, card: int | None
 ) -> Iterator[str]:
-    """Changes with which `recipe` fits into `memory` bytes, each alone, as they would be typed: those first that change
-    the result least. One key is changed, and the leanest layout that the recipe then allows is predicted. `make`: the
-    model without weights for settings of base and adapter.
+    """Changes with which `recipe` fits into `memory` bytes, of a `card` of so many, each alone, as they would be typed:
+    those that change the result least first. One key changes, and the leanest layout that is then allowed is predicted.
     """
     lengths, adapter = example_lengths(rows), recipe.adapter
     # By key what it may be instead, the least change first.
@@ -121,7 +122,8 @@ def find_suggestions(
     alternatives["data.max_length"] = np.quantile(lengths, _SHARES).astype(int).tolist()
 
     def fits(changed: Recipe) -> bool:
-        model = make(changed.model, changed.adapter)
+        model = make_weightless(config, changed.model, changed.adapter, network.runs_on)
+        keep_on_host(model.get_base_model(), network.runs_on, card=card)
         static, planned = static_bytes(model, changed.optimizer.name), plan_network(network, model)
         longest, machine = min(int(lengths.max()), changed.data.max_length), changed.machine
         tokens = longest if machine.micro_batch_tokens == "auto" else machine.micro_batch_tokens
