@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers as hf
 from bitsandbytes.nn import Linear4bit
+from model_sizes import make_config
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_architectures import LINEAR_ATTENTION
@@ -219,77 +220,27 @@ def test_what_is_called_for_text_is_kept() -> None:
     assert "model.embed_vision.embedding.weight" in dict(make_skeleton(_gemma_3n()).named_parameters())
 
 
-# Numbers of published configs; what transformers has by default is left out.
-PUBLISHED: dict[str, Callable[[], Any]] = {
-    "gemma-3n-E4B": lambda: hf.Gemma3nConfig(),
-    "gemma-3n-E2B": lambda: hf.Gemma3nConfig(
-        text_config={"num_hidden_layers": 30, "intermediate_size": 8192, "num_kv_shared_layers": 10}
-    ),
-    "gemma-4-E4B": lambda: hf.Gemma4Config(
-        text_config={
-            "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 42, "num_key_value_heads": 2,
-            "num_kv_shared_layers": 18, "final_logit_softcapping": 30.0,
-        },
-        vision_config={}, audio_config={},
-    ),
-    "gemma-4-E2B": lambda: hf.Gemma4Config(
-        text_config={
-            "hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 35, "num_key_value_heads": 1,
-            "num_kv_shared_layers": 20, "use_double_wide_mlp": True, "final_logit_softcapping": 30.0,
-            "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7,
-        },
-        vision_config={}, audio_config={},
-    ),
-    "qwen2.5-vl-7b": lambda: hf.Qwen2_5_VLConfig(
-        text_config={
-            "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-        },
-        vision_config={"hidden_size": 1280},
-    ),
-    "qwen3-vl-8b": lambda: hf.Qwen3VLConfig(
-        text_config={"intermediate_size": 12288, "num_hidden_layers": 36, "num_key_value_heads": 8},
-        vision_config={"out_hidden_size": 4096},
-    ),
-    "qwen3.5-9b": lambda: hf.Qwen3_5Config(text_config={}, vision_config={"out_hidden_size": 4096}),
-    "gemma-3-4b": lambda: hf.Gemma3Config(
-        text_config={
-            "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "num_attention_heads": 8,
-            "num_key_value_heads": 4, "head_dim": 256,
-        },
-        vision_config={"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27},
-    ),
-    "mistral-small-3.1-24b": lambda: hf.Mistral3Config(
-        text_config={
-            "model_type": "mistral", "hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 40,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 131072,
-        },
-        tie_word_embeddings=False,
-    ),
-    "llava-1.5-7b": lambda: hf.LlavaConfig(text_config={"model_type": "llama", "vocab_size": 32064}),
-}  # fmt: skip
-# GiB on a card of 8 GiB beside the adapter, and of tables that stay on the host.
-SIZES = {
-    "gemma-3n-E4B": (2.91, 4.38),
-    "gemma-3n-E2B": (1.92, 3.75),
-    "gemma-4-E4B": (3.16, 5.25),
-    "gemma-4-E2B": (1.65, 4.38),
-    "qwen2.5-vl-7b": (5.17, 0),
-    "qwen3-vl-8b": (5.66, 0),
-    "qwen3.5-9b": (7.12, 0),
-    "gemma-3-4b": (2.79, 0),
-    "mistral-small-3.1-24b": (13.18, 0),
-    "llava-1.5-7b": (3.6, 0),
+# By hub id: GiB on a card of 8 GiB beside the adapter, and of the table that stays on the host.
+PUBLISHED = {
+    "google/gemma-3n-E4B-it": (2.91, 4.38),
+    "google/gemma-3n-E2B-it": (1.92, 3.75),
+    "google/gemma-4-E4B-it": (3.16, 5.25),
+    "google/gemma-4-E2B-it": (1.65, 4.38),
+    "Qwen/Qwen3-VL-8B-Instruct": (5.66, 0),
+    "Qwen/Qwen2.5-VL-7B-Instruct": (5.17, 0),
+    "Qwen/Qwen3.5-9B": (7.12, 0),
+    "google/gemma-3-4b-it": (2.79, 0),
+    "mistralai/Mistral-Small-3.1-24B-Instruct-2503": (13.18, 0),
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_models_are_mostly_4_bit_and_as_large_as_said(name: str) -> None:
-    config = PUBLISHED[name]()
+@pytest.mark.parametrize("base", PUBLISHED)
+def test_published_models_are_mostly_4_bit_and_as_large_as_said(base: str) -> None:
+    config = make_config(base)
     check_mostly_quantized(make_skeleton(config))
     model = make_weightless(config, ModelSettings(base="-", dtype="bfloat16"), AdapterSettings(), CPU)
     keep_on_host(model.get_base_model(), CPU, card=8 << 30)
     sizes = count_bytes(model)
     host = sum(one.nbytes for one in model.parameters() if hasattr(one, "on_host"))
     got = (round((sum(sizes.values()) - sizes["adapter"]) / 2**30, 2), round(host / 2**30, 2))
-    assert got == SIZES[name], got
+    assert got == PUBLISHED[base], got
