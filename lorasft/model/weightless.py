@@ -38,7 +38,7 @@ def make_weightless(
     keep_on_host(base, device)
     base.requires_grad_(False)
     with torch.device("meta"):
-        return attach_adapter(base, adapter, seed=0)
+        return attach_adapter(base, adapter, seed=0, new_rows=dict.fromkeys(range(len(settings.new_tokens))))
 
 
 def plan_network(network: Network, model: Any) -> Network:
