@@ -30,7 +30,8 @@ def use_lean_layers(causal: nn.Module) -> list[nn.Module]:
 
     What trains is left alone. Returns them; without the attribute `forward` one computes as before.
     """
-    found = [(one, lean) for one in causal.modules() if not hasattr(one, "_hf_hook") and (lean := _find(one))]
+    own = (one for one in causal.modules() if not isinstance(one.forward, partial))  # nor hooks of accelerate
+    found = [(one, lean) for one in own if (lean := _find(one))]
     for module, lean in found:
         module.forward = MethodType(lean, module)
     return [module for module, _ in found]
