@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers as hf
 import torch.nn.functional as F
+import transformers as hf
 from conftest import Command
 from peft import LoraConfig, get_peft_model
 from test_architectures import LINEAR_ATTENTION, MULTIHEAD, PLAIN, SHAPE
@@ -118,7 +117,9 @@ def test_a_mixer_that_runs_over_the_whole_row_is_seen(monkeypatch: pytest.Monkey
         if type(module) is network.mixer:
             del module.forward
     assert differences(packed_step(model, network, rows, "token", 200)[1], want)[0] > 1e-2
-    monkeypatch.setattr(mixers, "_call", lambda causal, module, *args, **kwargs: type(module).forward(module, *args, **kwargs))
+    monkeypatch.setattr(
+        mixers, "_call", lambda causal, module, *args, **kwargs: type(module).forward(module, *args, **kwargs)
+    )
     for name in ("qwen3.5", "mamba"):
         _, network = ours(name)
         assert not network.segments and network.mixer is None and "one at a time" in network.notices[0]
@@ -186,7 +187,13 @@ def test_a_dry_run_calls_mixers_as_a_step_does(name: str) -> None:
 def save(name: str, folder: Path) -> Path:
     """The model `name` and a tokenizer on disk, wide enough for 4 bits."""
     sizes = {"hidden_size": 64, "vocab_size": 384}
-    sizes |= {"num_heads": 16} if name == "mamba-2" else {"linear_value_head_dim": 32, "head_dim": 16} if name == "qwen3.5" else {}
+    sizes |= (
+        {"num_heads": 16}
+        if name == "mamba-2"
+        else {"linear_value_head_dim": 32, "head_dim": 16}
+        if name == "qwen3.5"
+        else {}
+    )
     make_base(name, **sizes).save_pretrained(folder)
     return save_tokenizer(folder)
 

@@ -34,7 +34,7 @@ def call_by_segment(causal: Any, kind: type[nn.Module] | None) -> None:
 def _call(causal: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
     """What `module` gives for all segments, as one row; beside it are states, of the last ones."""
     module.training = False  # else a fused kernel may read weights of linears past their adapters and 4-bit codes
-    forward, lengths = type(module).forward, getattr(causal, "row", ())
+    forward, lengths = type(module).forward, list(getattr(causal, "row", ()))
     if len(lengths) < 2:
         return forward(module, *args, **kwargs)
     rows: dict[int, Tensor] = {}
@@ -48,10 +48,10 @@ def _call(causal: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
     return (row, *output[1:]) if isinstance(output, tuple) else row
 
 
-def _take(lengths: Sequence[int], numbers: Sequence[int], one: Any) -> Any:
+def _take(lengths: list[int], numbers: Sequence[int], one: Any) -> Any:
     """Of a tensor (1, tokens, ...) the segments with these numbers: (segments, tokens of the longest, ...)."""
     if not isinstance(one, Tensor) or one.shape[:2] != (1, sum(lengths)):
         return None if isinstance(one, Paths) else one  # attention by segment would be another's
-    parts, longest = one.squeeze(0).split(lengths), lengths[numbers[-1]]
+    parts, longest = torch.split(one.squeeze(0), lengths), lengths[numbers[-1]]
     beside = [0, 0] * (one.dim() - 2)
     return torch.stack([F.pad(parts[number], (*beside, 0, longest - lengths[number])) for number in numbers])

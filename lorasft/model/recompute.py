@@ -37,8 +37,7 @@ def recompute(causal: Any, count: int) -> None:
     By the layers' own attributes: the model's method has two names, and gives the embeddings gradients without a use.
     """
     row = partial(patch.object, causal, "row", create=True)  # may be another when the backward pass comes to a layer
-    again = {"context_fn": lambda: (nullcontext(), row(getattr(causal, "row", ())))}
-    run = partial(checkpoint, use_reentrant=False, **again)
+    run = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), row(getattr(causal, "row", ()))))
     for index, layer in enumerate(decoder_layers(causal)):
         layer.gradient_checkpointing = index < count  # type: ignore[assignment]
         layer._gradient_checkpointing_func = run  # type: ignore[assignment]

@@ -57,20 +57,23 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
         if head := read_head(causal):
             what = "the head does more than is known here: its own logits are used"
             network = _choose(replace(network, head=head), network, alone, what)
-        network = _try_lean(network, alone)
+        found = use_lean_layers(causal)
+        what = "norms and MLPs keep more, as they are transformers' own: lean ones are wrong"
+        network = _choose(replace(network, lean=bool(found)), network, alone, what)
+        for module in () if network.lean else found:
+            del module.forward
     causal.train(training)
     return network
 
 
 def _ways(network: Network) -> Iterator[Network]:
     """How a row may hold several sequences, the faster first; each stands until the next is asked for."""
+    call_by_segment(network.causal, None)
     shared = replace(network, segments=True, share="auto")
     yield from (shared, alone := replace(shared, share=False))
-    kinds: dict[type[nn.Module], int] = {}  # of modules in layers that have parts, and how many
-    for module in decoder_layers(network.causal).modules():
-        if next(module.children(), None) and "forward" not in vars(module) and type(module).forward != nn.Module.forward:
-            kinds[type(module)] = len(list(module.modules()))
-    for kind in sorted(kinds, key=kinds.__getitem__):
+    parts = {type(one): len(list(one.modules())) for one in decoder_layers(network.causal).modules()
+             if "forward" not in vars(one) and type(one).forward != nn.Module.forward}  # fmt: skip
+    for kind in sorted((kind for kind in parts if parts[kind] > 1), key=parts.__getitem__):
         call_by_segment(network.causal, kind)
         yield replace(alone, mixer=kind)
     call_by_segment(network.causal, None)
@@ -135,16 +138,6 @@ def _try_kernels(network: Network, alone: Tensor) -> Network:
     slower = "attention goes segment by segment, which is slower, where one kernel cannot do it"
     notices = [f"{slower}: {reason}" for reason in sorted(filter(None, {*reasons.values(), leak}))]
     return replace(network, kernel=None if leak else holds, notices=(*network.notices, *notices))
-
-
-def _try_lean(network: Network, alone: Tensor) -> Network:
-    """The losses with lean norms, MLPs and rotary embeddings equal those from the model's own."""
-    found = use_lean_layers(network.causal)
-    notice = "norms and MLPs keep more, as they are transformers' own: lean ones are wrong"
-    chosen = _choose(replace(network, lean=bool(found)), network, alone, notice)
-    for module in () if chosen.lean else found:
-        del module.forward
-    return chosen
 
 
 def _choose(faster: Network, network: Network, alone: Tensor, notice: str) -> Network:
