@@ -104,7 +104,7 @@ def _fill(modules: list[nn.Module], *, device: torch.device) -> None:
 
 def _draw_like(given: Tensor, device: torch.device) -> Tensor:
     """Random numbers in the shape of `given`: a prime number of them, repeated, which is faster than to draw all."""
-    few = torch.empty(65_521, dtype=given.dtype, device=device).uniform_(-0.03, 0.03)
+    few = torch.empty(65_521, dtype=given.dtype, device=device).uniform_(-0.1, 0.1)
     return few.repeat(-(-given.numel() // len(few)))[: given.numel()].view(given.shape)
 
 
