@@ -135,9 +135,9 @@ def check_files(base: str) -> None:
             open_tensors(path)
 
 
-def nf4_scheme(dtype: torch.dtype, config: Any) -> BitsAndBytesConfig:
-    """NF4 in groups of 64, scales quantized as well, taken out in `dtype` to be multiplied."""
-    kept = ["dt_proj", "lm_head"] if config.model_type == "mamba" else None  # its blocks read the weight of the first
+def nf4_scheme(dtype: torch.dtype, config: Any = None) -> BitsAndBytesConfig:
+    """NF4 in groups of 64, scales quantized as well, taken out in `dtype`; but what Mamba reads without a call."""
+    kept = ["dt_proj", "lm_head"] if getattr(config, "model_type", None) == "mamba" else None
     how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
     return BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=kept, **how)
 
