@@ -222,8 +222,8 @@ def test_the_whole_journey(kind: str, rows: Path, recipe: Any, cli: Command, tmp
     assert main(["train", path, "--resume"]) == 0
     for onto in ("original", "dequantized"):
         said = cli("merge", run, "--out", tmp_path / onto, "--onto", onto, "--data", rows, "--json")
+        assert said.code == 0 and f"comes in {kind}" in said.err, said.err
         table = json.loads(said.out)["table"]
-        assert f"comes in {kind}" in said.err
     assert table["merged"]["kl"] < 1e-3 < table["without the adapter"]["kl"]  # rounded to bf16, and no more
     answers = [cli("chat", one, "--prompt", "what is 3 + 3?").out for one in (run, tmp_path / "dequantized")]
     assert answers[0][:3] == answers[1][:3] != ""
