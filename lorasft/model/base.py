@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import bitsandbytes as bnb
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import cached_file
@@ -27,6 +28,8 @@ from lorasft.hub import is_folder, refuse_offline
 from lorasft.model.attention import default_attention
 from lorasft.model.cache import Keep, find_place, keep_base, read_kept
 from lorasft.model.free_memory import out_of_memory
+from lorasft.model.tables import keep_on_host
+from lorasft.model.towers import auto_class, model_class
 from lorasft.recipe import ModelSettings
 from lorasft.tensors import find_weights, open_tensors
 from lorasft.terminal import say
@@ -40,13 +43,12 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
 
     `streamed`: its weights stay in their files and are read layer by layer, whenever they are computed; not in 4 bit.
     `keep`: what is quantized is kept for the next start, and taken from there where an earlier one kept it.
-    Raises ModelError for files that are no causal language model, UnsafeError where remote code would be needed, and
-    DeviceError for a GPU that is too old.
+    Raises ModelError, UnsafeError where remote code would be needed, and DeviceError for a GPU that is too old.
     """
     check_device(device)
     config = read_config(settings.base, settings.revision)
     check_files(settings.base)
-    scheme = nf4_scheme(compute_dtype(settings.dtype, device))
+    scheme = nf4_scheme(compute_dtype(settings.dtype, device), config)
     quantize = settings.quantization == "nf4" and not hasattr(config, "quantization_config")
     stored = _set_compute_dtype(config, scheme)
     said = read_generation(settings.base, settings.revision) or vars(config)
@@ -54,8 +56,9 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     stops = GenerationConfig(eos_token_id=said.get("eos_token_id"))
 
     def read(source: str, config: Any = config, **how: Any) -> Any:
-        with quiet_progress(), _loading_errors(settings.base):
-            model, found = AutoModelForCausalLM.from_pretrained(
+        placing = _placing(config, scheme.bnb_4bit_compute_dtype, device, streamed=streamed)
+        with quiet_progress(), _loading_errors(settings.base), placing as places:
+            model, found = auto_class(config).from_pretrained(
                 source,
                 # As it was read and cleared: what its file says of attention would win over the argument.
                 config=copy.deepcopy(config),  # transformers writes into it
@@ -63,7 +66,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
                 output_loading_info=True,
                 **how,
                 dtype=scheme.bnb_4bit_compute_dtype,
-                device_map={"": "disk" if streamed else device},
+                device_map=places,
                 trust_remote_code=False,
                 use_safetensors=True,
                 attn_implementation=default_attention(config),
@@ -89,11 +92,22 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
         if parameter.dtype in (torch.float16, torch.bfloat16) and not isinstance(parameter, bnb.nn.Params4bit):
             parameter.data = parameter.data.to(scheme.bnb_4bit_compute_dtype)
     patch_linear4bit(model, device, settings.base)
+    keep_on_host(model, torch.device("cpu") if streamed else device)
     model.requires_grad_(False)
     if place and kept is None:
         with quiet_progress():
             keep_base(model, place, wanted=keep)
     return model
+
+
+@contextlib.contextmanager
+def _placing(config: Any, dtype: torch.dtype, device: torch.device, *, streamed: bool) -> Iterator[dict[str, Any]]:
+    """Where weights go, in transformers' words: to `device`, but large tables to the host; or nowhere."""
+    tables = keep_on_host(make_skeleton(config, dtype), device) if device.type == "cuda" and not streamed else []
+    # Its hooks would bring a table to the card, all of it, for each use. bitsandbytes refuses the word "cpu".
+    hooks = patch("transformers.modeling_utils.accelerate_dispatch") if tables else contextlib.nullcontext()
+    with hooks:
+        yield {"": "disk" if streamed else device, **{f"{path}.weight": torch.device("cpu") for path in tables}}
 
 
 def _set_compute_dtype(config: Any, scheme: BitsAndBytesConfig) -> bool:
@@ -135,23 +149,25 @@ def check_files(base: str) -> None:
             open_tensors(path)
 
 
-def nf4_scheme(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 in groups of 64, scales quantized as well, taken out in `dtype` to be multiplied."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
+def nf4_scheme(dtype: torch.dtype, config: Any = None) -> BitsAndBytesConfig:
+    """NF4 in groups of 64, scales quantized as well, taken out in `dtype`; but what Mamba reads without a call."""
+    kept = ["dt_proj", "lm_head"] if getattr(config, "model_type", None) == "mamba" else None
+    how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=kept, **how)
 
 
 def find_quantized(config: Any) -> list[str]:
-    """The linears that `load_base` puts into NF4, by their paths in the model."""
+    """The linears of the language model that `load_base` puts into NF4, by their paths in the model."""
     skeleton = make_skeleton(config)
     quantize_skeleton(skeleton, torch.bfloat16)
-    return [path for path, module in skeleton.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
+    language = set(skeleton.get_decoder().modules())
+    found = {path: one for path, one in skeleton.named_modules() if one in language}
+    return [path for path, one in found.items() if isinstance(one, bnb.nn.Linear4bit)]
 
 
 def quantize_skeleton(skeleton: nn.Module, dtype: torch.dtype) -> None:
     """Put the linears that `load_base` puts into NF4 into the place of those of `skeleton`, without weights as well."""
-    quantizer = AutoHfQuantizer.from_config(nf4_scheme(dtype), pre_quantized=False)
+    quantizer = AutoHfQuantizer.from_config(nf4_scheme(dtype, skeleton.config), pre_quantized=False)
     quantizer.preprocess_model(skeleton, device_map={"": "cpu"}, dtype=dtype)
     quantizer.postprocess_model(skeleton)
 
@@ -166,7 +182,8 @@ def read_config(base: str, revision: str | None = None) -> Any:
         raise ModelError("no config.json: this is no model folder", where=base, hint="name a model folder or a hub id")
     with _loading_errors(base):
         config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
-    if config.is_encoder_decoder or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        fits = not config.is_encoder_decoder and model_class(config)
+    if not fits:
         what = f"{config.model_type} is not a causal language model"
         raise ModelError(what, where=base, hint="lorasft trains decoder-only models")
     # What a config says of attention and experts is taken out: a repository there would be fetched, and run.
@@ -185,7 +202,7 @@ def make_skeleton(config: Any, dtype: torch.dtype | None = None) -> Any:
     """The model of `config` without weights: on the meta device."""
     config = copy.deepcopy(config)  # transformers notes the attention in it
     with torch.device("meta"), _loading_errors(config.name_or_path):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=default_attention(config))
+        return auto_class(config).from_config(config, dtype=dtype, attn_implementation=default_attention(config))
 
 
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
@@ -224,9 +241,9 @@ def check_device(device: torch.device, dtype: torch.dtype | None = None) -> None
 
 
 def count_bytes(model: nn.Module) -> dict[str, int]:
-    """Where the bytes of a loaded model are, by kind; quantization constants count as 4-bit."""
+    """Where the bytes of a loaded model are, by kind; constants count as 4-bit, what stays on the host not at all."""
     sizes = dict.fromkeys(("4-bit weights", "16-bit weights", "32-bit weights", "adapter"), 0)
-    for parameter in model.parameters():
+    for parameter in (one for one in model.parameters() if not hasattr(one, "on_host")):
         kind = "adapter" if parameter.requires_grad else f"{16 if parameter.element_size() == 2 else 32}-bit weights"
         state = getattr(parameter, "quant_state", None)
         sizes["4-bit weights" if state else kind] += parameter.nbytes
@@ -238,7 +255,8 @@ def count_bytes(model: nn.Module) -> dict[str, int]:
 
 def check_mostly_quantized(skeleton: Any) -> None:
     """Raise ModelError for the skeleton of a model most of whose weights would stay in 16 bits, as fused experts do."""
-    outside = {id(one.weight) for one in (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())}
+    embeddings = (one for one in skeleton.modules() if isinstance(one, nn.Embedding))
+    outside = {id(one.weight) for one in (*embeddings, skeleton.get_output_embeddings())}
     linears = {id(one.weight) for one in skeleton.modules() if isinstance(one, (nn.Linear, Conv1D))}
     inside = {name: one for name, one in skeleton.named_parameters() if id(one) not in outside}
     loose = {name: one.numel() for name, one in inside.items() if id(one) not in linears}

@@ -14,7 +14,9 @@ from lorasft.model.adapter import attach_adapter
 from lorasft.model.base import compute_dtype, make_skeleton, patch_linear4bit, quantize_skeleton
 from lorasft.model.lean import use_lean_layers
 from lorasft.model.loss import Network, read_head
+from lorasft.model.mixers import call_by_segment
 from lorasft.model.recompute import decoder_layers, layer_kinds
+from lorasft.model.tables import keep_on_host
 from lorasft.recipe import AdapterSettings, ModelSettings
 
 
@@ -34,6 +36,7 @@ def make_weightless(
     for linear in base.modules():
         if isinstance(linear, bnb.nn.Linear4bit):
             _quantize(linear, torch.empty(linear.out_features, linear.in_features, dtype=dtype, device="meta"))
+    keep_on_host(base, device)
     base.requires_grad_(False)
     with torch.device("meta"):
         return attach_adapter(base, adapter, seed=0, new_rows=dict.fromkeys(range(len(settings.new_tokens))))
@@ -44,6 +47,7 @@ def plan_network(network: Network, model: Any) -> Network:
     base = model.get_base_model()
     base.set_attn_implementation(network.causal.config._attn_implementation)
     head = read_head(base, network.runs_on) if network.head else None
+    call_by_segment(base, network.mixer)
     if network.lean:
         use_lean_layers(base)
     return replace(network, causal=base, head=head, planned=network.runs_on)
@@ -76,7 +80,7 @@ def make_sample(
     for index, kind in enumerate(kinds[:depth]):
         if (first := kinds.index(kind)) < index:
             layers[index] = copy.copy(layers[first])
-    _fill([*base.get_decoder().modules(), *base.get_output_embeddings().modules()], device=device)
+    _fill([*base.modules()], device=device)
     base.initialize_weights()
     patch_linear4bit(base, device, base.name_or_path)
     return model
@@ -102,7 +106,7 @@ def _fill(modules: list[nn.Module], *, device: torch.device) -> None:
 
 def _draw_like(given: Tensor, device: torch.device) -> Tensor:
     """Random numbers in the shape of `given`: a prime number of them, repeated, which is faster than to draw all."""
-    few = torch.empty(65_521, dtype=given.dtype, device=device).uniform_(-0.03, 0.03)
+    few = torch.empty(65_521, dtype=given.dtype, device=device).uniform_(-0.1, 0.1)
     return few.repeat(-(-given.numel() // len(few)))[: given.numel()].view(given.shape)
 
 
