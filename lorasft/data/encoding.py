@@ -125,11 +125,8 @@ def find_restart(tokenizer: PreTrainedTokenizerFast, prompt: str) -> str | None:
     added = {str(token): token for token in tokenizer.added_tokens_decoder.values() if str(token).strip()}
     for text in sorted((text for text in added if text in prompt), key=prompt.rfind, reverse=True):
         bound = added[text].normalized or added[text].single_word or added[text].lstrip
-        if not bound and not any(_overlaps(other, text) for other in added):
+        # No other one may swallow it, nor take its beginning away from it.
+        heads = tuple(text[:size] for size in range(1, len(text)))
+        if not bound and not any((other != text and text in other) or other.endswith(heads) for other in added):
             return text
     return None
-
-
-def _overlaps(other: str, token: str) -> bool:
-    """Whether `other` can take the beginning of `token` away from it, or swallow it, where both are in a text."""
-    return (other != token and token in other) or any(other.endswith(token[:size]) for size in range(1, len(token)))

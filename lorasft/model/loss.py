@@ -21,9 +21,8 @@ from lorasft.data.prefixes import Sharing
 from lorasft.model.attention import Paths, Shape
 
 # Pairs of a chunk, whose logits exist at a time: on a CPU few; on a GPU whole tiles of the product, up to 1,024, as far
-# as their logits take no more than a 64th of its memory. In fp32 so many logits exist at a time.
+# as their logits take no more than a 64th of its memory.
 _CHUNK_PAIRS, _TILE, _MOST_PAIRS, _MEMORY_SHARE = 192, 128, 1024, 64
-_FP32_LOGITS = 1 << 22
 # On a CPU oneDNN compiles a kernel of 16 bits for each number of rows: up to a fifth of a step (8 rows of Alpaca, 56
 # million parameters). Rounded up to multiples of so many, the numbers come again, and what they cost is less.
 _ROUND = 64
@@ -38,6 +37,7 @@ class Head:
     scale: float
     softcap: float | None
     chunk: int = _CHUNK_PAIRS  # pairs whose logits exist at a time
+    fp32_logits: int = 1 << 20  # that exist at a time: on a CPU what its caches hold, on a GPU enough to keep it busy
 
 
 def read_head(model: Any, device: torch.device | None = None) -> Head | None:
@@ -52,11 +52,12 @@ def read_head(model: Any, device: torch.device | None = None) -> Head | None:
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     scale = scale / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
-    chunk, device = _CHUNK_PAIRS, device or linear.weight.device
-    if device.type == "cuda":
-        share = torch.cuda.get_device_properties(device).total_memory // _MEMORY_SHARE
-        chunk = min(max(1, share // (2 * len(linear.weight)) // _TILE) * _TILE, _MOST_PAIRS)
-    return Head(linear.weight, linear.bias, float(scale), getattr(config, "final_logit_softcapping", None), chunk)
+    head = Head(linear.weight, linear.bias, float(scale), getattr(config, "final_logit_softcapping", None))
+    if (device or linear.weight.device).type != "cuda":
+        return head
+    share = torch.cuda.get_device_properties(device).total_memory // _MEMORY_SHARE
+    chunk = min(max(1, share // (2 * len(linear.weight)) // _TILE) * _TILE, _MOST_PAIRS)
+    return replace(head, chunk=chunk, fp32_logits=1 << 22)
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class ChunkedLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         chunk = min(len(targets), head.chunk)
         memory = hidden.new_empty(chunk, len(head.weight))  # one for the logits of all chunks
-        rows = max(1, _FP32_LOGITS // len(head.weight))
+        rows = max(1, head.fp32_logits // len(head.weight))
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             logits = torch.mm(hidden[part], head.weight.t(), out=memory[: len(hidden[part])])

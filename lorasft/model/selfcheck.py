@@ -55,7 +55,11 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
         if head := read_head(causal):
             what = "the head does more than is known here: its own logits are used"
             network = _choose(replace(network, head=head), network, alone, what)
-        network = _try_lean(network, alone)
+        found = use_lean_layers(causal)
+        what = "norms and MLPs keep more, as they are transformers' own: lean ones are wrong"
+        network = _choose(replace(network, lean=bool(found)), network, alone, what)
+        for module in () if network.lean else found:
+            del module.forward
     causal.train(training)
     return network
 
@@ -119,16 +123,6 @@ def _try_kernels(network: Network, alone: Tensor) -> Network:
     slower = "attention goes segment by segment, which is slower, where one kernel cannot do it"
     notices = [f"{slower}: {reason}" for reason in sorted(filter(None, {*reasons.values(), leak}))]
     return replace(network, kernel=None if leak else holds, notices=(*network.notices, *notices))
-
-
-def _try_lean(network: Network, alone: Tensor) -> Network:
-    """The losses with lean norms, MLPs and rotary embeddings equal those from the model's own."""
-    found = use_lean_layers(network.causal)
-    notice = "norms and MLPs keep more, as they are transformers' own: lean ones are wrong"
-    chosen = _choose(replace(network, lean=bool(found)), network, alone, notice)
-    for module in () if chosen.lean else found:
-        del module.forward
-    return chosen
 
 
 def _choose(faster: Network, network: Network, alone: Tensor, notice: str) -> Network:

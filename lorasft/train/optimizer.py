@@ -16,9 +16,20 @@ from lorasft.model.trained import Trained
 from lorasft.recipe import OptimizerSettings, ScheduleSettings
 
 
+class _AdamW8bit(AdamW8bit):  # type: ignore[misc]
+    """bitsandbytes' AdamW of one tensor, without its wait for the GPU after each update."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        (tensor,) = self.param_groups[0]["params"]
+        if not self.state[tensor]:
+            self.init_state(self.param_groups[0], tensor, 0, 0)
+        self.update_step(self.param_groups[0], tensor, 0, 0)
+
+
 def make_optimizer(settings: OptimizerSettings, trained: Trained) -> Any:
     """AdamW over all that is trained, as one tensor; `adamw8bit` keeps its moments in 8 bit (bitsandbytes)."""
-    kind: Any = partial(torch.optim.AdamW, fused=True) if settings.name == "adamw" else AdamW8bit
+    kind: Any = partial(torch.optim.AdamW, fused=True) if settings.name == "adamw" else _AdamW8bit
     if settings.name == "adamw8bit" and trained.master.numel() >= 1 << 31:
         what = "adamw8bit counts the trained numbers in 32 bits, and there are more"
         raise RecipeError(what, where="optimizer.name", hint="use adamw, or a smaller adapter")

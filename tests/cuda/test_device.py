@@ -75,11 +75,10 @@ def test_a_step_that_runs_out_of_memory_is_done_again(done: dict[str, Row], fold
 
 
 def test_a_step_waits_for_its_device_once(done: dict[str, Row]) -> None:
-    """Where loss and norm are read. bitsandbytes waits once more after its update; its tables come with the first."""
+    """Where loss and norm are read; bitsandbytes' tables come with the first step of `adamw8bit`."""
     for name in ("fp32", "bf16"):
         assert done[name]["waits"] == [{"copy_ D2H": 1}] * 4
-    for waits in done["8bit"]["waits"][1:]:
-        assert waits == {"copy_ D2H": 1, "synchronize": 1}
+    assert done["8bit"]["waits"][1:] == [{"copy_ D2H": 1}] * 3
 
 
 def test_commands_answer_as_on_the_cpu(done: dict[str, Row], folder: Path, on_cpu: Path, cli: Command) -> None:
