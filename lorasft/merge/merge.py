@@ -47,8 +47,7 @@ def merge(
     if plan.packed and (onto == "original" or quantize):  # it has no original, and an update falls back onto its steps
         what = "the base is stored in 4 bit: no --quantize, no --onto original"
         raise ModelError(what, hint="--base with the 16-bit original")
-    if quantize:
-        _refuse_experts(plan)
+    _refuse_experts(plan, quantize)
     files.need_space(out, plan.size * (2 if quantize else 1))
     judge = None
     if check:
@@ -83,11 +82,11 @@ def merge(
         return _write_record(stage, artifact, done)
 
 
-def _refuse_experts(plan: MergePlan) -> None:
-    """Raise ModelError for experts, which would be in 4 bit in a form that nobody else reads."""
+def _refuse_experts(plan: MergePlan, quantize: str | None) -> None:
+    """Raise ModelError where experts would be written in 4 bit, in a form that nobody else reads."""
     from lorasft.model.experts import find_experts
 
-    if find_experts(plan.places.model):
+    if quantize and find_experts(plan.places.model):
         raise ModelError("no format of 4 bit has the experts of this base", hint="merge without --quantize")
 
 
