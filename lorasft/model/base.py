@@ -55,9 +55,8 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     # Of what it says only the stops count: transformers would follow its beams, penalties and the like.
     stops = GenerationConfig(eos_token_id=said.get("eos_token_id"))
 
-    ours = {"bitsandbytes_4bit": Nf4Quantizer} if quantize else {}
-
     def read(source: str, config: Any = config, **how: Any) -> Any:
+        ours = {"bitsandbytes_4bit": Nf4Quantizer} if quantize else {}
         with quiet_progress(), _loading_errors(settings.base), patch.dict(AUTO_QUANTIZER_MAPPING, ours):
             model, found = AutoModelForCausalLM.from_pretrained(
                 source,
