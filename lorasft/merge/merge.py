@@ -17,7 +17,7 @@ from lorasft.errors import ModelError
 from lorasft.merge.sidecars import write_sidecars
 from lorasft.merge.write import MergePlan, Onto, plan_merge, rewrite_config, write_weights
 from lorasft.recipe import DataSource
-from lorasft.tensors import INDEX, fingerprint
+from lorasft.tensors import INDEX, find_weights, fingerprint, open_tensors
 
 
 def merge(
@@ -66,7 +66,7 @@ def merge(
         if judge:
             judge.verify(weights, chosen)
         if quantize:
-            found = _quantize(weights, stage)
+            found = _quantize(weights, stage, plan.places.unread)
             if judge:
                 judge.ask(stage, "merged, in 4 bit")
         hashes.update(found)
@@ -139,12 +139,18 @@ def _write_record(stage: Path, artifact: Artifact, done: dict[str, Any]) -> dict
     return record
 
 
-def _quantize(weights: Path, stage: Path) -> dict[str, str]:
-    """Turn the full weights into a 4-bit checkpoint in `stage`, with all that lies beside them. Returns its hashes."""
+def _quantize(weights: Path, stage: Path, unread: set[str]) -> dict[str, str]:
+    """Turn the full weights, but for what is `unread`, into a 4-bit checkpoint in `stage`, with all that lies beside
+    them. Returns its hashes."""
     from lorasft.model.base import load_base, quiet_progress
     from lorasft.recipe import ModelSettings
 
     model = load_base(ModelSettings(base=str(weights)), torch.device("cpu"))
+    sources = map(open_tensors, find_weights(weights))
+    whole = model.state_dict() | {name: file.read(name) for file in sources for name in file.specs if name in unread}
+    model.state_dict = lambda: whole
+    skipped = [*model.hf_quantizer.modules_to_not_convert, *getattr(model, "left_out", [])]
+    model.config.quantization_config.llm_int8_skip_modules = skipped
     with quiet_progress():
         model.save_pretrained(stage)
     replaced = shutil.ignore_patterns("*.safetensors", INDEX, "config.json")

@@ -16,7 +16,7 @@ import bitsandbytes as bnb
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 from transformers.utils import cached_file
@@ -29,6 +29,8 @@ from lorasft.model.attention import default_attention
 from lorasft.model.cache import Keep, find_place, keep_base, read_kept
 from lorasft.model.experts import BLOCK, Nf4Quantizer, find_experts, packed_parts
 from lorasft.model.free_memory import out_of_memory
+from lorasft.model.tables import keep_on_host
+from lorasft.model.towers import auto_class, model_class
 from lorasft.recipe import ModelSettings
 from lorasft.tensors import find_weights, open_tensors
 from lorasft.terminal import say
@@ -42,8 +44,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
 
     `streamed`: its weights stay in their files and are read layer by layer, whenever they are computed; not in 4 bit.
     `keep`: what is quantized is kept for the next start, and taken from there where an earlier one kept it.
-    Raises ModelError for files that are no causal language model, UnsafeError where remote code would be needed, and
-    DeviceError for a GPU that is too old.
+    Raises ModelError, UnsafeError where remote code would be needed, and DeviceError for a GPU that is too old.
     """
     check_device(device)
     config = read_config(settings.base, settings.revision)
@@ -56,9 +57,9 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     stops = GenerationConfig(eos_token_id=said.get("eos_token_id"))
 
     def read(source: str, config: Any = config, **how: Any) -> Any:
-        ours = {"bitsandbytes_4bit": Nf4Quantizer} if quantize else {}
-        with quiet_progress(), _loading_errors(settings.base), patch.dict(AUTO_QUANTIZER_MAPPING, ours):
-            model, found = AutoModelForCausalLM.from_pretrained(
+        placing = _placing(config, scheme.bnb_4bit_compute_dtype, device, streamed=streamed, packs=quantize)
+        with quiet_progress(), _loading_errors(settings.base), placing as places:
+            model, found = auto_class(config).from_pretrained(
                 source,
                 # As it was read and cleared: what its file says of attention would win over the argument.
                 config=copy.deepcopy(config),  # transformers writes into it
@@ -66,7 +67,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
                 output_loading_info=True,
                 **how,
                 dtype=scheme.bnb_4bit_compute_dtype,
-                device_map={"": "disk" if streamed else device},
+                device_map=places,
                 trust_remote_code=False,
                 use_safetensors=True,
                 attn_implementation=default_attention(config),
@@ -92,11 +93,25 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
         if parameter.dtype in (torch.float16, torch.bfloat16) and not isinstance(parameter, bnb.nn.Params4bit):
             parameter.data = parameter.data.to(scheme.bnb_4bit_compute_dtype)
     patch_linear4bit(model, device, settings.base)
+    keep_on_host(model, torch.device("cpu") if streamed else device)
     model.requires_grad_(False)
     if place and kept is None:
         with quiet_progress():
             keep_base(model, place, wanted=keep)
     return model
+
+
+@contextlib.contextmanager
+def _placing(
+    config: Any, dtype: torch.dtype, device: torch.device, *, streamed: bool, packs: bool
+) -> Iterator[dict[str, Any]]:
+    """Where weights go, in transformers' words: to `device`, but large tables to the host; or nowhere. `packs`: experts
+    are put into 4 bit."""
+    tables = keep_on_host(make_skeleton(config, dtype), device) if device.type == "cuda" and not streamed else []
+    # Its hooks would bring a table to the card, all of it, for each use. bitsandbytes refuses the word "cpu".
+    hooks = patch("transformers.modeling_utils.accelerate_dispatch") if tables else contextlib.nullcontext()
+    with hooks, patch.dict(AUTO_QUANTIZER_MAPPING, {"bitsandbytes_4bit": Nf4Quantizer} if packs else {}):
+        yield {"": "disk" if streamed else device, **{f"{path}.weight": torch.device("cpu") for path in tables}}
 
 
 def _set_compute_dtype(config: Any, scheme: BitsAndBytesConfig) -> bool:
@@ -151,12 +166,12 @@ def nf4_scheme(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def find_quantized(config: Any) -> dict[str, bool]:
-    """The weights that `load_base` puts into NF4, by their paths, and whether they are stored (in, out)."""
+    """The language model's weights that `load_base` puts into NF4, by their paths, and whether files have (in, out)."""
     skeleton = make_skeleton(config)
     quantize_skeleton(skeleton, torch.bfloat16)
-    found = {}
+    language, found = set(skeleton.get_decoder().modules()), {}
     for path, module in skeleton.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
+        if module in language and isinstance(module, bnb.nn.Linear4bit):
             found[f"{path}.weight"] = module.source_cls is Conv1D
         found |= {f"{path}.{name}": module.is_transposed for name in packed_parts(module)}
     return found
@@ -181,7 +196,8 @@ def read_config(base: str, revision: str | None = None) -> Any:
         raise ModelError("no config.json: this is no model folder", where=base, hint="name a model folder or a hub id")
     with _loading_errors(base):
         config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
-    if config.is_encoder_decoder or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        fits = not config.is_encoder_decoder and model_class(config)
+    if not fits:
         what = f"{config.model_type} is not a causal language model"
         raise ModelError(what, where=base, hint="lorasft trains decoder-only models")
     # What a config says of attention and experts is taken out: a repository there would be fetched, and run.
@@ -200,7 +216,7 @@ def make_skeleton(config: Any, dtype: torch.dtype | None = None) -> Any:
     """The model of `config` without weights: on the meta device."""
     config = copy.deepcopy(config)  # transformers notes the attention in it
     with torch.device("meta"), _loading_errors(config.name_or_path):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=default_attention(config))
+        return auto_class(config).from_config(config, dtype=dtype, attn_implementation=default_attention(config))
 
 
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
@@ -239,10 +255,10 @@ def check_device(device: torch.device, dtype: torch.dtype | None = None) -> None
 
 
 def count_bytes(model: nn.Module) -> dict[str, int]:
-    """Where the bytes of a loaded model are, by kind; quantization constants count as 4-bit."""
+    """Where the bytes of a loaded model are, by kind; constants count as 4-bit, what stays on the host not at all."""
     sizes = dict.fromkeys(("4-bit weights", "16-bit weights", "32-bit weights", "adapter"), 0)
     packed = {id(part) for module in model.modules() for parts in packed_parts(module).values() for part in parts}
-    for parameter in model.parameters():
+    for parameter in (one for one in model.parameters() if not hasattr(one, "on_host")):
         kind = "adapter" if parameter.requires_grad else f"{16 if parameter.element_size() == 2 else 32}-bit weights"
         state = getattr(parameter, "quant_state", None)
         sizes["4-bit weights" if state or id(parameter) in packed else kind] += parameter.nbytes
@@ -253,9 +269,9 @@ def count_bytes(model: nn.Module) -> dict[str, int]:
 
 
 def check_mostly_quantized(skeleton: Any) -> None:
-    """Raise ModelError for the skeleton of a model most of whose weights would stay in 16 bits, as experts in a form
-    that is not known would."""
-    outside = {id(one.weight) for one in (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())}
+    """Raise ModelError for the skeleton of a model most of whose weights would stay in 16 bits, as unknown experts."""
+    embeddings = (one for one in skeleton.modules() if isinstance(one, nn.Embedding))
+    outside = {id(one.weight) for one in (*embeddings, skeleton.get_output_embeddings())}
     linears = {id(one.weight) for one in skeleton.modules() if isinstance(one, (nn.Linear, Conv1D))}
     linears |= {id(stack) for _, stacks in find_experts(skeleton) for stack in stacks.values()}
     inside = {name: one for name, one in skeleton.named_parameters() if id(one) not in outside}

@@ -15,6 +15,7 @@ from lorasft.model.base import compute_dtype, make_skeleton, patch_linear4bit, q
 from lorasft.model.lean import use_lean_layers
 from lorasft.model.loss import Network, read_head
 from lorasft.model.recompute import decoder_layers, layer_kinds
+from lorasft.model.tables import keep_on_host
 from lorasft.recipe import AdapterSettings, ModelSettings
 
 
@@ -32,9 +33,10 @@ def make_weightless(
     for linear in base.modules():
         if isinstance(linear, bnb.nn.Linear4bit):
             _quantize(linear, torch.empty(linear.out_features, linear.in_features, dtype=dtype, device="meta"))
+    keep_on_host(base, device)
     base.requires_grad_(False)
     with torch.device("meta"):
-        return attach_adapter(base, adapter, seed=0)
+        return attach_adapter(base, adapter, seed=0, new_rows=dict.fromkeys(range(len(settings.new_tokens))))
 
 
 def plan_network(network: Network, model: Any) -> Network:
@@ -75,7 +77,7 @@ def make_sample(
     for index, kind in enumerate(kinds[:depth]):
         if (first := kinds.index(kind)) < index:
             layers[index] = copy.copy(layers[first])
-    _fill([*base.get_decoder().modules(), *base.get_output_embeddings().modules()], device=device)
+    _fill([*base.modules()], device=device)
     base.initialize_weights()
     patch_linear4bit(base, device, base.name_or_path)
     return model

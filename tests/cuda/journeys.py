@@ -16,14 +16,15 @@ from typing import Any
 import emu
 import numpy as np
 import torch
-from tiny_models import CONFIGS, make_base, randomize_adapter, shape
-from transformers import Qwen3MoeConfig
+from tiny_models import CONFIGS, WINDOWS, make_base, randomize_adapter, shape
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, Qwen3MoeConfig
 
+import lorasft.model.tables
 from lorasft.cli import main
 from lorasft.data.packing import make_micro_batches
 from lorasft.data.tokens import all_supervised
 from lorasft.model.adapter import attach_adapter, trainable
-from lorasft.model.base import load_base, read_config
+from lorasft.model.base import count_bytes, load_base, read_config
 from lorasft.model.linear import copy_bytes
 from lorasft.model.loss import Network, weighted_loss
 from lorasft.model.memory import dry_run, heaviest_batch
@@ -283,6 +284,33 @@ def memory(folder: str, name: str = "llama", whole: bool = False) -> list[list[f
         found.append([kept / needs.kept, (torch.cuda.max_memory_allocated() - before) / needs.peak])
         del loss
     return found
+
+
+def tables(folder: str) -> Row:
+    """A model with an embedding too large for the card, beside itself on the CPU: where its bytes are, and its step."""
+    lorasft.model.tables._SHARE = 1 << 12  # of the card; transformers cannot load onto one of less than 1.2 GiB
+    more = {"vocab_size_per_layer_input": 1 << 15, "hidden_size_per_layer_input": 64, "num_kv_shared_layers": 0}
+    config = Gemma4TextConfig(**shape(64), **WINDOWS, **more, global_head_dim=16)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    settings, found = ModelSettings(base=folder, dtype="float32"), {}
+    for device in ("cpu", "cuda"):
+        base = load_base(settings, torch.device(device))
+        found[f"{device} table"] = str(base.model.embed_tokens_per_layer.weight.device)
+        network = with_adapter(base)
+        losses = [weighted_loss(network, batch) for batch in batches_of(network.share)]
+        torch.stack(losses).sum().backward()
+        rows = base.model.embed_tokens_per_layer(torch.arange(90, device=device).view(1, -1))
+        found[device] = [torch.stack(losses).detach().cpu(), *(one.grad.cpu() for one in trainable(base).values())]
+        found[f"{device} rows"] = rows.cpu()
+    planned = make_weightless(config, settings, AdapterSettings(rank=4), torch.device("cuda"))
+    return {
+        "places": [found["cpu table"], found["cuda table"]],
+        "same rows": torch.equal(found["cpu rows"], found["cuda rows"]),
+        "apart": max(map(distance, found["cuda"], found["cpu"])),
+        "peak": torch.cuda.max_memory_allocated(),
+        "counted": [sum(count_bytes(one).values()) for one in (network.causal, planned)],
+        "host": sum(one.nbytes for one in planned.parameters() if hasattr(one, "on_host")),
+    }
 
 
 if __name__ == "__main__":

@@ -153,6 +153,14 @@ def test_launches_do_not_grow_and_memory_is_as_predicted(tmp_path: Path) -> None
     assert all(0.99 < ratio < 1.02 for ratios in found["memory"] for ratio in ratios), found["memory"]
 
 
+def test_a_table_too_large_for_the_card_stays_on_the_host(tmp_path: Path) -> None:
+    """It is never there, not even while it is loaded."""
+    found = journey("tables", tmp_path)
+    assert found["places"] == ["cpu", "cpu"] and found["same rows"] and found["apart"] < 1e-4
+    assert found["peak"] < found["host"] == 1 << 24
+    assert found["counted"][0] == found["counted"][1]
+
+
 @pytest.mark.parametrize(
     ("given", "want"),
     [
