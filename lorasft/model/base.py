@@ -49,7 +49,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     check_device(device)
     config = read_config(settings.base, settings.revision)
     check_files(settings.base)
-    scheme = nf4_scheme(compute_dtype(settings.dtype, device))
+    scheme = nf4_scheme(compute_dtype(settings.dtype, device), config)
     quantize = settings.quantization == "nf4" and not hasattr(config, "quantization_config")
     stored = _set_compute_dtype(config, scheme)
     said = read_generation(settings.base, settings.revision) or vars(config)
@@ -158,11 +158,11 @@ def check_files(base: str) -> None:
             open_tensors(path)
 
 
-def nf4_scheme(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 in groups of 64, scales quantized as well, taken out in `dtype` to be multiplied."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
+def nf4_scheme(dtype: torch.dtype, config: Any = None) -> BitsAndBytesConfig:
+    """NF4 in groups of 64, scales quantized as well, taken out in `dtype`; but what Mamba reads without a call."""
+    kept = ["dt_proj", "lm_head"] if getattr(config, "model_type", None) == "mamba" else None
+    how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=kept, **how)
 
 
 def find_quantized(config: Any) -> dict[str, bool]:
@@ -181,7 +181,7 @@ def quantize_skeleton(skeleton: Any, dtype: torch.dtype) -> None:
     """Put what `load_base` puts into NF4 into the place of the linears and experts of `skeleton`, as shapes."""
     # Of a base that comes in 4 bit the experts are what they are in its files.
     kind = AutoHfQuantizer.from_config if hasattr(skeleton.config, "quantization_config") else Nf4Quantizer
-    quantizer = kind(nf4_scheme(dtype), pre_quantized=kind is Nf4Quantizer)
+    quantizer = kind(nf4_scheme(dtype, skeleton.config), pre_quantized=kind is Nf4Quantizer)
     quantizer.preprocess_model(skeleton, device_map={"": "cpu"}, dtype=dtype)
     quantizer.postprocess_model(skeleton)
 
