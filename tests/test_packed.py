@@ -212,7 +212,7 @@ def test_another_quantization_is_refused_naming_the_original(name: str, original
     assert stored_as({"quant_method": "fp8"}, name) == "FP8"
 
 
-@pytest.mark.parametrize("kind", ["FP8"])
+@pytest.mark.parametrize("kind", ["FP8", "MXFP4"])
 def test_the_whole_journey(kind: str, rows: Path, recipe: Any, cli: Command, tmp_path: Path) -> None:
     folder = (save_fp8 if kind == "FP8" else save_mxfp4)(tmp_path / "base", vocabulary=384)
     model, run = {"base": str(save_tokenizer(folder)), "dtype": "float32"}, tmp_path / "run"

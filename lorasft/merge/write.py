@@ -27,10 +27,11 @@ from lorasft.files import new_file
 from lorasft.merge.changes import read_changes
 from lorasft.merge.parameters import ParameterMap
 from lorasft.merge.updates import Change
-from lorasft.model.packed import StoredWeight, list_stored, nf4_view
+from lorasft.model.packed import StoredWeight, list_stored
 from lorasft.tensors import INDEX, SINGLE, TensorFile, TensorSpec, TensorWriter, find_weights, open_tensors
 from lorasft.terminal import say
 
+Read = Callable[[], Tensor]
 Onto = Literal["original", "dequantized"]  # the weights that an update is added to
 
 _SLICE = 1 << 27  # numbers of a product at a time: 512 MiB
@@ -89,12 +90,12 @@ def rewrite_config(plan: MergePlan, base_config: Mapping[str, Any]) -> dict[str,
     return files
 
 
-def write_weights(stage: Path, plan: MergePlan, *, nf4: Mapping[str, torch.dtype]) -> tuple[bool, dict[str, str]]:
+def write_weights(stage: Path, plan: MergePlan, *, nf4: Mapping[str, Read]) -> tuple[bool, dict[str, str]]:
     """Write the checkpoint of `plan` to the folder `stage`. Returns whether any change survived the rounding, and the
     SHA-256 of each file.
 
-    `nf4`: the tensors that are put into NF4 and taken out again in this dtype first, as a 4-bit run had them. Raises
-    ModelError when a number leaves its dtype's range.
+    `nf4`: gives what a 4-bit run had of the tensors that it put into NF4. Raises ModelError when a number leaves its
+    dtype's range.
     """
     done, changed = 0, False
     hashes: dict[str, str] = {}
@@ -130,13 +131,11 @@ def _slice_rows(change: Change) -> int:
 
 
 def _read_weight(
-    plan: MergePlan, source: TensorFile, name: str, spec: TensorSpec, nf4_dtype: torch.dtype | None
+    plan: MergePlan, source: TensorFile, name: str, spec: TensorSpec, nf4: Read | None
 ) -> Callable[[int, int], Tensor]:
     """What the base has for a tensor: gives rows `first` to `first + count`, (count, width)."""
-    if plan.weights[name].convert or nf4_dtype:
-        numbers = plan.weights[name].read()
-        numbers = nf4_view(numbers, nf4_dtype) if nf4_dtype else numbers.to(spec.torch_dtype)
-        numbers = numbers.reshape(-1, spec.width)
+    if nf4 or plan.weights[name].convert:
+        numbers = (nf4() if nf4 else plan.weights[name].read().to(spec.torch_dtype)).reshape(-1, spec.width)
     elif source.specs[name].shape != spec.shape:  # with more rows, as `add_rows` has them, unless all are replaced
         numbers = source.read(name)
         usual = numbers.mean(dim=0, dtype=torch.float32).to(numbers.dtype)

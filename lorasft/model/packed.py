@@ -126,11 +126,25 @@ def _unpack_4bit(codes: Tensor, *parts: Tensor, names: Sequence[str], shape: tup
 def nf4_view(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight put into NF4 and taken out again, in `dtype`, that of training: what a 4-bit run computed with.
 
-    The same bits as `bitsandbytes.nn.Linear4bit` with double quantization, which the loader uses (a test compares).
+    The same bits as `bitsandbytes.nn.Linear4bit` with double quantization, which the loader uses (a test compares). Of
+    a stack of experts each matrix alone.
     """
+    if weight.dim() == 3:
+        return torch.stack([nf4_view(matrix, dtype) for matrix in weight])
     quantize = functional.quantize_4bit
-    codes, state = quantize(weight.to(dtype), blocksize=64, compress_statistics=True, quant_type="nf4")
+    codes, state = quantize(weight.to(dtype).contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4")
     return _dequantize(codes, state).view(weight.shape)
+
+
+def read_as_nf4(weights: Mapping[str, StoredWeight], dtype: torch.dtype, name: str, *, transposed: bool) -> Tensor:
+    """The weight `name` as a 4-bit run saw it that joined `weights`, one below the other, to one.
+
+    `transposed`: the run turned it before, as it is stored (in, out).
+    """
+    whole = torch.cat([weight.read() for weight in weights.values()])
+    whole = nf4_view(whole.mT, dtype).mT if transposed else nf4_view(whole, dtype)
+    heights = [weight.spec.shape[0] for weight in weights.values()]
+    return dict(zip(weights, torch.split(whole, heights), strict=True))[name]
 
 
 def _dequantize(codes: Tensor, state: Any) -> Tensor:
