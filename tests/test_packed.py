@@ -224,6 +224,7 @@ def test_the_whole_journey(kind: str, rows: Path, recipe: Any, cli: Command, tmp
         said = cli("merge", run, "--out", tmp_path / onto, "--onto", onto, "--data", rows, "--json")
         assert said.code == 0 and f"comes in {kind}" in said.err, said.err
         table = json.loads(said.out)["table"]
-    assert table["merged"]["kl"] < 1e-3 < table["without the adapter"]["kl"]  # rounded to bf16, and no more
+    # Rounded to bf16, and no more; of the random experts some are chosen otherwise then.
+    assert table["merged"]["kl"] < (1e-3 if kind == "FP8" else 2e-2) < 1 < table["without the adapter"]["nll"]
     answers = [cli("chat", one, "--prompt", "what is 3 + 3?").out for one in (run, tmp_path / "dequantized")]
     assert answers[0][:3] == answers[1][:3] != ""
