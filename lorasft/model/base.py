@@ -43,10 +43,10 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     Raises ModelError for files that are no causal language model, UnsafeError where remote code would be needed, and
     DeviceError for a GPU that is too old.
     """
-    check_device(device)
+    scheme = nf4_scheme(compute_dtype(settings.dtype, device))
+    check_device(device, scheme.bnb_4bit_compute_dtype)
     config = read_config(settings.base, settings.revision)
     check_files(settings.base)
-    scheme = nf4_scheme(compute_dtype(settings.dtype, device))
     quantize = settings.quantization == "nf4" and not hasattr(config, "quantization_config")
     stored = _set_compute_dtype(config, scheme)
     said = read_generation(settings.base, settings.revision) or vars(config)

@@ -43,6 +43,7 @@ def plan_network(network: Network, model: Any) -> Network:
     """`network`, as it was verified, with the `model` without numbers in place of its own."""
     base = model.get_base_model()
     base.set_attn_implementation(network.causal.config._attn_implementation)
+    base.frozen_weights.on_cpu = network.runs_on.type == "cpu"
     head = read_head(base, network.runs_on) if network.head else None
     if network.lean:
         use_lean_layers(base)
