@@ -57,7 +57,7 @@ def _check_pattern(pattern: str) -> str:
 _Pattern = Annotated[str, AfterValidator(_check_pattern)]
 _Rank = Annotated[int, Field(ge=1, le=1024)]
 _Positive = Annotated[float, Field(gt=0)]
-_Index = Annotated[int, Field(ge=0)]
+_Index = Annotated[int, Field(ge=0, lt=1 << 20)]  # of a token, for which an embedding may have to grow
 
 
 # What is read. Other fields are refused: they may compute something else, as variants of LoRA do, or take any memory.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from tiny_models import EYES, LLAMA_3, SOFT_CAPS, VOCABULARY, WINDOWS, shape
+from tiny_models import EYES, LLAMA_3, VOCABULARY, WINDOWS, shape
 from torch import nn
 
 from lorasft.data.packing import make_micro_batches
@@ -26,6 +26,11 @@ SHAPE = shape()
 _SHAPE = {key: value for key, value in SHAPE.items() if key != "head_dim"}
 ROPE_YARN = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 2.0, "original_max_position_embeddings": 64}
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+PER_LAYER: dict[str, Any] = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8}
+LINEAR: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2}
+LINEAR |= {"linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 
 
 def _long_rope(rotary: int, **own: Any) -> hf.Phi3Config:
@@ -47,31 +52,56 @@ def _granite(**own: Any) -> hf.GraniteConfig:
     return hf.GraniteConfig(**_SHAPE, **factors, logits_scaling=16.0, **own)
 
 
-FAMILIES: dict[str, Any] = {  # by the names of recipes
+def _granite_hybrid(**own: Any) -> hf.GraniteMoeHybridConfig:
+    mixer = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
+    kinds = {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 32}
+    return hf.GraniteMoeHybridConfig(**_SHAPE, **mixer, **kinds, **own)
+
+
+FAMILIES: dict[str, Any] = {  # by the names of recipes; of models with towers, what they are in test_towers.py
     r"llama-3.*|.*distill-llama.*": lambda **own: hf.LlamaConfig(**SHAPE, rope_parameters=dict(LLAMA_3), **own),
     r"qwen2\.5-.*|.*distill-qwen.*": lambda **own: hf.Qwen2Config(**_SHAPE, **own),
-    r"gemma-2-.*": lambda **own: hf.Gemma2Config(**SHAPE, **WINDOWS, **SOFT_CAPS, query_pre_attn_scalar=8, **own),
-    r"gemma-3-12b": _gemma_3_with_eyes,
-    r"gemma-3-1b": lambda **own: hf.Gemma3TextConfig(**SHAPE, **WINDOWS, **own),
+    r"gemma-3-(4|12|27)b": _gemma_3_with_eyes,
+    r"gemma-3-(270m|1b)": lambda **own: hf.Gemma3TextConfig(**SHAPE, **WINDOWS, **own),
+    r"gemma-3n-.*": lambda **own: hf.Gemma3nTextConfig(
+        **{**SHAPE, **WINDOWS}, **PER_LAYER, altup_num_inputs=2, laurel_rank=4, activation_sparsity_pattern=[0.0] * 2,
+        num_kv_shared_layers=0, **own,
+    ),
+    r"gemma-4-e.*": lambda **own: hf.Gemma4TextConfig(**SHAPE, **WINDOWS, **PER_LAYER, global_head_dim=8, **own),
+    r"gemma-4-(12|31)b": lambda **own: hf.Gemma4TextConfig(
+        **SHAPE, **WINDOWS, hidden_size_per_layer_input=0, global_head_dim=16, attention_k_eq_v=True,
+        num_global_key_value_heads=1, **own,
+    ),
+    r"gemma-4-26b-a4b": lambda **own: hf.Gemma4TextConfig(
+        **SHAPE, **WINDOWS, hidden_size_per_layer_input=0, global_head_dim=16, enable_moe_block=True, num_experts=4,
+        top_k_experts=2, moe_intermediate_size=16, **own,
+    ),
+    r"glm-4\.7-flash": lambda **own: hf.Glm4MoeLiteConfig(
+        **{**_SHAPE, "num_key_value_heads": 4}, **EXPERTS, n_routed_experts=4, kv_lora_rank=16, q_lora_rank=16,
+        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, **own,
+    ),
     r"gpt-oss-20b": lambda **own: hf.GptOssConfig(
         **SHAPE, **WINDOWS, num_local_experts=4, num_experts_per_tok=2, rope_parameters=dict(ROPE_YARN), **own
     ),
     r"gpt2": lambda **own: hf.GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=128),
-    r"granite-.*": _granite,
-    r"ministral-8b": lambda **own: hf.MinistralConfig(**SHAPE, **WINDOWS, **own),
-    r"mistral-7b.*": lambda **own: hf.MistralConfig(**SHAPE, sliding_window=None, **own),
-    r"mistral-nemo-12b": lambda **own: hf.MistralConfig(**{**SHAPE, "head_dim": 6}, sliding_window=None, **own),
-    r"olmo-2-7b": lambda **own: hf.Olmo2Config(**_SHAPE, **own),
-    r"phi-3\.5-mini": lambda **own: _long_rope(8, **own),
+    r"granite-4\.1-.*": _granite,
+    r"granite-4\.0-h-micro": lambda **own: _granite_hybrid(num_local_experts=0, num_experts_per_tok=0, **own),
+    r"granite-4\.0-h-tiny": lambda **own: _granite_hybrid(num_local_experts=4, num_experts_per_tok=2, **own),
+    r"ministral-3-.*": lambda **own: hf.Ministral3Config(**SHAPE, **own),
+    r"mistral-.*": lambda **own: hf.MistralConfig(**SHAPE, sliding_window=None, **own),
+    r"olmo-3.*": lambda **own: hf.Olmo3Config(**_SHAPE, **WINDOWS, **own),
     r"phi-4-14b": lambda **own: hf.Phi3Config(**_SHAPE, **own),
     r"phi-4-mini": lambda **own: _long_rope(6, **own),
     r"qwen3-30b-a3b": lambda **own: hf.Qwen3MoeConfig(**SHAPE, **EXPERTS, num_experts=4, **own),
-    r"qwen3-(?!30b).*": lambda **own: hf.Qwen3Config(**SHAPE, **own),
-    r"smollm2.*|tinyllama.*": lambda **own: hf.LlamaConfig(**_SHAPE, **own),
+    r"qwen3-(?!30b).*|.*-qwen3-8b": lambda **own: hf.Qwen3Config(**SHAPE, **own),
+    r"qwen3\.[56]-[\d.]+b": lambda **own: hf.Qwen3_5TextConfig(**SHAPE, **LINEAR, **own),
+    r"qwen3\.6-35b-a3b": lambda **own: hf.Qwen3_5MoeTextConfig(
+        **SHAPE, **LINEAR, **EXPERTS, num_experts=4, shared_expert_intermediate_size=16, **own
+    ),
     r"smollm3-3b": lambda **own: hf.SmolLM3Config(**_SHAPE, no_rope_layers=[1, 0], **own),
     r"tiny": lambda **own: hf.LlamaConfig(**SHAPE, **own),
-}
-TIED = r"llama-3\.2.*|granite.*|phi-4-mini|qwen2\.5-[01]\.5b|qwen3-(0\.6|4)b|smollm.*"
+}  # fmt: skip
+TIED = r"llama-3\.2.*|gemma.*|granite.*|ministral-3-3b|phi-4-mini|qwen3-(0\.6|1\.7|4)b|qwen3\.5-(0\.8|2|4)b|smollm.*"
 
 
 def find_config(name: str) -> Any:

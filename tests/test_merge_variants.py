@@ -301,7 +301,7 @@ ENDLESS = ("(a+)+$", "(a|a)" * 30, "a*" * 3, "x" * 300)  # patterns that might n
         ("dora", drop("magnitude"), "use_dora"),
         ("dora", say(use_dora=False), "magnitude_vector: LoRA makes"),
         ("tokens", say(trainable_token_indices=[3, 96]), "has 3 trained tokens"),
-        ("tokens", say(trainable_token_indices=[3, 96, 97]), "has 3 trained tokens"),
+        ("tokens", say(trainable_token_indices=[3, 96, 97]), "another height alone"),
         ("modules to save", put("model.layers.0.self_attn.q_proj.weight", 32, 32), "nothing .* explains .*q_proj"),
         ("modules to save", put("model.layers.0.self_attn.q_proj.lora_C.weight", 3), "nothing .* explains .*lora_C"),
         ("tokens", drop("trainable"), "lacks tokens"),

@@ -18,7 +18,8 @@ from tiny_models import shape
 from tiny_tokenizer import save_tokenizer
 
 from lorasft.cli import main
-from lorasft.commands.plan import parse_bytes, picture
+from lorasft.commands.arguments import parse_bytes
+from lorasft.commands.plan import picture
 from lorasft.data.packing import Step
 from lorasft.errors import ModelError
 from lorasft.model.adapter import attach_adapter, write_adapter

@@ -216,8 +216,8 @@ def test_scores_stay_with_their_examples() -> None:
 
 
 def test_positions_by_the_longest_of_a_row_keep_short_and_long_apart() -> None:
-    """Phi-3's longrope turns all positions of a row by other factors once one is past 64."""
-    model = make_model(find_config("phi-3.5-mini"))
+    """Phi-4 mini's longrope turns all positions of a row by other factors once one is past 64."""
+    model = make_model(find_config("phi-4-mini"))
     random = np.random.default_rng(1)
     stem = random.integers(3, 90, 30)
     rows = Given(

@@ -443,10 +443,22 @@ def test_copying_makes_paths_beside_the_recipe_absolute(
 def test_list_show_and_schema_print_what_programs_can_read(cli: Command) -> None:
     rows = json.loads(cli("recipes", "list", "--json").out)
     assert [row["base"] for row in rows if row["name"] == "gpt2"] == ["openai-community/gpt2"]
-    assert len(cli("recipes", "list").out.splitlines()) == len(rows) >= 11
+    lines = cli("recipes", "list").out.splitlines()
+    assert len(lines) == 1 + len(rows) >= 20 and max(map(len, lines)) <= 100
+    assert [row["weights"] for row in rows] == sorted(row["weights"] for row in rows)
     assert cli("recipes", "show", "gpt2").out == shipped_recipes()["gpt2"].read_text()
     assert json.loads(cli("recipes", "show", "gpt2", "--json").out)["data"]["max_length"] == 1024
     assert json.loads(cli("recipes", "schema").out) == recipe_schema()
+
+
+def test_what_fits_is_listed(cli: Command) -> None:
+    rows = json.loads(cli("recipes", "list", "--json").out)
+    fitting = json.loads(cli("recipes", "list", "--memory", "12GiB", "--json").out)
+    assert fitting == [row for row in rows if row["needs"] <= 12 * 2**30] and rows[-1] not in fitting
+    lines = cli("recipes", "--memory", "12GiB").out.splitlines()
+    assert lines[1:] == [
+        line for line in cli("recipes").out.splitlines() if line.split()[0] in {r["name"] for r in fitting}
+    ]
 
 
 def test_a_reader_that_goes_away_is_no_fault() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -53,6 +54,18 @@ def open_saved(saved: str, base: str | None, given: Sequence[str], overrides: Se
 
 def add_columns(parser: ArgumentParser) -> None:
     parser.add_argument("--columns", metavar="MAPPING", help="of --data: '{prompt: question, completion: answer}'")
+
+
+def add_memory(parser: ArgumentParser, about: str) -> None:
+    parser.add_argument("--memory", type=parse_bytes, metavar="SIZE", help=about)
+
+
+def parse_bytes(text: str) -> int:
+    """The bytes that `8GiB` or `24GB` says."""
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]*)?) *([KMGT])(i?)B?", text, re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise ArgumentTypeError(f"{text[:80]} is not a size like 8GiB or 24GB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1))
 
 
 def add_json(parser: ArgumentParser, about: str) -> None:

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import gc
-import re
 import shutil
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from lorasft.commands.arguments import add_json, add_recipe, show
+from lorasft.commands.arguments import add_json, add_memory, add_recipe, show
 from lorasft.errors import CapacityError
 from lorasft.terminal import say, size_text
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_recipe(parser)
-    parser.add_argument("--memory", type=parse_bytes, metavar="SIZE", help="8GiB, 24GB, ... (default: what is free)")
+    add_memory(parser, "8GiB, 24GB, ... (default: what is free)")
     add_json(parser, "the plan")
-
-
-def parse_bytes(text: str) -> int:
-    """The bytes that `8GiB` or `24GB` says."""
-    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]*)?) *([KMGT])(i?)B?", text, re.IGNORECASE)
-    if not match or not float(match[1]):
-        raise ArgumentTypeError(f"{text[:80]} is not a size like 8GiB or 24GB")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1))
 
 
 def run(recipe: str, overrides: Sequence[str], memory: int | None, as_json: bool) -> None:

@@ -48,14 +48,15 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
 
     settings = load_recipe(recipe, overrides)
     from lorasft.data.prepare import prepare
-    from lorasft.data.tokenizer import load_tokenizer
+    from lorasft.data.tokenizer import add_tokens, load_tokenizer
     from lorasft.data.untrained import refuse_untrained
 
     tokenizer = load_tokenizer(settings.model.base, settings.model.revision)
+    new = add_tokens(tokenizer, settings.model.new_tokens)
     with TemporaryDirectory(prefix="lorasft-") as folder:
         prepared = prepare(settings.data, settings.chat, tokenizer=tokenizer, folder=Path(folder))
         if not settings.adapter.modules_to_save:
-            refuse_untrained(settings.model.base, tokenizer, supervised=prepared.supervised_special)
+            refuse_untrained(settings.model.base, tokenizer, supervised=[*{*prepared.supervised_special} - {*new}])
         if as_json:
             for place, held_out, tokens, parts in _sequences(prepared.store, tokenizer):
                 spans = [{"text": text, "learned": supervised} for text, supervised, _ in parts]
@@ -65,7 +66,9 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
             return
         found = _sequences(prepared.store, tokenizer, most=rows or (1000 if html else 3))
         shown = [(_harmless(f"{place}{' (held out)' * held_out}"), parts) for place, held_out, _, parts in found]
-    facts = list(map(_harmless, summary(prepared.report)))
+        ids = prepared.store.arrays["ids"]
+        counts = [f"{(ids == token).sum():,} times the new token {tokenizer.decode([token])}" for token in new]
+    facts = list(map(_harmless, [*counts, *summary(prepared.report)]))
     if html:
         write_file(Path(html), make_page(shown, facts).encode())
         print(html)
@@ -75,18 +78,19 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
 
 
 def painted(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> Iterator[Part]:
-    """The text of a sequence in parts that are supervised or not, special or not; control characters are shown."""
+    """The text of a sequence in parts that are supervised or not, and added tokens; control characters are shown."""
     added = tokenizer.added_tokens_decoder
-    kinds = [(int(label) >= 0, int(token) in added) for token, label in zip(tokens.ids, tokens.labels, strict=True)]
+    special = [(token in added) * (1 + at) for at, token in enumerate(tokens.ids.tolist())]  # 0: it is not
+    kinds = zip((tokens.labels >= 0).tolist(), special, strict=True)
     end = 0
-    for kind, run in groupby(kinds):
+    for (supervised, place), run in groupby(kinds):
         start, end = end, end + len(list(run))
         # Decoded alone a part would lose the blank that it begins with, so the token before it is decoded too.
         before, text = (
             str(tokenizer.decode(tokens.ids[max(start - 1, 0) : stop], clean_up_tokenization_spaces=False))
             for stop in (start, end)
         )
-        yield (_harmless(text.removeprefix(before)), *kind)
+        yield _harmless(text.removeprefix(before)), supervised, place > 0
 
 
 def summary(report: Report) -> Iterator[str]:

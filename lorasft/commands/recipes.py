@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 import json
+import re
 from argparse import ArgumentParser
 from pathlib import Path
+from typing import Any
 
-from lorasft.commands.arguments import add_json, show
-from lorasft.terminal import say
+from lorasft.commands.arguments import add_json, add_memory, show
+from lorasft.terminal import say, size_text
+
+# A comment of each shipped recipe; `needs`: the least memory that plan finds enough for rows of its data.max_length.
+_SIZES = re.compile(
+    r"# (?P<count>[\d.]+)(?P<unit>[MB]) parameters, (?P<weights>[\d.]+) GiB in 4 bit, needs (?P<needs>[\d.]+) GiB: "
+    r"planned for a card of (?P<card>\d+) GB"
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("action", nargs="?", default="list", choices=["list", "show", "copy", "schema"])
     parser.add_argument("name", nargs="?", help="of a shipped recipe")
     parser.add_argument("to", nargs="?", help="file to copy to (default: ./NAME.yaml)")
+    add_memory(parser, "list what fits into 8GiB, 24GB, ...")
     add_json(parser, "the list")
 
 
-def run(action: str, name: str | None, to: str | None, as_json: bool) -> None:
+def run(action: str, name: str | None, to: str | None, memory: int | None, as_json: bool) -> None:
     """`action`: list | show | copy | schema. Raises RecipeError for an unknown name and for a target that exists."""
     from lorasft.files import make_folder, write_file
     from lorasft.recipe import recipe_schema
-    from lorasft.recipe.load import find_shipped, portable_text, shipped_recipes
+    from lorasft.recipe.load import find_shipped, portable_text
     from lorasft.recipe.yaml_reader import read_yaml
 
     if action == "list":
-        rows = []
-        for shipped, path in shipped_recipes().items():
-            base, about = read_yaml(path).value["model"]["base"], path.read_text(encoding="utf-8").partition("\n")[0]
-            rows.append({"name": shipped, "base": base, "about": about.lstrip("# "), "path": str(path)})
-        show(rows, [f"{row['name']:28}  {row['base']:42}  {row['about']}" for row in rows], as_json=as_json)
+        rows = [row for row in read_sizes() if memory is None or row["needs"] <= memory]
+        lines = [
+            f"{row['name']:28}  {count_text(row['parameters']):>5}  {size_text(row['weights']):>9}  {row['card']:2} GB"
+            f"  {row['base']}"
+            for row in rows
+        ]
+        show(rows, [f"{'recipe':28}  {'size':>5}  {'in 4 bit':>9}  {'card':>5}  base", *lines], as_json=as_json)
     elif action == "schema":
         print(json.dumps(recipe_schema(), indent=2))
     elif action == "show":
@@ -41,3 +52,30 @@ def run(action: str, name: str | None, to: str | None, as_json: bool) -> None:
         make_folder(target.absolute().parent)
         write_file(target, portable_text(source).encode())
         say(f"wrote {target}")
+
+
+def read_sizes() -> list[dict[str, Any]]:
+    """The shipped recipes and what they say of their sizes, in bytes, of their `card` in GB; the smallest first."""
+    from lorasft.recipe.load import shipped_recipes
+    from lorasft.recipe.yaml_reader import read_yaml
+
+    rows = []
+    for name, path in shipped_recipes().items():
+        text = path.read_text(encoding="utf-8")
+        (said,) = _SIZES.finditer(text)
+        rows.append({
+            "name": name,
+            "base": read_yaml(path).value["model"]["base"],
+            "about": text.partition("\n")[0].lstrip("# "),
+            "parameters": round(float(said["count"]) * {"M": 1e6, "B": 1e9}[said["unit"]]),
+            "weights": round(float(said["weights"]) * 2**30),
+            "needs": round(float(said["needs"]) * 2**30),
+            "card": int(said["card"]),
+            "path": str(path),
+        })  # fmt: skip
+    return sorted(rows, key=lambda row: row["weights"])
+
+
+def count_text(parameters: int) -> str:
+    """A number of parameters for a reader."""
+    return f"{parameters / 1e9:.3g}B" if parameters >= 999.5e6 else f"{parameters / 1e6:.3g}M"

@@ -58,7 +58,7 @@ def _serve_command(ready: Run, adapter: Path) -> str:
     """vLLM's for the adapter on its base, from which it would take template, stops and, for ranks over 16, an error."""
     settings, model = ready.inputs.adapter, ready.recipe.model
     rank = next((most for most in _VLLM_RANKS if most >= settings.rank), None)
-    if rank is None or settings.dora or settings.modules_to_save:
+    if rank is None or settings.dora or settings.modules_to_save or model.new_tokens:
         return "vLLM takes none of this kind, merge it"
     words: list[object] = ["vllm", "serve", model.base, *(["--revision", model.revision] if model.revision else [])]
     words += ["--enable-lora", "--lora-modules", f"mine={adapter}", "--max-lora-rank", rank]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lorasft.adapter_files import PREFIX, lora_scale, read_adapter_weights, subtract_start
 from lorasft.artifact import Artifact
+from lorasft.data.tokenizer import needed_rows
 from lorasft.errors import ModelError
 from lorasft.merge.parameters import ParameterMap
 from lorasft.merge.updates import Change, LoraProduct
@@ -48,7 +49,8 @@ def read_changes(artifact: Artifact, places: ParameterMap, read: Callable[[str],
         spec = places.specs[name]
         if spec.dtype not in ("BF16", "F16", "F32"):
             raise ModelError(f"{name} is {spec.dtype}", hint="merge into the 16-bit original")
-        taller = name in embeddings and change.replacement is not None and change.shape[1:] == spec.shape[1:]
+        whole = change.replacement is not None or change.token_rows
+        taller = name in embeddings and whole and change.shape[1:] == spec.shape[1:]
         if name in resized and not taller:
             raise reader.error(f"{name} is {spec.shape}, the adapter fits {change.shape}")
     if len({(changes.get(name) or places.specs[name]).shape[0] for name in embeddings}) > 1:
@@ -93,7 +95,7 @@ class AdapterReader:
         added: dict[str, Change] = {}
         for parameter, change in self._list_changes():
             whole = change.replacement is not None
-            tall = self.vocabulary in (None, *change.shape) or whole
+            tall = self.vocabulary in (None, *change.shape) or whole or change.token_rows
             if not (tall and self.places.tied and parameter in self.places.embeddings):  # to ask takes the model
                 yield parameter, change
             elif change.token_rows:
@@ -173,9 +175,9 @@ class AdapterReader:
         if isinstance(given, dict):
             given = next((given[name] for name in given if module.endswith(name)), [])
         shape = self.places.specs[self.places.find(f"{module}.weight")].shape
-        if max(given, default=0) >= shape[0] or values.shape != (len(given), shape[-1]):
+        if values.shape != (len(given), shape[-1]):
             raise self.error(f"{module} has {len(values)} trained tokens, which the config does not name")
-        return Change(shape, token_rows=dict(zip(given, values, strict=True)))
+        return Change((needed_rows(shape[0], given), shape[1]), token_rows=dict(zip(given, values, strict=True)))
 
     def _find_wrapped(self) -> dict[str, str]:
         """Modules of the adapter -> the parameter that they change, where the config's target_parameters name it.

@@ -140,8 +140,10 @@ def _read_weight(
         numbers = read_packed(name, *plan.packed[name])
     elif nf4_dtype:
         numbers = nf4_view(source.read(name), nf4_dtype)
-    elif source.specs[name].shape != spec.shape:  # what is of another shape takes its place
-        return lambda first, count: torch.zeros(count, spec.width, dtype=spec.torch_dtype)
+    elif source.specs[name].shape != spec.shape:  # with more rows, as `add_rows` has them, unless all are replaced
+        numbers = source.read(name)
+        usual = numbers.mean(dim=0, dtype=torch.float32).to(numbers.dtype)
+        numbers = torch.cat([numbers, usual.expand(max(0, spec.rows - len(numbers)), -1)])
     else:
         return partial(source.read, name)
     return lambda first, count: numbers[first : first + count]

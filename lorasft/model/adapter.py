@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorasft.adapter_files import CONFIG, PREFIX, WEIGHTS, list_adapted, read_adapter_weights, subtract_start
 from lorasft.artifact import Artifact
+from lorasft.data.tokenizer import needed_rows
 from lorasft.errors import CapacityError, ModelError, RecipeError
 from lorasft.files import write_file
 from lorasft.model.base import compute_dtype, load_base, make_skeleton, read_config
@@ -31,9 +32,16 @@ from lorasft.recipe import AdapterSettings, ModelSettings
 _FUSED = {"out_proj": {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}}
 
 
-def attach_adapter(base: Any, settings: AdapterSettings, *, seed: int) -> Any:
-    """A new LoRA adapter on `base`, fp32 and trainable, everything else frozen. Returns the PEFT model."""
+def attach_adapter(base: Any, settings: AdapterSettings, *, seed: int, new_rows: Mapping[int, Any] = {}) -> Any:
+    """A new LoRA adapter on `base`, fp32 and trainable, everything else frozen. Returns the PEFT model. `new_rows`: of
+    new tokens, see `add_rows`. Raises RecipeError where PEFT cannot train or load them."""
     targets = all_linears(base) if settings.targets == "all-linear" else list(settings.targets)
+    tokens, named = add_rows(base, new_rows) if new_rows else {}, [*targets, *settings.modules_to_save]
+    unfit = getattr(base.get_output_embeddings(), "bias", None) is not None
+    unfit = unfit or bool(getattr(base.config.get_text_config(), "hidden_size_per_layer_input", 0))
+    if (tokens and unfit) or any(f".{path}".endswith(f".{name}") for path in tokens for name in named):
+        what = "embedding or head train as a whole, the head has a bias, or layers have embeddings of their own"
+        raise RecipeError(f"no new tokens where {what}", where="model.new_tokens", hint="leave it out")
     torch.manual_seed(seed)  # A starts random
     return _wrap(
         base,
@@ -46,7 +54,22 @@ def attach_adapter(base: Any, settings: AdapterSettings, *, seed: int) -> Any:
         use_dora=settings.dora,
         modules_to_save=list(settings.modules_to_save) or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),  # GPT-2, unless quantized
+        trainable_token_indices=tokens or None,
     )
+
+
+def add_rows(base: Any, new_rows: Mapping[int, Any]) -> dict[str, list[int]]:
+    """Give embedding and head of `base` rows for new tokens: each the mean of the rows `new_rows[token]`, or of all, as
+    are those that only make a round number. Returns PEFT's trainable_token_indices."""
+    before = len(base.get_input_embeddings().weight)
+    if (rows := needed_rows(before, new_rows)) > before:
+        base.resize_token_embeddings(rows, mean_resizing=False)
+    modules = base.get_input_embeddings(), base.get_output_embeddings()
+    for weight in {id(module.weight): module.weight.data for module in modules}.values():
+        weight[before:] = usual = weight[:before].mean(dim=0, dtype=torch.float32)
+        for token, ids in new_rows.items():
+            weight[token] = weight[ids].mean(dim=0, dtype=torch.float32) if ids else usual
+    return {path: list(new_rows) for path, module in base.named_modules() if module in modules}
 
 
 def load_adapter(base: Any, artifact: Artifact, *, trainable: bool = False) -> Any:
@@ -67,8 +90,12 @@ def load_adapter(base: Any, artifact: Artifact, *, trainable: bool = False) -> A
     paths = [f"{PREFIX}{path}" for path, module in base.named_modules() if module in embeddings]
     whole = {f"{path}{end}" for path in paths for end in (".weight", ".base_layer.weight")} & weights.keys()
     heights = {size for name in whole for size in weights[name].shape[:1]}
-    for height in heights - {len(base.get_input_embeddings().weight)}:
+    rows, given = len(base.get_input_embeddings().weight), fields.get("trainable_token_indices") or ()
+    for height in heights - {rows}:
         base.resize_token_embeddings(height, mean_resizing=False)
+    new = {one for ids in (given.values() if isinstance(given, dict) else [given]) for one in ids if one >= rows}
+    if new and not heights:
+        add_rows(base, dict.fromkeys(new))
     fields["target_modules"] = experts + list_adapted(weights, fields)
     other = {"peft_type", "base_model_name_or_path", "revision", "init_lora_weights"}  # `base` is what it is put on
     known = fields.keys() - other - (set() if trainable else {"lora_dropout"})  # which PEFT refuses for experts
@@ -77,7 +104,7 @@ def load_adapter(base: Any, artifact: Artifact, *, trainable: bool = False) -> A
     model.requires_grad_(False)
     if trainable:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_("lora_" in name or "modules_to_save" in name)
+            parameter.requires_grad_(any(kind in name for kind in ("lora_", "modules_to_save", "trainable_tokens")))
     return model
 
 

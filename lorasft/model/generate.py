@@ -53,7 +53,7 @@ def generate(
     if on_text:  # transformers' own, which holds back half characters, with the text handed on instead of printed
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
-    ids = torch.tensor([list(prompt)], device=causal.get_input_embeddings().weight.device)
+    ids = torch.tensor([list(prompt)], device=causal.device)
     with torch.no_grad(), evaluating(causal, default_attention(causal.config)):
         mask = torch.ones_like(ids)
         output = causal.generate(ids, attention_mask=mask, generation_config=config, streamer=streamer)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
@@ -40,6 +41,10 @@ def use_lean_linears(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.forward = MethodType(_forward_saved, module)
+        elif isinstance(module, TrainableTokensWrapper) and getattr(module.original_module, "bias", None) is None:
+            (ids,), weight = module.token_adapter.token_indices.values(), module.original_module.weight
+            module.register_buffer("tokens", torch.tensor(ids, dtype=torch.long).to(weight.device), persistent=False)
+            module.forward = MethodType(_forward_rows, module)
         elif isinstance(module, LoraLayer) and _is_plain(module):
             module.weights, module.followers = model.frozen_weights, []
             module.forward = partial(inputs.compute, module)
@@ -248,6 +253,26 @@ def _forward_saved(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
     ((_, copy),) = wrapper.modules_to_save.items()
     cast = {name: parameter.to(original.get_parameter(name).dtype) for name, parameter in copy.named_parameters()}
     return functional_call(copy, cast, args, kwargs)
+
+
+def trained_rows(module: Any) -> tuple[Any, Any]:
+    """The tokens (tokens,) for which an embedding or head has trained rows, and these, (tokens, hidden) in fp32; None
+    where it has none, or adapters are disabled."""
+    found = hasattr(module, "tokens") and not module.disable_adapters
+    return (module.tokens, *module.token_adapter.trainable_tokens_delta.values()) if found else (None, None)
+
+
+def _forward_rows(wrapper: Any, x: Tensor) -> Tensor:
+    """An embedding or a head with trained rows: PEFT makes a copy of the whole weight, and a gradient as large."""
+    base, (tokens, rows) = wrapper.original_module, trained_rows(wrapper)
+    y: Tensor = base(x)
+    if rows is None:
+        return y
+    if isinstance(base, nn.Linear):
+        return y.index_copy(-1, tokens, F.linear(x, rows.to(x.dtype)))
+    chosen = x.unsqueeze(-1) == tokens  # (..., tokens)
+    scale = torch.as_tensor(getattr(base, "embed_scale", 1.0)).to(y)  # Gemma's
+    return torch.where(chosen.any(-1, keepdim=True), chosen.to(y.dtype) @ rows.to(y.dtype) * scale, y)
 
 
 def _is_fused(layer: Any) -> bool:

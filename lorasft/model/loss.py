@@ -1,7 +1,7 @@
 """Negative log-likelihoods of (source, target) pairs, chunked: no tensor of size tokens x vocabulary exists.
 
 The head is frozen, so the gradient with respect to the hidden states is known as soon as the logits of a chunk
-are; it is formed in the forward pass and nothing of a chunk survives but it.
+are; it is formed in the forward pass and nothing of a chunk survives but it, and the columns of trained rows.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lorasft.data.packing import MicroBatch
 from lorasft.data.prefixes import Sharing
 from lorasft.model.attention import Paths, Shape
+from lorasft.model.linear import trained_rows
 
 # Pairs of a chunk, whose logits exist at a time: on a CPU few; on a GPU whole tiles of the product, up to 1,024, as far
 # as their logits take no more than a 64th of its memory.
@@ -46,7 +47,8 @@ def read_head(model: Any, device: torch.device | None = None) -> Head | None:
     `device`: where it is used, if not where it is.
     None if it is adapted or 4-bit, or if the model does not say what is below it (Llama 4).
     """
-    linear = model.get_output_embeddings()
+    module = model.get_output_embeddings()
+    linear = module.original_module if hasattr(module, "tokens") else module
     if type(linear) is not nn.Linear or linear.weight.requires_grad or model.base_model is model:
         return None
     config = model.config.get_text_config()
@@ -76,7 +78,7 @@ class Network:
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.causal.get_input_embeddings().weight.device
+        device: torch.device = self.causal.device
         return device
 
     @property
@@ -117,7 +119,8 @@ def _compute_losses(network: Network, batch: MicroBatch) -> tuple[Tensor, Tensor
         logits = model(**inputs, logits_to_keep=sources).logits.squeeze(0)  # (pairs, vocabulary)
         return F.cross_entropy(logits.float(), targets, reduction="none")[:pairs], weights
     hidden = model.base_model(**inputs).last_hidden_state.squeeze(0)  # (tokens, hidden)
-    losses: Tensor = ChunkedLoss.apply(hidden[sources], targets, network.head)  # type: ignore[no-untyped-call]
+    given = (hidden[sources], targets, network.head, *trained_rows(model.get_output_embeddings()))
+    losses: Tensor = ChunkedLoss.apply(*given)  # type: ignore[no-untyped-call]
     return losses[:pairs], weights
 
 
@@ -148,33 +151,40 @@ def round_up(batch: MicroBatch) -> MicroBatch:
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """hidden (pairs, hidden), targets (pairs,), Head -> losses (pairs,) fp32."""
+    """hidden (pairs, hidden), targets (pairs,), Head, and its `trained_rows` -> losses (pairs,) fp32."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, tokens: Any = None, own: Any = None) -> Tensor:
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         chunk = min(len(targets), head.chunk)
         memory = hidden.new_empty(chunk, len(head.weight))  # one for the logits of all chunks
         rows = max(1, head.fp32_logits // len(head.weight))
+        tokens, own = (targets[:0], hidden.new_empty(0, hidden.shape[1])) if own is None else (tokens, own.to(hidden))
+        grad_own = hidden.new_empty(len(targets), len(own))  # over the logits of trained rows
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             logits = torch.mm(hidden[part], head.weight.t(), out=memory[: len(hidden[part])])
+            logits.index_copy_(1, tokens, hidden[part] @ own.t())
             if head.bias is not None:
                 logits.add_(head.bias)
             pieces = (torch.split(one, rows) for one in (logits, targets[part], losses[part]))
             for some, wanted, found in zip(*pieces, strict=True):
                 _cross_entropy(some, wanted, found, head, with_gradient=grad_hidden is not None)
             if grad_hidden is not None:
-                torch.mm(logits, head.weight, out=grad_hidden[part])
-        ctx.save_for_backward(grad_hidden)
+                grad_own[part] = logits[:, tokens]
+                torch.mm(logits.index_fill_(1, tokens, 0), head.weight, out=grad_hidden[part])
+                grad_hidden[part].addmm_(grad_own[part], own)
+        ctx.save_for_backward(grad_hidden, *((grad_own, hidden) if len(own) else ()))
         ctx.scale = head.scale
         return losses
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
-        (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden * (upstream[0] * ctx.scale).unsqueeze(1).to(grad_hidden.dtype), None, None
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, *own = ctx.saved_tensors
+        scales = (upstream[0] * ctx.scale).unsqueeze(1).to(grad_hidden.dtype)  # (pairs, 1)
+        grad_rows = (own[0] * scales).t() @ own[1] if own else None  # (tokens, hidden)
+        return grad_hidden * scales, None, None, None, grad_rows
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, losses: Tensor, head: Head, *, with_gradient: bool) -> None:

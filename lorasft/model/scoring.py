@@ -117,7 +117,7 @@ def score_answers(network: Network, answers: Sequence[Answer]) -> list[dict[str,
     x and [x, y] go through separate passes, so that log Pr(y|x) = log Pr([x,y]) - log Pr(x) is a real test. Raises
     DivergedError for one that is not finite.
     """
-    check_ids([answer.ids for answer in answers], len(network.causal.get_input_embeddings().weight))
+    check_ids([answer.ids for answer in answers], network.causal.config.get_text_config().vocab_size)
     wholes = log_probabilities(network, [answer.ids for answer in answers], capacity=_CAPACITY)
     prompts = log_probabilities(network, [answer.ids[: answer.start] for answer in answers], capacity=_CAPACITY)
     scores = [

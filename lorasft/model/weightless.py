@@ -36,7 +36,7 @@ def make_weightless(
             _quantize(linear, torch.empty(linear.out_features, linear.in_features, dtype=dtype, device="meta"))
     base.requires_grad_(False)
     with torch.device("meta"):
-        return attach_adapter(base, adapter, seed=0)
+        return attach_adapter(base, adapter, seed=0, new_rows=dict.fromkeys(range(len(settings.new_tokens))))
 
 
 def plan_network(network: Network, model: Any) -> Network:

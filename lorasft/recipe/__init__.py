@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
@@ -16,6 +17,7 @@ RunPath = Annotated[PathText, AfterValidator(os.path.expanduser)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Auto = Literal["auto"]
 Scalar = str | int | float | bool | None
+_Tokens = str | list[str] | dict[str, str]
 Format = Literal["auto", "chat", "sharegpt", "alpaca", "prompt-completion", "text"]
 _DATE = datetime.date(2024, 7, 26)
 
@@ -25,6 +27,19 @@ def _as_names(value: Any) -> Any:
     if isinstance(value, str) and value != "all-linear":
         value = [name.strip() for name in value.split(",")]
     return tuple(value) if isinstance(value, list) else value
+
+
+def _as_tokens(value: Any) -> Any:
+    """New tokens as a list, or as the lines of a file, each with no text: it starts at the mean of all rows."""
+    if isinstance(value, str):
+        if not Path(value).is_file():
+            raise ValueError("there is no such file, with a token a line; tokens are a list")
+        value = [line for line in Path(value).read_text(encoding="utf-8").splitlines() if line]
+    if not isinstance(value, list):
+        return value
+    if twice := [token for at, token in enumerate(value) if token in value[:at]]:
+        raise ValueError(f"{twice[0]} is in it twice")
+    return {str(token): "" for token in value}
 
 
 class _Section(BaseModel):
@@ -37,6 +52,10 @@ class ModelSettings(_Section):
     revision: str | None = Field(None, description="branch, tag or commit of the base on the hub")
     quantization: Literal["nf4", "none"] = Field("nf4", description="nf4: the base in 4 bit (QLoRA)")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="what the base computes in")
+    new_tokens: dict[str, str] = Field(
+        {}, max_length=1000, description="list, file of lines, or each: text to start as"
+    )
+    _tokens = field_validator("new_tokens", mode="before", json_schema_input_type=_Tokens)(_as_tokens)
 
 
 class AdapterSettings(_Section):

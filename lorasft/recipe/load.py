@@ -23,6 +23,7 @@ from lorasft.terminal import quote, shorten
 PEERS = {
     "model.base": "base_model model_name* model_id* model_path pretrained_model_name_or_path",
     "model.quantization (nf4 or none)": "load_in_* quantization_* double_quantization bnb_4bit_quant_type",
+    "model.new_tokens": "tokens add_tokens add_special_tokens new_special_tokens* added_tokens* resize_*",
     "model.dtype": "bf16 fp16 tf32 torch_dtype bnb_4bit_compute_dtype compute_dtype precision",
     "adapter.rank": "r lora_r lora_rank lora_dim lora_parameters lora_config peft_config",
     "adapter.targets": "lora_target target_modules lora_target_modules lora_target_linear lora_attn_modules",
@@ -75,7 +76,7 @@ _NAMES = {name: name for name in _SECTIONS}  # each key -> its last part
 _NAMES |= {f"{name}.{key}": key for name, section in _SECTIONS.items() for key in section.model_fields}
 _NAMES |= {f"data.train.{key}": key for key in DataSource.model_fields}
 _SCHEMA = "lorasft recipes schema has each key and its values"
-_PATHS = (("model", "base"), ("adapter", "start"), ("chat", "template"), ("data", "train"), ("data", "eval"))
+_PATHS = ("model.base", "model.new_tokens", "adapter.start", "chat.template", "data.train", "data.eval")
 
 
 def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -169,7 +170,8 @@ def _absolute_paths(document: Document, folders: Sequence[Path]) -> None:
     """Make the paths in `document` absolute where they exist in one of `folders`."""
     for place in document.places:
         text = _value_at(place, document.value)
-        if place[:2] not in _PATHS or not (len(place) == 2 or place[-1] == "path" or isinstance(place[-1], int)):
+        source = place[:1] == ("data",) and (place[-1] == "path" or isinstance(place[-1], int))
+        if ".".join(map(str, place[:2])) not in _PATHS or not (len(place) == 2 or source):
             continue
         if not text or not isinstance(text, str) or (place[1] == "template" and not re.search("[./]", text)):
             continue

@@ -122,6 +122,7 @@ def write_start(run: Run, state: State) -> None:
         "run": state.run,
         "layout": asdict(state.layout),
         "base": {"name": recipe.model.base, "commit": commit, "fingerprint": fingerprint(base)},
+        "new_tokens": dict(zip(sorted(recipe.model.new_tokens), run.inputs.new_rows, strict=True)),
         "start": fingerprint(run.inputs.start.require_adapter()) if run.inputs.start else None,
         "data": prepared.key,
         "report": prepared.report.as_dict(),

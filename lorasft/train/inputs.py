@@ -11,7 +11,7 @@ from accelerate import PartialState
 from lorasft.artifact import find_artifact
 from lorasft.data.packing import Plan
 from lorasft.data.prepare import prepare
-from lorasft.data.tokenizer import load_tokenizer
+from lorasft.data.tokenizer import add_tokens, load_tokenizer, needed_rows
 from lorasft.errors import DeviceError, RecipeError
 from lorasft.model.adapter import check_targets
 from lorasft.model.base import check_device, check_mostly_quantized, compute_dtype, make_skeleton, read_config
@@ -24,7 +24,8 @@ from lorasft.train.state import RunInputs
 
 
 def read_inputs(recipe: Recipe, config: Any, folder: Path) -> RunInputs:
-    """Prepare the data in `folder`. Raises ModelError for ids that the model has no row for."""
+    """Prepare the data in `folder`; `config` becomes that of the model with new tokens. Raises ModelError for ids that
+    it has no row for, RecipeError for new tokens that cannot be."""
     adapter, start = recipe.adapter, None
     if adapter.start:
         start = find_artifact(adapter.start, base=recipe.model.base)
@@ -41,13 +42,17 @@ def read_inputs(recipe: Recipe, config: Any, folder: Path) -> RunInputs:
             "modules_to_save": fields.get("modules_to_save") or (),
         }
         adapter = adapter.model_copy(update=sizes)
-    tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
+    tokenizer, wanted = load_tokenizer(recipe.model.base, recipe.model.revision), recipe.model.new_tokens
+    new_rows, text = add_tokens(tokenizer, wanted), config.get_text_config()
+    if start and wanted.keys() != (start.recipe.model.new_tokens if start.recipe else {}).keys():
+        raise RecipeError("not those of adapter.start", where="model.new_tokens", hint="name those of its recipe")
+    text.vocab_size = needed_rows(text.vocab_size, new_rows)
     prepared = prepare(recipe.data, recipe.chat, tokenizer=tokenizer, folder=folder)
     for notice in prepared.report.notices():
         say(notice)
-    check_ids([prepared.store.arrays["ids"]], config.get_text_config().vocab_size, where="model.base")
+    check_ids([prepared.store.arrays["ids"]], text.vocab_size, where="model.base")
     plan = make_plan(recipe, examples=len(prepared.train))
-    return RunInputs(config, tokenizer, prepared, plan, adapter, start)
+    return RunInputs(config, tokenizer, new_rows, prepared, plan, adapter, start)
 
 
 def read_checked_config(recipe: Recipe) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -17,7 +18,7 @@ from lorasft.errors import ModelError
 from lorasft.model.free_memory import free_memory
 from lorasft.model.linear import copy_bytes
 from lorasft.model.loss import Network
-from lorasft.model.memory import dry_run, heaviest_batch, static_bytes
+from lorasft.model.memory import USABLE, dry_run, heaviest_batch, static_bytes
 from lorasft.model.recompute import decoder_layers
 from lorasft.model.timing import predict_seconds
 from lorasft.model.weightless import make_sample, make_weightless, plan_network
@@ -27,7 +28,7 @@ from lorasft.train.inputs import read_checked_config, read_inputs
 from lorasft.train.layout import Fit, choose_layout
 from lorasft.train.state import RunInputs
 
-_LIBRARIES = 1 << 29  # bytes of a card of a given size that its driver and the libraries take
+LIBRARIES = 1 << 29  # bytes of a card of a given size that its driver and the libraries take
 _STEPS_TIMED = 16  # whose micro-batches stand for those of the run
 _SHARES = (0.99, 0.95, 0.9, 0.75, 0.5)  # of the rows that a shorter data.max_length leaves as they are
 
@@ -43,7 +44,7 @@ def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
         inputs = read_inputs(recipe, read_checked_config(recipe), Path(folder))
         recipe = recipe.model_copy(update={"adapter": inputs.adapter})
         device, config, rows = PartialState().device, inputs.config, inputs.prepared.train
-        libraries = 0 if memory is None else _LIBRARIES
+        libraries = 0 if memory is None else LIBRARIES
         given = free_memory(device) if memory is None else memory
         model = make_weightless(config, recipe.model, recipe.adapter, device)
         sample = make_sample(model, config, recipe.model, recipe.adapter, device)
@@ -116,13 +117,7 @@ def find_suggestions(recipe: Recipe, config: Any, network: Network, rows: TokenS
 
     def fits(changed: Recipe) -> bool:
         model = make_weightless(config, changed.model, changed.adapter, network.runs_on)
-        static, planned = static_bytes(model, changed.optimizer.name), plan_network(network, model)
-        longest, machine = min(int(lengths.max()), changed.data.max_length), changed.machine
-        tokens = longest if machine.micro_batch_tokens == "auto" else machine.micro_batch_tokens
-        batch = heaviest_batch(planned, longest=longest, capacity=tokens)
-        layers = 0 if machine.activation_checkpointing is False else len(decoder_layers(planned.causal))
-        copies = copy_bytes(planned.causal) if machine.keep_16bit is True else 0
-        return dry_run(planned, batch, recomputed=layers).fits(memory - sum(static.values()) - copies)
+        return least_bytes(changed, network, model, longest=int(lengths.max())) <= memory
 
     for key, values in alternatives.items():
         section, name = key.split(".")
@@ -138,3 +133,15 @@ def find_suggestions(recipe: Recipe, config: Any, network: Network, rows: TokenS
             many = recipe.data.overlong == "drop" and longer > recipe.data.max_dropped * len(lengths)
             text += f"{' data.overlong=truncate' * many} ({longer:,} of {len(lengths):,} rows are longer)"
         yield text
+
+
+def least_bytes(recipe: Recipe, network: Network, model: Any, *, longest: int) -> int:
+    """The memory beside driver and libraries that `recipe` needs on rows of at most `longest` tokens, in the leanest
+    layout that it allows. `model`: its PEFT model without numbers, of the kind that `network` was verified on."""
+    static, planned, machine = static_bytes(model, recipe.optimizer.name), plan_network(network, model), recipe.machine
+    longest = min(longest, recipe.data.max_length)
+    tokens = longest if machine.micro_batch_tokens == "auto" else machine.micro_batch_tokens
+    batch = heaviest_batch(planned, longest=longest, capacity=tokens)
+    layers = 0 if machine.activation_checkpointing is False else len(decoder_layers(planned.causal))
+    copies = copy_bytes(planned.causal) if machine.keep_16bit is True else 0
+    return sum(static.values()) + copies + math.ceil(dry_run(planned, batch, recomputed=layers).peak / USABLE)

@@ -73,7 +73,8 @@ def _prepare(recipe: Recipe, *, resume: bool, held: ExitStack) -> RunInputs:
         inputs = replace(inputs, saved=saved)
         say(f"continuing from step {saved.step}")
     if not recipe.adapter.modules_to_save:
-        refuse_untrained(recipe.model.base, inputs.tokenizer, supervised=inputs.prepared.supervised_special)
+        supervised = [*{*inputs.prepared.supervised_special} - {*inputs.new_rows}]
+        refuse_untrained(recipe.model.base, inputs.tokenizer, supervised=supervised)
     return inputs
 
 
@@ -89,7 +90,7 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> tuple[Run, State]:
         if inputs.start:
             model = load_adapter(base, inputs.start, trainable=True)
         else:
-            model = attach_adapter(base, recipe.adapter, seed=recipe.train.seed)
+            model = attach_adapter(base, recipe.adapter, seed=recipe.train.seed, new_rows=inputs.new_rows)
         static = static_bytes(model, recipe.optimizer.name)
         spare = free_memory(device) - sum(static[kind] for kind in ("gradients", "optimizer", "16-bit copies"))
         network, fit = choose_layout(recipe, inputs, model, weightless=weightless, spare=spare)
@@ -158,7 +159,7 @@ def export_adapter(run: Run, state: State) -> Path:
         best = run.checkpoint(state.best_step)
         verify_folder(best)
         restore_checkpoint(best, run)
-    trained = (one for name, one in run.trained.parameters.items() if "lora_" not in name or "_B" in name)
+    trained = (one for name, one in run.trained.parameters.items() if "_B" in name or "modules_to_save" in name)
     if not any(one.any() for one in trained):
         hint = "see metrics.jsonl; if no step was better than the base, run.keep_best=false takes the last"
         raise DivergedError("nothing was trained: the adapter is zero", hint=hint)

@@ -54,6 +54,7 @@ class RunInputs:
 
     config: Any  # of the base
     tokenizer: Any
+    new_rows: dict[int, list[int]]  # of new tokens: see `add_rows`
     prepared: Prepared
     plan: Plan
     adapter: AdapterSettings  # with the sizes of the adapter that it begins from
