@@ -64,12 +64,14 @@ class Kernels(TorchDispatchMode):
 
 
 def test_three_kernels_pass_over_the_logits_beside_the_products() -> None:
-    """A cast, a softmax and an exponential; what is gathered and scattered is one number of each row."""
+    """A cast, a softmax and an exponential; what is gathered and scattered is one number of each row, and no token is
+    new."""
     head = heads(torch.bfloat16)["plain"]
     hidden = torch.randn(PAIRS, HIDDEN).bfloat16().requires_grad_()
     with Kernels(PAIRS * VOCABULARY) as seen:
         ChunkedLoss.apply(hidden, torch.randint(0, VOCABULARY, (PAIRS,)), head)
-    names = sorted(name for name in seen.names if name not in ("mm", "gather", "scatter_", "new_empty"))
+    few = {"mm", "gather", "scatter_", "new_empty", "index", "index_copy_", "index_fill_"}
+    names = sorted(name for name in seen.names if name not in few)
     assert names == ["_log_softmax", "_to_copy", "exp"]
 
 
