@@ -3,7 +3,9 @@
     train    beside the peers: TRL's SFTTrainer, and transformers' Trainer with PEFT and bitsandbytes
     flat     whether a supervised token costs the same with many rows, and with long ones
     prefix   steps with shared prefixes against the same without
+    hybrid   steps of models with recurrent mixers, several sequences in a row, against one at a time
     head     the head and its loss against transformers' own
+    experts  a mixture of experts in 4 bit against transformers' in 16
     memory   what `lorasft plan` predicts, of bytes and of speed, against what comes
     start    whole commands, and a base in 4 bit until its first forward pass
     merge    a merge against PEFT's, and against copying the same bytes
@@ -33,7 +35,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import truediv
@@ -143,6 +145,24 @@ def status(name: str) -> int:
     """A size in bytes by its name in proc/self/status; VmHWM is the peak since `settle`."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+@contextlib.contextmanager
+def watch_anonymous() -> Iterator[list[int]]:
+    """The last of the numbers is the most bytes above the start that no file backs, sampled every 5 ms."""
+    start, most, done = status("RssAnon"), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            most.append(max(most[-1], status("RssAnon") - start))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield most
+    finally:
+        done.set()
+        watcher.join()
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -551,22 +571,12 @@ def bench_flat(bench: Bench) -> None:
 def prefix_steps(base: str, stem: int, answer: int, batch: int, steps: int, tokens: int) -> Measured:
     """Both ways train one adapter in one process, step about; seconds and tokens of each step, first alone."""
     import numpy as np
-    import torch
-    from accelerate import PartialState
 
     from lorasft.data.packing import Plan
     from lorasft.data.tokens import Tokens
-    from lorasft.model.adapter import attach_adapter, trainable
-    from lorasft.model.base import load_base
-    from lorasft.model.loss import pair_losses
-    from lorasft.model.selfcheck import verify
-    from lorasft.recipe import AdapterSettings, ModelSettings
     from lorasft.train.layout import widen
 
-    model = attach_adapter(load_base(ModelSettings(base=base), PartialState().device), AdapterSettings(), seed=0)
-    network = verify(model.get_base_model())
-    network.causal.train()
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=2e-4)
+    network, optimizer = load_network(base)
     draw, vocabulary = np.random.default_rng(0), network.causal.config.get_text_config().vocab_size
     shared, sequences = draw.integers(0, vocabulary, stem), []
     for length in draw.integers(answer // 2, answer * 3 // 2 + 1, 4 * batch):
@@ -575,11 +585,38 @@ def prefix_steps(base: str, stem: int, answer: int, batch: int, steps: int, toke
         sequences.append(Tokens(ids, labels))
     rows: Any = SimpleNamespace(sequences=lambda index: (sequences[index],))
     alone = Plan(len(sequences), batch, steps, 0, "token", tokens)
+    if network.mixer:
+        return time_plans(network, optimizer, [replace(alone, micro_batch_tokens=1), alone], rows)
     together = replace(alone, share_prefixes=True)
     plans = [alone, replace(together, micro_batch_tokens=widen(together, rows))]
+    return time_plans(network, optimizer, plans, rows)
+
+
+def load_network(base: str) -> tuple[Any, Any]:
+    """The verified network of a base in 4 bit with a new adapter, and an optimizer of it."""
+    import torch
+    from accelerate import PartialState
+
+    from lorasft.model.adapter import attach_adapter, trainable
+    from lorasft.model.base import load_base
+    from lorasft.model.selfcheck import verify
+    from lorasft.recipe import AdapterSettings, ModelSettings
+
+    model = attach_adapter(load_base(ModelSettings(base=base), PartialState().device), AdapterSettings(), seed=0)
+    network = verify(model.get_base_model())
+    network.causal.train()
+    return network, torch.optim.AdamW(trainable(model).values(), lr=2e-4)
+
+
+def time_plans(network: Any, optimizer: Any, plans: Sequence[Any], rows: Any) -> Measured:
+    """Seconds and tokens of each step by each plan, step about."""
+    import torch
+
+    from lorasft.model.loss import pair_losses
+
     seconds: list[list[float]] = [[], []]
     computed: list[list[int]] = [[], []]
-    for number in range(1, steps + 2):
+    for number in range(1, plans[0].steps + 2):
         for arm, plan in enumerate(plans):
             started = time.perf_counter()
             step = plan.step(number, rows)
@@ -616,6 +653,28 @@ def bench_prefix(bench: Bench) -> None:
     ]
     title = f"Shared prefixes, {options.stem} tokens and about {options.answer} of each example's own"
     bench.show(title, ["prefixes", "examples/s", "tokens a step", "micro-batches of up to", "speed"], lines)
+
+
+HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Qwen3.5": ("Qwen3_5TextConfig", {**TINY, "head_dim": 64, "linear_num_key_heads": 8, "linear_num_value_heads": 8,
+                                      "linear_key_head_dim": 64, "linear_value_head_dim": 64}),
+    "Mamba 2": ("Mamba2Config", {"hidden_size": 512, "num_hidden_layers": 16, "vocab_size": 32000, "num_heads": 16,
+                                 "head_dim": 64, "state_size": 64, "n_groups": 1, "chunk_size": 128}),
+}  # fmt: skip
+
+
+def bench_hybrid(bench: Bench) -> None:
+    """Examples of about `--answer` tokens, all of them supervised but the first: alone, and in rows of `--tokens`."""
+    options, lines = bench.options, []
+    for name, (config, sizes) in HYBRIDS.items():
+        base = save_base(bench.folder / config, sizes, None, config=config)
+        case = {key: getattr(options, key) for key in ("answer", "batch", "steps", "tokens")}
+        found = bench.run(prefix_steps, base=base, stem=0, **case)
+        alone, packed = (times[1:] for times in found["seconds"])  # the first step pages weights in
+        rates = [f"{options.batch / median(times):.2f}" for times in (alone, packed)]
+        lines.append([name, *rates, spread(list(map(truediv, alone, packed)))])
+    title = f"Hybrid models, examples of about {options.answer} tokens"
+    bench.show(title, ["model", "examples/s alone", f"in rows of {options.tokens:,}", "speed"], lines)
 
 
 # ---- head -----------------------------------------------------------------------------------------------------------
@@ -670,6 +729,65 @@ def bench_head(bench: Bench) -> None:
             lines.append([shape, arm, f"{one['s']:.2f}", f"{one['peak'] / 1e6:,.0f}", f"{one['loss']:.4f}", *ratios])
     head = ["shape", "loss by", "s", "MB", "loss", "time", "of the processor", "memory"]
     bench.show("The head and its loss alone", head, lines)
+
+
+# ---- experts --------------------------------------------------------------------------------------------------------
+
+MIXTURE = {**SMALL, "hidden_size": 1024, "num_hidden_layers": 4, "intermediate_size": 2816, "vocab_size": 32_000,
+           "moe_intermediate_size": 768, "num_experts": 64, "num_experts_per_tok": 8}  # fmt: skip
+
+
+def expert_steps(arm: str, base: str, tokens: int) -> Measured:
+    """Steps on one sequence: seconds, processor seconds, and the most memory that no file backs, from loading on."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lorasft.data.packing import make_micro_batches
+    from lorasft.data.tokens import all_supervised
+    from lorasft.model.adapter import attach_adapter
+    from lorasft.model.base import load_base
+    from lorasft.model.loss import Network, pair_losses
+    from lorasft.model.selfcheck import verify
+    from lorasft.recipe import AdapterSettings, ModelSettings
+
+    settle()
+    ids = torch.randint(5, 32_000, (tokens,), generator=torch.Generator().manual_seed(0)).numpy().astype("int32")
+    (batch,) = make_micro_batches(lambda index: (all_supervised(ids),), range(1), capacity=tokens)
+    seconds, processor = [], []
+    with watch_anonymous() as anonymous:
+        if "transformers" in arm:
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).requires_grad_(False)
+        else:
+            quantization = "nf4" if "4 bit" in arm else "none"
+            model = load_base(ModelSettings(base=base, quantization=quantization), torch.device("cpu"))
+        peft = attach_adapter(model, AdapterSettings(rank=16), seed=0)
+        network = Network(model, head=None, segments=False) if "transformers" in arm else verify(model)
+        for _ in range(4):  # the first warms up
+            peft.zero_grad()
+            wall, cpu = time.perf_counter(), time.process_time()
+            pair_losses(network, batch).mean().backward()
+            seconds.append(time.perf_counter() - wall)
+            processor.append(time.process_time() - cpu)
+    return {"s": median(seconds[1:]), "cpu": median(processor[1:]), "peak": anonymous[-1]}
+
+
+def bench_experts(bench: Bench) -> None:
+    """Forwards and backwards through a random Qwen3-MoE of 64 experts, 8 for each token, with LoRA on its attention.
+
+    transformers' model in bf16 under its own experts, and the same base in 4 bit; the same sequence for all.
+    """
+    base = save_base(bench.folder / "base", MIXTURE, None, config="Qwen3MoeConfig")
+    lines = []
+    for tokens in (256, bench.options.tokens):
+        arms = ("transformers, 16 bit", "lorasft, 16 bit", "lorasft, 4 bit")
+        found = bench.medians(
+            {arm: partial(bench.run, expert_steps, arm=arm, base=base, tokens=tokens) for arm in arms}
+        )
+        for arm, one in found.items():
+            ratios = [f"{one[key] / found[arms[0]][key]:.2f}x" for key in ("s", "cpu", "peak")]
+            lines.append([arm, f"{tokens:,}", f"{one['s']:.2f}", f"{one['peak'] / 1e6:,.0f}", *ratios])
+    head = ["arm", "tokens", "s", "MB", "time", "of the processor", "memory"]
+    bench.show("A mixture of experts", head, lines)
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
@@ -751,10 +869,9 @@ def bench_memory(bench: Bench) -> None:
     peaks, speeds = [], []
     for shape, (config, sizes) in PLANNED.items():
         base = save_base(bench.folder / shape.split(",")[0], sizes, bench.options.tokenizer, config=config)
-        quantization = "none" if "MoE" in shape else "nf4"  # fused experts are not linears
         for data in bench.options.data:
             for layers, recompute in (("none", False), ("all", True)):
-                case = {"base": base, "data": str(data.absolute()), "quantization": quantization}
+                case = {"base": base, "data": str(data.absolute()), "quantization": "nf4"}
                 one = bench.run(plan_and_run, **case, recompute=recompute)
                 predicted, measured, loaded = one["predicted"], one["measured"], one["loaded"]
                 off = f"{predicted / measured - 1:+.1%}", f"{(predicted + loaded) / (measured + loaded) - 1:+.1%}"
@@ -776,7 +893,7 @@ STARTS = ("bitsandbytes", "first start", "keeping it", "second start")
 
 
 def load_and_run(arm: str, base: str, cache: str) -> Measured:
-    """Load `base` and run it once; `anonymous` is the most memory that no file backs, sampled every 5 ms."""
+    """Load `base` and run it once; `anonymous` is the most memory that no file backs."""
     import torch
 
     import lorasft.model
@@ -788,25 +905,14 @@ def load_and_run(arm: str, base: str, cache: str) -> Measured:
     before = settle()
     if arm == "bitsandbytes":
         lorasft.model.QUANTIZER = None
-    anonymous = most = status("RssAnon")
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not done.wait(0.005):
-            most = max(most, status("RssAnon"))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    started, cpu = time.perf_counter(), time.process_time()
-    model = load_base(ModelSettings(base=base), torch.device("cpu"), keep=arm in ("keeping it", "second start"))
-    loaded = time.perf_counter() - started
-    with torch.no_grad():
-        model(torch.arange(32).unsqueeze(0), use_cache=False)
-    both, used = time.perf_counter() - started, time.process_time() - cpu
-    done.set()
-    watcher.join()
-    memory = {"anonymous": (most - anonymous) / 1e6, "peak": (status("VmHWM") - before) / 1e6}
+    with watch_anonymous() as anonymous:
+        started, cpu = time.perf_counter(), time.process_time()
+        model = load_base(ModelSettings(base=base), torch.device("cpu"), keep=arm in ("keeping it", "second start"))
+        loaded = time.perf_counter() - started
+        with torch.no_grad():
+            model(torch.arange(32).unsqueeze(0), use_cache=False)
+        both, used = time.perf_counter() - started, time.process_time() - cpu
+    memory = {"anonymous": anonymous[-1] / 1e6, "peak": (status("VmHWM") - before) / 1e6}
     return {"load": loaded, "forward": both - loaded, "both": both, "cpu": used, **memory}
 
 
@@ -1026,14 +1132,16 @@ COMMANDS: dict[str, tuple[Callable[[Bench], None], dict[str, dict[str, Any]]]] =
     "flat": (bench_flat, {"--tokenizer": {}, "--shape": {}, "--steps": {}, "--only": {}}),
     "prefix": (bench_prefix, {"--base": {}, "--stem": {}, "--answer": {}, "--batch": {"default": 32},
                               "--steps": {"default": 5}, "--tokens": {}}),
+    "hybrid": (bench_hybrid, {"--answer": {}, "--batch": {"default": 32}, "--steps": {"default": 5}, "--tokens": {}}),
     "head": (bench_head, {"--tokens": {"default": 1024}}),
+    "experts": (bench_experts, {"--tokens": {}}),
     "memory": (bench_memory, {"--data": MANY, "--tokenizer": {}}),
     "start": (bench_start, {"--base": {}, "--layers": {}}),
     "merge": (bench_merge, {"--layers": {}, "--skip": {}}),
     "data": (bench_data, {"--data": NEEDED, "--tokenizer": NEEDED, "--rows": {}, "--peers": {}}),
 }  # fmt: skip
-CELLS = {cell.__name__: cell for cell in (train_arm, flat_case, prefix_steps, head_loss, plan_and_run, load_and_run,
-                                          merge_way, prepare_rows)}  # fmt: skip
+CELLS = {cell.__name__: cell for cell in (train_arm, flat_case, prefix_steps, head_loss, expert_steps, plan_and_run,
+                                          load_and_run, merge_way, prepare_rows)}  # fmt: skip
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from lorasft.commands.recipes import count_text
 from lorasft.model.attention import SEGMENTS
 from lorasft.model.base import count_bytes, make_skeleton, read_config
 from lorasft.model.loss import Network, read_head
+from lorasft.model.tables import keep_on_host
 from lorasft.model.weightless import make_weightless
 from lorasft.recipe import Recipe
 from lorasft.recipe.load import load_recipe, shipped_recipes
@@ -73,6 +74,7 @@ def measure(recipe: Recipe, *lengths: int) -> Sizes:
     config = make_config(recipe.model.base)
     model = make_weightless(config, recipe.model, recipe.adapter, CPU)
     base = model.get_base_model()
+    keep_on_host(base, CPU, card=CARDS[0] << 30)
     base.set_attn_implementation(SEGMENTS)
     network = Network(base, head=read_head(base, CPU), segments=True, lean=True, planned=CPU)
     needs = (LIBRARIES + least_bytes(recipe, network, model, longest=length) for length in lengths)

@@ -67,6 +67,8 @@ def describe(plan: Mapping[str, Any]) -> Iterator[str]:
     kept = ", weights kept in 16 bit" if plan["keep_16bit"] else ""
     yield f"on {plan['device']} in {plan['dtype']}: micro-batches of {plan['micro_batch_tokens']:,} tokens"
     yield f"(the heaviest: {plan['heaviest']['tokens']:,}), {layers} layers recomputed{kept}"
+    if plan["host"]:
+        yield f"embeddings of {size_text(plan['host'])} stay in the host's memory, which sends the rows of its tokens"
     yield f"{plan['steps']:,} steps over {plan['examples']:,} examples; an estimate from single layers on few tokens:"
     supervised = f"{duration['supervised_tokens_per_second']:,.0f} supervised tokens"
     yield f"  {duration['examples_per_second']:,.3g} examples, {supervised} a second"

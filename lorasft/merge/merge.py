@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from lorasft.errors import ModelError
 from lorasft.merge.sidecars import write_sidecars
 from lorasft.merge.write import MergePlan, Onto, plan_merge, rewrite_config, write_weights
 from lorasft.recipe import DataSource
-from lorasft.tensors import INDEX, fingerprint
+from lorasft.tensors import INDEX, find_weights, fingerprint, open_tensors
 
 
 def merge(
@@ -46,6 +47,7 @@ def merge(
     if plan.packed and (onto == "original" or quantize):  # it has no original, and an update falls back onto its steps
         what = "the base is stored in 4 bit: no --quantize, no --onto original"
         raise ModelError(what, hint="--base with the 16-bit original")
+    _refuse_experts(plan, quantize)
     files.need_space(out, plan.size * (2 if quantize else 1))
     judge = None
     if check:
@@ -64,7 +66,7 @@ def merge(
         if judge:
             judge.verify(weights, chosen)
         if quantize:
-            found = _quantize(weights, stage)
+            found = _quantize(weights, stage, plan.places.unread)
             if judge:
                 judge.ask(stage, "merged, in 4 bit")
         hashes.update(found)
@@ -80,18 +82,30 @@ def merge(
         return _write_record(stage, artifact, done)
 
 
+def _refuse_experts(plan: MergePlan, quantize: str | None) -> None:
+    """Raise ModelError where experts would be written in 4 bit, in a form that nobody else reads."""
+    from lorasft.model.experts import find_experts
+
+    if quantize and find_experts(plan.places.model):
+        raise ModelError("no format of 4 bit has the experts of this base", hint="merge without --quantize")
+
+
 def _write_full(folder: Path, artifact: Artifact, plan: MergePlan, *, onto: Onto) -> dict[str, str]:
     """Full weights and what lies beside them. Returns their hashes. Raises ModelError when rounding left all."""
     files.make_folder(folder)
-    nf4: dict[str, torch.dtype] = {}
+    nf4: dict[str, Any] = {}
     if onto == "dequantized" and not plan.packed:  # of a run in 4 bit: the tensors that it had in NF4, in its own dtype
         from accelerate import PartialState
 
         from lorasft.model.base import compute_dtype, find_quantized, read_config
+        from lorasft.model.nf4 import read_as_nf4
 
         dtype = compute_dtype(artifact.provenance.get("dtype", artifact.model.dtype), PartialState().device)
-        paths = find_quantized(read_config(str(artifact.base)))
-        nf4 = {plan.places.find(f"{path}.weight"): dtype for path in paths}
+        stored = {name: file for file in plan.sources for name in file.specs}
+        for path, transposed in find_quantized(read_config(str(artifact.base))).items():
+            for names in plan.places.find_experts(path) or [[plan.places.find(path)]]:
+                read = partial(read_as_nf4, {name: stored[name] for name in names}, dtype, transposed=transposed)
+                nf4 |= {name: partial(read, name) for name in names}
     changed, hashes = write_weights(folder, plan, nf4=nf4)
     if not changed:
         what = "no weight changed: the adapter is empty, or too small for the base's dtype"
@@ -125,12 +139,18 @@ def _write_record(stage: Path, artifact: Artifact, done: dict[str, Any]) -> dict
     return record
 
 
-def _quantize(weights: Path, stage: Path) -> dict[str, str]:
-    """Turn the full weights into a 4-bit checkpoint in `stage`, with all that lies beside them. Returns its hashes."""
+def _quantize(weights: Path, stage: Path, unread: set[str]) -> dict[str, str]:
+    """Turn the full weights, but for what is `unread`, into a 4-bit checkpoint in `stage`, with all that lies beside
+    them. Returns its hashes."""
     from lorasft.model.base import load_base, quiet_progress
     from lorasft.recipe import ModelSettings
 
     model = load_base(ModelSettings(base=str(weights)), torch.device("cpu"))
+    sources = map(open_tensors, find_weights(weights))
+    whole = model.state_dict() | {name: file.read(name) for file in sources for name in file.specs if name in unread}
+    model.state_dict = lambda: whole
+    skipped = [*model.hf_quantizer.modules_to_not_convert, *getattr(model, "left_out", [])]
+    model.config.quantization_config.llm_int8_skip_modules = skipped
     with quiet_progress():
         model.save_pretrained(stage)
     replaced = shutil.ignore_patterns("*.safetensors", INDEX, "config.json")

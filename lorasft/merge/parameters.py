@@ -40,9 +40,15 @@ class ParameterMap:
         return [list(parts) for parts in zip(*self._sources.get(parameter, []), strict=True)]
 
     @cached_property
+    def unread(self) -> set[str]:
+        """The tensors that loading leaves out: those of towers, and what the model has nothing like (Qwen3.5's mtp)."""
+        read = [parts for name in self.parameters for parts in self._sources.get(name, [])]
+        return self.specs.keys() - {name for parts in read for name in parts}
+
+    @cached_property
     def tied(self) -> bool:
         """Whether the embedding and the head are one tensor."""
-        return bool(getattr(self.model.config.get_text_config(), "tie_word_embeddings", False))
+        return len({id(self.parameters[path]) for path in self.embeddings}) < len(self.embeddings)
 
     @cached_property
     def stored_embeddings(self) -> tuple[str, ...]:

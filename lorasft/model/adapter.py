@@ -13,12 +13,23 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
+)
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorasft.adapter_files import CONFIG, PREFIX, WEIGHTS, list_adapted, read_adapter_weights, subtract_start
+from lorasft.adapter_files import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    adapts_experts,
+    list_adapted,
+    read_adapter_weights,
+    subtract_start,
+)
 from lorasft.artifact import Artifact
 from lorasft.data.tokenizer import needed_rows
 from lorasft.errors import CapacityError, ModelError, RecipeError
@@ -28,8 +39,11 @@ from lorasft.model.free_memory import free_memory
 from lorasft.model.linear import use_lean_linears
 from lorasft.recipe import AdapterSettings, ModelSettings
 
-# Linears whose weights the fused kernel of a Mamba block reads without calling them: PEFT refuses them in these models.
-_FUSED = {"out_proj": {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}}
+# Linears whose weights a Mamba block, or its fused kernel, reads without calling them: PEFT refuses the first.
+_FUSED = {
+    "out_proj": {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"},
+    "dt_proj": {"falcon_mamba", "jamba", "mamba"},
+}
 
 
 def attach_adapter(base: Any, settings: AdapterSettings, *, seed: int, new_rows: Mapping[int, Any] = {}) -> Any:
@@ -77,6 +91,9 @@ def load_adapter(base: Any, artifact: Artifact, *, trainable: bool = False) -> A
     folder, fields = artifact.require_adapter(), dict(artifact.adapter_config)
     weights = read_adapter_weights(folder)
     experts = [path for path in fields["target_modules"] if re.search(r"\.experts\.\d+\.", path)]
+    if adapts_experts(fields) and any(hasattr(module, "packed") for module in base.modules()):
+        what = "it adapts experts, which is not possible where they are in 4 bit"
+        raise ModelError(what, where=str(folder), hint="--quantization none, or in a recipe model.quantization=none")
     with _peft_errors(str(folder / CONFIG)):  # of an earlier transformers
         weights = convert_peft_adapter_state_dict_for_transformers(base, LoraConfig(), weights)
     others = [name for name in weights if ".lora_A." not in name and ".lora_B." not in name]
@@ -131,15 +148,15 @@ def load_artifact(artifact: Artifact, device: torch.device, *, streamed: bool | 
 def all_linears(base: Any) -> list[str]:
     """What `all-linear` means: every linear of the language model but its head, and nothing else.
 
-    Short names where they say exactly that, else full paths: PEFT's own `all-linear` also takes vision towers, and
-    its short names stand for fused experts too where a model has them.
+    Short names where they say exactly that, else full paths: of a model that has towers, short names also stand for
+    linears of these, and they stand for fused experts too where a model has them.
     """
     head = base.get_output_embeddings()
     paths = sorted(path for path in _find_linears(base) if base.get_submodule(path) is not head)
     names = sorted({path.rpartition(".")[2] for path in paths})
     same = {path for path, _ in base.named_modules() if path.rpartition(".")[2] in names}
     fused = any(parameter.dim() > 2 for parameter in base.parameters())
-    return names if same == set(paths) and not fused else paths
+    return names if same == set(paths) and not fused and not getattr(base, "left_out", []) else paths
 
 
 def _find_linears(base: Any) -> set[str]:
@@ -148,7 +165,10 @@ def _find_linears(base: Any) -> set[str]:
     language = {id(module) for module in (*base.get_decoder().modules(), base.get_output_embeddings())}
     linears = {path: one for path, one in base.named_modules() if isinstance(one, (nn.Linear, Conv1D))}
     found = {path for path, module in linears.items() if id(module) in language}
-    return {path for path in found if path.rpartition(".")[2] not in refused}
+    config = LoraConfig(target_modules=[path for path in found if path.rpartition(".")[2] not in refused])
+    # In the place of shared experts' linears (DeepSeek, GLM, Qwen2-MoE) PEFT adapts the stacks of a like name.
+    convert_peft_config_for_transformers(config, base, None)
+    return set(config.target_modules or ())
 
 
 def give_weights(model: Any, weights: dict[str, Tensor], *, where: str, whole: Collection[str] = ()) -> None:
@@ -178,9 +198,11 @@ def write_adapter(model: Any, folder: Path, *, base: ModelSettings) -> None:
     """Write a plain PEFT adapter into the existing `folder`: loads in PEFT, vLLM and TRL without lorasft."""
     config = model.peft_config["default"].to_dict()
     config |= {"base_model_name_or_path": base.base, "revision": base.revision, "inference_mode": True}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_weights(model).items()}
+    if getattr(model.get_base_model(), "left_out", []):  # PEFT made names of the paths that mean the towers as well
+        config["target_modules"] = list_adapted(weights, config)
     text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # target_modules is a set
     write_file(folder / CONFIG, text.encode())
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_weights(model).items()}
     write_file(folder / WEIGHTS, save(weights, metadata={"format": "pt"}))
 
 
@@ -198,7 +220,7 @@ def check_targets(base: Any, settings: AdapterSettings) -> None:
         raise RecipeError("no targets: nothing would train", where="adapter.targets", hint="use all-linear")
     modules = dict(base.named_modules())
     embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
-    tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
+    tied = embeddings[0].weight is getattr(embeddings[1], "weight", None)
     targets = () if settings.targets == "all-linear" else settings.targets
     wanted = [("adapter.targets", name, _find_linears(base)) for name in targets]
     wanted += [("adapter.modules_to_save", name, set(modules)) for name in settings.modules_to_save]

@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface
+from transformers import AttentionInterface
+
+from lorasft.model.towers import model_class
 
 SEGMENTS = "lorasft_segments"
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -216,7 +218,7 @@ def default_attention(config: Any) -> str:
     Models with soft caps or sinks (Gemma 2, gpt-oss) have no `sdpa`; before 5.23 it left out the soft caps.
     """
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    return "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa and not capped else "eager"
+    return "sdpa" if getattr(model_class(config), "_supports_sdpa", False) and not capped else "eager"
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from lorasft.model.linear import copy_bytes
 from lorasft.model.loss import Network
 from lorasft.model.memory import USABLE, dry_run, heaviest_batch, static_bytes
 from lorasft.model.recompute import decoder_layers
+from lorasft.model.tables import keep_on_host
 from lorasft.model.timing import predict_seconds
 from lorasft.model.weightless import make_sample, make_weightless, plan_network
 from lorasft.recipe import Recipe
@@ -47,6 +48,7 @@ def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
         libraries = 0 if memory is None else LIBRARIES
         given = free_memory(device) if memory is None else memory
         model = make_weightless(config, recipe.model, recipe.adapter, device)
+        keep_on_host(model.get_base_model(), device, card=memory)
         sample = make_sample(model, config, recipe.model, recipe.adapter, device)
         static = static_bytes(model, recipe.optimizer.name)
         spare = given - libraries - sum(static.values())
@@ -55,7 +57,9 @@ def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
             what = "this model cannot be planned: it computes by numbers, not only shapes"
             raise ModelError(what, where=recipe.model.base)
         kinds = {**static, **fit.needs.by_kind}
-        suggestions = () if fit.holds else find_suggestions(recipe, config, network, rows, memory=given - libraries)
+        suggestions = (
+            () if fit.holds else find_suggestions(recipe, config, network, rows, memory=given - libraries, card=memory)
+        )
         return {
             "device": str(device),
             "dtype": str(network.causal.dtype).removeprefix("torch."),
@@ -63,6 +67,7 @@ def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
             "given": memory is not None,
             "libraries": libraries,  # of the memory, not ours
             "bytes": kinds,
+            "host": sum(one.nbytes for one in model.parameters() if hasattr(one, "on_host")),
             "peak": sum(kinds.values()) + libraries,
             "holds": fit.holds,
             "suggestions": list(islice(suggestions, 3)),
@@ -97,9 +102,11 @@ def predict_duration(recipe: Recipe, network: Network, whole: Any, fit: Fit, inp
     }
 
 
-def find_suggestions(recipe: Recipe, config: Any, network: Network, rows: TokenStore, *, memory: int) -> Iterator[str]:
-    """Changes with which `recipe` fits into `memory` bytes, each alone, as they would be typed: those first that change
-    the result least. One key is changed, and the leanest layout that the recipe then allows is predicted.
+def find_suggestions(
+    recipe: Recipe, config: Any, network: Network, rows: TokenStore, *, memory: int, card: int | None
+) -> Iterator[str]:
+    """Changes with which `recipe` fits into `memory` bytes, of a `card` of so many, each alone, as they would be typed:
+    those that change the result least first. One key changes, and the leanest layout that is then allowed is predicted.
     """
     lengths, adapter = example_lengths(rows), recipe.adapter
     # By key what it may be instead, the least change first.
@@ -117,6 +124,7 @@ def find_suggestions(recipe: Recipe, config: Any, network: Network, rows: TokenS
 
     def fits(changed: Recipe) -> bool:
         model = make_weightless(config, changed.model, changed.adapter, network.runs_on)
+        keep_on_host(model.get_base_model(), network.runs_on, card=card)
         return least_bytes(changed, network, model, longest=int(lengths.max())) <= memory
 
     for key, values in alternatives.items():
