@@ -24,7 +24,6 @@ from lorasft.model.attention import SEGMENTS
 from lorasft.model.base import count_bytes, make_skeleton, read_config
 from lorasft.model.loss import Network, read_head
 from lorasft.model.tables import keep_on_host
-from lorasft.model.tables import keep_on_host
 from lorasft.model.weightless import make_weightless
 from lorasft.recipe import Recipe
 from lorasft.recipe.load import load_recipe, shipped_recipes
