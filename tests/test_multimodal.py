@@ -25,9 +25,10 @@ from lorasft.artifact import find_artifact
 from lorasft.merge.merge import merge
 from lorasft.model.adapter import attach_adapter, write_adapter
 from lorasft.model.base import check_mostly_quantized, count_bytes, load_base, make_skeleton, read_config
+from lorasft.model.memory import dry_run, heaviest_batch
 from lorasft.model.selfcheck import verify
 from lorasft.model.tables import keep_on_host
-from lorasft.model.weightless import make_weightless
+from lorasft.model.weightless import make_sample, make_weightless, plan_network
 from lorasft.recipe import AdapterSettings, ModelSettings
 
 CPU = torch.device("cpu")
@@ -182,6 +183,13 @@ def test_towers_are_left_out_and_a_step_equals_the_whole_models(saved: tuple[str
     assert make_skeleton(base.config).left_out == base.left_out
     network, rows = verify(base), Rows()
     assert network.head and network.segments == (kind != "qwen-3.5"), network.notices
+    arguments = (base.config, ModelSettings(base="-", quantization="none", dtype="float32"), AdapterSettings(), CPU)
+    weightless = make_weightless(*arguments)
+    sample = verify(make_sample(weightless, *arguments).get_base_model())
+    assert (sample.segments, sample.head is None) == (network.segments, False)
+    assert dry_run(
+        plan_network(network, weightless), heaviest_batch(network, longest=20, capacity=60), recomputed=0
+    ).peak
     got = packed_step(model, network, rows, "token", 100 if network.segments else 1)
     write_adapter(model, tmp_path, base=ModelSettings(base=str(folder)))
     want = plain_step(_on_whole(folder, tmp_path), rows, "token")
