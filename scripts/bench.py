@@ -3,6 +3,7 @@
     train    beside the peers: TRL's SFTTrainer, and transformers' Trainer with PEFT and bitsandbytes
     flat     whether a supervised token costs the same with many rows, and with long ones
     prefix   steps with shared prefixes against the same without
+    hybrid   steps of models with recurrent mixers, several sequences in a row, against one at a time
     head     the head and its loss against transformers' own
     memory   what `lorasft plan` predicts, of bytes and of speed, against what comes
     start    whole commands, and a base in 4 bit until its first forward pass
@@ -551,22 +552,12 @@ def bench_flat(bench: Bench) -> None:
 def prefix_steps(base: str, stem: int, answer: int, batch: int, steps: int, tokens: int) -> Measured:
     """Both ways train one adapter in one process, step about; seconds and tokens of each step, first alone."""
     import numpy as np
-    import torch
-    from accelerate import PartialState
 
     from lorasft.data.packing import Plan
     from lorasft.data.tokens import Tokens
-    from lorasft.model.adapter import attach_adapter, trainable
-    from lorasft.model.base import load_base
-    from lorasft.model.loss import pair_losses
-    from lorasft.model.selfcheck import verify
-    from lorasft.recipe import AdapterSettings, ModelSettings
     from lorasft.train.layout import widen
 
-    model = attach_adapter(load_base(ModelSettings(base=base), PartialState().device), AdapterSettings(), seed=0)
-    network = verify(model.get_base_model())
-    network.causal.train()
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=2e-4)
+    network, optimizer = load_network(base)
     draw, vocabulary = np.random.default_rng(0), network.causal.config.get_text_config().vocab_size
     shared, sequences = draw.integers(0, vocabulary, stem), []
     for length in draw.integers(answer // 2, answer * 3 // 2 + 1, 4 * batch):
@@ -575,11 +566,38 @@ def prefix_steps(base: str, stem: int, answer: int, batch: int, steps: int, toke
         sequences.append(Tokens(ids, labels))
     rows: Any = SimpleNamespace(sequences=lambda index: (sequences[index],))
     alone = Plan(len(sequences), batch, steps, 0, "token", tokens)
+    if network.mixer:
+        return time_plans(network, optimizer, [replace(alone, micro_batch_tokens=1), alone], rows)
     together = replace(alone, share_prefixes=True)
     plans = [alone, replace(together, micro_batch_tokens=widen(together, rows))]
+    return time_plans(network, optimizer, plans, rows)
+
+
+def load_network(base: str) -> tuple[Any, Any]:
+    """The verified network of a base in 4 bit with a new adapter, and an optimizer of it."""
+    import torch
+    from accelerate import PartialState
+
+    from lorasft.model.adapter import attach_adapter, trainable
+    from lorasft.model.base import load_base
+    from lorasft.model.selfcheck import verify
+    from lorasft.recipe import AdapterSettings, ModelSettings
+
+    model = attach_adapter(load_base(ModelSettings(base=base), PartialState().device), AdapterSettings(), seed=0)
+    network = verify(model.get_base_model())
+    network.causal.train()
+    return network, torch.optim.AdamW(trainable(model).values(), lr=2e-4)
+
+
+def time_plans(network: Any, optimizer: Any, plans: Sequence[Any], rows: Any) -> Measured:
+    """Seconds and tokens of each step by each plan, step about."""
+    import torch
+
+    from lorasft.model.loss import pair_losses
+
     seconds: list[list[float]] = [[], []]
     computed: list[list[int]] = [[], []]
-    for number in range(1, steps + 2):
+    for number in range(1, plans[0].steps + 2):
         for arm, plan in enumerate(plans):
             started = time.perf_counter()
             step = plan.step(number, rows)
@@ -616,6 +634,28 @@ def bench_prefix(bench: Bench) -> None:
     ]
     title = f"Shared prefixes, {options.stem} tokens and about {options.answer} of each example's own"
     bench.show(title, ["prefixes", "examples/s", "tokens a step", "micro-batches of up to", "speed"], lines)
+
+
+HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Qwen3.5": ("Qwen3_5TextConfig", {**TINY, "head_dim": 64, "linear_num_key_heads": 8, "linear_num_value_heads": 8,
+                                      "linear_key_head_dim": 64, "linear_value_head_dim": 64}),
+    "Mamba 2": ("Mamba2Config", {"hidden_size": 512, "num_hidden_layers": 16, "vocab_size": 32000, "num_heads": 16,
+                                 "head_dim": 64, "state_size": 64, "n_groups": 1, "chunk_size": 128}),
+}  # fmt: skip
+
+
+def bench_hybrid(bench: Bench) -> None:
+    """Examples of about `--answer` tokens, all of them supervised but the first: alone, and in rows of `--tokens`."""
+    options, lines = bench.options, []
+    for name, (config, sizes) in HYBRIDS.items():
+        base = save_base(bench.folder / config, sizes, None, config=config)
+        case = {key: getattr(options, key) for key in ("answer", "batch", "steps", "tokens")}
+        found = bench.run(prefix_steps, base=base, stem=0, **case)
+        alone, packed = (times[1:] for times in found["seconds"])  # the first step pages weights in
+        rates = [f"{options.batch / median(times):.2f}" for times in (alone, packed)]
+        lines.append([name, *rates, spread(list(map(truediv, alone, packed)))])
+    title = f"Hybrid models, examples of about {options.answer} tokens"
+    bench.show(title, ["model", "examples/s alone", f"in rows of {options.tokens:,}", "speed"], lines)
 
 
 # ---- head -----------------------------------------------------------------------------------------------------------
@@ -1026,6 +1066,7 @@ COMMANDS: dict[str, tuple[Callable[[Bench], None], dict[str, dict[str, Any]]]] =
     "flat": (bench_flat, {"--tokenizer": {}, "--shape": {}, "--steps": {}, "--only": {}}),
     "prefix": (bench_prefix, {"--base": {}, "--stem": {}, "--answer": {}, "--batch": {"default": 32},
                               "--steps": {"default": 5}, "--tokens": {}}),
+    "hybrid": (bench_hybrid, {"--answer": {}, "--batch": {"default": 32}, "--steps": {"default": 5}, "--tokens": {}}),
     "head": (bench_head, {"--tokens": {"default": 1024}}),
     "memory": (bench_memory, {"--data": MANY, "--tokenizer": {}}),
     "start": (bench_start, {"--base": {}, "--layers": {}}),

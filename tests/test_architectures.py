@@ -82,16 +82,11 @@ ARCHITECTURES: dict[str, Any] = {
     "smollm-3": lambda: hf.SmolLM3Config(**PLAIN, no_rope_layers=[1, 0]),
     "starcoder-2": lambda: hf.Starcoder2Config(**PLAIN, sliding_window=6),
 }  # fmt: skip
-# State runs through these from one sequence into the next, or they keep the segments from their attention.
+# These keep the segments from their attention, or from their rotary embeddings.
 REFUSED: dict[str, Any] = {
-    "falcon-h1": lambda: hf.FalconH1Config(
-        **SHAPE, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8
-    ),
     "falcon": lambda: hf.FalconConfig(**MULTIHEAD, **WET),
     "gpt-j": lambda: hf.GPTJConfig(**GPT_2, n_embd=32, rotary_dim=4),
     "nemotron": lambda: hf.NemotronConfig(**SHAPE),
-    "qwen-3-next": lambda: hf.Qwen3NextConfig(**SHAPE, **LINEAR_ATTENTION, num_experts=0, mlp_only_layers=[0, 1]),
-    "qwen-3.5": lambda: hf.Qwen3_5TextConfig(**SHAPE, **LINEAR_ATTENTION),
     "stablelm": lambda: hf.StableLmConfig(**PLAIN),
 }
 

@@ -16,7 +16,7 @@ from conftest import save_base
 from safetensors.torch import load_file, save_file
 from test_oracles import Rows, differences, packed_step
 from tiny_models import make_base, randomize_adapter, shape
-from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig, StableLmConfig
 
 from lorasft.artifact import find_artifact
 from lorasft.data.packing import make_micro_batches, shuffle
@@ -68,9 +68,9 @@ def test_fused_experts_left_in_16_bit_are_refused() -> None:
 
 
 def test_models_that_cannot_do_segments_go_one_sequence_at_a_time() -> None:
-    """State-space layers carry one sequence into the next: the self-check sees it, and the loss stays right."""
+    """Attention that is not told of segments: the self-check sees it, and the loss stays right."""
     torch.manual_seed(0)
-    config = MambaConfig(vocab_size=97, hidden_size=32, state_size=4, num_hidden_layers=2)
+    config = StableLmConfig(**{key: value for key, value in shape().items() if key != "head_dim"})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     network = verify(model)
     assert not network.segments and "one at a time" in network.notices[0]

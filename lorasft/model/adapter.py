@@ -28,8 +28,11 @@ from lorasft.model.free_memory import free_memory
 from lorasft.model.linear import use_lean_linears
 from lorasft.recipe import AdapterSettings, ModelSettings
 
-# Linears whose weights the fused kernel of a Mamba block reads without calling them: PEFT refuses them in these models.
-_FUSED = {"out_proj": {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}}
+# Linears whose weights a Mamba block, or its fused kernel, reads without calling them: PEFT refuses the first.
+_FUSED = {
+    "out_proj": {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"},
+    "dt_proj": {"falcon_mamba", "jamba", "mamba"},
+}
 
 
 def attach_adapter(base: Any, settings: AdapterSettings, *, seed: int, new_rows: Mapping[int, Any] = {}) -> Any:

@@ -48,7 +48,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     check_device(device)
     config = read_config(settings.base, settings.revision)
     check_files(settings.base)
-    scheme = nf4_scheme(compute_dtype(settings.dtype, device))
+    scheme = nf4_scheme(compute_dtype(settings.dtype, device), config)
     quantize = settings.quantization == "nf4" and not hasattr(config, "quantization_config")
     stored = _set_compute_dtype(config, scheme)
     said = read_generation(settings.base, settings.revision) or vars(config)
@@ -149,11 +149,11 @@ def check_files(base: str) -> None:
             open_tensors(path)
 
 
-def nf4_scheme(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 in groups of 64, scales quantized as well, taken out in `dtype` to be multiplied."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
+def nf4_scheme(dtype: torch.dtype, config: Any = None) -> BitsAndBytesConfig:
+    """NF4 in groups of 64, scales quantized as well, taken out in `dtype`; but what Mamba reads without a call."""
+    kept = ["dt_proj", "lm_head"] if getattr(config, "model_type", None) == "mamba" else None
+    how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=kept, **how)
 
 
 def find_quantized(config: Any) -> list[str]:
@@ -167,7 +167,7 @@ def find_quantized(config: Any) -> list[str]:
 
 def quantize_skeleton(skeleton: nn.Module, dtype: torch.dtype) -> None:
     """Put the linears that `load_base` puts into NF4 into the place of those of `skeleton`, without weights as well."""
-    quantizer = AutoHfQuantizer.from_config(nf4_scheme(dtype), pre_quantized=False)
+    quantizer = AutoHfQuantizer.from_config(nf4_scheme(dtype, skeleton.config), pre_quantized=False)
     quantizer.preprocess_model(skeleton, device_map={"": "cpu"}, dtype=dtype)
     quantizer.postprocess_model(skeleton)
 

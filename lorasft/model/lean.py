@@ -28,9 +28,9 @@ _APART = 1e-5  # of each row, relative: more than rounding does in fp32
 def use_lean_layers(causal: nn.Module) -> list[nn.Module]:
     """Give modules of `causal`, with or without numbers, the lean forward that computes the same.
 
-    What trains is left alone. Returns them; without the attribute `forward` one computes as before.
+    What trains, has hooks or is called by segment is left alone. Returns them; without `forward` each is as before.
     """
-    found = [(one, lean) for one in causal.modules() if not hasattr(one, "_hf_hook") and (lean := _find(one))]
+    found = [(one, lean) for one in causal.modules() if not isinstance(one.forward, partial) and (lean := _find(one))]
     for module, lean in found:
         module.forward = MethodType(lean, module)
     return [module for module, _ in found]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -54,7 +55,8 @@ def read_head(model: Any, device: torch.device | None = None) -> Head | None:
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     scale = scale / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
-    head = Head(linear.weight, linear.bias, float(scale), getattr(config, "final_logit_softcapping", None))
+    softcap = getattr(config, "logits_soft_cap", getattr(config, "final_logit_softcapping", None))  # RecurrentGemma
+    head = Head(linear.weight, linear.bias, float(scale), softcap)
     if (device or linear.weight.device).type != "cuda":
         return head
     share = torch.cuda.get_device_properties(device).total_memory // _MEMORY_SHARE
@@ -70,6 +72,7 @@ class Network:
     head: Head | None  # None: through the model's own `logits_to_keep`, the general and larger way
     segments: bool  # False: sequences go alone, under transformers' own attention
     share: Sharing = False  # whether what sequences begin with in common is computed once
+    mixer: type[nn.Module] | None = None  # the kind of module that is called for each segment of a row
     lean: bool = False  # norms, MLPs and rotary embeddings that keep less
     kernel: Callable[[Shape], bool] | None = None  # whether one computes attention over all segments, by layer
     rope_switch_length: int | None = None  # sequences up to this length are never in a row with longer ones
@@ -115,11 +118,13 @@ def _compute_losses(network: Network, batch: MicroBatch) -> tuple[Tensor, Tensor
     inputs: dict[str, Any] = {"input_ids": ids.unsqueeze(0), "use_cache": False}
     if network.segments:
         inputs |= {"position_ids": positions.unsqueeze(0), "segments": replace(paths, places=places)}
-    if network.head is None:
-        logits = model(**inputs, logits_to_keep=sources).logits.squeeze(0)  # (pairs, vocabulary)
-        return F.cross_entropy(logits.float(), targets, reduction="none")[:pairs], weights
-    hidden = model.base_model(**inputs).last_hidden_state.squeeze(0)  # (tokens, hidden)
-    given = (hidden[sources], targets, network.head, *trained_rows(model.get_output_embeddings()))
+    with patch.object(model, "row", lengths, create=True):  # for its mixers: not all models hand on what they are given
+        if network.head is None:
+            logits = model(**inputs, logits_to_keep=sources).logits.squeeze(0)  # (pairs, vocabulary)
+            return F.cross_entropy(logits.float(), targets, reduction="none")[:pairs], weights
+        hidden = model.base_model(**inputs).last_hidden_state.squeeze(0)  # (tokens, hidden)
+    rows = hidden[sources].to(network.head.weight.dtype)  # a residual may be in fp32 (Mamba)
+    given = (rows, targets, network.head, *trained_rows(model.get_output_embeddings()))
     losses: Tensor = ChunkedLoss.apply(*given)  # type: ignore[no-untyped-call]
     return losses[:pairs], weights
 

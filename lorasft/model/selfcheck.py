@@ -1,12 +1,13 @@
 """Verify, then use the fast path: probes on the loaded model that decide how its losses are computed.
 
-No list of supported models is trusted. A model that leaks between the segments of a row (hybrid and state-space
-ones do) is run one sequence at a time; a head that does more than is known here is run through the model itself.
+No list of supported models is trusted. Where a model leaks between the segments of a row (hybrid and state-space ones
+do), the smallest kind of module that is called for each of them without a leak is, else sequences go one at a time; a
+head that does more than is known here is run through the model itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,8 +23,10 @@ from lorasft.model.attention import SEGMENTS, Paths, Shape, attend, default_atte
 from lorasft.model.free_memory import out_of_memory
 from lorasft.model.lean import use_lean_layers
 from lorasft.model.loss import Network, pair_losses, read_head
+from lorasft.model.mixers import call_by_segment
+from lorasft.model.recompute import decoder_layers
 
-_STEM, _TAIL, _OTHER = 17, 17, 9  # tokens that two sequences begin with, and with which each continues
+_STEM, _TAIL, _OTHER = 17, 17, 15  # tokens that two sequences begin with, and with which each continues
 # What rounding may move, as shares of the losses, in 32 bits and in 16: the losses of a sequence beside another first
 # one (an expert's product has other rows then), and their mean by other kernels.
 _LEAK, _DRIFT = (2e-6, 1.6e-2), (1e-4, 3e-2)
@@ -39,17 +42,16 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
     network = Network(
         causal, head=None, segments=False, rope_switch_length=_rope_switch_length(causal.config.get_text_config())
     )
-    shared = replace(network, segments=True, share="auto")
     with torch.no_grad():
         alone = torch.cat([pair_losses(network, _row(sequence)) for sequence in _branches(1, network)])
-        for way in (shared, replace(shared, share=False)) if segments else ():  # the faster first
+        for way in _ways(network) if segments else ():
             reason = _reason(partial(_find_leak, way, alone))
             if reason is None:
                 causal.set_attn_implementation(SEGMENTS)
-                network = replace(way, notices=network.notices)
+                network = replace(way, notices=() if way.mixer else network.notices)
                 break
             lost = "shared prefixes are computed for each example" if way.share else "sequences go one at a time"
-            network = replace(network, notices=(f"{lost}: {reason}",))
+            network = replace(network, notices=network.notices if way.mixer else (f"{lost}: {reason}",))
         if network.segments and network.device.type == "cuda":
             network = _try_kernels(network, alone)
         if head := read_head(causal):
@@ -62,6 +64,19 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
             del module.forward
     causal.train(training)
     return network
+
+
+def _ways(network: Network) -> Iterator[Network]:
+    """How a row may hold several sequences, the faster first; each stands until the next is asked for."""
+    call_by_segment(network.causal, None)
+    shared = replace(network, segments=True, share="auto")
+    yield from (shared, alone := replace(shared, share=False))
+    parts = {type(one): len(list(one.modules())) for one in decoder_layers(network.causal).modules()
+             if "forward" not in vars(one) and type(one).forward != nn.Module.forward}  # fmt: skip
+    for kind in sorted((kind for kind in parts if parts[kind] > 1), key=parts.__getitem__):
+        call_by_segment(network.causal, kind)
+        yield replace(alone, mixer=kind)
+    call_by_segment(network.causal, None)
 
 
 def _find_leak(network: Network, alone: Tensor) -> str | None:

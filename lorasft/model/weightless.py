@@ -14,6 +14,7 @@ from lorasft.model.adapter import attach_adapter
 from lorasft.model.base import compute_dtype, make_skeleton, patch_linear4bit, quantize_skeleton
 from lorasft.model.lean import use_lean_layers
 from lorasft.model.loss import Network, read_head
+from lorasft.model.mixers import call_by_segment
 from lorasft.model.recompute import decoder_layers, layer_kinds
 from lorasft.model.tables import keep_on_host
 from lorasft.recipe import AdapterSettings, ModelSettings
@@ -46,6 +47,7 @@ def plan_network(network: Network, model: Any) -> Network:
     base = model.get_base_model()
     base.set_attn_implementation(network.causal.config._attn_implementation)
     head = read_head(base, network.runs_on) if network.head else None
+    call_by_segment(base, network.mixer)
     if network.lean:
         use_lean_layers(base)
     return replace(network, causal=base, head=head, planned=network.runs_on)
@@ -104,7 +106,7 @@ def _fill(modules: list[nn.Module], *, device: torch.device) -> None:
 
 def _draw_like(given: Tensor, device: torch.device) -> Tensor:
     """Random numbers in the shape of `given`: a prime number of them, repeated, which is faster than to draw all."""
-    few = torch.empty(65_521, dtype=given.dtype, device=device).uniform_(-0.03, 0.03)
+    few = torch.empty(65_521, dtype=given.dtype, device=device).uniform_(-0.1, 0.1)
     return few.repeat(-(-given.numel() // len(few)))[: given.numel()].view(given.shape)
 
 

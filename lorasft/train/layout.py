@@ -78,6 +78,11 @@ def choose_layout(recipe: Recipe, inputs: RunInputs, model: Any, *, weightless: 
         plan = replace(plan, micro_batch_tokens=kept.micro_batch_tokens if kept else widen(plan, rows))
         if not kept:  # a CPU gains nothing by more
             most = _MOST_TOKENS if network.runs_on.type == "cuda" else plan.micro_batch_tokens
+    if network.mixer and machine.share_prefixes:
+        least, all_of_them = (replace(plan, share_prefixes=way).step(1, rows).tokens for way in ("auto", False))
+        if least < _WORTH * all_of_them:
+            notice = f"shared prefixes are computed for each example: {network.mixer.__name__} cannot branch"
+            network = replace(network, notices=(*network.notices, notice))
     if machine.activation_checkpointing == "auto":
         wanted = kept.recomputed_layers if kept else None
     else:
