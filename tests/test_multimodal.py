@@ -182,19 +182,20 @@ def test_towers_are_left_out_and_a_step_equals_the_whole_models(saved: tuple[str
     assert own == {name for name in names if not name.startswith(tuple(base.left_out))}
     assert make_skeleton(base.config).left_out == base.left_out
     network, rows = verify(base), Rows()
-    assert network.head and network.segments == (kind != "qwen-3.5"), network.notices
+    assert network.head and network.segments and not network.notices, network.notices
     arguments = (base.config, ModelSettings(base="-", quantization="none", dtype="float32"), AdapterSettings(), CPU)
     weightless = make_weightless(*arguments)
     sample = verify(make_sample(weightless, *arguments).get_base_model())
-    assert (sample.segments, sample.head is None) == (network.segments, False)
+    assert sample.segments and sample.head
     assert dry_run(
         plan_network(network, weightless), heaviest_batch(network, longest=20, capacity=60), recomputed=0
     ).peak
-    got = packed_step(model, network, rows, "token", 100 if network.segments else 1)
+    got = packed_step(model, network, rows, "token", 100)
     write_adapter(model, tmp_path, base=ModelSettings(base=str(folder)))
     want = plain_step(_on_whole(folder, tmp_path), rows, "token")
     whole, worst = differences(got[1], want[1])  # of Mistral 3 transformers' is 3e-6 from float64, ours 2e-6
-    assert got[0] == pytest.approx(want[0], rel=1e-6) and whole < 4e-6 and worst < 5e-6, (whole, worst)
+    limits = (1e-5, 1e-5) if kind == "qwen-3.5" else (4e-6, 5e-6)
+    assert got[0] == pytest.approx(want[0], rel=1e-6) and whole < limits[0] and worst < limits[1], (whole, worst)
 
 
 def test_a_merge_keeps_names_and_bytes_of_what_it_leaves_alone(saved: tuple[str, Path, Any], tmp_path: Path) -> None:
