@@ -43,6 +43,7 @@ _STATE_ONLY = re.compile(
     r"|\.modules_to_save\.[^.]+|(?<=\.lora_[AB])\.(?!(?:weight|bias)$)[^.]+"
     r"|(?<=\.lora_embedding_[AB])\.[^.]+|(?<=\.trainable_tokens_delta)\.[^.]+|(?<=\.lora_magnitude_vector)\..+"
 )
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _MODULE = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_(?:embedding_)?[AB](?:\.weight)?")
 
 
@@ -207,6 +208,11 @@ def list_adapted(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
     found = {match[1] for match in map(_MODULE.fullmatch, map(_peft_name, names)) if match}
     owners = (".experts", *(f".{target}".rpartition(".")[0] for target in config.get("target_parameters") or ()))
     return sorted(path for path in found if not f".{path}".removesuffix(".base_layer").endswith(owners))
+
+
+def adapts_experts(config: Mapping[str, Any]) -> bool:
+    """Whether there is LoRA on experts, which are one tensor by now, or on parameters that are no linears."""
+    return bool(config.get("target_parameters")) or any(map(_EXPERT.search, config["target_modules"]))
 
 
 def read_adapter_weights(folder: Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lorasft.adapter_files import CONFIG, list_adapted, open_adapter, read_adapter_config
+from lorasft.adapter_files import CONFIG, adapts_experts, list_adapted, open_adapter, read_adapter_config
 from lorasft.errors import ModelError, UnsafeError
 from lorasft.files import MANIFEST, verify_folder
 from lorasft.hub import is_folder, refuse_offline
@@ -152,7 +152,7 @@ def find_artifact(name: str, *, base: str | None = None) -> Artifact:
         chat = ChatSettings(system=recipe.chat.system, template_date=recipe.chat.template_date)
         return Artifact(name, model, folder, config, recipe, chat, recipe.data)
     found = Artifact(name, model, folder, config)
-    if _tells_of_4_bit(found, own):
+    if _tells_of_4_bit(found, own) and not adapts_experts(config):
         return found
     return replace(found, model=model.model_copy(update={"quantization": "none"}))
 

@@ -5,6 +5,7 @@
     prefix   steps with shared prefixes against the same without
     hybrid   steps of models with recurrent mixers, several sequences in a row, against one at a time
     head     the head and its loss against transformers' own
+    experts  a mixture of experts in 4 bit against transformers' in 16
     memory   what `lorasft plan` predicts, of bytes and of speed, against what comes
     start    whole commands, and a base in 4 bit until its first forward pass
     merge    a merge against PEFT's, and against copying the same bytes
@@ -34,7 +35,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import truediv
@@ -144,6 +145,24 @@ def status(name: str) -> int:
     """A size in bytes by its name in proc/self/status; VmHWM is the peak since `settle`."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+@contextlib.contextmanager
+def watch_anonymous() -> Iterator[list[int]]:
+    """The last of the numbers is the most bytes above the start that no file backs, sampled every 5 ms."""
+    start, most, done = status("RssAnon"), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            most.append(max(most[-1], status("RssAnon") - start))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield most
+    finally:
+        done.set()
+        watcher.join()
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -712,6 +731,65 @@ def bench_head(bench: Bench) -> None:
     bench.show("The head and its loss alone", head, lines)
 
 
+# ---- experts --------------------------------------------------------------------------------------------------------
+
+MIXTURE = {**SMALL, "hidden_size": 1024, "num_hidden_layers": 4, "intermediate_size": 2816, "vocab_size": 32_000,
+           "moe_intermediate_size": 768, "num_experts": 64, "num_experts_per_tok": 8}  # fmt: skip
+
+
+def expert_steps(arm: str, base: str, tokens: int) -> Measured:
+    """Steps on one sequence: seconds, processor seconds, and the most memory that no file backs, from loading on."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lorasft.data.packing import make_micro_batches
+    from lorasft.data.tokens import all_supervised
+    from lorasft.model.adapter import attach_adapter
+    from lorasft.model.base import load_base
+    from lorasft.model.loss import Network, pair_losses
+    from lorasft.model.selfcheck import verify
+    from lorasft.recipe import AdapterSettings, ModelSettings
+
+    settle()
+    ids = torch.randint(5, 32_000, (tokens,), generator=torch.Generator().manual_seed(0)).numpy().astype("int32")
+    (batch,) = make_micro_batches(lambda index: (all_supervised(ids),), range(1), capacity=tokens)
+    seconds, processor = [], []
+    with watch_anonymous() as anonymous:
+        if "transformers" in arm:
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).requires_grad_(False)
+        else:
+            quantization = "nf4" if "4 bit" in arm else "none"
+            model = load_base(ModelSettings(base=base, quantization=quantization), torch.device("cpu"))
+        peft = attach_adapter(model, AdapterSettings(rank=16), seed=0)
+        network = Network(model, head=None, segments=False) if "transformers" in arm else verify(model)
+        for _ in range(4):  # the first warms up
+            peft.zero_grad()
+            wall, cpu = time.perf_counter(), time.process_time()
+            pair_losses(network, batch).mean().backward()
+            seconds.append(time.perf_counter() - wall)
+            processor.append(time.process_time() - cpu)
+    return {"s": median(seconds[1:]), "cpu": median(processor[1:]), "peak": anonymous[-1]}
+
+
+def bench_experts(bench: Bench) -> None:
+    """Forwards and backwards through a random Qwen3-MoE of 64 experts, 8 for each token, with LoRA on its attention.
+
+    transformers' model in bf16 under its own experts, and the same base in 4 bit; the same sequence for all.
+    """
+    base = save_base(bench.folder / "base", MIXTURE, None, config="Qwen3MoeConfig")
+    lines = []
+    for tokens in (256, bench.options.tokens):
+        arms = ("transformers, 16 bit", "lorasft, 16 bit", "lorasft, 4 bit")
+        found = bench.medians(
+            {arm: partial(bench.run, expert_steps, arm=arm, base=base, tokens=tokens) for arm in arms}
+        )
+        for arm, one in found.items():
+            ratios = [f"{one[key] / found[arms[0]][key]:.2f}x" for key in ("s", "cpu", "peak")]
+            lines.append([arm, f"{tokens:,}", f"{one['s']:.2f}", f"{one['peak'] / 1e6:,.0f}", *ratios])
+    head = ["arm", "tokens", "s", "MB", "time", "of the processor", "memory"]
+    bench.show("A mixture of experts", head, lines)
+
+
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 WIDE = {**SMALL, "intermediate_size": 1408, "head_dim": 64}
@@ -791,10 +869,9 @@ def bench_memory(bench: Bench) -> None:
     peaks, speeds = [], []
     for shape, (config, sizes) in PLANNED.items():
         base = save_base(bench.folder / shape.split(",")[0], sizes, bench.options.tokenizer, config=config)
-        quantization = "none" if "MoE" in shape else "nf4"  # fused experts are not linears
         for data in bench.options.data:
             for layers, recompute in (("none", False), ("all", True)):
-                case = {"base": base, "data": str(data.absolute()), "quantization": quantization}
+                case = {"base": base, "data": str(data.absolute()), "quantization": "nf4"}
                 one = bench.run(plan_and_run, **case, recompute=recompute)
                 predicted, measured, loaded = one["predicted"], one["measured"], one["loaded"]
                 off = f"{predicted / measured - 1:+.1%}", f"{(predicted + loaded) / (measured + loaded) - 1:+.1%}"
@@ -816,7 +893,7 @@ STARTS = ("bitsandbytes", "first start", "keeping it", "second start")
 
 
 def load_and_run(arm: str, base: str, cache: str) -> Measured:
-    """Load `base` and run it once; `anonymous` is the most memory that no file backs, sampled every 5 ms."""
+    """Load `base` and run it once; `anonymous` is the most memory that no file backs."""
     import torch
 
     import lorasft.model
@@ -828,25 +905,14 @@ def load_and_run(arm: str, base: str, cache: str) -> Measured:
     before = settle()
     if arm == "bitsandbytes":
         lorasft.model.QUANTIZER = None
-    anonymous = most = status("RssAnon")
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not done.wait(0.005):
-            most = max(most, status("RssAnon"))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    started, cpu = time.perf_counter(), time.process_time()
-    model = load_base(ModelSettings(base=base), torch.device("cpu"), keep=arm in ("keeping it", "second start"))
-    loaded = time.perf_counter() - started
-    with torch.no_grad():
-        model(torch.arange(32).unsqueeze(0), use_cache=False)
-    both, used = time.perf_counter() - started, time.process_time() - cpu
-    done.set()
-    watcher.join()
-    memory = {"anonymous": (most - anonymous) / 1e6, "peak": (status("VmHWM") - before) / 1e6}
+    with watch_anonymous() as anonymous:
+        started, cpu = time.perf_counter(), time.process_time()
+        model = load_base(ModelSettings(base=base), torch.device("cpu"), keep=arm in ("keeping it", "second start"))
+        loaded = time.perf_counter() - started
+        with torch.no_grad():
+            model(torch.arange(32).unsqueeze(0), use_cache=False)
+        both, used = time.perf_counter() - started, time.process_time() - cpu
+    memory = {"anonymous": anonymous[-1] / 1e6, "peak": (status("VmHWM") - before) / 1e6}
     return {"load": loaded, "forward": both - loaded, "both": both, "cpu": used, **memory}
 
 
@@ -1068,13 +1134,14 @@ COMMANDS: dict[str, tuple[Callable[[Bench], None], dict[str, dict[str, Any]]]] =
                               "--steps": {"default": 5}, "--tokens": {}}),
     "hybrid": (bench_hybrid, {"--answer": {}, "--batch": {"default": 32}, "--steps": {"default": 5}, "--tokens": {}}),
     "head": (bench_head, {"--tokens": {"default": 1024}}),
+    "experts": (bench_experts, {"--tokens": {}}),
     "memory": (bench_memory, {"--data": MANY, "--tokenizer": {}}),
     "start": (bench_start, {"--base": {}, "--layers": {}}),
     "merge": (bench_merge, {"--layers": {}, "--skip": {}}),
     "data": (bench_data, {"--data": NEEDED, "--tokenizer": NEEDED, "--rows": {}, "--peers": {}}),
 }  # fmt: skip
-CELLS = {cell.__name__: cell for cell in (train_arm, flat_case, prefix_steps, head_loss, plan_and_run, load_and_run,
-                                          merge_way, prepare_rows)}  # fmt: skip
+CELLS = {cell.__name__: cell for cell in (train_arm, flat_case, prefix_steps, head_loss, expert_steps, plan_and_run,
+                                          load_and_run, merge_way, prepare_rows)}  # fmt: skip
 
 
 def main() -> None:

@@ -36,8 +36,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def mixed_experts() -> Any:
-    """Fused experts, which stay in 16 bits, in one of many layers: few enough for a base in 4 bit."""
-    few = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "mlp_only_layers": [0]}
+    few = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64, "mlp_only_layers": [0]}
     return AutoModelForCausalLM.from_config(Qwen3MoeConfig(**shape(64), **few), dtype=torch.bfloat16)
 
 

@@ -289,8 +289,8 @@ def test_weights_that_are_kept_are_dequantized_less_often(
     keep: Any, each: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In recomputed layers: forwards, again, and backwards; for a run, once in two passes. The bits are the same."""
-    reads, own = [], FrozenWeights._dequantize
-    monkeypatch.setattr(FrozenWeights, "_dequantize", lambda self, base: reads.append(base) or own(self, base))
+    reads, own = [], FrozenWeights.dequantize
+    monkeypatch.setattr(FrozenWeights, "dequantize", lambda self, *base: reads.append(base) or own(self, *base))
     holder = nn.Sequential(*(make_layer("nf4-double") for _ in range(2)))
     between = nn.Linear(OUT, IN).requires_grad_(False)
     results = []

@@ -53,14 +53,15 @@ def control_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
 def add_tokens(tokenizer: PreTrainedTokenizerFast, new_tokens: Mapping[str, str]) -> dict[int, list[int]]:
     """Give `tokenizer` the recipe's new tokens, as ordinary text. Returns the id of each, in alphabetical order, with
     those of the text that it starts as. Raises RecipeError for one that is there, or would split another."""
-    from tokenizers import AddedToken
+    from tokenizers import AddedToken, decoders
 
-    backend, entries, starts = tokenizer.backend_tokenizer, tokenizer.get_vocab(), []
+    backend, entries, starts = tokenizer.backend_tokenizer, new_tokens and tokenizer.get_vocab(), []
+    decode, text = (backend.decoder or decoders.Fuse()).decode, "\0".join(entries)
     for token in sorted(new_tokens):
-        pieces, back = backend.encode(token, add_special_tokens=False), backend.decoder.decode(["x", token])[1:]
+        pieces, back = backend.encode(token, add_special_tokens=False), decode(["x", token])[1:]
         own = token if tokenizer.unk_token_id in pieces.ids else "".join(pieces.tokens).removeprefix("\u2581")
         split = [one for one in (*tokenizer.get_added_vocab(), *new_tokens) if one in token and one != token]
-        split += [entry for entry in entries if own in entry]  # in the tokenizer's own alphabet
+        split += [entry for entry in entries if own in entry] if own in text else []  # in the tokenizer's alphabet
         starts.append(backend.encode(new_tokens[token], add_special_tokens=False).ids)
         if split or back != token or not token.strip():
             reason = f"would split the token {split[0]}" if split else f"would come out as {back}"

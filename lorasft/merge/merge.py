@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +47,7 @@ def merge(
     if plan.packed and (onto == "original" or quantize):  # it has no original, and an update falls back onto its steps
         what = "the base is stored in 4 bit: no --quantize, no --onto original"
         raise ModelError(what, hint="--base with the 16-bit original")
+    _refuse_experts(plan, quantize)
     files.need_space(out, plan.size * (2 if quantize else 1))
     judge = None
     if check:
@@ -80,18 +82,30 @@ def merge(
         return _write_record(stage, artifact, done)
 
 
+def _refuse_experts(plan: MergePlan, quantize: str | None) -> None:
+    """Raise ModelError where experts would be written in 4 bit, in a form that nobody else reads."""
+    from lorasft.model.experts import find_experts
+
+    if quantize and find_experts(plan.places.model):
+        raise ModelError("no format of 4 bit has the experts of this base", hint="merge without --quantize")
+
+
 def _write_full(folder: Path, artifact: Artifact, plan: MergePlan, *, onto: Onto) -> dict[str, str]:
     """Full weights and what lies beside them. Returns their hashes. Raises ModelError when rounding left all."""
     files.make_folder(folder)
-    nf4: dict[str, torch.dtype] = {}
+    nf4: dict[str, Any] = {}
     if onto == "dequantized" and not plan.packed:  # of a run in 4 bit: the tensors that it had in NF4, in its own dtype
         from accelerate import PartialState
 
         from lorasft.model.base import compute_dtype, find_quantized, read_config
+        from lorasft.model.nf4 import read_as_nf4
 
         dtype = compute_dtype(artifact.provenance.get("dtype", artifact.model.dtype), PartialState().device)
-        paths = find_quantized(read_config(str(artifact.base)))
-        nf4 = {plan.places.find(f"{path}.weight"): dtype for path in paths}
+        stored = {name: file for file in plan.sources for name in file.specs}
+        for path, transposed in find_quantized(read_config(str(artifact.base))).items():
+            for names in plan.places.find_experts(path) or [[plan.places.find(path)]]:
+                read = partial(read_as_nf4, {name: stored[name] for name in names}, dtype, transposed=transposed)
+                nf4 |= {name: partial(read, name) for name in names}
     changed, hashes = write_weights(folder, plan, nf4=nf4)
     if not changed:
         what = "no weight changed: the adapter is empty, or too small for the base's dtype"

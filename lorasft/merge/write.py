@@ -27,10 +27,11 @@ from lorasft.files import new_file
 from lorasft.merge.changes import read_changes
 from lorasft.merge.parameters import ParameterMap
 from lorasft.merge.updates import Change
-from lorasft.model.nf4 import find_packed, nf4_view, read_packed
+from lorasft.model.nf4 import find_packed, read_packed
 from lorasft.tensors import INDEX, SINGLE, TensorFile, TensorSpec, TensorWriter, find_weights, open_tensors
 from lorasft.terminal import say
 
+Read = Callable[[], Tensor]
 Onto = Literal["original", "dequantized"]  # the weights that an update is added to
 
 _SLICE = 1 << 27  # numbers of a product at a time: 512 MiB
@@ -92,12 +93,12 @@ def rewrite_config(plan: MergePlan, base_config: Mapping[str, Any]) -> dict[str,
     return files
 
 
-def write_weights(stage: Path, plan: MergePlan, *, nf4: Mapping[str, torch.dtype]) -> tuple[bool, dict[str, str]]:
+def write_weights(stage: Path, plan: MergePlan, *, nf4: Mapping[str, Read]) -> tuple[bool, dict[str, str]]:
     """Write the checkpoint of `plan` to the folder `stage`. Returns whether any change survived the rounding, and the
     SHA-256 of each file.
 
-    `nf4`: the tensors that are put into NF4 and taken out again in this dtype first, as a 4-bit run had them. Raises
-    ModelError when a number leaves its dtype's range.
+    `nf4`: gives what a 4-bit run had of the tensors that it put into NF4. Raises ModelError when a number leaves its
+    dtype's range.
     """
     done, changed = 0, False
     hashes: dict[str, str] = {}
@@ -133,13 +134,13 @@ def _slice_rows(change: Change) -> int:
 
 
 def _read_weight(
-    plan: MergePlan, source: TensorFile, name: str, spec: TensorSpec, nf4_dtype: torch.dtype | None
+    plan: MergePlan, source: TensorFile, name: str, spec: TensorSpec, nf4: Read | None
 ) -> Callable[[int, int], Tensor]:
     """What the base has for a tensor: gives rows `first` to `first + count`, (count, width)."""
     if name in plan.packed:
         numbers = read_packed(name, *plan.packed[name])
-    elif nf4_dtype:
-        numbers = nf4_view(source.read(name), nf4_dtype)
+    elif nf4:
+        numbers = nf4().reshape(-1, spec.width)
     elif source.specs[name].shape != spec.shape:  # with more rows, as `add_rows` has them, unless all are replaced
         numbers = source.read(name)
         usual = numbers.mean(dim=0, dtype=torch.float32).to(numbers.dtype)

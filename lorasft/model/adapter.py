@@ -13,12 +13,23 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
+)
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorasft.adapter_files import CONFIG, PREFIX, WEIGHTS, list_adapted, read_adapter_weights, subtract_start
+from lorasft.adapter_files import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    adapts_experts,
+    list_adapted,
+    read_adapter_weights,
+    subtract_start,
+)
 from lorasft.artifact import Artifact
 from lorasft.data.tokenizer import needed_rows
 from lorasft.errors import CapacityError, ModelError, RecipeError
@@ -80,6 +91,9 @@ def load_adapter(base: Any, artifact: Artifact, *, trainable: bool = False) -> A
     folder, fields = artifact.require_adapter(), dict(artifact.adapter_config)
     weights = read_adapter_weights(folder)
     experts = [path for path in fields["target_modules"] if re.search(r"\.experts\.\d+\.", path)]
+    if adapts_experts(fields) and any(hasattr(module, "packed") for module in base.modules()):
+        what = "it adapts experts, which is not possible where they are in 4 bit"
+        raise ModelError(what, where=str(folder), hint="--quantization none, or in a recipe model.quantization=none")
     with _peft_errors(str(folder / CONFIG)):  # of an earlier transformers
         weights = convert_peft_adapter_state_dict_for_transformers(base, LoraConfig(), weights)
     others = [name for name in weights if ".lora_A." not in name and ".lora_B." not in name]
@@ -151,7 +165,10 @@ def _find_linears(base: Any) -> set[str]:
     language = {id(module) for module in (*base.get_decoder().modules(), base.get_output_embeddings())}
     linears = {path: one for path, one in base.named_modules() if isinstance(one, (nn.Linear, Conv1D))}
     found = {path for path, module in linears.items() if id(module) in language}
-    return {path for path in found if path.rpartition(".")[2] not in refused}
+    config = LoraConfig(target_modules=[path for path in found if path.rpartition(".")[2] not in refused])
+    # In the place of shared experts' linears (DeepSeek, GLM, Qwen2-MoE) PEFT adapts the stacks of a like name.
+    convert_peft_config_for_transformers(config, base, None)
+    return set(config.target_modules or ())
 
 
 def give_weights(model: Any, weights: dict[str, Tensor], *, where: str, whole: Collection[str] = ()) -> None:

@@ -18,7 +18,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 from transformers.utils import cached_file
 
 from lorasft.adapter_files import read_adapter_config
@@ -27,6 +27,7 @@ from lorasft.errors import CapacityError, DeviceError, LorasftError, ModelError,
 from lorasft.hub import is_folder, refuse_offline
 from lorasft.model.attention import default_attention
 from lorasft.model.cache import Keep, find_place, keep_base, read_kept
+from lorasft.model.experts import BLOCK, Nf4Quantizer, find_experts, packed_parts
 from lorasft.model.free_memory import out_of_memory
 from lorasft.model.tables import keep_on_host
 from lorasft.model.towers import auto_class, model_class
@@ -34,7 +35,7 @@ from lorasft.recipe import ModelSettings
 from lorasft.tensors import find_weights, open_tensors
 from lorasft.terminal import say
 
-# Above this share of the linear weights left in 16 bits, a "4-bit" model is one in name only (fused experts).
+# Above this share of the linear weights left in 16 bits, a "4-bit" model is one in name only (Llama 4's experts).
 _MOST_UNQUANTIZED = 0.15
 
 
@@ -56,7 +57,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     stops = GenerationConfig(eos_token_id=said.get("eos_token_id"))
 
     def read(source: str, config: Any = config, **how: Any) -> Any:
-        placing = _placing(config, scheme.bnb_4bit_compute_dtype, device, streamed=streamed)
+        placing = _placing(config, scheme.bnb_4bit_compute_dtype, device, streamed=streamed, packs=quantize)
         with quiet_progress(), _loading_errors(settings.base), placing as places:
             model, found = auto_class(config).from_pretrained(
                 source,
@@ -101,12 +102,15 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
 
 
 @contextlib.contextmanager
-def _placing(config: Any, dtype: torch.dtype, device: torch.device, *, streamed: bool) -> Iterator[dict[str, Any]]:
-    """Where weights go, in transformers' words: to `device`, but large tables to the host; or nowhere."""
+def _placing(
+    config: Any, dtype: torch.dtype, device: torch.device, *, streamed: bool, packs: bool
+) -> Iterator[dict[str, Any]]:
+    """Where weights go, in transformers' words: to `device`, but large tables to the host; or nowhere. `packs`: experts
+    are put into 4 bit."""
     tables = keep_on_host(make_skeleton(config, dtype), device) if device.type == "cuda" and not streamed else []
     # Its hooks would bring a table to the card, all of it, for each use. bitsandbytes refuses the word "cpu".
     hooks = patch("transformers.modeling_utils.accelerate_dispatch") if tables else contextlib.nullcontext()
-    with hooks:
+    with hooks, patch.dict(AUTO_QUANTIZER_MAPPING, {"bitsandbytes_4bit": Nf4Quantizer} if packs else {}):
         yield {"": "disk" if streamed else device, **{f"{path}.weight": torch.device("cpu") for path in tables}}
 
 
@@ -129,16 +133,21 @@ def read_generation(base: str, revision: str | None) -> dict[str, Any]:
         return dict(json.loads(Path(path).read_bytes())) if path else {}
 
 
-def patch_linear4bit(model: nn.Module, device: torch.device, base: str) -> None:
+def patch_linear4bit(model: Any, device: torch.device, base: str) -> None:
     """Keep bitsandbytes from changing weights that are computed with. Raises ModelError where it computes wrongly."""
     for layer in model.modules():
+        sizes = [(2 * codes.shape[2], BLOCK) for codes, *_ in packed_parts(layer).values()]
+        if sizes:
+            layer.weights.whole = device.type == "cuda"
         if isinstance(layer, bnb.nn.Linear4bit):
             # Else an evaluation repacks the weight in place on AVX512-BF16 CPUs, after which gradients are lost and
             # dequantization is garbage (bitsandbytes 0.50, related: bitsandbytes issue 2078).
             layer.support_avx512bf16_for_cpu = False
-            if device.type == "cpu" and layer.in_features % layer.weight.quant_state.blocksize:
+            sizes = [(layer.in_features, layer.weight.quant_state.blocksize)]
+        for inputs, block in sizes:
+            if device.type == "cpu" and inputs % block:
                 # bitsandbytes 0.50 restarts its constants in every row there: 25 % off, where NF4 costs 9 %.
-                what = f"a linear of {layer.in_features} inputs cannot be 4-bit on a CPU"
+                what = f"a matrix of {inputs} inputs cannot be 4-bit on a CPU"
                 raise ModelError(what, where=base, hint="--quantization none, or in a recipe model.quantization=none")
 
 
@@ -156,18 +165,23 @@ def nf4_scheme(dtype: torch.dtype, config: Any = None) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=kept, **how)
 
 
-def find_quantized(config: Any) -> list[str]:
-    """The linears of the language model that `load_base` puts into NF4, by their paths in the model."""
+def find_quantized(config: Any) -> dict[str, bool]:
+    """The language model's weights that `load_base` puts into NF4, by their paths, and whether files have (in, out)."""
     skeleton = make_skeleton(config)
     quantize_skeleton(skeleton, torch.bfloat16)
-    language = set(skeleton.get_decoder().modules())
-    found = {path: one for path, one in skeleton.named_modules() if one in language}
-    return [path for path, one in found.items() if isinstance(one, bnb.nn.Linear4bit)]
+    language, found = set(skeleton.get_decoder().modules()), {}
+    for path, module in skeleton.named_modules():
+        if module in language and isinstance(module, bnb.nn.Linear4bit):
+            found[f"{path}.weight"] = module.source_cls is Conv1D
+        found |= {f"{path}.{name}": module.is_transposed for name in packed_parts(module)}
+    return found
 
 
-def quantize_skeleton(skeleton: nn.Module, dtype: torch.dtype) -> None:
-    """Put the linears that `load_base` puts into NF4 into the place of those of `skeleton`, without weights as well."""
-    quantizer = AutoHfQuantizer.from_config(nf4_scheme(dtype, skeleton.config), pre_quantized=False)
+def quantize_skeleton(skeleton: Any, dtype: torch.dtype) -> None:
+    """Put what `load_base` puts into NF4 into the place of the linears and experts of `skeleton`, as shapes."""
+    # Of a base that comes in 4 bit the experts are what they are in its files.
+    kind = AutoHfQuantizer.from_config if hasattr(skeleton.config, "quantization_config") else Nf4Quantizer
+    quantizer = kind(nf4_scheme(dtype, skeleton.config), pre_quantized=kind is Nf4Quantizer)
     quantizer.preprocess_model(skeleton, device_map={"": "cpu"}, dtype=dtype)
     quantizer.postprocess_model(skeleton)
 
@@ -243,10 +257,11 @@ def check_device(device: torch.device, dtype: torch.dtype | None = None) -> None
 def count_bytes(model: nn.Module) -> dict[str, int]:
     """Where the bytes of a loaded model are, by kind; constants count as 4-bit, what stays on the host not at all."""
     sizes = dict.fromkeys(("4-bit weights", "16-bit weights", "32-bit weights", "adapter"), 0)
+    packed = {id(part) for module in model.modules() for parts in packed_parts(module).values() for part in parts}
     for parameter in (one for one in model.parameters() if not hasattr(one, "on_host")):
         kind = "adapter" if parameter.requires_grad else f"{16 if parameter.element_size() == 2 else 32}-bit weights"
         state = getattr(parameter, "quant_state", None)
-        sizes["4-bit weights" if state else kind] += parameter.nbytes
+        sizes["4-bit weights" if state or id(parameter) in packed else kind] += parameter.nbytes
         while state:
             sizes["4-bit weights"] += state.absmax.nbytes + state.code.nbytes
             state = state.state2
@@ -254,10 +269,11 @@ def count_bytes(model: nn.Module) -> dict[str, int]:
 
 
 def check_mostly_quantized(skeleton: Any) -> None:
-    """Raise ModelError for the skeleton of a model most of whose weights would stay in 16 bits, as fused experts do."""
+    """Raise ModelError for the skeleton of a model most of whose weights would stay in 16 bits, as unknown experts."""
     embeddings = (one for one in skeleton.modules() if isinstance(one, nn.Embedding))
     outside = {id(one.weight) for one in (*embeddings, skeleton.get_output_embeddings())}
     linears = {id(one.weight) for one in skeleton.modules() if isinstance(one, (nn.Linear, Conv1D))}
+    linears |= {id(stack) for _, stacks in find_experts(skeleton) for stack in stacks.values()}
     inside = {name: one for name, one in skeleton.named_parameters() if id(one) not in outside}
     loose = {name: one.numel() for name, one in inside.items() if id(one) not in linears}
     share = sum(loose.values()) / max(1, sum(one.numel() for one in inside.values()))

@@ -90,7 +90,7 @@ def keep_base(model: Any, place: Path, *, wanted: Keep) -> None:
             raise ModelError(f"it must be yours alone: chmod 700 {place.parent}")
         need_space(place.parent, 2 * size)
         with staged_folder(place) as stage:
-            model.save_pretrained(stage, max_shard_size="500MB")
+            model.save_pretrained(stage, max_shard_size="500MB", save_original_format=False)
         for path in place.parent.iterdir():  # kept bases, and what killed processes left of theirs
             ours = re.fullmatch(r"(\.(stage|trash)-)?[0-9a-f]{32}(-.*)?", path.name) and not path.is_symlink()
             if ours and time.time() - path.stat().st_mtime > _UNUSED_DAYS * 86400:

@@ -34,10 +34,10 @@ _MALLOC_KEEPS = 32 << 20  # bytes
 _BLOCK_ELEMENTS = 1 << 22
 
 
-def use_lean_linears(model: nn.Module) -> None:
+def use_lean_linears(model: Any) -> None:
     """Give every plain LoRA layer of `model` the lean forward: those with a variant (DoRA), a bias in B or several
     adapters keep PEFT's own."""
-    model.frozen_weights, inputs = FrozenWeights(), Inputs()  # type: ignore[assignment]
+    model.frozen_weights, inputs = getattr(model, "frozen_weights", None) or FrozenWeights(), Inputs()
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.forward = MethodType(_forward_saved, module)
@@ -58,13 +58,14 @@ def copy_bytes(model: nn.Module) -> int:
 
 
 class FrozenWeights:
-    """The weights of frozen linears in a compute dtype, in memory that the next reading uses again.
+    """The weights of frozen linears and experts in a compute dtype, in memory that the next reading uses again.
 
     What is read is used at once, in the order of one stream, so it does not matter which thread reads. Copies of 4-bit
     weights may be kept: all of them for the `run`, or a recomputed `layer`'s until its backward pass has used them.
     """
 
     def __init__(self) -> None:
+        self.whole = False  # stacks of experts are read at once, not expert by expert
         self.forget()
 
     def forget(self, keep: Literal["run", "layer"] | None = None) -> None:
@@ -81,13 +82,13 @@ class FrozenWeights:
         recomputing = again and torch._C._current_graph_task_id() >= 0
         if self.keep == "run" or (self.keep == "layer" and recomputing):
             self._buffer = torch.empty(0)
-            self._kept[base] = self._dequantize(base).to(dtype)
+            self._kept[base] = self.dequantize(base.weight.data, base.weight.quant_state).to(dtype)
             self._buffer = torch.empty(0)  # it is the copy's
             return self._kept[base]
-        return self._dequantize(base).to(dtype)
+        return self.dequantize(base.weight.data, base.weight.quant_state).to(dtype)
 
-    def _dequantize(self, base: Any) -> Tensor:
-        packed, state = base.weight.data, base.weight.quant_state
+    def dequantize(self, packed: Tensor, state: Any) -> Tensor:
+        """The numbers that bitsandbytes describes by `state`, in its shape and dtype; valid until the next reading."""
         size = state.shape.numel()
         if not packed.is_cuda and size * state.dtype.itemsize <= _MALLOC_KEEPS:
             return bnb.functional.dequantize_4bit(packed, state)  # type: ignore[no-any-return]

@@ -54,11 +54,25 @@ def find_packed(files: Sequence[TensorFile]) -> dict[str, tuple[TensorSpec, dict
 def nf4_view(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight put into NF4 and taken out again, in `dtype`, that of training: what a 4-bit run computed with.
 
-    The same bits as `bitsandbytes.nn.Linear4bit` with double quantization, which the loader uses (a test compares).
+    The same bits as `bitsandbytes.nn.Linear4bit` with double quantization, which the loader uses (a test compares). Of
+    a stack of experts each matrix alone.
     """
+    if weight.dim() == 3:
+        return torch.stack([nf4_view(matrix, dtype) for matrix in weight])
     quantize = functional.quantize_4bit
-    codes, state = quantize(weight.to(dtype), blocksize=64, compress_statistics=True, quant_type="nf4")
+    codes, state = quantize(weight.to(dtype).contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4")
     return _dequantize(codes, state).view(weight.shape)
+
+
+def read_as_nf4(files: Mapping[str, TensorFile], dtype: torch.dtype, name: str, *, transposed: bool) -> Tensor:
+    """The tensor `name` as a 4-bit run saw it that joined those of `files`, one below the other, to one weight.
+
+    `transposed`: the run turned it before, as it is stored (in, out).
+    """
+    whole = torch.cat([file.read(one) for one, file in files.items()])
+    whole = nf4_view(whole.mT, dtype).mT if transposed else nf4_view(whole, dtype)
+    heights = [file.specs[one].shape[0] for one, file in files.items()]
+    return dict(zip(files, torch.split(whole, heights), strict=True))[name]
 
 
 def _dequantize(codes: Tensor, state: Any) -> Tensor:

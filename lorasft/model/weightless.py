@@ -31,8 +31,6 @@ def make_weightless(
         del decoder_layers(base)[depth:]
     if settings.quantization == "nf4" or hasattr(config, "quantization_config"):
         quantize_skeleton(base, dtype)
-    # bitsandbytes keeps the tables of its first call for all others: they are to have numbers in them.
-    bnb.functional.quantize_4bit(torch.zeros(64), compress_statistics=True, quant_type="nf4")
     for linear in base.modules():
         if isinstance(linear, bnb.nn.Linear4bit):
             _quantize(linear, torch.empty(linear.out_features, linear.in_features, dtype=dtype, device="meta"))
@@ -46,6 +44,7 @@ def plan_network(network: Network, model: Any) -> Network:
     """`network`, as it was verified, with the `model` without numbers in place of its own."""
     base = model.get_base_model()
     base.set_attn_implementation(network.causal.config._attn_implementation)
+    base.frozen_weights.whole = network.causal.frozen_weights.whole
     head = read_head(base, network.runs_on) if network.head else None
     call_by_segment(base, network.mixer)
     if network.lean:
@@ -99,6 +98,7 @@ def _fill(modules: list[nn.Module], *, device: torch.device) -> None:
         for name, old in [one for one in module.named_parameters(recurse=False) if one[1].is_meta]:
             if id(old) not in made:
                 made[id(old)] = nn.Parameter(_draw_like(old, device), requires_grad=old.requires_grad)
+                made[id(old)]._is_hf_initialized = not old.is_floating_point()  # type: ignore[attr-defined]
             setattr(module, name, made[id(old)])
         if isinstance(module, (nn.Linear, nn.Embedding)):  # else `initialize_weights` draws anew, and into 4-bit codes
             module.weight._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -106,7 +106,8 @@ def _fill(modules: list[nn.Module], *, device: torch.device) -> None:
 
 def _draw_like(given: Tensor, device: torch.device) -> Tensor:
     """Random numbers in the shape of `given`: a prime number of them, repeated, which is faster than to draw all."""
-    few = torch.empty(65_521, dtype=given.dtype, device=device).uniform_(-0.1, 0.1)
+    few = torch.empty(65_521, dtype=given.dtype, device=device)
+    few = few.uniform_(-0.1, 0.1) if few.is_floating_point() else few.random_()
     return few.repeat(-(-given.numel() // len(few)))[: given.numel()].view(given.shape)
 
 

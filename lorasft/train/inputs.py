@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate import PartialState
 
+from lorasft.adapter_files import adapts_experts
 from lorasft.artifact import find_artifact
 from lorasft.data.packing import Plan
 from lorasft.data.prepare import prepare
@@ -31,8 +32,9 @@ def read_inputs(recipe: Recipe, config: Any, folder: Path) -> RunInputs:
         start = find_artifact(adapter.start, base=recipe.model.base)
         start.require_adapter()
         fields = start.adapter_config
-        if "init_lora_weights" in fields and recipe.model.quantization == "nf4":
-            what = f"the {fields['init_lora_weights']} start of {adapter.start} does not belong on a base in 4 bit"
+        kind = fields.get("init_lora_weights") or ("experts'" if adapts_experts(fields) else None)
+        if kind and recipe.model.quantization == "nf4":
+            what = f"the {kind} start of {adapter.start} does not belong on a base in 4 bit"
             raise RecipeError(what, where="model.quantization", hint="model.quantization=none")
         sizes = {
             "rank": fields["r"],

@@ -87,8 +87,12 @@ def choose_layout(recipe: Recipe, inputs: RunInputs, model: Any, *, weightless: 
         wanted = kept.recomputed_layers if kept else None
     else:
         wanted = machine.activation_checkpointing * len(decoder_layers(weightless.get_base_model()))
-    planned = plan_network(network, weightless)
-    fit = choose_fit(planned, plan, rows, wanted=wanted, most=most, spare=spare)
+    planned, whole = plan_network(network, weightless), network.causal.frozen_weights.whole
+    for at_once in (kept.whole_experts and whole,) if kept else (whole, False) if whole else (False,):
+        planned.causal.frozen_weights.whole = network.causal.frozen_weights.whole = at_once
+        fit = choose_fit(planned, plan, rows, wanted=wanted, most=most, spare=spare)
+        if fit.holds:
+            break
     fit = choose_copies(planned, fit, kept.keep_16bit if kept and machine.keep_16bit == "auto" else machine.keep_16bit)
     recompute(network.causal, fit.recomputed)
     network.causal.frozen_weights.forget(fit.keep)

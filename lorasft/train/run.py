@@ -111,6 +111,8 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> tuple[Run, State]:
                 say(notice)
             layers = f"{run.layout.recomputed_layers} of {len(decoder_layers(network.causal))} layers"
             kept = "; weights kept in 16 bit" if fit.keep else ""
+            if any(hasattr(module, "is_concatenated") for module in network.causal.modules()):
+                say("the experts stay as they are: the adapter is on attention and shared linears that PEFT can adapt")
             say(f"on {network.device} in {run.layout.dtype}; activations: {layers} recomputed{kept}")
         run_heaviest_batch(run, fit, static)
         state = saved or State(0, inputs.prepared.key, metrics_bytes=0, layout=run.layout, run=secrets.token_hex(8))

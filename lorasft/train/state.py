@@ -32,6 +32,7 @@ class Layout:
     share_prefixes: Sharing = False
     processes: PositiveInt = 1
     keep_16bit: bool = False  # copies of 4-bit weights
+    whole_experts: bool = False  # those of a layer dequantized at once
 
 
 @dataclass(frozen=True)
@@ -104,4 +105,5 @@ class Run:
             share_prefixes=self.network.share,
             processes=self.ranks.count,
             keep_16bit=self.network.causal.frozen_weights.keep is not None,
+            whole_experts=self.network.causal.frozen_weights.whole,
         )

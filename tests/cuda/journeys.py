@@ -24,7 +24,7 @@ from lorasft.cli import main
 from lorasft.data.packing import make_micro_batches
 from lorasft.data.tokens import all_supervised
 from lorasft.model.adapter import attach_adapter, trainable
-from lorasft.model.base import count_bytes, load_base
+from lorasft.model.base import count_bytes, load_base, read_config
 from lorasft.model.linear import copy_bytes
 from lorasft.model.loss import Network, weighted_loss
 from lorasft.model.memory import dry_run, heaviest_batch
@@ -42,6 +42,9 @@ from lorasft.train.run import export_adapter, open_run
 Row = dict[str, Any]
 CONFIGS["qwen3-moe"] = lambda hidden: Qwen3MoeConfig(
     **shape(hidden), num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+)
+CONFIGS["packed"] = lambda hidden: Qwen3MoeConfig(
+    **shape(hidden), num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64
 )
 NAMES = ("llama", "qwen3", "gemma2", "gemma3", "gpt2", "qwen3-moe")
 FEW = ["train.steps=4", "data.eval=null", "run.eval_every=null", "run.save_every=2", "schedule.warmup=1"]
@@ -236,12 +239,37 @@ def launches(folder: str) -> Row:
     return found | {"memory": memory(f"{folder}/memory")}
 
 
-def memory(folder: str) -> list[list[float]]:
+def experts(folder: str) -> dict[str, Row]:
+    """How far losses and gradients of experts in 4 bit on the device are from the CPU's, all of a layer at once or one
+    by one; what was waited for; and memory over what was predicted.
+    """
+    make_base("packed", hidden=64).save_pretrained(folder)
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        want = None
+        for name, whole in (("cpu", False), ("at once", True), ("one by one", False)):
+            base = load_base(ModelSettings(base=folder, dtype=dtype), torch.device("cpu" if name == "cpu" else "cuda"))
+            network = with_adapter(base)
+            assert base.frozen_weights.whole == (name != "cpu")
+            base.frozen_weights.whole = whole
+            emu.clear()
+            losses = torch.stack([weighted_loss(network, batch) for batch in batches_of(network.share)])
+            losses.sum().backward()
+            waits = emu.waits()
+            got = [losses.detach().cpu(), *(one.grad.cpu() for one in trainable(network.causal).values())]
+            want = want or got
+            apart = [distance(*both) for both in zip(got, want, strict=True)]
+            found[f"{dtype}, {name}"] = {"losses": apart[0], "gradients": max(apart[1:]), "waits": waits}
+    return found | {"memory": {str(whole): memory(folder, "packed", whole) for whole in (True, False)}}
+
+
+def memory(folder: str, name: str = "llama", whole: bool = False) -> list[list[float]]:
     """What a micro-batch keeps and needs at its peak, over what was predicted, with 0, 1 and 3 layers recomputed."""
-    make_base("llama", hidden=128, layers=3).save_pretrained(folder)
+    make_base(name, hidden=128, layers=3).save_pretrained(folder)
     settings, device = ModelSettings(base=folder, dtype="bfloat16"), torch.device("cuda")
     network = with_adapter(load_base(settings, device))
-    planned = plan_network(network, make_weightless(network.causal.config, settings, AdapterSettings(rank=4), device))
+    network.causal.frozen_weights.whole = whole
+    planned = plan_network(network, make_weightless(read_config(folder), settings, AdapterSettings(rank=4), device))
     batch, found = heaviest_batch(network, longest=100, capacity=1000), []
     for count in (0, 1, 3):
         needs = dry_run(planned, batch, recomputed=count)

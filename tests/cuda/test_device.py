@@ -116,6 +116,18 @@ def test_architectures_in_bf16_are_as_near_as_on_the_cpu() -> None:
     assert {name for name, one in found.items() if one["notices"]} == {"gemma2"}  # no kernel has soft caps
 
 
+@pytest.mark.skipif(HELD_TO_AVX2, reason="torch has no bf16 attention here")
+def test_experts_in_4_bit_are_as_on_the_cpu(tmp_path: Path) -> None:
+    """All of a layer at once wait for nothing; one by one, for how many rows each has."""
+    found = journey("experts", tmp_path)
+    for name, ratios in found.pop("memory").items():
+        assert all(0.97 < ratio < 1.03 for pair in ratios for ratio in pair), (name, ratios)
+    for name, one in found.items():
+        losses, gradients = (1e-5, 1e-4) if "float32" in name else (1e-2, 0.1)
+        assert one["losses"] <= losses and one["gradients"] <= gradients, (name, one)
+    assert not found["bfloat16, at once"]["waits"] and found["bfloat16, one by one"]["waits"]
+
+
 def test_a_card_without_bf16_trains_in_fp32(done: dict[str, Row], folder: Path, on_cpu: Path) -> None:
     assert done["bf16"]["code"] == 0
     done = journey("old_card", folder / "old", EMU_CAP="7.5")
