@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from torch import nn
 
 from lorasft.commands.recipes import count_text
 from lorasft.model.attention import SEGMENTS
@@ -76,7 +77,10 @@ def measure(recipe: Recipe, *lengths: int) -> Sizes:
     base = model.get_base_model()
     keep_on_host(base, CPU, card=CARDS[0] << 30)
     base.set_attn_implementation(SEGMENTS)
-    network = Network(base, head=read_head(base, CPU), segments=True, lean=True, planned=CPU)
+    # What a run finds by probes: a module with a convolution mixes neighbours, and is called for each segment.
+    mixers = (type(one) for one in base.modules() if any(isinstance(part, nn.Conv1d) for part in one.children()))
+    mixer, head = next(mixers, None), read_head(base, CPU)
+    network = Network(base, head=head, segments=True, lean=True, mixer=mixer, planned=CPU)
     needs = (LIBRARIES + least_bytes(recipe, network, model, longest=length) for length in lengths)
     weights = sum(size for kind, size in count_bytes(base).items() if kind != "adapter")
     return Sizes(make_skeleton(config).num_parameters(), weights, tuple(needs))
