@@ -243,7 +243,7 @@ def synchronize(device: Any) -> None:
 def speed(scale: Scale) -> Cases:
     rig = make_rig(scale.shape("llama-3.1-8b"), scale.device)
     config, layers = rig.network.causal.config, rig.network.causal.config.num_hidden_layers
-    for size in (4096, 2048, 8192, 16384):
+    for size in (2048, 4096, 8192, 16384):
         batches = make_batches(scale.tokens(size), config.vocab_size, scale.data, count=4)
         for lean in (True, False):
             for recomputed in (0, layers):
@@ -255,7 +255,6 @@ def speed(scale: Scale) -> Cases:
             for keep, recomputed in (("layer", layers), ("run", 0)):
                 name = f"{size:,} tokens, 16-bit weights kept for the {keep}, {recomputed} recomputed"
                 yield name, functools.partial(rig.measure, batches, recomputed, keep)
-            rig.measure(batches, 0)
             yield "a micro-batch of 4,096", functools.partial(profile, rig, batches[0])
             for name, run in kernels(rig, scale.tokens(size)):
                 yield name, functools.partial(lambda run: {"ms": 1e3 * time_kernel(run, scale.device)}, run)
@@ -266,6 +265,7 @@ def profile(rig: Rig, batch: Any) -> Row:
     import torch
     from torch.autograd import DeviceType
 
+    rig.measure([batch], 0)
     with torch.profiler.profile(activities=torch.profiler.supported_activities()) as traced:
         started = time.perf_counter()
         rig.step(batch)
@@ -416,7 +416,7 @@ def run_trl(model: Any, lora: Any, rows: list[Any], total: int) -> Row:
 def caps(scale: Scale, *, shape: str, cases: list[tuple[float, int]]) -> Cases:
     import torch
 
-    from lorasft.model.free_memory import free_memory
+    from lorasft.model.free_memory import free_memory, out_of_memory
     from lorasft.model.memory import heaviest_batch
     from lorasft.train.layout import fewest_recomputed
 
@@ -432,7 +432,9 @@ def caps(scale: Scale, *, shape: str, cases: list[tuple[float, int]]) -> Cases:
             return found | rig.measure(
                 make_batches(tokens, rig.network.causal.config.vocab_size, scale.data), recomputed
             )
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             rig.optimizer.zero_grad(set_to_none=False)
             return found | {"recomputed": recomputed, "error": "out of memory"}
 
@@ -440,9 +442,8 @@ def caps(scale: Scale, *, shape: str, cases: list[tuple[float, int]]) -> Cases:
         yield "-", lambda: {"error": "needs CUDA"}
         return
     rig = make_rig(scale.shape(shape), scale.device)
-    rig.measure(make_batches(scale.tokens(1024), rig.network.causal.config.vocab_size, scale.data), 0)
     for cap, tokens in cases:
-        cap = cap / 256 if scale.tiny else cap
+        cap = cap / 4096 if scale.tiny else cap
         yield f"{cap:g} GiB, {tokens:,} tokens", functools.partial(train_within, cap, scale.tokens(tokens))
 
 
@@ -452,14 +453,14 @@ def waits(scale: Scale) -> Cases:
 
     rig = make_rig(scale.shape("qwen3-4b"), scale.device)
     (batch,) = make_batches(scale.tokens(4096), rig.network.causal.config.vocab_size, scale.data, count=1)
-    rig.measure([batch], 0)
 
     def count() -> Row:
-        torch.cuda.set_sync_debug_mode("warn")
+        rig.measure([batch], 0)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
             rig.step(batch)
-        torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.set_sync_debug_mode("default")
         places = [f"{Path(one.filename).name}:{one.lineno}" for one in seen if "synchronizing" in str(one.message)]
         return {"waits": len(places), "where": dict.fromkeys(places, "")}
 

@@ -11,6 +11,7 @@ import torch
 from test_oracles import Rows, gradients, plain_step
 from tiny_models import make_base, randomize_adapter
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorasft.data.packing import make_micro_batches
 from lorasft.model.adapter import attach_adapter
@@ -45,6 +46,33 @@ def define(hidden: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor]
 
 def weights() -> Tensor:
     return torch.arange(1.0, PAIRS + 1)
+
+
+class Kernels(TorchDispatchMode):
+    """The names of the operations that read or write a whole matrix of `size` numbers, without views."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.names = size, list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [one for one in (*args, result) if isinstance(one, Tensor)]
+        if any(one.numel() == self.size for one in given) and not func.is_view:
+            self.names.append(func.overloadpacket.__name__)
+        return result
+
+
+def test_three_kernels_pass_over_the_logits_beside_the_products() -> None:
+    """A cast, a softmax and an exponential; what is gathered and scattered is one number of each row, and no token is
+    new."""
+    head = heads(torch.bfloat16)["plain"]
+    hidden = torch.randn(PAIRS, HIDDEN).bfloat16().requires_grad_()
+    with Kernels(PAIRS * VOCABULARY) as seen:
+        ChunkedLoss.apply(hidden, torch.randint(0, VOCABULARY, (PAIRS,)), head)
+    few = {"mm", "gather", "scatter_", "new_empty", "index", "index_copy_", "index_fill_"}
+    names = sorted(name for name in seen.names if name not in few)
+    assert names == ["_log_softmax", "_to_copy", "exp"]
 
 
 @pytest.mark.parametrize("kind", ["plain", "bias", "scaled", "capped"])

@@ -84,7 +84,7 @@ def _check_versions() -> str:
     if wrong:
         fix = shlex.join(["pip", "install", *wrong.values()])
         raise DeviceError(f"{', '.join(wrong)}; asked for: {', '.join(wrong.values())}", hint=fix)
-    return "as lorasft asks for"
+    return "as lorasft asks for" if own else "not compared: lorasft runs from its sources"
 
 
 def _check_device() -> str:

@@ -129,13 +129,13 @@ def attend(
     keys, values = segments.gather(key), segments.gather(value)
     heads, sizes = zip(*(row.shape[1::2] for row in (query, key, value)), strict=True)
     shape = Shape(heads, sizes, windowed=sliding_window is not None, open_scores=open_scores)
-    if segments.kernel and not dropout and segments.kernel(shape):
+    if segments.kernel and segments.kernel(shape):
         # torch's FlashAttention, causal from the bottom right: a window counts along the keys. `varlen_attn` around it
         # takes other arguments in each of torch 2.10, 2.11 and 2.12.
         q, k, v = (row.squeeze(0).transpose(0, 1) for row in (query, keys, values))  # (tokens, heads, size)
         begun, longest = segments.places[:2], (max(segments.lengths), max(segments.key_counts))
         reach = {"window_size_left": sliding_window - 1 if sliding_window else -1, "window_size_right": 0}
-        rows = _flash(q, k, v, *begun, *longest, 0.0, not sliding_window, False, scale=scale, **reach)[0]
+        rows = _flash(q, k, v, *begun, *longest, dropout, not sliding_window, False, scale=scale, **reach)[0]
         return rows.unsqueeze(0), None
     outputs = []
     parts = [torch.split(row, segments.key_counts, dim=2) for row in (keys, values)]

@@ -46,7 +46,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     `keep`: what is quantized is kept for the next start, and taken from there where an earlier one kept it.
     Raises ModelError, UnsafeError where remote code would be needed, and DeviceError for a GPU that is too old.
     """
-    check_device(device)
+    check_device(device, compute_dtype(settings.dtype, device))
     config = read_config(settings.base, settings.revision)
     check_files(settings.base)
     scheme = nf4_scheme(compute_dtype(settings.dtype, device), config)

@@ -158,7 +158,7 @@ class GatedProduct(torch.autograd.Function):
         with torch.enable_grad():
             gate = gate.detach().requires_grad_()
             active = ctx.act(gate)
-        return None, *torch.autograd.grad(active, gate, dy * up), dy * active.detach()
+        return None, *torch.autograd.grad(active, gate, dy * up), active.detach().mul_(dy)
 
 
 def _find_rotary(forward: FunctionType) -> partial[Any] | None:

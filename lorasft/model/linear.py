@@ -65,6 +65,7 @@ class FrozenWeights:
     """
 
     def __init__(self) -> None:
+        self.on_cpu = True  # or would be, if it had numbers: on a GPU it is torch that uses memory again
         self.whole = False  # stacks of experts are read at once, not expert by expert
         self.forget()
 
@@ -90,14 +91,12 @@ class FrozenWeights:
     def dequantize(self, packed: Tensor, state: Any) -> Tensor:
         """The numbers that bitsandbytes describes by `state`, in its shape and dtype; valid until the next reading."""
         size = state.shape.numel()
-        if not packed.is_cuda and size * state.dtype.itemsize <= _MALLOC_KEEPS:
+        if not self.on_cpu or packed.is_cuda or size * state.dtype.itemsize <= _MALLOC_KEEPS:
             return bnb.functional.dequantize_4bit(packed, state)  # type: ignore[no-any-return]
         if len(self._buffer) < size:
             self._buffer = torch.empty(size, dtype=state.dtype, device=packed.device)
         out = self._buffer[:size].view(state.shape)
-        if packed.is_cuda:
-            bnb.functional.dequantize_4bit(packed, state, out=out)
-        elif not packed.is_meta:
+        if not packed.is_meta:
             _dequantize_by_blocks(packed, state, out)
         return out
 

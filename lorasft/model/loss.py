@@ -61,7 +61,7 @@ def read_head(model: Any, device: torch.device | None = None) -> Head | None:
         return head
     share = torch.cuda.get_device_properties(device).total_memory // _MEMORY_SHARE
     chunk = min(max(1, share // (2 * len(linear.weight)) // _TILE) * _TILE, _MOST_PAIRS)
-    return replace(head, chunk=chunk, fp32_logits=1 << 22)
+    return replace(head, chunk=chunk, fp32_logits=1 << 24)
 
 
 @dataclass(frozen=True)

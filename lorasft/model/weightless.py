@@ -44,6 +44,7 @@ def plan_network(network: Network, model: Any) -> Network:
     """`network`, as it was verified, with the `model` without numbers in place of its own."""
     base = model.get_base_model()
     base.set_attn_implementation(network.causal.config._attn_implementation)
+    base.frozen_weights.on_cpu = network.runs_on.type == "cpu"
     base.frozen_weights.whole = network.causal.frozen_weights.whole
     head = read_head(base, network.runs_on) if network.head else None
     call_by_segment(base, network.mixer)

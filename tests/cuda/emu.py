@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -122,6 +123,20 @@ def _synchronize(device: Any = None) -> None:
     _synchronized += 1
 
 
+_found_before: dict[str, int] = {}
+
+
+def _debug_waits(mode: str) -> None:
+    """torch.cuda.set_sync_debug_mode: the waits since "warn" are told by "default", all at once."""
+    if mode == "warn":
+        _found_before.clear()
+        _found_before.update(waits())
+        return
+    for name, count in waits().items():
+        for _ in range(count - _found_before.get(name, 0)):
+            warnings.warn(f"called a synchronizing CUDA operation: {name}", stacklevel=2)
+
+
 def _properties(device: Any = None) -> SimpleNamespace:
     major, minor = CAPABILITY
     return SimpleNamespace(name="Emulated", total_memory=TOTAL, major=major, minor=minor, multi_processor_count=128)
@@ -147,6 +162,7 @@ def _install_device() -> None:
         "get_device_name": lambda device=None: "Emulated",
         "get_device_properties": _properties,
         "synchronize": _synchronize,
+        "set_sync_debug_mode": _debug_waits,
         "memory_allocated": lambda device=None: _lib.emu_live(),
         "max_memory_allocated": lambda device=None: _lib.emu_peak(),
         "memory_reserved": lambda device=None: _lib.emu_live(),
@@ -244,6 +260,12 @@ def _sequences(q: Tensor, k: Tensor, v: Tensor, cq: Tensor, ck: Tensor, mq: int,
         yield where, what, q[where].float(), *repeated
 
 
+def _drop(weights: Tensor, dropout: float, seed: int) -> Tensor:
+    """What the weights of one sequence are multiplied with: 0 where they drop out; the same for the same `seed`."""
+    draw = torch.Generator().manual_seed(seed)
+    return (torch.rand(weights.shape, generator=draw) >= dropout).float() / (1 - dropout)
+
+
 def _flash(
     q: Tensor,  # (queries, heads, size)
     k: Tensor,  # (keys, key heads, size)
@@ -267,11 +289,13 @@ def _flash(
     with _kernel("aten::_flash_attention_forward"):
         rows, logs = torch.empty(q.shape), torch.empty(q.shape[1], len(q))
         cpu = [one.cpu() for one in (q, k, v, cq, ck)]
+        seed = int(torch.randint(1 << 40, ())) if dropout else 0
         for where, _, qs, ks, vs in _sequences(*cpu, mq, mk):
             scores = _scores(qs, ks, scale, causal, window_size_left, window_size_right)
             logs[:, where] = scores.logsumexp(-1)
-            rows[where] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), vs)
-        state = torch.zeros(2, dtype=torch.int64, device="cuda")
+            weights = scores.softmax(-1)
+            rows[where] = torch.einsum("hqk,khd->qhd", weights * _drop(weights, dropout, seed + where.start), vs)
+        state = torch.tensor([seed, 0]).to("cuda")
         none = torch.zeros(1, device="cuda")
         return rows.to(q.dtype).to("cuda"), logs.to("cuda"), state, none, none[:0]
 
@@ -305,14 +329,15 @@ def _flash_back(
     with _kernel("aten::_flash_attention_backward"):
         grad_q, grad_k, grad_v = torch.zeros(q.shape), torch.zeros(k.shape), torch.zeros(v.shape)
         given, group = upstream.cpu().float(), q.shape[1] // k.shape[1]
-        cpu = [one.cpu() for one in (q, k, v, cq, ck)]
+        cpu, seed = [one.cpu() for one in (q, k, v, cq, ck)], seed.cpu()
         for where, what, qs, ks, vs in _sequences(*cpu, mq, mk):
             weights = _scores(qs, ks, scale, causal, window_size_left, window_size_right).softmax(-1)
-            grad_weights = torch.einsum("qhd,khd->hqk", given[where], vs)
+            kept = _drop(weights, dropout, int(seed[0]) + where.start)
+            grad_weights = torch.einsum("qhd,khd->hqk", given[where], vs) * kept
             grad_scores = weights * (grad_weights - (grad_weights * weights).sum(-1, keepdim=True)) * scale
             grad_q[where] = torch.einsum("hqk,khd->qhd", grad_scores, ks)
             grad_k[what] = torch.einsum("hqk,qhd->khd", grad_scores, qs).unflatten(1, (-1, group)).sum(2)
-            grad_v[what] = torch.einsum("hqk,qhd->khd", weights, given[where]).unflatten(1, (-1, group)).sum(2)
+            grad_v[what] = torch.einsum("hqk,qhd->khd", weights * kept, given[where]).unflatten(1, (-1, group)).sum(2)
         return tuple(one.to(q.dtype).to("cuda") for one in (grad_q, grad_k, grad_v))
 
 

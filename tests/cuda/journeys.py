@@ -6,6 +6,7 @@ import contextlib
 import gc
 import io
 import json
+import re
 import shutil
 import signal
 import sys
@@ -49,8 +50,10 @@ CONFIGS["packed"] = lambda hidden: Qwen3MoeConfig(
 NAMES = ("llama", "qwen3", "gemma2", "gemma3", "gpt2", "qwen3-moe")
 FEW = ["train.steps=4", "data.eval=null", "run.eval_every=null", "run.save_every=2", "schedule.warmup=1"]
 # Views and new memory are no work of the device.
-NO_LAUNCH = ("view", "transpose", "as_strided", "expand", "slice", "select", "squeeze", "aten::t", "detach", "alias",
-             "split", "permute", "empty", "reshape", "unbind", "resize")  # fmt: skip
+NO_LAUNCH = re.compile(
+    r"aten::(_unsafe_view|_reshape_alias|view|view_as|transpose|t|as_strided|expand|slice|select|squeeze|unsqueeze|detach"
+    r"|alias|split|split_with_sizes|permute|empty|empty_like|empty_strided|new_empty|reshape|unbind|resize_)(\..+)?"
+)
 
 
 def command(words: list[str]) -> Row:
@@ -234,7 +237,7 @@ def launches(folder: str) -> Row:
             for batch in batches_of(share=False)[:2]:
                 emu.clear()
                 weighted_loss(network, batch).backward()
-            counted.append(sum(number for one, number in emu.report().items() if not any(w in one for w in NO_LAUNCH)))
+            counted.append(sum(number for one, number in emu.report().items() if not NO_LAUNCH.fullmatch(one)))
         found[name] = (counted[1] - counted[0]) / 2
     return found | {"memory": memory(f"{folder}/memory")}
 

@@ -56,8 +56,28 @@ print(doctor._check_attention())
 """
 
 
+DROPPING = """
+import emu, torch
+from lorasft.model.attention import Paths, attend
+
+numbers = Paths([5, 3], [(), ()]).numbers
+paths = Paths([5, 3], [(), ()], False, lambda _: True, [torch.from_numpy(one).cuda() for one in numbers])
+q, k, v = (torch.randn(1, 2, 8, 16).cuda().bfloat16() for _ in range(3))
+compute = lambda rate: attend(torch.nn.Module(), q, k, v, None, dropout=rate, segments=paths)[0].float().cpu()
+emu.clear()
+mean = torch.stack([compute(0.3) for _ in range(300)]).mean(0)
+assert emu.report()["aten::_flash_attention_forward"] == 300
+whole, once = compute(0.0), compute(0.3)
+assert (mean - whole).norm() < 0.1 * whole.norm() < (once - whole).norm()
+"""
+
+
 def test_one_kernel_a_layer_computes_all_segments() -> None:
     run_emulated("-c", MODEL)
+
+
+def test_attention_that_drops_out_takes_the_kernel_too() -> None:
+    run_emulated("-c", DROPPING)
 
 
 def test_a_device_without_the_kernel_is_told_so_and_is_sound() -> None:
