@@ -25,9 +25,10 @@ from lorasft.artifact import find_artifact
 from lorasft.merge.merge import merge
 from lorasft.model.adapter import attach_adapter, write_adapter
 from lorasft.model.base import check_mostly_quantized, count_bytes, load_base, make_skeleton, read_config
+from lorasft.model.memory import dry_run, heaviest_batch
 from lorasft.model.selfcheck import verify
 from lorasft.model.tables import keep_on_host
-from lorasft.model.weightless import make_weightless
+from lorasft.model.weightless import make_sample, make_weightless, plan_network
 from lorasft.recipe import AdapterSettings, ModelSettings
 
 CPU = torch.device("cpu")
@@ -181,12 +182,20 @@ def test_towers_are_left_out_and_a_step_equals_the_whole_models(saved: tuple[str
     assert own == {name for name in names if not name.startswith(tuple(base.left_out))}
     assert make_skeleton(base.config).left_out == base.left_out
     network, rows = verify(base), Rows()
-    assert network.head and network.segments == (kind != "qwen-3.5"), network.notices
-    got = packed_step(model, network, rows, "token", 100 if network.segments else 1)
+    assert network.head and network.segments and not network.notices, network.notices
+    arguments = (base.config, ModelSettings(base="-", quantization="none", dtype="float32"), AdapterSettings(), CPU)
+    weightless = make_weightless(*arguments)
+    sample = verify(make_sample(weightless, *arguments).get_base_model())
+    assert sample.segments and sample.head
+    assert dry_run(
+        plan_network(network, weightless), heaviest_batch(network, longest=20, capacity=60), recomputed=0
+    ).peak
+    got = packed_step(model, network, rows, "token", 100)
     write_adapter(model, tmp_path, base=ModelSettings(base=str(folder)))
     want = plain_step(_on_whole(folder, tmp_path), rows, "token")
     whole, worst = differences(got[1], want[1])  # of Mistral 3 transformers' is 3e-6 from float64, ours 2e-6
-    assert got[0] == pytest.approx(want[0], rel=1e-6) and whole < 4e-6 and worst < 5e-6, (whole, worst)
+    limits = (1e-5, 1e-5) if kind == "qwen-3.5" else (4e-6, 5e-6)
+    assert got[0] == pytest.approx(want[0], rel=1e-6) and whole < limits[0] and worst < limits[1], (whole, worst)
 
 
 def test_a_merge_keeps_names_and_bytes_of_what_it_leaves_alone(saved: tuple[str, Path, Any], tmp_path: Path) -> None:
@@ -209,7 +218,9 @@ def test_a_merge_keeps_names_and_bytes_of_what_it_leaves_alone(saved: tuple[str,
     assert (_whole(folder)(input_ids=ids).logits - want).abs().max() > 0.01
     merge(artifact, four, check=False, quantize="nf4")
     packed, again = load_file(four / "model.safetensors"), _whole(four)
-    assert all(torch.equal(after[name], packed[name]) for name in before if re.search("vis|tower|audio|mtp", name))
+    assert all(
+        torch.equal(after[name], packed[name]) for name in before if re.search("visual|tower|multi_modal|mtp", name)
+    )
     towers = [again.get_submodule(path) for path in _trained(folder).get_base_model().left_out]
     inside = {type(module) for tower in towers for module in tower.modules()}
     assert Linear4bit not in inside and Linear4bit in {type(module) for module in again.modules()}

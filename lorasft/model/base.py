@@ -179,9 +179,9 @@ def find_quantized(config: Any) -> dict[str, bool]:
     """The language model's weights that `load_base` puts into NF4, by their paths, and whether files have (in, out)."""
     skeleton = make_skeleton(config)
     quantize_skeleton(skeleton, torch.bfloat16)
-    language, found = set(skeleton.get_decoder().modules()), {}
+    found = {}
     for path, module in skeleton.named_modules():
-        if module in language and isinstance(module, bnb.nn.Linear4bit):
+        if isinstance(module, bnb.nn.Linear4bit):
             found[f"{path}.weight"] = module.source_cls is Conv1D
         found |= {f"{path}.{name}": module.is_transposed for name in packed_parts(module)}
     return found

@@ -52,6 +52,13 @@ def packed_parts(module: nn.Module) -> dict[str, list[Tensor]]:
 class Nf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     """transformers' own for linears, which quantizes stacks of experts as well."""
 
+    def get_modules_to_not_convert(self, model: Any, *args: Any, **kwargs: Any) -> list[str]:
+        """Also linears beside the decoder, and with rows shorter than a block (Gemma 3n's mixing of four streams)."""
+        linears = {path: one for path, one in model.named_modules() if isinstance(one, nn.Linear)}
+        inside = set(model.get_decoder().modules())
+        kept = [path for path, one in linears.items() if one not in inside or one.in_features < BLOCK]
+        return [*super().get_modules_to_not_convert(model, *args, **kwargs), *kept]
+
     def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> None:
         super()._process_model_before_weight_loading(model, *args, **kwargs)
         self.experts, model.frozen_weights = find_experts(model), FrozenWeights()

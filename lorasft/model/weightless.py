@@ -60,7 +60,7 @@ def _shrink_vocabulary(config: Any, most: int = 8192) -> Any:
         for name in ("vocab_size", "vocab_size_per_layer_input"):
             if getattr(part, name, None):
                 setattr(part, name, min(most, getattr(part, name)))
-        part.pad_token_id = None  # an embedding refuses one beyond its end
+        part.pad_token_id = 0  # an embedding refuses one beyond its end, and Gemma 4 to have none
     return config
 
 
