@@ -129,7 +129,9 @@ def test_a_family_gives_what_transformers_does_with_its_dequantized_weights(name
     (got, got_gradients), (want, want_gradients) = results
     assert got == pytest.approx(want, rel=1e-6)
     whole, worst = differences(got_gradients, want_gradients)
-    assert whole < 2e-6 and worst < (1e-5 if name == "qwen-3.5-moe" else 5e-6), (whole, worst)
+    # Of gpt-oss transformers' own gradients in fp32 are up to 5e-6 from float64 (a router's bias).
+    most = {"gpt-oss": 4e-6}.get(name, 2e-6)
+    assert whole < most and worst < (1e-5 if name == "qwen-3.5-moe" else 5e-6), (whole, worst)
 
 
 class Toy(nn.Module):
