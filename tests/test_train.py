@@ -17,6 +17,7 @@ from test_oracles import Rows, packed_step
 from tiny_models import BF16, randomize_adapter
 from transformers import AutoModelForCausalLM
 
+from lorasft import files
 from lorasft.artifact import find_artifact
 from lorasft.cli import main
 from lorasft.files import sha256
@@ -188,6 +189,18 @@ def test_a_start_that_failed_leaves_a_folder_that_can_be_used(recipe: Write) -> 
     path = recipe()
     assert main(["train", path, "train.batch_size=64"]) == 2
     assert main(["train", path, "train.steps=3"]) == 0
+
+
+def test_what_tells_of_a_failed_start_is_removed_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ended midway by a second signal, it leaves a folder that the next start knows by its lock."""
+    removed: list[str] = []
+    monkeypatch.setattr(files, "_remove", lambda path: removed.append(path.name))
+    for number in range(20):  # the order of a set is another one for each folder
+        folder = tmp_path / str(number)
+        (folder / "tokens").mkdir(parents=True)
+        (folder / files.LOCK).touch()
+        files.remove_new(folder, (), ())
+    assert removed == ["tokens", files.LOCK] * 20
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
