@@ -79,7 +79,7 @@ class FrozenWeights:
             weight: Tensor = base.weight.detach().to(dtype)
             return weight.t() if isinstance(base, Conv1D) else weight
         if base in self._kept:
-            return self._kept[base] if again or self.keep == "run" else self._kept.pop(base)
+            return (self._kept[base] if again or self.keep == "run" else self._kept.pop(base)).to(dtype)
         recomputing = again and torch._C._current_graph_task_id() >= 0
         if self.keep == "run" or (self.keep == "layer" and recomputing):
             self._buffer = torch.empty(0)
@@ -284,7 +284,11 @@ def _is_fused(layer: Any) -> bool:
 
 
 def _compute_plainly(layer: Any, x: Tensor) -> Tensor:
-    y: Tensor = layer.base_layer(x)
+    base = layer.base_layer
+    if layer.weights.keep == "run":
+        y = F.linear(x, layer.weights.read(base, x.dtype), None if base.bias is None else base.bias.to(x.dtype))
+    else:
+        y = base(x)
     if layer.disable_adapters:
         return y
     (a, b, scaling), (dropout,) = _adapter(layer), layer.lora_dropout.values()

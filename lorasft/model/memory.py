@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -25,7 +26,7 @@ from lorasft.data.tokens import all_supervised
 from lorasft.model.adapter import trainable
 from lorasft.model.base import count_bytes
 from lorasft.model.loss import Network, pair_losses
-from lorasft.model.recompute import layer_kinds, only_first, recompute
+from lorasft.model.recompute import decoder_layers, layer_period, only_first, recompute
 from lorasft.model.trained import Trained
 
 # Share of the free memory that is planned with: the rest is for fragments and other programs.
@@ -102,32 +103,34 @@ def static_bytes(model: Any, optimizer: str) -> dict[str, int]:
     return {**count_bytes(model), "gradients": 4 * count, "optimizer": moments, "16-bit copies": copies}
 
 
-def dry_run(network: Network, batch: MicroBatch, *, recomputed: int) -> ActivationMemory:
+def dry_run(
+    network: Network, batch: MicroBatch, *, recomputed: int, run: Callable[[int, int], ActivationMemory] | None = None
+) -> ActivationMemory:
     """Run `batch` forwards and backwards on a `network` without weights, whose first `recomputed` layers recompute.
 
-    Where all layers do alike and repeat, few of them are run, and what more of them add is added.
+    Where the kinds of layers repeat, and those that do not recompute are whole periods, few layers are run, and what
+    more of them add is added. `run`: `run_first` on these two, which may remember what it found for an earlier call.
     Raises RuntimeError, NotImplementedError among them, where the model reads numbers to decide what it computes.
     """
-    kinds = layer_kinds(network.causal)
-    count = len(kinds)
-    period = next((size for size in range(1, count) if kinds[size:] == kinds[:-size]), count)
-    fewer, some = max(2, period + count % period) if count else 0, 0 < recomputed < count
-    if fewer + period >= count or (some and period > 1):
-        return run_layers(network, batch, recomputed)
-    short, long = (_run_first(network, batch, depth, min(recomputed, 1) * depth) for depth in (fewer, fewer + period))
+    run = run or partial(run_first, network, batch)
+    count, period = len(decoder_layers(network.causal)), layer_period(network.causal)
+    fewer, left = max(2, period + count % (period or 1)), count - recomputed
+    if not period or fewer + period >= count or (recomputed and left % period):
+        return run(count, recomputed)
+    short, long = (run(depth, min(recomputed, 1) * depth) for depth in (fewer, fewer + period))
     each, times = long.kept - short.kept, (count - fewer) // period
     if each != long.peak - short.peak:  # the peak is not where it is in a deep model
-        return run_layers(network, batch, recomputed)
+        return run(count, recomputed)
     kept, peak = short.kept + times * each, short.peak + times * each
-    if some:  # the last layers keep more, and going back through them takes what it does where none recomputes
-        plain, mixed = (_run_first(network, batch, fewer, number) for number in (0, fewer - 1))
-        kept += (count - recomputed) * (mixed.kept - short.kept)
-        peak = max(peak - (count - recomputed) * each, kept + plain.peak - plain.kept)
+    if recomputed and left:  # the last keep more, and going back through them takes what it does where none recomputes
+        plain, mixed = (run(fewer, number) for number in (0, fewer - period))
+        kept += left // period * (mixed.kept - short.kept)
+        peak = max(peak - left // period * each, kept + plain.peak - plain.kept)
     return ActivationMemory(kept, peak)
 
 
-def _run_first(network: Network, batch: MicroBatch, depth: int, recomputed: int) -> ActivationMemory:
-    """What `batch` needs on the first `depth` layers of `network`."""
+def run_first(network: Network, batch: MicroBatch, depth: int, recomputed: int) -> ActivationMemory:
+    """What `batch` needs on the first `depth` layers of `network`, of which the first `recomputed` recompute."""
     with only_first(network.causal, depth):
         return run_layers(network, batch, recomputed)
 

@@ -64,9 +64,16 @@ def layer_kinds(causal: Any) -> list[str]:
             settings = {
                 key: value
                 for key, value in vars(module).items()
-                if isinstance(value, (int, float, str)) and key not in ("layer_idx", "gradient_checkpointing")
+                if isinstance(value, (int, float, str))
+                and key not in ("layer_idx", "training", "gradient_checkpointing")
             }
             shapes = [(tuple(one.shape), one.requires_grad) for one in module.parameters(recurse=False)]
             parts.append(f"{name} {type(module).__name__} {settings} {shapes}")
         kinds.append("\n".join(parts))
     return kinds
+
+
+def layer_period(causal: Any) -> int:
+    """After how many layers of the list their kinds come again, to its end; 0 where they do not."""
+    kinds = layer_kinds(causal)
+    return next((size for size in range(1, len(kinds)) if kinds[size:] == kinds[:-size]), 0)

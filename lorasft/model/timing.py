@@ -53,9 +53,8 @@ def _time_batch(network: Network, kinds: Sequence[str], batch: MicroBatch, *, wi
     around = _time_first(network, batch, 0)
     each: dict[str, NDArray[np.float64]] = {}
     for kind in dict.fromkeys(kinds):
-        first = kinds.index(kind)
-        before = sum((each[one] for one in kinds[:first]), around)
-        each[kind] = np.maximum(0.0, _time_first(network, batch, first + 1) - before)
+        before = sum(each.values(), around)  # the sample skips all but the first of a kind
+        each[kind] = np.maximum(0.0, _time_first(network, batch, kinds.index(kind) + 1) - before)
     layers = sum((each[kind] for kind in kinds), np.zeros(2))
     return np.append(wider * around + layers, layers[0])
 

@@ -70,7 +70,7 @@ def make_sample(
     """The first layers of the PEFT model `whole`, which is on the meta device and was made with the same arguments, and
     all around the layers, with random numbers on `device`: time does not depend on the values.
 
-    There is a layer of each kind, and all of a kind share their numbers; most of the vocabulary is left out.
+    The first layer of each kind computes, the others hand on what they are given; most of the vocabulary is left out.
     """
     kinds = layer_kinds(whole.get_base_model())
     depth = 1 + max(map(kinds.index, kinds), default=-1)
@@ -80,10 +80,15 @@ def make_sample(
     for index, kind in enumerate(kinds[:depth]):
         if (first := kinds.index(kind)) < index:
             layers[index] = copy.copy(layers[first])
+            layers[index].__class__ = type("Skipped", (type(layers[first]),), {"forward": _hand_on})
     _fill([*base.modules()], device=device)
     base.initialize_weights()
     patch_linear4bit(base, device, base.name_or_path)
     return model
+
+
+def _hand_on(_: Any, hidden: Tensor, *__: Any, **___: Any) -> Tensor:
+    return hidden
 
 
 @torch.no_grad()

@@ -2,9 +2,9 @@
 
 What the recipe states under `machine` is taken; what it leaves to `auto` is kept from the checkpoint when a run is
 resumed, else chosen by what was verified on the model, by the lengths of the data and by the memory that is free. When
-memory runs out all the same, the work is done again with less: first without 16-bit copies of weights; then in
-micro-batches of half the tokens, down to the longest sequence; then all layers recompute their activations; then the
-run ends with the rows that did not fit.
+memory runs out all the same, the work is done again with less: first without 16-bit copies of weights; then with
+experts one by one; then in micro-batches of half the tokens, down to the longest sequence; then all layers recompute
+their activations; then the run ends with the rows that did not fit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -28,8 +28,8 @@ from lorasft.errors import CapacityError, first_line
 from lorasft.model.free_memory import out_of_memory
 from lorasft.model.linear import copy_bytes
 from lorasft.model.loss import Network
-from lorasft.model.memory import ActivationMemory, dry_run
-from lorasft.model.recompute import decoder_layers, recompute, recomputed_layers
+from lorasft.model.memory import ActivationMemory, dry_run, run_first
+from lorasft.model.recompute import decoder_layers, layer_period, recompute, recomputed_layers
 from lorasft.model.selfcheck import verify
 from lorasft.model.weightless import plan_network
 from lorasft.recipe import Auto, Recipe
@@ -170,14 +170,20 @@ def fewest_recomputed(
     network: Network, batch: MicroBatch, *, free: int, wanted: int | None = None
 ) -> tuple[int, ActivationMemory | None]:
     """The fewest layers to recompute for a peak within 90 % of `free` bytes, else all, or those `wanted`; and what
-    `batch` then needs, found without weights: None where the model reads numbers.
+    `batch` then needs, found without weights: None where the model reads numbers. Where the kinds of layers repeat,
+    whole periods are chosen.
     """
     layers = len(decoder_layers(network.causal))
-    needs = cache(lambda count: dry_run(network, batch, recomputed=count))
+    run = cache(partial(run_first, network, batch))
+
+    def needs(count: int) -> ActivationMemory:
+        return dry_run(network, batch, recomputed=count, run=run)
+
     try:
         if wanted is None:
+            counts = range(layers, 0, -(layer_period(network.causal) or 1))[::-1]
             none = not layers or needs(0).fits(free)
-            wanted = 0 if none else bisect_left(range(layers), True, lo=1, key=lambda count: needs(count).fits(free))
+            wanted = 0 if none else counts[bisect_left(counts[:-1], True, key=lambda one: needs(one).fits(free))]
         return wanted, needs(wanted)
     except (LookupError, TypeError, ValueError, RuntimeError) as error:  # it reads numbers: what needs least
         say(f"the memory of a step is not known beforehand: {first_line(error)}")
@@ -236,9 +242,13 @@ def retry_on_oom(run: Run, work: Callable[[], Result]) -> Result:
             torch.cuda.empty_cache()
         run.optimizer.zero_grad(set_to_none=False)
         layers, tokens = len(decoder_layers(run.network.causal)), run.plan.micro_batch_tokens
-        if run.network.causal.frozen_weights.keep:
-            run.network.causal.frozen_weights.forget()
+        weights = run.network.causal.frozen_weights
+        if weights.keep:
+            weights.forget()
             say(f"{error.what}: from here on no weights are kept in 16 bit")
+        elif weights.whole:
+            weights.whole = False
+            say(f"{error.what}: from here on experts are dequantized one by one")
         elif error.tokens > error.longest:
             run.plan = replace(run.plan, micro_batch_tokens=max(error.longest, min(error.tokens, tokens) // 2))
             say(f"{error.what}: from here on micro-batches of {run.plan.micro_batch_tokens} tokens")

@@ -50,6 +50,7 @@ def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
         model = make_weightless(config, recipe.model, recipe.adapter, device)
         keep_on_host(model.get_base_model(), device, card=memory)
         sample = make_sample(model, config, recipe.model, recipe.adapter, device)
+        sample.get_base_model().frozen_weights.forget("run")  # the probes read each weight many times
         static = static_bytes(model, recipe.optimizer.name)
         spare = given - libraries - sum(static.values())
         network, fit = choose_layout(recipe, inputs, sample, weightless=model, spare=spare)
