@@ -9,16 +9,14 @@ from collections.abc import Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorasft.data import keys
 from lorasft.data.folders import find_files
 from lorasft.data.report import Report
 from lorasft.data.sources import Raw, Row, RowLocation, drop_nulls, load_hub, parse_row, parse_strict, read_file
 from lorasft.errors import DataError
-
-if TYPE_CHECKING:
-    from lorasft.recipe import DataSettings, DataSource
+from lorasft.recipe import DataSettings, DataSource
 
 Message = dict[str, Any]
 BLOCK = 512  # rows that are prepared at once

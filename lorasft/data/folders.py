@@ -6,14 +6,11 @@ from __future__ import annotations
 import glob
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lorasft.errors import DataError, RecipeError, UnsafeError
 from lorasft.hub import is_hub_id
+from lorasft.recipe import DataSource
 from lorasft.recipe.yaml_reader import parse_yaml
-
-if TYPE_CHECKING:
-    from lorasft.recipe import DataSource
 
 KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSED = (".gz", ".zst", ".bz2")

@@ -25,12 +25,10 @@ from lorasft.data.store import TYPES, Arrays, TokenStore, append_arrays, map_sto
 from lorasft.data.workers import available_workers, map_blocks
 from lorasft.errors import DataError, LorasftError, ModelError
 from lorasft.files import remove_folder, replace_file, sha256, staged_folder, verify_folder, write_file
-from lorasft.recipe import PLACES
+from lorasft.recipe import PLACES, ChatSettings, DataSettings, DataSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-    from lorasft.recipe import ChatSettings, DataSettings, DataSource
 
 SCHEMA = 6  # raised whenever the same ingredients give other tokens, or the same tokens lie otherwise in the folder
 

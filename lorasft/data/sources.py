@@ -15,14 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from lorasft.data.folders import COMPRESSED, KINDS, SPLITS, kind_of
 from lorasft.errors import DataError, UnsafeError
 from lorasft.hub import find_hub, refuse_offline
-
-if TYPE_CHECKING:
-    from lorasft.recipe import DataSource
+from lorasft.recipe import DataSource
 
 Row = dict[str, Any]
 Raw = Any  # a row as it was read: bytes of JSON, a value, or the DataError that stands for it
