@@ -119,7 +119,7 @@ def _find_4bit(places: Mapping[str, TensorFile]) -> dict[str, StoredWeight]:
 
 def _unpack_4bit(codes: Tensor, *parts: Tensor, names: Sequence[str], shape: tuple[int, ...]) -> Tensor:
     """The same bits as bitsandbytes' own."""
-    state = {name.removeprefix(f"{names[0]}."): part for name, part in zip(names[1:], parts, strict=True)}
+    state = dict(zip(names[1:], parts, strict=True))
     return _dequantize(codes, functional.QuantState.from_dict(state, device=torch.device("cpu"))).view(shape)
 
 
