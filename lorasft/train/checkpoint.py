@@ -17,7 +17,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -255,23 +255,22 @@ def save(run: Run, state: State) -> State:
     return state
 
 
+@dataclass
 class CheckpointSaver:
-    """The saves of a run: since when, and whether the last one failed."""
+    """The saves of a run: what was saved, when the last save was tried, and whether it failed."""
 
-    def __init__(self, state: State, *, minutes: float | None) -> None:
-        self.last = state
-        self.minutes = minutes
-        self.time = time.monotonic()
-        self.failed = False
+    last: State
+    tried: float = field(default_factory=time.monotonic)
+    failed: bool = False
 
-    def overdue(self) -> bool:
-        """Whether `run.save_minutes` have passed since the last save."""
-        return self.minutes is not None and time.monotonic() - self.time > 60 * self.minutes
+    def overdue(self, minutes: float | None) -> bool:
+        """Whether so many `minutes` have passed since the last save."""
+        return minutes is not None and time.monotonic() - self.tried > 60 * minutes
 
     def attempt(self, run: Run, state: State, *, final: bool) -> State:
         """Save. When disk or memory does not allow it, say so and continue with what was saved before; raises
         CapacityError when that happens twice in a row, or in the `final` save of a run."""
-        self.time = time.monotonic()
+        self.tried = time.monotonic()
         try:
             self.last = save(run, state)
         except (OSError, RuntimeError, MemoryError, CapacityError, RecipeError) as error:

@@ -29,7 +29,7 @@ from lorasft.data.untrained import refuse_untrained
 from lorasft.errors import DivergedError
 from lorasft.files import replace_file, staged_folder, verify_folder, write_file
 from lorasft.model.adapter import attach_adapter, load_adapter, write_adapter
-from lorasft.model.base import check_device, check_files, compute_dtype, load_base, patch_linear4bit, read_generation
+from lorasft.model.base import check_files, compute_dtype, load_base, patch_linear4bit, read_generation
 from lorasft.model.free_memory import free_memory
 from lorasft.model.generate import own_stops
 from lorasft.model.memory import static_bytes
@@ -81,8 +81,7 @@ def _prepare(recipe: Recipe, *, resume: bool, held: ExitStack) -> RunInputs:
 def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> tuple[Run, State]:
     device, saved = PartialState().device, inputs.saved
     with ranks.sync_errors():
-        dtype = compute_dtype(inputs.saved.layout.dtype if inputs.saved else recipe.model.dtype, device)
-        check_device(device, dtype)
+        dtype = compute_dtype(saved.layout.dtype if saved else recipe.model.dtype, device)
         settings = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
         weightless = make_weightless(inputs.config, settings, inputs.adapter, device)
         patch_linear4bit(weightless, device, recipe.model.base)  # refused before weights are read
