@@ -301,15 +301,13 @@ def check_mostly_quantized(skeleton: Any) -> None:
 def quiet_progress() -> Iterator[None]:
     """transformers draws its own bars on stderr even where there is no terminal, and tables of what it did not find."""
     log = transformers.utils.logging
-    shown, level = log.is_progress_bar_enabled(), log.get_verbosity()
-    log.disable_progress_bar()
-    log.set_verbosity_error()
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(log.set_verbosity, log.get_verbosity())
+        if log.is_progress_bar_enabled():
+            stack.callback(log.enable_progress_bar)
+        log.disable_progress_bar()
+        log.set_verbosity_error()
         yield
-    finally:
-        log.set_verbosity(level)
-        if shown:
-            log.enable_progress_bar()
 
 
 @contextlib.contextmanager
