@@ -153,10 +153,8 @@ def _prepare_block(
         examples = list(shape_block(block, data, report=report))
         if encode and not report.errors:
             encoded = list(labeler.encode_all(examples, report=report))
-            packed = pack_examples(
-                file, [one.place.line for one in examples], [one.digest for one in examples], encoded
-            )
-            packed["held_out"] = np.full(len(examples), apart)
+            lines, digests = [one.place.line for one in examples], [one.digest for one in examples]
+            packed = pack_examples(encoded, files=file, lines=lines, digests=digests, held_out=apart)
     except LorasftError as raised:
         error = raised
     return report, error, packed
