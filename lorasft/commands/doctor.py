@@ -130,9 +130,12 @@ def _check_nf4() -> str:
 
 
 def _check_attention() -> str:
-    from lorasft.model.health import try_attention
+    from lorasft.model.base import load_base
+    from lorasft.model.selfcheck import verify
+    from lorasft.recipe.load import load_recipe
 
-    network = try_attention(_find_device())
+    settings = load_recipe("tiny").model.model_copy(update={"quantization": "none"})  # its base is shipped
+    network = verify(load_base(settings, _find_device()))
     if not (network.segments and network.share and network.head):  # a slower attention is right all the same
         raise DeviceError("; ".join(network.notices), hint="pip install -U torch transformers")
     fine = "packed sequences do not see each other; shared prefixes and the loss are exact"

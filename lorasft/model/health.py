@@ -1,4 +1,4 @@
-"""Does training work on this device? Two small computations, beside the same in float64 and one sequence at a time."""
+"""Does 4 bit work on this device? A small computation, beside the same in float64."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import get_4bit_type
 
-from lorasft.model.base import compute_dtype, load_base
-from lorasft.model.loss import Network
-from lorasft.model.selfcheck import verify
-from lorasft.recipe.load import load_recipe
+from lorasft.model.base import compute_dtype
 
 
 def nf4_error(device: torch.device) -> tuple[float, float]:
@@ -32,9 +29,3 @@ def nf4_error(device: torch.device) -> tuple[float, float]:
     found = (out.detach().t(), *torch.autograd.grad(out, entered, identity))
     error = max(float((one.cpu().double() - weight).abs().max() / weight.max()) for one in found)
     return error, 1e-5 if dtype == torch.float32 else 2e-2
-
-
-def try_attention(device: torch.device) -> Network:
-    """What is verified of the base of the recipe `tiny`, which is shipped, and how its losses would be computed."""
-    settings = load_recipe("tiny").model
-    return verify(load_base(settings.model_copy(update={"quantization": "none"}), device))
