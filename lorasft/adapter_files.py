@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Required
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import AfterValidator, ConfigDict, Field, PositiveFloat, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
 from lorasft.errors import ModelError, UnsafeError, in_words
@@ -57,7 +57,6 @@ def _check_pattern(pattern: str) -> str:
 
 _Pattern = Annotated[str, AfterValidator(_check_pattern)]
 _Rank = Annotated[int, Field(ge=1, le=1024)]
-_Positive = Annotated[float, Field(gt=0)]
 _Index = Annotated[int, Field(ge=0, lt=1 << 20)]  # of a token, for which an embedding may have to grow
 
 
@@ -68,12 +67,12 @@ class _Fields(TypedDict, total=False):
     base_model_name_or_path: str
     revision: str
     r: Required[_Rank]
-    lora_alpha: Required[_Positive]
+    lora_alpha: Required[PositiveFloat]
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     target_parameters: list[str]
     modules_to_save: list[str]
     rank_pattern: dict[_Pattern, _Rank]
-    alpha_pattern: dict[_Pattern, _Positive]
+    alpha_pattern: dict[_Pattern, PositiveFloat]
     trainable_token_indices: list[_Index] | dict[str, list[_Index]]
     bias: Literal["none", "all", "lora_only"]
     fan_in_fan_out: bool

@@ -151,8 +151,8 @@ def attend(
         # takes other arguments in each of torch 2.10, 2.11 and 2.12.
         q, k, v = (row.squeeze(0).transpose(0, 1) for row in (query, keys, values))  # (tokens, heads, size)
         begun, longest = segments.places[:2], (max(segments.lengths), max(segments.key_counts))
-        reach = {"window_size_left": sliding_window - 1 if sliding_window else -1, "window_size_right": 0}
-        given, how = (*begun, *longest, dropout, not sliding_window), {"scale": scale, **reach}
+        given = (*begun, *longest, dropout, not sliding_window)
+        how = {"scale": scale, "window_size_left": (sliding_window or 0) - 1, "window_size_right": 0}  # -1: no window
         if s_aux is not None:
             return SinkAttention.apply(q, k, v, s_aux, given, how).unsqueeze(0), None  # type: ignore[no-untyped-call]
         return _flash(q, k, v, *given, False, **how)[0].unsqueeze(0), None

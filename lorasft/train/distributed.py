@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from lorasft.errors import DeviceError, LorasftError
 from lorasft.signals import StopRequest
@@ -79,9 +79,8 @@ class Ranks:
     def on_main(self, work: Callable[[], T]) -> T:
         """What `work` gives the first process, told to the others, which wait. Its error ends them all."""
         with self.sync_errors():
-            told: Any = work() if self.is_main else None
-        value: T = self.gather(told)[0]
-        return value
+            told = [work()] if self.is_main else []
+        return self.gather(told)[0][0]
 
     @contextlib.contextmanager
     def sync_errors(self) -> Iterator[None]:
