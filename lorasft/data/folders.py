@@ -92,7 +92,7 @@ def _from_readme(folder: Path, config: str | None) -> dict[Path, str]:
         name = config or [*marked, *(configs if len(configs) == 1 else ["default"])][0]
         if configs and name not in configs:
             hint = f"'data.train={{path: {folder}, config: {min(configs)}}}'"
-            raise DataError(f"configurations in its README: {', '.join(configs)}", where=str(folder), hint=hint)
+            raise DataError(f"configurations in its README: {', '.join(configs)}", where=folder, hint=hint)
         if "data_files" not in configs[name] and ".." not in (below := str(configs[name]["data_dir"])):
             return _by_names(folder / below)
         from datasets.data_files import sanitize_patterns

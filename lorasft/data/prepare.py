@@ -80,7 +80,7 @@ def open_prepared(folder: Path) -> Prepared:
     verify_folder(folder)
     record = json.loads((folder / "prepared.json").read_bytes())
     if record["ingredients"]["schema"] != SCHEMA:
-        raise ModelError("another version of lorasft prepared this data", where=str(folder))
+        raise ModelError("another version of lorasft prepared this data", where=folder)
     store = map_store(folder, record["names"])
     return Prepared(
         folder=folder,

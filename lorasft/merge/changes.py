@@ -162,7 +162,7 @@ class AdapterReader:
 
     def error(self, what: str, *, hint: str = "--base with what it was trained on, or fetch it again") -> ModelError:
         """The error for files that do not fit each other or the base."""
-        return ModelError(what, where=str(self.folder), hint=hint)
+        return ModelError(what, where=self.folder, hint=hint)
 
     def list_untied(self) -> Iterator[tuple[str, Change]]:
         """The changes by parameter, those of a tied embedding and head as one.

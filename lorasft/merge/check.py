@@ -94,7 +94,7 @@ class MergeCheck:
         off, moved = mean_kl(wanted, self.ask(merged, "merged")), self.table["without the adapter"]["kl"]
         if not off <= max(moved, _ROUNDING):
             what = f"the merged model does not answer like its base with the adapter: {off:.1e} nats a token apart"
-            raise ModelError(what, where=str(merged), hint=f"the adapter moves the base by {moved:.1e}")
+            raise ModelError(what, where=merged, hint=f"the adapter moves the base by {moved:.1e}")
 
     def ask(self, folder: Path, name: str) -> Tensor:
         """Ask the model in `folder` and put it into the table. Returns its log-probabilities."""

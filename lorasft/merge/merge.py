@@ -104,7 +104,7 @@ def _write_full(folder: Path, artifact: Artifact, plan: MergePlan, *, onto: Onto
     changed, hashes = write_weights(folder, plan, nf4=nf4)
     if not changed:
         what = "no weight changed: the adapter is empty, or too small for the base's dtype"
-        raise ModelError(what, where=str(artifact.adapter))
+        raise ModelError(what, where=artifact.adapter)
     write_sidecars(folder, artifact, rewrite_config(plan, artifact.base_config))
     return hashes
 

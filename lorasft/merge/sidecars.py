@@ -83,7 +83,7 @@ def compare_prompts(artifact: Artifact, merged: Path, rows: Sequence[Tokens]) ->
         same["prompts"] &= prompt is None or prompt == _render(found, ChatSettings(), roles)
     same["ends of answers"] = trained.eos_token_id in (None, found.eos_token_id, *read_stops(merged))
     if wrong := [what for what, holds in same.items() if not holds]:
-        raise ModelError(f"the merged folder gives other {', '.join(wrong)} than the adapter's", where=str(merged))
+        raise ModelError(f"the merged folder gives other {', '.join(wrong)} than the adapter's", where=merged)
 
 
 def _render(tokenizer: Any, chat: ChatSettings, roles: Sequence[str]) -> list[int] | None:

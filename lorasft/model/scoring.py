@@ -126,7 +126,7 @@ def score_answers(network: Network, answers: Sequence[Answer]) -> list[dict[str,
         scores.append({name: float(numbers.sum()) for name, numbers in sums.items()})
         if not all(map(math.isfinite, scores[-1].values())):
             what = f"the log-probabilities of an answer are not finite, in {network.causal.dtype}"
-            raise DivergedError(what, where=str(answer.place), hint="another --dtype; else the weights are broken")
+            raise DivergedError(what, where=answer.place, hint="another --dtype; else the weights are broken")
     return scores
 
 
