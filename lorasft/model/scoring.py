@@ -57,7 +57,7 @@ def score_batches(
                 share=network.share,
                 rope_switch_length=network.rope_switch_length,
             )
-            for batch in assign_to_rank(tuple(batches), index, processes):
+            for batch in assign_to_rank(batches, index, processes):
                 with torch.no_grad(), explain(batch):
                     losses = pair_losses(network, batch)
                 yield batch, losses
@@ -72,7 +72,7 @@ def log_probabilities(
     rows = [(all_supervised(ids),) for ids in sequences]
     for batch, losses in score_batches(network, rows.__getitem__, scored, capacity=capacity):
         found = -losses.double().cpu().numpy()
-        for example in set(batch.examples.tolist()):
+        for example in np.unique(batch.examples):
             scores[example][:] = found[batch.examples == example]
     return scores
 
