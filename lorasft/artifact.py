@@ -119,8 +119,7 @@ class Artifact:
         trained = self.provenance.get("fingerprint")
         if trained and not force_base and trained != fingerprint(self.base):
             what = "this base is not the one that the adapter was trained on"
-            hint = "--base FOLDER with the files of training, or --force-base"
-            raise ModelError(what, where=self.base, hint=hint)
+            raise ModelError(what, where=self.base, hint="--base FOLDER with the files of training, or --force-base")
 
 
 def find_artifact(name: str, *, base: str | None = None) -> Artifact:

@@ -23,8 +23,7 @@ from lorasft.cli import main
 from lorasft.commands import doctor
 from lorasft.errors import CapacityError, DeviceError
 from lorasft.hub import hub_error
-from lorasft.model.base import load_base
-from lorasft.model.health import nf4_error
+from lorasft.model.base import load_base, nf4_error
 from lorasft.model.selfcheck import verify
 from lorasft.recipe.load import load_recipe
 

@@ -61,8 +61,7 @@ def run(hub: bool, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"ok": not failed, "checks": findings}, indent=1))
     if failed:
-        what = f"{len(failed)} of {len(findings)} checks failed: {', '.join(failed)}"
-        raise DeviceError(what, hint="see above")
+        raise DeviceError(f"{len(failed)} of {len(findings)} checks failed: {', '.join(failed)}", hint="see above")
 
 
 def _check_library(name: str) -> str:
@@ -119,7 +118,7 @@ def _check_memory() -> str:
 
 
 def _check_nf4() -> str:
-    from lorasft.model.health import nf4_error
+    from lorasft.model.base import nf4_error
 
     device = _find_device()
     error, most = nf4_error(device)

@@ -97,8 +97,7 @@ def open_prepared(folder: Path) -> Prepared:
 def read_ingredients(folder: Path, key: str) -> dict[str, Any]:
     """What the tokens in `folder/<key>` were made from; nothing when they are gone."""
     try:
-        record = json.loads((folder / key[:16] / "prepared.json").read_bytes())
-        return dict(record["ingredients"])
+        return dict(json.loads((folder / key[:16] / "prepared.json").read_bytes())["ingredients"])
     except (OSError, ValueError, KeyError):
         return {}
 

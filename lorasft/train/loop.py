@@ -95,8 +95,7 @@ def train(run: Run, state: State) -> State:
             planned = settings.save_every and number % settings.save_every == 0
             best = settings.keep_best and state.best_step == number
             if last or planned or best or stop.save or stop.signal:
-                final = bool(last or stop.signal)
-                state = run.ranks.on_main(partial(saver.attempt, run, state, final=final))
+                state = run.ranks.on_main(partial(saver.attempt, run, state, final=last or stop.signal > 0))
             if stop.signal and (not last or state.evaluation_due):
                 raise Stopped(exit_code(stop.signal), f"stopped after step {number} of {run.plan.steps}, saved")
     return state
