@@ -49,8 +49,9 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         _sync(path)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Create `path` with `content`, fsync it and read it back. Raises CapacityError where the disk differs."""
+def write_file(path: Path, content: bytes | str) -> None:
+    """Create `path`, text in UTF-8, fsync it and read it back. Raises CapacityError where the disk differs."""
+    content = content.encode() if isinstance(content, str) else content
     with new_file(path) as file, effect("write", path):
         file.write(content)
         file.flush()
@@ -73,7 +74,7 @@ def staged_file(target: Path) -> Iterator[Path]:
         raise
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes | str) -> None:
     """Put `content` under `path`, whole or not at all."""
     with staged_file(path) as stage:
         write_file(stage, content)
@@ -140,7 +141,7 @@ def commit_folder(stage: Path, target: Path, *, hashes: Mapping[str, str]) -> No
         if path.is_file():
             name = path.relative_to(stage).as_posix()
             entries[name] = {"bytes": path.stat().st_size, "sha256": hashes.get(name) or sha256(path)}
-    write_file(stage / MANIFEST, json.dumps(entries, indent=1).encode())
+    write_file(stage / MANIFEST, json.dumps(entries, indent=1))
     _sync(stage)
     rename(stage, target)
 

@@ -49,7 +49,7 @@ def run(action: str, name: str | None, to: str | None, memory: int | None, as_js
         source, target = find_shipped(name or ""), Path(to or ".")
         target = target / source.name if target.is_dir() else target
         make_folder(target.absolute().parent)
-        write_file(target, portable_text(source).encode())
+        write_file(target, portable_text(source))
         say(f"wrote {target}")
 
 

@@ -71,7 +71,7 @@ def prepare(
     with staged_folder(target) as stage:
         record = _write_store(stage, data, labeler, workers or available_workers())
         record |= {"key": key, "ingredients": ingredients, "stop_ids": labeler.format.stop_ids}
-        write_file(stage / "prepared.json", json.dumps(record).encode())
+        write_file(stage / "prepared.json", json.dumps(record))
     return open_prepared(target)
 
 

@@ -48,7 +48,7 @@ def write_ollama(model: Path, out: Path, *, kind: Kind = "f16") -> dict[str, Any
         written = write_gguf(model, stage / WEIGHTS, kind=kind)
         if context := written["short_context"]:
             modelfile += f"PARAMETER num_ctx {max(context, written['longest_row'] or 0)}\n"
-        write_file(stage / MODELFILE, modelfile.encode())
+        write_file(stage / MODELFILE, modelfile)
     trims = any(_cut(tokenizer, shape) and not _cut(tokenizer, shape, blank="\n ") for shape in ("u", "su", "uau"))
     return {**written, "file": str(out / WEIGHTS), "system": (_START, "system") in joints, "trims": trims}
 

@@ -129,8 +129,8 @@ def _write_record(stage: Path, artifact: Artifact, done: dict[str, Any]) -> dict
     )
     if artifact.chat.system is not None:
         card += "\nThe chat template puts the system message of training before conversations without one.\n"
-    files.write_file(stage / MERGE_RECORD, json.dumps(record, indent=1).encode())
-    files.write_file(stage / "README.md", card.encode())
+    files.write_file(stage / MERGE_RECORD, json.dumps(record, indent=1))
+    files.write_file(stage / "README.md", card)
     return record
 
 

@@ -202,7 +202,7 @@ def write_adapter(model: Any, folder: Path, *, base: ModelSettings) -> None:
     if getattr(model.get_base_model(), "left_out", []):  # PEFT made names of the paths that mean the towers as well
         config["target_modules"] = list_adapted(weights, config)
     text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # target_modules is a set
-    write_file(folder / CONFIG, text.encode())
+    write_file(folder / CONFIG, text)
     write_file(folder / WEIGHTS, save(weights, metadata={"format": "pt"}))
 
 

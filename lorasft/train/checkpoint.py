@@ -127,8 +127,8 @@ def write_start(run: Run, state: State) -> None:
         "data": prepared.key,
         "report": prepared.report.as_dict(),
     }
-    replace_file(run.folder / "provenance.json", json.dumps(provenance, indent=1).encode())
-    replace_file(run.folder / "recipe.yaml", dump_recipe(recipe).encode())
+    replace_file(run.folder / "provenance.json", json.dumps(provenance, indent=1))
+    replace_file(run.folder / "recipe.yaml", dump_recipe(recipe))
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -150,7 +150,7 @@ def save_checkpoint(run: Run, state: State) -> None:
     with staged_folder(target) as stage:
         write_adapter(run.model, stage, base=run.recipe.model)
         write_file(stage / "optimizer.safetensors", to_bytes(tensors))
-        write_file(stage / "state.json", json.dumps(asdict(state), indent=1).encode())
+        write_file(stage / "state.json", json.dumps(asdict(state), indent=1))
 
 
 def restore_checkpoint(path: Path, run: Run) -> None:

@@ -45,7 +45,7 @@ def watch(pids: Sequence[int]) -> threading.Event:
         if pids[min(set(range(len(pids))) - set(lost))] == os.getpid():  # the first that is left speaks
             names = " and ".join(f"rank {rank} (process {pids[rank]})" for rank in lost)
             hint = "its own last words or the system's log (out of memory?) say why; continue with --resume"
-            say(str(DeviceError(f"{names} of {len(pids)} was lost", hint=hint)))
+            say(DeviceError(f"{names} of {len(pids)} was lost", hint=hint))
         os._exit(DeviceError.exit_code)  # safe at any time: what is on the disk is whole or not there
 
     with contextlib.suppress(OSError, AttributeError):
@@ -101,7 +101,7 @@ class Ranks:
         if error is not None and first == self.index:
             if not isinstance(error, LorasftError):
                 raise error
-            say(str(error))
+            say(error)
         raise SystemExit(codes[first])
 
     def copy_first(self, tensor: Tensor) -> None:

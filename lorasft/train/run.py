@@ -133,7 +133,7 @@ def run_heaviest_batch(run: Run, fit: Fit, static: dict[str, int]) -> None:
     free = sum(static.values()) + fit.spare
     record = {"free": free, "predicted": {**known, "peak": peak} if known else None, "measured": measured}
     if run.ranks.is_main:
-        replace_file(run.folder / "memory.json", json.dumps(record, indent=1).encode())
+        replace_file(run.folder / "memory.json", json.dumps(record, indent=1))
         if known:
             say(f"memory: {size_text(peak)} at the peak of a step, of {size_text(free)}")
 
@@ -175,9 +175,9 @@ def export_adapter(run: Run, state: State) -> Path:
             if prepared.report.answers and prepared.stop_ids[0] not in stops:  # it would run on past the answers' end
                 stops = [prepared.stop_ids[0], *stops]
             generation["eos_token_id"] = stops or None
-            write_file(stage / GENERATION_CONFIG, json.dumps(generation, indent=2).encode())
+            write_file(stage / GENERATION_CONFIG, json.dumps(generation, indent=2))
             # Whoever copies the adapter elsewhere takes along how it was made, its base quantized and prompts written.
-            write_file(stage / "recipe.yaml", dump_recipe(run.recipe).encode())
+            write_file(stage / "recipe.yaml", dump_recipe(run.recipe))
             if (record := run.folder / "provenance.json").is_file():  # who lost it continues without
                 write_file(stage / record.name, record.read_bytes())
     run.metrics.close()
