@@ -190,8 +190,7 @@ def give_weights(model: Any, weights: dict[str, Tensor], *, where: object, whole
 
 def adapter_weights(model: Any) -> dict[str, Tensor]:
     """What is saved: the adapter's tensors under PEFT's names, fp32."""
-    state: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return state
+    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
 def write_adapter(model: Any, folder: Path, *, base: ModelSettings) -> None:

@@ -73,8 +73,7 @@ class Ranks:
             return [value]
         from accelerate.utils import gather_object
 
-        values: list[T] = gather_object([value])
-        return values
+        return list(gather_object([value]))
 
     def on_main(self, work: Callable[[], T]) -> T:
         """What `work` gives the first process, told to the others, which wait. Its error ends them all."""
