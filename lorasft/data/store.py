@@ -88,7 +88,7 @@ def example_lengths(store: TokenStore) -> Ints:
 
 
 def pack_examples(examples: Sequence[Sequence[Tokens]], **each: npt.ArrayLike) -> Arrays:
-    """Lay out the sequences of examples as a store holds them, and its arrays `each`: of every example, or of all."""
+    """Lay out the sequences of examples as a store holds them. `each`: by name what else every one has, or all have."""
     sequences = [tokens for own in examples for tokens in own]
     nothing = np.zeros(0, dtype=np.int32)
     return {
