@@ -47,11 +47,7 @@ def merge(
     four_bit = artifact.base_config.get("quantization_config")
     if four_bit and (onto == "original" or quantize):  # it has no original, and an update falls back onto its steps
         raise ModelError("a base stored in 4 bit: no --quantize, no --onto original", hint="--base with the original")
-    if quantize:
-        from lorasft.model.experts import find_experts
-
-        if find_experts(plan.places.model):  # nobody else would read what was written
-            raise ModelError("no format of 4 bit has the experts of this base", hint="merge without --quantize")
+    _refuse_experts(plan, quantize)
     files.need_space(out, plan.size * (2 if quantize else 1))
     judge = None
     if check:
@@ -84,6 +80,14 @@ def merge(
             "result": found,
         }
         return _write_record(stage, artifact, done)
+
+
+def _refuse_experts(plan: MergePlan, quantize: str | None) -> None:
+    """Raise ModelError where experts would be written in 4 bit, in a form that nobody else reads."""
+    from lorasft.model.experts import find_experts
+
+    if quantize and find_experts(plan.places.model):
+        raise ModelError("no format of 4 bit has the experts of this base", hint="merge without --quantize")
 
 
 def _write_full(folder: Path, artifact: Artifact, plan: MergePlan, *, onto: Onto) -> dict[str, str]:
