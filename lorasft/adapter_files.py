@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Required
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import AfterValidator, ConfigDict, Field, PositiveFloat, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
 from lorasft.errors import ModelError, UnsafeError, in_words
@@ -57,7 +57,6 @@ def _check_pattern(pattern: str) -> str:
 
 _Pattern = Annotated[str, AfterValidator(_check_pattern)]
 _Rank = Annotated[int, Field(ge=1, le=1024)]
-_Positive = Annotated[float, Field(gt=0)]
 _Index = Annotated[int, Field(ge=0, lt=1 << 20)]  # of a token, for which an embedding may have to grow
 
 
@@ -68,12 +67,12 @@ class _Fields(TypedDict, total=False):
     base_model_name_or_path: str
     revision: str
     r: Required[_Rank]
-    lora_alpha: Required[_Positive]
+    lora_alpha: Required[PositiveFloat]
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     target_parameters: list[str]
     modules_to_save: list[str]
     rank_pattern: dict[_Pattern, _Rank]
-    alpha_pattern: dict[_Pattern, _Positive]
+    alpha_pattern: dict[_Pattern, PositiveFloat]
     trainable_token_indices: list[_Index] | dict[str, list[_Index]]
     bias: Literal["none", "all", "lora_only"]
     fan_in_fan_out: bool
@@ -97,10 +96,10 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_bytes())
         known = {key: value for key, value in config.items() if value or key in _Fields.__annotations__}
     except (ValueError, OSError, AttributeError, RecursionError) as error:
-        raise ModelError(f"cannot read the adapter's config: {error}", where=str(path), hint=_FETCH_AGAIN) from None
+        raise ModelError(f"cannot read the adapter's config: {error}", where=path, hint=_FETCH_AGAIN) from None
     if "peft_type" not in known and {"lora_parameters", "fine_tune_type"} & known.keys():
         hint = "mlx_lm.fuse makes a model of it; PEFT has lora_a.T, lora_b.T and as lora_alpha scale * rank"
-        raise ModelError("this is an adapter of mlx-lm", where=str(path), hint=hint)
+        raise ModelError("this is an adapter of mlx-lm", where=path, hint=hint)
     fields = {key: value for key, value in known.items() if value is not None and key not in _IDLE.split()}
     try:
         TypeAdapter(_Fields).validate_python(fields)
@@ -109,11 +108,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         code = [one for one in found if one["type"] == "value_error" or one["loc"][-1] in _CODE]
         if code:
             what = f"the adapter's config names code or a pattern: {in_words(code[:1])}"
-            raise UnsafeError(
-                what, where=str(path), hint="lorasft runs no code from files: take another adapter"
-            ) from None
+            raise UnsafeError(what, where=path, hint="lorasft runs no code from files: take another adapter") from None
         hint = "lorasft takes LoRA, rslora and DoRA adapters as PEFT writes them"
-        raise ModelError(in_words(found[:1]), where=str(path), hint=hint) from None
+        raise ModelError(in_words(found[:1]), where=path, hint=hint) from None
     init = str(known.get("init_lora_weights")).lower()
     if kind := next((kind for kind in _STARTS if init.startswith(kind)), None):
         computed = init == "pissa" or (init == "olora" and not fields.get("fan_in_fan_out"))  # PEFT's would not fit
@@ -122,7 +119,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             what = f"the adapter began with {_STARTS[kind]} ({init}), which changed the base: how is not known here"
             hint = "convert it into plain LoRA where it was trained: PEFT's save_pretrained does that with "
             hint += f"path_initial_model_for_weight_conversion; or put its start beside it, as {kind}_init"
-            raise ModelError(what, where=str(path), hint=hint)
+            raise ModelError(what, where=path, hint=hint)
         times = {"rank_pattern": 2, "alpha_pattern": math.sqrt(2) if fields.get("use_rslora") else 2}
         fields |= {key: {path: by * one for path, one in fields.get(key, {}).items()} for key, by in times.items()}
         fields |= {"r": 2 * fields["r"], "lora_alpha": times["alpha_pattern"] * fields["lora_alpha"]}
@@ -165,7 +162,7 @@ def subtract_start(
             plain[up] = torch.cat([weights[up].float(), -began[up].float().cpu()], dim=1)
     except (LookupError, AttributeError, RuntimeError, TypeError) as error:
         what = f"the adapter does not fit what it began with ({kind}): {error}"
-        raise ModelError(what, where=str(folder), hint="--base with the one of training, in 16 bits") from None
+        raise ModelError(what, where=folder, hint="--base with the one of training, in 16 bits") from None
     return plain
 
 
@@ -199,8 +196,8 @@ def open_adapter(folder: Path) -> TensorFile:
     if (folder / "adapter_model.bin").is_file():
         what = "the adapter is a pickle, which could run code when it is read"
         hint = f"save it anew where it was made: PEFT 0.6 and later write {WEIGHTS}"
-        raise UnsafeError(what, where=str(folder), hint=hint)
-    raise ModelError(f"no {WEIGHTS}", where=str(folder), hint=_FETCH_AGAIN)
+        raise UnsafeError(what, where=folder, hint=hint)
+    raise ModelError(f"no {WEIGHTS}", where=folder, hint=_FETCH_AGAIN)
 
 
 def list_adapted(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
@@ -220,7 +217,7 @@ def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
 
     Raises ModelError when there are none, or none that an adapter could have; UnsafeError when they are a pickle.
     """
-    file, where = open_adapter(folder), str(folder / WEIGHTS)
+    file, where = open_adapter(folder), folder / WEIGHTS
     tensors: dict[str, Tensor] = {}
     for name, spec in file.specs.items():
         if spec.dtype not in ("F32", "F16", "BF16"):

@@ -67,7 +67,7 @@ class Artifact:
             return {name: told[name] for name in ("fingerprint", "commit", "dtype")}
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             what = f"the run's record cannot be read: {error}"
-            raise ModelError(what, where=str(path), hint="name the adapter's folder alone") from None
+            raise ModelError(what, where=path, hint="name the adapter's folder alone") from None
 
     @cached_property
     def base(self) -> Path:
@@ -96,7 +96,7 @@ class Artifact:
                     del part["quantization_config"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             what = f"cannot read the base's config: {error!r}"
-            raise ModelError(what, where=str(path), hint="--base with the folder of a model") from None
+            raise ModelError(what, where=path, hint="--base with the folder of a model") from None
         return config
 
     @property
@@ -119,8 +119,7 @@ class Artifact:
         trained = self.provenance.get("fingerprint")
         if trained and not force_base and trained != fingerprint(self.base):
             what = "this base is not the one that the adapter was trained on"
-            hint = "--base FOLDER with the files of training, or --force-base"
-            raise ModelError(what, where=str(self.base), hint=hint)
+            raise ModelError(what, where=self.base, hint="--base FOLDER with the files of training, or --force-base")
 
 
 def find_artifact(name: str, *, base: str | None = None) -> Artifact:
@@ -150,7 +149,7 @@ def find_artifact(name: str, *, base: str | None = None) -> Artifact:
     trained = recipe.model if recipe else ModelSettings(base=own)
     for named in (trained.base, own) if base is None else ():
         if ":" in named or named.startswith(("//", "\\\\")):
-            raise UnsafeError(f"the adapter names {named} as its base", where=str(folder / CONFIG), hint="--base MODEL")
+            raise UnsafeError(f"the adapter names {named} as its base", where=folder / CONFIG, hint="--base MODEL")
     model = trained.model_copy(update={"base": base or own, "revision": None if base else config.get("revision")})
     if recipe:
         chat = ChatSettings(system=recipe.chat.system, template_date=recipe.chat.template_date)
@@ -193,5 +192,5 @@ def read_stops(folder: Path) -> list[int]:
     try:
         stops = json.loads(paths[0].read_bytes()).get("eos_token_id") if paths else None
     except (ValueError, AttributeError) as error:
-        raise ModelError(f"this is not a config: {error}", where=str(paths[0]), hint="download it again") from None
+        raise ModelError(f"this is not a config: {error}", where=paths[0], hint="download it again") from None
     return stops if isinstance(stops, list) else [] if stops is None else [stops]

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command, options = read_command_line(sys.argv[1:] if argv is None else argv)
             importlib.import_module(f"lorasft.commands.{command}").run(**options)
     except LorasftError as error:
-        say(str(error))
+        say(error)
         return error.exit_code
     except Ended as signalled:
         say("stopped")
@@ -85,14 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not out_of_memory(error):
             raise
         hint = "free memory and try again (a run that had begun: with --resume), or take a smaller model"
-        say(str(CapacityError(f"out of memory: {error}", hint=hint)))
+        say(CapacityError(f"out of memory: {error}", hint=hint))
         return CapacityError.exit_code
     except BrokenPipeError:  # the reader of stdout went away: nothing is lost
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.errno != ENAMETOOLONG:
             raise
-        say(str(RecipeError("a name that is too long for a file", where=str(error.filename)[:200], hint="shorten it")))
+        say(RecipeError("a name that is too long for a file", where=str(error.filename)[:200], hint="shorten it"))
         return RecipeError.exit_code
     finally:
         say("", end="")  # where a line of progress is open, a traceback begins on its own

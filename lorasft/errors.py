@@ -14,10 +14,11 @@ class LorasftError(Exception):
 
     exit_code = 1
 
-    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+    def __init__(self, what: str, *, where: object = None, hint: str | None = None) -> None:
+        """`where`: a path, the place of a row, a key, or whatever else names it as text."""
         super().__init__(what)
         self.what = what
-        self.where = where
+        self.where = None if where is None else str(where)
         self.hint = hint
 
     def __str__(self) -> str:

@@ -49,14 +49,15 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         _sync(path)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Create `path` with `content`, fsync it and read it back. Raises CapacityError where the disk differs."""
+def write_file(path: Path, content: bytes | str) -> None:
+    """Create `path`, text in UTF-8, fsync it and read it back. Raises CapacityError where the disk differs."""
+    content = content.encode() if isinstance(content, str) else content
     with new_file(path) as file, effect("write", path):
         file.write(content)
         file.flush()
     with _disk(path):
         if sha256(path) != hashlib.sha256(content).hexdigest():
-            raise CapacityError("the disk did not keep what was written", where=str(path))
+            raise CapacityError("the disk did not keep what was written", where=path)
 
 
 @contextlib.contextmanager
@@ -73,7 +74,7 @@ def staged_file(target: Path) -> Iterator[Path]:
         raise
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes | str) -> None:
     """Put `content` under `path`, whole or not at all."""
     with staged_file(path) as stage:
         write_file(stage, content)
@@ -140,7 +141,7 @@ def commit_folder(stage: Path, target: Path, *, hashes: Mapping[str, str]) -> No
         if path.is_file():
             name = path.relative_to(stage).as_posix()
             entries[name] = {"bytes": path.stat().st_size, "sha256": hashes.get(name) or sha256(path)}
-    write_file(stage / MANIFEST, json.dumps(entries, indent=1).encode())
+    write_file(stage / MANIFEST, json.dumps(entries, indent=1))
     _sync(stage)
     rename(stage, target)
 
@@ -148,17 +149,17 @@ def commit_folder(stage: Path, target: Path, *, hashes: Mapping[str, str]) -> No
 def refuse_existing(target: Path) -> None:
     """Nothing is overwritten: `rename` onto an empty folder would succeed silently."""
     if target.exists() or target.is_symlink():
-        raise RecipeError("this exists already", where=str(target), hint="name one that does not exist yet")
+        raise RecipeError("this exists already", where=target, hint="name one that does not exist yet")
 
 
 def refuse_overlap(out: Path, *inputs: Path) -> None:
     """Raise RecipeError when `out` is the root or the home folder, lies in an input, or holds one."""
     place = out.resolve()
     if place in (Path(place.anchor), Path.home().resolve()):
-        raise RecipeError("nothing is written there", where=str(out), hint="name a new folder")
+        raise RecipeError("nothing is written there", where=out, hint="name a new folder")
     for given in (path.resolve() for path in inputs):
         if place == given or place in given.parents or given in place.parents:
-            raise RecipeError(f"what is written and {given} lie in each other", where=str(out), hint="name another")
+            raise RecipeError(f"what is written and {given} lie in each other", where=out, hint="name another")
 
 
 def verify_folder(folder: Path) -> None:
@@ -174,7 +175,7 @@ def verify_folder(folder: Path) -> None:
             if not inside or path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
                 raise ValueError(f"{name[:80]} is missing or was changed")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{str(error)[:120]} ({MANIFEST})", where=str(folder), hint=_AGAIN) from None
+        raise ModelError(f"{str(error)[:120]} ({MANIFEST})", where=folder, hint=_AGAIN) from None
 
 
 def remove_folder(folder: Path) -> None:
@@ -224,7 +225,7 @@ def locked(folder: Path) -> Iterator[str]:
             holder = path.read_text("ascii", "replace")[:20]
         if not ours:
             what = f"another process is writing this run folder (process {holder})"
-            raise RecipeError(what, where=str(folder), hint="wait for it, or give another run.output=FOLDER")
+            raise RecipeError(what, where=folder, hint="wait for it, or give another run.output=FOLDER")
         append(path, str(os.getpid()).encode(), at=0)
         try:
             yield holder
@@ -246,7 +247,7 @@ def need_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(present).free
     if free < size * 1.02:
         what = f"needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
-        raise CapacityError(what, where=str(folder), hint="free some space")
+        raise CapacityError(what, where=folder, hint="free some space")
 
 
 @contextlib.contextmanager
@@ -257,7 +258,7 @@ def _disk(path: Path) -> Iterator[None]:
     except OSError as error:
         placed = error.errno in _WRONG_PLACE
         kind, hint = RecipeError if placed else CapacityError, "free some space, or " * (not placed)
-        raise kind(f"cannot write: {error.strerror}", where=str(path), hint=f"{hint}name another place") from error
+        raise kind(f"cannot write: {error.strerror}", where=path, hint=f"{hint}name another place") from error
 
 
 @contextlib.contextmanager

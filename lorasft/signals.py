@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
@@ -74,15 +74,11 @@ def end_at_once() -> None:
 @contextmanager
 def _answered(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
     """Take signals so, and put the handlers before back after. Only a main thread hears any."""
-    if threading.current_thread() is not threading.main_thread():
+    with ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                stack.callback(signal.signal, number, signal.signal(number, handler))
         yield
-        return
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _unwind(number: int, frame: FrameType | None) -> None:

@@ -87,7 +87,7 @@ class TensorFile:
         with open(self.path, "rb") as file:
             file.seek(self.starts[name] + start)
             if file.readinto(buffer) != len(buffer):
-                raise ModelError(f"{name} is cut short", where=str(self.path), hint=_AGAIN)
+                raise ModelError(f"{name} is cut short", where=self.path, hint=_AGAIN)
 
 
 class TensorWriter:
@@ -145,13 +145,13 @@ def find_weights(folder: Path) -> list[Path]:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
             paths = [folder / Path(name).name for name in names]  # none lies elsewhere
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ModelError("this index names no shards", where=str(index), hint=_AGAIN) from None
+            raise ModelError("this index names no shards", where=index, hint=_AGAIN) from None
     elif not paths[0].is_file() and (pickles := sorted(folder.glob("*.bin"))):
         what = f"the weights are a pickle ({pickles[0].name}), which could run code when it is read"
-        raise UnsafeError(what, where=str(folder), hint="convert them to safetensors, or take another copy")
+        raise UnsafeError(what, where=folder, hint="convert them to safetensors, or take another copy")
     for path in paths:
         if not path.is_file():
-            raise ModelError("these weights are missing", where=str(path), hint="the base must be there as safetensors")
+            raise ModelError("these weights are missing", where=path, hint="the base must be there as safetensors")
     return paths
 
 
@@ -164,13 +164,13 @@ def open_tensors(path: Path) -> TensorFile:
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(path.stat().st_size, LARGEST_HEADER):
             what = "not a safetensors file, but a Git LFS pointer or a web page (HTML)?, or its header is too long"
-            raise ModelError(what, where=str(path), hint=f"git lfs pull, or {_AGAIN}")
+            raise ModelError(what, where=path, hint=f"git lfs pull, or {_AGAIN}")
         header = file.read(length)
     try:
         with safe_open(path, "np"):  # refuses what is not to be trusted
             fields = json.loads(header)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"cannot read the weights: {str(error)[:120]}", where=str(path), hint=_AGAIN) from None
+        raise ModelError(f"cannot read the weights: {str(error)[:120]}", where=path, hint=_AGAIN) from None
     metadata = fields.pop("__metadata__", None)
     ordered = sorted((field["data_offsets"], name, field) for name, field in fields.items())
     specs = {name: TensorSpec(at["dtype"], tuple(at["shape"]), end - start) for (start, end), name, at in ordered}

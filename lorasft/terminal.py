@@ -21,11 +21,11 @@ _SECRETS = re.compile(
 )
 
 
-def say(text: str, *, end: str = "\n") -> None:
+def say(text: object, *, end: str = "\n") -> None:
     """Print `text` on stderr, on a terminal over a line that has not ended. A reader that went away stops nothing."""
     with contextlib.suppress(OSError, ValueError):  # a closed pipe, a closed stream
         clear = "\r\x1b[K" if sys.stderr.isatty() else ""
-        print(f"{clear}{redact(harmless(text))}", end=end, file=sys.stderr, flush=True)
+        print(f"{clear}{redact(harmless(str(text)))}", end=end, file=sys.stderr, flush=True)
 
 
 def harmless(text: str) -> str:

@@ -316,8 +316,8 @@ def test_the_store_gives_back_what_was_written(tmp_path: Path, at_once: int) -> 
         examples.append((line, tuple(sequences)))
     for first in range(0, 30, at_once):
         lines, sequences = zip(*examples[first : first + at_once], strict=True)
-        append_arrays(tmp_path, **pack_examples(first % 3, lines, [7] * len(lines), sequences))
-    append_arrays(tmp_path, **pack_examples(0, [], [], []))
+        append_arrays(tmp_path, **pack_examples(sequences, files=first % 3, lines=lines, digests=7))
+    append_arrays(tmp_path, **pack_examples([], files=0, lines=[], digests=7))
     append_arrays(tmp_path, held_out=np.arange(30) % 5 == 0)
     store = map_store(tmp_path, ["file0", "file1", "file2"])
     train, held_out = store.split(held_out=False), store.split(held_out=True)

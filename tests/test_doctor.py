@@ -23,7 +23,9 @@ from lorasft.cli import main
 from lorasft.commands import doctor
 from lorasft.errors import CapacityError, DeviceError
 from lorasft.hub import hub_error
-from lorasft.model.health import nf4_error, try_attention
+from lorasft.model.base import load_base, nf4_error
+from lorasft.model.selfcheck import verify
+from lorasft.recipe.load import load_recipe
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
@@ -112,7 +114,8 @@ def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 def test_a_wrong_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     error, most = nf4_error(CPU)
-    network = try_attention(CPU)
+    tiny = load_recipe("tiny").model.model_copy(update={"quantization": "none"})
+    network = verify(load_base(tiny, CPU))
     assert error <= most and not network.notices and network.share and network.head
     right = bnb.functional.dequantize_4bit
     monkeypatch.setattr(bnb.functional, "dequantize_4bit", lambda *given, **named: right(*given, **named) * 1.03)

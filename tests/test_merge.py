@@ -22,8 +22,8 @@ from lorasft.artifact import find_artifact
 from lorasft.cli import main
 from lorasft.errors import ModelError
 from lorasft.files import sha256, verify_folder
+from lorasft.merge.changes import Change
 from lorasft.merge.merge import merge as merge_artifact
-from lorasft.merge.updates import Change
 from lorasft.model.adapter import load_adapter, load_artifact
 from lorasft.tensors import fingerprint, open_tensors
 

@@ -61,8 +61,7 @@ def run(hub: bool, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"ok": not failed, "checks": findings}, indent=1))
     if failed:
-        what = f"{len(failed)} of {len(findings)} checks failed: {', '.join(failed)}"
-        raise DeviceError(what, hint="see above")
+        raise DeviceError(f"{len(failed)} of {len(findings)} checks failed: {', '.join(failed)}", hint="see above")
 
 
 def _check_library(name: str) -> str:
@@ -119,7 +118,7 @@ def _check_memory() -> str:
 
 
 def _check_nf4() -> str:
-    from lorasft.model.health import nf4_error
+    from lorasft.model.base import nf4_error
 
     device = _find_device()
     error, most = nf4_error(device)
@@ -130,9 +129,12 @@ def _check_nf4() -> str:
 
 
 def _check_attention() -> str:
-    from lorasft.model.health import try_attention
+    from lorasft.model.base import load_base
+    from lorasft.model.selfcheck import verify
+    from lorasft.recipe.load import load_recipe
 
-    network = try_attention(_find_device())
+    settings = load_recipe("tiny").model.model_copy(update={"quantization": "none"})  # its base is shipped
+    network = verify(load_base(settings, _find_device()))
     if not (network.segments and network.share and network.head):  # a slower attention is right all the same
         raise DeviceError("; ".join(network.notices), hint="pip install -U torch transformers")
     fine = "packed sequences do not see each other; shared prefixes and the loss are exact"

@@ -55,7 +55,7 @@ def run(data: str, columns: str | None, per_example: str | None, as_json: bool, 
             | {name: rows[index] for name, rows in scores.items()}
             for index, answer in enumerate(answers)
         ]
-        write_file(Path(per_example), "".join(json.dumps(line) + "\n" for line in objects).encode())
+        write_file(Path(per_example), "".join(json.dumps(line) + "\n" for line in objects))
     totals = {name: summarize(answers, rows) for name, rows in scores.items()}
     lines = [f"{len(answers)} answers in {data}", f"{'':8}  {'nats a token':>12}  {'perplexity':>10}  {'tokens':>8}"]
     for name, total in totals.items():

@@ -70,7 +70,7 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
         counts = [f"{(ids == token).sum():,} times the new token {tokenizer.decode([token])}" for token in new]
     facts = list(map(_harmless, [*counts, *summary(prepared.report)]))
     if html:
-        write_file(Path(html), make_page(shown, facts).encode())
+        write_file(Path(html), make_page(shown, facts))
         print(html)
         return
     marks = COLOURS if sys.stdout.isatty() and "NO_COLOR" not in os.environ else BRACKETS

@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lorasft.commands.arguments import add_json, add_memory, show
+from lorasft.files import make_folder, write_file
+from lorasft.recipe import recipe_schema
+from lorasft.recipe.load import find_shipped, portable_text, shipped_recipes
+from lorasft.recipe.yaml_reader import read_yaml
 from lorasft.terminal import say, size_text
 
 # A comment of each shipped recipe; `needs`: the least memory that plan finds enough for rows of its data.max_length.
@@ -28,11 +32,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(action: str, name: str | None, to: str | None, memory: int | None, as_json: bool) -> None:
     """`action`: list | show | copy | schema. Raises RecipeError for an unknown name and for a target that exists."""
-    from lorasft.files import make_folder, write_file
-    from lorasft.recipe import recipe_schema
-    from lorasft.recipe.load import find_shipped, portable_text
-    from lorasft.recipe.yaml_reader import read_yaml
-
     if action == "list":
         rows = [row for row in read_sizes() if memory is None or row["needs"] <= memory]
         lines = [
@@ -50,15 +49,12 @@ def run(action: str, name: str | None, to: str | None, memory: int | None, as_js
         source, target = find_shipped(name or ""), Path(to or ".")
         target = target / source.name if target.is_dir() else target
         make_folder(target.absolute().parent)
-        write_file(target, portable_text(source).encode())
+        write_file(target, portable_text(source))
         say(f"wrote {target}")
 
 
 def read_sizes() -> list[dict[str, Any]]:
     """The shipped recipes and what they say of their sizes, in bytes, of their `card` in GB; the smallest first."""
-    from lorasft.recipe.load import shipped_recipes
-    from lorasft.recipe.yaml_reader import read_yaml
-
     rows = []
     for name, path in shipped_recipes().items():
         text = path.read_text(encoding="utf-8")

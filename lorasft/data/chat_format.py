@@ -19,11 +19,10 @@ from lorasft.data.sources import RowLocation
 from lorasft.data.templates import WORD, render, set_template
 from lorasft.data.tokenizer import control_tokens
 from lorasft.errors import DataError, ModelError
+from lorasft.recipe import ChatSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-    from lorasft.recipe import ChatSettings
 
 PLAIN_KEYS = {"role", "content", "name", "train"}
 ENTITY = re.compile(r"&(?:#\w+|quot|amp|lt|gt|apos);")

@@ -9,16 +9,14 @@ from collections.abc import Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorasft.data import keys
 from lorasft.data.folders import find_files
 from lorasft.data.report import Report
 from lorasft.data.sources import Raw, Row, RowLocation, drop_nulls, load_hub, parse_row, parse_strict, read_file
 from lorasft.errors import DataError
-
-if TYPE_CHECKING:
-    from lorasft.recipe import DataSettings, DataSource
+from lorasft.recipe import DataSettings, DataSource
 
 Message = dict[str, Any]
 BLOCK = 512  # rows that are prepared at once
@@ -99,21 +97,21 @@ def _find_format(
     except DataError as error:
         return error, "", None
     stated, columns = source.format or settings.format, source.columns or settings.columns or {}
-    seen, where = f"columns seen: {', '.join(map(str, row))}", str(place)
+    seen = f"columns seen: {', '.join(map(str, row))}"
     if absent := [theirs for theirs in columns.values() if theirs not in row]:
         what = f"data.columns names {', '.join(map(repr, absent))}, not in the data"
-        return row, "", DataError(what, where=where, hint=seen)
+        return row, "", DataError(what, where=place, hint=seen)
     names = row.keys() | columns.keys()
     fits = [stated] if stated != "auto" else [kind for kind, needed in keys.NEEDED.items() if names >= set(needed)]
     if len(fits) > 1:
-        raise DataError(f"the columns fit {' and '.join(fits)}", where=where, hint="state data.format")
+        raise DataError(f"the columns fit {' and '.join(fits)}", where=place, hint="state data.format")
     if not fits:
         known = "; ".join(f"{kind}: {', '.join(needed)}" for kind, needed in keys.NEEDED.items())
         hint = keys.PAIRS if row.keys() >= {"chosen", "rejected"} else f"map them with data.columns ({known})"
-        return row, "", DataError(f"no known format: {seen}", where=where, hint=hint)
+        return row, "", DataError(f"no known format: {seen}", where=place, hint=hint)
     if idle := sorted(columns.keys() - keys.READ[fits[0]]):
         what = f"data.columns maps {', '.join(map(repr, idle))}, which format {fits[0]} does not read"
-        raise DataError(what, where=where, hint=f"it reads {', '.join(sorted(keys.READ[fits[0]]))}")
+        raise DataError(what, where=place, hint=f"it reads {', '.join(sorted(keys.READ[fits[0]]))}")
     return row, fits[0], None
 
 

@@ -6,14 +6,11 @@ from __future__ import annotations
 import glob
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lorasft.errors import DataError, RecipeError, UnsafeError
 from lorasft.hub import is_hub_id
+from lorasft.recipe import DataSource
 from lorasft.recipe.yaml_reader import parse_yaml
-
-if TYPE_CHECKING:
-    from lorasft.recipe import DataSource
 
 KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSED = (".gz", ".zst", ".bz2")
@@ -95,7 +92,7 @@ def _from_readme(folder: Path, config: str | None) -> dict[Path, str]:
         name = config or [*marked, *(configs if len(configs) == 1 else ["default"])][0]
         if configs and name not in configs:
             hint = f"'data.train={{path: {folder}, config: {min(configs)}}}'"
-            raise DataError(f"configurations in its README: {', '.join(configs)}", where=str(folder), hint=hint)
+            raise DataError(f"configurations in its README: {', '.join(configs)}", where=folder, hint=hint)
         if "data_files" not in configs[name] and ".." not in (below := str(configs[name]["data_dir"])):
             return _by_names(folder / below)
         from datasets.data_files import sanitize_patterns

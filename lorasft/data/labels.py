@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,9 +16,7 @@ from lorasft.data.templates import MERGE_SYSTEM, limits
 from lorasft.data.tokenizer import adds_bos
 from lorasft.data.tokens import UNSUPERVISED, Tokens, all_supervised, supervised_runs
 from lorasft.errors import DataError
-
-if TYPE_CHECKING:
-    from lorasft.recipe import DataSettings
+from lorasft.recipe import DataSettings
 
 
 class Labeler:

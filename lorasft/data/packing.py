@@ -6,7 +6,7 @@ The examples are a pure function of seed and step. How they are cut depends on t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -135,7 +135,7 @@ def make_micro_batches(
     sequence is not computed. With `share`, what sequences begin with in common is computed once. Sequences up to
     `rope_switch_length` tokens and longer ones never meet: some models compute all positions of a row by its longest.
     """
-    pieces = [piece for example in examples for piece in _pieces(sequences(int(example)), int(example), loss)]
+    pieces = [piece for example in examples for piece in _pieces(sequences(example), example, loss)]
     switch = rope_switch_length or math.inf
     for is_long in (False, True):
         kind = [piece for piece in pieces if (len(piece.ids) > switch) == is_long]
@@ -163,7 +163,7 @@ def best_fit_decreasing(trees: list[Tree], *, capacity: int) -> list[list[Tree]]
     return bins
 
 
-def assign_to_rank(batches: Sequence[MicroBatch], index: int, count: int) -> list[MicroBatch]:
+def assign_to_rank(batches: Iterable[MicroBatch], index: int, count: int) -> list[MicroBatch]:
     """The micro-batches of process `index` of `count`: the dearest first, each to the one with the least to do."""
     if count == 1:
         return list(batches)

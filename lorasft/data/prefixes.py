@@ -89,5 +89,4 @@ def branch_ends(common: Sequence[int], place: int, length: int) -> list[int]:
 def _count_common(one: NDArray[Any], other: NDArray[Any]) -> int:
     """How many tokens two sequences begin with in common."""
     size = min(len(one), len(other))
-    differ = np.flatnonzero(one[:size] != other[:size])
-    return int(differ[0]) if len(differ) else size
+    return int(np.append(one[:size] != other[:size], True).argmax())

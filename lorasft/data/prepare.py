@@ -25,12 +25,10 @@ from lorasft.data.store import TYPES, Arrays, TokenStore, append_arrays, map_sto
 from lorasft.data.workers import available_workers, map_blocks
 from lorasft.errors import DataError, LorasftError, ModelError
 from lorasft.files import remove_folder, replace_file, sha256, staged_folder, verify_folder, write_file
-from lorasft.recipe import PLACES
+from lorasft.recipe import PLACES, ChatSettings, DataSettings, DataSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-    from lorasft.recipe import ChatSettings, DataSettings, DataSource
 
 SCHEMA = 6  # raised whenever the same ingredients give other tokens, or the same tokens lie otherwise in the folder
 
@@ -73,7 +71,7 @@ def prepare(
     with staged_folder(target) as stage:
         record = _write_store(stage, data, labeler, workers or available_workers())
         record |= {"key": key, "ingredients": ingredients, "stop_ids": labeler.format.stop_ids}
-        write_file(stage / "prepared.json", json.dumps(record).encode())
+        write_file(stage / "prepared.json", json.dumps(record))
     return open_prepared(target)
 
 
@@ -82,7 +80,7 @@ def open_prepared(folder: Path) -> Prepared:
     verify_folder(folder)
     record = json.loads((folder / "prepared.json").read_bytes())
     if record["ingredients"]["schema"] != SCHEMA:
-        raise ModelError("another version of lorasft prepared this data", where=str(folder))
+        raise ModelError("another version of lorasft prepared this data", where=folder)
     store = map_store(folder, record["names"])
     return Prepared(
         folder=folder,
@@ -99,8 +97,7 @@ def open_prepared(folder: Path) -> Prepared:
 def read_ingredients(folder: Path, key: str) -> dict[str, Any]:
     """What the tokens in `folder/<key>` were made from; nothing when they are gone."""
     try:
-        record = json.loads((folder / key[:16] / "prepared.json").read_bytes())
-        return dict(record["ingredients"])
+        return dict(json.loads((folder / key[:16] / "prepared.json").read_bytes())["ingredients"])
     except (OSError, ValueError, KeyError):
         return {}
 
@@ -155,10 +152,8 @@ def _prepare_block(
         examples = list(shape_block(block, data, report=report))
         if encode and not report.errors:
             encoded = list(labeler.encode_all(examples, report=report))
-            packed = pack_examples(
-                file, [one.place.line for one in examples], [one.digest for one in examples], encoded
-            )
-            packed["held_out"] = np.full(len(examples), apart)
+            lines, digests = [one.place.line for one in examples], [one.digest for one in examples]
+            packed = pack_examples(encoded, files=file, lines=lines, digests=digests, held_out=apart)
     except LorasftError as raised:
         error = raised
     return report, error, packed

@@ -56,7 +56,7 @@ class Report:
 
     def add_error(self, error: DataError, place: object, *, policy: str) -> None:
         """Take one bad row, of this place where the error does not name one itself. `policy`: `data.on_bad_row`."""
-        where = error.where or str(place)
+        where = error.where or place
         self.bad_rows += 1
         self.dropped.append(f"{where}: {error.what}")
         if policy == "error":

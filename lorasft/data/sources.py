@@ -15,14 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from lorasft.data.folders import COMPRESSED, KINDS, SPLITS, kind_of
 from lorasft.errors import DataError, UnsafeError
 from lorasft.hub import find_hub, refuse_offline
-
-if TYPE_CHECKING:
-    from lorasft.recipe import DataSource
+from lorasft.recipe import DataSource
 
 Row = dict[str, Any]
 Raw = Any  # a row as it was read: bytes of JSON, a value, or the DataError that stands for it
@@ -54,10 +52,10 @@ def read_file(path: Path) -> Iterator[tuple[int, Raw]]:
     kind, line = kind_of(path), 0
     if kind not in KINDS:
         hint = f"known: {', '.join(KINDS)}, and text compressed as {', '.join(COMPRESSED)}"
-        raise DataError(f"unknown kind of file: {kind or path.name}", where=str(path), hint=hint)
+        raise DataError(f"unknown kind of file: {kind or path.name}", where=path, hint=hint)
     with open(path, "rb") as file:
         if file.read(len(_POINTER)) == _POINTER:
-            raise DataError("this is a pointer of git-lfs, not the file itself", where=str(path), hint="git lfs pull")
+            raise DataError("this is a pointer of git-lfs, not the file itself", where=path, hint="git lfs pull")
     readers = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_arrow, ".arrow": _read_arrow}
     try:
         for line, raw in readers.get(kind, _read_json)(path):
@@ -78,9 +76,9 @@ def parse_row(raw: Raw, place: RowLocation) -> Row:
             raw = parse_strict(raw.decode())
         except ValueError as error:
             hint = RECODE if isinstance(error, UnicodeDecodeError) else None
-            raise DataError(f"not JSON: {error}", where=str(place), hint=hint) from None
+            raise DataError(f"not JSON: {error}", where=place, hint=hint) from None
     if not isinstance(raw, dict):
-        raise DataError(f"a row must be an object, this is {type(raw).__name__}", where=str(place))
+        raise DataError(f"a row must be an object, this is {type(raw).__name__}", where=place)
     return raw
 
 
@@ -172,7 +170,7 @@ def _rows_of(value: Any, path: Path) -> list[Any]:
         return list(value[lists[0]])
     if lists:
         hint = f"write each list into a file of its own; {SHAPES}"
-        raise DataError(f"one object with lists under {', '.join(lists)}", where=str(path), hint=hint)
+        raise DataError(f"one object with lists under {', '.join(lists)}", where=path, hint=hint)
     parts = list(value.values())
     if len(parts) == 1 and value.keys() <= set(LISTS) and isinstance(parts[0], dict):
         return _rows_of(parts[0], path)

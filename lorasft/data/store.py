@@ -87,10 +87,8 @@ def example_lengths(store: TokenStore) -> Ints:
     return lengths[store.chosen]
 
 
-def pack_examples(
-    file: int, lines: Sequence[int], digests: Sequence[int], examples: Sequence[Sequence[Tokens]]
-) -> Arrays:
-    """Lay out the sequences of examples of one file, with the line and the digest of each, as a store holds them."""
+def pack_examples(examples: Sequence[Sequence[Tokens]], **each: npt.ArrayLike) -> Arrays:
+    """Lay out the sequences of examples as a store holds them. `each`: by name what else every one has, or all have."""
     sequences = [tokens for own in examples for tokens in own]
     nothing = np.zeros(0, dtype=np.int32)
     return {
@@ -98,9 +96,7 @@ def pack_examples(
         "supervised": np.concatenate([nothing, *(tokens.labels for tokens in sequences)]) != UNSUPERVISED,
         "sequence_sizes": np.array([len(tokens) for tokens in sequences], dtype=np.int64),
         "example_sizes": np.array([len(own) for own in examples], dtype=np.int64),
-        "files": np.full(len(lines), file),
-        "lines": np.array(lines, dtype=np.int64),
-        "digests": np.array(digests, dtype=np.uint64),
+        **{name: np.broadcast_to(np.array(values, TYPES[name]), len(examples)) for name, values in each.items()},
     }
 
 

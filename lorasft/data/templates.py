@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING, Any, cast
 from lorasft.data.keys import REASONING
 from lorasft.data.tokenizer import adds_bos
 from lorasft.errors import DataError, ModelError, UnsafeError
+from lorasft.recipe import ChatSettings
 
 if TYPE_CHECKING:
     import jinja2
     from transformers import PreTrainedTokenizerFast
-
-    from lorasft.recipe import ChatSettings
 
 REFUSALS = (
     "{% if tools or message.tool_calls or message.role == 'tool' %}"

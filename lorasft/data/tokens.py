@@ -31,7 +31,5 @@ def all_supervised(ids: npt.ArrayLike, start: int = 1) -> Tokens:
 
 def supervised_runs(tokens: Tokens) -> npt.NDArray[np.int32]:
     """Start and end of each run of labels that are supervised: (runs, 2)."""
-    supervised = np.zeros(len(tokens) + 2, dtype=bool)
-    np.not_equal(tokens.labels, UNSUPERVISED, out=supervised[1:-1])
-    runs: npt.NDArray[np.int32] = np.flatnonzero(supervised[1:] != supervised[:-1]).astype(np.int32)
-    return runs.reshape(-1, 2)
+    edges = np.diff(tokens.labels != UNSUPERVISED, prepend=False, append=False)
+    return np.flatnonzero(edges).astype(np.int32).reshape(-1, 2)

@@ -58,14 +58,14 @@ def read_gguf_layout(model: Path) -> GgufLayout:
 
     config = read_config(str(model))
     if getattr(config, "quantization_config", None):
-        raise ModelError("the model is quantized", where=str(model), hint="export 16-bit weights, such as merge writes")
+        raise ModelError("the model is quantized", where=model, hint="export 16-bit weights, such as merge writes")
     config = config.get_text_config()
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise ModelError(f"no GGUF export for {config.model_type} here", where=str(model), hint=usual_converter(model))
+        raise ModelError(f"no GGUF export for {config.model_type} here", where=model, hint=usual_converter(model))
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if difference := _find_difference(config, family, head_size):
-        raise ModelError(f"llama.cpp does not compute {difference}", where=str(model / "config.json"))
+        raise ModelError(f"llama.cpp does not compute {difference}", where=model / "config.json")
     positions, extra = _positions(config, family, head_size, model)
     # llama.cpp has no window in llama: within it the model is the same, so a longer context is not promised.
     window = config.sliding_window if config.model_type == "mistral" else None
@@ -126,7 +126,7 @@ def _positions(
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "linear", family.rope):
         what = f"rope type {kind} of {family.name} has no GGUF export here"
-        raise ModelError(what, where=str(model), hint=usual_converter(model))
+        raise ModelError(what, where=model, hint=usual_converter(model))
     turned = int(head_size * (rope.get("partial_rotary_factor") or 1.0))
     fields |= {"rope.dimension_count": turned, "rope.freq_base": float(rope["rope_theta"])}
     if kind == "linear":

@@ -57,7 +57,7 @@ class Tensor:
                 packed = gguf.quants.quantize(block.numpy(), self.type)
             halves = packed.reshape(-1, 34)[:, :2].copy().view(np.float16) if packed.dtype == np.uint8 else packed
             if not np.isfinite(halves).all():
-                raise ModelError(f"{self.source} leaves the range of fp16", where=str(self.shard.path))
+                raise ModelError(f"{self.source} leaves the range of fp16", where=self.shard.path)
             file.write(packed.tobytes())
 
 
@@ -123,9 +123,9 @@ def _find_tensors(gguf: Any, model: Path, layout: GgufLayout, kind: Kind) -> Ite
             name = names.get_name(plain, (".weight", ".bias"))
             if name is None or (plain.endswith(".bias") and not layout.family.biases):
                 what = f"{source} has no place in a GGUF of {layout.family.name}"
-                raise ModelError(what, where=str(shard.path), hint=usual_converter(model))
+                raise ModelError(what, where=shard.path, hint=usual_converter(model))
             if spec.dtype not in ("BF16", "F16", "F32"):
-                raise ModelError(f"{source} is {spec.dtype}", where=str(shard.path))
+                raise ModelError(f"{source} is {spec.dtype}", where=shard.path)
             # A matrix whose rows are not whole blocks of Q8_0 stays in fp16.
             chosen = "F32" if len(spec.shape) < 2 else "Q8_0" if kind == "q8_0" and not spec.width % 32 else "F16"
             type = gguf.GGMLQuantizationType[chosen]

@@ -39,7 +39,7 @@ def write_ollama(model: Path, out: Path, *, kind: Kind = "f16") -> dict[str, Any
     Raises ModelError when the chat template cannot be written as a Go template, and what write_gguf raises.
     """
     tokenizer = load_tokenizer(str(model))
-    joints = find_joints(tokenizer, where=str(model))
+    joints = find_joints(tokenizer, where=model)
     modelfile = f'FROM ./{WEIGHTS}\nTEMPLATE """{go_template(joints)}"""\n'
     ends = [*read_stops(model), tokenizer.eos_token_id]
     for stop in dict.fromkeys(str(tokenizer.convert_ids_to_tokens(end)) for end in ends if end is not None):
@@ -48,12 +48,12 @@ def write_ollama(model: Path, out: Path, *, kind: Kind = "f16") -> dict[str, Any
         written = write_gguf(model, stage / WEIGHTS, kind=kind)
         if context := written["short_context"]:
             modelfile += f"PARAMETER num_ctx {max(context, written['longest_row'] or 0)}\n"
-        write_file(stage / MODELFILE, modelfile.encode())
+        write_file(stage / MODELFILE, modelfile)
     trims = any(_cut(tokenizer, shape) and not _cut(tokenizer, shape, blank="\n ") for shape in ("u", "su", "uau"))
     return {**written, "file": str(out / WEIGHTS), "system": (_START, "system") in joints, "trims": trims}
 
 
-def find_joints(tokenizer: PreTrainedTokenizerFast, *, where: str) -> Joints:
+def find_joints(tokenizer: PreTrainedTokenizerFast, *, where: object) -> Joints:
     """Read the joints off a chat template, without the BOS that the GGUF has the server put in front."""
     if not tokenizer.chat_template:
         raise ModelError("the model has no chat template", where=where, hint="--to gguf")

@@ -92,7 +92,7 @@ def name_splitter(spec: dict[str, Any], model: Path) -> str:
 
 
 def _unknown(model: Path, what: str) -> ModelError:
-    return ModelError(f"the tokenizer {what}", where=str(model), hint=usual_converter(model))
+    return ModelError(f"the tokenizer {what}", where=model, hint=usual_converter(model))
 
 
 def _name_tokens(tokenizer: PreTrainedTokenizerFast, spec: dict[str, Any], vocabulary: int) -> dict[str, Any]:

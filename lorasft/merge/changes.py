@@ -1,10 +1,15 @@
-"""Which tensors of the base's files an adapter changes, and how; refused by name before anything is written."""
+"""Which tensors of the base's files an adapter changes, and how; refused by name before anything is written.
+
+What it does to one tensor is fp32 all the way, rounded once. Where PEFT multiplies matrices, the same product: it is
+computed for all rows at once, because its last bit depends on the shape; what is done with it goes by rows, which
+changes no bit.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,13 +19,87 @@ from lorasft.artifact import Artifact
 from lorasft.data.tokenizer import needed_rows
 from lorasft.errors import ModelError
 from lorasft.merge.parameters import ParameterMap
-from lorasft.merge.updates import Change, LoraProduct
 
 _CONV1D_MODELS = {"gpt2", "openai-gpt"}  # their checkpoints store linears (in, out)
 _A, _B, _BIAS, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
 _EMBEDDING_A, _EMBEDDING_B, _TOKENS = "lora_embedding_A", "lora_embedding_B", "token_adapter.trainable_tokens_delta"
 _PARTS = (_A, _B, _BIAS, _MAGNITUDE, _EMBEDDING_A, _EMBEDDING_B, _TOKENS)
 _PART = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _PARTS))})")
+
+
+@dataclass(frozen=True)
+class LoraProduct:
+    """scaling * B A; of every expert where the matrices of a layer's experts are stored as one tensor."""
+
+    up: Tensor  # B: (out, rank) or (experts, out, rank), fp32
+    down: Tensor  # A: (rank, in) or (experts, rank, in), fp32
+    scaling: float
+    transposed: bool = False  # the weight is stored (in, out), as GPT-2's Conv1D and embeddings are; not of experts
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight, as it is stored."""
+        out, into = self.up.shape[-2], self.down.shape[-1]
+        return *self.up.shape[:-2], *((into, out) if self.transposed else (out, into))
+
+    @property
+    def unit(self) -> int:
+        """A weight that is too large for one product is cut into slices of a multiple of so many rows."""
+        return self.shape[1] if len(self.shape) == 3 else 64
+
+    def compute(self, first: int, count: int, buffer: Tensor) -> Tensor:
+        """B A for rows `first` to `first + count` of the weight: (count, columns) fp32, in the memory of `buffer`."""
+        buffer = buffer[: count * self.shape[-1]]
+        if self.up.dim() == 3:
+            part = slice(first // self.unit, (first + count) // self.unit)
+            torch.bmm(self.up[part], self.down[part], out=buffer.view(-1, *self.shape[1:]))
+            return buffer.view(count, -1)
+        part = slice(first, first + count)
+        if self.transposed:
+            return torch.mm(self.up, self.down[:, part], out=buffer.view(-1, count)).T
+        return torch.mm(self.up[part], self.down, out=buffer.view(count, -1))
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of one tensor, as a matrix: what follows, one after the other. All tensors are in fp32."""
+
+    shape: tuple[int, ...]  # of what comes out; the same goes in, unless it is replaced
+    replacement: Tensor | None = None  # was trained as a whole
+    product: LoraProduct | None = None  # is added
+    magnitude: Tensor | None = None  # (out,): of the rows or columns that come of it (DoRA, arXiv:2402.09353)
+    bias: Tensor | None = None  # is added
+    token_rows: Mapping[int, Tensor] = field(default_factory=dict)  # token -> (hidden,): trained rows of an embedding
+
+    @property
+    def needs_all_rows(self) -> bool:
+        """Whether a norm runs along the columns."""
+        return self.magnitude is not None and self.product is not None and self.product.transposed
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """What is replaced or added by, whichever way it is stored."""
+        if self.product is None:
+            return [] if self.replacement is None else [self.replacement]
+        up, down = self.product.up, self.product.down
+        return [*((down.T, up.T) if self.product.transposed else (up, down)), torch.tensor(self.product.scaling)]
+
+    def apply(self, rows: Tensor, start: int, product: Tensor | None) -> None:
+        """Change rows `start`, `start + 1`, ... in place: (rows, columns) fp32. `product`: their B A, used up."""
+        if self.replacement is not None:
+            rows.copy_(self.replacement.reshape(-1, rows.shape[1])[start : start + len(rows)])
+        if self.product and product is not None:
+            rows.add_(product.mul_(self.product.scaling))
+        if self.needs_all_rows:
+            rows.mul_(self.magnitude / torch.linalg.norm(rows, dim=0))
+        elif self.magnitude is not None:
+            factor = self.magnitude[start : start + len(rows)] / torch.linalg.norm(rows, dim=1)
+            rows.mul_(factor.unsqueeze(1))
+        if self.bias is not None:  # a vector is one row
+            rows.add_(self.bias)
+        for token, row in self.token_rows.items():
+            if start <= token < start + len(rows):
+                rows[token - start] = row
 
 
 def read_changes(artifact: Artifact, places: ParameterMap, read: Callable[[str], Tensor]) -> dict[str, Change]:
@@ -83,7 +162,7 @@ class AdapterReader:
 
     def error(self, what: str, *, hint: str = "--base with what it was trained on, or fetch it again") -> ModelError:
         """The error for files that do not fit each other or the base."""
-        return ModelError(what, where=str(self.folder), hint=hint)
+        return ModelError(what, where=self.folder, hint=hint)
 
     def list_untied(self) -> Iterator[tuple[str, Change]]:
         """The changes by parameter, those of a tied embedding and head as one.
@@ -119,7 +198,8 @@ class AdapterReader:
         for names, up, down in zip(stored, product.up, product.down, strict=True):
             heights = [self.places.specs[name].shape[0] for name in names]
             for name, part in zip(names, torch.split(up, heights), strict=True):
-                yield name, _add(LoraProduct(part, down, product.scaling))
+                one = LoraProduct(part, down, product.scaling)
+                yield name, Change(one.shape, product=one)
 
     def _list_changes(self) -> Iterator[tuple[str, Change]]:
         """What becomes of the model's parameters, by their paths in it: whole tensors first."""
@@ -147,28 +227,29 @@ class AdapterReader:
         weight, names, dora = f"{module}.weight", parts.keys(), bool(self.config.get("use_dora"))
         linear = {_A, _B, _MAGNITUDE} if dora else {_A, _B}
         if wrapped and names == linear:
-            yield wrapped, _add(self._read_wrapped(wrapped, parts[_A], parts[_B]))
+            yield wrapped, self._read_wrapped(wrapped, parts[_A], parts[_B])
         elif names - {_BIAS} == linear:
-            product = self._multiply(module, parts[_B], parts[_A], transposed=self.conv1d)
-            yield weight, replace(_add(product), magnitude=parts.get(_MAGNITUDE))
+            change = self._multiply(module, parts[_B], parts[_A], transposed=self.conv1d)
+            yield weight, replace(change, magnitude=parts.get(_MAGNITUDE))
             if _BIAS in parts:
-                bias = parts[_BIAS] * product.scaling
+                bias = parts[_BIAS] * lora_scale(self.config, module)[1]
                 yield f"{module}.bias", Change(tuple(bias.shape), bias=bias)
         elif names == {_EMBEDDING_A, _EMBEDDING_B}:
-            yield weight, _add(self._multiply(module, parts[_EMBEDDING_B], parts[_EMBEDDING_A], transposed=True))
+            yield weight, self._multiply(module, parts[_EMBEDDING_B], parts[_EMBEDDING_A], transposed=True)
         elif names == {_TOKENS}:
             yield weight, self._read_tokens(module, parts[_TOKENS])
         else:
             wanted = f"{', '.join(sorted(linear))}{' with use_dora' * dora}"
             raise self.error(f"{wrapped or module} has {', '.join(names)}: LoRA makes {wanted}")
 
-    def _multiply(self, path: str, up: Tensor, down: Tensor, *, transposed: bool) -> LoraProduct:
-        """B A of a module or parameter, with its factor. Raises ModelError unless it has the config's rank."""
+    def _multiply(self, path: str, up: Tensor, down: Tensor, *, transposed: bool) -> Change:
+        """B A is added to a module or parameter, with its factor. Raises ModelError unless it has the config's rank."""
         rank, scaling = lora_scale(self.config, path)
         if up.dim() != down.dim() or not up.shape[-1] == down.shape[-2] == rank:
             made = f"{path} has B of {tuple(up.shape)} and A of {tuple(down.shape)}"
             raise self.error(f"{made}, the config says rank {rank}")
-        return LoraProduct(up, down, scaling, transposed)
+        product = LoraProduct(up, down, scaling, transposed)
+        return Change(product.shape, product=product)
 
     def _read_tokens(self, module: str, values: Tensor) -> Change:
         given = self.config.get("trainable_token_indices") or []
@@ -192,8 +273,8 @@ class AdapterReader:
             wrapped |= {f"{module}{'.base_layer' * depth}": path for depth, path in enumerate(reversed(named))}
         return wrapped
 
-    def _read_wrapped(self, parameter: str, down: Tensor, up: Tensor) -> LoraProduct:
-        """The product for a matrix, or for those of all experts from what PEFT keeps of them (ParamWrapper).
+    def _read_wrapped(self, parameter: str, down: Tensor, up: Tensor) -> Change:
+        """The change of a matrix, or of those of all experts from what PEFT keeps of them (ParamWrapper).
 
         `down`: (experts * rank, in), expert by expert; `up`: (out, rank * experts), rank by rank.
         """
@@ -206,7 +287,3 @@ class AdapterReader:
         if getattr(self.places.model.get_submodule(parameter.rpartition(".")[0]), "is_transposed", False):
             ups, downs = downs.mT, ups.mT  # they are stored (in, out)
         return self._multiply(parameter, ups.contiguous(), downs.contiguous(), transposed=False)
-
-
-def _add(product: LoraProduct) -> Change:
-    return Change(product.shape, product=product)

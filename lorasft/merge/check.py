@@ -58,7 +58,6 @@ class MergeCheck:
         targets = [row.labels[row.labels != UNSUPERVISED] for row in self.rows]
         self.lengths = [len(part) for part in targets]
         self.targets = torch.from_numpy(np.concatenate(targets).astype("int64")).unsqueeze(1)  # (pairs, 1)
-        self.four_bit = artifact.model.quantization == "nf4"
         model = _load(artifact)
         self.trained = log_probs(model, self.rows)
         self._compare("trained", self.trained)
@@ -68,14 +67,14 @@ class MergeCheck:
     @cached_property
     def original(self) -> Tensor:
         """What the base's own weights answer with the adapter on them; of a run in 16 bits that was trained."""
-        if not self.four_bit:
+        if self.artifact.model.quantization == "none":
             return self.trained
         own = replace(self.artifact, model=self.artifact.model.model_copy(update={"quantization": "none"}))
         return self._compare(_ORIGINAL, log_probs(_load(own), self.rows))
 
     def choose(self) -> tuple[Onto, str]:
         """The base whose answers to held-out rows are likelier, of equals the one nearer to training; and why."""
-        if not self.four_bit:
+        if self.artifact.model.quantization == "none":
             return "original", "nothing says that it was trained in 4 bit"
         parts = self.lengths if len(self.lengths) > 1 else [1] * self.lengths[0]  # of one row its tokens
         gains = self._nll(self.trained, parts) - self._nll(self.original, parts)
@@ -95,7 +94,7 @@ class MergeCheck:
         off, moved = mean_kl(wanted, self.ask(merged, "merged")), self.table["without the adapter"]["kl"]
         if not off <= max(moved, _ROUNDING):
             what = f"the merged model does not answer like its base with the adapter: {off:.1e} nats a token apart"
-            raise ModelError(what, where=str(merged), hint=f"the adapter moves the base by {moved:.1e}")
+            raise ModelError(what, where=merged, hint=f"the adapter moves the base by {moved:.1e}")
 
     def ask(self, folder: Path, name: str) -> Tensor:
         """Ask the model in `folder` and put it into the table. Returns its log-probabilities."""

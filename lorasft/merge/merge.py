@@ -108,7 +108,7 @@ def _write_full(folder: Path, artifact: Artifact, plan: MergePlan, *, onto: Onto
     changed, hashes = write_weights(folder, plan, nf4=nf4)
     if not changed:
         what = "no weight changed: the adapter is empty, or too small for the base's dtype"
-        raise ModelError(what, where=str(artifact.adapter))
+        raise ModelError(what, where=artifact.adapter)
     write_sidecars(folder, artifact, rewrite_config(plan, artifact.base_config))
     return hashes
 
@@ -133,8 +133,8 @@ def _write_record(stage: Path, artifact: Artifact, done: dict[str, Any]) -> dict
     )
     if artifact.chat.system is not None:
         card += "\nThe chat template puts the system message of training before conversations without one.\n"
-    files.write_file(stage / MERGE_RECORD, json.dumps(record, indent=1).encode())
-    files.write_file(stage / "README.md", card.encode())
+    files.write_file(stage / MERGE_RECORD, json.dumps(record, indent=1))
+    files.write_file(stage / "README.md", card)
     return record
 
 

@@ -41,7 +41,7 @@ def write_sidecars(folder: Path, artifact: Artifact, rewritten: Mapping[str, Any
             continue
         make_folder((folder / name).parent)
         if name in rewritten:
-            write_file(folder / name, json.dumps(rewritten[name], indent=2).encode())
+            write_file(folder / name, json.dumps(rewritten[name], indent=2))
         else:
             shutil.copyfile(path, folder / name)
     if not trained:
@@ -55,11 +55,11 @@ def write_sidecars(folder: Path, artifact: Artifact, rewritten: Mapping[str, Any
         config = folder / "tokenizer_config.json"
         if (content := json.loads(config.read_bytes())).get("chat_template"):  # stale, and all that some servers read
             content["chat_template"] = trained.get_chat_template()
-            replace_file(config, json.dumps(content, indent=2, ensure_ascii=False).encode())
+            replace_file(config, json.dumps(content, indent=2, ensure_ascii=False))
     end, stops, path = trained.eos_token_id, read_stops(folder), folder / GENERATION_CONFIG
     if end is not None and end not in stops:
         kept = json.loads(path.read_bytes()) if path.is_file() else {}
-        replace_file(path, json.dumps({**kept, "eos_token_id": [end, *stops]}, indent=2).encode())
+        replace_file(path, json.dumps({**kept, "eos_token_id": [end, *stops]}, indent=2))
 
 
 def _has_ids_of(trained: Any, base: Path) -> bool:
@@ -83,7 +83,7 @@ def compare_prompts(artifact: Artifact, merged: Path, rows: Sequence[Tokens]) ->
         same["prompts"] &= prompt is None or prompt == _render(found, ChatSettings(), roles)
     same["ends of answers"] = trained.eos_token_id in (None, found.eos_token_id, *read_stops(merged))
     if wrong := [what for what, holds in same.items() if not holds]:
-        raise ModelError(f"the merged folder gives other {', '.join(wrong)} than the adapter's", where=str(merged))
+        raise ModelError(f"the merged folder gives other {', '.join(wrong)} than the adapter's", where=merged)
 
 
 def _render(tokenizer: Any, chat: ChatSettings, roles: Sequence[str]) -> list[int] | None:

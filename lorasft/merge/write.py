@@ -24,9 +24,8 @@ from torch import Tensor
 from lorasft.artifact import Artifact
 from lorasft.errors import ModelError
 from lorasft.files import new_file
-from lorasft.merge.changes import read_changes
+from lorasft.merge.changes import Change, read_changes
 from lorasft.merge.parameters import ParameterMap
-from lorasft.merge.updates import Change
 from lorasft.model.packed import StoredWeight, list_stored
 from lorasft.tensors import INDEX, SINGLE, TensorFile, TensorSpec, TensorWriter, find_weights, open_tensors
 from lorasft.terminal import say

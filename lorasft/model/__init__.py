@@ -14,14 +14,12 @@ os.environ.setdefault("LRU_CACHE_CAPACITY", "512")
 # On a CPU with AVX512-BF16, importing bitsandbytes 0.50 asks the hub for a kernel and warns when it gets none. The
 # kernel is for inference only, and nothing here dials out unasked: the package that would fetch it is hidden meanwhile.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-_hidden = "kernels" not in sys.modules
-if _hidden:
-    sys.modules["kernels"] = None  # type: ignore[assignment]
+sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 # It has torch compile the kernels for devices without its own: not used here, and the compiler's import takes a second.
 with patch("torch.compile", lambda function, **_: function):
     import bitsandbytes  # noqa: F401
 
-if _hidden:
+if sys.modules["kernels"] is None:
     del sys.modules["kernels"]
 
 from lorasft.model.quantizer import install_quantizer  # noqa: E402

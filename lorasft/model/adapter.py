@@ -93,14 +93,14 @@ def load_adapter(base: Any, artifact: Artifact, *, trainable: bool = False) -> A
     experts = [path for path in fields["target_modules"] if re.search(r"\.experts\.\d+\.", path)]
     if adapts_experts(fields) and any(hasattr(module, "packed") for module in base.modules()):
         what = "it adapts experts, which is not possible where they are in 4 bit"
-        raise ModelError(what, where=str(folder), hint="--quantization none, or in a recipe model.quantization=none")
-    with _peft_errors(str(folder / CONFIG)):  # of an earlier transformers
+        raise ModelError(what, where=folder, hint="--quantization none, or in a recipe model.quantization=none")
+    with _peft_errors(folder / CONFIG):  # of an earlier transformers
         weights = convert_peft_adapter_state_dict_for_transformers(base, LoraConfig(), weights)
     others = [name for name in weights if ".lora_A." not in name and ".lora_B." not in name]
     others += [key for key in ("target_parameters", "init_lora_weights") if fields.get(key)]
     if others and any(parameter.is_meta for parameter in base.parameters()):  # streamed: for A and B of linears alone
         what = f"the base does not fit into memory, and {others[0]} does not work with one that is streamed"
-        raise ModelError(what, where=str(folder), hint="merge with --no-check")
+        raise ModelError(what, where=folder, hint="merge with --no-check")
     weights = subtract_start(weights, fields, folder, lambda path: base.get_submodule(path).weight)
     # PEFT adds whole embeddings where they are adapted, and where the vocabulary was resized: so is `base` then.
     embeddings = [base.get_input_embeddings(), base.get_output_embeddings()]
@@ -116,8 +116,8 @@ def load_adapter(base: Any, artifact: Artifact, *, trainable: bool = False) -> A
     fields["target_modules"] = experts + list_adapted(weights, fields)
     other = {"peft_type", "base_model_name_or_path", "revision", "init_lora_weights"}  # `base` is what it is put on
     known = fields.keys() - other - (set() if trainable else {"lora_dropout"})  # which PEFT refuses for experts
-    model = _wrap(base, where=str(folder / CONFIG), **{key: fields[key] for key in known})
-    give_weights(model, weights, where=str(folder), whole=whole)
+    model = _wrap(base, where=folder / CONFIG, **{key: fields[key] for key in known})
+    give_weights(model, weights, where=folder, whole=whole)
     model.requires_grad_(False)
     if trainable:
         for name, parameter in model.named_parameters():
@@ -171,7 +171,7 @@ def _find_linears(base: Any) -> set[str]:
     return set(config.target_modules or ())
 
 
-def give_weights(model: Any, weights: dict[str, Tensor], *, where: str, whole: Collection[str] = ()) -> None:
+def give_weights(model: Any, weights: dict[str, Tensor], *, where: object, whole: Collection[str] = ()) -> None:
     """Put adapter tensors, and `whole` ones of the base, into `model`, exactly. Raises ModelError naming what is
     missing, surplus or misshapen."""
     own = {name: tensor for name, tensor in model.state_dict().items() if name in whole} | adapter_weights(model)
@@ -190,8 +190,7 @@ def give_weights(model: Any, weights: dict[str, Tensor], *, where: str, whole: C
 
 def adapter_weights(model: Any) -> dict[str, Tensor]:
     """What is saved: the adapter's tensors under PEFT's names, fp32."""
-    state: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return state
+    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
 def write_adapter(model: Any, folder: Path, *, base: ModelSettings) -> None:
@@ -202,7 +201,7 @@ def write_adapter(model: Any, folder: Path, *, base: ModelSettings) -> None:
     if getattr(model.get_base_model(), "left_out", []):  # PEFT made names of the paths that mean the towers as well
         config["target_modules"] = list_adapted(weights, config)
     text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # target_modules is a set
-    write_file(folder / CONFIG, text.encode())
+    write_file(folder / CONFIG, text)
     write_file(folder / WEIGHTS, save(weights, metadata={"format": "pt"}))
 
 
@@ -240,7 +239,7 @@ def check_targets(base: Any, settings: AdapterSettings) -> None:
 
 
 @contextlib.contextmanager
-def _peft_errors(where: str) -> Iterator[None]:
+def _peft_errors(where: object) -> Iterator[None]:
     """Say in words what PEFT raises where it cannot make an adapter."""
     try:
         yield
@@ -249,7 +248,7 @@ def _peft_errors(where: str) -> Iterator[None]:
         raise ModelError(f"PEFT cannot make this adapter: {error}", where=where, hint=hint) from None
 
 
-def _wrap(base: Any, *, where: str, **settings: Any) -> Any:
+def _wrap(base: Any, *, where: object, **settings: Any) -> Any:
     """The PEFT model of `base` with LoRA by PEFT's `settings`. Raises ModelError where PEFT cannot make it."""
     with warnings.catch_warnings(), _peft_errors(where):
         # peft 0.21 asks transformers by a name that it gave up (peft/peft_model.py).

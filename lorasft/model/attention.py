@@ -151,23 +151,20 @@ def attend(
         # takes other arguments in each of torch 2.10, 2.11 and 2.12.
         q, k, v = (row.squeeze(0).transpose(0, 1) for row in (query, keys, values))  # (tokens, heads, size)
         begun, longest = segments.places[:2], (max(segments.lengths), max(segments.key_counts))
-        reach = {"window_size_left": sliding_window - 1 if sliding_window else -1, "window_size_right": 0}
-        given, how = (*begun, *longest, dropout, not sliding_window), {"scale": scale, **reach}
+        given = (*begun, *longest, dropout, not sliding_window)
+        how = {"scale": scale, "window_size_left": (sliding_window or 0) - 1, "window_size_right": 0}  # -1: no window
         if s_aux is not None:
             return SinkAttention.apply(q, k, v, s_aux, given, how).unsqueeze(0), None  # type: ignore[no-untyped-call]
         return _flash(q, k, v, *given, False, **how)[0].unsqueeze(0), None
     outputs = []
     parts = [torch.split(row, segments.key_counts, dim=2) for row in (keys, values)]
     for q, k, v in zip(torch.split(query, segments.lengths, dim=2), *parts, strict=True):
-        square = q.shape[2] == k.shape[2] and (sliding_window is None or k.shape[2] <= sliding_window)
-        own_scores = softcap is not None or s_aux is not None
-        mask = None if square and not own_scores else _causal(q, k, window=sliding_window)
-        if own_scores:  # Gemma 2, gpt-oss: the model's own function
-            own = sys.modules[type(module).__module__].eager_attention_forward
+        if softcap is not None or s_aux is not None:  # Gemma 2, gpt-oss: the model's own function
+            own, mask = sys.modules[type(module).__module__].eager_attention_forward, _causal(q, k, sliding_window)
             rows = own(module, q, k, v, mask, scaling=scale, dropout=dropout, softcap=softcap)[0].transpose(1, 2)
         else:
-            grouped = q.shape[1] != k.shape[1]
-            rows = F.scaled_dot_product_attention(q, k, v, mask, dropout, square, scale=scale, enable_gqa=grouped)
+            limits, grouped = _limits(q, k, True, sliding_window), q.shape[1] != k.shape[1]
+            rows = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, enable_gqa=grouped, **limits)
         outputs.append(rows)
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
@@ -250,12 +247,13 @@ class SinkAttention(torch.autograd.Function):
 
 
 def _limits(query: Tensor, key: Tensor, causal: bool, window: int | None) -> dict[str, Any]:
-    """What the kernel is told of the keys of a stretch that a query does not see."""
-    square = window is None or query.shape[2] == key.shape[2] <= window
-    return {"is_causal": causal and square, "attn_mask": None if square else _causal(query, key, window=window)}
+    """What a kernel is told of the keys that a query does not see; where all see all (not `causal`), nothing."""
+    square = query.shape[2] == key.shape[2] and (window is None or key.shape[2] <= window)
+    mask = _causal(query, key, window) if causal and not square else None
+    return {"is_causal": causal and square, "attn_mask": mask}
 
 
-def _causal(query: Tensor, key: Tensor, *, window: int | None) -> Tensor:
+def _causal(query: Tensor, key: Tensor, window: int | None) -> Tensor:
     """What is added to the scores, (1, 1, queries, keys): causal from the bottom right; a window counts along the keys,
     ancestors included.
     """

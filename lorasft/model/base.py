@@ -267,6 +267,28 @@ def check_device(device: torch.device, dtype: torch.dtype | None = None) -> None
         raise DeviceError(f"{name} does not multiply in bfloat16", where="model.dtype", hint=hint)
 
 
+def nf4_error(device: torch.device) -> tuple[float, float]:
+    """Largest error, relative to the largest value, of a linear in NF4 and of its backward, against float64; and what
+    rounding in the device's own precision explains."""
+    dtype = compute_dtype("auto", device)
+    scheme = {"compress_statistics": False, "quant_type": "nf4"}
+    layer = bnb.nn.Linear4bit(256, 256, bias=False, compute_dtype=dtype, **scheme)
+    random = torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (1024, 64), generator=random)  # blocks of numbers that share a scale
+    codes[:, 0] = 15  # the largest: NF4 has these numbers
+    blocks = bnb.functional.get_4bit_type("nf4", device="cpu")[codes] * (torch.rand(1024, 1, generator=random) + 0.5)
+    weight = blocks.view(256, 256)
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, **scheme)
+    layer = layer.to(device)
+    layer.support_avx512bf16_for_cpu = False  # as in training
+    identity = torch.eye(256, dtype=dtype, device=device)
+    entered = identity.clone().requires_grad_()
+    out = layer(entered)
+    found = (out.detach().t(), *torch.autograd.grad(out, entered, identity))
+    error = max(float((one.cpu().double() - weight).abs().max() / weight.max()) for one in found)
+    return error, 1e-5 if dtype == torch.float32 else 2e-2
+
+
 def count_bytes(model: nn.Module) -> dict[str, int]:
     """Where the bytes of a loaded model are, by kind; constants count as 4-bit, what stays on the host not at all."""
     sizes = dict.fromkeys(("4-bit weights", "16-bit weights", "32-bit weights", "adapter"), 0)
@@ -301,15 +323,13 @@ def check_mostly_quantized(skeleton: Any) -> None:
 def quiet_progress() -> Iterator[None]:
     """transformers draws its own bars on stderr even where there is no terminal, and tables of what it did not find."""
     log = transformers.utils.logging
-    shown, level = log.is_progress_bar_enabled(), log.get_verbosity()
-    log.disable_progress_bar()
-    log.set_verbosity_error()
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(log.set_verbosity, log.get_verbosity())
+        if log.is_progress_bar_enabled():
+            stack.callback(log.enable_progress_bar)
+        log.disable_progress_bar()
+        log.set_verbosity_error()
         yield
-    finally:
-        log.set_verbosity(level)
-        if shown:
-            log.enable_progress_bar()
 
 
 @contextlib.contextmanager

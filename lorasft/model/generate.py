@@ -32,9 +32,8 @@ def generate(
 
     Returns the new ids without the stop. `on_text` gets the text as it grows, whole characters only.
     """
-    positions = (
-        getattr(causal.config.get_text_config(), "max_position_embeddings", None) or len(prompt) + max_new_tokens
-    )
+    own = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
+    positions = own or len(prompt) + max_new_tokens
     if len(prompt) >= positions:
         what = f"the prompt has {len(prompt)} tokens, the model {positions} positions"
         raise DataError(what, hint="a shorter prompt")

@@ -155,8 +155,7 @@ class LoraLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: Sequence[Any], *adapter: Tensor) -> tuple[Tensor, ...]:
         flat, outputs = x.reshape(-1, x.shape[-1]), []  # (tokens, in)
-        stacked = _stack(adapter[: len(layers)], x.dtype)
-        down = flat @ stacked.t()  # (tokens, ranks)
+        down = flat @ _stack(adapter[: len(layers)], x.dtype).t()  # (tokens, ranks)
         for layer, part in zip(layers, _split(down, layers), strict=True):
             _, b, scaling = _adapter(layer)
             weight = layer.weights.read(layer.base_layer, x.dtype, again=ctx.needs_input_grad[0]).t()
@@ -251,7 +250,7 @@ def _forward_saved(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
     original = wrapper.original_module
     if wrapper.disable_adapters:
         return original(*args, **kwargs)
-    ((_, copy),) = wrapper.modules_to_save.items()
+    (copy,) = wrapper.modules_to_save.values()
     cast = {name: parameter.to(original.get_parameter(name).dtype) for name, parameter in copy.named_parameters()}
     return functional_call(copy, cast, args, kwargs)
 

@@ -145,14 +145,9 @@ def round_up(batch: MicroBatch) -> MicroBatch:
     segment, where no other token sees them."""
     tokens, pairs = (-len(numbers) % _ROUND for numbers in (batch.ids, batch.sources))
     last = batch.segments[-1]
-    return replace(
-        batch,
-        ids=np.pad(batch.ids, (0, tokens), mode="edge"),
-        positions=np.pad(batch.positions, (0, tokens), mode="edge"),
-        segments=(*batch.segments[:-1], replace(last, end=last.end + tokens)),
-        sources=np.pad(batch.sources, (0, pairs), mode="edge"),
-        targets=np.pad(batch.targets, (0, pairs), mode="edge"),
-    )
+    more: dict[str, Any] = {"ids": tokens, "positions": tokens, "sources": pairs, "targets": pairs}
+    padded = {name: np.pad(getattr(batch, name), (0, count), mode="edge") for name, count in more.items()}
+    return replace(batch, segments=(*batch.segments[:-1], replace(last, end=last.end + tokens)), **padded)
 
 
 class ChunkedLoss(torch.autograd.Function):

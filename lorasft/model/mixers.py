@@ -13,8 +13,8 @@ from itertools import groupby
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map
 
 from lorasft.model.attention import Paths
@@ -52,6 +52,5 @@ def _take(lengths: list[int], numbers: Sequence[int], one: Any) -> Any:
     """Of a tensor (1, tokens, ...) the segments with these numbers: (segments, tokens of the longest, ...)."""
     if not isinstance(one, Tensor) or one.shape[:2] != (1, sum(lengths)):
         return None if isinstance(one, Paths) else one  # attention by segment would be another's
-    parts, longest = torch.split(one.squeeze(0), lengths), lengths[numbers[-1]]
-    beside = [0, 0] * (one.dim() - 2)
-    return torch.stack([F.pad(parts[number], (*beside, 0, longest - lengths[number])) for number in numbers])
+    parts = torch.split(one.squeeze(0), lengths)
+    return pad_sequence([parts[number] for number in numbers], batch_first=True)

@@ -54,7 +54,7 @@ def list_stored(files: Sequence[TensorFile]) -> dict[str, StoredWeight]:
         found[name] = StoredWeight(places[name].specs[name], {name: places[name]})
         if found[name].spec.dtype.startswith(("F8", "F4")):
             what = f"{name} is {found[name].spec.dtype}, and its scales are not known"
-            raise ModelError(what, where=str(places[name].path), hint="take the 16-bit original")
+            raise ModelError(what, where=places[name].path, hint="take the 16-bit original")
     return found
 
 
@@ -110,7 +110,7 @@ def _find_4bit(places: Mapping[str, TensorFile]) -> dict[str, StoredWeight]:
                 described = json.loads(file.read_bytes(state, 0, _MOST))
                 dtype, shape = _NAMES[described["dtype"]], tuple(int(size) for size in described["shape"])
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ModelError(f"{state} is not what bitsandbytes writes: {error}", where=str(file.path)) from None
+                raise ModelError(f"{state} is not what bitsandbytes writes: {error}", where=file.path) from None
             spec = TensorSpec(dtype, shape, math.prod(shape) * (4 if dtype == "F32" else 2))
             parts = {name: places[name] for name in names}
             found[weight] = StoredWeight(spec, parts, partial(_unpack_4bit, names=names, shape=shape))
@@ -119,7 +119,7 @@ def _find_4bit(places: Mapping[str, TensorFile]) -> dict[str, StoredWeight]:
 
 def _unpack_4bit(codes: Tensor, *parts: Tensor, names: Sequence[str], shape: tuple[int, ...]) -> Tensor:
     """The same bits as bitsandbytes' own."""
-    state = {name.removeprefix(f"{names[0]}."): part for name, part in zip(names[1:], parts, strict=True)}
+    state = dict(zip(names[1:], parts, strict=True))
     return _dequantize(codes, functional.QuantState.from_dict(state, device=torch.device("cpu"))).view(shape)
 
 

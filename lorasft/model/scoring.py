@@ -57,7 +57,7 @@ def score_batches(
                 share=network.share,
                 rope_switch_length=network.rope_switch_length,
             )
-            for batch in assign_to_rank(tuple(batches), index, processes):
+            for batch in assign_to_rank(batches, index, processes):
                 with torch.no_grad(), explain(batch):
                     losses = pair_losses(network, batch)
                 yield batch, losses
@@ -72,7 +72,7 @@ def log_probabilities(
     rows = [(all_supervised(ids),) for ids in sequences]
     for batch, losses in score_batches(network, rows.__getitem__, scored, capacity=capacity):
         found = -losses.double().cpu().numpy()
-        for example in set(batch.examples.tolist()):
+        for example in np.unique(batch.examples):
             scores[example][:] = found[batch.examples == example]
     return scores
 
@@ -120,18 +120,13 @@ def score_answers(network: Network, answers: Sequence[Answer]) -> list[dict[str,
     check_ids([answer.ids for answer in answers], network.causal.config.get_text_config().vocab_size)
     wholes = log_probabilities(network, [answer.ids for answer in answers], capacity=_CAPACITY)
     prompts = log_probabilities(network, [answer.ids[: answer.start] for answer in answers], capacity=_CAPACITY)
-    scores = [
-        {
-            "log_prob_y_given_x": float(whole[answer.start - 1 :].sum()),
-            "log_prob_x": float(prompt.sum()),
-            "log_prob_xy": float(whole.sum()),
-        }
-        for answer, whole, prompt in zip(answers, wholes, prompts, strict=True)
-    ]
-    for answer, score in zip(answers, scores, strict=True):
-        if not all(map(math.isfinite, score.values())):
+    scores = []
+    for answer, whole, prompt in zip(answers, wholes, prompts, strict=True):
+        sums = {"log_prob_y_given_x": whole[answer.start - 1 :], "log_prob_x": prompt, "log_prob_xy": whole}
+        scores.append({name: float(numbers.sum()) for name, numbers in sums.items()})
+        if not all(map(math.isfinite, scores[-1].values())):
             what = f"the log-probabilities of an answer are not finite, in {network.causal.dtype}"
-            raise DivergedError(what, where=str(answer.place), hint="another --dtype; else the weights are broken")
+            raise DivergedError(what, where=answer.place, hint="another --dtype; else the weights are broken")
     return scores
 
 

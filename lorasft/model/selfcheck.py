@@ -162,8 +162,7 @@ def _branches(first: int, network: Network) -> tuple[Tokens, Tokens]:
     vocabulary = network.causal.config.get_text_config().vocab_size
     stem, other = np.split(np.random.default_rng(0).integers(0, vocabulary, _STEM + _OTHER), [_STEM])
     tail = np.random.default_rng(first).integers(0, vocabulary, _TAIL)
-    ids = np.concatenate([stem, [first], tail]), np.concatenate([stem, [3], other])
-    return all_supervised(ids[0].astype(np.int32)), all_supervised(ids[1].astype(np.int32))
+    return all_supervised(np.concatenate([stem, [first], tail])), all_supervised(np.concatenate([stem, [3], other]))
 
 
 def _rope_switch_length(config: Any) -> int | None:

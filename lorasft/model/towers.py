@@ -63,11 +63,8 @@ def _drop_towers(model: Any) -> list[str]:
     hook = register_module_forward_pre_hook(lambda module, _: called.add(module))
     # It would read numbers, which are not there.
     unread = patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
-    try:
-        with only_first(model, 0), unread, torch.no_grad():
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
-    finally:
-        hook.remove()
+    with hook, only_first(model, 0), unread, torch.no_grad():
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
     decoder, left_out = model.get_decoder(), []
     around = [(path, one) for path, one in model.named_modules() if one is not decoder and decoder in one.modules()]
     for path, one in around:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor, nn
 
@@ -33,12 +35,9 @@ class Trained:
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """`flat`, numbers of all parameters or of the first, as a view for each of these."""
-        views, start = {}, 0
-        for name, one in self.parameters.items():
-            if start < len(flat):
-                views[name] = flat[start : start + one.numel()].view_as(one)
-            start += one.numel()
-        return views
+        ends = accumulate(one.numel() for one in self.parameters.values())
+        parts = zip(self.parameters.items(), ends, strict=True)
+        return {name: flat[end - one.numel() : end].view_as(one) for (name, one), end in parts if end <= len(flat)}
 
     def refresh(self) -> None:
         """Make the copies those of the masters."""

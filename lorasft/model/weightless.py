@@ -33,7 +33,7 @@ def make_weightless(
         quantize_skeleton(base, dtype)
     for linear in base.modules():
         if isinstance(linear, bnb.nn.Linear4bit):
-            _quantize(linear, torch.empty(linear.out_features, linear.in_features, dtype=dtype, device="meta"))
+            _quantize(linear, torch.device("meta"))
     keep_on_host(base, device)
     base.requires_grad_(False)
     with torch.device("meta"):
@@ -99,8 +99,7 @@ def _fill(modules: list[nn.Module], *, device: torch.device) -> None:
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.ones_like(buffer, device=device))
         if isinstance(module, bnb.nn.Linear4bit):
-            weight = torch.empty(module.out_features, module.in_features, dtype=module.compute_dtype, device="meta")
-            _quantize(module, _draw_like(weight, device))
+            _quantize(module, device)
         for name, old in [one for one in module.named_parameters(recurse=False) if one[1].is_meta]:
             if id(old) not in made:
                 made[id(old)] = nn.Parameter(_draw_like(old, device), requires_grad=old.requires_grad)
@@ -117,10 +116,11 @@ def _draw_like(given: Tensor, device: torch.device) -> Tensor:
     return few.repeat(-(-given.numel() // len(few)))[: given.numel()].view(given.shape)
 
 
-def _quantize(linear: Any, weight: Tensor) -> None:
-    """Give `linear` its `weight` in 4 bit; on the meta device its shapes."""
+def _quantize(linear: Any, device: torch.device) -> None:
+    """Give `linear` a random weight in 4 bit; on the meta device its shapes."""
     scheme = {"compress_statistics": linear.weight.compress_statistics, "quant_type": linear.weight.quant_type}
-    packed, linear.quant_state = bnb.functional.quantize_4bit(weight, **scheme)
+    weight = torch.empty(linear.out_features, linear.in_features, dtype=linear.compute_dtype, device="meta")
+    packed, linear.quant_state = bnb.functional.quantize_4bit(_draw_like(weight, device), **scheme)
     linear.weight = bnb.nn.Params4bit(
         packed, requires_grad=False, quant_state=linear.quant_state, bnb_quantized=True, **scheme
     )

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, field_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=0.5)]
@@ -123,7 +123,7 @@ class TrainSettings(_Section):
     steps: PositiveInt | None = Field(None, description="optimizer steps, instead of epochs")
     batch_size: int = Field(32, ge=1, description="examples per optimizer step")
     loss: Literal["token", "example"] = Field("token", description="mean over supervised tokens, or over examples")
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="L2 norm to clip at; null: never")
+    max_grad_norm: PositiveFloat | None = Field(1.0, description="L2 norm to clip at; null: never")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of order, initial adapter and dropout")
 
 
@@ -145,7 +145,7 @@ class RunSettings(_Section):
     log_every: int = Field(1, ge=1, description="steps")
     eval_every: PositiveInt | None = Field(100, description="steps; null: only at the end")
     save_every: PositiveInt | None = Field(100, description="steps; null: by the clock and at the end")
-    save_minutes: Annotated[float, Field(gt=0)] | None = Field(20.0, description="minutes between checkpoints")
+    save_minutes: PositiveFloat | None = Field(20.0, description="minutes between checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints to keep")
     keep_best: bool = Field(False, description="adapter/ holds the best by held-out loss, not the last")
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field((), description="also log there")

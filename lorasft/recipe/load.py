@@ -185,8 +185,7 @@ def _apply_override(override: str, document: Document) -> None:
     name, equals, text = override.partition("=")
     where, keys = f"command line: {shorten(name)}=...", tuple(name.split("."))
     if not equals or not all(keys) or len(keys) > MOST_DEPTH or name in Recipe.model_fields:
-        hint = "for example train.batch_size=16"
-        raise RecipeError("not of the form section.key=value", where=where, hint=hint)
+        raise RecipeError("not of the form section.key=value", where=where, hint="for example train.batch_size=16")
     given = parse_yaml(text, where, keys)
     tree = document.value
     for key in keys[:-1]:

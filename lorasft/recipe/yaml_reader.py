@@ -41,9 +41,9 @@ def read_yaml(path: Path) -> Document:
             content = file.read(MOST_BYTES + 1)
     except OSError as error:
         hint = "name a YAML file that you may read"
-        raise RecipeError(f"cannot read the recipe: {error.strerror}", where=str(path), hint=hint) from None
+        raise RecipeError(f"cannot read the recipe: {error.strerror}", where=path, hint=hint) from None
     if len(content) > MOST_BYTES:
-        raise UnsafeError("too large for a recipe", where=str(path), hint="rows go into files, named in data.train")
+        raise UnsafeError("too large for a recipe", where=path, hint="rows go into files, named in data.train")
     return parse_yaml(content, str(path))
 
 

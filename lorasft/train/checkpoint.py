@@ -17,7 +17,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +88,15 @@ def check_run_folder(folder: Path, *, resume: bool) -> None:
     """Raise RecipeError when the run folder is taken or holds other files, or when there is nothing to resume."""
     is_run = (folder / "recipe.yaml").is_file()
     if resume and not is_run:
-        raise RecipeError("there is no run to resume", where=str(folder), hint="leave out --resume to start one")
+        raise RecipeError("there is no run to resume", where=folder, hint="leave out --resume to start one")
     if not resume and is_run:
         hint = f"--resume to continue it, or {quote(f'run.output={folder}-2')} to start another"
-        raise RecipeError("this run folder exists", where=str(folder), hint=hint)
+        raise RecipeError("this run folder exists", where=folder, hint=hint)
     present = {path.name for path in folder.glob("[!.]*")}
     strangers = sorted(present - _LEFT_BEHIND if LOCK in present else present)
     if strangers and not is_run:
         what = f"the folder holds {len(strangers)} files that are not a run's, {strangers[0]} among them"
-        raise RecipeError(what, where=str(folder), hint="run.output=NEW_FOLDER")
+        raise RecipeError(what, where=folder, hint="run.output=NEW_FOLDER")
 
 
 def compare(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
@@ -127,8 +127,8 @@ def write_start(run: Run, state: State) -> None:
         "data": prepared.key,
         "report": prepared.report.as_dict(),
     }
-    replace_file(run.folder / "provenance.json", json.dumps(provenance, indent=1).encode())
-    replace_file(run.folder / "recipe.yaml", dump_recipe(recipe).encode())
+    replace_file(run.folder / "provenance.json", json.dumps(provenance, indent=1))
+    replace_file(run.folder / "recipe.yaml", dump_recipe(recipe))
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -150,17 +150,17 @@ def save_checkpoint(run: Run, state: State) -> None:
     with staged_folder(target) as stage:
         write_adapter(run.model, stage, base=run.recipe.model)
         write_file(stage / "optimizer.safetensors", to_bytes(tensors))
-        write_file(stage / "state.json", json.dumps(asdict(state), indent=1).encode())
+        write_file(stage / "state.json", json.dumps(asdict(state), indent=1))
 
 
 def restore_checkpoint(path: Path, run: Run) -> None:
     """Put adapter and optimizer back as they were when `path` was saved, bit for bit. Raises ModelError."""
-    give_weights(run.model, read_adapter_weights(path), where=str(path))
+    give_weights(run.model, read_adapter_weights(path), where=path)
     run.trained.refresh()
     try:
         restore_optimizer(run.optimizer, run.trained, load_file(path / "optimizer.safetensors"))
     except (SafetensorError, OSError, LookupError, ValueError, RuntimeError) as error:
-        raise ModelError(f"cannot read the optimizer: {error}", where=str(path)) from None
+        raise ModelError(f"cannot read the optimizer: {error}", where=path) from None
 
 
 def read_state(path: Path, *, run: str | None) -> State:
@@ -169,11 +169,11 @@ def read_state(path: Path, *, run: str | None) -> State:
     try:
         state = TypeAdapter(State).validate_json((path / "state.json").read_bytes(), strict=True)
     except (OSError, ValueError) as error:
-        raise ModelError(f"no readable state.json: {' '.join(str(error).split())[:200]}", where=str(path)) from None
+        raise ModelError(f"no readable state.json: {' '.join(str(error).split())[:200]}", where=path) from None
     if path.name != f"step-{state.step:06d}":
-        raise ModelError(f"a copy of step {state.step}", where=str(path))
+        raise ModelError(f"a copy of step {state.step}", where=path)
     if run is not None and state.run != run:
-        raise ModelError("of another run", where=str(path))
+        raise ModelError("of another run", where=path)
     return state
 
 
@@ -200,7 +200,7 @@ def find_checkpoint(recipe: Recipe, inputs: RunInputs) -> State:
         remove_folder(prepared.folder)
     hint = "restore them, or start another run with run.output=FOLDER"
     changes = changes[:10] or ["the same rows in files of other bytes"]
-    raise RecipeError("\n  ".join([f"{what}:", *changes]), where=str(folder), hint=hint)
+    raise RecipeError("\n  ".join([f"{what}:", *changes]), where=folder, hint=hint)
 
 
 def _changed_files(before: Recipe, now: Recipe, inputs: RunInputs, record: dict[str, Any]) -> Iterator[str]:
@@ -222,9 +222,7 @@ def newest_checkpoint(folder: Path, *, run: str | None) -> State:
             return read_state(path, run=run)
         except LorasftError as error:
             say(f"skipped {path.name}: {error.what}")
-    raise ModelError(
-        "no checkpoint to resume from", where=str(folder), hint="start anew with another run.output=FOLDER"
-    )
+    raise ModelError("no checkpoint to resume from", where=folder, hint="start anew with another run.output=FOLDER")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -255,23 +253,22 @@ def save(run: Run, state: State) -> State:
     return state
 
 
+@dataclass
 class CheckpointSaver:
-    """The saves of a run: since when, and whether the last one failed."""
+    """The saves of a run: what was saved, when the last save was tried, and whether it failed."""
 
-    def __init__(self, state: State, *, minutes: float | None) -> None:
-        self.last = state
-        self.minutes = minutes
-        self.time = time.monotonic()
-        self.failed = False
+    last: State
+    tried: float = field(default_factory=time.monotonic)
+    failed: bool = False
 
-    def overdue(self) -> bool:
-        """Whether `run.save_minutes` have passed since the last save."""
-        return self.minutes is not None and time.monotonic() - self.time > 60 * self.minutes
+    def overdue(self, minutes: float | None) -> bool:
+        """Whether so many `minutes` have passed since the last save."""
+        return minutes is not None and time.monotonic() - self.tried > 60 * minutes
 
     def attempt(self, run: Run, state: State, *, final: bool) -> State:
         """Save. When disk or memory does not allow it, say so and continue with what was saved before; raises
         CapacityError when that happens twice in a row, or in the `final` save of a run."""
-        self.time = time.monotonic()
+        self.tried = time.monotonic()
         try:
             self.last = save(run, state)
         except (OSError, RuntimeError, MemoryError, CapacityError, RecipeError) as error:
@@ -280,7 +277,7 @@ class CheckpointSaver:
             what = f"the save after step {state.step} failed: {getattr(error, 'what', error)}"
             if self.failed or final:
                 hint = f"make room on the disk and continue with --resume from step {self.last.step}"
-                raise CapacityError(what, where=str(run.checkpoints), hint=hint) from error
+                raise CapacityError(what, where=run.checkpoints, hint=hint) from error
             self.failed = True
             say(f"{what}; saved up to step {self.last.step}, continuing")
             return replace(state, best_step=self.last.best_step, best_loss=self.last.best_loss)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from lorasft.errors import DeviceError, LorasftError
 from lorasft.signals import StopRequest
@@ -45,7 +45,7 @@ def watch(pids: Sequence[int]) -> threading.Event:
         if pids[min(set(range(len(pids))) - set(lost))] == os.getpid():  # the first that is left speaks
             names = " and ".join(f"rank {rank} (process {pids[rank]})" for rank in lost)
             hint = "its own last words or the system's log (out of memory?) say why; continue with --resume"
-            say(str(DeviceError(f"{names} of {len(pids)} was lost", hint=hint)))
+            say(DeviceError(f"{names} of {len(pids)} was lost", hint=hint))
         os._exit(DeviceError.exit_code)  # safe at any time: what is on the disk is whole or not there
 
     with contextlib.suppress(OSError, AttributeError):
@@ -73,15 +73,13 @@ class Ranks:
             return [value]
         from accelerate.utils import gather_object
 
-        values: list[T] = gather_object([value])
-        return values
+        return list(gather_object([value]))
 
     def on_main(self, work: Callable[[], T]) -> T:
         """What `work` gives the first process, told to the others, which wait. Its error ends them all."""
         with self.sync_errors():
-            told: Any = work() if self.is_main else None
-        value: T = self.gather(told)[0]
-        return value
+            told = [work()] if self.is_main else []
+        return self.gather(told)[0][0]
 
     @contextlib.contextmanager
     def sync_errors(self) -> Iterator[None]:
@@ -102,7 +100,7 @@ class Ranks:
         if error is not None and first == self.index:
             if not isinstance(error, LorasftError):
                 raise error
-            say(str(error))
+            say(error)
         raise SystemExit(codes[first])
 
     def copy_first(self, tensor: Tensor) -> None:

@@ -66,8 +66,7 @@ def read_checked_config(recipe: Recipe) -> Any:
         what = f"data.max_length is {recipe.data.max_length}, the model has {positions} positions"
         raise RecipeError(what, where="data.max_length", hint=f"data.max_length={positions}")
     skeleton = make_skeleton(config)
-    if recipe.adapter.targets != "all-linear" or recipe.adapter.modules_to_save:
-        check_targets(skeleton, recipe.adapter)
+    check_targets(skeleton, recipe.adapter)
     decided = sorted(recipe.adapter.model_fields_set - {"start"})
     if recipe.adapter.start and decided:
         what = f"adapter.{decided[0]} has no effect with adapter.start, whose own config decides"

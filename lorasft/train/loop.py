@@ -75,7 +75,7 @@ def add_gradients(run: Run, step: Step) -> Tensor:
 
 def train(run: Run, state: State) -> State:
     """Run from `state` to the end of the plan. Returns the last state; raises Stopped after a signal, saved."""
-    settings, saver = run.recipe.run, CheckpointSaver(state, minutes=run.recipe.run.save_minutes)
+    settings, saver = run.recipe.run, CheckpointSaver(state)
     run.network.causal.train()
     with stop_signals(alone=run.ranks.count == 1) as stop:
         if state.step == 0 or state.evaluation_due:
@@ -83,7 +83,7 @@ def train(run: Run, state: State) -> State:
             if stop.signal:
                 raise Stopped(exit_code(stop.signal), f"stopped before step {state.step + 1}")
         for number in range(state.step + 1, run.plan.steps + 1):
-            if run.ranks.is_main and saver.overdue():
+            if run.ranks.is_main and saver.overdue(settings.save_minutes):
                 stop.save_wanted = True
             values = retry_on_oom(run, partial(take_step, run, number, stop))
             if run.ranks.is_main:
@@ -95,8 +95,7 @@ def train(run: Run, state: State) -> State:
             planned = settings.save_every and number % settings.save_every == 0
             best = settings.keep_best and state.best_step == number
             if last or planned or best or stop.save or stop.signal:
-                final = bool(last or stop.signal)
-                state = run.ranks.on_main(partial(saver.attempt, run, state, final=final))
+                state = run.ranks.on_main(partial(saver.attempt, run, state, final=last or stop.signal > 0))
             if stop.signal and (not last or state.evaluation_due):
                 raise Stopped(exit_code(stop.signal), f"stopped after step {number} of {run.plan.steps}, saved")
     return state

@@ -29,7 +29,7 @@ from lorasft.data.untrained import refuse_untrained
 from lorasft.errors import DivergedError
 from lorasft.files import replace_file, staged_folder, verify_folder, write_file
 from lorasft.model.adapter import attach_adapter, load_adapter, write_adapter
-from lorasft.model.base import check_device, check_files, compute_dtype, load_base, patch_linear4bit, read_generation
+from lorasft.model.base import check_files, compute_dtype, load_base, patch_linear4bit, read_generation
 from lorasft.model.free_memory import free_memory
 from lorasft.model.generate import own_stops
 from lorasft.model.memory import static_bytes
@@ -81,8 +81,7 @@ def _prepare(recipe: Recipe, *, resume: bool, held: ExitStack) -> RunInputs:
 def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> tuple[Run, State]:
     device, saved = PartialState().device, inputs.saved
     with ranks.sync_errors():
-        dtype = compute_dtype(inputs.saved.layout.dtype if inputs.saved else recipe.model.dtype, device)
-        check_device(device, dtype)
+        dtype = compute_dtype(saved.layout.dtype if saved else recipe.model.dtype, device)
         settings = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
         weightless = make_weightless(inputs.config, settings, inputs.adapter, device)
         patch_linear4bit(weightless, device, recipe.model.base)  # refused before weights are read
@@ -134,7 +133,7 @@ def run_heaviest_batch(run: Run, fit: Fit, static: dict[str, int]) -> None:
     free = sum(static.values()) + fit.spare
     record = {"free": free, "predicted": {**known, "peak": peak} if known else None, "measured": measured}
     if run.ranks.is_main:
-        replace_file(run.folder / "memory.json", json.dumps(record, indent=1).encode())
+        replace_file(run.folder / "memory.json", json.dumps(record, indent=1))
         if known:
             say(f"memory: {size_text(peak)} at the peak of a step, of {size_text(free)}")
 
@@ -176,9 +175,9 @@ def export_adapter(run: Run, state: State) -> Path:
             if prepared.report.answers and prepared.stop_ids[0] not in stops:  # it would run on past the answers' end
                 stops = [prepared.stop_ids[0], *stops]
             generation["eos_token_id"] = stops or None
-            write_file(stage / GENERATION_CONFIG, json.dumps(generation, indent=2).encode())
+            write_file(stage / GENERATION_CONFIG, json.dumps(generation, indent=2))
             # Whoever copies the adapter elsewhere takes along how it was made, its base quantized and prompts written.
-            write_file(stage / "recipe.yaml", dump_recipe(run.recipe).encode())
+            write_file(stage / "recipe.yaml", dump_recipe(run.recipe))
             if (record := run.folder / "provenance.json").is_file():  # who lost it continues without
                 write_file(stage / record.name, record.read_bytes())
     run.metrics.close()
