@@ -112,15 +112,24 @@ def _fill(modules: list[nn.Module], *, device: torch.device) -> None:
 def _draw_like(given: Tensor, device: torch.device) -> Tensor:
     """Random numbers in the shape of `given`: a prime number of them, repeated, which is faster than to draw all."""
     few = torch.empty(65_521, dtype=given.dtype, device=device)
-    few = few.uniform_(-0.1, 0.1) if few.is_floating_point() else few.random_()
-    return few.repeat(-(-given.numel() // len(few)))[: given.numel()].view(given.shape)
+    return _repeat(few.uniform_(-0.1, 0.1) if few.is_floating_point() else few.random_(), given)
+
+
+def _repeat(few: Tensor, given: Tensor) -> Tensor:
+    return few.flatten().repeat(-(-given.numel() // few.numel()))[: given.numel()].view(given.shape)
 
 
 def _quantize(linear: Any, device: torch.device) -> None:
-    """Give `linear` a random weight in 4 bit; on the meta device its shapes."""
+    """Give `linear` a random weight in 4 bit, a prime number of blocks, repeated; on the meta device its shapes."""
     scheme = {"compress_statistics": linear.weight.compress_statistics, "quant_type": linear.weight.quant_type}
     weight = torch.empty(linear.out_features, linear.in_features, dtype=linear.compute_dtype, device="meta")
-    packed, linear.quant_state = bnb.functional.quantize_4bit(_draw_like(weight, device), **scheme)
-    linear.weight = bnb.nn.Params4bit(
-        packed, requires_grad=False, quant_state=linear.quant_state, bnb_quantized=True, **scheme
-    )
+    packed, state = bnb.functional.quantize_4bit(weight, **scheme)
+    if device.type != "meta":
+        few, drawn = bnb.functional.quantize_4bit(_draw_like(weight.flatten()[: 1021 * 64], device), **scheme)
+        packed, drawn.shape = _repeat(few, packed), weight.shape
+        for own, whole in ((drawn, state), (drawn.state2, state.state2)):
+            if own is not None:
+                own.absmax = _repeat(own.absmax, whole.absmax)
+        state = drawn
+    linear.quant_state = state
+    linear.weight = bnb.nn.Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True, **scheme)
