@@ -13,9 +13,11 @@ from tiny_models import GPT_2, SOFT_CAPS, WINDOWS, Given, shape
 
 from lorasft.data.packing import MicroBatch, make_micro_batches
 from lorasft.data.tokens import Tokens, all_supervised
+from lorasft.model.adapter import attach_adapter
 from lorasft.model.attention import default_attention
 from lorasft.model.loss import Network, pair_losses
 from lorasft.model.selfcheck import verify
+from lorasft.recipe import AdapterSettings
 
 SHAPE = shape()
 PLAIN = {key: value for key, value in SHAPE.items() if key != "head_dim"}
@@ -150,3 +152,12 @@ def test_models_that_cannot_share_are_refused(name: str) -> None:
     network = verify(make_model(REFUSED[name]()))
     reason = "for each example" if name == "gpt-j" else "one at a time"
     assert network.share is False and network.segments == (name == "gpt-j") and reason in network.notices[0]
+
+
+def test_a_router_that_gives_more_than_a_tensor_is_not_adapted() -> None:
+    """Llama 4's is a linear all the same."""
+    model = make_model(ARCHITECTURES["llama-4"]())
+    attach_adapter(model, AdapterSettings(rank=4), seed=0)
+    adapted = {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert adapted and not any("router" in name for name in adapted)
+    assert model(input_ids=torch.ones(1, 5, dtype=torch.long)).logits.isfinite().all()

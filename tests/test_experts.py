@@ -289,3 +289,9 @@ def test_lora_on_experts_needs_them_in_16_bits(tmp_path: Path, recipe: Callable[
     path.write_text(json.dumps(settings | {"adapter": {"start": str(adapter)}}), encoding="utf-8")
     refused = cli("train", path)
     assert refused.code == 2 and "experts" in refused.err and "model.quantization=none" in refused.err
+
+
+def test_experts_in_4_bit_cannot_be_saved_whole(tmp_path: Path) -> None:
+    base = load_base(ModelSettings(base=str(save(tmp_path, "qwen-3-moe")), **FP32), CPU)
+    with pytest.raises(ModelError, match="PEFT cannot make this adapter"):
+        attach_adapter(base, AdapterSettings(modules_to_save=("experts",)), seed=0)

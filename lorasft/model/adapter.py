@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.transformers_weight_conversion import (
@@ -35,7 +36,7 @@ from lorasft.data.tokenizer import needed_rows
 from lorasft.errors import CapacityError, ModelError, RecipeError
 from lorasft.files import write_file
 from lorasft.model.base import compute_dtype, load_base, make_skeleton, read_config
-from lorasft.model.free_memory import free_memory
+from lorasft.model.free_memory import free_memory, out_of_memory
 from lorasft.model.linear import use_lean_linears
 from lorasft.recipe import AdapterSettings, ModelSettings
 
@@ -163,7 +164,9 @@ def _find_linears(base: Any) -> set[str]:
     """The linears of the language model that can be adapted, its head among them, by their paths in `base`."""
     refused = {name for name, families in _FUSED.items() if base.config.model_type in families}
     language = {id(module) for module in (*base.get_decoder().modules(), base.get_output_embeddings())}
-    linears = {path: one for path, one in base.named_modules() if isinstance(one, (nn.Linear, Conv1D))}
+    # A router that is a linear may give more than one (Llama 4).
+    kinds = (nn.Linear.forward, Conv1D.forward, Linear4bit.forward)
+    linears = {path: one for path, one in base.named_modules() if type(one).forward in kinds}
     found = {path for path, module in linears.items() if id(module) in language}
     config = LoraConfig(target_modules=[path for path in found if path.rpartition(".")[2] not in refused])
     # In the place of shared experts' linears (DeepSeek, GLM, Qwen2-MoE) PEFT adapts the stacks of a like name.
@@ -243,7 +246,9 @@ def _peft_errors(where: object) -> Iterator[None]:
     """Say in words what PEFT raises where it cannot make an adapter."""
     try:
         yield
-    except (TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
         hint = "use the base that it was trained on, or merge with --no-check; for a new one other adapter.targets"
         raise ModelError(f"PEFT cannot make this adapter: {error}", where=where, hint=hint) from None
 
