@@ -353,6 +353,21 @@ def test_copies_of_weights_are_counted_and_kept_where_they_fit(recomputed: int, 
     assert choose_copies(on_gpu, replace(fit, spare=least - 2), "auto").keep is None
 
 
+def test_copies_in_recomputed_layers_need_no_memory_beside_layers_that_do_not_recompute() -> None:
+    """What those keep is freed before the first of the others is computed again."""
+    _, network = with_adapter(make_base("llama", layers=6))
+    settings, adapter = ModelSettings(base="none", dtype="bfloat16"), AdapterSettings(rank=4)
+    weightless = make_weightless(network.causal.config, settings, adapter, CPU)
+    on_gpu = replace(plan_network(network, weightless), planned=torch.device("cuda"))
+    batch = heaviest_batch(network, longest=20, capacity=200)
+    for count in (1, 3, 5):
+        on_gpu.causal.frozen_weights.forget()
+        needs = dry_run(on_gpu, batch, recomputed=count)
+        spare = int(needs.peak / 0.9) + 1
+        more = choose_copies(on_gpu, Fit(Plan(1, 1, 1, 0, "token", 200), count, 6, batch, needs, spare), "auto")
+        assert (more.keep, more.needs) == ("layer", needs), count
+
+
 def test_a_run_that_keeps_copies_of_weights_has_the_same_losses(
     recipe: Write, nf4_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
 ) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from test_oracles import Rows, differences, packed_step, plain_step
 from test_train import die, stop_at
 from tiny_models import VOCABULARY, randomize_adapter
 from tiny_tokenizer import save_tokenizer
+from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 
 from lorasft.data.packing import make_micro_batches
 from lorasft.model import mixers
@@ -123,6 +126,69 @@ def test_a_mixer_that_runs_over_the_whole_row_is_seen(monkeypatch: pytest.Monkey
     for name in ("qwen3.5", "mamba"):
         _, network = ours(name)
         assert not network.segments and network.mixer is None and "one at a time" in network.notices[0]
+
+
+def lengths_of(rows: torch.Tensor, seq_idx: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> list[int]:
+    """Of the sequences of `rows` (1, tokens, ...); of one, where nothing is said."""
+    if seq_idx is not None:
+        return torch.unique_consecutive(seq_idx[0], return_counts=True)[1].tolist()
+    return [rows.shape[1]] if cu_seqlens is None else cu_seqlens.diff().tolist()
+
+
+def install_kernels(monkeypatch: pytest.MonkeyPatch, *, ignored: str = "") -> None:
+    """Packages that Qwen3.5 calls when they are installed, which see where sequences begin but for what is `ignored`,
+    and which read numbers, as kernels do."""
+    modeling = hf.models.qwen3_5.modeling_qwen3_5
+    plain = {name: getattr(modeling, name) for name in ("causal_conv1d_fn", "torch_chunk_gated_delta_rule")}
+    convolve, apply_rule = (function.__wrapped__ for function in plain.values())
+
+    def causal_conv1d_fn(
+        x: Any, weight: Any, bias: Any = None, seq_idx: Any = None, activation: Any = None
+    ) -> torch.Tensor:
+        x.detach().flatten()[0].item()
+        parts = x.split(lengths_of(x.mT, None if ignored == "seq_idx" else seq_idx, None), -1)
+        return torch.cat([convolve(part, weight, bias, activation=activation) for part in parts], -1)
+
+    def chunk_gated_delta_rule(
+        q: Any, k: Any, v: Any, g: Any, beta: Any, initial_state: Any = None, output_final_state: bool = False,
+        use_qk_l2norm_in_kernel: bool = False, cu_seqlens: Any = None,
+    ) -> tuple[torch.Tensor, None]:  # fmt: skip
+        q.detach().flatten()[0].item()
+        lengths = lengths_of(q, None, None if ignored == "cu_seqlens" else cu_seqlens)
+        parts = zip(*(one.split(lengths, 1) for one in (q, k, v, g, beta)), strict=True)
+        return torch.cat(
+            [apply_rule(*part, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel)[0] for part in parts], 1
+        ), None
+
+    rules = SimpleNamespace(chunk_gated_delta_rule=chunk_gated_delta_rule)
+    monkeypatch.setitem(sys.modules, "causal_conv1d", SimpleNamespace(causal_conv1d_fn=causal_conv1d_fn))
+    monkeypatch.setitem(sys.modules, "fla", SimpleNamespace(ops=SimpleNamespace(gated_delta_rule=rules)))
+    for name, package in zip(plain, ("causal_conv1d", "fla"), strict=True):
+        kernel = use_kernel_func_from_hub_with_fallback(name.removeprefix("torch_"), package)(plain[name].__wrapped__)
+        monkeypatch.setattr(modeling, name, kernel)
+
+
+def test_kernels_that_are_told_where_sequences_begin_get_the_whole_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one call, where they listen; the memory of a step is known all the same."""
+    rows, want = Segments(), packed_step(*ours("qwen3.5"), Segments(), "token", 1)
+    install_kernels(monkeypatch)
+    model, network = ours("qwen3.5")
+    assert network.segments and network.told and not network.mixer and not network.notices
+    for capacity, layers in ((200, 0), (60, 2)):
+        recompute(network.causal, layers)
+        loss, gradients = packed_step(model.train(), network, rows, "token", capacity)
+        whole, worst = differences(gradients, want[1])
+        assert loss == pytest.approx(want[0], rel=1e-6) and whole < 1e-5 and worst < 1e-5, (capacity, whole, worst)
+    weightless = make_weightless(network.causal.config, ModelSettings(base="none"), SETTINGS, torch.device("cpu"))
+    batch = next(make_micro_batches(rows.sequences, range(7), capacity=200))
+    assert dry_run(plan_network(network, weightless), batch, recomputed=0).peak > 0
+
+
+@pytest.mark.parametrize("ignored", ["seq_idx", "cu_seqlens"])
+def test_kernels_that_do_not_listen_are_called_by_segment(ignored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_kernels(monkeypatch, ignored=ignored)
+    _, network = ours("qwen3.5")
+    assert network.segments and not network.told and network.mixer and not network.notices
 
 
 class Neighbours(torch.nn.Module):

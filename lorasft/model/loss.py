@@ -73,6 +73,7 @@ class Network:
     segments: bool  # False: sequences go alone, under transformers' own attention
     share: Sharing = False  # whether what sequences begin with in common is computed once
     mixer: type[nn.Module] | None = None  # the kind of module that is called for each segment of a row
+    told: bool = False  # its mixers are told where segments begin: kernels of fla and causal-conv1d ask for that
     lean: bool = False  # norms, MLPs and rotary embeddings that keep less
     kernel: Callable[[Shape], bool] | None = None  # whether one computes attention over all segments, by layer
     rope_switch_length: int | None = None  # sequences up to this length are never in a row with longer ones
@@ -114,10 +115,13 @@ def _compute_losses(network: Network, batch: MicroBatch) -> tuple[Tensor, Tensor
     ancestors = [segment.ancestors for segment in batch.segments]
     paths = Paths(lengths, ancestors, cascade=on_cpu, kernel=network.kernel)
     rows = (batch.ids, batch.positions, batch.sources, batch.targets, batch.weights)
-    ids, positions, sources, targets, weights, *places = send((*rows, *paths.numbers), device)
+    numbers = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)  # of the segment of each token
+    ids, positions, sources, targets, weights, numbers, *places = send((*rows, numbers, *paths.numbers), device)
     inputs: dict[str, Any] = {"input_ids": ids.unsqueeze(0), "use_cache": False}
     if network.segments:
         inputs |= {"position_ids": positions.unsqueeze(0), "segments": replace(paths, places=places)}
+    if network.told:
+        inputs |= {"cu_seq_lens_q": places[0], "cu_seq_lens_k": places[0], "seq_idx": numbers.unsqueeze(0)}
     with patch.object(model, "row", lengths, create=True):  # for its mixers: not all models hand on what they are given
         if network.head is None:
             logits = model(**inputs, logits_to_keep=sources).logits.squeeze(0)  # (pairs, vocabulary)

@@ -48,10 +48,10 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
             reason = _reason(partial(_find_leak, way, alone))
             if reason is None:
                 causal.set_attn_implementation(SEGMENTS)
-                network = replace(way, notices=() if way.mixer else network.notices)
+                network = replace(way, notices=() if way.mixer or way.told else network.notices)
                 break
             lost = "shared prefixes are computed for each example" if way.share else "sequences go one at a time"
-            network = replace(network, notices=network.notices if way.mixer else (f"{lost}: {reason}",))
+            network = replace(network, notices=network.notices if way.mixer or way.told else (f"{lost}: {reason}",))
         if network.segments and network.device.type == "cuda":
             network = _try_kernels(network, alone)
         if head := read_head(causal):
@@ -70,7 +70,7 @@ def _ways(network: Network) -> Iterator[Network]:
     """How a row may hold several sequences, the faster first; each stands until the next is asked for."""
     call_by_segment(network.causal, None)
     shared = replace(network, segments=True, share="auto")
-    yield from (shared, alone := replace(shared, share=False))
+    yield from (shared, alone := replace(shared, share=False), replace(alone, told=True))
     parts = {type(one): len(list(one.modules())) for one in decoder_layers(network.causal).modules()
              if "forward" not in vars(one) and type(one).forward != nn.Module.forward}  # fmt: skip
     for kind in sorted((kind for kind in parts if parts[kind] > 1), key=parts.__getitem__):
