@@ -119,6 +119,16 @@ def assert_same_step(got: tuple[float, dict[str, torch.Tensor]], want: tuple[flo
     assert whole < 2e-6 and worst < 5e-6, (whole, worst)
 
 
+def assert_same_as(oracle: Any, got: tuple[float, dict[str, torch.Tensor]], rows: Rows, *, worst: float) -> None:
+    """As the plain `oracle` in fp32, loss and all gradients to 1e-6, each tensor's to `worst`; where transformers' own
+    gradients are further from those in float64, to half more than that: they are known no better."""
+    want = plain_step(oracle, rows, "token")
+    rounding, _ = differences(want[1], plain_step(oracle.double(), rows, "token")[1])
+    found = differences(got[1], want[1])
+    assert got[0] == pytest.approx(want[0], rel=1e-6)
+    assert found[0] < max(1e-6, min(1.5 * rounding, 1e-5)) and found[1] < worst, (found, rounding)
+
+
 @pytest.mark.parametrize("loss", ["token", "example"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_i09_a_step_equals_plain_transformers_for_every_cut(name: str, loss: str, rows: Rows) -> None:
