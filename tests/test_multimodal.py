@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from lorasft.merge.merge import merge
 from lorasft.model.adapter import attach_adapter, write_adapter
 from lorasft.model.base import check_mostly_quantized, count_bytes, load_base, make_skeleton, read_config
 from lorasft.model.memory import dry_run, heaviest_batch
+from lorasft.model.recompute import recompute
 from lorasft.model.selfcheck import verify
 from lorasft.model.tables import keep_on_host
 from lorasft.model.weightless import make_sample, make_weightless, plan_network
@@ -193,6 +195,31 @@ def test_towers_are_left_out_and_a_step_equals_the_whole_models(saved: tuple[str
     got = packed_step(model, network, rows, "token", 100)
     write_adapter(model, tmp_path, base=ModelSettings(base=str(folder)))
     assert_same_as(_on_whole(folder, tmp_path), got, rows, worst=1e-5 if kind == "qwen-3.5" else 5e-6)
+
+
+@pytest.mark.parametrize("kind", ["gemma-3n", "gemma-4"])
+def test_layers_that_read_keys_and_values_of_earlier_ones(kind: str) -> None:
+    """The last ones of Gemma 3n and 4: alone, in a row, and where those that made them are computed a second time."""
+    torch.manual_seed(0)
+    config = KINDS[kind][0]().get_text_config().to_dict() | {"num_kv_shared_layers": 2, "num_hidden_layers": 4}
+    config |= {"layer_types": 2 * ["sliding_attention", "full_attention"]}
+    config |= {"activation_sparsity_pattern": [0.0] * 4, "intermediate_size": 64} if kind == "gemma-3n" else {}
+    plain = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(**config), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    ours, oracle = (
+        attach_adapter(copy.deepcopy(plain), AdapterSettings(rank=4, alpha=8.0), seed=0).train() for _ in range(2)
+    )
+    for model in (ours, oracle):
+        randomize_adapter(model)
+    network = verify(ours.get_base_model())
+    assert network.segments and not network.notices, network.notices
+    assert "model.layers.3.self_attn.k_proj" not in dict(network.causal.named_modules())
+    for capacity, layers in ((1, 0), (100, 0), (100, 4)):
+        recompute(network.causal, layers)
+        got = packed_step(ours, network, Rows(), "token", capacity)
+        assert_same_as(copy.deepcopy(oracle), got, Rows(), worst=5e-6)
 
 
 def test_a_merge_keeps_names_and_bytes_of_what_it_leaves_alone(saved: tuple[str, Path, Any], tmp_path: Path) -> None:
