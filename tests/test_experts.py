@@ -156,11 +156,11 @@ def test_no_matrix_is_kept_for_the_backward_pass(name: str, tmp_path: Path, monk
     batch, planned = heaviest_batch(network, longest=6, capacity=12), plan_network(network, weightless)
     stack = 8 * 3 * 64 * 64 * 4  # bytes of a layer's experts in fp32
     for recomputed in (0, 2):
-        real, foreseen = run_layers(network, batch, recomputed), dry_run(planned, batch, recomputed=recomputed)
+        real, foreseen = run_layers(network, batch, 99, recomputed), dry_run(planned, batch, recomputed=recomputed)
         assert foreseen.kept == pytest.approx(real.kept, abs=2000) and real.kept < stack
         assert foreseen.peak == pytest.approx(real.peak, abs=2000) and real.peak < 2 * stack
     monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS, experts._FUNCTION, Toy.compute)
-    assert run_layers(network, batch, 0).kept > 2 * stack
+    assert run_layers(network, batch, 99, 0).kept > 2 * stack
 
 
 def test_constants_that_groups_do_not_divide() -> None:

@@ -248,7 +248,7 @@ def test_what_a_layer_of_8b_keeps(config: Any, own: int, most: int) -> None:
         kept = []
         for depth in (2, 4):
             with only_first(base, depth):
-                kept.append(run_layers(network, batch, 0).kept)
+                kept.append(run_layers(network, batch, 99, 0).kept)
         assert (kept[1] - kept[0]) / 2 / len(batch.ids) / 1024 == pytest.approx(expected, abs=1)
 
 

@@ -102,7 +102,7 @@ def test_nothing_as_large_as_the_vocabulary_is_made(tied: bool) -> None:
         settings = ModelSettings(base="-", quantization="none", dtype="float32", new_tokens=tokens)
         model = make_weightless(config, settings, AdapterSettings(rank=4), CPU)
         network = plan_network(verify(attach_adapter(make_base("llama"), AdapterSettings(), seed=0).model), model)
-        peaks.append(run_layers(network, heaviest_batch(network, longest=32, capacity=64), 0).peak)
+        peaks.append(run_layers(network, heaviest_batch(network, longest=32, capacity=64), 99, 0).peak)
     assert 0 <= peaks[1] - peaks[0] < 30_000 * 64 * 4 / 8, peaks
 
 

@@ -197,7 +197,7 @@ def test_a_run_ends_with_the_whole_command_for_a_server(
         return
     assert rank in line and words[:3] == ["vllm", "serve", str(base)] and f"mine={folder}" in words
     assert words[words.index("--generation-config") + 1] == str(folder)
-    assert Path(words[words.index("--chat-template") + 1]).is_file() and "16-bit base" in done.err
+    assert Path(words[words.index("--chat-template") + 1]).is_file() and "original base" in done.err
 
 
 def test_a_tokenizer_of_another_base_is_an_error_in_words(base: Path, rows: Path, tmp_path: Path, cli: Command) -> None:

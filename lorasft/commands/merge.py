@@ -47,5 +47,5 @@ def run(out: str, data: str | None, columns: str | None, as_json: bool, **option
     for name, x in merged["table"].items():
         say(f"{name:30}  {x['kl']:10.1e}  {x['same_choice']:11.1%}  {x['nll']:12.4f}")
     if merged["onto"] == "dequantized" and merged["table"]:
-        say("the merge answers as chat and evaluate did, the adapter on its 16-bit base as 'onto original'")
+        say("the merge answers as chat and evaluate did, the adapter on its original base as 'onto original'")
     show({**merged, "folder": out}, [out], as_json=as_json)

@@ -63,7 +63,7 @@ def _serve_command(ready: Run, adapter: Path) -> str:
     words: list[object] = ["vllm", "serve", model.base, *(["--revision", model.revision] if model.revision else [])]
     words += ["--enable-lora", "--lora-modules", f"mine={adapter}", "--max-lora-rank", rank]
     words += ["--chat-template", adapter / "chat_template.jinja", "--generation-config", adapter]
-    four_bit = "\n(on the 16-bit base it answers a little otherwise than on the 4-bit one: merge says by how much)"
+    four_bit = "\n(on the original base it answers a little otherwise than on the 4-bit one: merge says by how much)"
     return shlex.join(map(str, words)) + four_bit * (model.quantization == "nf4")
 
 

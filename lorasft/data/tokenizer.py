@@ -64,7 +64,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerFast, new_tokens: Mapping[str, str]
         split += [entry for entry in entries if own in entry] if own in text else []  # in the tokenizer's alphabet
         starts.append(backend.encode(new_tokens[token], add_special_tokens=False).ids)
         if split or back != token or not token.strip():
-            reason = f"would split the token {split[0]}" if split else f"would come out as {back}"
+            reason = f"would split the token {decode(split[:1])}" if split else f"would come out as {back}"
             reason = "is blank" if not token.strip() else "is a token already" if own in split else reason
             raise RecipeError(
                 f"{token!r} {reason}", where="model.new_tokens", hint="another one, with marks, as <name>"

@@ -52,10 +52,12 @@ def attach_adapter(base: Any, settings: AdapterSettings, *, seed: int, new_rows:
     new tokens, see `add_rows`. Raises RecipeError where PEFT cannot train or load them."""
     targets = all_linears(base) if settings.targets == "all-linear" else list(settings.targets)
     tokens, named = add_rows(base, new_rows) if new_rows else {}, [*targets, *settings.modules_to_save]
-    unfit = getattr(base.get_output_embeddings(), "bias", None) is not None
-    unfit = unfit or bool(getattr(base.config.get_text_config(), "hidden_size_per_layer_input", 0))
-    if (tokens and unfit) or any(f".{path}".endswith(f".{name}") for path in tokens for name in named):
-        what = "embedding or head train as a whole, the head has a bias, or layers have embeddings of their own"
+    unfit = {
+        "the head has a bias": getattr(base.get_output_embeddings(), "bias", None) is not None,
+        "layers have embeddings of their own": getattr(base.config.get_text_config(), "hidden_size_per_layer_input", 0),
+        "embedding or head train as a whole": any(f".{path}".endswith(f".{name}") for path in tokens for name in named),
+    }
+    for what in (what for what, found in unfit.items() if tokens and found):
         raise RecipeError(f"no new tokens where {what}", where="model.new_tokens", hint="leave it out")
     torch.manual_seed(seed)  # A starts random
     return _wrap(

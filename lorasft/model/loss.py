@@ -115,13 +115,13 @@ def _compute_losses(network: Network, batch: MicroBatch) -> tuple[Tensor, Tensor
     ancestors = [segment.ancestors for segment in batch.segments]
     paths = Paths(lengths, ancestors, cascade=on_cpu, kernel=network.kernel)
     rows = (batch.ids, batch.positions, batch.sources, batch.targets, batch.weights)
-    numbers = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)  # of the segment of each token
-    ids, positions, sources, targets, weights, numbers, *places = send((*rows, numbers, *paths.numbers), device)
+    owners = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)  # the number of each token's segment
+    ids, positions, sources, targets, weights, owner, *places = send((*rows, owners, *paths.numbers), device)
     inputs: dict[str, Any] = {"input_ids": ids.unsqueeze(0), "use_cache": False}
     if network.segments:
         inputs |= {"position_ids": positions.unsqueeze(0), "segments": replace(paths, places=places)}
     if network.told:
-        inputs |= {"cu_seq_lens_q": places[0], "cu_seq_lens_k": places[0], "seq_idx": numbers.unsqueeze(0)}
+        inputs |= {"cu_seq_lens_q": places[0], "cu_seq_lens_k": places[0], "seq_idx": owner.unsqueeze(0)}
     with patch.object(model, "row", lengths, create=True):  # for its mixers: not all models hand on what they are given
         if network.head is None:
             logits = model(**inputs, logits_to_keep=sources).logits.squeeze(0)  # (pairs, vocabulary)

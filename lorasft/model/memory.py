@@ -109,10 +109,10 @@ def dry_run(
     """Run `batch` forwards and backwards on a `network` without weights, whose first `recomputed` layers recompute.
 
     Where the kinds of layers repeat, and those that do not recompute are whole periods, few layers are run, and what
-    more of them add is added. `run`: `run_first` on these two, which may remember what it found for an earlier call.
+    more of them add is added. `run`: `run_layers` on these two, which may remember what it found for an earlier call.
     Raises RuntimeError, NotImplementedError among them, where the model reads numbers to decide what it computes.
     """
-    run = run or partial(run_first, network, batch)
+    run = run or partial(run_layers, network, batch)
     count, period = len(decoder_layers(network.causal)), layer_period(network.causal)
     fewer, left = max(2, period + count % (period or 1)), count - recomputed
     if not period or fewer + period >= count or (recomputed and left % period):
@@ -129,23 +129,18 @@ def dry_run(
     return ActivationMemory(kept, peak)
 
 
-def run_first(network: Network, batch: MicroBatch, depth: int, recomputed: int) -> ActivationMemory:
+def run_layers(network: Network, batch: MicroBatch, depth: int, recomputed: int) -> ActivationMemory:
     """What `batch` needs on the first `depth` layers of `network`, of which the first `recomputed` recompute."""
     with only_first(network.causal, depth):
-        return run_layers(network, batch, recomputed)
-
-
-def run_layers(network: Network, batch: MicroBatch, recomputed: int) -> ActivationMemory:
-    """What `batch` needs on `network` as it is."""
-    recompute(network.causal, recomputed)
-    network.causal.train()
-    network.causal.frozen_weights.forget(network.causal.frozen_weights.keep)
-    Trained(network.causal, network.causal.dtype)  # with gradients and copies, which `static_bytes` counts
-    with _shapes_alone(), StorageMeter() as meter:
-        loss = pair_losses(network, batch).sum()
-        kept = meter.live
-        loss.backward()  # type: ignore[no-untyped-call]
-        return ActivationMemory(kept, meter.peak)
+        recompute(network.causal, recomputed)
+        network.causal.train()
+        network.causal.frozen_weights.forget(network.causal.frozen_weights.keep)
+        Trained(network.causal, network.causal.dtype)  # with gradients and copies, which `static_bytes` counts
+        with _shapes_alone(), StorageMeter() as meter:
+            loss = pair_losses(network, batch).sum()
+            kept = meter.live
+            loss.backward()  # type: ignore[no-untyped-call]
+            return ActivationMemory(kept, meter.peak)
 
 
 @contextlib.contextmanager

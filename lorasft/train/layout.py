@@ -28,7 +28,7 @@ from lorasft.errors import CapacityError, first_line
 from lorasft.model.free_memory import out_of_memory
 from lorasft.model.linear import copy_bytes
 from lorasft.model.loss import Network
-from lorasft.model.memory import ActivationMemory, dry_run, run_first
+from lorasft.model.memory import ActivationMemory, dry_run, run_layers
 from lorasft.model.recompute import decoder_layers, layer_period, recompute, recomputed_layers
 from lorasft.model.selfcheck import verify
 from lorasft.model.weightless import plan_network
@@ -78,10 +78,10 @@ def choose_layout(recipe: Recipe, inputs: RunInputs, model: Any, *, weightless: 
         plan = replace(plan, micro_batch_tokens=kept.micro_batch_tokens if kept else widen(plan, rows))
         if not kept:  # a CPU gains nothing by more
             most = _MOST_TOKENS if network.runs_on.type == "cuda" else plan.micro_batch_tokens
-    if network.mixer and machine.share_prefixes:
+    if (network.mixer or network.told) and machine.share_prefixes:
         least, all_of_them = (replace(plan, share_prefixes=way).step(1, rows).tokens for way in ("auto", False))
         if least < _WORTH * all_of_them:
-            notice = f"shared prefixes are computed for each example: {network.mixer.__name__} cannot branch"
+            notice = "shared prefixes are computed for each example: recurrent layers cannot branch"
             network = replace(network, notices=(*network.notices, notice))
     if machine.activation_checkpointing == "auto":
         wanted = kept.recomputed_layers if kept else None
@@ -174,7 +174,7 @@ def fewest_recomputed(
     whole periods are chosen.
     """
     layers = len(decoder_layers(network.causal))
-    run = cache(partial(run_first, network, batch))
+    run = cache(partial(run_layers, network, batch))
 
     def needs(count: int) -> ActivationMemory:
         return dry_run(network, batch, recomputed=count, run=run)
