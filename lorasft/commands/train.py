@@ -120,5 +120,5 @@ def _show_answers(ready: Run, state: State) -> None:
     before = {sample.place: sample.answer for sample in samples if sample.step == 0}
     for sample in samples:
         if sample.step == result and sample.place in before:
-            say(f"\nprompt: {shorten(sample.prompt[-80:])}")
-            say(f"before: {shorten(before[sample.place])}\n after: {shorten(sample.answer)}")
+            say(f"\nprompt: {shorten(sample.prompt[-66:], most=66)}")
+            say(f"before: {shorten(before[sample.place], most=66)}\n after: {shorten(sample.answer, most=66)}")
