@@ -20,6 +20,7 @@ from lorasft.hub import is_folder, refuse_offline
 from lorasft.recipe import ChatSettings, DataSettings, DataSource, ModelSettings, Recipe
 from lorasft.recipe.load import load_recipe
 from lorasft.tensors import fingerprint
+from lorasft.terminal import quote
 
 _NAME_ONE = "name a run folder, an adapter, a model folder or a hub id"
 MERGE_RECORD = "merge.json"
@@ -133,9 +134,10 @@ def find_artifact(name: str, *, base: str | None = None) -> Artifact:
         folder = folder / "adapter"
     if not (folder / CONFIG).is_file():
         if is_run:
-            raise ModelError(
-                "this run has no adapter yet", where=name, hint="finish it with lorasft train ... --resume"
-            )
+            hint = f"finish it: lorasft train {quote(name)} --resume"
+            if saved := sorted(map(str, Path(name).glob("checkpoints/step-*[1-9]*"))):
+                hint += f", or take its newest checkpoint: {quote(saved[-1])}"
+            raise ModelError("this run has no adapter yet", where=name, hint=hint)
         if folder.exists() and not (folder / "config.json").is_file():
             raise ModelError("this is not a run, an adapter or a model", where=name, hint=_NAME_ONE)
         return Artifact(name, ModelSettings(base=name, quantization="none"))
@@ -152,7 +154,8 @@ def find_artifact(name: str, *, base: str | None = None) -> Artifact:
             raise UnsafeError(f"the adapter names {named} as its base", where=folder / CONFIG, hint="--base MODEL")
     model = trained.model_copy(update={"base": base or own, "revision": None if base else config.get("revision")})
     if recipe:
-        chat = ChatSettings(system=recipe.chat.system, template_date=recipe.chat.template_date)
+        more = set() if (folder / "tokenizer.json").is_file() else {"template", "template_options"}  # a checkpoint
+        chat = ChatSettings(**recipe.chat.model_dump(include={"system", "template_date", *more}))
         return Artifact(name, model, folder, config, recipe, chat, recipe.data)
     found = Artifact(name, model, folder, config)
     if _tells_of_4_bit(found, own) and not adapts_experts(config):

@@ -47,6 +47,9 @@ def read_command_line(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     verbs = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, about in COMMANDS.items():
         verbs.add_parser(name, help=about)
+    if not words:
+        print(f"{__doc__}\n\na first command:  lorasft train tiny\nall commands:     lorasft --help")
+        top.exit()
     command = top.parse_args(words[:1]).command
     parser = _Parser(prog=f"lorasft {command}", description=COMMANDS[command])
     importlib.import_module(f"lorasft.commands.{command}").add_arguments(parser)

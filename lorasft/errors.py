@@ -13,6 +13,7 @@ class LorasftError(Exception):
     """An error that the user can fix. Printed as `error: what`, `where:` and `hint:`, never as a traceback."""
 
     exit_code = 1
+    labels = ("error: ", "where: ", "hint: ")
 
     def __init__(self, what: str, *, where: object = None, hint: str | None = None) -> None:
         """`where`: a path, the place of a row, a key, or whatever else names it as text."""
@@ -23,10 +24,9 @@ class LorasftError(Exception):
 
     def __str__(self) -> str:
         """A line each. What came from files and rows neither moves the cursor nor begins a line nor shows a token."""
-        parts = {"error": self.what, "where": self.where, "hint": self.hint}
+        parts = zip(self.labels, (self.what, self.where, self.hint), strict=True)
         # An indented line cannot be taken for one of ours.
-        safe = {name: redact(harmless(text)).replace("\n", "\n  ") for name, text in parts.items() if text}
-        return "\n".join(f"{name}: {text}" for name, text in safe.items())
+        return "\n".join(f"{label}{redact(harmless(text))}".replace("\n", "\n  ") for label, text in parts if text)
 
 
 class RecipeError(LorasftError):
@@ -72,10 +72,12 @@ class UnsafeError(LorasftError):
 
 
 class Stopped(LorasftError):
-    """A run was stopped by a signal. Exits with 130 for SIGINT, 143 for SIGTERM and SIGHUP."""
+    """A run was stopped by a signal, which is no error; `command` continues it. Exits with 130 for SIGINT, else 143."""
 
-    def __init__(self, exit_code: int, what: str, *, hint: str | None = "continue with --resume") -> None:
-        super().__init__(what, hint=hint)
+    labels = ("", "where: ", "next: ")
+
+    def __init__(self, exit_code: int, what: str, command: str) -> None:
+        super().__init__(what, hint=command)
         self.exit_code = exit_code
 
 

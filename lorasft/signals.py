@@ -42,6 +42,9 @@ class StopRequest:
             _unwind(number, frame)
         else:
             self.received, self.signal = number, number if self.alone else 0
+            if self.alone:
+                text = b"stopping after this step, which is saved; a second signal stops at once\n"
+                os.write(2, b"\n" + text if os.isatty(2) else text)
 
 
 def exit_signals() -> list[signal.Signals]:

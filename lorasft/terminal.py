@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shlex
 import sys
@@ -21,11 +22,28 @@ _SECRETS = re.compile(
 )
 
 
-def say(text: object, *, end: str = "\n") -> None:
+def say(text: object, *, end: str = "\n", bold: bool = False) -> None:
     """Print `text` on stderr, on a terminal over a line that has not ended. A reader that went away stops nothing."""
+    if os.environ.get("LORASFT_QUIET") and not isinstance(text, Exception):  # of `lorasft train --quiet`
+        return
+    words = redact(harmless(str(text)))
     with contextlib.suppress(OSError, ValueError):  # a closed pipe, a closed stream
-        clear = "\r\x1b[K" if sys.stderr.isatty() else ""
-        print(f"{clear}{redact(harmless(str(text)))}", end=end, file=sys.stderr, flush=True)
+        if is_live():
+            words = f"\x1b[1m{words}\x1b[0m" if bold and "NO_COLOR" not in os.environ else words
+            words = f"\r\x1b[K{words}"
+        print(words, end=end, file=sys.stderr, flush=True)
+
+
+def is_live() -> bool:
+    """Whether stderr is a terminal on which a line can be written over."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def line_width() -> int:
+    """Columns of the terminal that stderr is: 80 where it is none, or does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        return os.get_terminal_size(2).columns or 80
+    return 80
 
 
 def harmless(text: str) -> str:
@@ -33,9 +51,9 @@ def harmless(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def shorten(text: str) -> str:
-    """`text` on one line of at most 80 characters, with nothing in it that a terminal would obey."""
-    return harmless(text if len(text) <= 80 else f"{text[:77]}...").replace("\n", "\\n")
+def shorten(text: str, *, most: int = 80) -> str:
+    """`text` on one line of at most so many characters, with nothing in it that a terminal would obey."""
+    return harmless(text if len(text) <= most else f"{text[: most - 3]}...").replace("\n", "\\n")
 
 
 def redact(text: str) -> str:
@@ -47,6 +65,13 @@ def quote(word: object) -> str:
     """A path or `key=value` as a word of a command that is printed to be copied: for a shell, and not an option."""
     text = str(word)
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
+
+
+def train_command(*words: object) -> str:
+    """`lorasft train` with `words`, to be copied: by as many processes as there are now."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    launcher = f"torchrun --nproc-per-node {processes} -m " if processes != "1" else ""
+    return f"{launcher}lorasft train {' '.join(map(quote, words))}"
 
 
 def size_text(size: float) -> str:

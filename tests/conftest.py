@@ -91,7 +91,7 @@ def recipe(base: Path, rows: Path, tmp_path: Path) -> Callable[..., str]:
             "train": {"epochs": 3, "batch_size": 8},
             "optimizer": {"learning_rate": 5e-3},
             "schedule": {"warmup": 2},
-            "run": {"output": str(tmp_path / "run"), "eval_every": 4, "save_every": 3},
+            "run": {"output": str(tmp_path / "run"), "eval_every": 4, "save_every": 3, "sample_every": None},
             "machine": {"micro_batch_tokens": 150},
         }
         for name, values in sections.items():

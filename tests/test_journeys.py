@@ -195,8 +195,7 @@ def test_a_run_has_any_name(
     run = Path(done.out.strip())
     assert len(list((run / "checkpoints").iterdir())) == 2
     verify_folder(run / "adapter")
-    (line,) = (line for line in done.err.splitlines() if line.startswith("next: "))
-    chat, merge = line.removeprefix("next: ").split("    ")[:2]
+    chat, merge = done.err.partition("next: ")[2].splitlines()[:2]
     assert cli(*shlex.split(chat)[1:], "--prompt", "hi", "--max-new-tokens", 2).code == 0
     out = "../merged" if name == "." else "merged"
     assert cli(*shlex.split(merge)[1:-1], out, "--no-check").code == 0
@@ -277,7 +276,7 @@ def test_refusals_say_what_helps(
 def test_the_time_left_is_that_of_the_steps(recipe: Write, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """What comes before the first step, as the evaluation of the base, is not repeated."""
     now = [100.0]
-    monkeypatch.setattr("lorasft.train.metrics.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("lorasft.train.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
     settings = load_recipe(recipe())
     Path(settings.run.output).mkdir()
     shown = Metrics(settings, steps=11, done=0, metrics_bytes=0, quiet=True)
@@ -295,6 +294,7 @@ def test_the_time_left_is_that_of_the_steps(recipe: Write, monkeypatch: pytest.M
 def test_an_error_is_on_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Also a traceback, where a line of progress is open."""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
 
     def crash(*_: Any, **__: Any) -> None:
         print("step 1/9", end="", file=sys.stderr)

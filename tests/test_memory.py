@@ -427,7 +427,7 @@ def test_auto_recomputes_what_the_free_memory_asks_for(
         monkeypatch.setattr(runs, "free_memory", lambda device: free)
         said = cli("train", recipe(run={"output": str(tmp_path / name)}, train={"steps": 3})).err
         count = json.loads((tmp_path / name / "provenance.json").read_text())["layout"]["recomputed_layers"]
-        assert f"activations: {count} of 2 layers recomputed" in said
+        assert f" {count} of 2 layers recomputed" in said
         return count, losses_of(tmp_path / name)
 
     none, want = train("plenty", GIB)
@@ -452,7 +452,7 @@ def test_a_resumed_run_keeps_its_layers_unless_the_recipe_states_otherwise(
         stop_at(patch, 4, die)
         for setting, count in (("auto", 2), ("false", 0), ("true", 2)):
             done = cli("train", path, f"machine.activation_checkpointing={setting}", "--resume")
-            assert done.code == 130 and f"activations: {count} of 2 layers recomputed" in done.err
+            assert done.code == 130 and f" {count} of 2 layers recomputed" in done.err
 
 
 ENDS = [  # where memory ends, exit code, what is said

@@ -69,7 +69,7 @@ def test_a_run_ends_with_its_adapter_and_answers(
     """transformers would not save these settings once a stop is added to them."""
     folder = save_base(tmp_path / "base")
     say_of(folder, SETTINGS[name])
-    done = cli("train", recipe(model={"base": str(folder)}, train={"steps": 3}))
+    done = cli("train", recipe(model={"base": str(folder)}, train={"steps": 3}, run={"sample_every": 1}))
     assert done.code == 0 and "after:" in done.err
     kept = {key: value for key, value in SETTINGS[name].items() if key != "num_return_sequences"}
     saved = json.loads((tmp_path / "run/adapter/generation_config.json").read_bytes())

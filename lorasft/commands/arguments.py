@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def add_recipe(parser: ArgumentParser) -> None:
     """RECIPE and its overrides, as `recipe` and `overrides`."""
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, the name of a shipped recipe, or a run's folder")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="as train.epochs=3")
 
 

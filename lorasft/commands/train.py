@@ -1,21 +1,24 @@
-"""`lorasft train`: run a recipe, then show answers before and after."""
+"""`lorasft train`: run a recipe, show it while it goes, and say what to type next."""
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasft.commands.arguments import add_recipe
 from lorasft.errors import Stopped
-from lorasft.terminal import quote, say, shorten
+from lorasft.terminal import quote, say, shorten, size_text, train_command
 
 if TYPE_CHECKING:
-    from lorasft.train.state import Run
+    from lorasft.train.state import Run, State
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
 
@@ -23,35 +26,58 @@ _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
 def add_arguments(parser: ArgumentParser) -> None:
     add_recipe(parser)
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of run.output")
+    said = parser.add_mutually_exclusive_group()
+    said.add_argument("--quiet", action="store_true", help="say nothing but errors, and the run folder at the end")
+    said.add_argument("--verbose", action="store_true", help="plain lines on a terminal, too")
 
 
-def run(recipe: str, overrides: Sequence[str], resume: bool) -> None:
+def run(recipe: str, overrides: Sequence[str], resume: bool, quiet: bool, verbose: bool) -> None:
     """Train `recipe`; progress on stderr, the run folder on stdout."""
     from lorasft.recipe.load import load_recipe
     from lorasft.train.distributed import join
 
+    os.environ["LORASFT_QUIET"] = "1" if quiet else ""  # other processes of it inherit that
     with join() as ranks:
         settings = ranks.on_main(lambda: load_recipe(recipe, overrides))
         from lorasft.train.loop import train
         from lorasft.train.run import export_adapter, open_run
 
         started, output = time.monotonic(), settings.run.output
-        with _saying_what_is_saved(Path(output)), open_run(settings, resume=resume, ranks=ranks) as (ready, state):
-            report, plan = ready.inputs.prepared.report, ready.plan
+        saying = _saying_what_is_saved(Path(output), again=train_command(recipe, *overrides))
+        with saying, open_run(settings, resume=resume, ranks=ranks) as (ready, state):
+            ready.metrics.progress.live &= not verbose
             if ranks.is_main:
-                say(
-                    f"{report.train_examples:,} examples, {report.held_out_examples:,} held out, "
-                    f"{report.tokens:,} tokens, {report.supervised_tokens:,} of them supervised; "
-                    f"{plan.steps} steps of {plan.batch_size} examples"
-                )
+                say("\n".join(_describe(ready)))
             state = train(ready, state)
             adapter = ranks.on_main(lambda: export_adapter(ready, state))
             if ranks.is_main:
-                _show_answers(ready)
-                say(f"done in {time.monotonic() - started:.0f} s; adapter in {adapter}")
-                say(f"next: lorasft chat {quote(output)}    lorasft merge {quote(output)} --out merged")
+                _show_answers(ready, state)
+                say(f"done in {timedelta(seconds=round(time.monotonic() - started))}; adapter in {adapter}")
+                say(f"next: lorasft chat {quote(output)}")
+                for source in settings.data.eval if isinstance(settings.data.eval, tuple) else ():
+                    say(f"      lorasft evaluate {quote(output)} --data {quote(source.path)}")
+                say(f"      lorasft merge {quote(output)} --out {quote(Path(output).resolve().name + '-merged')}")
                 say(f"or serve the adapter: {_serve_command(ready, adapter)}")
                 print(output)
+
+
+def _describe(ready: Run) -> Iterator[str]:
+    """What is trained on what, how it fits, and where it goes, in four lines that 80 columns have room for."""
+    from lorasft.model.recompute import decoder_layers
+
+    model, report, layout = ready.recipe.model, ready.inputs.prepared.report, ready.layout
+    kind = "4 bit (NF4)" if model.quantization == "nf4" else layout.dtype
+    trained = f"adapter of rank {ready.inputs.adapter.rank}, {ready.trained.master.numel():,} parameters"
+    yield f"base  {'/'.join(Path(model.base).parts[-2:])} in {kind}; {trained}"
+    examples = f"{report.train_examples:,} examples, {report.held_out_examples:,} held out"
+    tokens = f"{report.tokens:,} tokens, {report.supervised_tokens / max(1, report.tokens):.0%} supervised"
+    yield f"data  {examples}; {tokens}; parity {report.rows - report.parity_breaks:,}/{report.rows:,}"
+    memory = json.loads((ready.folder / "memory.json").read_bytes())
+    peak = size_text(memory["measured"] or memory["predicted"]["peak"])
+    layers = f"{layout.recomputed_layers} of {len(decoder_layers(ready.network.causal))} layers recomputed"
+    fits = f"{peak} of {size_text(memory['free'])}, {layers}" + ", weights kept in 16 bit" * layout.keep_16bit
+    yield f"fit   on {ready.network.device} in {layout.dtype}, takes {fits}"
+    yield f"run   {ready.folder}: {ready.plan.steps:,} steps of {ready.plan.batch_size:,} examples; Ctrl-C stops, saved"
 
 
 def _serve_command(ready: Run, adapter: Path) -> str:
@@ -68,42 +94,31 @@ def _serve_command(ready: Run, adapter: Path) -> str:
 
 
 @contextmanager
-def _saying_what_is_saved(folder: Path) -> Iterator[None]:
-    """Where a signal ends the run at once: before the first step, after the last, or for the second time."""
+def _saying_what_is_saved(folder: Path, *, again: str) -> Iterator[None]:
+    """Where a signal ends the run at once: before the first step, after the last, or twice. `again`: what began it."""
     from lorasft.signals import Ended, exit_code
     from lorasft.train.checkpoint import list_checkpoints
 
     try:
         yield
     except Ended as signalled:
-        what, hint = "stopped before the first step", "start it again"
+        what, command = "stopped before the first step", again
         if (folder / "adapter").is_dir():
-            what, hint = f"stopped; the adapter is whole: {folder / 'adapter'}", ""
+            what, command = f"stopped; the adapter is whole: {folder / 'adapter'}", ""
         elif saved := list_checkpoints(folder / "checkpoints"):
             what = f"stopped at once, not saved since step {int(saved[-1].name.removeprefix('step-'))}"
-            hint = "continue with --resume"
-        raise Stopped(exit_code(signalled.args[0]), what, hint=hint) from None
+            command = f"{train_command(folder)} --resume"
+        raise Stopped(exit_code(signalled.args[0]), what, command) from None
 
 
-def _show_answers(ready: Run) -> None:
-    """Up to three held-out prompts, answered by the base and by the adapter. To run out of memory here is no error."""
-    from lorasft.data.tokens import supervised_runs
-    from lorasft.model.free_memory import out_of_memory
-    from lorasft.model.generate import generate
+def _show_answers(ready: Run, state: State) -> None:
+    """What the base and the result said to the sampled prompts."""
+    from lorasft.train.samples import keep_samples
 
-    tokenizer, prepared, held_out = ready.inputs.tokenizer, ready.inputs.prepared, ready.inputs.prepared.held_out
-    if held_out is None:
-        return
-    try:
-        for example in range(len(held_out))[:3]:
-            tokens = held_out.sequences(example)[-1]
-            prompt = tokens.ids[: supervised_runs(tokens)[-1, 0]].tolist()
-            say(f"\nprompt: {shorten(tokenizer.decode(prompt, skip_special_tokens=True)[-80:])}")
-            for name, context in (("before", ready.model.disable_adapter()), ("after", nullcontext())):
-                with context:
-                    ids = generate(ready.network.causal, tokenizer, prompt, max_new_tokens=48, stops=prepared.stop_ids)
-                say(f"{name:>6}: {shorten(tokenizer.decode(ids, skip_special_tokens=True))}")
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        say("out of memory: no more answers are shown")
+    samples = keep_samples(ready.folder, until=state.step)
+    result = state.best_step if ready.recipe.run.keep_best else state.step
+    before = {sample.place: sample.answer for sample in samples if sample.step == 0}
+    for sample in samples:
+        if sample.step == result and sample.place in before:
+            say(f"\nprompt: {shorten(sample.prompt[-66:], most=66)}")
+            say(f"before: {shorten(before[sample.place], most=66)}\n after: {shorten(sample.answer, most=66)}")

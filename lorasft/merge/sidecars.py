@@ -29,8 +29,9 @@ def write_sidecars(folder: Path, artifact: Artifact, rewritten: Mapping[str, Any
     The tokenizer's files are the base's where the adapter's gives the same ids, else the adapter's; the template is
     that of training, and generation stops where it did in training.
     """
-    told = artifact.chat.system is not None or artifact.chat.template is not None
-    trained = read_tokenizer(artifact) if own_files(artifact) or told else None
+    own, chat = own_files(artifact), artifact.chat
+    told = chat.system is not None or chat.template is not None or (artifact.recipe and not own)
+    trained = read_tokenizer(artifact) if own or told else None
     same = not trained or _has_ids_of(trained, artifact.base)
     replaced = TEMPLATE if same else TOKENIZER
     # Records of an earlier merge, and an index that loading passes over.

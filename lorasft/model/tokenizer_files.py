@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lorasft.artifact import Artifact
-from lorasft.data.tokenizer import load_tokenizer
+from lorasft.data.tokenizer import add_tokens, load_tokenizer
 
 _MORE_TEMPLATES, _PROCESSORS_TEMPLATE = "additional_chat_templates", "chat_template.json"
 TEMPLATE = re.compile(rf"chat_template\.(jinja|json)|{_MORE_TEMPLATES}/.*")  # names of files
@@ -36,7 +36,9 @@ def read_tokenizer(artifact: Artifact) -> Any:
     tool's adapter may bring none, or nothing but a template."""
     own, model = own_files(artifact), artifact.model
     if not own:
-        return load_tokenizer(model.base, model.revision)
+        tokenizer = load_tokenizer(model.base, model.revision)
+        add_tokens(tokenizer, model.new_tokens)  # which a checkpoint was trained with
+        return tokenizer
     replaced = TOKENIZER if "tokenizer.json" in own else TEMPLATE
     # The model's config stays among them: transformers chooses the class of a tokenizer by it.
     files = {name: path for name, path in list_sidecars(artifact.base).items() if not replaced.fullmatch(name)} | own

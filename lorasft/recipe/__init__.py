@@ -144,6 +144,7 @@ class RunSettings(_Section):
     output: RunPath = Field("runs/recipe", min_length=1, description="run folder; default: runs/ and the recipe's name")
     log_every: int = Field(1, ge=1, description="steps")
     eval_every: PositiveInt | None = Field(100, description="steps; null: only at the end")
+    sample_every: PositiveInt | None = Field(1, description="evaluations, with answers to held-out prompts; null: none")
     save_every: PositiveInt | None = Field(100, description="steps; null: by the clock and at the end")
     save_minutes: PositiveFloat | None = Field(20.0, description="minutes between checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints to keep")

@@ -80,7 +80,7 @@ _PATHS = ("model.base", "model.new_tokens", "adapter.start", "chat.template", "d
 
 
 def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a YAML file or of a shipped name, with `section.key=value` overrides.
+    """The recipe in a YAML file, of a shipped name or of a run's folder, with `section.key=value` overrides.
 
     Paths become absolute where they exist: beside the file, or else here, where those of overrides are looked up too.
     Raises RecipeError, UnsafeError, or ErrorGroup for several errors.
@@ -88,6 +88,9 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(source)
     if not path.is_file() and (source in shipped_recipes() or not path.exists()):
         path = find_shipped(source)
+    elif (path / "recipe.yaml").is_file() and (path / "checkpoints").is_dir():
+        path = path / "recipe.yaml"
+        overrides = [f"run.output={json.dumps(source)}", *overrides]  # it may have been moved
     document = read_yaml(path)
     if not isinstance(document.value, dict):
         what = "the recipe is empty" if document.value is None else "a recipe is a mapping of sections"

@@ -51,7 +51,7 @@ from lorasft.model.free_memory import out_of_memory
 from lorasft.recipe import Recipe, mathematics
 from lorasft.recipe.load import dump_recipe, load_recipe
 from lorasft.tensors import fingerprint
-from lorasft.terminal import quote, say
+from lorasft.terminal import quote, say, train_command
 from lorasft.train.optimizer import optimizer_state, restore_optimizer
 from lorasft.train.state import Run, RunInputs, State
 
@@ -90,7 +90,7 @@ def check_run_folder(folder: Path, *, resume: bool) -> None:
     if resume and not is_run:
         raise RecipeError("there is no run to resume", where=folder, hint="leave out --resume to start one")
     if not resume and is_run:
-        hint = f"--resume to continue it, or {quote(f'run.output={folder}-2')} to start another"
+        hint = f"continue it: {train_command(folder)} --resume; or start another: {quote(f'run.output={folder}-2')}"
         raise RecipeError("this run folder exists", where=folder, hint=hint)
     present = {path.name for path in folder.glob("[!.]*")}
     strangers = sorted(present - _LEFT_BEHIND if LOCK in present else present)
@@ -276,7 +276,7 @@ class CheckpointSaver:
                 raise
             what = f"the save after step {state.step} failed: {getattr(error, 'what', error)}"
             if self.failed or final:
-                hint = f"make room on the disk and continue with --resume from step {self.last.step}"
+                hint = f"make room on the disk; from step {self.last.step}: {train_command(run.folder)} --resume"
                 raise CapacityError(what, where=run.checkpoints, hint=hint) from error
             self.failed = True
             say(f"{what}; saved up to step {self.last.step}, continuing")

@@ -18,9 +18,11 @@ from lorasft.errors import DivergedError, Stopped
 from lorasft.model.loss import weighted_loss
 from lorasft.model.scoring import score_batches
 from lorasft.signals import StopRequest, exit_code, stop_signals
+from lorasft.terminal import train_command
 from lorasft.train.checkpoint import CheckpointSaver, list_checkpoints
 from lorasft.train.layout import oom_context, retry_on_oom
 from lorasft.train.optimizer import learning_rate
+from lorasft.train.samples import take_samples
 from lorasft.train.state import Run, State
 
 
@@ -76,12 +78,14 @@ def add_gradients(run: Run, step: Step) -> Tensor:
 def train(run: Run, state: State) -> State:
     """Run from `state` to the end of the plan. Returns the last state; raises Stopped after a signal, saved."""
     settings, saver = run.recipe.run, CheckpointSaver(state)
+    again = f"{train_command(run.folder)} --resume"
     run.network.causal.train()
     with stop_signals(alone=run.ranks.count == 1) as stop:
         if state.step == 0 or state.evaluation_due:
             state = retry_on_oom(run, partial(evaluate, run, state, stop))
+            take_samples(run, state, stop)
             if stop.signal:
-                raise Stopped(exit_code(stop.signal), f"stopped before step {state.step + 1}")
+                raise Stopped(exit_code(stop.signal), f"stopped before step {state.step + 1}", again)
         for number in range(state.step + 1, run.plan.steps + 1):
             if run.ranks.is_main and saver.overdue(settings.save_minutes):
                 stop.save_wanted = True
@@ -92,12 +96,14 @@ def train(run: Run, state: State) -> State:
             last = number == run.plan.steps
             if last or (settings.eval_every and number % settings.eval_every == 0):
                 state = retry_on_oom(run, partial(evaluate, run, state, stop))
+                take_samples(run, state, stop)
             planned = settings.save_every and number % settings.save_every == 0
             best = settings.keep_best and state.best_step == number
             if last or planned or best or stop.save or stop.signal:
-                state = run.ranks.on_main(partial(saver.attempt, run, state, final=last or stop.signal > 0))
+                with run.metrics.progress.interlude("saving"):
+                    state = run.ranks.on_main(partial(saver.attempt, run, state, final=last or stop.signal > 0))
             if stop.signal and (not last or state.evaluation_due):
-                raise Stopped(exit_code(stop.signal), f"stopped after step {number} of {run.plan.steps}, saved")
+                raise Stopped(exit_code(stop.signal), f"stopped after step {number} of {run.plan.steps}, saved", again)
     return state
 
 
@@ -109,7 +115,7 @@ def evaluate(run: Run, state: State, stop: StopRequest) -> State:
     if rows is None:
         return state
     score = partial(score_batches, run.network, rows.sequences, range(len(rows)), capacity=run.plan.micro_batch_tokens)
-    with ranks.sync_errors():
+    with ranks.sync_errors(), run.metrics.progress.interlude("evaluating"):
         for batch, losses in score(processes=ranks.count, index=ranks.index, explain=partial(oom_context, rows)):
             if stop.signal:  # of several processes none, before they agree on it in a step
                 return replace(state, evaluation_due=True)

@@ -1,12 +1,9 @@
-"""What a run says: progress with time left, metrics.jsonl, which is the record, and trackers beside it."""
+"""What a run tells: metrics.jsonl, which is the record, trackers beside it, and what a person sees."""
 
 from __future__ import annotations
 
 import json
-import sys
-import time
 from collections.abc import Callable
-from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,24 +11,22 @@ from typing import Any
 from lorasft.errors import DeviceError, LorasftError
 from lorasft.files import append
 from lorasft.recipe import Recipe
-from lorasft.terminal import say
+from lorasft.terminal import is_live, say
+from lorasft.train.progress import Progress
 
 
 class Metrics:
-    """Writes a run's metrics and shows its progress on stderr: a line that moves, or plain lines without a terminal.
+    """Writes a run's metrics, and shows them as its progress.
 
     `metrics_bytes`: how much of metrics.jsonl is kept; what follows is of steps that are done again. Lines that the
-    disk does not take wait for the next try, and no checkpoint is saved without them. `quiet`: without trackers.
+    disk does not take wait for the next try, and no checkpoint is saved without them. `quiet`: no trackers, no bar.
     """
 
     def __init__(self, recipe: Recipe, *, steps: int, done: int, metrics_bytes: int, quiet: bool) -> None:
         self.path = Path(recipe.run.output) / "metrics.jsonl"
         self.written = min(metrics_bytes, self.path.stat().st_size if self.path.exists() else 0)
         self.waiting = b""
-        self.steps = steps
-        self.done = done
-        self.log_every = recipe.run.log_every
-        self.started: float | None = None  # the clock of the first step: what comes before takes no part in the pace
+        self.progress = Progress(recipe.run, steps=steps, done=done, live=is_live() and not quiet)
         self.trackers: list[Any] = []
         if recipe.run.trackers and not quiet:
             self._try_trackers(lambda: self.trackers.extend(start_trackers(recipe)))
@@ -39,21 +34,12 @@ class Metrics:
     def step(self, values: dict[str, Any]) -> None:
         """The metrics of one optimizer step."""
         self._record(values)
-        number = values["step"]
-        self.started = self.started or time.monotonic() - values["seconds"]
-        if number % self.log_every and number != self.steps:
-            return
-        left = (time.monotonic() - self.started) / (number - self.done) * (self.steps - number)
-        line = (
-            f"step {number}/{self.steps}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
-            f"{values['tokens_per_second']:,.0f} tokens/s  {timedelta(seconds=round(left))} left"
-        )
-        say(line, end="" if sys.stderr.isatty() and number < self.steps else "\n")
+        self.progress.step(values)
 
     def evaluation(self, *, step: int, loss: float, tokens: int) -> None:
         """A held-out loss."""
         self._record({"step": step, "eval_loss": loss, "eval_tokens": tokens})
-        say(f"step {step}/{self.steps}  held-out loss {loss:.4f} over {tokens:,} tokens")
+        self.progress.evaluation(step=step, loss=loss, tokens=tokens)
 
     def secure(self) -> int:
         """Put all lines on the disk, for sure; their bytes. Raises CapacityError where the disk does not take them."""

@@ -5,6 +5,7 @@ provenance.json    versions, layout, base and data that the run is made of
 memory.json        what a step was predicted to need, and what the heaviest took where it was run beforehand
 tokens/            what is trained and evaluated on
 metrics.jsonl      one line a step
+answers.jsonl      what held-out prompts were answered at evaluations
 checkpoints/       see checkpoint.py
 adapter/           the result: a plain PEFT adapter with tokenizer and template
 """
@@ -33,12 +34,11 @@ from lorasft.model.base import check_files, compute_dtype, load_base, patch_line
 from lorasft.model.free_memory import free_memory
 from lorasft.model.generate import own_stops
 from lorasft.model.memory import static_bytes
-from lorasft.model.recompute import decoder_layers
 from lorasft.model.trained import Trained
 from lorasft.model.weightless import make_weightless
 from lorasft.recipe import Recipe
 from lorasft.recipe.load import dump_recipe
-from lorasft.terminal import say, size_text
+from lorasft.terminal import say
 from lorasft.train.checkpoint import find_checkpoint, restore_checkpoint, save, take_folder, write_start
 from lorasft.train.distributed import ALONE, Ranks
 from lorasft.train.inputs import read_checked_config, read_inputs
@@ -46,6 +46,7 @@ from lorasft.train.layout import Fit, choose_layout, find_heaviest, retry_on_oom
 from lorasft.train.loop import add_gradients, peak_memory
 from lorasft.train.metrics import Metrics
 from lorasft.train.optimizer import make_optimizer
+from lorasft.train.samples import keep_samples
 from lorasft.train.state import Run, RunInputs, State
 
 
@@ -106,13 +107,11 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> tuple[Run, State]:
         if saved:
             restore_checkpoint(run.checkpoint(saved.step), run)
         if ranks.is_main:
+            keep_samples(run.folder, until=done)
             for notice in network.notices:
                 say(notice)
-            layers = f"{run.layout.recomputed_layers} of {len(decoder_layers(network.causal))} layers"
-            kept = "; weights kept in 16 bit" if fit.keep else ""
             if any(hasattr(module, "is_concatenated") for module in network.causal.modules()):
                 say("the experts stay as they are: the adapter is on attention and shared linears that PEFT can adapt")
-            say(f"on {network.device} in {run.layout.dtype}; activations: {layers} recomputed{kept}")
         run_heaviest_batch(run, fit, static)
         state = saved or State(0, inputs.prepared.key, metrics_bytes=0, layout=run.layout, run=secrets.token_hex(8))
         if ranks.is_main and not saved:  # from here on there is something to resume: this makes the folder a run
@@ -134,8 +133,6 @@ def run_heaviest_batch(run: Run, fit: Fit, static: dict[str, int]) -> None:
     record = {"free": free, "predicted": {**known, "peak": peak} if known else None, "measured": measured}
     if run.ranks.is_main:
         replace_file(run.folder / "memory.json", json.dumps(record, indent=1))
-        if known:
-            say(f"memory: {size_text(peak)} at the peak of a step, of {size_text(free)}")
 
 
 def sees_too_little(run: Run, fit: Fit) -> bool:

@@ -34,7 +34,13 @@ def make_subject(folder: Path) -> Recipe:
         "train": {"epochs": 2, "batch_size": 6},
         "optimizer": {"learning_rate": 5e-3},
         "schedule": {"warmup": 2},
-        "run": {"output": str(folder / "run"), "eval_every": 5, "save_every": SAVE_EVERY, "keep": KEEP},
+        "run": {
+            "output": str(folder / "run"),
+            "eval_every": 5,
+            "save_every": SAVE_EVERY,
+            "keep": KEEP,
+            "sample_every": None,
+        },
         "machine": {"micro_batch_tokens": 200, "activation_checkpointing": False},
     }
     return Recipe.model_validate(settings)
