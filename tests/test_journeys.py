@@ -197,7 +197,7 @@ def test_a_run_has_any_name(
     verify_folder(run / "adapter")
     (line,) = (line for line in done.err.splitlines() if line.startswith("next: "))
     chat, merge = line.removeprefix("next: ").split("    ")[:2]
-    assert cli(*shlex.split(chat)[1:], "--prompt", "hi", "--max-new-tokens", 2).code == 0
+    assert cli(*shlex.split(chat)[1:], "--prompt", "hi", "--max-tokens", 2).code == 0
     out = "../merged" if name == "." else "merged"
     assert cli(*shlex.split(merge)[1:-1], out, "--no-check").code == 0
     assert (here / out / "config.json").is_file()

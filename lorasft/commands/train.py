@@ -101,8 +101,10 @@ def _show_answers(ready: Run) -> None:
             say(f"\nprompt: {shorten(tokenizer.decode(prompt, skip_special_tokens=True)[-80:])}")
             for name, context in (("before", ready.model.disable_adapter()), ("after", nullcontext())):
                 with context:
-                    ids = generate(ready.network.causal, tokenizer, prompt, max_new_tokens=48, stops=prepared.stop_ids)
-                say(f"{name:>6}: {shorten(tokenizer.decode(ids, skip_special_tokens=True))}")
+                    given = generate(
+                        ready.network.causal, tokenizer, [prompt], max_new_tokens=48, stops=prepared.stop_ids
+                    )
+                say(f"{name:>6}: {shorten(tokenizer.decode(given[0][0], skip_special_tokens=True))}")
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
