@@ -17,7 +17,7 @@ from peft import PeftModel
 from test_preview import BROWSER, EVIL, browse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorasft.model.scoring import compare, match
+from lorasft.model.scoring import compare_with_base, match
 
 
 def lines_of(base: list[float], other: list[float], tokens: int = 1, rows: int = 10**6) -> list[dict[str, Any]]:
@@ -32,24 +32,24 @@ def test_the_interval_is_that_of_all_draws() -> None:
     """Six rows can be drawn in 46,656 ways: of their means 2.5 % lie below the interval, and 2.5 % above."""
     base, adapter, sizes = [3.0, 1.0, 2.0, 5.0, 0.5, 4.0], [2.0, 1.5, 0.7, 1.0, 0.6, 3.9], [1, 7, 2, 3, 5, 4]
     lines = [line | {"tokens": size} for line, size in zip(lines_of(base, adapter), sizes, strict=True)]
-    change, low, high = compare(lines, "adapter")["loss"]
+    change, low, high = compare_with_base(lines, "adapter")["loss"]
     sums = [(new - old) * n for old, new, n in zip(base, adapter, sizes, strict=True)]
     assert change == pytest.approx(sum(sums) / sum(sizes))
     ways = itertools.product(range(6), repeat=6)
     means = np.array([sum(sums[i] for i in drawn) / sum(sizes[i] for i in drawn) for drawn in ways])
     assert [np.mean(means < low), np.mean(means > high)] == pytest.approx([0.025, 0.025], abs=0.01)
-    assert compare(lines, "adapter")["loss"] == [change, low, high]
+    assert compare_with_base(lines, "adapter")["loss"] == [change, low, high]
 
 
 def test_the_interval_is_of_pairs_and_of_whole_rows() -> None:
     """What makes rows differ does not widen it, and a row's answers are drawn together."""
     base = [float(n * n) for n in range(20)]
-    change, low, high = compare(lines_of(base, [one - 1 for one in base]), "adapter")["loss"]
+    change, low, high = compare_with_base(lines_of(base, [one - 1 for one in base]), "adapter")["loss"]
     assert change == low == high == -1
     other = [one + (-1) ** n * n for n, one in enumerate(base)]
 
     def width(lines: list[dict[str, Any]]) -> float:
-        _, low, high = compare(lines, "adapter")["loss"]
+        _, low, high = compare_with_base(lines, "adapter")["loss"]
         return high - low
 
     alone = width(lines_of(base, other))

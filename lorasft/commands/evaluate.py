@@ -50,7 +50,7 @@ def run(saved: str, overrides: Sequence[str], data: str, columns: str | None, as
     if len({found.model.model_dump_json() for found in artifacts if found.adapter}) > 1:
         raise RecipeError("these adapters have different bases", hint="evaluate each by itself")
     source = read_source(data, columns)
-    from lorasft.model.scoring import compare, summarize
+    from lorasft.model.scoring import compare_with_base, summarize
 
     lines: Lines = []
     names = [found.name if others else "adapter" if found.adapter else "model" for found in artifacts]
@@ -60,7 +60,7 @@ def run(saved: str, overrides: Sequence[str], data: str, columns: str | None, as
         for each in ["base", name] if "base" in lines[0] else [name]:
             totals[each] = totals.get(each) or summarize([line[each] for line in lines])
         if found.adapter:
-            totals[name]["against_base"] = compare(lines, name)
+            totals[name]["against_base"] = compare_with_base(lines, name)
     worst = sorted(lines, key=lambda line: _harm(line, names[0]), reverse=True)
     shown = [_side_by_side(line, totals) for line in worst]
     said = [f"{len(lines):,} answers in {data}; loss in nats a token", *_table(totals)]

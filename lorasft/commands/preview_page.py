@@ -19,7 +19,7 @@ mark{background:#bfe8c6;color:#033}
 b{font-weight:normal;color:#a0509a}
 nav{position:sticky;top:0;background:#fff;padding:.6em 0;border-bottom:1px solid #ddd}
 article{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(16em,100%),1fr));gap:0 1em}
-section:first-child{grid-column:1/-1}
+section:first-child{grid-column:1/-1} h2{overflow-wrap:anywhere} li{white-space:pre-wrap;font:14px/1.4 monospace}
 </style>
 @LEGEND@
 <details open><summary>The whole set</summary><ul>@FACTS@</ul></details>

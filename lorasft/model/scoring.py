@@ -159,7 +159,7 @@ def match(answer: str, expected: str) -> dict[str, bool]:
     return {"exact_match": answer.strip() == expected.strip(), "normalised_match": plain[0] == plain[1]}
 
 
-def compare(lines: Sequence[dict[str, Any]], name: str) -> dict[str, list[float]]:
+def compare_with_base(lines: Sequence[dict[str, Any]], name: str) -> dict[str, list[float]]:
     """The model `name` - base, of the loss and of generated answers' matches: the mean, and its 95 % interval.
 
     The paired bootstrap by percentiles (Efron and Tibshirani 1993; Koehn 2004): rows, told apart by their `source`, are
