@@ -139,9 +139,9 @@ def find_artifact(name: str, *, base: str | None = None) -> Artifact:
                 "this run has no adapter yet", where=name, hint="finish it with lorasft train ... --resume"
             )
         if name in shipped_recipes() and not folder.exists():
-            recipe = load_recipe(name)
-            say(f"{name} is a recipe: this is its base; what it trained is in {quote(recipe.run.output)}")
-            return Artifact(name, recipe.model, recipe=recipe, chat=recipe.chat, data=recipe.data)
+            shipped = load_recipe(name)
+            say(f"{name} is a recipe: this is its base; what it trained is in {quote(shipped.run.output)}")
+            return Artifact(name, shipped.model, recipe=shipped, chat=shipped.chat, data=shipped.data)
         if folder.exists() and not (folder / "config.json").is_file():
             raise ModelError("this is not a run, an adapter or a model", where=name, hint=_NAME_ONE)
         return Artifact(name, ModelSettings(base=name, quantization="none"))

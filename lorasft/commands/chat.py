@@ -71,16 +71,16 @@ def _load(found: Any, typed: bool, **sampling: Any) -> Callable[[list[dict[str, 
 
     tokenizer, model, causal = load_saved(found)
     chat_format = ChatFormat(tokenizer, found.chat)
+    sampling |= {"stops": chat_format.stop_ids, "on_text": lambda text: print(harmless(text), end="", flush=True)}
 
     def answer(messages: list[dict[str, Any]], adapted: bool) -> str:
         prompt = chat_format.prompt_ids(messages)
-        options = {"stops": chat_format.stop_ids, "on_text": lambda text: print(harmless(text), end="", flush=True)}
         # A stop is looked for after each token: an interrupt could leave half an import, or the model half changed.
         with (
             stop_signals(alone=True) if typed else nullcontext(StopRequest()) as stop,
             nullcontext() if adapted else model.disable_adapter(),
         ):
-            ((ids, _),) = generate(causal, tokenizer, [prompt], stopped=lambda: stop.signal > 0, **options, **sampling)
+            ((ids, _),) = generate(causal, tokenizer, [prompt], stopped=lambda: stop.signal > 0, **sampling)
         print(flush=True)
         if stop.signal not in (0, SIGINT):
             raise Ended(stop.signal)
