@@ -18,9 +18,9 @@ from lorasft.errors import ModelError, UnsafeError
 from lorasft.files import MANIFEST, verify_folder
 from lorasft.hub import is_folder, refuse_offline
 from lorasft.recipe import ChatSettings, DataSettings, DataSource, ModelSettings, Recipe
-from lorasft.recipe.load import load_recipe
+from lorasft.recipe.load import load_recipe, shipped_recipes
 from lorasft.tensors import fingerprint
-from lorasft.terminal import quote
+from lorasft.terminal import quote, say
 
 _NAME_ONE = "name a run folder, an adapter, a model folder or a hub id"
 MERGE_RECORD = "merge.json"
@@ -124,7 +124,8 @@ class Artifact:
 
 
 def find_artifact(name: str, *, base: str | None = None) -> Artifact:
-    """Resolve a run folder, an adapter folder, a model folder or a hub id. `base` replaces the adapter's base.
+    """Resolve a run folder, an adapter folder, a model folder, a hub id, or the name of a shipped recipe, which means
+    its base. `base` replaces the adapter's base.
 
     Raises ModelError for a run without an adapter, and for one that is not LoRA; UnsafeError for one that names code.
     """
@@ -138,6 +139,10 @@ def find_artifact(name: str, *, base: str | None = None) -> Artifact:
             if saved := sorted(map(str, Path(name).glob("checkpoints/step-*[1-9]*"))):
                 hint += f", or take its newest checkpoint: {quote(saved[-1])}"
             raise ModelError("this run has no adapter yet", where=name, hint=hint)
+        if name in shipped_recipes() and not folder.exists():
+            shipped = load_recipe(name)
+            say(f"{name} is a recipe: this is its base; what it trained is in {quote(shipped.run.output)}")
+            return Artifact(name, shipped.model, recipe=shipped, chat=shipped.chat, data=shipped.data)
         if folder.exists() and not (folder / "config.json").is_file():
             raise ModelError("this is not a run, an adapter or a model", where=name, hint=_NAME_ONE)
         return Artifact(name, ModelSettings(base=name, quantization="none"))

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ def test_the_held_out_loss_of_a_run_is_the_one_of_evaluate(run: Path, tmp_path: 
 
 def test_chat_answers_as_plain_transformers_does(run: Path, base: Path, cli: Command) -> None:
     question = "what is 3 + 3?"
-    said = cli("chat", run, "--prompt", question, "--max-new-tokens", 12).out
+    said = cli("chat", run, "--prompt", question, "--max-tokens", 12).out
     tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(plain, run / "adapter", torch_device="cpu").eval()
@@ -99,8 +100,88 @@ def test_chat_keeps_the_turns(run: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(ChatFormat, "prompt_ids", watch)
     monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))
-    assert main(["chat", str(run), "--max-new-tokens", "4"]) == 0
+    assert main(["chat", str(run), "--max-tokens", "4"]) == 0
     assert prompts == [["user"], ["user", "assistant", "user"]]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The conversations that `chat` has asked its model, each as the contents of its messages."""
+    prompts: list[list[str]] = []
+    plain = ChatFormat.prompt_ids
+
+    def watch(self: ChatFormat, messages: list[dict[str, str]]) -> list[int]:
+        prompts.append([message["content"] for message in messages])
+        return plain(self, messages)
+
+    monkeypatch.setattr(ChatFormat, "prompt_ids", watch)
+    return prompts
+
+
+def test_what_a_chat_obeys(run: Path, asked: list[list[str]], monkeypatch: pytest.MonkeyPatch, cli: Command) -> None:
+    typed = [
+        "/base",
+        "one",
+        "/base",
+        "two",
+        "/reset",
+        "three",
+        "/system Be brief.",
+        "four",
+        "/reset",
+        "/wrong",
+        "/etc/x",
+    ]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*typed, "/system", "six", "/quit", "seven"])))
+    done = cli("chat", run, "--max-tokens", "4")
+    first, bare = done.out.splitlines()[:2]
+    assert done.code == 0 and done.err.count("/reset: a new conversation") == 2  # nothing to repeat, and /wrong
+    briefly = [["Be brief.", "four"], ["Be brief.", "/etc/x"]]
+    assert asked == [["one"], ["one"], ["one", first, "two"], ["three"], *briefly, ["six"]]
+    base = json.loads((run / "adapter/adapter_config.json").read_bytes())["base_model_name_or_path"]
+    assert first != bare == cli("chat", base, "--prompt", "one", "--max-tokens", 4).out.rstrip("\n")
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(
+    run: Path, asked: list[list[str]], monkeypatch: pytest.MonkeyPatch, cli: Command
+) -> None:
+    whole = cli("chat", run, "--prompt", "one", "--max-tokens", 40).out
+    asked.clear()
+    seen: list[str] = []
+
+    def stop(text: str) -> str:
+        seen.append(text)
+        if len(seen) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return harmless(text)
+
+    monkeypatch.setattr("lorasft.commands.chat.harmless", stop)
+    stdin = io.StringIO("one\ntwo\n")
+    stdin.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stdin", stdin)
+    done = cli("chat", run, "--max-tokens", "40")
+    part = done.out.splitlines()[0]
+    assert done.code == 0 and whole.startswith(part) and len(part) < len(whole) - 1
+    assert [len(each) for each in asked] == [1, 3] and str(run / "adapter") in done.err
+
+
+def test_an_error_does_not_end_a_chat(run: Path, monkeypatch: pytest.MonkeyPatch, cli: Command) -> None:
+    for person, code in ((True, 0), (False, 3)):
+        stdin = io.StringIO("word " * 200 + "\none\n")
+        stdin.isatty = lambda person=person: person  # type: ignore[misc]
+        monkeypatch.setattr("sys.stdin", stdin)
+        done = cli("chat", run, "--max-tokens", "2")
+        assert done.code == code and "128 positions" in done.err and len(done.out.splitlines()) == person
+
+
+def test_the_likeliest_tokens_alone_are_greedy(run: Path, cli: Command) -> None:
+    words = ["chat", run, "--prompt", "what is 3 + 3?", "--max-tokens", 8]
+    assert cli(*words, "--temperature", 5, "--top-p", 1e-9).out == cli(*words).out
+
+
+def test_a_recipe_means_its_base(cli: Command) -> None:
+    said = cli("chat", "tiny", "--prompt", "Who was the founder of Falstead?", "--max-tokens", 3)
+    assert said.code == 0 and said.out.strip() and "runs/tiny" in said.err
 
 
 def test_the_end_of_a_turn_is_among_the_stops(run: Path) -> None:
@@ -133,7 +214,16 @@ def test_other_columns_are_mapped_or_found(run: Path, tmp_path: Path, cli: Comma
     assert json.loads(cli(*merge, *columns, "--json").out)["rows"] == str(data)
 
 
-@pytest.mark.parametrize("options", [["--max-new-tokens", "0"], ["--temperature", "-1"], ["--temperature", "nan"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--max-tokens", "0"],
+        ["--temperature", "-1"],
+        ["--temperature", "nan"],
+        ["--top-p", "0.5"],
+        ["--top-p", "1.5", "--temperature", "1"],
+    ],
+)
 def test_numbers_that_make_no_sense_are_usage(options: list[str]) -> None:
     assert main(["chat", "x", *options]) == 2
 

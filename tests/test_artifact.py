@@ -58,7 +58,7 @@ def test_configs_and_recipes_are_parsed_once(
     assert path in watched("train", path)
     adapter, base_config = str(run / "adapter/adapter_config.json"), str(base / "config.json")
     assert watched("merge", str(run), "--out", str(tmp_path / "merged")).keys() >= {adapter, base_config}
-    assert adapter in watched("chat", str(run), "--prompt", "x", "--max-new-tokens", "2")
+    assert adapter in watched("chat", str(run), "--prompt", "x", "--max-tokens", "2")
     path = recipe(**settings, run={"output": str(tmp_path / "second")})
     begun = json.loads(Path(path).read_text(encoding="utf-8")) | {"adapter": {"start": str(run)}}
     Path(path).write_text(json.dumps(begun), encoding="utf-8")
@@ -76,7 +76,7 @@ def test_a_run_of_an_earlier_version_is_read(
     totals = json.loads(cli("evaluate", "run", "--data", "rows.jsonl", "--json").out)
     for name, loss in expected.items():
         assert totals[name]["loss"] == pytest.approx(loss, rel=1e-4)
-    assert cli("chat", "run/checkpoints/step-000016", "--prompt", "what is 1 + 1?", "--max-new-tokens", 4).code == 0
+    assert cli("chat", "run/checkpoints/step-000016", "--prompt", "what is 1 + 1?", "--max-tokens", 4).code == 0
     merged = json.loads(cli("merge", "run", "--out", "merged", "--json").out)
     assert merged["rows"] == "a text of lorasft's own" and merged["updated"] == 7
     loss = json.loads(cli("evaluate", "merged", "--data", "rows.jsonl", "--json").out)["model"]["loss"]

@@ -250,7 +250,7 @@ def test_a_journey_in_4_bit(
     for key, stack in plain.named_parameters():
         if stack.dim() == 3:
             assert torch.equal(seen.get_parameter(key), stack.to(seen.dtype)), key
-    assert cli("chat", run, "--prompt", "what is 1 + 1?", "--max-new-tokens", "3").code == 0
+    assert cli("chat", run, "--prompt", "what is 1 + 1?", "--max-tokens", "3").code == 0
     evaluated = json.loads(cli("evaluate", run, "--data", rows, "--json").out)
     assert evaluated["adapter"] != evaluated["base"]
     refused = cli("merge", run, "--out", tmp_path / "packed", "--quantize", "nf4")

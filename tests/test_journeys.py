@@ -196,7 +196,7 @@ def test_a_run_has_any_name(
     assert len(list((run / "checkpoints").iterdir())) == 2
     verify_folder(run / "adapter")
     chat, merge = done.err.partition("next: ")[2].splitlines()[:2]
-    assert cli(*shlex.split(chat)[1:], "--prompt", "hi", "--max-new-tokens", 2).code == 0
+    assert cli(*shlex.split(chat)[1:], "--prompt", "hi", "--max-tokens", 2).code == 0
     out = "../merged" if name == "." else "merged"
     assert cli(*shlex.split(merge)[1:-1], out, "--no-check").code == 0
     assert (here / out / "config.json").is_file()

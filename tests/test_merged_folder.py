@@ -280,6 +280,6 @@ def test_a_system_message_is_told_or_merged_in(base: Path, rows: Path, tmp_path:
     for name, words in {"without": [], "with": told, "key": ["chat.system=''"]}.items():
         assert cli("evaluate", adapter, *asked, tmp_path / name, *words).code == 0
     assert len({(tmp_path / name).read_text() for name in ("without", "with", "key")}) == 3
-    assert cli("chat", adapter, *told, "--prompt", "y", "--max-new-tokens", 2).code == 0
+    assert cli("chat", adapter, *told, "--prompt", "y", "--max-tokens", 2).code == 0
     assert cli("merge", adapter, "--out", tmp_path / "out", "chat.system='Say this: no, {that}'").code == 0
     assert "Say this: no, {that}" in AutoTokenizer.from_pretrained(tmp_path / "out").chat_template

@@ -295,7 +295,7 @@ def test_a_journey(name: str, tmp_path: Path, cli: Command, monkeypatch: pytest.
     assert cli("train", "tiny", *words, "--resume").code == 0
     assert cli("evaluate", run, "--data", rows).code == 0
     assert cli("merge", run, "--out", tmp_path / "merged").code == 0
-    asked = [cli("chat", path, "--prompt", "1 + 1", "--max-new-tokens", "5") for path in (run, tmp_path / "merged")]
+    asked = [cli("chat", path, "--prompt", "1 + 1", "--max-tokens", "5") for path in (run, tmp_path / "merged")]
     assert [one.code for one in asked] == [0, 0]
     _, found = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not found["missing_keys"] and not found["unexpected_keys"]

@@ -193,7 +193,7 @@ def test_the_whole_journey(
     assert (got[..., :known] - wanted[..., :known]).abs().max() < 1e-4
 
     if count == 2:
-        answer = cli("chat", folder, "--prompt", f"what is {names[0]}?", "--max-new-tokens", 4)
+        answer = cli("chat", folder, "--prompt", f"what is {names[0]}?", "--max-tokens", 4)
         assert answer.code == 0, answer.err
         scores = json.loads(cli("evaluate", folder, "--data", data, "--json").out)
         assert scores["adapter"]["loss"] < scores["base"]["loss"]

@@ -91,7 +91,8 @@ def test_the_page_holds_text_as_text(recipe: Path, tmp_path: Path) -> None:
     (data,) = re.findall(r'id="data">(.*?)</script>', text, re.DOTALL)
     rows = json.loads(data)
     assert len(rows) == 25 and "\x1b" not in text and "\u202e" not in text
-    assert [part[:2] for part in rows[0]["parts"] if part[1]] == [["pears", True], ["<|end|>", True]]
+    ((_, parts),) = rows[0]
+    assert [part[:2] for part in parts if part[1]] == [["pears", True], ["<|end|>", True]]
     assert cli.main(["preview", str(recipe), "--html", str(page)]) == 2  # nothing is overwritten
 
 
@@ -103,7 +104,7 @@ def test_the_page_in_a_browser(recipe: Path, tmp_path: Path) -> None:
     assert "1-10 of 25" in first and first.count("<h2>") == 10
     assert "<mark>pears</mark><mark><b>&lt;|end|&gt;</b></mark>" in first
     found = browse(page, tmp_path / "b", "#no%20%3Cmark%3E")
-    assert "1-1 of 1" in found and "&lt;/script&gt;&lt;img" in found and "<title>lorasft preview</title>" in found
+    assert "1-1 of 1" in found and "&lt;/script&gt;&lt;img" in found and "<title>lorasft</title>" in found
     assert "nothing found" in browse(page, tmp_path / "c", "#there is none")
     assert html.unescape(found).count("<mark>harm</mark>") >= 1
 

@@ -283,7 +283,7 @@ def test_a_run_is_resumed_by_its_folder(
         )
     checkpoint = shlex.split(hint.rpartition(": ")[2])[0]
     assert checkpoint == "moved run/checkpoints/step-000003"
-    assert cli("chat", checkpoint, "--prompt", "hi", "--max-new-tokens", 2).code == 0
+    assert cli("chat", checkpoint, "--prompt", "hi", "--max-tokens", 2).code == 0
     done = cli(*shlex.split(hint.partition(": ")[2].partition(",")[0])[1:])
     assert done.code == 0 and done.out == "moved run\n" and metrics(tmp_path / "moved run")[-1]["step"] == 6
     assert json.loads((tmp_path / "moved run/adapter/adapter_config.json").read_bytes())["r"] == 2
@@ -300,7 +300,7 @@ def test_a_checkpoint_is_asked_as_its_run_is(recipe: Write, tmp_path: Path, cli:
     path = recipe(chat=chat, model={"new_tokens": ["<says>"], "quantization": "none"}, train={"steps": 4})
     assert cli("train", path).code == 0
     names = [tmp_path / "run", tmp_path / "run/checkpoints/step-000004"]
-    answers = [cli("chat", name, "--prompt", "what is 1 + 1?", "--max-new-tokens", 9) for name in names]
+    answers = [cli("chat", name, "--prompt", "what is 1 + 1?", "--max-tokens", 9) for name in names]
     assert answers[0].out == answers[1].out and not answers[1].code
     data = json.loads(Path(path).read_text(encoding="utf-8"))["data"]["train"]
     losses = [json.loads(cli("evaluate", name, "--data", data, "--json").out) for name in names]

@@ -57,7 +57,7 @@ def test_chat_answers_greedily_whatever_the_base_would(name: str, plain: Path, t
         (folder / path.name).symlink_to(path)
     (folder / "generation_config.json").unlink()
     say_of(folder, SETTINGS[name])
-    asked = ["--prompt", "hello", "--max-new-tokens", "12"]
+    asked = ["--prompt", "hello", "--max-tokens", "12"]
     given, wanted = (cli("chat", where, *asked) for where in (folder, plain))
     assert (given.code, given.out) == (0, wanted.out) and len(given.out) > 5
 
@@ -159,7 +159,7 @@ def test_how_the_base_is_loaded_can_be_told(base: Path, rows: Path, tmp_path: Pa
     for how in (["--quantization", "none"], ["model.quantization=none"]):
         out = tmp_path / how[-1]
         assert json.loads(cli("merge", adapter, "--out", out, *how, "--json").out)["onto"] == "original"
-        assert cli("chat", adapter, "--prompt", "a", "--max-new-tokens", "2", *how).code == 0
+        assert cli("chat", adapter, "--prompt", "a", "--max-tokens", "2", *how).code == 0
     losses = [
         json.loads(cli("evaluate", adapter, "--data", rows, "--json", "--quantization", how, "--dtype", "float32").out)
         for how in ("none", "nf4")

@@ -145,7 +145,7 @@ def test_other_adapters_train_and_load(adapter: dict[str, Any], dtype: torch.dty
     assert main(["train", path]) == 0
     losses = [line["loss"] for line in metrics(run_folder(path)) if "loss" in line]
     assert losses[-1] < losses[0]
-    assert main(["chat", str(run_folder(path)), "--prompt", "what is 1 + 1?", "--max-new-tokens", "3"]) == 0
+    assert main(["chat", str(run_folder(path)), "--prompt", "what is 1 + 1?", "--max-tokens", "3"]) == 0
 
 
 def test_a_reader_that_goes_away_does_not_end_the_run(recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:

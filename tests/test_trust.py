@@ -135,8 +135,8 @@ def cycle(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         run = "train: {batch_size: 8, steps: 4, seed: 7}\nrun: {save_every: 2, output: run}\n"
         Path("r.yaml").write_text(recipe + run, encoding="utf-8")
         for line in ("preview r.yaml", "train r.yaml", "train r.yaml --resume", f"evaluate run --data {rows}",
-                     "chat run --prompt x --max-new-tokens 4", "merge run --out merged",
-                     "chat merged --prompt x --max-new-tokens 4", "recipes list"):  # fmt: skip
+                     "chat run --prompt x --max-tokens 4", "merge run --out merged",
+                     "chat merged --prompt x --max-tokens 4", "recipes list"):  # fmt: skip
             assert main(line.split()) == 0, (line, said.getvalue())
     yield folder, said.getvalue()
 

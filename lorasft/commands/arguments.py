@@ -52,6 +52,17 @@ def open_saved(saved: str, base: str | None, given: Sequence[str], overrides: Se
     return replace(found, model=changed.model, data=changed.data, chat=changed.chat)
 
 
+def load_saved(found: Artifact) -> tuple[Any, Any, Any]:
+    """The tokenizer and the model of what was found, and of a PEFT model the one of transformers in it."""
+    from accelerate import PartialState
+
+    from lorasft.model.adapter import load_artifact
+    from lorasft.model.tokenizer_files import read_tokenizer
+
+    model = load_artifact(found, PartialState().device)
+    return read_tokenizer(found), model, model.get_base_model() if found.adapter else model
+
+
 def add_columns(parser: ArgumentParser) -> None:
     parser.add_argument("--columns", metavar="MAPPING", help="of --data: '{prompt: question, completion: answer}'")
 

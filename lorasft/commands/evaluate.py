@@ -1,63 +1,142 @@
-"""`lorasft evaluate`: what a model gives the answers in a file, base and adapter side by side."""
+"""`lorasft evaluate`: what models give the answers in a file, and what they answer themselves, side by side."""
 
 from __future__ import annotations
 
 import json
 from argparse import ArgumentParser
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lorasft.commands.arguments import add_columns, add_json, add_saved, open_saved, show
-from lorasft.terminal import say
+from lorasft.commands.arguments import add_columns, add_json, add_saved, load_saved, open_saved, show, whole_number
+from lorasft.commands.preview_page import make_page
+from lorasft.errors import DataError, RecipeError
+from lorasft.terminal import harmless, say
+
+if TYPE_CHECKING:
+    from lorasft.artifact import Artifact
+    from lorasft.recipe import DataSource
+
+Lines = list[dict[str, Any]]  # for each answer its source, tokens, prompt, expected, and what each model gives it
+_FORMS = {"loss": ".4f", "perplexity": ".2f", "tokens": ","}  # of the columns of the table
+_FORMS |= dict.fromkeys(("exact_match", "normalised_match", "ended"), ".1%")
+_LEGEND = "<h1>Answers</h1><p>What got worse comes first. <mark>Marked</mark> is what was expected.</p>"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    add_saved(parser, options=["--on-bad-row", "--system"])
+    add_saved(parser, "RUN|ADAPTER|MODEL ...", options=["--on-bad-row", "--system"])
     parser.add_argument("--data", required=True, metavar="FILE", help="rows of any shape that a recipe takes")
     add_columns(parser)
+    parser.add_argument("--answers", metavar="OUT", help="let the models answer, to a page (.html) or JSON lines")
+    parser.add_argument(
+        "--max-tokens", type=whole_number, metavar="N", help="then (default: 2 times as expected, + 32)"
+    )
     parser.add_argument("--per-example", metavar="OUT", help="write one JSON object for each answer to OUT")
     add_json(parser, "the totals")
 
 
-def run(data: str, columns: str | None, per_example: str | None, as_json: bool, **saved: Any) -> None:
-    """Score the answers in `data`; totals on stdout, one JSON object for each answer to `per_example`."""
-    from accelerate import PartialState
-
+def run(saved: str, overrides: Sequence[str], data: str, columns: str | None, as_json: bool, **options: Any) -> None:
+    """Score the answers in `data`; totals on stdout. Raises RecipeError for files that exist."""
     from lorasft.files import make_folder, refuse_existing, write_file
-    from lorasft.model.adapter import load_artifact
-    from lorasft.model.scoring import read_answers, score_answers, summarize
-    from lorasft.model.selfcheck import verify
-    from lorasft.model.tokenizer_files import read_tokenizer
     from lorasft.recipe.load import read_source
 
-    if per_example:
-        refuse_existing(Path(per_example))
-        make_folder(Path(per_example).absolute().parent)
-    found = open_saved(**saved)
+    answers, per_example, most = (options.pop(name) for name in ("answers", "per_example", "max_tokens"))
+    for out in filter(None, (answers, per_example)):
+        refuse_existing(Path(out))
+        make_folder(Path(out).absolute().parent)
+    others = [word for word in overrides if "=" not in word or Path(word).exists()]
+    options["overrides"] = [word for word in overrides if word not in others]
+    artifacts = [open_saved(name, **options) for name in (saved, *others)]
+    if len({found.model.model_dump_json() for found in artifacts if found.adapter}) > 1:
+        raise RecipeError("these adapters have different bases", hint="evaluate each by itself")
     source = read_source(data, columns)
-    tokenizer = read_tokenizer(found)
-    model = load_artifact(found, PartialState().device)
-    network = verify(model.get_base_model() if found.adapter else model)
-    positions = getattr(network.causal.config.get_text_config(), "max_position_embeddings", None)
+    from lorasft.model.scoring import compare_with_base, summarize
+
+    lines: Lines = []
+    names = [found.name if others else "adapter" if found.adapter else "model" for found in artifacts]
+    totals: dict[str, Any] = {}
+    for name, found in zip(names, artifacts, strict=True):
+        lines = _score(found, name, source, lines, most if answers else 0)
+        for each in ["base", name] if "base" in lines[0] else [name]:
+            totals[each] = totals.get(each) or summarize([line[each] for line in lines])
+        if found.adapter:
+            totals[name]["against_base"] = compare_with_base(lines, name)
+    worst = sorted(lines, key=lambda line: _harm(line, names[0]), reverse=True)
+    shown = [_side_by_side(line, totals) for line in worst]
+    said = [f"{len(lines):,} answers in {data}; loss in nats a token", *_table(totals)]
+    if "base" in totals:
+        worse = sum(_harm(line, names[0]) > (False, 0.0) for line in lines)
+        said.append(f"{worse:,} of {len(lines):,} answers got worse by {names[0]}")
+        said += [f"  {boxes[0][0]}" for boxes in shown[: min(worse, 5)]]
+    for out, chosen in ((per_example, lines), (answers, worst)):
+        if out and out.endswith(".html"):
+            write_file(Path(out), make_page(shown, said, legend=_LEGEND))
+        elif out:
+            write_file(Path(out), "".join(json.dumps(line) + "\n" for line in chosen))
+    show(totals, said, as_json=as_json)
+
+
+def _score(found: Artifact, name: str, source: DataSource, lines: Lines, most: int | None) -> Lines:
+    """The answers in `source`, or `lines` of other models, with what was found gives them under its `name`, and an
+    adapter's base unless it is there. `most`: tokens of an answer that is generated; 0: none is. Raises DataError."""
+    from lorasft.model.scoring import generate_answers, match, read_answers, score_answers
+    from lorasft.model.selfcheck import verify
+
+    tokenizer, model, causal = load_saved(found)
+    network = verify(causal)
+    positions = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
     # What the model can read is scored, however long the rows of training were.
     settings = found.data.model_copy(update={"max_length": positions} if positions else {})
-    answers, report = read_answers(source, settings, found.chat, tokenizer=tokenizer)
+    answers, prepared = read_answers(source, settings, found.chat, tokenizer=tokenizer)
+    report, stops = prepared.report, prepared.stop_ids
     if report.dropped_examples():
         say(f"{report.dropped_examples()} of {report.rows} rows dropped: over-long or unusable")
-    scores = {}
-    if found.adapter:
+    read: Lines = []
+    for answer in answers:
+        x, y = answer.ids[: answer.start].tolist(), answer.ids[answer.start :].tolist()
+        texts = {"prompt": tokenizer.decode(x), "expected": tokenizer.decode(y[:-1] if y[-1] in stops else y)}
+        read.append({"source": vars(answer.place), "tokens": len(y), **texts})
+    lines = lines or read
+    if len(lines) != len(read) or any(line | other != line for line, other in zip(lines, read, strict=True)):
+        raise DataError(f"{name} reads other prompts than those before", hint="evaluate each by itself")
+
+    def ask(name: str) -> None:
+        for line, numbers in zip(lines, score_answers(network, answers), strict=True):
+            line[name] = numbers
+        for number, text, ended in generate_answers(network, tokenizer, answers, stops, most) if most != 0 else ():
+            lines[number][name] |= {"answer": text, "ended": ended, **match(text, lines[number]["expected"])}
+
+    if found.adapter and "base" not in lines[0]:
         with model.disable_adapter():
-            scores["base"] = score_answers(network, answers)
-    scores["adapter" if found.adapter else "model"] = score_answers(network, answers)
-    if per_example:
-        objects = [
-            {"source": vars(answer.place), "tokens": len(answer.ids) - answer.start}
-            | {name: rows[index] for name, rows in scores.items()}
-            for index, answer in enumerate(answers)
-        ]
-        write_file(Path(per_example), "".join(json.dumps(line) + "\n" for line in objects))
-    totals = {name: summarize(answers, rows) for name, rows in scores.items()}
-    lines = [f"{len(answers)} answers in {data}", f"{'':8}  {'nats a token':>12}  {'perplexity':>10}  {'tokens':>8}"]
+            ask("base")
+    ask(name)
+    return lines
+
+
+def _harm(line: Mapping[str, Any], name: str) -> tuple[bool, float]:
+    """Whether an adapter lost a match, and by how much it raised the loss; of a model by itself the loss."""
+    old, new = line.get("base", {"loss": 0.0}), line[name]
+    return old.get("exact_match", False) > new.get("exact_match", False), new["loss"] - old["loss"]
+
+
+def _table(totals: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each model, and one for what each adapter changed."""
+    forms = {key: form for key, form in _FORMS.items() if all(key in total for total in totals.values())}
+    width = max(map(len, totals))
+    yield "  ".join([" " * width, *(key.replace("_", " ").rjust(8) for key in forms)])
     for name, total in totals.items():
-        lines.append(f"{name:8}  {total['loss']:12.4f}  {total['perplexity']:10.2f}  {total['tokens']:8,}")
-    show(totals, lines, as_json=as_json)
+        cells = (format(total[key], form).rjust(max(8, len(key))) for key, form in forms.items())
+        yield "  ".join([name.ljust(width), *cells])
+    for name, total in totals.items():
+        for key, numbers in total.get("against_base", {}).items():
+            change, low, high = (format(number, f"+{_FORMS[key]}") for number in numbers)
+            yield f"{name} - base: {key.replace('_', ' ')} {change} (95 %: {low} to {high})"
+
+
+def _side_by_side(line: Mapping[str, Any], models: Iterable[str]) -> list[tuple[str, Any]]:
+    """Boxes of a page: the prompt, and beside the expected answer that of each model, marked if it is the same."""
+    losses = ", ".join(f"{name} {line[name]['loss']:.4f}" for name in models)
+    title = f"{line['source']['file']}:{line['source']['line']}, loss: {losses}"
+    boxes = [(title, line["prompt"], False), ("expected", line["expected"], True)]
+    boxes += [(name, line[name].get("answer", ""), line[name].get("exact_match", False)) for name in models]
+    return [(harmless(name), [[harmless(text), marked, False]]) for name, text, marked in boxes]

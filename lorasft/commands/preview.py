@@ -27,6 +27,8 @@ DROPPED_SHOWN = 10
 # Around text that is context, and that is supervised: in colour for a terminal, elsewhere in brackets.
 COLOURS = ("\x1b[2m", "\x1b[0m"), ("\x1b[32m", "\x1b[0m")
 BRACKETS = ("", ""), ("⟦", "⟧")
+LEGEND = """<h1>What is supervised</h1>
+<p><mark>Marked text</mark> is supervised, grey text is context, <b>special tokens</b> are coloured.</p>"""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -70,7 +72,7 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
         counts = [f"{(ids == token).sum():,} times the new token {tokenizer.decode([token])}" for token in new]
     facts = list(map(_harmless, [*counts, *summary(prepared.report)]))
     if html:
-        write_file(Path(html), make_page(shown, facts))
+        write_file(Path(html), make_page(([one] for one in shown), facts, legend=LEGEND))
         print(html)
         return
     marks = COLOURS if sys.stdout.isatty() and "NO_COLOR" not in os.environ else BRACKETS

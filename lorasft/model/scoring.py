@@ -1,8 +1,9 @@
-"""Losses and log-probabilities of rows: held-out rows of a run, and answers in a file."""
+"""Losses and log-probabilities of rows, answers that a model gives itself, and whether an adapter makes them better."""
 
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,17 +17,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lorasft.data.packing import MicroBatch, Sequences, assign_to_rank, make_micro_batches
-from lorasft.data.prepare import prepare, settings_for
-from lorasft.data.report import Report
+from lorasft.data.prepare import Prepared, prepare, settings_for
 from lorasft.data.sources import RowLocation
 from lorasft.data.tokens import all_supervised, supervised_runs
 from lorasft.errors import DivergedError, ModelError
 from lorasft.model.attention import evaluating
+from lorasft.model.generate import generate
 from lorasft.model.loss import Network, pair_losses
 from lorasft.recipe import ChatSettings, DataSettings, DataSource
 from lorasft.terminal import say
 
 _CAPACITY = 2048  # tokens of answers that are scored at once
+_AT_ONCE = 8  # answers that are generated together
+_AROUND, _ENDS = "\"'`*_()[]{}“”‘’«» ", ".,;:!?…。"
 _GROUP = 64  # examples cut together: enough to fill micro-batches well, few enough to bound what is held
 
 
@@ -95,9 +98,9 @@ class Answer:
 
 def read_answers(
     source: DataSource, data: DataSettings, chat: ChatSettings, *, tokenizer: Any
-) -> tuple[list[Answer], Report]:
-    """The answers in the rows of `source`, tokenized as training would, and what became of the rows. Raises DataError
-    when there are no answers."""
+) -> tuple[list[Answer], Prepared]:
+    """The answers in the rows of `source`, tokenized as training would, and what else was prepared, its files excepted.
+    Raises DataError when there are no answers."""
     with TemporaryDirectory(prefix="lorasft-") as folder:
         prepared = prepare(settings_for(source, data), chat, tokenizer=tokenizer, folder=Path(folder), workers=1)
         for notice in prepared.report.notices():
@@ -108,11 +111,11 @@ def read_answers(
             for tokens in prepared.store.sequences(example)
             for start, end in supervised_runs(tokens)
         ]
-    return answers, prepared.report
+    return answers, prepared
 
 
 def score_answers(network: Network, answers: Sequence[Answer]) -> list[dict[str, float]]:
-    """The log-probabilities of every answer, natural, summed over tokens; the first token of all has no source.
+    """The log-probabilities of every answer, natural, summed over tokens (the first of all has no source); its loss.
 
     x and [x, y] go through separate passes, so that log Pr(y|x) = log Pr([x,y]) - log Pr(x) is a real test. Raises
     DivergedError for one that is not finite.
@@ -127,12 +130,61 @@ def score_answers(network: Network, answers: Sequence[Answer]) -> list[dict[str,
         if not all(map(math.isfinite, scores[-1].values())):
             what = f"the log-probabilities of an answer are not finite, in {network.causal.dtype}"
             raise DivergedError(what, where=answer.place, hint="another --dtype; else the weights are broken")
+        scores[-1]["tokens"] = len(answer.ids) - answer.start
+        scores[-1]["loss"] = -scores[-1]["log_prob_y_given_x"] / scores[-1]["tokens"]
     return scores
 
 
-def summarize(answers: Sequence[Answer], scores: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean negative log-likelihood per token of the answers, in nats, its perplexity, and the counts."""
-    tokens = sum(len(answer.ids) - answer.start for answer in answers)
+def generate_answers(
+    network: Network, tokenizer: Any, answers: Sequence[Answer], stops: Sequence[int], most: int | None
+) -> Iterator[tuple[int, str, bool]]:
+    """What the model answers to the prompts, greedily: the number of the answer; its text, with special tokens, without
+    the stop; whether it ended by itself. `most`: tokens; None: twice as many as expected, and 32."""
+    order = sorted(range(len(answers)), key=lambda number: len(answers[number].ids))
+    # What is recurrent may see the padding: it is known of a row of several sequences only that attention does not.
+    at_once = _AT_ONCE if network.segments and not (network.mixer or network.told) else 1
+    for first in range(0, len(order), at_once):
+        batch = [answers[number] for number in order[first : first + at_once]]
+        limit = most or 2 * max(len(one.ids) - one.start for one in batch) + 32
+        prompts = [one.ids[: one.start].tolist() for one in batch]
+        given = generate(network.causal, tokenizer, prompts, max_new_tokens=limit, stops=stops)
+        for number, (ids, ended) in zip(order[first:], given, strict=False):
+            yield number, tokenizer.decode(ids), ended
+
+
+def match(answer: str, expected: str) -> dict[str, bool]:
+    """Whether an answer is the expected one, but for blanks around it; and whether it is when case and form of letters,
+    blanks, quotes, brackets and marks of emphasis around it and what ends a sentence are set aside. Signs of numbers,
+    what is inside, and a text of nothing else count."""
+    texts = [" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in (answer, expected)]
+    plain = [text.lstrip(_AROUND).rstrip(_AROUND + _ENDS) or text for text in texts]
+    return {"exact_match": answer.strip() == expected.strip(), "normalised_match": plain[0] == plain[1]}
+
+
+def compare_with_base(lines: Sequence[dict[str, Any]], name: str) -> dict[str, list[float]]:
+    """The model `name` - base, of the loss and of generated answers' matches: the mean, and its 95 % interval.
+
+    The paired bootstrap by percentiles (Efron and Tibshirani 1993; Koehn 2004): rows, told apart by their `source`, are
+    drawn anew, each with all its answers, by both models: what makes rows differ from one another does not count.
+    """
+    found, (_, rows) = {}, np.unique([str(line["source"]) for line in lines], return_inverse=True)
+    for key in [key for key in ("loss", "exact_match", "normalised_match") if key in lines[0][name]]:
+        counts = np.array([line["tokens"] if key == "loss" else 1.0 for line in lines])
+        changes = np.array([float(line[name][key]) - line["base"][key] for line in lines]) * counts
+        sums, sizes = np.bincount(rows, changes), np.bincount(rows, counts)
+        generator, count = np.random.default_rng(0), len(sums)
+        draws = (generator.integers(count, size=count) for _ in range(2000))
+        means = [sums[drawn].sum() / sizes[drawn].sum() for drawn in draws]
+        found[key] = [float(changes.sum() / counts.sum()), *np.percentile(means, [2.5, 97.5]).tolist()]
+    return found
+
+
+def summarize(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The mean negative log-likelihood per token of the answers, in nats, its perplexity, and the counts; of generated
+    ones the shares that match and that ended by themselves."""
+    tokens = sum(score["tokens"] for score in scores)
     loss = -sum(score["log_prob_y_given_x"] for score in scores) / tokens
     perplexity = math.exp(min(loss, 700.0))  # beyond that fp64 ends
-    return {"loss": loss, "perplexity": perplexity, "tokens": tokens, "answers": len(scores)}
+    found = {"loss": loss, "perplexity": perplexity, "tokens": tokens, "answers": len(scores)}
+    names = [name for name in ("exact_match", "normalised_match", "ended") if name in scores[0]]
+    return found | {name: sum(score[name] for score in scores) / len(scores) for name in names}

@@ -64,9 +64,9 @@ def _answer(run: Run, step: int, held_out: TokenStore, example: int) -> Sample:
     tokenizer, stops, tokens = run.inputs.tokenizer, run.inputs.prepared.stop_ids, held_out.sequences(example)[-1]
     start, end = supervised_runs(tokens)[-1]
     prompt, expected = tokens.ids[:start].tolist(), tokens.ids[start:end].tolist()
-    answer = generate(run.network.causal, tokenizer, prompt, max_new_tokens=_MOST_TOKENS, stops=stops)
+    ((answer, ended),) = generate(run.network.causal, tokenizer, [prompt], max_new_tokens=_MOST_TOKENS, stops=stops)
     asked, wanted, said = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, expected, answer))
-    return Sample(step, str(held_out.place(example)), asked, wanted, said, len(answer) < _MOST_TOKENS)
+    return Sample(step, str(held_out.place(example)), asked, wanted, said, ended)
 
 
 def keep_samples(folder: Path, *, until: int, more: Sequence[Sample] = ()) -> list[Sample]:

@@ -77,7 +77,7 @@ def commands(folder: str) -> dict[str, Row]:
     done["plan"] = command(["plan", "tiny", *few, "--json"])
     rows = "recipes/tiny/heldout.jsonl"
     done["evaluate"] = command(["evaluate", f"{folder}/fp32", "--data", rows, "--json"])
-    done["chat"] = command(["chat", f"{folder}/fp32", "--prompt", "Who?", "--max-new-tokens", "4"])
+    done["chat"] = command(["chat", f"{folder}/fp32", "--prompt", "Who?", "--max-tokens", "4"])
     done["merge"] = command(["merge", f"{folder}/fp32", "--out", f"{folder}/merged"])
     return done
 

@@ -89,7 +89,7 @@ def test_commands_answer_as_on_the_cpu(done: dict[str, Row], folder: Path, on_cp
     want = json.loads(cli("evaluate", str(on_cpu), "--data", "recipes/tiny/heldout.jsonl", "--json").out)
     for kind in ("base", "adapter"):
         assert got[kind] == pytest.approx(want[kind], rel=1e-5)
-    chat = cli("chat", str(on_cpu), "--prompt", "Who?", "--max-new-tokens", "4")
+    chat = cli("chat", str(on_cpu), "--prompt", "Who?", "--max-tokens", "4")
     assert (done["chat"]["code"], done["chat"]["out"]) == (0, chat.out)
     assert done["merge"]["code"] == 0 and "the merge answers as chat and evaluate did" in done["merge"]["err"]
 
