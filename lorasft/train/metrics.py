@@ -14,6 +14,7 @@ from typing import Any
 from lorasft.errors import DeviceError, LorasftError
 from lorasft.files import append
 from lorasft.recipe import Recipe
+from lorasft.report import refresh_report
 from lorasft.terminal import say
 
 
@@ -33,6 +34,7 @@ class Metrics:
         self.log_every = recipe.run.log_every
         self.started: float | None = None  # the clock of the first step: what comes before takes no part in the pace
         self.trackers: list[Any] = []
+        self.report_due = 0.0
         if recipe.run.trackers and not quiet:
             self._try_trackers(lambda: self.trackers.extend(start_trackers(recipe)))
 
@@ -74,6 +76,7 @@ class Metrics:
             if not said:
                 say(f"metrics.jsonl: {error.what}; its lines wait in memory")
         self._try_trackers(lambda: [tracker.log(dict(values), step=values["step"]) for tracker in self.trackers])
+        self.report_due = refresh_report(self.path.parent, self.report_due)
 
     def _write(self, *, sync: bool = False) -> None:
         append(self.path, self.waiting, at=self.written, sync=sync)
