@@ -25,6 +25,7 @@ COMMANDS = {  # each is a file in commands/, which declares its own arguments
     "plan": "will it fit, how will it be run, how long will it take; reads no weights",
     "evaluate": "log-probabilities of answers: base and adapter side by side",
     "chat": "talk to a run, an adapter or a model",
+    "report": "the page of a run: curves, answers, data, memory; or several runs over each other",
     "merge": "fold an adapter (of a run, or a folder) into full weights",
     "export": "write a model as GGUF, or as a folder for Ollama",
     "recipes": "list, show or copy the shipped recipes",

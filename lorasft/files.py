@@ -18,7 +18,7 @@ import secrets
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from lorasft.errors import CapacityError, LorasftError, ModelError, RecipeError
 
@@ -233,6 +233,24 @@ def locked(folder: Path) -> Iterator[str]:
             with contextlib.suppress(LorasftError):
                 if path.exists():
                     append(path, b"", at=0)
+
+
+def read_objects(path: Path) -> Iterator[dict[str, Any]]:
+    """The object of a JSON file, of a JSONL file those of its lines. What is lost, cut off or damaged is left out."""
+    with contextlib.suppress(OSError):
+        whole = path.read_text("utf-8", "replace")
+        for text in whole.split("\n") if path.suffix == ".jsonl" else [whole]:
+            with contextlib.suppress(ValueError, RecursionError):
+                found = json.loads(text)
+                if isinstance(found, dict):
+                    yield found
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process is writing this run folder. A start in that very moment would be refused."""
+    with contextlib.suppress(LorasftError), _held(folder / LOCK) as ours:
+        return not ours
+    return False
 
 
 def sha256(path: Path) -> str:

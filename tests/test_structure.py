@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lorasft"
 FLOORS = [
-    {"errors", "files", "hub", "tensors", "recipe", "adapter_files", "artifact", "signals", "terminal", ""},
+    {"errors", "files", "hub", "tensors", "recipe", "adapter_files", "artifact", "report", "signals", "terminal", ""},
     {"data"},
     {"model"},
     {"train", "merge", "export"},
@@ -98,7 +98,7 @@ def test_a_public_name_is_there_once() -> None:
     assert not twice, twice
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["recipes"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["report", "-h"], ["recipes"], ["--version"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys; from lorasft.cli import main\n"

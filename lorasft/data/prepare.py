@@ -24,7 +24,7 @@ from lorasft.data.sources import load_hub
 from lorasft.data.store import TYPES, Arrays, TokenStore, append_arrays, map_store, pack_examples
 from lorasft.data.workers import available_workers, map_blocks
 from lorasft.errors import DataError, LorasftError, ModelError
-from lorasft.files import remove_folder, replace_file, sha256, staged_folder, verify_folder, write_file
+from lorasft.files import read_objects, remove_folder, replace_file, sha256, staged_folder, verify_folder, write_file
 from lorasft.recipe import PLACES, ChatSettings, DataSettings, DataSource
 
 if TYPE_CHECKING:
@@ -96,10 +96,7 @@ def open_prepared(folder: Path) -> Prepared:
 
 def read_ingredients(folder: Path, key: str) -> dict[str, Any]:
     """What the tokens in `folder/<key>` were made from; nothing when they are gone."""
-    try:
-        return dict(json.loads((folder / key[:16] / "prepared.json").read_bytes())["ingredients"])
-    except (OSError, ValueError, KeyError):
-        return {}
+    return dict(next(read_objects(folder / key[:16] / "prepared.json"), {}).get("ingredients", {}))
 
 
 def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, Any]:

@@ -143,6 +143,14 @@ def dump_recipe(recipe: Recipe) -> str:
     return dump_yaml(recipe.model_dump(mode="json"))
 
 
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of mappings as `section.key` -> value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def shipped_recipes() -> dict[str, Path]:
     """Name -> file of the recipes inside the installed package, or of the checkout that the package is in."""
     package = Path(__file__).parents[1]

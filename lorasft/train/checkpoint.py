@@ -36,6 +36,7 @@ from lorasft.files import (
     LOCK,
     locked,
     make_folder,
+    read_objects,
     refuse_overlap,
     remove_folder,
     remove_new,
@@ -49,7 +50,7 @@ from lorasft.files import (
 from lorasft.model.adapter import adapter_weights, give_weights, write_adapter
 from lorasft.model.free_memory import out_of_memory
 from lorasft.recipe import Recipe, mathematics
-from lorasft.recipe.load import dump_recipe, load_recipe
+from lorasft.recipe.load import dump_recipe, flatten, load_recipe
 from lorasft.tensors import fingerprint
 from lorasft.terminal import quote, say, train_command
 from lorasft.train.optimizer import optimizer_state, restore_optimizer
@@ -101,7 +102,7 @@ def check_run_folder(folder: Path, *, resume: bool) -> None:
 
 def compare(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     """What differs, a line each: `key: old -> new`, of long texts from shortly before they part."""
-    old, new = _flatten(before), _flatten(now)
+    old, new = flatten(before), flatten(now)
     for key in sorted(old.keys() | new.keys()):
         pair = [repr(values.get(key)) for values in (old, new)]
         if pair[0] != pair[1]:
@@ -124,18 +125,12 @@ def write_start(run: Run, state: State) -> None:
         "base": {"name": recipe.model.base, "commit": commit, "fingerprint": fingerprint(base)},
         "new_tokens": dict(zip(sorted(recipe.model.new_tokens), run.inputs.new_rows, strict=True)),
         "start": fingerprint(run.inputs.start.require_adapter()) if run.inputs.start else None,
+        "steps": run.plan.steps,
         "data": prepared.key,
         "report": prepared.report.as_dict(),
     }
     replace_file(run.folder / "provenance.json", json.dumps(provenance, indent=1))
     replace_file(run.folder / "recipe.yaml", dump_recipe(recipe))
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def save_checkpoint(run: Run, state: State) -> None:
@@ -182,9 +177,8 @@ def find_checkpoint(recipe: Recipe, inputs: RunInputs) -> State:
     decides the result differs from what the run began with; where its files are now decides nothing.
     """
     folder, prepared = Path(recipe.run.output), inputs.prepared
-    record, before = {}, load_recipe(str(folder / "recipe.yaml"))
-    with suppress(OSError, ValueError, TypeError):  # what the run was made of, unless that is lost
-        record = dict(json.loads((folder / "provenance.json").read_bytes()))
+    record = next(read_objects(folder / "provenance.json"), {})  # what the run was made of, unless that is lost
+    before = load_recipe(str(folder / "recipe.yaml"))
     saved = newest_checkpoint(folder / "checkpoints", run=record.get("run"))
     what = "the recipe differs from the one that this run was started with"
     changes = [*compare(mathematics(before), mathematics(recipe)), *_changed_files(before, recipe, inputs, record)]

@@ -11,6 +11,7 @@ from typing import Any
 from lorasft.errors import DeviceError, LorasftError
 from lorasft.files import append
 from lorasft.recipe import Recipe
+from lorasft.report import refresh_report
 from lorasft.terminal import is_live, say
 from lorasft.train.progress import Progress
 
@@ -28,6 +29,7 @@ class Metrics:
         self.waiting = b""
         self.progress = Progress(recipe.run, steps=steps, done=done, live=is_live() and not quiet)
         self.trackers: list[Any] = []
+        self.report_due = 0.0
         if recipe.run.trackers and not quiet:
             self._try_trackers(lambda: self.trackers.extend(start_trackers(recipe)))
 
@@ -60,6 +62,7 @@ class Metrics:
             if not said:
                 say(f"metrics.jsonl: {error.what}; its lines wait in memory")
         self._try_trackers(lambda: [tracker.log(dict(values), step=values["step"]) for tracker in self.trackers])
+        self.report_due = refresh_report(self.path.parent, self.report_due)
 
     def _write(self, *, sync: bool = False) -> None:
         append(self.path, self.waiting, at=self.written, sync=sync)

@@ -6,6 +6,7 @@ memory.json        what a step was predicted to need, and what the heaviest took
 tokens/            what is trained and evaluated on
 metrics.jsonl      one line a step
 answers.jsonl      what held-out prompts were answered at evaluations
+events.jsonl       when it was started, continued and ended, and why; report.html: the page of all that
 checkpoints/       see checkpoint.py
 adapter/           the result: a plain PEFT adapter with tokenizer and template
 """
@@ -38,6 +39,7 @@ from lorasft.model.trained import Trained
 from lorasft.model.weightless import make_weightless
 from lorasft.recipe import Recipe
 from lorasft.recipe.load import dump_recipe
+from lorasft.report import note_event, refresh_report
 from lorasft.terminal import say
 from lorasft.train.checkpoint import find_checkpoint, restore_checkpoint, save, take_folder, write_start
 from lorasft.train.distributed import ALONE, Ranks
@@ -59,7 +61,12 @@ def open_run(recipe: Recipe, *, resume: bool, ranks: Ranks = ALONE) -> Iterator[
     """
     with ExitStack() as held:
         inputs = ranks.on_main(lambda: _prepare(recipe, resume=resume, held=held))
-        yield _load(recipe, inputs, ranks)
+        run, state = _load(recipe, inputs, ranks)
+        if ranks.is_main:
+            note_event(run.folder, "continued" if resume else "started", step=state.step)
+            held.callback(refresh_report, run.folder)
+            held.push(lambda _, error, __: note_event(run.folder, "ended", error=error))
+        yield run, state
 
 
 def _prepare(recipe: Recipe, *, resume: bool, held: ExitStack) -> RunInputs:

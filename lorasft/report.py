@@ -1,0 +1,238 @@
+"""The page of a run, or of several over each other: one file, made from those of run folders, which may be damaged."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+
+from lorasft.adapter_files import WEIGHTS
+from lorasft.artifact import MERGE_RECORD
+from lorasft.errors import LorasftError, RecipeError, first_line
+from lorasft.files import append, is_locked, read_objects, replace_file, sha256
+from lorasft.recipe.load import flatten, load_recipe
+from lorasft.terminal import harmless, quote, redact, say, size_text
+
+MARK = '<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="generator" content="lorasft report">\n'
+_PAGE = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+{% if runs|selectattr("running")|list %}<meta http-equiv="refresh" content="10">{% endif %}
+<title>{{ runs|map(attribute="folder")|join(" | ") }}</title><style>
+:root{color-scheme:light dark;--ink:#222;--soft:#666;--line:#ddd;--paper:#fff}
+@media(prefers-color-scheme:dark){:root{--ink:#ddd;--soft:#999;--line:#3a3d42;--paper:#16181c}}
+body{font:15px/1.5 system-ui;max-width:70em;margin:2em auto;padding:0 1em;color:var(--ink);background:var(--paper)}
+h1,h2{font-size:1.3em;margin:1.5em 0 .5em;overflow-wrap:anywhere}small,figcaption,i,em{color:var(--soft)}
+main,nav{display:grid;gap:1em;grid-template-columns:repeat(auto-fit,minmax(min(18em,100%),1fr))}
+nav{grid-template-columns:repeat(auto-fit,minmax(10.5em,1fr))}
+nav div{border:1px solid var(--line);border-radius:6px;padding:.6em .8em}nav b{display:block;font-size:1.35em}
+section{overflow-x:auto}figure{margin:1em 0 0}figure div{position:relative;height:10em;margin:.5em 1em 2em 4em}
+i,em{position:absolute;font:12px system-ui;right:calc(100% + .5em);transform:translateY(-50%)}.grid{color:var(--line)}
+svg{width:100%;height:100%;overflow:visible}main>:first-child{grid-column:1/-1}main>:first-child div{height:18em}
+td{min-width:6em;border-bottom:1px solid var(--line);padding:.3em 1em .3em 0;vertical-align:top;white-space:pre-wrap}
+path{fill:none;stroke:currentColor;stroke-linecap:round;vector-effect:non-scaling-stroke}table{border-collapse:collapse}
+em{right:auto;top:calc(100% + .5em);transform:translateX(-50%)}span::before{content:"\\25cf";margin:0 .3em 0 .8em}
+</style>{% for run in runs %}<h1>{{ run.folder }}</h1><nav>
+{% for name, value, note in facts(run) %}<div><small>{{ name }}</small><b>{{ value }}</b><small>{{ note }}</small></div>
+{% endfor %}</nav>{% endfor %}<main>{% for title, rows, columns, curves in charts %}<figure><figcaption>{{ title }}
+{% for name, colour, _, places in curves if name and places %}<span style="color:{{ colour }}">{{ name }}</span>
+{% endfor %}</figcaption><div><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img">
+{% for top, _ in rows %}<path class="grid" d="M0 {{ top }}h1000"/>{% endfor %}
+{% for name, colour, width, places in curves if places %}<g color="{{ colour }}" stroke-width="{{ width }}">
+{% if width > 4 %}{% for place, words in places %}<path d="M{{ place }}h0"><title>{{ name }}, {{ words }}</title></path>
+{% endfor %}{% else %}<path d="M{{ places|map("first")|join("L") }}h0"/>{% endif %}</g>{% endfor %}</svg>
+{% for top, value in rows %}<i style="top:calc({{ top }}%/10)">{{ value }}</i>{% endfor %}
+{% for left, step in columns %}<em style="left:calc({{ left }}%/10)">{{ step }}</em>{% endfor %}</div></figure>
+{% endfor %}</main>{% for title, rows in tables if rows %}<h2>{{ title }}</h2><section><table>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}{% endfor %}
+{% endfor %}</table></section>{% endfor %}<p><small>written {{ now }}</small>
+"""
+Points = list[tuple[int, float]]  # a step and a number
+Curve = tuple[str, str, int, Points]  # its name in the legend, colour, width in pixels; above 4 it is dots
+
+
+class History:
+    """What a run's files tell of it: of a JSON file the object, of a JSONL file those that have a whole `step`."""
+
+    def __init__(self, folder: Path, *, merges: Sequence[Path] = ()) -> None:
+        """`merges`: folders among which one of its adapter is looked for. Raises RecipeError for another folder."""
+        if not (folder / "recipe.yaml").is_file():
+            raise RecipeError("this is not a run folder", where=folder, hint="name one that lorasft train has written")
+        self.folder = folder
+        self.recipe = load_recipe(str(folder / "recipe.yaml"))
+        records = (read_objects(folder / name) for name in ("provenance.json", "memory.json"))
+        self.provenance, self.memory = (next(record, {}) for record in records)
+        files = (read_objects(folder / f"{name}.jsonl") for name in ("metrics", "answers", "events"))
+        logs = ([line for line in file if isinstance(line.get("step"), int)] for file in files)
+        metrics, self.answers, self.events = logs
+        self.step = metrics[-1]["step"] if metrics else 0  # the last one
+        self.series: dict[str, Points] = defaultdict(list)  # by name what is a finite number in the metrics
+        for line in metrics:
+            for name, value in line.items():
+                if isinstance(value, (int, float)) and abs(value) < 1e300:
+                    self.series[name].append((line["step"], value))
+        ended = [event for event in self.events[-1:] if event.get("event") == "ended"]
+        self.running = not ended and is_locked(folder)
+        self.state = "running" if self.running else "finished" if (folder / "adapter").is_dir() else "stopped"
+        found = [merge for path in merges for merge in read_objects(path / MERGE_RECORD) if self.state == "finished"]
+        self.merge = next((one for one in found if one.get("adapter") == sha256(folder / "adapter" / WEIGHTS)), {})
+        self.why = ended[0].get("why", "") if ended else "killed, or without power" * (self.state == "stopped")
+
+
+def note_event(folder: Path, event: str, *, step: int = 0, error: BaseException | None = None) -> None:
+    """Add a line to events.jsonl, over one that was cut off. A disk that does not take it stops nothing."""
+    path, now = folder / "events.jsonl", time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    why = first_line(error) if error else ""
+    if isinstance(error, LorasftError):
+        why = ": ".join(filter(None, (error.what, error.where)))
+    with suppress(OSError, LorasftError):
+        whole = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+        line = json.dumps({"step": step, "event": event, "time": now, "why": why})
+        append(path, f"{line}\n".encode(), at=whole)
+
+
+def refresh_report(folder: Path, due: float = 0.0) -> float:
+    """Write the page of a run if it is `due`. Returns when the next one is: in 10 s, or in 100 times what it took."""
+    started = time.monotonic()
+    if started < due or not (folder / "recipe.yaml").is_file():
+        return due
+    try:
+        replace_file(folder / "report.html", render_page([History(folder)]))
+    except Exception as error:  # no page is worth a run
+        say(f"report.html is not written: {first_line(error)}")
+        return math.inf
+    return time.monotonic() + max(10.0, 100 * (time.monotonic() - started))
+
+
+def render_page(runs: Sequence[History]) -> str:
+    """The page of one run, or of several compared."""
+    environment = Environment(autoescape=True, finalize=lambda value: redact(harmless(str(value)[:20_000])))
+    alone, now = runs[0] if len(runs) == 1 else None, time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    parts = {"facts": _facts, "charts": _charts(runs, alone), "tables": _tables(runs)}
+    return environment.from_string(MARK + _PAGE).render(runs=runs, now=now, **parts)
+
+
+def _facts(run: History) -> Iterator[tuple[str, str, str]]:
+    """What is said first: a name, a value, and a note."""
+    losses, held_out, speed, seconds, supervised, tokens, memory = (
+        [value for _, value in run.series[name]] or [0]
+        for name in ("loss", "eval_loss", "tokens_per_second", "seconds", "supervised_tokens", "tokens", "memory_bytes")
+    )
+    steps = run.provenance.get("steps", 0)
+    yield f"step {run.step:,}{f' of {steps:,}' * bool(steps)}", run.state, run.why
+    if run.series["eval_loss"]:
+        yield "held-out loss", f"{held_out[-1]:.4f}", f"{held_out[0]:.4f} at first, {min(held_out):.4f} at best"
+    yield "training loss", f"{statistics.fmean(losses[-10:]):.4f}", f"mean of the last {len(losses[-10:])} steps"
+    left = timedelta(seconds=round(statistics.median(seconds[-50:]) * (steps - run.step)))
+    yield "time in steps", str(timedelta(seconds=round(sum(seconds)))), f"about {left} left" * run.running
+    share = sum(supervised) / max(1, sum(tokens))
+    yield "tokens/s", f"{statistics.median(speed[-100:]):,.0f}", f"{share:.0%} supervised"
+    yield "peak memory", size_text(max(memory)), "tensors" if run.series["memory_reserved_bytes"] else "whole process"
+
+
+def _charts(runs: Sequence[History], alone: History | None) -> Iterator[tuple[str, Any, Any, Any]]:
+    """The curves of all runs over each other; of one `alone` also each step, saves, and where it continued."""
+    colours = [f"hsl({(215 + 163 * at) % 360} 60% 52%)" for at in range(max(4, len(runs)))]
+    each = [(run, "smoothed" if alone else str(run.folder), colour) for run, colour in zip(runs, colours, strict=False)]
+
+    def curves(key: str) -> list[Curve]:
+        smoothed = [(name, colour, 2, smooth(run.series[key])) for run, name, colour in each]
+        return [("each step", "hsl(215 60% 52% / .55)", 1, alone.series[key]), *smoothed] if alone else smoothed
+
+    losses = curves("loss")
+    for run, name, colour in [(alone, "", colours[1])] if alone else each:
+        held_out = run.series["eval_loss"]
+        losses += [("", colour, 1, held_out), (f"{name} held out".strip(), colour, 8, held_out)]
+    if alone:
+        saved = {int(path.name[5:]) for path in alone.folder.glob("checkpoints/step-*[0-9]")}
+        again = {event["step"] for event in alone.events if event.get("event") == "continued"}
+        for name, colour, steps in (("saved", colours[2], saved), ("continued", colours[3], again)):
+            losses.append((name, colour, 8, [point for point in alone.series["loss"] if point[0] in steps]))
+    yield from _draw("Loss in nats a supervised token", losses, log=True)
+    yield from _draw("Learning rate", curves("learning_rate")[: 1 if alone else None])
+    yield from _draw("Gradient norm before clipping", curves("grad_norm"), log=True)
+    yield from _draw("Tokens a second", curves("tokens_per_second"))
+
+
+def _draw(title: str, curves: Sequence[Curve], *, log: bool = False) -> Iterator[tuple[str, Any, Any, Any]]:
+    """A chart's rows, columns and curves, in thousandths from the left and from the top; nothing without points."""
+    points = [point for *_, own in curves for point in own]
+    values = [value for _, value in points if value > 0 or not log]
+    if not values:
+        return
+    last, low, high = max(1, *(step for step, _ in points)), min(values) if log else min(0.0, *values), max(values)
+    high += (high == low) * (abs(low) or 1)
+
+    def place(step: float, value: float) -> tuple[str, str]:
+        up = math.log(max(value, low) / low) / math.log(high / low) if log else (value - low) / (high - low)
+        return f"{1000 * step / last:.1f}", f"{1000 * (1 - up):.1f}"
+
+    values = [low * (high / low) ** (at / 4) if log else low + (high - low) * at / 4 for at in range(5)]
+    rows = [(place(0, value)[1], f"{value:,.6g}") for value in (float(f"{value:.2g}") for value in values)]
+    columns = [(place(step, high)[0], f"{step:,}") for step in (last * at // 4 for at in range(5))]
+    drawn = [(*one, [(" ".join(place(*at)), f"step {at[0]}: {at[1]:.6g}") for at in thin(own)]) for *one, own in curves]
+    yield title, rows, columns, drawn
+
+
+def thin(points: Points, *, columns: int = 500) -> Points:
+    """Of each column the least and the greatest, so that no spike is lost; and the last."""
+    width = math.ceil(len(points) / columns) or 1
+    parts = (sorted(points[at : at + width], key=lambda point: point[1]) for at in range(0, len(points), width))
+    return sorted({*points[-1:], *(point for part in parts for point in (part[0], part[-1]))})
+
+
+def smooth(points: Points, *, most: int = 1000) -> Points:
+    """The mean of a fiftieth of all points around each, of at least five; of long curves at `most` places, or twice."""
+    count, sums = len(points), [0.0, *accumulate(value for _, value in points)]
+    reach, every = max(2, count // 100), count // most or 1
+    places = range((count - 1) % every, count, every)
+    spans = [(max(0, at - reach), min(count, at + reach + 1)) for at in places]
+    return [(points[at][0], (sums[b] - sums[a]) / (b - a)) for at, (a, b) in zip(places, spans, strict=True)]
+
+
+def _tables(runs: Sequence[History]) -> Iterator[tuple[str, Sequence[Any]]]:
+    """Titles and rows: where recipes are not at their defaults, or differ; and all else that is said of one run."""
+    recipes = {str(run.folder): flatten(run.recipe.model_dump(mode="json", exclude_defaults=True)) for run in runs}
+    keys = dict.fromkeys(key for recipe in recipes.values() for key in recipe)
+    rows = [(key, *(recipe.get(key, "default") for recipe in recipes.values())) for key in keys]
+    if len(runs) > 1:
+        yield "Recipes, where they differ", [("", *recipes), *(row for row in rows if len({*map(str, row[1:])}) > 1)]
+        return
+    run, record, memory = runs[0], runs[0].provenance, runs[0].memory
+    yield from (("Answers to held-out prompts", _answers(run)), ("Recipe, where it is not the default", rows))
+    counts = record.get("report", {}).items()
+    yield "Data", [(name.replace("_", " "), count) for name, count in counts if count or name == "parity_breaks"]
+    sizes = {**(memory.get("predicted") or {}), "measured": memory.get("measured"), "free": memory.get("free")}
+    yield "Memory of a step, as predicted", [(kind, size_text(size)) for kind, size in sizes.items() if size]
+    merged = [(name, *(f"{value:.4g}" for value in one.values())) for name, one in run.merge.get("table", {}).items()]
+    yield "Merge", merged and [("", "KL to what was trained", "same choice", "loss"), *merged]
+    yield "What happened", [(event.get("time"), event.get("event"), event.get("why")) for event in run.events]
+    yield "Made of", [*flatten({name: value for name, value in record.items() if name != "report"}).items()]
+    folder, recipe = quote(run.folder), quote(run.folder / "recipe.yaml")
+    words = [f"chat {folder}", f"evaluate {folder} --data FILE", f"merge {folder} --out merged"]
+    if run.state != "finished":
+        words = [f"train {recipe} --resume {quote(f'run.output={run.folder}')}"] * (not run.running)
+    yield "Next", [[f"lorasft {one}"] for one in (f"preview {recipe} --html preview.html", *words)]
+
+
+def _answers(run: History) -> list[Sequence[str]]:
+    """Each prompt with the first answer and the last four; ✓: as in the data."""
+    every = sorted({line["step"] for line in run.answers})
+    steps, rows = dict.fromkeys([*every[:1], *every[-4:]]), dict[tuple[str, str], dict[int, str]]()
+    for line in run.answers:
+        prompt, expected, answer = (str(line.get(name)).strip() for name in ("prompt", "expected", "answer"))
+        row = f"{prompt[-1000:]}\n{line.get('place')}", expected[:1000]
+        rows.setdefault(row, {})[line["step"]] = "✓ " * (answer == expected) + answer[:1000]
+    ended = {step: [line.get("ended") is True for line in run.answers if line["step"] == step] for step in steps}
+    heads = [f"step {step:,}\n{sum(ended[step])} of {len(ended[step])} ended" for step in steps]
+    cells = [(*row, *(answers.get(step, "") for step in steps)) for row, answers in list(rows.items())[:50]]
+    return [("prompt", "in the data", *heads), *cells] if cells else []
