@@ -23,7 +23,7 @@ from lorasft.terminal import train_command
 from lorasft.train.checkpoint import CheckpointSaver, list_checkpoints
 from lorasft.train.layout import oom_context, retry_on_oom
 from lorasft.train.optimizer import learning_rate
-from lorasft.train.samples import note_held_out, score_trained_rows, take_samples
+from lorasft.train.samples import add_losses, note_held_out, score_trained_rows, take_samples
 from lorasft.train.state import Run, State
 
 
@@ -122,8 +122,7 @@ def evaluate(run: Run, state: State, stop: StopRequest) -> State:
         for batch, losses in score(processes=ranks.count, index=ranks.index, explain=partial(oom_context, rows)):
             if stop.signal:  # of several processes none, before they agree on it in a step
                 return replace(state, evaluation_due=True)
-            for own, numbers in zip(sums, (losses.double().cpu().numpy(), None), strict=True):
-                own += np.bincount(batch.examples, numbers, minlength=len(rows))
+            add_losses(sums, batch, losses)
     sums = np.sum(ranks.gather(sums), axis=0)
     total, tokens = sums.sum(axis=1).tolist()
     if state.best_loss is None or not state.best_loss <= total / tokens:

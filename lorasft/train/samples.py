@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from pydantic import TypeAdapter
+from torch import Tensor
 
-from lorasft.data.packing import shuffle
+from lorasft.data.packing import MicroBatch, shuffle
 from lorasft.data.store import TokenStore
 from lorasft.data.tokens import UNSUPERVISED, supervised_runs
 from lorasft.errors import first_line
@@ -116,30 +117,44 @@ def note_held_out(run: Run, rows: TokenStore, losses: Sequence[float], state: St
             _note(run, ledger, rows, number, dict.fromkeys(names, (state.step, loss)))
 
 
+def add_losses(sums: NDArray[np.float64], batch: MicroBatch, losses: Tensor) -> None:
+    """Add the losses of the pairs of `batch` to those of its examples, in `sums`: (2, examples), and their counts."""
+    for own, numbers in zip(sums, (losses.double().cpu().numpy(), None), strict=True):
+        own += np.bincount(batch.examples, numbers, minlength=len(own))
+
+
 def score_trained_rows(run: Run, step: int, names: Sequence[str], stop: StopRequest) -> None:
     """Note the mean losses of some rows that were trained on: after `step` under `names`, and with the last the base's.
 
-    The first process takes one by one, for a share of the time that the steps took or until a signal comes.
+    The first process takes a few at once, for a share of the time that the steps took or until a signal comes.
     """
-    rows, plan, passes = run.rows, run.plan, [(names, step), (["base"], 0)][: 1 + ("last" in names)]
+    plan, passes = run.plan, [(names, step), (["base"], 0)][: 1 + ("last" in names)]
     if not run.ranks.is_main:
         return
     with open_ledger(run.folder) as ledger, run.metrics.progress.interlude("scoring rows"):
         lines = [line for line in read_objects(run.folder / "metrics.jsonl") if "seconds" in line]
         seconds, tokens = (sum(line[name] for line in lines) for name in ("seconds", "tokens"))
         limit, spent, done = _SHARE * seconds * len(passes) / (2 + run.recipe.run.keep_best), 0.0, 0
-        order = shuffle(plan.examples, seed=plan.seed, epoch=0)[: min(_MOST_ROWS, plan.steps * plan.batch_size)]
-        for example in order.tolist():
-            size, started = sum(map(len, rows.sequences(example))), time.monotonic()
+        order = shuffle(plan.examples, seed=plan.seed, epoch=0)[: plan.steps * plan.batch_size][:_MOST_ROWS]
+        at_once = max(1, min(16, int(_SHARE / 2 * plan.steps * plan.batch_size)))
+        for group in (order[start : start + at_once].tolist() for start in range(0, len(order), at_once)):
+            size, started = sum(len(one) for row in group for one in run.rows.sequences(row)), time.monotonic()
             rate = spent / done if done else seconds / tokens  # a step's tokens pass forwards and backwards
             if stop.received or spent + rate * size > limit:
                 break
             for given, after in passes:
                 with nullcontext() if after else run.model.disable_adapter():
-                    scored = score_batches(run.network, rows.sequences, [example], capacity=plan.micro_batch_tokens)
-                    loss = float(torch.cat([losses for _, losses in scored]).double().mean())
-                _note(run, ledger, rows, example, dict.fromkeys(given, (after, loss)))
+                    losses = _mean_losses(run, group)
+                for row, loss in zip(group, losses, strict=True):
+                    _note(run, ledger, run.rows, row, dict.fromkeys(given, (after, loss)))
             spent, done = spent + time.monotonic() - started, done + size
+
+
+def _mean_losses(run: Run, group: Sequence[int]) -> list[float]:
+    sums, sequences, most = np.zeros((2, len(group))), [*map(run.rows.sequences, group)], run.plan.micro_batch_tokens
+    for scored in score_batches(run.network, sequences.__getitem__, range(len(group)), capacity=most):
+        add_losses(sums, *scored)
+    return list(sums[0] / sums[1])
 
 
 def _note(run: Run, ledger: Ledger, rows: TokenStore, number: int, losses: Mapping[str, tuple[int, float]]) -> None:
