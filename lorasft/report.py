@@ -21,7 +21,7 @@ from lorasft.artifact import MERGE_RECORD
 from lorasft.errors import LorasftError, RecipeError, first_line
 from lorasft.files import append, is_locked, read_objects, replace_file, sha256
 from lorasft.recipe.load import flatten, load_recipe
-from lorasft.terminal import harmless, quote, redact, say, size_text
+from lorasft.terminal import harmless, quote, redact, say, shorten, size_text
 
 MARK = '<meta name="generator" content="lorasft report">'  # by which a page is known to be ours
 _OUTLIER = 3.5  # times the spread, from the median (Iglewicz and Hoaglin 1993)
@@ -100,7 +100,7 @@ def _facts(run: History) -> Iterator[tuple[str, str, str]]:
         for name in ("loss", "eval_loss", "tokens_per_second", "seconds", "supervised_tokens", "tokens", "memory_bytes")
     )
     steps = run.provenance.get("steps", 0)
-    yield f"step {run.step:,}{f' of {steps:,}' * bool(steps)}", run.state, run.why
+    yield f"step {run.step:,}{f' of {steps:,}' * bool(steps)}", run.state, shorten(run.why, most=100)
     if run.series["eval_loss"]:
         yield "held-out loss", f"{held_out[-1]:.4f}", f"{held_out[0]:.4f} at first, {min(held_out):.4f} at best"
     yield "training loss", f"{statistics.fmean(losses[-10:]):.4f}", f"mean of the last {len(losses[-10:])} steps"
@@ -229,7 +229,7 @@ def _ledger(run: History) -> list[Sequence[Any]]:
             far, worse = abs(log - middle) > _OUTLIER * spread, losses[0] is not None and loss > losses[0] + 0.01
             why = f"{math.exp(log - middle):.2g} times the median, " * far + "above the base, " * worse
             shown = ["" if one is None else f"{one:.4f}" for one in losses]
-            cells = (row.get("place"), split, row.get("tokens"), *shown, why.rstrip(", "), row.get("text"))
+            cells = (row.get("place"), why.rstrip(", "), *shown, row.get("tokens"), split, row.get("text"))
             found.append((bool(why), abs(log - middle) / spread if why else loss, cells))
     rows = [cells for *_, cells in sorted(found, key=lambda one: one[:2], reverse=True)[:50]]
-    return rows and [("row", "split", "tokens", "base", "best", "last", "stands out", "text"), *rows]
+    return rows and [("row", "stands out", "base", "best", "last", "tokens", "split", "text"), *rows]

@@ -51,6 +51,9 @@ def test_losses_are_those_of_plain_transformers(
     assert len(noted) == 26 and {split for split, _ in noted} == {"train", "held out"}
     tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
     texts = [json.loads(line)["messages"] for line in rows.read_text(encoding="utf-8").splitlines()]
+    sizes = sorted(len(tokenizer.apply_chat_template(messages, return_dict=False)) for messages in texts)
+    quantiles = json.loads((run / "provenance.json").read_bytes())["report"]["length_quantiles"]
+    assert (quantiles["50%"], quantiles["100%"]) == (sizes[13], sizes[25])
     for name, adapter in (("base", "adapter"), ("best", "adapter"), ("last", "checkpoints/step-000004")):
         plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         model = plain if name == "base" else PeftModel.from_pretrained(plain, run / adapter, torch_device="cpu").eval()

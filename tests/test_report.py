@@ -258,22 +258,22 @@ def test_the_ledger_has_the_odd_rows_first_and_says_why(folder: Path) -> None:
     again = {**lines[0], "split": "train", "losses": {"last": [8, 900.0]}}  # alone in its split
     write_lines(folder / "rows.jsonl", *lines, again, {**lines[0], "place": "cut back", "losses": {}})
     head, *rows = page_of(folder).text.partition("Ledger of rows | ")[2].partition("\nRecipe")[0].splitlines()[1:]
-    assert head == "row | split | tokens | base | best | last | stands out | text"
+    assert head == "row | stands out | base | best | last | tokens | split | text"
     why = {13: "2 times the median", 14: "0.45 times the median", 1: "above the base"}
     order = [14, 13, 1, 12]
     shown = [
-        f"rows.jsonl:{at} | held out | 7 | {base[at]:.4f} | 1.8000 | {last[at]:.4f} | "
-        + (f"{why[at]} | " if at in why else "")
-        + f"answer {at}"
+        f"rows.jsonl:{at} | {f'{why[at]} | ' if at in why else ''}{base[at]:.4f} | 1.8000 | {last[at]:.4f}"
+        f" | 7 | held out | answer {at}"
         for at in order
     ]
-    assert rows[:3] == shown[:3] and rows[3] == "rows.jsonl:0 | train | 7 | 900.0000 | answer 0" and rows[4] == shown[3]
+    assert rows[:3] == shown[:3] and rows[3] == "rows.jsonl:0 | 900.0000 | 7 | train | answer 0" and rows[4] == shown[3]
     assert len(rows) == len(last) + 1
     write_lines(folder / "rows.jsonl", *({**line, "place": f"{line['place']}{n}"} for n in range(9) for line in lines))
     assert page_of(folder).text.partition("Ledger of rows | ")[2].partition("\nRecipe")[0].count("\n") == 1 + 50
     assert "preview.html#" not in render_page([History(folder)])
     (folder / "preview.html").touch()
     text = render_page([History(folder)])
+    assert text.count('<a href="preview.html#') == 50
     assert '<a href="preview.html#rows.jsonl%3A140">' in text and '<a href="preview.html">' in text
 
 
@@ -368,6 +368,8 @@ def test_a_run_writes_its_page_when_it_is_stopped_resumed_and_diverged(
 def test_a_browser_lays_it_out(width: int, scheme: str, folder: Path, tmp_path: Path) -> None:
     """By a script put into a copy: nothing is wider than the window, curves have a size, and colours follow."""
     write_lines(folder / "answers.jsonl", {"step": 0, "prompt": EVIL * 9, "expected": "x" * 999, "answer": EVIL})
+    row = {"place": "x" * 999 + ":1", "split": "train", "tokens": 9, "text": EVIL, "losses": {"last": [1, 0.5]}}
+    write_lines(folder / "rows.jsonl", row)
     probe = """<script>
     const svg = document.querySelector("svg").getBoundingClientRect(), root = document.documentElement;
     document.title = JSON.stringify({over: root.scrollWidth - root.clientWidth, width: root.clientWidth,
