@@ -8,11 +8,13 @@ import json
 import os
 import resource
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from signal import SIGINT
 from typing import Any
 
 import pandas
@@ -21,11 +23,12 @@ from conftest import Command
 
 import lorasft
 from lorasft.cli import COMMANDS
-from lorasft.errors import DataError, LorasftError, ModelError, RecipeError
+from lorasft.errors import DataError, LorasftError, ModelError, RecipeError, Stopped
 from lorasft.recipe import Recipe
 from lorasft.recipe.load import shipped_recipes
 from lorasft.report import History, render_page
 from lorasft.terminal import harmless
+from lorasft.train.metrics import Metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,12 +47,20 @@ def test_the_import_is_light_and_train_is_a_folder_too() -> None:
     assert (Path(lorasft.__file__).parent / "py.typed").is_file()  # hatchling packs every file of the package
 
 
-def test_train_does_what_the_command_does(recipe: Callable[..., str], tmp_path: Path, cli: Command) -> None:
+def test_train_does_what_the_command_does(
+    recipe: Callable[..., str], tmp_path: Path, cli: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, also when the kernel is interrupted and the run continued."""
     path, folders = recipe(run={"save_every": None}), [tmp_path / "typed", tmp_path / "called"]
     words = ["train.epochs=1", 'chat.system="é 😀"', "optimizer.learning_rate=1e-3", f"run.output={folders[0]}"]
     assert cli("train", path, *words).code == 0
     rate = {"optimizer.learning_rate": 1e-3, "run.output": str(folders[1])}
-    run = lorasft.train(path, train={"epochs": 1}, chat={"system": "é 😀"}, **rate)
+    step = Metrics.step
+    monkeypatch.setattr(Metrics, "step", lambda *it: (step(*it), it[1]["step"] == 1 and signal.raise_signal(SIGINT)))
+    with pytest.raises(Stopped, match="stopped after step 1 of 3, saved"):
+        lorasft.train(path, train={"epochs": 1}, chat={"system": "é 😀"}, **rate)
+    monkeypatch.undo()
+    run = lorasft.train(folders[1], resume=True)
     assert run.folder == folders[1] and run.recipe.chat.system == "é 😀"
     typed, called = ((folder / "adapter/adapter_model.safetensors").read_bytes() for folder in folders)
     assert typed == called
@@ -61,9 +72,6 @@ def test_train_does_what_the_command_does(recipe: Callable[..., str], tmp_path: 
     assert steps == [*range(len(steps))] and len({tuple(row) for row in run.history}) == 1
     frame = pandas.DataFrame(run.history)
     assert set(map(str, frame.dtypes)) == {"int64", "float64"} and frame["loss"].isna().tolist()[:2] == [True, False]
-
-    again = lorasft.train(path, resume=True, train={"epochs": 1}, chat={"system": "é 😀"}, **rate)  # nothing to do
-    assert [*again.history] == run.history and again.events[-2]["event"] == "continued"
 
 
 def test_errors_are_those_of_the_command(run: Path, recipe: Callable[..., str], cli: Command) -> None:
