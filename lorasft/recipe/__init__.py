@@ -195,3 +195,6 @@ def recipe_schema() -> dict[str, Any]:
     del schema["$defs"]["DataSettings"]["required"]
     schema["required"].remove("data")
     return schema
+
+
+from lorasft.recipe.load import load_recipe as load_recipe  # noqa: E402  it reads what is above
