@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from html import escape
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -46,17 +47,28 @@ class History:
         self.rows = [row for row in read_objects(folder / "rows.jsonl") if row.get("losses")]
         self.previewed = (folder / "preview.html").is_file()
         self.step = metrics[-1]["step"] if metrics else 0  # the last one
+        names, steps = dict.fromkeys(name for line in metrics for name in line), dict[int, dict[str, Any]]()
         self.series: dict[str, Points] = defaultdict(list)  # by name what is a finite number in the metrics
         for line in metrics:
+            steps.setdefault(line["step"], dict(names)).update(line)
             for name, value in line.items():
                 if isinstance(value, (int, float)) and abs(value) < 1e300:
                     self.series[name].append((line["step"], value))
+        self.history = list(steps.values())  # each step with its evaluation, all with the same keys
         ended = [event for event in self.events[-1:] if event.get("event") == "ended"]
         self.running = not ended and is_locked(folder)
         self.state = "running" if self.running else "finished" if (folder / "adapter").is_dir() else "stopped"
         found = [merge for path in merges for merge in read_objects(path / MERGE_RECORD) if self.state == "finished"]
         self.merge = next((one for one in found if one.get("adapter") == sha256(folder / "adapter" / WEIGHTS)), {})
         self.why = ended[0].get("why", "") if ended else "killed, or without power" * (self.state == "stopped")
+
+    def report(self) -> History:
+        """The run as its files tell it now, which a notebook shows as its page."""
+        return History(self.folder)
+
+    def _repr_html_(self) -> str:
+        """The page in a frame, so that its styles and those of the notebook stay apart."""
+        return f'<iframe srcdoc="{escape(render_page([self]))}" sandbox style="width:100%;height:45em"></iframe>'
 
 
 def note_event(folder: Path, event: str, *, step: int = 0, error: BaseException | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import Action, ArgumentParser, ArgumentTypeError
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,14 @@ def add_recipe(parser: ArgumentParser) -> None:
     """RECIPE and its overrides, as `recipe` and `overrides`."""
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, the name of a shipped recipe, or a run's folder")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="as train.epochs=3")
+
+
+def suggest(action: Action, **_: Any) -> Iterable[str]:
+    """What a shell may complete an argument with, beside files: names of recipes, or keys."""
+    from lorasft.recipe.load import KEYS, shipped_recipes
+
+    recipes = dict.fromkeys(("recipe", "saved", "name"), shipped_recipes())
+    return (recipes | {"overrides": [f"{key}=" for key in KEYS]}).get(action.dest, ())
 
 
 _OPTIONS = {  # the key of a recipe that each sets, and what it is for
@@ -36,7 +44,7 @@ def add_saved(parser: ArgumentParser, kinds: str = "RUN|ADAPTER|MODEL", *, optio
     parser.add_argument("--base", metavar="MODEL", help="the adapter's base, if it is not where it was trained")
     for name in ("--quantization", "--dtype", *options):
         key, about = _OPTIONS[name]
-        write: Any = lambda text, key=key: f"{key}={json.dumps(text)}"  # noqa: E731
+        write: Any = lambda text, key=key: f"{key}={json.dumps(text, ensure_ascii=False)}"  # noqa: E731
         parser.add_argument(name, action="append", dest="given", default=[], metavar="X", type=write, help=about)
 
 
