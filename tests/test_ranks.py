@@ -290,7 +290,7 @@ def no_model(*args: Any, **options: Any) -> Any:
     [
         (["train.batch=3"], None, 2, "here it is train.batch_size"),
         (["data.train=missing.jsonl"], None, 3, "missing.jsonl"),
-        (["run.save_every=2"], "disk", 6, "--resume from step 2"),
+        (["run.save_every=2"], "disk", 6, "from step 2: torchrun"),
         ([], "model", 4, "cannot load"),
         ([], "nan", 7, "is not finite"),
         ([], "memory", 6, "out of memory"),
