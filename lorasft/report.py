@@ -239,7 +239,7 @@ def _ledger(run: History) -> list[Sequence[Any]]:
         for (row, loss), log in zip(own, logs, strict=True):
             losses = [row["losses"].get(name, [0, None])[1] for name in ("base", "best", "last")]
             far, worse = abs(log - middle) > _OUTLIER * spread, losses[0] is not None and loss > losses[0] + 0.01
-            why = f"{math.exp(log - middle):.2g} times the median, " * far + "above the base, " * worse
+            why = f"{float(f'{math.exp(log - middle):.2g}'):,g} times the median, " * far + "above the base, " * worse
             shown = ["" if one is None else f"{one:.4f}" for one in losses]
             cells = (row.get("place"), why.rstrip(", "), *shown, row.get("tokens"), split, row.get("text"))
             found.append((bool(why), abs(log - middle) / spread if why else loss, cells))
