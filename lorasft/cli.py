@@ -15,6 +15,7 @@ from os.path import expanduser
 from typing import Any, NoReturn
 
 from lorasft import __version__
+from lorasft.commands.arguments import suggest
 from lorasft.errors import CapacityError, LorasftError, RecipeError
 from lorasft.signals import Ended, end_at_once, ended_in_order, exit_code
 from lorasft.terminal import is_live, say
@@ -46,15 +47,17 @@ def read_command_line(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     top = _Parser(prog="lorasft", description=__doc__, epilog=EXIT_CODES)
     top.add_argument("--version", action="version", version=f"lorasft {__version__}")
     verbs = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, about in COMMANDS.items():
-        verbs.add_parser(name, help=about)
+    parsers = {name: verbs.add_parser(name, help=about, description=about) for name, about in COMMANDS.items()}
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow
+        for name in parsers.keys() & os.environ["COMP_LINE"].split():
+            importlib.import_module(f"lorasft.commands.{name}").add_arguments(parsers[name])
+        importlib.import_module("argcomplete").autocomplete(top, False, default_completer=suggest)
     if not words:
         print(f"{__doc__}\n\na first command:  lorasft train tiny\nall commands:     lorasft --help")
         top.exit()
     command = top.parse_args(words[:1]).command
-    parser = _Parser(prog=f"lorasft {command}", description=COMMANDS[command])
-    importlib.import_module(f"lorasft.commands.{command}").add_arguments(parser)
-    options = vars(parser.parse_intermixed_args(words[1:]))  # overrides may also stand after options
+    importlib.import_module(f"lorasft.commands.{command}").add_arguments(parsers[command])
+    options = vars(parsers[command].parse_intermixed_args(words[1:]))  # overrides may also stand after options
     for name in {"saved", "base", "model", "out"} & options.keys():
         options[name] = options[name] and expanduser(options[name])  # noqa: PTH111  a Path would lose ./
     return command, options

@@ -10,52 +10,22 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from html import escape
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
+from jinja2 import Environment, FileSystemLoader
 
 from lorasft.adapter_files import WEIGHTS
 from lorasft.artifact import MERGE_RECORD
 from lorasft.errors import LorasftError, RecipeError, first_line
 from lorasft.files import append, is_locked, read_objects, replace_file, sha256
 from lorasft.recipe.load import flatten, load_recipe
-from lorasft.terminal import harmless, quote, redact, say, size_text
+from lorasft.terminal import harmless, quote, redact, say, shorten, size_text
 
-MARK = '<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="generator" content="lorasft report">\n'
-_PAGE = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-{% if runs|selectattr("running")|list %}<meta http-equiv="refresh" content="10">{% endif %}
-<title>{{ runs|map(attribute="folder")|join(" | ") }}</title><style>
-:root{color-scheme:light dark;--ink:#222;--soft:#666;--line:#ddd;--paper:#fff}
-@media(prefers-color-scheme:dark){:root{--ink:#ddd;--soft:#999;--line:#3a3d42;--paper:#16181c}}
-body{font:15px/1.5 system-ui;max-width:70em;margin:2em auto;padding:0 1em;color:var(--ink);background:var(--paper)}
-h1,h2{font-size:1.3em;margin:1.5em 0 .5em;overflow-wrap:anywhere}small,figcaption,i,em{color:var(--soft)}
-main,nav{display:grid;gap:1em;grid-template-columns:repeat(auto-fit,minmax(min(18em,100%),1fr))}
-nav{grid-template-columns:repeat(auto-fit,minmax(10.5em,1fr))}
-nav div{border:1px solid var(--line);border-radius:6px;padding:.6em .8em}nav b{display:block;font-size:1.35em}
-section{overflow-x:auto}figure{margin:1em 0 0}figure div{position:relative;height:10em;margin:.5em 1em 2em 4em}
-i,em{position:absolute;font:12px system-ui;right:calc(100% + .5em);transform:translateY(-50%)}.grid{color:var(--line)}
-svg{width:100%;height:100%;overflow:visible}main>:first-child{grid-column:1/-1}main>:first-child div{height:18em}
-td{min-width:6em;border-bottom:1px solid var(--line);padding:.3em 1em .3em 0;vertical-align:top;white-space:pre-wrap}
-path{fill:none;stroke:currentColor;stroke-linecap:round;vector-effect:non-scaling-stroke}table{border-collapse:collapse}
-em{right:auto;top:calc(100% + .5em);transform:translateX(-50%)}span::before{content:"\\25cf";margin:0 .3em 0 .8em}
-</style>{% for run in runs %}<h1>{{ run.folder }}</h1><nav>
-{% for name, value, note in facts(run) %}<div><small>{{ name }}</small><b>{{ value }}</b><small>{{ note }}</small></div>
-{% endfor %}</nav>{% endfor %}<main>{% for title, rows, columns, curves in charts %}<figure><figcaption>{{ title }}
-{% for name, colour, _, places in curves if name and places %}<span style="color:{{ colour }}">{{ name }}</span>
-{% endfor %}</figcaption><div><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img">
-{% for top, _ in rows %}<path class="grid" d="M0 {{ top }}h1000"/>{% endfor %}
-{% for name, colour, width, places in curves if places %}<g color="{{ colour }}" stroke-width="{{ width }}">
-{% if width > 4 %}{% for place, words in places %}<path d="M{{ place }}h0"><title>{{ name }}, {{ words }}</title></path>
-{% endfor %}{% else %}<path d="M{{ places|map("first")|join("L") }}h0"/>{% endif %}</g>{% endfor %}</svg>
-{% for top, value in rows %}<i style="top:calc({{ top }}%/10)">{{ value }}</i>{% endfor %}
-{% for left, step in columns %}<em style="left:calc({{ left }}%/10)">{{ step }}</em>{% endfor %}</div></figure>
-{% endfor %}</main>{% for title, rows in tables if rows %}<h2>{{ title }}</h2><section><table>
-{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}{% endfor %}
-{% endfor %}</table></section>{% endfor %}<p><small>written {{ now }}</small>
-"""
+MARK = '<meta name="generator" content="lorasft report">'  # by which a page is known to be ours
+_OUTLIER = 3.5  # times the spread, from the median (Iglewicz and Hoaglin 1993)
 Points = list[tuple[int, float]]  # a step and a number
 Curve = tuple[str, str, int, Points]  # its name in the legend, colour, width in pixels; above 4 it is dots
 
@@ -74,18 +44,31 @@ class History:
         files = (read_objects(folder / f"{name}.jsonl") for name in ("metrics", "answers", "events"))
         logs = ([line for line in file if isinstance(line.get("step"), int)] for file in files)
         metrics, self.answers, self.events = logs
+        self.rows = [row for row in read_objects(folder / "rows.jsonl") if row.get("losses")]
+        self.previewed = (folder / "preview.html").is_file()
         self.step = metrics[-1]["step"] if metrics else 0  # the last one
+        names, steps = dict.fromkeys(name for line in metrics for name in line), dict[int, dict[str, Any]]()
         self.series: dict[str, Points] = defaultdict(list)  # by name what is a finite number in the metrics
         for line in metrics:
+            steps.setdefault(line["step"], dict(names)).update(line)
             for name, value in line.items():
                 if isinstance(value, (int, float)) and abs(value) < 1e300:
                     self.series[name].append((line["step"], value))
+        self.history = list(steps.values())  # each step with its evaluation, all with the same keys
         ended = [event for event in self.events[-1:] if event.get("event") == "ended"]
         self.running = not ended and is_locked(folder)
         self.state = "running" if self.running else "finished" if (folder / "adapter").is_dir() else "stopped"
         found = [merge for path in merges for merge in read_objects(path / MERGE_RECORD) if self.state == "finished"]
         self.merge = next((one for one in found if one.get("adapter") == sha256(folder / "adapter" / WEIGHTS)), {})
         self.why = ended[0].get("why", "") if ended else "killed, or without power" * (self.state == "stopped")
+
+    def report(self) -> History:
+        """The run as its files tell it now, which a notebook shows as its page."""
+        return History(self.folder)
+
+    def _repr_html_(self) -> str:
+        """The page in a frame, so that its styles and those of the notebook stay apart."""
+        return f'<iframe srcdoc="{escape(render_page([self]))}" sandbox style="width:100%;height:45em"></iframe>'
 
 
 def note_event(folder: Path, event: str, *, step: int = 0, error: BaseException | None = None) -> None:
@@ -115,10 +98,11 @@ def refresh_report(folder: Path, due: float = 0.0) -> float:
 
 def render_page(runs: Sequence[History]) -> str:
     """The page of one run, or of several compared."""
-    environment = Environment(autoescape=True, finalize=lambda value: redact(harmless(str(value)[:20_000])))
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    environment.finalize = lambda value: redact(harmless(str(value)[:20_000]))
     alone, now = runs[0] if len(runs) == 1 else None, time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     parts = {"facts": _facts, "charts": _charts(runs, alone), "tables": _tables(runs)}
-    return environment.from_string(MARK + _PAGE).render(runs=runs, now=now, **parts)
+    return environment.get_template("report.html.jinja").render(runs=runs, alone=alone, now=now, **parts)
 
 
 def _facts(run: History) -> Iterator[tuple[str, str, str]]:
@@ -128,7 +112,7 @@ def _facts(run: History) -> Iterator[tuple[str, str, str]]:
         for name in ("loss", "eval_loss", "tokens_per_second", "seconds", "supervised_tokens", "tokens", "memory_bytes")
     )
     steps = run.provenance.get("steps", 0)
-    yield f"step {run.step:,}{f' of {steps:,}' * bool(steps)}", run.state, run.why
+    yield f"step {run.step:,}{f' of {steps:,}' * bool(steps)}", run.state, shorten(run.why, most=100)
     if run.series["eval_loss"]:
         yield "held-out loss", f"{held_out[-1]:.4f}", f"{held_out[0]:.4f} at first, {min(held_out):.4f} at best"
     yield "training loss", f"{statistics.fmean(losses[-10:]):.4f}", f"mean of the last {len(losses[-10:])} steps"
@@ -208,11 +192,13 @@ def _tables(runs: Sequence[History]) -> Iterator[tuple[str, Sequence[Any]]]:
         yield "Recipes, where they differ", [("", *recipes), *(row for row in rows if len({*map(str, row[1:])}) > 1)]
         return
     run, record, memory = runs[0], runs[0].provenance, runs[0].memory
-    yield from (("Answers to held-out prompts", _answers(run)), ("Recipe, where it is not the default", rows))
-    counts = record.get("report", {}).items()
+    yield from (("Answers to held-out prompts", _answers(run)), ("Ledger of rows", _ledger(run)))
+    yield "Recipe, where it is not the default", rows
+    counts = flatten(record.get("report", {})).items()
     yield "Data", [(name.replace("_", " "), count) for name, count in counts if count or name == "parity_breaks"]
     sizes = {**(memory.get("predicted") or {}), "measured": memory.get("measured"), "free": memory.get("free")}
-    yield "Memory of a step, as predicted", [(kind, size_text(size)) for kind, size in sizes.items() if size]
+    sizes["while it ran"] = max((size for _, size in run.series["memory_bytes"]), default=None)
+    yield "Memory of a step, predicted and measured", [(kind, size_text(size)) for kind, size in sizes.items() if size]
     merged = [(name, *(f"{value:.4g}" for value in one.values())) for name, one in run.merge.get("table", {}).items()]
     yield "Merge", merged and [("", "KL to what was trained", "same choice", "loss"), *merged]
     yield "What happened", [(event.get("time"), event.get("event"), event.get("why")) for event in run.events]
@@ -220,8 +206,9 @@ def _tables(runs: Sequence[History]) -> Iterator[tuple[str, Sequence[Any]]]:
     folder, recipe = quote(run.folder), quote(run.folder / "recipe.yaml")
     words = [f"chat {folder}", f"evaluate {folder} --data FILE", f"merge {folder} --out merged"]
     if run.state != "finished":
-        words = [f"train {recipe} --resume {quote(f'run.output={run.folder}')}"] * (not run.running)
-    yield "Next", [[f"lorasft {one}"] for one in (f"preview {recipe} --html preview.html", *words)]
+        words = [f"train {folder} --resume"] * (not run.running)
+    preview = f"preview {recipe} --html {quote(run.folder / 'preview.html')}"
+    yield "Next", [[f"lorasft {one}"] for one in (*([] if run.previewed else [preview]), *words)]
 
 
 def _answers(run: History) -> list[Sequence[str]]:
@@ -235,4 +222,26 @@ def _answers(run: History) -> list[Sequence[str]]:
     ended = {step: [line.get("ended") is True for line in run.answers if line["step"] == step] for step in steps}
     heads = [f"step {step:,}\n{sum(ended[step])} of {len(ended[step])} ended" for step in steps]
     cells = [(*row, *(answers.get(step, "") for step in steps)) for row, answers in list(rows.items())[:50]]
-    return [("prompt", "in the data", *heads), *cells] if cells else []
+    data = [line["ends"] is True for line in run.answers if line["step"] in every[-1:] and "ends" in line]
+    head = "in the data" + f"\n{sum(data)} of {len(data)} end" * bool(data)
+    return [("prompt", head, *heads), *cells] if cells else []
+
+
+def _ledger(run: History) -> list[Sequence[Any]]:
+    """The rows whose newest loss is far from the others of their split, or above that of the base, and then those with
+    the highest. Losses are compared by their logarithms, whose median and spread a few odd rows do not move."""
+    found: list[tuple[bool, float, Sequence[Any]]] = []
+    for split in ("held out", "train"):
+        own = [(row, max(row["losses"].values())[1]) for row in run.rows if row.get("split") == split]
+        logs = [math.log(min(1e6, max(1e-6, loss))) for _, loss in own]  # also of what is no number
+        middle = statistics.median(logs or [0.0])
+        spread = max(0.2, 1.4826 * statistics.median([abs(log - middle) for log in logs] or [0.0]))
+        for (row, loss), log in zip(own, logs, strict=True):
+            losses = [row["losses"].get(name, [0, None])[1] for name in ("base", "best", "last")]
+            far, worse = abs(log - middle) > _OUTLIER * spread, losses[0] is not None and loss > losses[0] + 0.01
+            why = f"{float(f'{math.exp(log - middle):.2g}'):,g} times the median, " * far + "above the base, " * worse
+            shown = ["" if one is None else f"{one:.4f}" for one in losses]
+            cells = (row.get("place"), why.rstrip(", "), *shown, row.get("tokens"), split, row.get("text"))
+            found.append((bool(why), abs(log - middle) / spread if why else loss, cells))
+    rows = [cells for *_, cells in sorted(found, key=lambda one: one[:2], reverse=True)[:50]]
+    return rows and [("row", "stands out", "base", "best", "last", "tokens", "split", "text"), *rows]

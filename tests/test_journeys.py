@@ -22,7 +22,7 @@ from lorasft.cli import main
 from lorasft.errors import ModelError
 from lorasft.files import sha256, verify_folder
 from lorasft.hub import is_hub_id
-from lorasft.recipe import load_recipe
+from lorasft.recipe.load import load_recipe
 from lorasft.terminal import quote
 from lorasft.train import metrics as metrics_module
 from lorasft.train.metrics import Metrics

@@ -35,7 +35,7 @@ from test_train import metrics
 from lorasft.cli import main
 from lorasft.data.packing import Plan, assign_to_rank, make_micro_batches
 from lorasft.errors import ModelError
-from lorasft.files import verify_folder
+from lorasft.files import read_objects, verify_folder
 from lorasft.model.trained import Trained
 from lorasft.recipe.load import load_recipe
 from lorasft.signals import StopRequest
@@ -102,10 +102,13 @@ def some(count: int, *, share: bool = False) -> Rows:
     return rows
 
 
-def step_run(model: Any, network: Any, rows: Rows, ranks: Ranks, **plan: Any) -> Run:
-    """As much of a run as a step's losses and gradients need."""
+def step_run(model: Any, network: Any, rows: Rows, ranks: Ranks, *, folder: str = "", **plan: Any) -> Run:
+    """As much of a run in `folder` as a step's losses and gradients, and an evaluation, need."""
     whole = Plan(len(rows), len(rows), 1, seed=0, processes=ranks.count, **plan)
-    stub: Any = SimpleNamespace(prepared=SimpleNamespace(train=rows, held_out=rows), evaluation=lambda **_: None)
+    stub: Any = SimpleNamespace(prepared=SimpleNamespace(train=None, held_out=rows), evaluation=lambda **_: None)
+    stub.progress = SimpleNamespace(interlude=lambda _: contextlib.nullcontext())
+    stub.tokenizer = SimpleNamespace(decode=lambda *_, **__: "")
+    stub.run = SimpleNamespace(output=folder)
     return Run(stub, stub, whole, network, model, Trained(model, torch.float32), stub, stub, ranks)
 
 
@@ -129,7 +132,7 @@ def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> N
                 value = ranks.sum_step(work, run.trained.gradient, stop=StopRequest(alone=False))
                 save_file(gradients(model) | {"loss": value}, tmp_path / f"{number}-{rank}.safetensors")
             (tmp_path / f"held_out-{rank}.json").write_text(
-                json.dumps(held_out(model, network, ranks)), encoding="utf-8"
+                json.dumps(held_out(model, network, ranks, tmp_path / "two")), encoding="utf-8"
             )
 
     launch = Launch(tmp_path, act)
@@ -140,16 +143,28 @@ def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> N
         assert all(torch.equal(first[name], second[name]) for name in first)
         assert_same_step((float(first.pop("loss")), first), want)
     model, network = ours("llama")
+    scores = held_out(model, network, ALONE, tmp_path / "one")
     for rank in (0, 1):
-        scores = json.loads((tmp_path / f"held_out-{rank}.json").read_text(encoding="utf-8"))
-        assert scores == pytest.approx(held_out(model, network, ALONE), rel=1e-6)
+        assert json.loads((tmp_path / f"held_out-{rank}.json").read_text(encoding="utf-8")) == pytest.approx(scores)
+    for size in range(1, 7):
+        one, two = ([*read_objects(tmp_path / name / f"{size}/rows.jsonl")] for name in ("one", "two"))
+        assert len(one) == size and [line.pop("losses")["last"][1] for line in two] == pytest.approx(
+            [line.pop("losses")["last"][1] for line in one], rel=1e-6
+        )
+        assert one == two
 
 
-def held_out(model: Any, network: Any, ranks: Ranks) -> list[Any]:
-    """Losses of held-out sets of every size."""
+def held_out(model: Any, network: Any, ranks: Ranks, folder: Path) -> list[Any]:
+    """Losses of held-out sets of every size; those of their rows are in `folder`."""
     state, plan = State(0, "", 0, Layout("float32", 1, 0, segments=True)), {"loss": "token", "micro_batch_tokens": 20}
-    sized = (step_run(model, network, some(size), ranks, **plan) for size in range(1, 7))
-    return [loop.evaluate(run, state, StopRequest()).best_loss for run in sized]
+    losses = []
+    for size in range(1, 7):
+        rows: Any = some(size)
+        rows.place = "rows:{}".format
+        (folder / str(size)).mkdir(parents=True, exist_ok=True)
+        run = step_run(model, network, rows, ranks, folder=str(folder / str(size)), **plan)
+        losses.append(loop.evaluate(run, state, StopRequest()).best_loss)
+    return losses
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
@@ -274,7 +289,7 @@ def no_model(*args: Any, **options: Any) -> Any:
     [
         (["train.batch=3"], None, 2, "here it is train.batch_size"),
         (["data.train=missing.jsonl"], None, 3, "missing.jsonl"),
-        (["run.save_every=2"], "disk", 6, "--resume from step 2"),
+        (["run.save_every=2"], "disk", 6, "from step 2: torchrun"),
         ([], "model", 4, "cannot load"),
         ([], "nan", 7, "is not finite"),
         ([], "memory", 6, "out of memory"),

@@ -167,6 +167,8 @@ def test_what_strangers_write_stays_text(folder: Path) -> None:
     plain = page_of(folder)
     answer = {"step": 4, "place": EVIL, "prompt": EVIL, "expected": TOKEN, "answer": EVIL * 500, "ended": EVIL}
     write_lines(folder / "answers.jsonl", answer, {"step": 8, "prompt": None, "answer": [EVIL]})
+    row = {"place": f'{EVIL}" onclick="x', "split": "train", "tokens": EVIL, "text": EVIL + TOKEN}
+    write_lines(folder / "rows.jsonl", row | {"losses": {"last": [1, math.inf], EVIL: [0, math.nan]}})
     note_event(folder, EVIL)
     note_event(folder, "ended", error=ValueError(EVIL + TOKEN))
     record = json.loads((folder / "provenance.json").read_bytes())
@@ -174,10 +176,11 @@ def test_what_strangers_write_stays_text(folder: Path) -> None:
     (folder / "provenance.json").write_text(json.dumps(record), encoding="utf-8")
     recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
     (folder / "recipe.yaml").write_text(recipe.replace("system: null", f"system: {json.dumps(EVIL)}"), encoding="utf-8")
+    (folder / "preview.html").touch()
     folder = folder.rename("<i>run&")
     (text := render_page([History(folder)])).encode()
     page = Page(text)
-    assert page.tags == plain.tags and page.attributes == plain.attributes
+    assert page.tags == plain.tags | {"a"} and page.attributes == plain.attributes | {"href"}
     assert "<script" not in text and "\x1b" not in text and "\u202e" not in text and TOKEN not in text
     assert "{{ 7 * 7 }}" in page.text and " 49 " not in page.text and "hf_..." in page.text and len(text) < 40_000
 
@@ -214,7 +217,7 @@ def test_the_state_of_a_run(folder: Path, tmp_path: Path) -> None:
     (folder / "adapter").rename(tmp_path / "elsewhere")
     page = page_of(folder).text
     assert "stopped | killed, or without power" in page
-    assert "lorasft train run/recipe.yaml --resume run.output=run" in page
+    assert "lorasft train run --resume" in page
     note_event(folder, "started")
     with locked(folder):
         text = render_page([History(folder)])
@@ -228,8 +231,8 @@ def test_the_state_of_a_run(folder: Path, tmp_path: Path) -> None:
 
 def test_answers_stand_beside_the_data(folder: Path) -> None:
     lines = [
-        {"step": step, "place": f"rows:{row}", "prompt": f"q{row}", "expected": f"a{row}", "ended": step > 2}
-        | {"answer": f"a{row}" if step > 6 else f"wrong {step}"}
+        {"step": step, "place": f"rows:{row}", "prompt": f"q{row}", "expected": f"a{row}"}
+        | {"ended": step > 2, "ends": row > 1, "answer": f"a{row}" if step > 6 else f"wrong {step}"}
         for step in (0, 2, 4, 6, 8, 10)
         for row in (1, 2)
     ]
@@ -237,9 +240,41 @@ def test_answers_stand_beside_the_data(folder: Path) -> None:
     heads, first, second = page_of(folder).text.partition("Answers to held-out prompts\n")[2].splitlines()[:3]
     shown = [0, 4, 6, 8, 10]
     assert heads == " | ".join(
-        ["prompt", "in the data", *(f"step {step} {2 * (step > 2)} of 2 ended" for step in shown)]
+        ["prompt", "in the data 1 of 2 end", *(f"step {step} {2 * (step > 2)} of 2 ended" for step in shown)]
     )
     assert first == "q1 rows:1 | a1 | wrong 0 | wrong 4 | wrong 6 | ✓ a1 | ✓ a1" and second.startswith("q2 rows:2 | a2")
+
+
+def test_the_ledger_has_the_odd_rows_first_and_says_why(folder: Path) -> None:
+    """By hand: the median is 2.0, the spread of logarithms the least there is, 0.2: far is above 4.03, below 0.993"""
+    last = [2.0] * 9 + [1.9, 2.1, 2.05, 4.0, 4.1, 0.9, 1.1]
+    base = [5.0] * len(last)
+    base[1] = 1.5  # this row got worse
+    lines: list[dict[str, Any]] = [
+        {"place": f"rows.jsonl:{at}", "split": "held out", "tokens": 7, "text": f"answer {at}"}
+        | {"losses": {"base": [0, base[at]], "best": [4, 1.8], "last": [8, last[at]]}}
+        for at in range(len(last))
+    ]
+    again = {**lines[0], "split": "train", "losses": {"last": [8, 900.0]}}  # alone in its split
+    write_lines(folder / "rows.jsonl", *lines, again, {**lines[0], "place": "cut back", "losses": {}})
+    head, *rows = page_of(folder).text.partition("Ledger of rows | ")[2].partition("\nRecipe")[0].splitlines()[1:]
+    assert head == "row | stands out | base | best | last | tokens | split | text"
+    why = {13: "2 times the median", 14: "0.45 times the median", 1: "above the base"}
+    order = [14, 13, 1, 12]
+    shown = [
+        f"rows.jsonl:{at} | {f'{why[at]} | ' if at in why else ''}{base[at]:.4f} | 1.8000 | {last[at]:.4f}"
+        f" | 7 | held out | answer {at}"
+        for at in order
+    ]
+    assert rows[:3] == shown[:3] and rows[3] == "rows.jsonl:0 | 900.0000 | 7 | train | answer 0" and rows[4] == shown[3]
+    assert len(rows) == len(last) + 1
+    write_lines(folder / "rows.jsonl", *({**line, "place": f"{line['place']}{n}"} for n in range(9) for line in lines))
+    assert page_of(folder).text.partition("Ledger of rows | ")[2].partition("\nRecipe")[0].count("\n") == 1 + 50
+    assert "preview.html#" not in render_page([History(folder)])
+    (folder / "preview.html").touch()
+    text = render_page([History(folder)])
+    assert text.count('<a href="preview.html#') == 50
+    assert '<a href="preview.html#rows.jsonl%3A140">' in text and '<a href="preview.html">' in text
 
 
 def test_several_runs_and_a_merge(folder: Path, capsys: Any) -> None:
@@ -333,6 +368,8 @@ def test_a_run_writes_its_page_when_it_is_stopped_resumed_and_diverged(
 def test_a_browser_lays_it_out(width: int, scheme: str, folder: Path, tmp_path: Path) -> None:
     """By a script put into a copy: nothing is wider than the window, curves have a size, and colours follow."""
     write_lines(folder / "answers.jsonl", {"step": 0, "prompt": EVIL * 9, "expected": "x" * 999, "answer": EVIL})
+    row = {"place": "x" * 999 + ":1", "split": "train", "tokens": 9, "text": EVIL, "losses": {"last": [1, 0.5]}}
+    write_lines(folder / "rows.jsonl", row)
     probe = """<script>
     const svg = document.querySelector("svg").getBoundingClientRect(), root = document.documentElement;
     document.title = JSON.stringify({over: root.scrollWidth - root.clientWidth, width: root.clientWidth,

@@ -205,7 +205,7 @@ def test_answers_are_those_of_plain_transformers(run: Path, base: Path, rows: Pa
     written = [json.loads(line)["messages"] for line in rows.read_text(encoding="utf-8").splitlines()]
     for line in (line for line in noted if line["step"] in (steps[0], steps[-1])):
         question, answer = written[int(line["place"].rpartition(":")[2]) - 1]
-        assert line["expected"] == answer["content"] and question["content"] in line["prompt"]
+        assert line["expected"] == answer["content"] and question["content"] in line["prompt"] and line["ends"]
         ids = tokenizer.apply_chat_template([question], add_generation_prompt=True, return_dict=False)
         new: list[int] = []
         while len(new) < 48 and (not new or new[-1] not in stops):

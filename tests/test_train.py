@@ -116,7 +116,7 @@ def test_evaluating_and_generating_do_not_change_gradients(base: Path) -> None:
     rows = Rows()
     before = packed_step(peft.train(), network, rows, "token", 100)
     list(score_batches(network, rows.sequences, range(len(rows)), capacity=100))
-    generate(network.causal, None, [1, 5, 9], max_new_tokens=4, stops=[2])
+    generate(network.causal, None, [[1, 5, 9]], max_new_tokens=4, stops=[2])
     after = packed_step(peft.train(), network, rows, "token", 100)
     assert before[0] == after[0]
     assert all(torch.equal(before[1][name], after[1][name]) for name in before[1])

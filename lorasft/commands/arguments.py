@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import Action, ArgumentParser, ArgumentTypeError
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +22,7 @@ def add_recipe(parser: ArgumentParser) -> None:
 
 
 def read_recipe(recipe: str, overrides: Sequence[str], *, resume: bool | None = None) -> Recipe:
-    """The recipe of a run, after all that can be refused without torch, whose import takes a second.
-
-    `resume`: whether the run is continued; None where none is started.
-    """
+    """The recipe, after all that can be refused without torch, whose import takes a second; `resume`: None to plan."""
     from lorasft.artifact import check_run_folder
     from lorasft.data.folders import find_files
     from lorasft.data.prepare import list_sources
@@ -39,6 +36,14 @@ def read_recipe(recipe: str, overrides: Sequence[str], *, resume: bool | None = 
     for source, _ in list_sources(settings.data):
         find_files(source)
     return settings
+
+
+def suggest(action: Action, **_: Any) -> Iterable[str]:
+    """What a shell may complete an argument with, beside files: names of recipes, or keys."""
+    from lorasft.recipe.load import KEYS, shipped_recipes
+
+    recipes = dict.fromkeys(("recipe", "saved", "name"), shipped_recipes())
+    return (recipes | {"overrides": [f"{key}=" for key in KEYS]}).get(action.dest, ())
 
 
 _OPTIONS = {  # the key of a recipe that each sets, and what it is for
@@ -58,7 +63,7 @@ def add_saved(parser: ArgumentParser, kinds: str = "RUN|ADAPTER|MODEL", *, optio
     parser.add_argument("--base", metavar="MODEL", help="the adapter's base, if it is not where it was trained")
     for name in ("--quantization", "--dtype", *options):
         key, about = _OPTIONS[name]
-        write: Any = lambda text, key=key: f"{key}={json.dumps(text)}"  # noqa: E731
+        write: Any = lambda text, key=key: f"{key}={json.dumps(text, ensure_ascii=False)}"  # noqa: E731
         parser.add_argument(name, action="append", dest="given", default=[], metavar="X", type=write, help=about)
 
 

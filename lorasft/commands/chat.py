@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-from argparse import ArgumentParser, ArgumentTypeError
-from collections.abc import Callable, Iterator
+from argparse import ArgumentParser
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from pathlib import Path
 from signal import SIGINT
 from typing import Any
 
@@ -22,26 +23,22 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_saved(parser, options=["--system"])
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and stop")
     parser.add_argument("--max-tokens", type=whole_number, default=512, metavar="N", help="of an answer (default: 512)")
-    parser.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default): the likeliest")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="of the likeliest with P together")
-
-
-def _temperature(text: str) -> float:
-    if not 0 <= float(text) < float("inf"):
-        raise ArgumentTypeError(f"{text} is not a number from 0 up")
-    return float(text)
 
 
 def run(prompt: str | None, max_tokens: int, temperature: float, top_p: float, **saved: Any) -> None:
     """Answer `prompt`, or what is typed line by line. Answers stream to stdout."""
-    if top_p != 1 and not (temperature and 0 < top_p < 1):
-        raise RecipeError("--top-p is not a share, or --temperature is 0", hint="--temperature 0.7 --top-p 0.9")
+    if not 0 <= temperature < float("inf") or (top_p != 1 and not (temperature and 0 < top_p < 1)):
+        raise RecipeError("no such --temperature, or no such --top-p with it", hint="--temperature 0.7 --top-p 0.9")
     found = open_saved(**saved)
     typed = prompt is None and sys.stdin.isatty()
     if typed:
         what = f"{found.adapter} on {found.model.base}" if found.adapter else f"{found.model.base}, without an adapter"
         say(f"{what} (quantization: {found.model.quantization})\n{_COMMANDS}; Ctrl-C stops an answer, then the chat")
-    answer = _load(found, typed, max_new_tokens=max_tokens, temperature=temperature, top_p=top_p)
+    answer = LoadedModel(found).generate
+    how: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+    how |= {"show": True, "typed": typed}
     system: list[dict[str, Any]] = []
     turns: list[dict[str, Any]] = []
     for line in _questions() if prompt is None else [prompt]:
@@ -51,42 +48,50 @@ def run(prompt: str | None, max_tokens: int, temperature: float, top_p: float, *
                 system = system if word == "/reset" else [{"role": "system", "content": text}] * bool(text)
                 turns = []
             elif word == "/base" and turns and found.adapter:
-                answer([*system, *turns[:-1]], False)
+                answer([*system, *turns[:-1]], adapted=False, **how)
             elif re.fullmatch("/[a-z]+", line.strip()) and prompt is None:
                 say(_COMMANDS)
             else:
                 # An argument may be no UTF-8.
                 asked = {"role": "user", "content": line.encode(errors="replace").decode()}
-                turns += [asked, {"role": "assistant", "content": answer([*system, *turns, asked], True)}]
+                turns += [asked, {"role": "assistant", "content": answer([*system, *turns, asked], **how)}]
         except LorasftError as error:
             if not typed:
                 raise
             say(error)
 
 
-def _load(found: Any, typed: bool, **sampling: Any) -> Callable[[list[dict[str, Any]], bool], str]:
-    """What answers messages, with the adapter or without, as it streams. `typed`: a person asks, who may stop it."""
-    from lorasft.data.chat_format import ChatFormat
-    from lorasft.model.generate import generate
+class LoadedModel:
+    """A run, an adapter or a model that answers."""
 
-    tokenizer, model, causal = load_saved(found)
-    chat_format = ChatFormat(tokenizer, found.chat)
-    sampling |= {"stops": chat_format.stop_ids, "on_text": lambda text: print(harmless(text), end="", flush=True)}
+    def __init__(self, found: Any) -> None:
+        from lorasft.data.chat_format import ChatFormat
 
-    def answer(messages: list[dict[str, Any]], adapted: bool) -> str:
-        prompt = chat_format.prompt_ids(messages)
+        self._tokenizer, self._model, self._causal = load_saved(found)
+        self._format = ChatFormat(self._tokenizer, found.chat)
+
+    def generate(self, prompt: str | list[dict[str, Any]], *, max_tokens: int = 512, temperature: float = 0,
+                 top_p: float = 1, adapted: bool = True, show: bool = False, typed: bool = False) -> str:  # fmt: skip
+        """The answer to a prompt or to messages, at temperature 0 the likeliest; if not `adapted`, that of the base.
+        `show`: print it as it grows. `typed`: Ctrl-C ends it, no more. Raises DataError for too long a prompt."""
+        from lorasft.model.generate import generate
+
+        ids = self._format.prompt_ids([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+        options: dict[str, Any] = {"max_new_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+        options["on_text"] = (lambda text: print(harmless(text), end="", flush=True)) if show else None
+        whose = nullcontext() if adapted or self._model is self._causal else self._model.disable_adapter()
         # A stop is looked for after each token: an interrupt could leave half an import, or the model half changed.
-        with (
-            stop_signals(alone=True) if typed else nullcontext(StopRequest()) as stop,
-            nullcontext() if adapted else model.disable_adapter(),
-        ):
-            ((ids, _),) = generate(causal, tokenizer, [prompt], stopped=lambda: stop.signal > 0, **sampling)
-        print(flush=True)
+        with stop_signals(alone=True) if typed else nullcontext(StopRequest()) as stop, whose:
+            options |= {"stops": self._format.stop_ids, "stopped": lambda: stop.signal > 0}
+            ((new, _),) = generate(self._causal, self._tokenizer, [ids], **options)
         if stop.signal not in (0, SIGINT):
             raise Ended(stop.signal)
-        return str(tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self._tokenizer.decode(new, skip_special_tokens=True))
 
-    return answer
+
+def load(saved: str | Path, *, base: str | None = None) -> LoadedModel:
+    """What `lorasft chat` would load. Raises LorasftError where it says an error."""
+    return LoadedModel(open_saved(str(saved), base, [], []))
 
 
 def _questions() -> Iterator[str]:

@@ -28,9 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="FILE", help="rows of any shape that a recipe takes")
     add_columns(parser)
     parser.add_argument("--answers", metavar="OUT", help="let the models answer, to a page (.html) or JSON lines")
-    parser.add_argument(
-        "--max-tokens", type=whole_number, metavar="N", help="then (default: 2 times as expected, + 32)"
-    )
+    parser.add_argument("--max-tokens", type=whole_number, metavar="N", help="then (default: twice as expected, + 32)")
     parser.add_argument("--per-example", metavar="OUT", help="write one JSON object for each answer to OUT")
     add_json(parser, "the totals")
 

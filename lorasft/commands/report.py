@@ -23,7 +23,7 @@ def run(folders: Sequence[str], out: str | None, show: bool) -> None:
     paths = [Path(folder) for folder in folders]
     named = [path for path in paths if (path / "recipe.yaml").is_file()] or paths[:1]  # `runs/*` may name other things
     target = Path(out) if out else (named[0] if len(named) == 1 else named[0].parent) / "report.html"
-    if not (target.is_file() and target.read_bytes().startswith(MARK.encode())):
+    if not (target.is_file() and MARK.encode() in target.read_bytes()[:1000]):
         refuse_existing(target)
     try:
         replace_file(target, render_page([History(path, merges=paths) for path in named]))

@@ -11,13 +11,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from lorasft.commands.arguments import add_recipe, read_recipe
 from lorasft.errors import Stopped
 from lorasft.terminal import quote, say, shorten, size_text, train_command
 
 if TYPE_CHECKING:
+    from lorasft.report import History
     from lorasft.train.state import Run, State
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
@@ -31,8 +33,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     said.add_argument("--verbose", action="store_true", help="plain lines on a terminal, too")
 
 
-def run(recipe: str, overrides: Sequence[str], resume: bool, quiet: bool, verbose: bool) -> None:
-    """Train `recipe`; progress on stderr, the run folder on stdout."""
+def run(recipe: str, overrides: Sequence[str], resume: bool, quiet: bool, verbose: bool) -> Path:
+    """Train `recipe`; progress on stderr, the run folder on stdout, and returned."""
     from lorasft.train.distributed import join
 
     os.environ["LORASFT_QUIET"] = "1" if quiet else ""  # other processes of it inherit that
@@ -58,6 +60,19 @@ def run(recipe: str, overrides: Sequence[str], resume: bool, quiet: bool, verbos
             say(f"      lorasft merge {quote(output)} --out {quote(Path(output).resolve().name + '-merged')}")
             say(f"or serve the adapter: {_serve_command(ready, adapter)}")
             print(output)
+    return Path(output)
+
+
+class TrainFolder(ModuleType):
+    """The folder `lorasft.train` as a function of Python: the name is both."""
+
+    def __call__(self, recipe: str | Path, *, resume: bool = False, **overrides: Any) -> History:
+        """Train as `lorasft train` does, with `train={"epochs": 3}` or `**{"train.epochs": 3}`. Raises LorasftError."""
+        from lorasft.recipe.load import flatten
+        from lorasft.report import History
+
+        words = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flatten(overrides).items()]
+        return History(run(str(recipe), words, resume=resume, quiet=False, verbose=False))
 
 
 def _describe(ready: Run) -> Iterator[str]:

@@ -19,16 +19,13 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "512")
 
 
-def _leave(function: Any = None, *_: Any, **__: Any) -> Any:
-    return function or _leave
-
-
 class _Compiler(ModuleType):
     """Stands for torch._dynamo, whose import takes seconds, while it is asked for no more than to leave functions as
     they are, which torch and transformers ask for many. For anything else it gives way to the real one."""
 
     __path__ = [f"{torch.__path__[0]}/_dynamo"]  # noqa: RUF012  as of any module
-    disable = allow_in_graph = assume_constant_result = graph_break = exec_module = staticmethod(_leave)
+    disable: Any = staticmethod(lambda function=None, *_, **__: function or _Compiler.disable)
+    allow_in_graph = assume_constant_result = graph_break = exec_module = disable
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in ("find_distributions", "invalidate_caches"):  # asked of all, not of this
@@ -39,9 +36,9 @@ class _Compiler(ModuleType):
 
     def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
         """Before a part the real whole is imported, but for the part that transformers wants, which needs no other."""
-        wanted = name.startswith("torch._dynamo.") and not name.endswith("._trace_wrapped_higher_order_op")
-        loader: Any = self
-        return ModuleSpec(name, loader) if wanted and sys.modules.get(self.__name__) is self else None
+        if name.startswith("torch._dynamo.") and not name.endswith("._trace_wrapped_higher_order_op"):
+            return ModuleSpec(name, self) if sys.modules.get(self.__name__) is self else None  # type: ignore[arg-type]
+        return None
 
     def create_module(self, spec: ModuleSpec) -> Any:
         self.optimize  # noqa: B018  gives way

@@ -56,7 +56,7 @@ def generate(
     streamer = None
     if on_text:  # transformers' own, which holds back half characters, with the text handed on instead of printed
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
+        streamer.on_finalized_text = lambda text, stream_end=False: on_text(text + "\n" * stream_end)
     ended = StoppingCriteriaList([lambda ids, _, **__: torch.full((len(ids),), stopped(), device=ids.device)])
     rows = [[0] * (length - len(prompt)) + list(prompt) for prompt in prompts]
     seen = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]

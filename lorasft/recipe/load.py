@@ -72,8 +72,8 @@ PEERS = {
     "torch_compile* kernels *liger* *galore* s2_attention lora_bias bias loftq_* *unsloth* loss_w*",
 }
 _SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Recipe.model_fields.items()}
-_NAMES = {name: name for name in _SECTIONS}  # each key -> its last part
-_NAMES |= {f"{name}.{key}": key for name, section in _SECTIONS.items() for key in section.model_fields}
+KEYS = {f"{name}.{key}": key for name, section in _SECTIONS.items() for key in section.model_fields}
+_NAMES = {name: name for name in _SECTIONS} | KEYS  # each key -> its last part
 _NAMES |= {f"data.train.{key}": key for key in DataSource.model_fields}
 _SCHEMA = "lorasft recipes schema has each key and its values"
 _PATHS = ("model.base", "model.new_tokens", "adapter.start", "chat.template", "data.train", "data.eval")

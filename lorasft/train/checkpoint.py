@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub import snapshot_download
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
@@ -31,7 +32,7 @@ from lorasft import __version__
 from lorasft.adapter_files import read_adapter_weights
 from lorasft.artifact import check_run_folder
 from lorasft.data.prepare import open_prepared, read_ingredients
-from lorasft.data.store import changed_rows
+from lorasft.data.store import changed_rows, example_lengths
 from lorasft.errors import CapacityError, DivergedError, LorasftError, ModelError, RecipeError
 from lorasft.files import (
     locked,
@@ -101,6 +102,8 @@ def write_start(run: Run, state: State) -> None:
     base, commit = Path(recipe.model.base), getattr(run.inputs.config, "_commit_hash", None)
     if not base.is_dir():  # where the hub's client keeps what was loaded from it
         base = Path(snapshot_download(recipe.model.base, revision=commit, local_files_only=True))
+    lengths = example_lengths(prepared.store)
+    quantiles = {f"{share:.0%}": int(np.quantile(lengths, share, method="higher")) for share in (0.5, 0.9, 0.99, 1.0)}
     provenance = {
         "lorasft": __version__,
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
@@ -111,7 +114,7 @@ def write_start(run: Run, state: State) -> None:
         "start": fingerprint(run.inputs.start.require_adapter()) if run.inputs.start else None,
         "steps": run.plan.steps,
         "data": prepared.key,
-        "report": prepared.report.as_dict(),
+        "report": {**prepared.report.as_dict(), "length_quantiles": quantiles},
     }
     replace_file(run.folder / "provenance.json", json.dumps(provenance, indent=1))
     replace_file(run.folder / "recipe.yaml", dump_recipe(recipe))

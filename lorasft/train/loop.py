@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -22,7 +23,7 @@ from lorasft.terminal import train_command
 from lorasft.train.checkpoint import CheckpointSaver, list_checkpoints
 from lorasft.train.layout import oom_context, retry_on_oom
 from lorasft.train.optimizer import learning_rate
-from lorasft.train.samples import take_samples
+from lorasft.train.samples import add_losses, note_held_out, score_trained_rows, take_samples
 from lorasft.train.state import Run, State
 
 
@@ -104,30 +105,32 @@ def train(run: Run, state: State) -> State:
                     state = run.ranks.on_main(partial(saver.attempt, run, state, final=last or stop.signal > 0))
             if stop.signal and (not last or state.evaluation_due):
                 raise Stopped(exit_code(stop.signal), f"stopped after step {number} of {run.plan.steps}, saved", again)
+        score_trained_rows(run, state.step, ["last", *["best"] * (state.best_step == state.step)], stop)
     return state
 
 
 def evaluate(run: Run, state: State, stop: StopRequest) -> State:
-    """The held-out loss a supervised token, in nats, noted; the state with it when it is the best so far. A signal
-    leaves it due."""
-    rows, ranks, total, tokens = run.inputs.prepared.held_out, run.ranks, 0.0, 0
+    """The held-out loss a supervised token, in nats, and that of each row, noted; the state with it when it is the best
+    so far. A signal leaves it due."""
+    rows, ranks = run.inputs.prepared.held_out, run.ranks
     state = replace(state, evaluation_due=False)
     if rows is None:
         return state
+    sums = np.zeros((2, len(rows)))  # of each row the losses, and how many
     score = partial(score_batches, run.network, rows.sequences, range(len(rows)), capacity=run.plan.micro_batch_tokens)
     with ranks.sync_errors(), run.metrics.progress.interlude("evaluating"):
         for batch, losses in score(processes=ranks.count, index=ranks.index, explain=partial(oom_context, rows)):
             if stop.signal:  # of several processes none, before they agree on it in a step
                 return replace(state, evaluation_due=True)
-            total += float(losses.double().sum())
-            tokens += len(batch.targets)
-    totals, counts = zip(*ranks.gather((total, tokens)), strict=True)
-    loss = sum(totals) / sum(counts)
+            add_losses(sums, batch, losses)
+    sums = np.sum(ranks.gather(sums), axis=0)
+    total, tokens = sums.sum(axis=1).tolist()
+    if state.best_loss is None or not state.best_loss <= total / tokens:
+        state = replace(state, best_step=state.step, best_loss=total / tokens)
     if ranks.is_main:
-        run.metrics.evaluation(step=state.step, loss=loss, tokens=sum(counts))
-    if state.best_loss is not None and state.best_loss <= loss:
-        return state
-    return replace(state, best_step=state.step, best_loss=loss)
+        note_held_out(run, rows, (sums[0] / sums[1]).tolist(), state)
+        run.metrics.evaluation(step=state.step, loss=total / tokens, tokens=int(tokens))
+    return state
 
 
 def refuse_non_finite(run: Run, step: Step, *, loss: float, norm: float) -> None:

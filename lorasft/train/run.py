@@ -6,6 +6,7 @@ memory.json        what a step was predicted to need, and what the heaviest took
 tokens/            what is trained and evaluated on
 metrics.jsonl      one line a step
 answers.jsonl      what held-out prompts were answered at evaluations
+rows.jsonl         the losses of held-out rows and of some that are trained on
 events.jsonl       when it was started, continued and ended, and why; report.html: the page of all that
 checkpoints/       see checkpoint.py
 adapter/           the result: a plain PEFT adapter with tokenizer and template
@@ -40,6 +41,7 @@ from lorasft.model.weightless import make_weightless
 from lorasft.recipe import Recipe
 from lorasft.recipe.load import dump_recipe
 from lorasft.report import note_event, refresh_report
+from lorasft.signals import StopRequest
 from lorasft.terminal import say
 from lorasft.train.checkpoint import find_checkpoint, restore_checkpoint, save, take_folder, write_start
 from lorasft.train.distributed import ALONE, Ranks
@@ -48,7 +50,7 @@ from lorasft.train.layout import Fit, choose_layout, find_heaviest, retry_on_oom
 from lorasft.train.loop import add_gradients, peak_memory
 from lorasft.train.metrics import Metrics
 from lorasft.train.optimizer import make_optimizer
-from lorasft.train.samples import keep_samples
+from lorasft.train.samples import keep_samples, open_ledger, score_trained_rows
 from lorasft.train.state import Run, RunInputs, State
 
 
@@ -115,6 +117,8 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> tuple[Run, State]:
             restore_checkpoint(run.checkpoint(saved.step), run)
         if ranks.is_main:
             keep_samples(run.folder, until=done)
+            with open_ledger(run.folder, until=done):
+                pass
             for notice in network.notices:
                 say(notice)
             if any(hasattr(module, "is_concatenated") for module in network.causal.modules()):
@@ -164,6 +168,7 @@ def export_adapter(run: Run, state: State) -> Path:
         best = run.checkpoint(state.best_step)
         verify_folder(best)
         restore_checkpoint(best, run)
+        score_trained_rows(run, state.best_step, ["best"], StopRequest())
     trained = (one for name, one in run.trained.parameters.items() if "_B" in name or "modules_to_save" in name)
     if not any(one.any() for one in trained):
         hint = "see metrics.jsonl; if no step was better than the base, run.keep_best=false takes the last"

@@ -1,26 +1,37 @@
-"""Answers sampled while a run goes: what it says to a few held-out prompts, beside what the data has there."""
+"""What a run notes of single rows: answers to a few held-out prompts, beside what the data has there, and losses."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import TypeAdapter
+from torch import Tensor
 
+from lorasft.data.packing import MicroBatch, shuffle
 from lorasft.data.store import TokenStore
-from lorasft.data.tokens import supervised_runs
+from lorasft.data.tokens import UNSUPERVISED, supervised_runs
 from lorasft.errors import first_line
-from lorasft.files import replace_file
+from lorasft.files import read_objects, replace_file
 from lorasft.model.generate import generate
+from lorasft.model.scoring import score_batches
 from lorasft.signals import StopRequest
 from lorasft.terminal import say, shorten
 from lorasft.train.state import Run, State
 
+Ledger = dict[str, dict[str, Any]]  # lines of rows.jsonl, by split and place
 _PROMPTS = 3
 _MOST_TOKENS = 48  # of an answer
+_MOST_ROWS = 256  # of those that were trained on
+_SHARE = 0.02  # of the time of all steps, for their losses
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,7 @@ class Sample:
     expected: str
     answer: str
     ended: bool  # by itself
+    ends: bool = False  # in the data: with a stop, within as many tokens
 
 
 def take_samples(run: Run, state: State, stop: StopRequest) -> None:
@@ -66,7 +78,8 @@ def _answer(run: Run, step: int, held_out: TokenStore, example: int) -> Sample:
     prompt, expected = tokens.ids[:start].tolist(), tokens.ids[start:end].tolist()
     ((answer, ended),) = generate(run.network.causal, tokenizer, [prompt], max_new_tokens=_MOST_TOKENS, stops=stops)
     asked, wanted, said = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, expected, answer))
-    return Sample(step, str(held_out.place(example)), asked, wanted, said, ended)
+    ends = expected[-1] in stops and len(expected) <= _MOST_TOKENS
+    return Sample(step, str(held_out.place(example)), asked, wanted, said, ended, ends)
 
 
 def keep_samples(folder: Path, *, until: int, more: Sequence[Sample] = ()) -> list[Sample]:
@@ -78,3 +91,77 @@ def keep_samples(folder: Path, *, until: int, more: Sequence[Sample] = ()) -> li
     if kept != found:
         replace_file(path, "".join(json.dumps(asdict(sample)) + "\n" for sample in kept))
     return kept
+
+
+@contextmanager
+def open_ledger(folder: Path, *, until: float = math.inf) -> Iterator[Ledger]:
+    """What a run's rows.jsonl holds, to be added to; of that the losses until a step are written back. What goes wrong
+    within never reaches the run."""
+    lines = read_objects(folder / "rows.jsonl")
+    ledger = {f"{line.get('split')} {line.get('place')}": line for line in lines}
+    try:
+        yield ledger
+        for line in ledger.values():
+            line["losses"] = {name: one for name, one in line["losses"].items() if one[0] <= until}
+        if ledger:
+            replace_file(folder / "rows.jsonl", "".join(json.dumps(line) + "\n" for line in ledger.values()))
+    except Exception as error:
+        say(f"rows.jsonl stays as it was: {first_line(error)}")
+
+
+def note_held_out(run: Run, rows: TokenStore, losses: Sequence[float], state: State) -> None:
+    """Note the mean loss of every held-out row as the last, and as the base's and the best where they are."""
+    names = ["base"] * (state.step == 0) + ["best"] * (state.step == state.best_step) + ["last"]
+    with open_ledger(run.folder) as ledger:
+        for number, loss in enumerate(losses):
+            _note(run, ledger, rows, number, dict.fromkeys(names, (state.step, loss)))
+
+
+def add_losses(sums: NDArray[np.float64], batch: MicroBatch, losses: Tensor) -> None:
+    """Add the losses of the pairs of `batch` to those of its examples, in `sums`: (2, examples), and their counts."""
+    for own, numbers in zip(sums, (losses.double().cpu().numpy(), None), strict=True):
+        own += np.bincount(batch.examples, numbers, minlength=len(own))
+
+
+def score_trained_rows(run: Run, step: int, names: Sequence[str], stop: StopRequest) -> None:
+    """Note the mean losses of some rows that were trained on: after `step` under `names`, and with the last the base's.
+
+    The first process takes a few at once, for a share of the time that the steps took or until a signal comes.
+    """
+    plan, passes = run.plan, [(names, step), (["base"], 0)][: 1 + ("last" in names)]
+    if not run.ranks.is_main:
+        return
+    with open_ledger(run.folder) as ledger, run.metrics.progress.interlude("scoring rows"):
+        lines = [line for line in read_objects(run.folder / "metrics.jsonl") if "seconds" in line]
+        seconds, tokens = (sum(line[name] for line in lines) for name in ("seconds", "tokens"))
+        limit, spent, done = _SHARE * seconds * len(passes) / (2 + run.recipe.run.keep_best), 0.0, 0
+        order = shuffle(plan.examples, seed=plan.seed, epoch=0)[: plan.steps * plan.batch_size][:_MOST_ROWS]
+        at_once = max(1, min(16, int(_SHARE / 2 * plan.steps * plan.batch_size)))
+        for group in (order[start : start + at_once].tolist() for start in range(0, len(order), at_once)):
+            size, started = sum(len(one) for row in group for one in run.rows.sequences(row)), time.monotonic()
+            rate = spent / done if done else seconds / tokens  # a step's tokens pass forwards and backwards
+            if stop.received or spent + rate * size > limit:
+                break
+            for given, after in passes:
+                with nullcontext() if after else run.model.disable_adapter():
+                    losses = _mean_losses(run, group)
+                for row, loss in zip(group, losses, strict=True):
+                    _note(run, ledger, run.rows, row, dict.fromkeys(given, (after, loss)))
+            spent, done = spent + time.monotonic() - started, done + size
+
+
+def _mean_losses(run: Run, group: Sequence[int]) -> list[float]:
+    sums, sequences, most = np.zeros((2, len(group))), [*map(run.rows.sequences, group)], run.plan.micro_batch_tokens
+    for scored in score_batches(run.network, sequences.__getitem__, range(len(group)), capacity=most):
+        add_losses(sums, *scored)
+    return list(sums[0] / sums[1])
+
+
+def _note(run: Run, ledger: Ledger, rows: TokenStore, number: int, losses: Mapping[str, tuple[int, float]]) -> None:
+    split, place = "train" if rows is run.rows else "held out", str(rows.place(number))
+    if f"{split} {place}" not in ledger:
+        ids = np.concatenate([one.labels[one.labels != UNSUPERVISED] for one in rows.sequences(number)])
+        text = run.inputs.tokenizer.decode(ids[:_MOST_TOKENS], skip_special_tokens=True)
+        line = {"place": place, "split": split, "tokens": len(ids), "text": text, "losses": {}}
+        ledger[f"{split} {place}"] = line
+    ledger[f"{split} {place}"]["losses"] |= losses

@@ -90,10 +90,10 @@ def test_i04_no_link_is_followed(bench: Bench, tmp_path: Path) -> None:
 FULL = [  # where something is written, how often that fails, exit code, what is said once
     (["step-000004"], 1000, 0, "the save after step 4 failed: cannot write: No space left on device"),
     (["step-000004"], 1000, 0, "saved up to step 2"),
-    (["step-000004", "step-000006"], 1000, 6, "--resume from step 2"),  # two in a row
-    (["step-000012"], 1, 6, "--resume from step 10"),  # cannot be made up for
+    (["step-000004", "step-000006"], 1000, 6, "room on the disk; from step 2"),  # two in a row
+    (["step-000012"], 1, 6, "room on the disk; from step 10"),  # cannot be made up for
     (["metrics.jsonl"], 3, 0, "its lines wait in memory"),
-    (["metrics.jsonl"], 1000, 6, "--resume from step 0"),  # no checkpoint is saved without them
+    (["metrics.jsonl"], 1000, 6, "room on the disk; from step 0"),  # no checkpoint is saved without them
 ]
 
 
