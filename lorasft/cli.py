@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 import argparse
-import gc
+import atexit
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from errno import ENAMETOOLONG
 from os.path import expanduser
 from typing import Any, NoReturn
@@ -70,8 +72,11 @@ def entry() -> NoReturn:
         sys.modules["torch"] = None  # type: ignore[assignment]
         os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # about that
     code = main()
-    gc.freeze()  # the libraries made a million objects: a last look through them takes a second
-    sys.exit(code)
+    with suppress(BrokenPipeError):  # the reader of stdout went away
+        print(end="", flush=True)
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for them, as Python itself does
+    atexit._run_exitfuncs()
+    os._exit(code)  # the libraries made a million objects, which Python would take apart
 
 
 def main(argv: Sequence[str] | None = None) -> int:

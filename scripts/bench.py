@@ -86,7 +86,10 @@ class Bench:
         found: dict[str, list[Measured]] = {name: [] for name in arms}
         for number in range(self.options.rounds):
             for name, run in arms.items():
+                started, busy, own = time.perf_counter(), _busy_seconds(), _children_seconds()
                 found[name].append(run())
+                foreign = (_busy_seconds() - busy) - (_children_seconds() - own)
+                self.busiest = max(self.busiest, foreign / (time.perf_counter() - started))
                 print(f"round {number + 1}  {name}", file=sys.stderr, flush=True)
         return found
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+from conftest import Command
+
+from lorasft.commands import train
 from lorasft.data.prepare import prepare
 from lorasft.data.tokenizer import load_tokenizer
+from lorasft.files import is_locked
 from lorasft.recipe.load import load_recipe
+from lorasft.train.metrics import Metrics
 
 Write = Callable[..., str]
 
@@ -48,6 +55,26 @@ def test_a_run_does_without_the_compiler_and_leaves_it_whole(recipe: Write, tmp_
     first, again = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("run", "again"))
     losses = [[json.loads(line).get("loss") for line in text.splitlines()] for text in (first, again)]
     assert losses[0] == losses[1]  # with the compiler's own marks, too
+
+
+def test_done_is_said_when_nothing_is_left_to_do(
+    recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
+) -> None:
+    """So that the process can end at once: trackers closed, the page and the events written, the folder free."""
+    run, plain, threads = tmp_path / "run", train.say, {*threading.enumerate()}
+    closed: list[bool] = []
+    seen: list[tuple[int, bool, bool]] = []
+    monkeypatch.setattr(Metrics, "close", lambda _: closed.append(True))
+
+    def say(text: object) -> None:
+        if str(text).startswith("done"):
+            seen.append((len(closed), is_locked(run), '"ended"' in (run / "events.jsonl").read_text()))
+        plain(text)
+
+    monkeypatch.setattr(train, "say", say)
+    assert cli("train", recipe(train={"epochs": 1})).code == 0
+    assert seen == [(1, False, True)] and "<title>" in (run / "report.html").read_text()
+    assert threads.issuperset(threading.enumerate())
 
 
 EARLY = """
