@@ -48,7 +48,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> SimpleNamespace:
     """Makes stderr a terminal of 80 columns, and `clock.now` the time."""
     clock = SimpleNamespace(now=100.0, columns=80)
     monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: True)  # that of capsys, made anew for the test
-    monkeypatch.setattr("lorasft.train.progress.line_width", lambda: clock.columns)
+    monkeypatch.setattr("lorasft.train.progress.get_terminal_size", lambda: os.terminal_size((clock.columns, 24)))
     monkeypatch.setattr("lorasft.train.progress.time", SimpleNamespace(monotonic=lambda: clock.now))
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
