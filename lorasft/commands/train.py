@@ -132,8 +132,11 @@ def _show_answers(ready: Run, state: State) -> None:
 
     samples = keep_samples(ready.folder, until=state.step)
     result = state.best_step if ready.recipe.run.keep_best else state.step
-    before = {sample.place: sample.answer for sample in samples if sample.step == 0}
+    before = {sample.get("place"): sample.get("answer") for sample in samples if sample["step"] == 0}
     for sample in samples:
-        if sample.step == result and sample.place in before:
-            say(f"\nprompt: {shorten(sample.prompt[-66:], most=66)}")
-            say(f"before: {shorten(before[sample.place], most=66)}\n after: {shorten(sample.answer, most=66)}")
+        if sample["step"] == result and sample.get("place") in before:
+            prompt, old, new = (
+                str(one) for one in (sample.get("prompt"), before[sample["place"]], sample.get("answer"))
+            )
+            say(f"\nprompt: {shorten(prompt[-66:], most=66)}")
+            say(f"before: {shorten(old, most=66)}\n after: {shorten(new, most=66)}")
