@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from lorasft.adapter_files import CONFIG, adapts_experts, list_adapted, open_adapter, read_adapter_config
-from lorasft.errors import ModelError, UnsafeError
-from lorasft.files import MANIFEST, verify_folder
+from lorasft.errors import ModelError, RecipeError, UnsafeError
+from lorasft.files import LOCK, MANIFEST, verify_folder
 from lorasft.hub import is_folder, refuse_offline
 from lorasft.recipe import ChatSettings, DataSettings, DataSource, ModelSettings, Recipe
 from lorasft.recipe.load import load_recipe, shipped_recipes
 from lorasft.tensors import fingerprint
-from lorasft.terminal import quote, say
+from lorasft.terminal import quote, say, train_command
 
 _NAME_ONE = "name a run folder, an adapter, a model folder or a hub id"
 MERGE_RECORD = "merge.json"
+_LEFT_BEHIND = {LOCK, "tokens", "memory.json", "checkpoints", "provenance.json"}  # by a start that failed
 _NO_DATA = DataSettings(train=(DataSource(path="-"),))
 GENERATION_CONFIG = "generation_config.json"
 # What tells of a run in 4 bit: words in the name of its base, and in what other tools write beside an adapter.
@@ -121,6 +122,21 @@ class Artifact:
         if trained and not force_base and trained != fingerprint(self.base):
             what = "this base is not the one that the adapter was trained on"
             raise ModelError(what, where=self.base, hint="--base FOLDER with the files of training, or --force-base")
+
+
+def check_run_folder(folder: Path, *, resume: bool) -> None:
+    """Raise RecipeError when the run folder is taken or holds other files, or when there is nothing to resume."""
+    is_run = (folder / "recipe.yaml").is_file()
+    if resume and not is_run:
+        raise RecipeError("there is no run to resume", where=folder, hint="leave out --resume to start one")
+    if not resume and is_run:
+        hint = f"continue it: {train_command(folder)} --resume; or start another: {quote(f'run.output={folder}-2')}"
+        raise RecipeError("this run folder exists", where=folder, hint=hint)
+    present = {path.name for path in folder.glob("[!.]*")}
+    strangers = sorted(present - _LEFT_BEHIND if LOCK in present else present)
+    if strangers and not is_run:
+        what = f"the folder holds {len(strangers)} files that are not a run's, {strangers[0]} among them"
+        raise RecipeError(what, where=folder, hint="run.output=NEW_FOLDER")
 
 
 def find_artifact(name: str, *, base: str | None = None) -> Artifact:

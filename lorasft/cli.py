@@ -18,7 +18,7 @@ from lorasft import __version__
 from lorasft.commands.arguments import suggest
 from lorasft.errors import CapacityError, LorasftError, RecipeError
 from lorasft.signals import Ended, end_at_once, ended_in_order, exit_code
-from lorasft.terminal import say
+from lorasft.terminal import is_live, say
 
 COMMANDS = {  # each is a file in commands/, which declares its own arguments
     "train": "train an adapter as a recipe says",
@@ -66,6 +66,9 @@ def read_command_line(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
 def entry() -> NoReturn:
     """The process of the command line, from its first signal to its last."""
     end_at_once()
+    if sys.argv[1:2] == ["preview"]:  # tokenizers do without torch, but transformers imports it for them if it can
+        sys.modules["torch"] = None  # type: ignore[assignment]
+        os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # about that
     code = main()
     gc.freeze()  # the libraries made a million objects: a last look through them takes a second
     sys.exit(code)
@@ -79,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with ended_in_order():
             command, options = read_command_line(sys.argv[1:] if argv is None else argv)
+            if is_live() and command not in ("recipes", "report") and not options.get("quiet"):
+                say(f"{command}: importing libraries ...")
             importlib.import_module(f"lorasft.commands.{command}").run(**options)
     except LorasftError as error:
         say(error)
@@ -87,10 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("stopped")
         return exit_code(signalled.args[0])
     except (RuntimeError, MemoryError) as error:
-        from lorasft.model.free_memory import out_of_memory
+        if not isinstance(error, MemoryError):
+            from lorasft.model.free_memory import out_of_memory
 
-        if not out_of_memory(error):
-            raise
+            if not out_of_memory(error):
+                raise
         hint = "free memory and try again (a run that had begun: with --resume), or take a smaller model"
         say(CapacityError(f"out of memory: {error}", hint=hint))
         return CapacityError.exit_code

@@ -24,9 +24,12 @@ import datetime
 import gc
 import importlib
 import importlib.metadata
+import itertools
 import json
 import os
+import pty
 import random
+import re
 import resource
 import shlex
 import shutil
@@ -916,6 +919,32 @@ def load_and_run(arm: str, base: str, cache: str) -> Measured:
     return {"load": loaded, "forward": both - loaded, "both": both, "cpu": used, **memory}
 
 
+# What each command waits for in any case: bitsandbytes without the compiler that its decorators ask for, peft and
+# transformers without it, and what the command loads.
+LIBRARIES = """
+import sys, torch
+from types import ModuleType
+from unittest.mock import patch
+compiler = sys.modules["torch._dynamo"] = ModuleType("torch._dynamo")
+compiler.__path__ = [torch.__path__[0] + "/_dynamo"]
+def leave(function=None, *_, **__):
+    return function or leave
+compiler.disable = compiler.allow_in_graph = compiler.assume_constant_result = compiler.graph_break = leave
+with patch("torch.compile", lambda function, **_: function):
+    import bitsandbytes
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+assert "torch._inductor" not in sys.modules
+"""
+LOADED = """
+scheme = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+tokenizer = AutoTokenizer.from_pretrained({base!r})
+model = AutoModelForCausalLM.from_pretrained({base!r}, quantization_config=scheme, device_map={{"": "cpu"}})
+"""
+TRAINABLE = "model = get_peft_model(model, LoraConfig(r=16, target_modules='all-linear'))\n"
+ADAPTED = "model = PeftModel.from_pretrained(model, {adapter!r})\n"
+
+
 def time_command(words: list[str]) -> Measured:
     """Seconds of one whole process, and those of its CPU."""
     started, own = time.perf_counter(), _children_seconds()
@@ -923,14 +952,33 @@ def time_command(words: list[str]) -> Measured:
     return {"s": time.perf_counter() - started, "cpu": _children_seconds() - own}
 
 
-def bench_start(bench: Bench) -> None:
-    """How long a person waits: whole commands, then a base in 4 bit from the call that loads it to a forward pass.
+def watch_command(words: list[str], *, until: str = "", code: int = 0) -> Measured:
+    """On a terminal: seconds to the first output, to that in which `until` is found, and to the end; from `done` on."""
+    terminal, follower = pty.openpty()
+    started, seen = time.perf_counter(), ""
+    when: Measured = {}
+    with subprocess.Popen(
+        [sys.executable, "-m", "lorasft", *words], stdin=subprocess.DEVNULL, stdout=follower, stderr=follower
+    ) as process:
+        os.close(follower)
+        with contextlib.suppress(OSError):  # the other side is closed
+            while got := os.read(terminal, 1 << 16):
+                seen += got.decode(errors="replace")
+                now = time.perf_counter() - started
+                when.setdefault("first", now)
+                if re.search(until, seen):
+                    when.setdefault("until", now)
+                if "done in" in seen:
+                    when.setdefault("done", now)
+    os.close(terminal)
+    end = time.perf_counter() - started
+    if process.returncode != code:
+        raise SystemExit(f"lorasft {shlex.join(words)} ended with {process.returncode}:\n{seen}")
+    return {"first": when["first"], "until": when["until"] if until else end, "exit": end - when.get("done", end)}
 
-    The base is a random Llama of the shape of TinyLlama 1.1B, or `--base`; imports are left out, files are in the
-    system's cache. bitsandbytes: quantized by its own general kernel. first start: by lorasft's, which gives the same
-    bits. keeping it: the same, and written for the next start. second start: what was kept, its hashes compared.
-    """
-    options = bench.options
+
+def bench_commands(bench: Bench) -> None:
+    """Whole commands, and those of `tiny` beside what they import and load in any case."""
     commands = {
         "python": ["-c", "pass"],
         "lorasft --help": ["-m", "lorasft", "--help"],
@@ -941,6 +989,53 @@ def bench_start(bench: Bench) -> None:
     found = bench.medians({name: partial(time_command, words) for name, words in commands.items()})
     lines = [[name, f"{one['s']:.3f}", f"{one['cpu']:.3f}"] for name, one in found.items()]
     bench.show("Commands", ["command", "s", "CPU, s"], lines)
+
+    base, run = str(ROOT / "recipes/tiny/base"), str(bench.folder / "run")
+    watch_command(["train", "tiny", f"run.output={run}"])
+    load, adapted = LOADED.format(base=base), ADAPTED.format(adapter=f"{run}/adapter")
+    floors = {"libraries": "", "and base": load, "and adapter": load + adapted, "and new adapter": load + TRAINABLE}
+    numbers = itertools.count()
+
+    def train(*words: str, **expected: Any) -> Measured:
+        return watch_command(["train", "tiny", f"run.output={run}-{next(numbers)}", *words], **expected)
+
+    arms: dict[str, tuple[str, Callable[[], Measured]]] = {
+        "plan tiny": ("libraries", partial(watch_command, ["plan", "tiny"])),
+        "chat RUN --prompt": ("and adapter", partial(watch_command, ["chat", run, "--prompt", "hello"])),
+        "train tiny, first step": ("and new adapter", partial(train, until=r" 1/\d+ ")),
+        "the same, nothing evaluated": ("and new adapter", partial(train, "data.eval=null", until=r" 1/\d+ ")),
+        "preview tiny": ("", partial(watch_command, ["preview", "tiny"])),
+        "refused: the run folder": ("", partial(watch_command, ["train", "tiny", f"run.output={run}"], code=2)),
+        "refused: no such data": ("", partial(train, "data.train=nowhere.jsonl", code=3)),
+        "refused: no such tracker": ("", partial(train, "run.trackers=[trackio]", code=5)),
+        "refused: the recipe": ("", partial(train, "train.epochs=many", code=2)),
+    }
+    bare = {name: partial(time_command, ["-c", LIBRARIES + script]) for name, script in floors.items()}
+    found = bench.medians(bare | {name: run for name, (_, run) in arms.items()})
+    lines = [[name, "", f"{found[name]['s']:.2f}", "", ""] for name in floors]
+    for name, (floor, _) in arms.items():
+        one = found[name]
+        ratio = f"{one['until'] / found[floor]['s']:.2f}x {floor}" if floor else ""
+        lines.append([name, f"{one['first']:.2f}", f"{one['until']:.2f}", ratio, f"{one['exit']:.2f}"])
+    bench.show("First words", ["command", "first line, s", "s", "of the floor", "exit, s"], lines)
+
+
+def bench_start(bench: Bench) -> None:
+    """How long a person waits: whole commands, then a base in 4 bit from the call that loads it to a forward pass.
+
+    Commands run on a terminal. The floors are python processes that import torch, transformers, peft and bitsandbytes
+    without torch's compiler, and load what the command loads, as plain transformers and PEFT do it. exit: from the
+    line that says that a run is done to the end of the process.
+
+    The base is a random Llama of the shape of TinyLlama 1.1B, or `--base`; imports are left out, files are in the
+    system's cache. bitsandbytes: quantized by its own general kernel. first start: by lorasft's, which gives the same
+    bits. keeping it: the same, and written for the next start. second start: what was kept, its hashes compared.
+    """
+    options = bench.options
+    if options.only != "base":
+        bench_commands(bench)
+    if options.only == "commands":
+        return
     base = options.base or save_base(bench.folder / "base", {**BIG, "num_hidden_layers": options.layers}, None)
     case = {"base": base, "cache": str(bench.folder / "cache")}
     found = bench.medians({arm: partial(bench.run, load_and_run, arm=arm, **case) for arm in STARTS})
@@ -1136,7 +1231,7 @@ COMMANDS: dict[str, tuple[Callable[[Bench], None], dict[str, dict[str, Any]]]] =
     "head": (bench_head, {"--tokens": {"default": 1024}}),
     "experts": (bench_experts, {"--tokens": {}}),
     "memory": (bench_memory, {"--data": MANY, "--tokenizer": {}}),
-    "start": (bench_start, {"--base": {}, "--layers": {}}),
+    "start": (bench_start, {"--base": {}, "--layers": {}, "--only": {"choices": ["commands", "base"]}}),
     "merge": (bench_merge, {"--layers": {}, "--skip": {}}),
     "data": (bench_data, {"--data": NEEDED, "--tokenizer": NEEDED, "--rows": {}, "--peers": {}}),
 }  # fmt: skip

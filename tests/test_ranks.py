@@ -40,7 +40,7 @@ from lorasft.model.trained import Trained
 from lorasft.recipe.load import load_recipe
 from lorasft.signals import StopRequest
 from lorasft.train import distributed as ranks_module
-from lorasft.train import inputs, loop
+from lorasft.train import loop
 from lorasft.train import metrics as metrics_module
 from lorasft.train import run as runs
 from lorasft.train.distributed import ALONE, Ranks, join
@@ -207,7 +207,6 @@ def test_all_processes_end_with_the_same_parameters(recipe: Write, tmp_path: Pat
 
     def act(rank: int) -> None:
         metrics_module.start_trackers = lambda *_: [Accelerator(), GeneralTracker(_blank=True)][1:]
-        inputs.check_trackers = lambda names: None
         with join() as ranks, runs.open_run(settings, resume=False, ranks=ranks) as (run, state):
             loop.train(run, state)
             run.metrics.close()  # of trackers, in the first alone: must not part the processes

@@ -7,16 +7,35 @@ import re
 from argparse import Action, ArgumentParser, ArgumentTypeError
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorasft.artifact import Artifact
+    from lorasft.recipe import Recipe
 
 
 def add_recipe(parser: ArgumentParser) -> None:
     """RECIPE and its overrides, as `recipe` and `overrides`."""
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, the name of a shipped recipe, or a run's folder")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="as train.epochs=3")
+
+
+def read_recipe(recipe: str, overrides: Sequence[str], *, resume: bool | None = None) -> Recipe:
+    """The recipe, after all that can be refused without torch, whose import takes a second; `resume`: None to plan."""
+    from lorasft.artifact import check_run_folder
+    from lorasft.data.folders import find_files
+    from lorasft.data.prepare import list_sources
+    from lorasft.recipe.load import load_recipe
+    from lorasft.train.metrics import check_trackers
+
+    settings = load_recipe(recipe, overrides)
+    if resume is not None:
+        check_run_folder(Path(settings.run.output), resume=resume)
+    check_trackers(settings.run.trackers)
+    for source, _ in list_sources(settings.data):
+        find_files(source)
+    return settings
 
 
 def suggest(action: Action, **_: Any) -> Iterable[str]:

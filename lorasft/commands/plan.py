@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from lorasft.commands.arguments import add_json, add_memory, add_recipe, show
+from lorasft.commands.arguments import add_json, add_memory, add_recipe, read_recipe, show
 from lorasft.errors import CapacityError
 from lorasft.terminal import say, size_text
 
@@ -22,16 +21,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(recipe: str, overrides: Sequence[str], memory: int | None, as_json: bool) -> None:
     """Print the plan of `recipe` under `memory` bytes. Raises CapacityError when it does not fit."""
-    from lorasft.recipe.load import load_recipe
+    settings = read_recipe(recipe, overrides)
+    from lorasft.train.plan import plan_run
 
-    settings = load_recipe(recipe, overrides)
-    gc.disable()  # the libraries make a million objects, which it would look through again and again
-    try:
-        from lorasft.train.plan import plan_run
-
-        plan = plan_run(settings, memory=memory)
-    finally:
-        gc.enable()
+    plan = plan_run(settings, memory=memory)
     for notice in plan["notices"]:
         say(notice)
     width = min(shutil.get_terminal_size().columns, 100)

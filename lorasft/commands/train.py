@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from lorasft.commands.arguments import add_recipe
+from lorasft.commands.arguments import add_recipe, read_recipe
 from lorasft.errors import Stopped
 from lorasft.terminal import quote, say, shorten, size_text, train_command
 
@@ -35,12 +35,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(recipe: str, overrides: Sequence[str], resume: bool, quiet: bool, verbose: bool) -> Path:
     """Train `recipe`; progress on stderr, the run folder on stdout, and returned."""
-    from lorasft.recipe.load import load_recipe
     from lorasft.train.distributed import join
 
     os.environ["LORASFT_QUIET"] = "1" if quiet else ""  # other processes of it inherit that
     with join() as ranks:
-        settings = ranks.on_main(lambda: load_recipe(recipe, overrides))
+        settings = ranks.on_main(lambda: read_recipe(recipe, overrides, resume=resume))
         from lorasft.train.loop import train
         from lorasft.train.run import export_adapter, open_run
 
@@ -52,15 +51,15 @@ def run(recipe: str, overrides: Sequence[str], resume: bool, quiet: bool, verbos
                 say("\n".join(_describe(ready)))
             state = train(ready, state)
             adapter = ranks.on_main(lambda: export_adapter(ready, state))
-            if ranks.is_main:
-                _show_answers(ready, state)
-                say(f"done in {timedelta(seconds=round(time.monotonic() - started))}; adapter in {adapter}")
-                say(f"next: lorasft chat {quote(output)}")
-                for source in settings.data.eval if isinstance(settings.data.eval, tuple) else ():
-                    say(f"      lorasft evaluate {quote(output)} --data {quote(source.path)}")
-                say(f"      lorasft merge {quote(output)} --out {quote(Path(output).resolve().name + '-merged')}")
-                say(f"or serve the adapter: {_serve_command(ready, adapter)}")
-                print(output)
+        if ranks.is_main:
+            _show_answers(ready, state)
+            say(f"done in {timedelta(seconds=round(time.monotonic() - started))}; adapter in {adapter}")
+            say(f"next: lorasft chat {quote(output)}")
+            for source in settings.data.eval if isinstance(settings.data.eval, tuple) else ():
+                say(f"      lorasft evaluate {quote(output)} --data {quote(source.path)}")
+            say(f"      lorasft merge {quote(output)} --out {quote(Path(output).resolve().name + '-merged')}")
+            say(f"or serve the adapter: {_serve_command(ready, adapter)}")
+            print(output)
     return Path(output)
 
 

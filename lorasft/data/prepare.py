@@ -104,7 +104,7 @@ def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, A
     tokenizer = chat_format.tokenizer
     files = [
         [(kind_of(file), sha256(file)) for file in find_files(source)[0]] or str(load_hub(source)._fingerprint)
-        for source, _ in _sources(data)
+        for source, _ in list_sources(data)
     ]
     return {
         "schema": SCHEMA,
@@ -119,7 +119,7 @@ def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, A
     }
 
 
-def _sources(data: DataSettings) -> list[tuple[DataSource, bool]]:
+def list_sources(data: DataSettings) -> list[tuple[DataSource, bool]]:
     """All sources of the recipe, and whether they are held out."""
     apart = data.eval if isinstance(data.eval, tuple) else ()
     return [*((source, False) for source in data.train), *((held_out_source(source), True) for source in apart)]
@@ -162,7 +162,7 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     names: dict[str, int] = {}  # of files
     blocks = (
         (block, names.setdefault(block.file, len(names)), apart, encoding)  # as it is when the block is read
-        for source, apart in _sources(data)
+        for source, apart in list_sources(data)
         for block in read_blocks(source, data)
     )
     work = partial(_prepare_block, data=data, labeler=labeler)
@@ -200,7 +200,7 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     report.held_out_examples = int(np.count_nonzero(sizes[held_out]))
     report.train_examples = int(np.count_nonzero(sizes[~held_out]))
     _refuse_losses(data, report)
-    others = {str(file) for source, _ in _sources(data) for file in find_files(source)[1]}
+    others = {str(file) for source, _ in list_sources(data) for file in find_files(source)[1]}
     report.files_not_read = sorted(others.difference(names))
     return {
         "report": report.as_dict(),

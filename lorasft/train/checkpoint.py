@@ -30,11 +30,11 @@ from safetensors.torch import save as to_bytes
 
 from lorasft import __version__
 from lorasft.adapter_files import read_adapter_weights
+from lorasft.artifact import check_run_folder
 from lorasft.data.prepare import open_prepared, read_ingredients
 from lorasft.data.store import changed_rows, example_lengths
 from lorasft.errors import CapacityError, DivergedError, LorasftError, ModelError, RecipeError
 from lorasft.files import (
-    LOCK,
     locked,
     make_folder,
     read_objects,
@@ -53,11 +53,10 @@ from lorasft.model.free_memory import out_of_memory
 from lorasft.recipe import Recipe, mathematics
 from lorasft.recipe.load import dump_recipe, flatten, load_recipe
 from lorasft.tensors import fingerprint
-from lorasft.terminal import quote, say, train_command
+from lorasft.terminal import say, train_command
 from lorasft.train.optimizer import optimizer_state, restore_optimizer
 from lorasft.train.state import Run, RunInputs, State
 
-_LEFT_BEHIND = {LOCK, "tokens", "memory.json", "checkpoints", "provenance.json"}  # by a start that failed
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors", "numpy")
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -84,21 +83,6 @@ def take_folder(recipe: Recipe, *, resume: bool) -> Iterator[None]:
         finally:
             if not (folder / "recipe.yaml").is_file():
                 remove_new(folder, present, absent)
-
-
-def check_run_folder(folder: Path, *, resume: bool) -> None:
-    """Raise RecipeError when the run folder is taken or holds other files, or when there is nothing to resume."""
-    is_run = (folder / "recipe.yaml").is_file()
-    if resume and not is_run:
-        raise RecipeError("there is no run to resume", where=folder, hint="leave out --resume to start one")
-    if not resume and is_run:
-        hint = f"continue it: {train_command(folder)} --resume; or start another: {quote(f'run.output={folder}-2')}"
-        raise RecipeError("this run folder exists", where=folder, hint=hint)
-    present = {path.name for path in folder.glob("[!.]*")}
-    strangers = sorted(present - _LEFT_BEHIND if LOCK in present else present)
-    if strangers and not is_run:
-        what = f"the folder holds {len(strangers)} files that are not a run's, {strangers[0]} among them"
-        raise RecipeError(what, where=folder, hint="run.output=NEW_FOLDER")
 
 
 def compare(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:

@@ -19,7 +19,6 @@ from lorasft.model.base import check_device, check_mostly_quantized, compute_dty
 from lorasft.model.scoring import check_ids
 from lorasft.recipe import Recipe
 from lorasft.terminal import say
-from lorasft.train.metrics import check_trackers
 from lorasft.train.optimizer import warmup_steps
 from lorasft.train.state import RunInputs
 
@@ -76,7 +75,6 @@ def read_checked_config(recipe: Recipe) -> Any:
         raise DeviceError(what, where="model.dtype", hint="use auto, bfloat16 or float32")
     if recipe.model.quantization == "nf4" and not hasattr(config, "quantization_config"):
         check_mostly_quantized(skeleton)
-    check_trackers(recipe.run.trackers)
     return config
 
 

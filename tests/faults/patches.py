@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lorasft.model import scoring
-from lorasft.train import checkpoint, inputs, loop, metrics
+from lorasft.train import checkpoint, loop, metrics
 
 
 def before_step(number: int, act: Callable[[Any], object]) -> None:
@@ -79,7 +79,7 @@ def break_trackers(moment: str, way: str) -> None:
         return [Tracker()]
 
     metrics.start_trackers = start
-    inputs.check_trackers = lambda names: None
+    metrics.check_trackers = lambda names: None
 
 
 def note_rows(ledger: Path) -> None:

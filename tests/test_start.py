@@ -1,0 +1,98 @@
+"""What a command imports before it does something. Nothing here is timed: `scripts/bench.py start` does that."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lorasft.data.prepare import prepare
+from lorasft.data.tokenizer import load_tokenizer
+from lorasft.recipe.load import load_recipe
+
+Write = Callable[..., str]
+
+
+def run_python(code: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """`code` in a process of its own, with the words in sys.argv."""
+    return subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=False)
+
+
+FIRST_STEP = """
+import sys
+from lorasft import cli
+from lorasft.train.progress import Progress
+step = Progress.step
+def watched(self, values):
+    step(self, values)
+    print(values["step"], "torch._inductor" in sys.modules, "torch._dynamo.convert_frame" in sys.modules)
+Progress.step = watched
+assert cli.main(["train", sys.argv[1]]) == 0
+import torch
+print(torch.compile(lambda x: x.sin() + 1, backend="eager", fullgraph=True)(torch.zeros(2)).tolist())
+print(torch._dynamo.convert_frame.__name__, sys.modules["torch._dynamo"].__file__ is not None)
+assert cli.main(["train", sys.argv[1], "run.output=" + sys.argv[2]]) == 0
+"""
+
+
+def test_a_run_does_without_the_compiler_and_leaves_it_whole(recipe: Write, tmp_path: Path) -> None:
+    path = recipe(train={"epochs": 1}, model={"dtype": "bfloat16"})
+    done = run_python(FIRST_STEP, path, tmp_path / "again")
+    assert done.returncode == 0, done.stderr
+    steps, after = done.stdout.split(f"{tmp_path}/run\n")
+    assert steps.splitlines() == [f"{number} False False" for number in (1, 2, 3)]
+    assert after.splitlines()[:2] == ["[1.0, 1.0]", "torch._dynamo.convert_frame True"]
+    first, again = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("run", "again"))
+    losses = [[json.loads(line).get("loss") for line in text.splitlines()] for text in (first, again)]
+    assert losses[0] == losses[1]  # with the compiler's own marks, too
+
+
+EARLY = """
+import json, sys
+from lorasft import cli
+for words in json.loads(sys.argv[1]):
+    code = cli.main(words)
+    print(code, sorted({"torch", "transformers", "datasets"} & sys.modules.keys()))
+"""
+
+
+def test_what_can_be_known_without_torch_is_refused_without_it(recipe: Write, run: Path, tmp_path: Path) -> None:
+    path = recipe()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").touch()
+    cases = [
+        (2, ["train", path, f"run.output={run}"], "this run folder exists"),
+        (2, ["train", path, f"run.output={tmp_path}/full"], "files that are not a run's"),
+        (2, ["train", path, f"run.output={tmp_path}/none", "--resume"], "there is no run to resume"),
+        (3, ["train", path, f"data.train={tmp_path}/none.jsonl"], "there is no such file"),
+        (3, ["plan", path, f"data.eval=[{tmp_path}/none.jsonl]"], "there is no such file"),
+        (5, ["train", path, "run.trackers=[trackio]"], "not installed: trackio"),
+        (2, ["train", path, "train.epochs=many"], "train.epochs"),
+    ]
+    done = run_python(EARLY, json.dumps([words for _, words, _ in cases]))
+    assert done.stdout.splitlines() == [f"{code} []" for code, _, _ in cases], done.stderr
+    for _, _, said in cases:
+        assert said in done.stderr
+
+
+def test_preview_shows_what_is_trained_on_without_torch_or_datasets(recipe: Write, tmp_path: Path) -> None:
+    path = recipe()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "lorasft", "preview", path, "--json"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "tokenizers" in imported and not {"torch", "datasets"} & imported
+    assert [line for line in done.stderr.splitlines() if not line.startswith("import time:")] == []
+    shown: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()[:-1]]
+
+    settings = load_recipe(path)
+    tokenizer = load_tokenizer(settings.model.base)
+    store = prepare(settings.data, settings.chat, tokenizer=tokenizer, folder=tmp_path / "tokens").store
+    trained = [tokens for example in range(len(store)) for tokens in store.sequences(example)]
+    assert [line["ids"] for line in shown] == [tokens.ids.tolist() for tokens in trained]
+    assert [line["labels"] for line in shown] == [tokens.labels.tolist() for tokens in trained]
+    assert {line["held_out"] for line in shown} == {False, True}
