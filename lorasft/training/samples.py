@@ -23,7 +23,7 @@ from lorasft.model.generate import generate
 from lorasft.model.scoring import score_batches
 from lorasft.signals import StopRequest
 from lorasft.terminal import say, shorten
-from lorasft.train.state import Run, State
+from lorasft.training.state import Run, State
 
 Ledger = dict[str, dict[str, Any]]  # lines of rows.jsonl, by split and place
 _PROMPTS = 3
