@@ -2,10 +2,9 @@
 
 import os
 import sys
-from importlib import import_module
 
 from lorasft.commands.chat import load as load
-from lorasft.commands.train import TrainFolder
+from lorasft.commands.train import train as train
 
 __version__ = "0.1.0"
 
@@ -13,6 +12,3 @@ __version__ = "0.1.0"
 # into, unless pieces may grow (only on Linux). Read when torch first takes memory of a GPU; what a person set stays.
 if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-
-train: TrainFolder  # of Python what `lorasft train` is in a shell; `load` is above
-import_module("lorasft.train").__class__ = TrainFolder

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lorasft.errors import CapacityError, LorasftError, ModelError, RecipeError
+from lorasft.terminal import size_text
 
 MANIFEST = "manifest.json"
 STAGE = ".stage-"
@@ -264,7 +265,7 @@ def need_space(folder: Path, size: int) -> None:
     present = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(present).free
     if free < size * 1.02:
-        what = f"needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+        what = f"needs {size_text(size)}, {size_text(free)} are free"
         raise CapacityError(what, where=folder, hint="free some space")
 
 

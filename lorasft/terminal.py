@@ -39,13 +39,6 @@ def is_live() -> bool:
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def line_width() -> int:
-    """Columns of the terminal that stderr is: 80 where it is none, or does not say."""
-    with contextlib.suppress(OSError, ValueError):
-        return os.get_terminal_size(2).columns or 80
-    return 80
-
-
 def harmless(text: str) -> str:
     """`text` with nothing in it that a terminal would obey: control characters, but for newline and tab, as escapes."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

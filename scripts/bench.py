@@ -236,7 +236,7 @@ def make_recipe(base: str, rows: str, **sections: Any) -> Any:
 def time_step(run: Any, number: int) -> tuple[float, Any, float]:
     """Seconds of one step of a run, its cutting included; the step; its loss."""
     from lorasft.signals import StopRequest
-    from lorasft.train.loop import take_step
+    from lorasft.training.loop import take_step
 
     step = run.plan.step(number, run.rows)
     started = time.perf_counter()
@@ -290,7 +290,7 @@ def train_arm(arm: str, **job: Any) -> Measured:
 
 
 def train_ours(arm: str, job: Measured, meter: Meter) -> None:
-    from lorasft.train.run import open_run
+    from lorasft.training.run import open_run
 
     with open_run(train_recipe(job), resume=False) as (run, _):
         run.network.causal.train()
@@ -390,7 +390,7 @@ def make_job(options: argparse.Namespace, folder: Path) -> Measured:
 
     from lorasft.data.prepare import prepare
     from lorasft.data.tokenizer import load_tokenizer
-    from lorasft.train.inputs import make_plan
+    from lorasft.training.inputs import make_plan
 
     base = save_base(folder / "base", SHAPES[options.shape], options.tokenizer)
     job = {name: getattr(options, name) for name in ("batch", "peer_rows", "steps", "max_length")}
@@ -476,7 +476,7 @@ def flat_case(base: str, file: str, length: int, steps: int) -> Measured:
 
     from lorasft.data.prepare import prepare
     from lorasft.data.tokenizer import load_tokenizer
-    from lorasft.train.run import open_run
+    from lorasft.training.run import open_run
 
     rest = settle()
     train = {"batch_size": STEP_TOKENS // length, "steps": steps + 1}
@@ -580,7 +580,7 @@ def prefix_steps(base: str, stem: int, answer: int, batch: int, steps: int, toke
 
     from lorasft.data.packing import Plan
     from lorasft.data.tokens import Tokens
-    from lorasft.train.layout import widen
+    from lorasft.training.layout import widen
 
     network, optimizer = load_network(base)
     draw, vocabulary = np.random.default_rng(0), network.causal.config.get_text_config().vocab_size
@@ -810,8 +810,8 @@ PLANNED: dict[str, tuple[str, dict[str, Any]]] = {
 
 def plan_and_run(base: str, data: str, quantization: str, recompute: bool) -> Measured:
     """Predicted and measured bytes and speeds of a run."""
-    from lorasft.train.plan import plan_run
-    from lorasft.train.run import open_run
+    from lorasft.training.plan import plan_run
+    from lorasft.training.run import open_run
 
     recipe = make_recipe(
         base,
@@ -839,8 +839,8 @@ def plan_and_run(base: str, data: str, quantization: str, recompute: bool) -> Me
 def work_twice(run: Any) -> None:
     """The heaviest micro-batch before and after an update, which makes the optimizer's states."""
     from lorasft.data.packing import Step
-    from lorasft.train.layout import find_heaviest
-    from lorasft.train.loop import add_gradients
+    from lorasft.training.layout import find_heaviest
+    from lorasft.training.loop import add_gradients
 
     batch = find_heaviest(run.plan, run.rows)
     step = Step(1, 0.0, batch.examples, (batch,))
@@ -907,7 +907,7 @@ def load_and_run(arm: str, base: str, cache: str) -> Measured:
     from lorasft.recipe import ModelSettings
 
     os.environ["LORASFT_CACHE"] = cache
-    importlib.import_module("lorasft.train.run")
+    importlib.import_module("lorasft.training.run")
     before = settle()
     if arm == "bitsandbytes":
         lorasft.model.QUANTIZER = None
@@ -987,7 +987,7 @@ def bench_commands(bench: Bench) -> None:
         "lorasft --help": ["-m", "lorasft", "--help"],
         "lorasft recipes": ["-m", "lorasft", "recipes"],
         "import torch": ["-c", "import torch"],
-        "import lorasft.train.run": ["-c", "import lorasft.train.run"],
+        "import lorasft.training.run": ["-c", "import lorasft.training.run"],
     }
     found = bench.medians({name: partial(time_command, words) for name, words in commands.items()})
     lines = [[name, f"{one['s']:.3f}", f"{one['cpu']:.3f}"] for name, one in found.items()]

@@ -322,9 +322,9 @@ def tiny(scale: Scale) -> Cases:
 def train_tiny(folder: str, *settings: str, resume: bool = False) -> tuple[list[float], int]:
     """The losses of four steps of the shipped recipe `tiny`, and the tokens of its micro-batches in the end."""
     from lorasft.recipe.load import load_recipe
-    from lorasft.train.checkpoint import newest_checkpoint
-    from lorasft.train.loop import train
-    from lorasft.train.run import export_adapter, open_run
+    from lorasft.training.checkpoint import newest_checkpoint
+    from lorasft.training.loop import train
+    from lorasft.training.run import export_adapter, open_run
 
     with open_run(load_recipe("tiny", tiny_settings(folder, *settings)), resume=resume) as (run, state):
         export_adapter(run, train(run, state))

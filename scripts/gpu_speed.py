@@ -186,7 +186,7 @@ def make_rig(shape: str, device: Any) -> Rig:
     from lorasft.model.trained import Trained
     from lorasft.model.weightless import make_weightless, plan_network
     from lorasft.recipe import AdapterSettings, ModelSettings, OptimizerSettings
-    from lorasft.train.optimizer import make_optimizer
+    from lorasft.training.optimizer import make_optimizer
 
     adapter, model = AdapterSettings(rank=16), make_model(make_config(shape), device)
     peft = attach_adapter(model, adapter, seed=0)
@@ -418,7 +418,7 @@ def caps(scale: Scale, *, shape: str, cases: list[tuple[float, int]]) -> Cases:
 
     from lorasft.model.free_memory import free_memory, out_of_memory
     from lorasft.model.memory import heaviest_batch
-    from lorasft.train.layout import fewest_recomputed
+    from lorasft.training.layout import fewest_recomputed
 
     total = torch.cuda.get_device_properties(scale.device).total_memory if scale.on_gpu else 0
 

@@ -27,7 +27,7 @@ from lorasft.model.tables import keep_on_host
 from lorasft.model.weightless import make_weightless
 from lorasft.recipe import Recipe
 from lorasft.recipe.load import load_recipe, shipped_recipes
-from lorasft.train.plan import LIBRARIES, least_bytes
+from lorasft.training.plan import LIBRARIES, least_bytes
 
 ROOT = Path(__file__).parents[1]
 CONFIGS: dict[str, Any] = yaml.safe_load((ROOT / "tests/configs.yaml").read_text(encoding="utf-8"))

@@ -107,7 +107,7 @@ def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "not/there/yet"))
     assert "not/there/yet" in doctor._check_disk()
     monkeypatch.setattr(doctor, "LEAST_DISK", 1 << 60)
-    with pytest.raises(CapacityError, match="GB are free") as caught:
+    with pytest.raises(CapacityError, match="iB are free") as caught:
         doctor._check_disk()
     assert caught.value.where == str(Path.cwd())
 

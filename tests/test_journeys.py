@@ -24,8 +24,8 @@ from lorasft.files import sha256, verify_folder
 from lorasft.hub import is_hub_id
 from lorasft.recipe.load import load_recipe
 from lorasft.terminal import quote
-from lorasft.train import metrics as metrics_module
-from lorasft.train.metrics import Metrics
+from lorasft.training import metrics as metrics_module
+from lorasft.training.metrics import Metrics
 
 Write = Callable[..., str]
 
@@ -152,10 +152,10 @@ def test_a_refused_start_leaves_nothing(
     before = sorted(tmp_path.rglob("*"))
     with monkeypatch.context() as patch:
         if word == "signal":
-            patch.setattr("lorasft.train.run.load_base", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+            patch.setattr("lorasft.training.run.load_base", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
         elif word == "late":
             patch.setattr(
-                "lorasft.train.run.write_start", lambda *_: (_ for _ in ()).throw(MemoryError("out of memory"))
+                "lorasft.training.run.write_start", lambda *_: (_ for _ in ()).throw(MemoryError("out of memory"))
             )
         assert main(["train", path, *([word] if "=" in word else [])]) > 0
     assert sorted(tmp_path.rglob("*")) == before
@@ -276,7 +276,7 @@ def test_refusals_say_what_helps(
 def test_the_time_left_is_that_of_the_steps(recipe: Write, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """What comes before the first step, as the evaluation of the base, is not repeated."""
     now = [100.0]
-    monkeypatch.setattr("lorasft.train.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("lorasft.training.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
     settings = load_recipe(recipe())
     Path(settings.run.output).mkdir()
     shown = Metrics(settings, steps=11, done=0, metrics_bytes=0, quiet=True)

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasft.cli import main
 from lorasft.files import read_objects, sha256
-from lorasft.train import loop, samples
+from lorasft.training import loop, samples
 
 Write = Callable[..., str]
 PLAIN = {"model": {"quantization": "none"}}

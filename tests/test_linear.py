@@ -22,7 +22,7 @@ from lorasft.model.recompute import recompute
 from lorasft.model.selfcheck import verify
 from lorasft.model.trained import Trained
 from lorasft.recipe import AdapterSettings, OptimizerSettings
-from lorasft.train.optimizer import make_optimizer, optimizer_state, restore_optimizer
+from lorasft.training.optimizer import make_optimizer, optimizer_state, restore_optimizer
 
 RANK, IN, OUT = 4, 128, 64
 

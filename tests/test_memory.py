@@ -41,13 +41,13 @@ from lorasft.model.selfcheck import verify
 from lorasft.model.trained import Trained
 from lorasft.model.weightless import make_sample, make_weightless, plan_network
 from lorasft.recipe import AdapterSettings, ModelSettings
-from lorasft.train import layout as layouts
-from lorasft.train import loop
-from lorasft.train import run as runs
-from lorasft.train.checkpoint import read_state
-from lorasft.train.distributed import ALONE
-from lorasft.train.layout import Fit, choose_copies, choose_fit, find_heaviest
-from lorasft.train.state import Run
+from lorasft.training import layout as layouts
+from lorasft.training import loop
+from lorasft.training import run as runs
+from lorasft.training.checkpoint import read_state
+from lorasft.training.distributed import ALONE
+from lorasft.training.layout import Fit, choose_copies, choose_fit, find_heaviest
+from lorasft.training.state import Run
 
 Write = Callable[..., str]
 GIB = 1 << 30
@@ -457,7 +457,7 @@ def test_a_resumed_run_keeps_its_layers_unless_the_recipe_states_otherwise(
 
 ENDS = [  # where memory ends, exit code, what is said
     ("transformers.AutoModelForCausalLM.from_pretrained", 6, "while loading"),
-    ("lorasft.train.run.choose_layout", 6, "out of memory: injected"),
+    ("lorasft.training.run.choose_layout", 6, "out of memory: injected"),
     ("torch.optim.AdamW.step", 6, "--resume"),  # nothing smaller would help
     ("lorasft.model.generate.generate", 0, "no more answers"),  # nothing is lost
 ]
@@ -548,8 +548,8 @@ TIGHT = """
 import resource, sys, torch
 from pathlib import Path
 from lorasft.recipe.load import load_recipe
-from lorasft.train.loop import train
-from lorasft.train.run import open_run
+from lorasft.training.loop import train
+from lorasft.training.run import open_run
 torch.set_num_threads(1)
 with open_run(load_recipe(sys.argv[1]), resume=False) as (run, state):
     if spare := int(sys.argv[2]):

@@ -222,7 +222,7 @@ def test_what_does_not_go_together_is_refused_before_weights(
     recipe: Any, run: Path, tmp_path: Path, cli: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The embedding trained as a whole as well, an adapter with other tokens, a file that is not there, two of one."""
-    monkeypatch.setattr("lorasft.train.run.load_base", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("lorasft.training.run.load_base", lambda *_, **__: pytest.fail("weights were read"))
     words = {
         "train as a whole": ({"new_tokens": ["<a>"]}, {"modules_to_save": ["embed_tokens", "lm_head"]}),
         "not those of adapter.start": ({"new_tokens": ["<a>"]}, {"start": str(run)}),

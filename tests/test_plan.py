@@ -26,13 +26,13 @@ from lorasft.model.adapter import attach_adapter, write_adapter
 from lorasft.model.base import count_bytes, load_base
 from lorasft.recipe import AdapterSettings, ModelSettings
 from lorasft.recipe.load import load_recipe
-from lorasft.train import layout as layouts
-from lorasft.train import loop
-from lorasft.train import run as runs
-from lorasft.train.layout import find_heaviest
-from lorasft.train.loop import add_gradients
-from lorasft.train.plan import plan_run
-from lorasft.train.run import open_run
+from lorasft.training import layout as layouts
+from lorasft.training import loop
+from lorasft.training import run as runs
+from lorasft.training.layout import find_heaviest
+from lorasft.training.loop import add_gradients
+from lorasft.training.plan import plan_run
+from lorasft.training.run import open_run
 
 Write = Callable[..., str]
 CPU = torch.device("cpu")

@@ -30,8 +30,8 @@ from lorasft.model.attention import SEGMENTS, Paths, attend, default_attention
 from lorasft.model.loss import Network, pair_losses
 from lorasft.model.scoring import log_probabilities
 from lorasft.model.selfcheck import verify
-from lorasft.train.layout import choose_sharing, widen
-from lorasft.train.state import Layout
+from lorasft.training.layout import choose_sharing, widen
+from lorasft.training.state import Layout
 
 Write = Callable[..., str]
 

@@ -39,12 +39,12 @@ from lorasft.files import read_objects, verify_folder
 from lorasft.model.trained import Trained
 from lorasft.recipe.load import load_recipe
 from lorasft.signals import StopRequest
-from lorasft.train import distributed as ranks_module
-from lorasft.train import loop
-from lorasft.train import metrics as metrics_module
-from lorasft.train import run as runs
-from lorasft.train.distributed import ALONE, Ranks, join
-from lorasft.train.state import Layout, Run, State
+from lorasft.training import distributed as ranks_module
+from lorasft.training import loop
+from lorasft.training import metrics as metrics_module
+from lorasft.training import run as runs
+from lorasft.training.distributed import ALONE, Ranks, join
+from lorasft.training.state import Layout, Run, State
 
 Write = Callable[..., str]
 

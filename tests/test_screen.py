@@ -28,7 +28,7 @@ from lorasft.errors import DivergedError
 from lorasft.files import sha256
 from lorasft.recipe import RunSettings
 from lorasft.terminal import say
-from lorasft.train.progress import Progress, sparkline
+from lorasft.training.progress import Progress, sparkline
 
 Write = Callable[..., str]
 
@@ -48,8 +48,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> SimpleNamespace:
     """Makes stderr a terminal of 80 columns, and `clock.now` the time."""
     clock = SimpleNamespace(now=100.0, columns=80)
     monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: True)  # that of capsys, made anew for the test
-    monkeypatch.setattr("lorasft.train.progress.line_width", lambda: clock.columns)
-    monkeypatch.setattr("lorasft.train.progress.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("lorasft.training.progress.get_terminal_size", lambda: os.terminal_size((clock.columns, 24)))
+    monkeypatch.setattr("lorasft.training.progress.time", SimpleNamespace(monotonic=lambda: clock.now))
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     return clock
@@ -251,7 +251,7 @@ def test_answers_that_fail_or_were_changed_cost_nothing_else(
     def full(*_: Any, **__: Any) -> None:
         raise RuntimeError("no cache for this model\nand more")
 
-    monkeypatch.setattr("lorasft.train.samples.generate", full)
+    monkeypatch.setattr("lorasft.training.samples.generate", full)
     done = cli("train", path, "--resume")
     assert done.code == 0 and "no answers after step 4: RuntimeError: no cache for this model\n" in done.err
 
@@ -318,7 +318,7 @@ def test_a_checkpoint_is_asked_as_its_run_is(recipe: Write, tmp_path: Path, cli:
 def test_a_run_that_has_not_begun_is_begun_again(
     recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
 ) -> None:
-    monkeypatch.setattr("lorasft.train.run._prepare", lambda *_, **__: die())
+    monkeypatch.setattr("lorasft.training.run._prepare", lambda *_, **__: die())
     stopped = cli("train", recipe(), "chat.system=be kind")
     assert stopped.code == 130
     assert stopped.err.splitlines() == [

@@ -31,7 +31,7 @@ def run_python(code: str, *words: object) -> subprocess.CompletedProcess[str]:
 FIRST_STEP = """
 import sys
 from lorasft import cli
-from lorasft.train.progress import Progress
+from lorasft.training.progress import Progress
 step = Progress.step
 def watched(self, values):
     step(self, values)

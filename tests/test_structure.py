@@ -16,7 +16,7 @@ FLOORS = [
     {"errors", "files", "hub", "tensors", "recipe", "adapter_files", "artifact", "report", "signals", "terminal"},
     {"data"},
     {"model"},
-    {"train", "merge", "export"},
+    {"training", "merge", "export"},
     {"commands"},
     {"cli"},
     {"__main__", ""},  # the package itself: what Python calls, and a version, which every file may read
@@ -26,12 +26,12 @@ ROOMS = {
     "datasets": {"data"},
     "pyarrow": {"data"},
     "peft": {"model", "merge"},
-    "bitsandbytes": {"model", "merge", "train"},
-    "accelerate": {"train", "merge", "commands"},
-    "transformers": {"data", "model", "train", "merge", "export", "commands"},
+    "bitsandbytes": {"model", "merge", "training"},
+    "accelerate": {"training", "merge", "commands"},
+    "transformers": {"data", "model", "training", "merge", "export", "commands"},
     "gguf": {"export"},
     "yaml": {"recipe"},
-    "pydantic": {"recipe", "adapter_files", "train"},
+    "pydantic": {"recipe", "adapter_files", "training"},
 }
 FORBIDDEN = {"pickle", "shelve", "marshal", "subprocess", "joblib"}
 
@@ -122,8 +122,8 @@ WRITERS = {
     "signals.py": {"write"},  # to stderr, from a signal's handler
     "model/scoring.py": {"TemporaryDirectory"},  # the store of the rows that it scores
     "model/cache.py": {"chmod", "save_pretrained"},  # in the stage of a kept base, whose folder is private
-    "train/plan.py": {"TemporaryDirectory"},  # the data of a plan
-    "train/run.py": {"save_pretrained"},  # tokenizer and generation config, in the stage of the adapter
+    "training/plan.py": {"TemporaryDirectory"},  # the data of a plan
+    "training/run.py": {"save_pretrained"},  # tokenizer and generation config, in the stage of the adapter
 }
 EFFECTS = {"write_text", "write_bytes", "unlink", "rmtree", "rmdir", "mkdir", "makedirs", "touch", "truncate",
            "symlink", "symlink_to", "hardlink_to", "link", "chmod", "copyfile", "copytree", "copy2", "move",

@@ -30,9 +30,9 @@ from lorasft.model.selfcheck import verify
 from lorasft.recipe import AdapterSettings, ModelSettings, ScheduleSettings
 from lorasft.recipe.load import load_recipe
 from lorasft.signals import Ended, StopRequest
-from lorasft.train import loop
-from lorasft.train import run as runs
-from lorasft.train.optimizer import learning_rate
+from lorasft.training import loop
+from lorasft.training import run as runs
+from lorasft.training.optimizer import learning_rate
 
 Write = Callable[..., str]
 

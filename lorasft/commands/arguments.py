@@ -27,7 +27,7 @@ def read_recipe(recipe: str, overrides: Sequence[str], *, resume: bool | None = 
     from lorasft.data.folders import find_files
     from lorasft.data.prepare import list_sources
     from lorasft.recipe.load import load_recipe
-    from lorasft.train.metrics import check_trackers
+    from lorasft.training.metrics import check_trackers
 
     settings = load_recipe(recipe, overrides)
     if resume is not None:

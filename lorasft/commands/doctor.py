@@ -148,7 +148,7 @@ def _check_disk() -> str:
 
     for folder in (Path.cwd(), Path(HF_HOME)):
         need_space(folder, LEAST_DISK)
-    return f"{LEAST_DISK / 1e9:.1f} GB and more are free here and in {HF_HOME}"
+    return f"{size_text(LEAST_DISK)} and more are free here and in {HF_HOME}"
 
 
 def _check_hub() -> str:

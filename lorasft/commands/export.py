@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lorasft.commands.arguments import add_json, show
-from lorasft.terminal import say
+from lorasft.terminal import say, size_text
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -51,5 +51,5 @@ def run(model: str, to: str, out: str, type: Any, as_json: bool) -> None:
         longest = written["longest_row"]
         rows = f"the longest row of training has {longest} tokens" if longest else "the rows of training are not known"
         say(f"llama.cpp takes the factors for long prompts for short ones, too, above -c {context}; {rows}")
-    say(f"{written['architecture']} as {written['type']}, {written['size'] / 1e9:.3f} GB")
+    say(f"{written['architecture']} as {written['type']}, {size_text(written['size'])}")
     show(written, [out], as_json=as_json)

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorasft.commands.arguments import add_columns, add_json, add_saved, open_saved, show
 from lorasft.errors import RecipeError
-from lorasft.terminal import say
+from lorasft.terminal import say, size_text
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def run(out: str, data: str | None, columns: str | None, as_json: bool, **option
     source = read_source(data, columns) if data else None
     merged = merge(artifact, Path(out), data=source, **options)
     what = f"merged {merged['updated']} tensors onto the {merged['onto']} weights ({merged['why']})"
-    say(f"{what}: {merged['size'] / 1e9:.3f} GB")
+    say(f"{what}: {size_text(merged['size'])}")
     if merged["table"]:
         say(f"on {merged['rows']}:\n{'':30}  {'KL a token':>10}  {'same choice':>11}  {'nats a token':>12}")
     for name, x in merged["table"].items():

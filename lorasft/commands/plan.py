@@ -22,7 +22,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(recipe: str, overrides: Sequence[str], memory: int | None, as_json: bool) -> None:
     """Print the plan of `recipe` under `memory` bytes. Raises CapacityError when it does not fit."""
     settings = read_recipe(recipe, overrides)
-    from lorasft.train.plan import plan_run
+    from lorasft.training.plan import plan_run
 
     plan = plan_run(settings, memory=memory)
     for notice in plan["notices"]:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lorasft.commands.arguments import add_recipe, read_recipe
@@ -20,7 +19,7 @@ from lorasft.terminal import quote, say, shorten, size_text, train_command
 
 if TYPE_CHECKING:
     from lorasft.report import History
-    from lorasft.train.state import Run, State
+    from lorasft.training.state import Run, State
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
 
@@ -35,13 +34,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(recipe: str, overrides: Sequence[str], resume: bool, quiet: bool, verbose: bool) -> Path:
     """Train `recipe`; progress on stderr, the run folder on stdout, and returned."""
-    from lorasft.train.distributed import join
+    from lorasft.training.distributed import join
 
     os.environ["LORASFT_QUIET"] = "1" if quiet else ""  # other processes of it inherit that
     with join() as ranks:
         settings = ranks.on_main(lambda: read_recipe(recipe, overrides, resume=resume))
-        from lorasft.train.loop import train
-        from lorasft.train.run import export_adapter, open_run
+        from lorasft.training.loop import train
+        from lorasft.training.run import export_adapter, open_run
 
         started, output = time.monotonic(), settings.run.output
         saying = _saying_what_is_saved(Path(output), again=train_command(recipe, *overrides))
@@ -63,16 +62,13 @@ def run(recipe: str, overrides: Sequence[str], resume: bool, quiet: bool, verbos
     return Path(output)
 
 
-class TrainFolder(ModuleType):
-    """The folder `lorasft.train` as a function of Python: the name is both."""
+def train(recipe: str | Path, *, resume: bool = False, **overrides: Any) -> History:
+    """What `lorasft train` does, with `train={"epochs": 3}` or `**{"train.epochs": 3}`. Raises LorasftError."""
+    from lorasft.recipe.load import flatten
+    from lorasft.report import History
 
-    def __call__(self, recipe: str | Path, *, resume: bool = False, **overrides: Any) -> History:
-        """Train as `lorasft train` does, with `train={"epochs": 3}` or `**{"train.epochs": 3}`. Raises LorasftError."""
-        from lorasft.recipe.load import flatten
-        from lorasft.report import History
-
-        words = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flatten(overrides).items()]
-        return History(run(str(recipe), words, resume=resume, quiet=False, verbose=False))
+    words = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flatten(overrides).items()]
+    return History(run(str(recipe), words, resume=resume, quiet=False, verbose=False))
 
 
 def _describe(ready: Run) -> Iterator[str]:
@@ -111,7 +107,7 @@ def _serve_command(ready: Run, adapter: Path) -> str:
 def _saying_what_is_saved(folder: Path, *, again: str) -> Iterator[None]:
     """Where a signal ends the run at once: before the first step, after the last, or twice. `again`: what began it."""
     from lorasft.signals import Ended, exit_code
-    from lorasft.train.checkpoint import list_checkpoints
+    from lorasft.training.checkpoint import list_checkpoints
 
     try:
         yield
@@ -127,12 +123,15 @@ def _saying_what_is_saved(folder: Path, *, again: str) -> Iterator[None]:
 
 def _show_answers(ready: Run, state: State) -> None:
     """What the base and the result said to the sampled prompts."""
-    from lorasft.train.samples import keep_samples
+    from lorasft.training.samples import keep_samples
 
     samples = keep_samples(ready.folder, until=state.step)
     result = state.best_step if ready.recipe.run.keep_best else state.step
-    before = {sample.place: sample.answer for sample in samples if sample.step == 0}
+    before = {sample.get("place"): sample.get("answer") for sample in samples if sample["step"] == 0}
     for sample in samples:
-        if sample.step == result and sample.place in before:
-            say(f"\nprompt: {shorten(sample.prompt[-66:], most=66)}")
-            say(f"before: {shorten(before[sample.place], most=66)}\n after: {shorten(sample.answer, most=66)}")
+        if sample["step"] == result and sample.get("place") in before:
+            prompt, old, new = (
+                str(one) for one in (sample.get("prompt"), before[sample["place"]], sample.get("answer"))
+            )
+            say(f"\nprompt: {shorten(prompt[-66:], most=66)}")
+            say(f"before: {shorten(old, most=66)}\n after: {shorten(new, most=66)}")

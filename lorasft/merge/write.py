@@ -28,7 +28,7 @@ from lorasft.merge.changes import Change, read_changes
 from lorasft.merge.parameters import ParameterMap
 from lorasft.model.packed import StoredWeight, list_stored
 from lorasft.tensors import INDEX, SINGLE, TensorFile, TensorSpec, TensorWriter, find_weights, open_tensors
-from lorasft.terminal import say
+from lorasft.terminal import say, size_text
 
 Read = Callable[[], Tensor]
 Onto = Literal["original", "dequantized"]  # the weights that an update is added to
@@ -118,7 +118,7 @@ def write_weights(stage: Path, plan: MergePlan, *, nf4: Mapping[str, Read]) -> t
                     done += spec.size
                     if sys.stderr.isatty():  # one line that is written over
                         end = "\n" if done == plan.size else ""
-                        say(f"{done / 1e9:.2f} of {plan.size / 1e9:.2f} GB", end=end)
+                        say(f"{size_text(done)} of {size_text(plan.size)}", end=end)
                 hashes[path.name] = writer.finish()
     return changed, hashes
 

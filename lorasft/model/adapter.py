@@ -39,6 +39,7 @@ from lorasft.model.base import compute_dtype, load_base, make_skeleton, read_con
 from lorasft.model.free_memory import free_memory, out_of_memory
 from lorasft.model.linear import use_lean_linears
 from lorasft.recipe import AdapterSettings, ModelSettings
+from lorasft.terminal import size_text
 
 # Linears whose weights a Mamba block, or its fused kernel, reads without calling them: PEFT refuses the first.
 _FUSED = {
@@ -141,7 +142,7 @@ def load_artifact(artifact: Artifact, device: torch.device, *, streamed: bool | 
     streamed = size > 0.8 * free if streamed == "auto" else streamed
     if size > free and not streamed:
         hint = "--quantization nf4" if "init_lora_weights" not in artifact.adapter_config else "free memory"
-        what = f"the base takes {size / 1e9:.1f} GB when it is not in 4 bit, and {free / 1e9:.1f} GB are free"
+        what = f"the base takes {size_text(size)} when it is not in 4 bit, and {size_text(free)} are free"
         raise CapacityError(what, where=artifact.model.base, hint=hint)
     keep = artifact.recipe.machine.cache_base if artifact.recipe else "auto"
     base = load_base(artifact.model, device, streamed=streamed, keep=keep)

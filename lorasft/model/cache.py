@@ -24,7 +24,7 @@ from transformers import BitsAndBytesConfig
 from lorasft.errors import LorasftError, ModelError
 from lorasft.files import MANIFEST, make_folder, need_space, remove_folder, staged_folder, verify_folder
 from lorasft.tensors import fingerprint
-from lorasft.terminal import say
+from lorasft.terminal import say, size_text
 
 Keep = Literal["auto"] | bool
 
@@ -99,7 +99,7 @@ def keep_base(model: Any, place: Path, *, wanted: Keep) -> None:
         if not (_is_private(place.parent) and place.exists()):
             say(f"the 4-bit base is not kept in {place.parent}: {getattr(error, 'what', error)}")
         return
-    say(f"the 4-bit base is kept for the next start: {size / 1e9:.2f} GB in {place} (machine.cache_base=false: never)")
+    say(f"the 4-bit base is kept for the next start: {size_text(size)} in {place} (machine.cache_base=false: never)")
 
 
 def _is_private(folder: Path) -> bool:

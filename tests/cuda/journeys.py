@@ -37,8 +37,8 @@ from lorasft.model.weightless import make_weightless, plan_network
 from lorasft.recipe import AdapterSettings, ModelSettings
 from lorasft.recipe.load import load_recipe
 from lorasft.signals import Ended
-from lorasft.train import loop
-from lorasft.train.run import export_adapter, open_run
+from lorasft.training import loop
+from lorasft.training.run import export_adapter, open_run
 
 Row = dict[str, Any]
 CONFIGS["qwen3-moe"] = lambda hidden: Qwen3MoeConfig(

@@ -14,8 +14,8 @@ from typing import Any
 
 from lorasft.errors import LorasftError
 from lorasft.files import MANIFEST, STAGE, sha256
-from lorasft.train import run as runs
-from lorasft.train.checkpoint import list_checkpoints, newest_checkpoint, read_state, restore_checkpoint
+from lorasft.training import run as runs
+from lorasft.training.checkpoint import list_checkpoints, newest_checkpoint, read_state, restore_checkpoint
 
 FILES = ("adapter_model.safetensors", "optimizer.safetensors", "state.json", "adapter_config.json", MANIFEST)
 

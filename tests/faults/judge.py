@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from faults.subject import KEEP, SAVE_EVERY
 from lorasft.errors import LorasftError
 from lorasft.files import HALF_DONE, sha256, verify_folder
-from lorasft.train.checkpoint import list_checkpoints, read_state
-from lorasft.train.state import State
+from lorasft.training.checkpoint import list_checkpoints, read_state
+from lorasft.training.state import State
 
 CLOCKS = ("seconds", "tokens_per_second", "memory_bytes")
 

@@ -23,9 +23,9 @@ from faults.damage import seal
 from faults.subject import KEEP
 from faults.trial import Bench
 from lorasft import files
-from lorasft.train import checkpoint
-from lorasft.train import state as state_module
-from lorasft.train.optimizer import optimizer_state
+from lorasft.training import checkpoint
+from lorasft.training import state as state_module
+from lorasft.training.optimizer import optimizer_state
 
 
 def sync_only(folders: bool) -> None:

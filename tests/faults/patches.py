@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lorasft.model import scoring
-from lorasft.train import checkpoint, loop, metrics
+from lorasft.training import checkpoint, loop, metrics
 
 
 def before_step(number: int, act: Callable[[Any], object]) -> None:

@@ -32,8 +32,8 @@ from lorasft.commands import train
 from lorasft.errors import RecipeError
 from lorasft.files import LOCK, locked
 from lorasft.recipe import load as recipe
-from lorasft.train import loop, run
-from lorasft.train.optimizer import learning_rate
+from lorasft.training import loop, run
+from lorasft.training.optimizer import learning_rate
 
 TRIALS = {"K1": 4, "K2": 2, "K4": 2, "P1": 3, "D1": 3, "T1": 2, "T2": 2, "W2": 2, "S1": 3, "S2": 3, "S3": 1, "N1": 2,
           "N2": 2, "C1": 2, "C2": 3, "H1": 2}  # fmt: skip

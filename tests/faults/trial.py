@@ -28,9 +28,9 @@ from lorasft import files
 from lorasft.errors import LorasftError
 from lorasft.recipe import Recipe
 from lorasft.signals import Ended, end_at_once, ended_in_order, exit_code, exit_signals
-from lorasft.train.checkpoint import list_checkpoints
-from lorasft.train.loop import train
-from lorasft.train.run import export_adapter, open_run
+from lorasft.training.checkpoint import list_checkpoints
+from lorasft.training.loop import train
+from lorasft.training.run import export_adapter, open_run
 
 Fault = Callable[[int, str, tuple[Path, ...]], AbstractContextManager[None]]  # around effect number n of a process
 

@@ -25,9 +25,9 @@ from lorasft.model.timing import predict_seconds
 from lorasft.model.weightless import make_sample, make_weightless, plan_network
 from lorasft.recipe import Recipe
 from lorasft.terminal import quote
-from lorasft.train.inputs import read_checked_config, read_inputs
-from lorasft.train.layout import Fit, choose_layout
-from lorasft.train.state import RunInputs
+from lorasft.training.inputs import read_checked_config, read_inputs
+from lorasft.training.layout import Fit, choose_layout
+from lorasft.training.state import RunInputs
 
 LIBRARIES = 1 << 29  # bytes of a card of a given size that its driver and the libraries take
 _STEPS_TIMED = 16  # whose micro-batches stand for those of the run

@@ -54,8 +54,8 @@ from lorasft.recipe import Recipe, mathematics
 from lorasft.recipe.load import dump_recipe, flatten, load_recipe
 from lorasft.tensors import fingerprint
 from lorasft.terminal import say, train_command
-from lorasft.train.optimizer import optimizer_state, restore_optimizer
-from lorasft.train.state import Run, RunInputs, State
+from lorasft.training.optimizer import optimizer_state, restore_optimizer
+from lorasft.training.state import Run, RunInputs, State
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors", "numpy")
 _NAME = re.compile(r"step-(\d{6,})")

@@ -17,8 +17,8 @@ from lorasft.model.loss import Network
 from lorasft.model.recompute import recomputed_layers
 from lorasft.model.trained import Trained
 from lorasft.recipe import AdapterSettings, Recipe
-from lorasft.train.distributed import Ranks
-from lorasft.train.metrics import Metrics
+from lorasft.training.distributed import Ranks
+from lorasft.training.metrics import Metrics
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import pairwise
+from shutil import get_terminal_size
 from statistics import fmean, median
 from typing import Any
 
 from lorasft.recipe import RunSettings
-from lorasft.terminal import line_width, say
+from lorasft.terminal import say
 
 _RECENT = 50  # steps, whose median time stands for that of those to come
 
@@ -50,7 +51,7 @@ class Progress:
             say(f"{'step':>7} {'loss':>9} {'held out':>9} {'tokens/s':>9}  loss so far", bold=True)
         since, recent = self.losses[max(0, self.shown) :], self.speeds[-_RECENT:]
         mean, speed = f"{fmean(since):.4f}" if since else "", f"{median(recent):,.0f}" if recent else ""
-        curve = sparkline(self.losses, width=min(40, line_width() - 41))
+        curve = sparkline(self.losses, width=min(40, get_terminal_size().columns - 41))
         say(f"{step:7,} {mean:>9} {loss:9.4f} {speed:>9}  {curve}")
         self.shown = len(self.losses)
 
@@ -76,7 +77,7 @@ class Progress:
 
     def _draw(self, text: str) -> None:
         """The bar and `text`, on a line that is written over."""
-        share, columns = self.number / self.steps, line_width()
+        share, columns = self.number / self.steps, get_terminal_size().columns
         width = max(8, min(40, columns - 72))  # always the same, however long the text
         bar = "█" * round(share * width)
         say(f"{share:4.0%} {bar:░<{width}}  {self.number:,}/{self.steps:,}  {text}"[: columns - 1], end="")

@@ -34,7 +34,7 @@ from lorasft.model.selfcheck import verify
 from lorasft.model.weightless import plan_network
 from lorasft.recipe import Auto, Recipe
 from lorasft.terminal import say, shorten
-from lorasft.train.state import Layout, Run, RunInputs
+from lorasft.training.state import Layout, Run, RunInputs
 
 Result = TypeVar("Result")
 _STEPS_SEEN = 64  # whose micro-batches are weighed to find the heaviest

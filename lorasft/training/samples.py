@@ -6,14 +6,12 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from lorasft.data.packing import MicroBatch, shuffle
@@ -25,26 +23,13 @@ from lorasft.model.generate import generate
 from lorasft.model.scoring import score_batches
 from lorasft.signals import StopRequest
 from lorasft.terminal import say, shorten
-from lorasft.train.state import Run, State
+from lorasft.training.state import Run, State
 
 Ledger = dict[str, dict[str, Any]]  # lines of rows.jsonl, by split and place
 _PROMPTS = 3
 _MOST_TOKENS = 48  # of an answer
 _MOST_ROWS = 256  # of those that were trained on
 _SHARE = 0.02  # of the time of all steps, for their losses
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What was said to the prompt at `place` (file:line) after a step; step 0 is the base."""
-
-    step: int
-    place: str
-    prompt: str
-    expected: str
-    answer: str
-    ended: bool  # by itself
-    ends: bool = False  # in the data: with a stop, within as many tokens
 
 
 def take_samples(run: Run, state: State, stop: StopRequest) -> None:
@@ -64,32 +49,32 @@ def take_samples(run: Run, state: State, stop: StopRequest) -> None:
         say(f"no answers after step {step}: {first_line(error)}")
         return
     if progress.live and new:
-        first = new[0]
         if step == 0:
-            say(f"   asked  {shorten(first.prompt.strip()[-66:], most=66)}")
-            say(f"  wanted  {shorten(first.expected, most=66)}")
-        say(f"  answer  {shorten(first.answer, most=66)}")
+            say(f"   asked  {shorten(new[0]['prompt'].strip()[-66:], most=66)}")
+            say(f"  wanted  {shorten(new[0]['expected'], most=66)}")
+        say(f"  answer  {shorten(new[0]['answer'], most=66)}")
 
 
-def _answer(run: Run, step: int, held_out: TokenStore, example: int) -> Sample:
-    """What is said to the prompt of the last answer of a held-out example."""
+def _answer(run: Run, step: int, held_out: TokenStore, example: int) -> dict[str, Any]:
+    """What is said to the prompt of the last answer of a held-out example; step 0 is the base. `ended`: by itself;
+    `ends`: in the data, with a stop, within as many tokens."""
     tokenizer, stops, tokens = run.inputs.tokenizer, run.inputs.prepared.stop_ids, held_out.sequences(example)[-1]
     start, end = supervised_runs(tokens)[-1]
     prompt, expected = tokens.ids[:start].tolist(), tokens.ids[start:end].tolist()
     ((answer, ended),) = generate(run.network.causal, tokenizer, [prompt], max_new_tokens=_MOST_TOKENS, stops=stops)
-    asked, wanted, said = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, expected, answer))
+    texts = {"prompt": prompt, "expected": expected, "answer": answer}
+    line = {name: tokenizer.decode(ids, skip_special_tokens=True) for name, ids in texts.items()}
     ends = expected[-1] in stops and len(expected) <= _MOST_TOKENS
-    return Sample(step, str(held_out.place(example)), asked, wanted, said, ended, ends)
+    return {"step": step, "place": str(held_out.place(example)), **line, "ended": ended, "ends": ends}
 
 
-def keep_samples(folder: Path, *, until: int, more: Sequence[Sample] = ()) -> list[Sample]:
+def keep_samples(folder: Path, *, until: int, more: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
     """What `answers.jsonl` of a run holds until a step, and `more`: from here on nothing else."""
-    path, found = folder / "answers.jsonl", []
-    with suppress(OSError, ValueError):
-        found = [TypeAdapter(Sample).validate_json(line, strict=True) for line in path.read_bytes().splitlines()]
-    kept = [*(sample for sample in found if sample.step <= until), *more]
+    path = folder / "answers.jsonl"
+    found = [line for line in read_objects(path) if isinstance(line.get("step"), int)]
+    kept = [*(line for line in found if line["step"] <= until), *more]
     if kept != found:
-        replace_file(path, "".join(json.dumps(asdict(sample)) + "\n" for sample in kept))
+        replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))
     return kept
 
 

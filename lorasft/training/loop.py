@@ -20,11 +20,11 @@ from lorasft.model.loss import weighted_loss
 from lorasft.model.scoring import score_batches
 from lorasft.signals import StopRequest, exit_code, stop_signals
 from lorasft.terminal import train_command
-from lorasft.train.checkpoint import CheckpointSaver, list_checkpoints
-from lorasft.train.layout import oom_context, retry_on_oom
-from lorasft.train.optimizer import learning_rate
-from lorasft.train.samples import add_losses, note_held_out, score_trained_rows, take_samples
-from lorasft.train.state import Run, State
+from lorasft.training.checkpoint import CheckpointSaver, list_checkpoints
+from lorasft.training.layout import oom_context, retry_on_oom
+from lorasft.training.optimizer import learning_rate
+from lorasft.training.samples import add_losses, note_held_out, score_trained_rows, take_samples
+from lorasft.training.state import Run, State
 
 
 def take_step(run: Run, number: int, stop: StopRequest) -> dict[str, Any]:

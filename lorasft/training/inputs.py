@@ -19,8 +19,8 @@ from lorasft.model.base import check_device, check_mostly_quantized, compute_dty
 from lorasft.model.scoring import check_ids
 from lorasft.recipe import Recipe
 from lorasft.terminal import say
-from lorasft.train.optimizer import warmup_steps
-from lorasft.train.state import RunInputs
+from lorasft.training.optimizer import warmup_steps
+from lorasft.training.state import RunInputs
 
 
 def read_inputs(recipe: Recipe, config: Any, folder: Path) -> RunInputs:

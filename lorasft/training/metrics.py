@@ -13,7 +13,7 @@ from lorasft.files import append
 from lorasft.recipe import Recipe
 from lorasft.report import refresh_report
 from lorasft.terminal import is_live, say
-from lorasft.train.progress import Progress
+from lorasft.training.progress import Progress
 
 
 class Metrics:

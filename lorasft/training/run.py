@@ -43,15 +43,15 @@ from lorasft.recipe.load import dump_recipe
 from lorasft.report import note_event, refresh_report
 from lorasft.signals import StopRequest
 from lorasft.terminal import say
-from lorasft.train.checkpoint import find_checkpoint, restore_checkpoint, save, take_folder, write_start
-from lorasft.train.distributed import ALONE, Ranks
-from lorasft.train.inputs import read_checked_config, read_inputs
-from lorasft.train.layout import Fit, choose_layout, find_heaviest, retry_on_oom
-from lorasft.train.loop import add_gradients, peak_memory
-from lorasft.train.metrics import Metrics
-from lorasft.train.optimizer import make_optimizer
-from lorasft.train.samples import keep_samples, open_ledger, score_trained_rows
-from lorasft.train.state import Run, RunInputs, State
+from lorasft.training.checkpoint import find_checkpoint, restore_checkpoint, save, take_folder, write_start
+from lorasft.training.distributed import ALONE, Ranks
+from lorasft.training.inputs import read_checked_config, read_inputs
+from lorasft.training.layout import Fit, choose_layout, find_heaviest, retry_on_oom
+from lorasft.training.loop import add_gradients, peak_memory
+from lorasft.training.metrics import Metrics
+from lorasft.training.optimizer import make_optimizer
+from lorasft.training.samples import keep_samples, open_ledger, score_trained_rows
+from lorasft.training.state import Run, RunInputs, State
 
 
 @contextmanager
