@@ -18,7 +18,7 @@ from lorasft.data.prepare import prepare
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.files import is_locked
 from lorasft.recipe.load import load_recipe
-from lorasft.train.metrics import Metrics
+from lorasft.training.metrics import Metrics
 
 Write = Callable[..., str]
 
