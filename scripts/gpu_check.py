@@ -323,11 +323,11 @@ def train_tiny(folder: str, *settings: str, resume: bool = False) -> tuple[list[
     """The losses of four steps of the shipped recipe `tiny`, and the tokens of its micro-batches in the end."""
     from lorasft.recipe.load import load_recipe
     from lorasft.training.checkpoint import newest_checkpoint
-    from lorasft.training.loop import train
+    from lorasft.training.loop import run_steps
     from lorasft.training.run import export_adapter, open_run
 
     with open_run(load_recipe("tiny", tiny_settings(folder, *settings)), resume=resume) as (run, state):
-        export_adapter(run, train(run, state))
+        export_adapter(run, run_steps(run, state))
     state = newest_checkpoint(Path(folder, "checkpoints"), run=None)
     return read_losses(folder), state.layout.micro_batch_tokens
 

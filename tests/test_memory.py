@@ -548,14 +548,14 @@ TIGHT = """
 import resource, sys, torch
 from pathlib import Path
 from lorasft.recipe.load import load_recipe
-from lorasft.training.loop import train
+from lorasft.training.loop import run_steps
 from lorasft.training.run import open_run
 torch.set_num_threads(1)
 with open_run(load_recipe(sys.argv[1]), resume=False) as (run, state):
     if spare := int(sys.argv[2]):
         limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + spare
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    train(run, state)
+    run_steps(run, state)
 """
 
 

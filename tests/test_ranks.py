@@ -208,7 +208,7 @@ def test_all_processes_end_with_the_same_parameters(recipe: Write, tmp_path: Pat
     def act(rank: int) -> None:
         metrics_module.start_trackers = lambda *_: [Accelerator(), GeneralTracker(_blank=True)][1:]
         with join() as ranks, runs.open_run(settings, resume=False, ranks=ranks) as (run, state):
-            loop.train(run, state)
+            loop.run_steps(run, state)
             run.metrics.close()  # of trackers, in the first alone: must not part the processes
             parameters = {name: tensor.detach() for name, tensor in run.trained.parameters.items()}
             save_file(parameters, tmp_path / f"{rank}.safetensors")

@@ -39,7 +39,7 @@ def run(recipe: str, overrides: Sequence[str], resume: bool, quiet: bool, verbos
     os.environ["LORASFT_QUIET"] = "1" if quiet else ""  # other processes of it inherit that
     with join() as ranks:
         settings = ranks.on_main(lambda: read_recipe(recipe, overrides, resume=resume))
-        from lorasft.training.loop import train
+        from lorasft.training.loop import run_steps
         from lorasft.training.run import export_adapter, open_run
 
         started, output = time.monotonic(), settings.run.output
@@ -48,7 +48,7 @@ def run(recipe: str, overrides: Sequence[str], resume: bool, quiet: bool, verbos
             ready.metrics.progress.live &= not verbose
             if ranks.is_main:
                 say("\n".join(_describe(ready)))
-            state = train(ready, state)
+            state = run_steps(ready, state)
             adapter = ranks.on_main(lambda: export_adapter(ready, state))
         if ranks.is_main:
             _show_answers(ready, state)

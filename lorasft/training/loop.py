@@ -76,7 +76,7 @@ def add_gradients(run: Run, step: Step) -> Tensor:
     return loss
 
 
-def train(run: Run, state: State) -> State:
+def run_steps(run: Run, state: State) -> State:
     """Run from `state` to the end of the plan. Returns the last state; raises Stopped after a signal, saved."""
     settings, saver = run.recipe.run, CheckpointSaver(state)
     again = f"{train_command(run.folder)} --resume"

@@ -133,7 +133,7 @@ def redo(folder: str, settings: list[str]) -> Row:
         held -= copy_bytes(run.network.causal)  # to give these back is not enough
         loop.weighted_loss = shrinks
         try:
-            export_adapter(run, loop.train(run, state))
+            export_adapter(run, loop.run_steps(run, state))
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
             loop.weighted_loss = plain

@@ -29,7 +29,7 @@ from lorasft.errors import LorasftError
 from lorasft.recipe import Recipe
 from lorasft.signals import Ended, end_at_once, ended_in_order, exit_code, exit_signals
 from lorasft.training.checkpoint import list_checkpoints
-from lorasft.training.loop import train
+from lorasft.training.loop import run_steps
 from lorasft.training.run import export_adapter, open_run
 
 Fault = Callable[[int, str, tuple[Path, ...]], AbstractContextManager[None]]  # around effect number n of a process
@@ -212,7 +212,7 @@ def train_to_the_end(recipe: Recipe, trace: Any) -> None:
     trace.phase = Phase.RESUME if resume else Phase.START
     with open_run(recipe, resume=resume) as (run, state):
         trace.phase = Phase.TRAIN
-        state = train(run, state)
+        state = run_steps(run, state)
         trace.phase = Phase.FINISH
         export_adapter(run, state)
 
