@@ -94,10 +94,6 @@ def add_columns(parser: ArgumentParser) -> None:
     parser.add_argument("--columns", metavar="MAPPING", help="of --data: '{prompt: question, completion: answer}'")
 
 
-def add_memory(parser: ArgumentParser, about: str) -> None:
-    parser.add_argument("--memory", type=parse_bytes, metavar="SIZE", help=about)
-
-
 def parse_bytes(text: str) -> int:
     """The bytes that `8GiB` or `24GB` says."""
     match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]*)?) *([KMGT])(i?)B?", text, re.IGNORECASE)

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from lorasft.commands.arguments import add_json, add_memory, add_recipe, read_recipe, show
+from lorasft.commands.arguments import add_json, add_recipe, parse_bytes, read_recipe, show
 from lorasft.errors import CapacityError
 from lorasft.terminal import say, size_text
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_recipe(parser)
-    add_memory(parser, "8GiB, 24GB, ... (default: what is free)")
+    parser.add_argument("--memory", type=parse_bytes, metavar="SIZE", help="8GiB, 24GB, ... (default: what is free)")
     add_json(parser, "the plan")
 
 

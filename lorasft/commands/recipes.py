@@ -8,7 +8,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
-from lorasft.commands.arguments import add_json, add_memory, show
+from lorasft.commands.arguments import add_json, parse_bytes, show
 from lorasft.files import make_folder, write_file
 from lorasft.recipe import recipe_schema
 from lorasft.recipe.load import find_shipped, portable_text, shipped_recipes
@@ -26,7 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("action", nargs="?", default="list", choices=["list", "show", "copy", "schema"])
     parser.add_argument("name", nargs="?", help="of a shipped recipe")
     parser.add_argument("to", nargs="?", help="file to copy to (default: ./NAME.yaml)")
-    add_memory(parser, "list what fits into 8GiB, 24GB, ...")
+    parser.add_argument("--memory", type=parse_bytes, metavar="SIZE", help="list what fits into 8GiB, 24GB, ...")
     add_json(parser, "the list")
 
 

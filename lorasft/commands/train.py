@@ -130,8 +130,6 @@ def _show_answers(ready: Run, state: State) -> None:
     before = {sample.get("place"): sample.get("answer") for sample in samples if sample["step"] == 0}
     for sample in samples:
         if sample["step"] == result and sample.get("place") in before:
-            prompt, old, new = (
-                str(one) for one in (sample.get("prompt"), before[sample["place"]], sample.get("answer"))
-            )
-            say(f"\nprompt: {shorten(prompt[-66:], most=66)}")
-            say(f"before: {shorten(old, most=66)}\n after: {shorten(new, most=66)}")
+            prompt, old, new = str(sample.get("prompt"))[-66:], before[sample["place"]], sample.get("answer")
+            for name, text in (("\nprompt", prompt), ("before", old), (" after", new)):
+                say(f"{name}: {shorten(str(text), most=66)}")

@@ -122,10 +122,9 @@ def load_adapter(base: Any, artifact: Artifact, *, trainable: bool = False) -> A
     known = fields.keys() - other - (set() if trainable else {"lora_dropout"})  # which PEFT refuses for experts
     model = _wrap(base, where=folder / CONFIG, **{key: fields[key] for key in known})
     give_weights(model, weights, where=folder, whole=whole)
-    model.requires_grad_(False)
-    if trainable:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(any(kind in name for kind in ("lora_", "modules_to_save", "trainable_tokens")))
+    kinds = ("lora_", "modules_to_save", "trainable_tokens") if trainable else ()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(kind in name for kind in kinds))
     return model
 
 

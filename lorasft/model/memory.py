@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map_only_
 
 from lorasft.data.packing import MicroBatch, make_micro_batches
 from lorasft.data.tokens import all_supervised
@@ -44,12 +44,9 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in _tensors((args, kwargs)):
-            self._add(tensor, counted=False)  # it was there before the meter: a view of it is no new memory
-        result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
-            self._add(tensor, counted=True)
-        return result
+        # What is given was there before the meter: a view of it is no new memory.
+        tree_map_only_(Tensor, partial(self._add, counted=False), (args, kwargs))
+        return tree_map_only_(Tensor, partial(self._add, counted=True), func(*args, **(kwargs or {})))
 
     def _add(self, tensor: Tensor, *, counted: bool) -> None:
         storage = tensor.untyped_storage()
@@ -65,10 +62,6 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known[key] = weakref.ref(storage, forget)
         self.live += size
         self.peak = max(self.peak, self.live)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 @dataclass(frozen=True)

@@ -61,12 +61,9 @@ def layer_kinds(causal: Any) -> list[str]:
     for layer in decoder_layers(causal):
         parts = []
         for name, module in layer.named_modules():
-            settings = {
-                key: value
-                for key, value in vars(module).items()
-                if isinstance(value, (int, float, str))
-                and key not in ("layer_idx", "training", "gradient_checkpointing")
-            }
+            settings = {key: value for key, value in vars(module).items() if isinstance(value, (int, float, str))}
+            for passing in ("layer_idx", "training", "gradient_checkpointing"):
+                settings.pop(passing, None)
             shapes = [(tuple(one.shape), one.requires_grad) for one in module.parameters(recurse=False)]
             parts.append(f"{name} {type(module).__name__} {settings} {shapes}")
         kinds.append("\n".join(parts))

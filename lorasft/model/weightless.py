@@ -77,18 +77,15 @@ def make_sample(
     model = make_weightless(_shrink_vocabulary(config), settings, adapter, device, depth=depth)
     base = model.get_base_model()
     layers = decoder_layers(base)
+    hand_on = {"forward": lambda _, hidden, *__, **___: hidden}
     for index, kind in enumerate(kinds[:depth]):
         if (first := kinds.index(kind)) < index:
             layers[index] = copy.copy(layers[first])
-            layers[index].__class__ = type("Skipped", (type(layers[first]),), {"forward": _hand_on})
+            layers[index].__class__ = type("Skipped", (type(layers[first]),), hand_on)
     _fill([*base.modules()], device=device)
     base.initialize_weights()
     patch_linear4bit(base, device, base.name_or_path)
     return model
-
-
-def _hand_on(_: Any, hidden: Tensor, *__: Any, **___: Any) -> Tensor:
-    return hidden
 
 
 @torch.no_grad()

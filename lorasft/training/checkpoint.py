@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -22,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from huggingface_hub import snapshot_download
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
+from transformers.utils import cached_file
 
 from lorasft import __version__
 from lorasft.adapter_files import read_adapter_weights
@@ -58,7 +57,6 @@ from lorasft.training.optimizer import optimizer_state, restore_optimizer
 from lorasft.training.state import Run, RunInputs, State
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors", "numpy")
-_NAME = re.compile(r"step-(\d{6,})")
 
 
 @contextmanager
@@ -99,9 +97,8 @@ def compare(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
 def write_start(run: Run, state: State) -> None:
     """Record what the run is made of; recipe.yaml comes last and makes the folder a run."""
     recipe, prepared = run.recipe, run.inputs.prepared
-    base, commit = Path(recipe.model.base), getattr(run.inputs.config, "_commit_hash", None)
-    if not base.is_dir():  # where the hub's client keeps what was loaded from it
-        base = Path(snapshot_download(recipe.model.base, revision=commit, local_files_only=True))
+    commit = getattr(run.inputs.config, "_commit_hash", None)
+    base = Path(cached_file(recipe.model.base, "config.json", revision=commit)).parent
     lengths = example_lengths(prepared.store)
     quantiles = {f"{share:.0%}": int(np.quantile(lengths, share, method="higher")) for share in (0.5, 0.9, 0.99, 1.0)}
     provenance = {
@@ -208,8 +205,9 @@ def newest_checkpoint(folder: Path, *, run: str | None) -> State:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints under their final names, oldest first; links and other files are not ours."""
-    folders = (path for path in folder.glob("step-*") if path.is_dir() and not path.is_symlink())
-    return sorted((path for path in folders if _NAME.fullmatch(path.name)), key=lambda path: int(path.name[5:]))
+    named = (path for path in folder.glob("step-??????*") if path.name[5:].isdecimal())
+    ours = (path for path in named if path.is_dir() and not path.is_symlink())
+    return sorted(ours, key=lambda path: int(path.name[5:]))
 
 
 def prune_checkpoints(run: Run, state: State) -> None:

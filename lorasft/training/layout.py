@@ -174,17 +174,14 @@ def fewest_recomputed(
     whole periods are chosen.
     """
     layers = len(decoder_layers(network.causal))
-    run = cache(partial(run_layers, network, batch))
-
-    def needs(count: int) -> ActivationMemory:
-        return dry_run(network, batch, recomputed=count, run=run)
-
+    needs = partial(dry_run, network, batch, run=cache(partial(run_layers, network, batch)))
     try:
         if wanted is None:
-            counts = range(layers, 0, -(layer_period(network.causal) or 1))[::-1]
-            none = not layers or needs(0).fits(free)
-            wanted = 0 if none else counts[bisect_left(counts[:-1], True, key=lambda one: needs(one).fits(free))]
-        return wanted, needs(wanted)
+            wanted = 0
+            if layers and not needs(recomputed=0).fits(free):
+                counts = range(layers, 0, -(layer_period(network.causal) or 1))[::-1]
+                wanted = counts[bisect_left(counts[:-1], True, key=lambda one: needs(recomputed=one).fits(free))]
+        return wanted, needs(recomputed=wanted)
     except (LookupError, TypeError, ValueError, RuntimeError) as error:  # it reads numbers: what needs least
         say(f"the memory of a step is not known beforehand: {first_line(error)}")
         return layers if wanted is None else wanted, None

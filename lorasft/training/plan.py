@@ -58,9 +58,7 @@ def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
             what = "this model cannot be planned: it computes by numbers, not only shapes"
             raise ModelError(what, where=recipe.model.base)
         kinds = {**static, **fit.needs.by_kind}
-        suggestions = (
-            () if fit.holds else find_suggestions(recipe, config, network, rows, memory=given - libraries, card=memory)
-        )
+        suggestions = find_suggestions(recipe, config, network, rows, memory=given - libraries, card=memory)
         return {
             "device": str(device),
             "dtype": str(network.causal.dtype).removeprefix("torch."),
@@ -71,7 +69,7 @@ def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
             "host": sum(one.nbytes for one in model.parameters() if hasattr(one, "on_host")),
             "peak": sum(kinds.values()) + libraries,
             "holds": fit.holds,
-            "suggestions": list(islice(suggestions, 3)),
+            "suggestions": list(islice(suggestions, 0 if fit.holds else 3)),
             "saved_by_8bit": static["optimizer"] - static_bytes(model, "adamw8bit")["optimizer"],
             "micro_batch_tokens": fit.plan.micro_batch_tokens,
             "heaviest": {"tokens": len(fit.heaviest.ids), "sequences": len(fit.heaviest.segments)},
