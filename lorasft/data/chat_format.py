@@ -236,10 +236,9 @@ class ChatFormat:
 def read_style(tokenizer: PreTrainedTokenizerFast) -> TemplateStyle:
     """The style of the tokenizer's template. Raises ModelError when it is broken."""
     asked = [{"role": "user", "content": QUESTION}]
-    answered = [*asked, {"role": "assistant", "content": ANSWER}]
     try:
         prompt = render(tokenizer, asked, generation_prompt=True)
-        text = render(tokenizer, answered)
+        text = render(tokenizer, [*asked, {"role": "assistant", "content": ANSWER}])
     except DataError as error:
         hint = "chat.template_options sets its variables; chat.template=plain does without it"
         raise ModelError(error.what, where=tokenizer.name_or_path, hint=hint) from None

@@ -76,12 +76,14 @@ class TextEncoder:
         cuts: dict[str, list[str]] = {}
         located: set[str] = set()
         for text, first in texts:
-            cuts[text] = self._split(text)
+            # Cut before each token that restarts encoding: the ids of the whole are those of the stretches.
+            head, *others = text.split(self.restart) if self.restart else [text]
+            cuts[text] = [head, *(f"{self.restart}{other}" for other in others)]
             ends = accumulate(map(len, cuts[text]))
             located.update(stretch for stretch, end in zip(cuts[text], ends, strict=True) if end > first)
-        others = set(chain.from_iterable(cuts.values())) - located
+        rest = set(chain.from_iterable(cuts.values())) - located
         found: dict[str, Any] = {}
-        for stretches, encode in ((located, self._backend.encode_batch), (others, self._backend.encode_batch_fast)):
+        for stretches, encode in ((located, self._backend.encode_batch), (rest, self._backend.encode_batch_fast)):
             listed = list(stretches)
             found.update(zip(listed, encode(listed, add_special_tokens=False), strict=True))
         return {
@@ -93,13 +95,6 @@ class TextEncoder:
         """The texts, one after another, each encoded alone, and so their placeholders and what is between them."""
         parts = [part for text in texts for part in _PLACEHOLDER.split(text)]
         return Encoded(parts, [self._encode_part(part, first=number == 0) for number, part in enumerate(parts)])
-
-    def _split(self, text: str) -> list[str]:
-        """A text cut before each token that restarts encoding: the ids of the whole are those of the stretches."""
-        if self.restart is None:
-            return [text]
-        first, *others = text.split(self.restart)
-        return [first, *(self.restart + other for other in others)]
 
     def _encode_part(self, part: str, *, first: bool) -> Pieces:
         """A placeholder, or a text without one; not the `first`: as in the middle of a text."""

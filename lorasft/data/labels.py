@@ -81,8 +81,7 @@ class Labeler:
         found = ((marked, answer) for marked in texts for answer in marked.answers)
         for target, (marked, answer) in zip(targets, found, strict=True):
             self._count_losses(example.messages[target], target, marked.text[answer.prompt : answer.end], report)
-        first = example.messages[0]["role"]
-        report.merged_systems += first == "system" and MERGE_SYSTEM in self._template
+        report.merged_systems += example.messages[0]["role"] == "system" and MERGE_SYSTEM in self._template
         functions = [tool.get("function") for tool in example.tools or ()]
         names = [str(one["name"]) for one in functions if isinstance(one, dict) and "name" in one]
         report.tools_left_out += bool(names) and not any(name in marked.text for name in names for marked in texts)
@@ -162,7 +161,7 @@ class Labeler:
         limit, policy, is_text = self.data.max_length, self.data.overlong, example.text is not None
         longest = max(map(len, sequences))
         if longest > limit:  # what the template writes after the last answer goes first
-            sequences = [_first(_last_run(tokens)[1], tokens) for tokens in sequences]
+            sequences = [tokens[: _last_run(tokens)[1]] for tokens in sequences]
         if max(map(len, sequences)) <= limit:
             return sequences
         too_long = f"{longest:,} tokens, over data.max_length ({limit:,})"
@@ -173,7 +172,7 @@ class Labeler:
             return [window for tokens in sequences for window in _windows(tokens, limit, self.bos)]
         if policy == "truncate":
             report.truncated_examples += 1
-            fitted = [_first(limit, one) if is_text else _cut_context(one, limit, self.bos) for one in sequences]
+            fitted = [one[:limit] if is_text else _cut_context(one, limit, self.bos) for one in sequences]
             report.truncated_tokens += sum(_count_supervised(sequences)) - sum(_count_supervised(fitted))
             return fitted
         report.over_long_examples += 1
@@ -222,12 +221,6 @@ def _drop_without_target(example: Example, report: Report) -> None:
     report.dropped.append(f"{example.place}: nothing to supervise")
 
 
-def _first(count: int, tokens: Tokens) -> Tokens:
-    labels = tokens.labels[:count].copy()
-    labels[:1] = UNSUPERVISED
-    return Tokens(tokens.ids[:count], labels)
-
-
 def _last_run(tokens: Tokens) -> tuple[int, int]:
     """Start and end of the last run of supervised tokens; all of a sequence that has none."""
     runs = supervised_runs(tokens).tolist()
@@ -248,5 +241,6 @@ def _cut_context(tokens: Tokens, limit: int, bos: list[int]) -> Tokens:
     head = int(tokens.ids[:1].tolist() == bos)
     start, end = _last_run(tokens)
     first = min(start - 1, end - limit) + head  # one token, or BOS, stays before the answer
-    kept = [*range(head), *range(first, min(end, first + limit - head))]
-    return _first(limit, Tokens(tokens.ids[kept], tokens.labels[kept]))
+    cut = tokens[[*range(head), *range(first, min(end, first + limit - head))]]
+    cut.labels[0] = UNSUPERVISED
+    return cut

@@ -39,7 +39,7 @@ def build_trees(sequences: Sequence[NDArray[np.int64]], *, capacity: int, share:
     # Big-endian bytes compare as their numbers do.
     order = sorted(range(len(sequences)), key=[ids.astype(">i4").tobytes() for ids in sequences].__getitem__)
     limit = max(capacity, *lengths)
-    common = [0, *(_count_common(sequences[a], sequences[b]) for a, b in pairwise(order))]
+    common = [0, *(count_common(sequences[a], sequences[b]) for a, b in pairwise(order))]
     common = drop_small_nodes(common, cost=_SEGMENT_COST if share == "auto" else 0)
     trees: list[Tree] = []
     for index, shared in zip(order, common, strict=True):
@@ -86,7 +86,7 @@ def branch_ends(common: Sequence[int], place: int, length: int) -> list[int]:
     return sorted(ends - {start})
 
 
-def _count_common(one: NDArray[Any], other: NDArray[Any]) -> int:
-    """How many tokens two sequences begin with in common."""
+def count_common(one: NDArray[Any], other: NDArray[Any]) -> int:
+    """How many numbers two sequences begin with in common."""
     size = min(len(one), len(other))
     return int(np.append(one[:size] != other[:size], True).argmax())

@@ -25,7 +25,6 @@ from lorasft.recipe import DataSource
 Row = dict[str, Any]
 Raw = Any  # a row as it was read: bytes of JSON, a value, or the DataError that stands for it
 LARGEST_ROW = 8 << 20  # bytes of JSON; characters of a field of CSV
-BOM = codecs.BOM_UTF8
 _POINTER = b"version https://git-lfs."
 RECODE = "Western European text becomes UTF-8 with iconv -f cp1252 -t utf-8 FILE; in other UTF-8 fix these bytes"
 REPAIR = "fix the file there, or fetch it again: nothing after this can be read"
@@ -127,14 +126,15 @@ def _open(path: Path) -> IO[bytes]:
     if mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or mark[1:2] == b"\0":
         with file:
             return io.BytesIO(file.read().decode("utf-16").encode())
-    file.read(3 if mark == BOM else 0)
+    file.read(3 if mark == codecs.BOM_UTF8 else 0)
     return file
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Raw]]:
     with _open(path) as file:
         # Read as bytes: text mode, or splitlines, would break rows at U+2028, U+0085 and \v.
-        lines = ((number, row) for number, line in enumerate(file, 1) if (row := line.removeprefix(BOM).strip()))
+        rows = (line.removeprefix(codecs.BOM_UTF8).strip() for line in file)
+        lines = ((number, row) for number, row in enumerate(rows, 1) if row)
         head = list(islice(lines, 2))
         begins = head[0][1][:1] if head else b""
         if begins not in (b"[", b"{") or any(row[:1] + row[-1:] == b"{}" for _, row in head[len(head) == 1 :]):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lorasft.data.prefixes import count_common
 from lorasft.data.sources import RowLocation
 from lorasft.data.tokens import UNSUPERVISED, Tokens
 
@@ -73,8 +74,7 @@ def changed_rows(old: TokenStore, new: TokenStore) -> Iterator[str]:
     """What differs between the rows of two stores, a line for each file; rows are told apart by their digests."""
     for number, name in enumerate(new.names):
         was, now = (store.arrays["digests"][store.arrays["files"] == number] for store in (old, new))
-        lines, most = new.arrays["lines"][new.arrays["files"] == number], min(len(was), len(now))
-        first = int(np.append(was[:most] != now[:most], True).argmax())
+        lines, first = new.arrays["lines"][new.arrays["files"] == number], count_common(was, now)
         if not first == len(was) == len(now):
             place = f"{name}:{lines[first]}" if first < len(now) else f"{name}, after its last row"
             yield f"{place}: the first row that differs, of {len(was):,} before and {len(now):,} now"

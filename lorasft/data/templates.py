@@ -151,11 +151,11 @@ def _sandbox() -> jinja2.Environment:
 
     sandbox: Any = _compile_jinja_template("").environment
     sandbox.intercepted_binops = frozenset(_OPERATORS)
-    sandbox.call_binop = lambda context, sign, left, right: _multiply(sign, left, right)
+    sandbox.call_binop = _multiply
     return cast("jinja2.Environment", sandbox)
 
 
-def _multiply(sign: str, left: Any, right: Any) -> Any:
+def _multiply(_: object, sign: str, left: Any, right: Any) -> Any:
     if isinstance(left, int) and isinstance(right, int):
         bits = left.bit_length() * (right if sign == "**" else 1) + right.bit_length()
         if bits > LARGEST_NUMBER:
@@ -175,13 +175,12 @@ def _call_form(template: str, **special: Any) -> tuple[bool, bool]:
     and whether beside null, not an empty text."""
     import jinja2
 
-    refusals = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
     given = {"tools": None, "documents": None, "add_generation_prompt": False, **special}
     call = {"id": "lorasft00", "type": "function", "function": {"name": WORD, "arguments": {"key": WORD}}}
     answer: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
     for as_text, null in product((False, True), repeat=2):
         messages = [{"role": "user", "content": "q"}, _with_calls(answer, as_text, null)]
-        with suppress(*refusals):
+        with suppress(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError):
             text = _compile(template).render(given, messages=messages)
             if text.count(WORD) > 1 and str({"key": WORD}) not in text and not (null and "None" in text):
                 return as_text, null

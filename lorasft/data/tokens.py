@@ -20,6 +20,9 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __getitem__(self, part: slice | list[int]) -> Tokens:
+        return Tokens(self.ids[part], self.labels[part])
+
 
 def all_supervised(ids: npt.ArrayLike, start: int = 1) -> Tokens:
     """Every token from `start` on a target; before the first is nothing that it could be predicted from."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,7 +16,7 @@ from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import DeviceError, ModelError
 from lorasft.export.families import GgufLayout, read_gguf_layout, usual_converter
 from lorasft.export.tokenizer import describe_tokenizer, find_raw_start
-from lorasft.files import need_space, staged_file
+from lorasft.files import need_space, read_objects, staged_file
 from lorasft.tensors import TensorFile, TensorSpec, find_weights, open_tensors
 
 Kind = Literal["f16", "q8_0"]
@@ -99,7 +98,6 @@ def write_gguf(model: Path, out: Path, *, kind: Kind = "f16") -> dict[str, Any]:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file(progress=sys.stderr.isatty())
-    merged = model / MERGE_RECORD
     return {
         "file": str(out),
         "architecture": layout.family.name,
@@ -107,7 +105,7 @@ def write_gguf(model: Path, out: Path, *, kind: Kind = "f16") -> dict[str, Any]:
         "size": out.stat().st_size,
         "raw_start": find_raw_start(load_tokenizer(str(model))),
         "short_context": layout.fields.get("rope.scaling.original_context_length"),
-        "longest_row": json.loads(merged.read_bytes()).get("longest_row") if merged.is_file() else None,
+        "longest_row": next(read_objects(model / MERGE_RECORD), {}).get("longest_row"),
     }
 
 

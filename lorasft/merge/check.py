@@ -53,7 +53,8 @@ class MergeCheck:
         Raises DataError without rows."""
         say("asking what was trained, to compare the merge with it (--no-check leaves this out)")
         self.artifact = artifact
-        self.rows, self.origin = _choose_rows(artifact, data)
+        self.prepared = _open_tokens(artifact)
+        self.rows, self.origin = _choose_rows(artifact, data, self.prepared)
         self.table: dict[str, dict[str, float]] = {}
         targets = [row.labels[row.labels != UNSUPERVISED] for row in self.rows]
         self.lengths = [len(part) for part in targets]
@@ -102,8 +103,7 @@ class MergeCheck:
 
     def record(self) -> dict[str, Any]:
         """What was found, on which rows, and how many tokens the longest row of training has, where that is known."""
-        prepared = _open_tokens(self.artifact)
-        longest = int(np.diff(prepared.store.sequence_starts).max()) if prepared else None
+        longest = int(np.diff(self.prepared.store.sequence_starts).max()) if self.prepared else None
         return {"longest_row": longest, "rows": self.origin, "table": self.table}
 
     def _compare(self, name: str, logs: Tensor) -> Tensor:
@@ -118,12 +118,12 @@ class MergeCheck:
         return torch.stack([-part.sum() for part in parts])
 
 
-def _choose_rows(artifact: Artifact, data: DataSource | None) -> tuple[list[Tokens], str]:
+def _choose_rows(artifact: Artifact, data: DataSource | None, prepared: Prepared | None) -> tuple[list[Tokens], str]:
     """As many rows as are compared, and where they come from."""
     if data is not None:
         answers, _ = read_answers(data, artifact.data, artifact.chat, tokenizer=read_tokenizer(artifact))
         rows, origin = [all_supervised(answer.ids, answer.start) for answer in answers], data.path
-    elif prepared := _open_tokens(artifact):
+    elif prepared:
         store = prepared.held_out or prepared.train
         rows = [tokens for example in range(min(len(store), _PAIRS)) for tokens in store.sequences(example)]
         origin = "held-out rows" if prepared.held_out else "rows of the training set: none were held out"
@@ -132,7 +132,7 @@ def _choose_rows(artifact: Artifact, data: DataSource | None) -> tuple[list[Toke
     left = min(_PAIRS, _BYTES // (4 * (artifact.vocabulary or 1)))
     kept: list[Tokens] = []
     for row in rows:
-        row = Tokens(row.ids[:_LONGEST], row.labels[:_LONGEST])
+        row = row[:_LONGEST]
         supervised = int((row.labels != UNSUPERVISED).sum())
         if supervised and (not kept or supervised <= left):
             kept.append(row)

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from lorasft.merge.changes import Change, read_changes
 from lorasft.merge.parameters import ParameterMap
 from lorasft.model.packed import StoredWeight, list_stored
 from lorasft.tensors import INDEX, SINGLE, TensorFile, TensorSpec, TensorWriter, find_weights, open_tensors
-from lorasft.terminal import say, size_text
+from lorasft.terminal import is_live, say, size_text
 
 Read = Callable[[], Tensor]
 Onto = Literal["original", "dequantized"]  # the weights that an update is added to
@@ -116,7 +115,7 @@ def write_weights(stage: Path, plan: MergePlan, *, nf4: Mapping[str, Read]) -> t
                     else:
                         writer.copy(source, name)
                     done += spec.size
-                    if sys.stderr.isatty():  # one line that is written over
+                    if is_live():  # one line that is written over
                         end = "\n" if done == plan.size else ""
                         say(f"{size_text(done)} of {size_text(plan.size)}", end=end)
                 hashes[path.name] = writer.finish()

@@ -71,9 +71,8 @@ def log_probabilities(
 ) -> list[NDArray[np.float64]]:
     """log p(token | tokens before it), natural, for each sequence from its second token on: (length - 1,) each."""
     scores = [np.zeros(max(0, len(ids) - 1)) for ids in sequences]
-    scored = [index for index, ids in enumerate(sequences) if len(ids) > 1]
     rows = [(all_supervised(ids),) for ids in sequences]
-    for batch, losses in score_batches(network, rows.__getitem__, scored, capacity=capacity):
+    for batch, losses in score_batches(network, rows.__getitem__, range(len(rows)), capacity=capacity):
         found = -losses.double().cpu().numpy()
         for example in np.unique(batch.examples):
             scores[example][:] = found[batch.examples == example]

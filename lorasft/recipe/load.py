@@ -247,12 +247,11 @@ def _check_together(recipe: Recipe, document: Document) -> None:
 
 def _value_at(path: KeyPath, value: Any) -> Any:
     """What is at `path` in a tree of mappings and lists, or None."""
-    for part in path:
-        try:
+    with contextlib.suppress(LookupError, TypeError):
+        for part in path:
             value = value[part]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return value
+        return value
+    return None
 
 
 def _place_of(path: KeyPath, document: Document) -> str:

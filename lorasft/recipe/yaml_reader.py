@@ -126,17 +126,14 @@ class _Loader(yaml.SafeLoader):
         self.path = above
         return node
 
-
-def _construct_scalar(loader: _Loader, node: yaml.ScalarNode) -> Any:
-    try:  # JSON writes characters outside the basic plane as a pair of escapes
-        text = node.value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
-    except UnicodeDecodeError:
-        hint = "write the character itself"
-        raise RecipeError("half a surrogate pair in a text", where=_place(node), hint=hint) from None
-    return read_scalar(text) if node.style is None else text
-
-
-_Loader.add_constructor("tag:yaml.org,2002:str", _construct_scalar)
+    def construct_scalar(self, node: Any) -> Any:
+        """The text of a quoted scalar, or what an unquoted one says."""
+        try:  # JSON writes characters outside the basic plane as a pair of escapes
+            text = node.value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+        except UnicodeDecodeError:
+            hint = "write the character itself"
+            raise RecipeError("half a surrogate pair in a text", where=_place(node), hint=hint) from None
+        return read_scalar(text) if node.style is None else text
 
 
 def _place(marked: Any) -> str:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,7 @@ def keep_samples(folder: Path, *, until: int, more: Sequence[dict[str, Any]] = (
 def open_ledger(folder: Path, *, until: float = math.inf) -> Iterator[Ledger]:
     """What a run's rows.jsonl holds, to be added to; of that the losses until a step are written back. What goes wrong
     within never reaches the run."""
-    lines = read_objects(folder / "rows.jsonl")
-    ledger = {f"{line.get('split')} {line.get('place')}": line for line in lines}
+    ledger = {f"{line.get('split')} {line.get('place')}": line for line in read_objects(folder / "rows.jsonl")}
     try:
         yield ledger
         for line in ledger.values():
@@ -116,6 +116,7 @@ def score_trained_rows(run: Run, step: int, names: Sequence[str], stop: StopRequ
     plan, passes = run.plan, [(names, step), (["base"], 0)][: 1 + ("last" in names)]
     if not run.ranks.is_main:
         return
+    score = partial(score_batches, run.network, capacity=plan.micro_batch_tokens)
     with open_ledger(run.folder) as ledger, run.metrics.progress.interlude("scoring rows"):
         lines = [line for line in read_objects(run.folder / "metrics.jsonl") if "seconds" in line]
         seconds, tokens = (sum(line[name] for line in lines) for name in ("seconds", "tokens"))
@@ -123,23 +124,19 @@ def score_trained_rows(run: Run, step: int, names: Sequence[str], stop: StopRequ
         order = shuffle(plan.examples, seed=plan.seed, epoch=0)[: plan.steps * plan.batch_size][:_MOST_ROWS]
         at_once = max(1, min(16, int(_SHARE / 2 * plan.steps * plan.batch_size)))
         for group in (order[start : start + at_once].tolist() for start in range(0, len(order), at_once)):
-            size, started = sum(len(one) for row in group for one in run.rows.sequences(row)), time.monotonic()
+            sequences, started = [*map(run.rows.sequences, group)], time.monotonic()
+            size = sum(len(one) for own in sequences for one in own)
             rate = spent / done if done else seconds / tokens  # a step's tokens pass forwards and backwards
             if stop.received or spent + rate * size > limit:
                 break
             for given, after in passes:
+                sums = np.zeros((2, len(group)))
                 with nullcontext() if after else run.model.disable_adapter():
-                    losses = _mean_losses(run, group)
-                for row, loss in zip(group, losses, strict=True):
+                    for scored in score(sequences.__getitem__, range(len(group))):
+                        add_losses(sums, *scored)
+                for row, loss in zip(group, sums[0] / sums[1], strict=True):
                     _note(run, ledger, run.rows, row, dict.fromkeys(given, (after, loss)))
             spent, done = spent + time.monotonic() - started, done + size
-
-
-def _mean_losses(run: Run, group: Sequence[int]) -> list[float]:
-    sums, sequences, most = np.zeros((2, len(group))), [*map(run.rows.sequences, group)], run.plan.micro_batch_tokens
-    for scored in score_batches(run.network, sequences.__getitem__, range(len(group)), capacity=most):
-        add_losses(sums, *scored)
-    return list(sums[0] / sums[1])
 
 
 def _note(run: Run, ledger: Ledger, rows: TokenStore, number: int, losses: Mapping[str, tuple[int, float]]) -> None:
@@ -147,6 +144,5 @@ def _note(run: Run, ledger: Ledger, rows: TokenStore, number: int, losses: Mappi
     if f"{split} {place}" not in ledger:
         ids = np.concatenate([one.labels[one.labels != UNSUPERVISED] for one in rows.sequences(number)])
         text = run.inputs.tokenizer.decode(ids[:_MOST_TOKENS], skip_special_tokens=True)
-        line = {"place": place, "split": split, "tokens": len(ids), "text": text, "losses": {}}
-        ledger[f"{split} {place}"] = line
+        ledger[f"{split} {place}"] = {"place": place, "split": split, "tokens": len(ids), "text": text, "losses": {}}
     ledger[f"{split} {place}"]["losses"] |= losses
