@@ -43,22 +43,22 @@ def run(recipe: str, overrides: Sequence[str], resume: bool, quiet: bool, verbos
         from lorasft.training.run import export_adapter, open_run
 
         started, output = time.monotonic(), settings.run.output
-        saying = _saying_what_is_saved(Path(output), again=train_command(recipe, *overrides))
-        with saying, open_run(settings, resume=resume, ranks=ranks) as (ready, state):
-            ready.metrics.progress.live &= not verbose
+        with _saying_what_is_saved(Path(output), again=train_command(recipe, *overrides)):
+            with open_run(settings, resume=resume, ranks=ranks) as (ready, state):
+                ready.metrics.progress.live &= not verbose
+                if ranks.is_main:
+                    say("\n".join(_describe(ready)))
+                state = run_steps(ready, state)
+                adapter = ranks.on_main(lambda: export_adapter(ready, state))
             if ranks.is_main:
-                say("\n".join(_describe(ready)))
-            state = run_steps(ready, state)
-            adapter = ranks.on_main(lambda: export_adapter(ready, state))
-        if ranks.is_main:
-            _show_answers(ready, state)
-            say(f"done in {timedelta(seconds=round(time.monotonic() - started))}; adapter in {adapter}")
-            say(f"next: lorasft chat {quote(output)}")
-            for source in settings.data.eval if isinstance(settings.data.eval, tuple) else ():
-                say(f"      lorasft evaluate {quote(output)} --data {quote(source.path)}")
-            say(f"      lorasft merge {quote(output)} --out {quote(Path(output).resolve().name + '-merged')}")
-            say(f"or serve the adapter: {_serve_command(ready, adapter)}")
-            print(output)
+                _show_answers(ready, state)
+                say(f"done in {timedelta(seconds=round(time.monotonic() - started))}; adapter in {adapter}")
+                say(f"next: lorasft chat {quote(output)}")
+                for source in settings.data.eval if isinstance(settings.data.eval, tuple) else ():
+                    say(f"      lorasft evaluate {quote(output)} --data {quote(source.path)}")
+                say(f"      lorasft merge {quote(output)} --out {quote(Path(output).resolve().name + '-merged')}")
+                say(f"or serve the adapter: {_serve_command(ready, adapter)}")
+                print(output)
     return Path(output)
 
 

@@ -228,7 +228,7 @@ def test_i11_what_is_shown_is_what_is_supervised(bench: Bench, command: list[str
     assert 2 * sum(labels) == 2 * told["summary"]["supervised_tokens"] == sum(logged) > 0
 
 
-SAVED = {"read_inputs": "before the first step", "train": "not saved since step 0", "_show_answers": "is whole"}
+SAVED = {"read_inputs": "before the first step", "run_steps": "not saved since step 0", "_show_answers": "is whole"}
 
 
 @pytest.mark.parametrize("number", campaigns.STOPPED)
@@ -242,13 +242,13 @@ def test_a_signal_where_there_is_no_step_to_finish(
         (bench.folder / "checkpoints" / "step-000008.aside-1").mkdir(parents=True)  # damaged, put aside: no save
         signal.raise_signal(number)
 
-    monkeypatch.setattr({"read_inputs": run, "train": loop}.get(where, train), where, ask)
+    monkeypatch.setattr({"read_inputs": run, "run_steps": loop}.get(where, train), where, ask)
     code, _, said = cli(*command)
     assert code == campaigns.STOPPED[number]
     assert SAVED[where] in said and "Traceback" not in said
-    assert ("--resume" in said) == (where == "train")
+    assert ("--resume" in said) == (where == "run_steps")
     monkeypatch.undo()
-    assert where != "train" or main([*command, "--resume"]) == 0  # a run folder is never a dead end
+    assert where != "run_steps" or main([*command, "--resume"]) == 0  # a run folder is never a dead end
     lock = bench.folder / LOCK
     assert not lock.exists() or not lock.read_text(encoding="ascii")
 
