@@ -15,7 +15,7 @@ from typing import Any
 
 from lorasft.adapter_files import CONFIG, adapts_experts, list_adapted, open_adapter, read_adapter_config
 from lorasft.errors import ModelError, RecipeError, UnsafeError
-from lorasft.files import LOCK, MANIFEST, verify_folder
+from lorasft.files import LOCK, MANIFEST, refuse_overlap, verify_folder
 from lorasft.hub import is_folder, refuse_offline
 from lorasft.recipe import ChatSettings, DataSettings, DataSource, ModelSettings, Recipe
 from lorasft.recipe.load import load_recipe, shipped_recipes
@@ -124,8 +124,10 @@ class Artifact:
             raise ModelError(what, where=self.base, hint="--base FOLDER with the files of training, or --force-base")
 
 
-def check_run_folder(folder: Path, *, resume: bool) -> None:
+def check_run_folder(recipe: Recipe, *, resume: bool) -> None:
     """Raise RecipeError when the run folder is taken or holds other files, or when there is nothing to resume."""
+    folder = Path(recipe.run.output)
+    refuse_overlap(folder, Path(recipe.model.base))
     is_run = (folder / "recipe.yaml").is_file()
     if resume and not is_run:
         raise RecipeError("there is no run to resume", where=folder, hint="leave out --resume to start one")

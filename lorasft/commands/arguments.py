@@ -7,7 +7,6 @@ import re
 from argparse import Action, ArgumentParser, ArgumentTypeError
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ def read_recipe(recipe: str, overrides: Sequence[str], *, resume: bool | None = 
 
     settings = load_recipe(recipe, overrides)
     if resume is not None:
-        check_run_folder(Path(settings.run.output), resume=resume)
+        check_run_folder(settings, resume=resume)
     check_trackers(settings.run.trackers)
     for source, _ in list_sources(settings.data):
         find_files(source)

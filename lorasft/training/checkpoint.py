@@ -37,7 +37,6 @@ from lorasft.files import (
     locked,
     make_folder,
     read_objects,
-    refuse_overlap,
     remove_folder,
     remove_new,
     rename,
@@ -63,14 +62,13 @@ _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "saf
 def take_folder(recipe: Recipe, *, resume: bool) -> Iterator[None]:
     """Hold the run folder, cleared of what a killed start left. A start that fails leaves nothing in it."""
     folder = Path(recipe.run.output)
-    refuse_overlap(folder, Path(recipe.model.base))
-    check_run_folder(folder, resume=resume)
+    check_run_folder(recipe, resume=resume)
     present, absent = set(folder.glob("*")), [one for one in (folder, *folder.parents) if not one.exists()]
     make_folder(folder)
     with locked(folder) as left:
         if left:
             say(f"process {left} ended without a word: it was killed, or the power was lost")
-        check_run_folder(folder, resume=resume)  # it may have become a run before the lock was ours
+        check_run_folder(recipe, resume=resume)  # it may have become a run before the lock was ours
         sweep(folder)
         sweep(folder / "checkpoints")
         for name in () if resume else ("tokens", "checkpoints/step-000000"):
