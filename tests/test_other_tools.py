@@ -365,7 +365,7 @@ def test_what_does_not_fit_in_16_bits_says_so(
     adapter = save_adapter(base, tmp_path / "adapter", **QV)
     monkeypatch.setattr(model_adapter, "free_memory", lambda device: 1000)
     done = cli("chat", adapter, "--prompt", "x")
-    assert done.code == 6 and "--quantization nf4" in done.err and "GB" in done.err
+    assert done.code == 6 and "--quantization nf4" in done.err and "iB are free" in done.err
 
 
 def test_experts_that_4_bit_cannot_hold_are_loaded_in_16(tmp_path: Path) -> None:

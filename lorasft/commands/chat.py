@@ -37,8 +37,7 @@ def run(prompt: str | None, max_tokens: int, temperature: float, top_p: float, *
         what = f"{found.adapter} on {found.model.base}" if found.adapter else f"{found.model.base}, without an adapter"
         say(f"{what} (quantization: {found.model.quantization})\n{_COMMANDS}; Ctrl-C stops an answer, then the chat")
     answer = LoadedModel(found).generate
-    how: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
-    how |= {"show": True, "typed": typed}
+    how: dict[str, Any] = dict(max_tokens=max_tokens, temperature=temperature, top_p=top_p, show=True, typed=typed)
     system: list[dict[str, Any]] = []
     turns: list[dict[str, Any]] = []
     for line in _questions() if prompt is None else [prompt]:

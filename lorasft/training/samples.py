@@ -34,26 +34,31 @@ _SHARE = 0.02  # of the time of all steps, for their losses
 
 
 def take_samples(run: Run, state: State, stop: StopRequest) -> None:
-    """After an evaluation that `run.sample_every` names, the first or the last: answer the prompts, note and show it,
-    unless a signal comes. What goes wrong here never reaches the run."""
+    """After an evaluation that `run.sample_every` names, or the last: answer the prompts, note and show it, unless a
+    signal comes; the first time as the base, too. What goes wrong here never reaches the run."""
     settings, held_out, step, progress = run.recipe.run, run.inputs.prepared.held_out, state.step, run.metrics.progress
     if settings.sample_every is None or held_out is None or state.evaluation_due or not run.ranks.is_main:
         return
     every = settings.sample_every * (settings.eval_every or run.plan.steps)
-    if step % every and step < run.plan.steps:
+    if step == 0 or (step % every and step < run.plan.steps):  # a person waits for the first step
         return
     try:
-        with progress.interlude("answering"), nullcontext() if step else run.model.disable_adapter():
-            new = [_answer(run, step, held_out, at) for at in range(len(held_out))[:_PROMPTS] if not stop.received]
+        base, new = all(line["step"] for line in keep_samples(run.folder, until=step - 1)), list[dict[str, Any]]()
+        with progress.interlude("answering"):
+            for after in (0, step)[not base :]:
+                with nullcontext() if after else run.model.disable_adapter():
+                    numbers = (one for one in range(len(held_out))[:_PROMPTS] if not stop.received)
+                    new += [_answer(run, after, held_out, one) for one in numbers]
         keep_samples(run.folder, until=step - 1, more=new)
     except Exception as error:
         say(f"no answers after step {step}: {first_line(error)}")
         return
-    if progress.live and new:
-        if step == 0:
-            say(f"   asked  {shorten(new[0]['prompt'].strip()[-66:], most=66)}")
-            say(f"  wanted  {shorten(new[0]['expected'], most=66)}")
-        say(f"  answer  {shorten(new[0]['answer'], most=66)}")
+    if progress.live and base and new:
+        say(f"   asked  {shorten(new[0]['prompt'].strip()[-66:], most=66)}")
+        say(f"  wanted  {shorten(new[0]['expected'], most=66)}")
+        say(f"    base  {shorten(new[0]['answer'], most=66)}")
+    for line in [line for line in new if line["step"] == step][: progress.live]:
+        say(f"  answer  {shorten(line['answer'], most=66)}")
 
 
 def _answer(run: Run, step: int, held_out: TokenStore, example: int) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 import lorasft.model  # noqa: F401  with bitsandbytes, whose operations get kernels here
 
+torch._dynamo.config  # noqa: B018  the compiler is imported while torch has no device, whose C++ parts are missing here
 TOTAL = int(os.environ.get("EMU_TOTAL", 24 << 30))
 CAPABILITY = tuple(int(number) for number in os.environ.get("EMU_CAP", "8.9").split("."))
 _lib = ctypes.CDLL(os.environ["EMU_LIB"])
