@@ -42,9 +42,8 @@ class History:
         records = (read_objects(folder / name) for name in ("provenance.json", "memory.json"))
         self.provenance, self.memory = (next(record, {}) for record in records)
         files = (read_objects(folder / f"{name}.jsonl") for name in ("metrics", "answers", "events"))
-        metrics, self.answers, self.events = (
-            [one for one in file if isinstance(one.get("step"), int)] for file in files
-        )
+        logs = ([line for line in file if isinstance(line.get("step"), int)] for file in files)
+        metrics, self.answers, self.events = logs
         self.rows = [row for row in read_objects(folder / "rows.jsonl") if row.get("losses")]
         self.previewed = (folder / "preview.html").is_file()
         self.step = metrics[-1]["step"] if metrics else 0  # the last one

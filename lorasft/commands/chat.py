@@ -7,7 +7,6 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
-from functools import partial
 from pathlib import Path
 from signal import SIGINT
 from typing import Any
@@ -37,8 +36,8 @@ def run(prompt: str | None, max_tokens: int, temperature: float, top_p: float, *
     if typed:
         what = f"{found.adapter} on {found.model.base}" if found.adapter else f"{found.model.base}, without an adapter"
         say(f"{what} (quantization: {found.model.quantization})\n{_COMMANDS}; Ctrl-C stops an answer, then the chat")
-    ask = partial(LoadedModel(found).generate, max_tokens=max_tokens, temperature=temperature, top_p=top_p)
-    answer = partial(ask, show=True, typed=typed)
+    answer = LoadedModel(found).generate
+    how: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "typed": typed}
     system: list[dict[str, Any]] = []
     turns: list[dict[str, Any]] = []
     for line in _questions() if prompt is None else [prompt]:
@@ -48,13 +47,13 @@ def run(prompt: str | None, max_tokens: int, temperature: float, top_p: float, *
                 system = system if word == "/reset" else [{"role": "system", "content": text}] * bool(text)
                 turns = []
             elif word == "/base" and turns and found.adapter:
-                answer([*system, *turns[:-1]], adapted=False)
+                answer([*system, *turns[:-1]], adapted=False, show=True, **how)
             elif re.fullmatch("/[a-z]+", line.strip()) and prompt is None:
                 say(_COMMANDS)
             else:
                 # An argument may be no UTF-8.
                 asked = {"role": "user", "content": line.encode(errors="replace").decode()}
-                turns += [asked, {"role": "assistant", "content": answer([*system, *turns, asked])}]
+                turns += [asked, {"role": "assistant", "content": answer([*system, *turns, asked], show=True, **how)}]
         except LorasftError as error:
             if not typed:
                 raise
