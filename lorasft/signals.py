@@ -30,6 +30,7 @@ class StopRequest:
     """What is asked of a run: to stop, by `signal` (0: not), and to `save` after this step. Processes agree on both."""
 
     alone: bool = True
+    notice: bytes = b"stopping after this step, which is saved; a second signal stops at once\n"
     received: int = 0  # the signal that this process got
     signal: int = 0
     save: bool = False
@@ -42,9 +43,8 @@ class StopRequest:
             _unwind(number, frame)
         else:
             self.received, self.signal = number, number if self.alone else 0
-            if self.alone:
-                text = b"stopping after this step, which is saved; a second signal stops at once\n"
-                os.write(2, b"\n" + text if os.isatty(2) else text)
+            if self.alone and self.notice:
+                os.write(2, b"\n" * os.isatty(2) + self.notice)
 
 
 def exit_signals() -> list[signal.Signals]:
@@ -54,9 +54,9 @@ def exit_signals() -> list[signal.Signals]:
 
 
 @contextmanager
-def stop_signals(*, alone: bool) -> Iterator[StopRequest]:
-    """Take SIGINT, SIGTERM and SIGHUP as a request to stop, SIGUSR1 to save."""
-    stop = StopRequest(alone)
+def stop_signals(*, alone: bool, notice: bytes = StopRequest.notice) -> Iterator[StopRequest]:
+    """Take SIGINT, SIGTERM and SIGHUP as a request to stop, which `notice` answers, SIGUSR1 to save."""
+    stop = StopRequest(alone, notice)
     with _answered(dict.fromkeys([*exit_signals(), signal.SIGUSR1], stop)):
         yield stop
 

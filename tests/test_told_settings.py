@@ -159,7 +159,7 @@ def test_how_the_base_is_loaded_can_be_told(base: Path, rows: Path, tmp_path: Pa
     for how in (["--quantization", "none"], ["model.quantization=none"]):
         out = tmp_path / how[-1]
         assert json.loads(cli("merge", adapter, "--out", out, *how, "--json").out)["onto"] == "original"
-        assert cli("chat", adapter, "--prompt", "a", "--max-tokens", "2", *how).code == 0
+        assert cli("chat", adapter, "--prompt", "a", "--max-new-tokens", "2", *how).code == 0  # the old name
     losses = [
         json.loads(cli("evaluate", adapter, "--data", rows, "--json", "--quantization", how, "--dtype", "float32").out)
         for how in ("none", "nf4")

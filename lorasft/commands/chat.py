@@ -22,7 +22,7 @@ _COMMANDS = "/reset: a new conversation; /system TEXT: one with this system text
 def add_arguments(parser: ArgumentParser) -> None:
     add_saved(parser, options=["--system"])
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and stop")
-    parser.add_argument("--max-tokens", type=whole_number, default=512, metavar="N", help="of an answer (default: 512)")
+    parser.add_argument("--max-tokens", "--max-new-tokens", type=whole_number, default=512, help="default: 512")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="of the likeliest with P together")
 
@@ -80,7 +80,7 @@ class LoadedModel:
         options["on_text"] = (lambda text: print(harmless(text), end="", flush=True)) if show else None
         whose = nullcontext() if adapted or self._model is self._causal else self._model.disable_adapter()
         # A stop is looked for after each token: an interrupt could leave half an import, or the model half changed.
-        with stop_signals(alone=True) if typed else nullcontext(StopRequest()) as stop, whose:
+        with stop_signals(alone=True, notice=b"") if typed else nullcontext(StopRequest()) as stop, whose:
             options |= {"stops": self._format.stop_ids, "stopped": lambda: stop.signal > 0}
             ((new, _),) = generate(self._causal, self._tokenizer, [ids], **options)
         if stop.signal not in (0, SIGINT):
