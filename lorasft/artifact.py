@@ -17,13 +17,14 @@ from lorasft.adapter_files import CONFIG, adapts_experts, list_adapted, open_ada
 from lorasft.errors import ModelError, RecipeError, UnsafeError
 from lorasft.files import LOCK, MANIFEST, refuse_overlap, verify_folder
 from lorasft.hub import is_folder, refuse_offline
-from lorasft.recipe import ChatSettings, DataSettings, DataSource, ModelSettings, Recipe
-from lorasft.recipe.load import load_recipe, shipped_recipes
+from lorasft.recipe import ChatSettings, DataSettings, DataSource, ModelSettings, Recipe, mathematics
+from lorasft.recipe.load import compare, load_recipe, shipped_recipes
 from lorasft.tensors import fingerprint
 from lorasft.terminal import quote, say, train_command
 
 _NAME_ONE = "name a run folder, an adapter, a model folder or a hub id"
 MERGE_RECORD = "merge.json"
+CHANGED, RESTORE = "the recipe is not the one that this run began with:", "restore it, or run.output=NEW_FOLDER"
 _LEFT_BEHIND = {LOCK, "tokens", "memory.json", "checkpoints", "provenance.json"}  # by a start that failed
 _NO_DATA = DataSettings(train=(DataSource(path="-"),))
 GENERATION_CONFIG = "generation_config.json"
@@ -125,20 +126,25 @@ class Artifact:
 
 
 def check_run_folder(recipe: Recipe, *, resume: bool) -> None:
-    """Raise RecipeError when the run folder is taken or holds other files, or when there is nothing to resume."""
+    """Raise RecipeError when the run folder is taken or holds other files, or when there is nothing to resume, or what
+    decides the result differs from what the run began with, in a table old -> new."""
     folder = Path(recipe.run.output)
     refuse_overlap(folder, Path(recipe.model.base))
     is_run = (folder / "recipe.yaml").is_file()
     if resume and not is_run:
         raise RecipeError("there is no run to resume", where=folder, hint="leave out --resume to start one")
-    if not resume and is_run:
+    if resume:
+        before = load_recipe(str(folder / "recipe.yaml"))
+        if changes := [*compare(mathematics(before), mathematics(recipe))]:
+            raise RecipeError("\n  ".join([CHANGED, *changes[:10]]), where=folder, hint=RESTORE)
+    elif is_run:
         hint = f"continue it: {train_command(folder)} --resume; or start another: {quote(f'run.output={folder}-2')}"
         raise RecipeError("this run folder exists", where=folder, hint=hint)
     present = {path.name for path in folder.glob("[!.]*")}
     strangers = sorted(present - _LEFT_BEHIND if LOCK in present else present)
     if strangers and not is_run:
-        what = f"the folder holds {len(strangers)} files that are not a run's, {strangers[0]} among them"
-        raise RecipeError(what, where=folder, hint="run.output=NEW_FOLDER")
+        shown = ", ".join(strangers[:3]) + f" and {len(strangers) - 3:,} more" * (len(strangers) > 3)
+        raise RecipeError(f"the folder holds what is not a run's: {shown}", where=folder, hint="run.output=NEW_FOLDER")
 
 
 def find_artifact(name: str, *, base: str | None = None) -> Artifact:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from lorasft import __version__
 from lorasft.commands.arguments import suggest
-from lorasft.errors import CapacityError, LorasftError, RecipeError
+from lorasft.errors import CapacityError, LorasftError, RecipeError, out_of_memory
 from lorasft.signals import Ended, end_at_once, ended_in_order, exit_code
 from lorasft.terminal import is_live, say
 
@@ -97,11 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("stopped")
         return exit_code(signalled.args[0])
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError):
-            from lorasft.model.free_memory import out_of_memory
-
-            if not out_of_memory(error):
-                raise
+        if not out_of_memory(error):
+            raise
         hint = "free memory and try again (a run that had begun: with --resume), or take a smaller model"
         say(CapacityError(f"out of memory: {error}", hint=hint))
         return CapacityError.exit_code

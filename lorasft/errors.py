@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -106,3 +107,19 @@ def in_words(details: Sequence[Mapping[str, Any]]) -> str:
 def first_line(error: BaseException) -> str:
     """What `error` is and says, without what follows."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+# torch has a class for its own allocator on CUDA. What libraries take beside it, and the driver, they say in words: a
+# library that cannot even start on a GPU has mostly found no memory for its work space. oneDNN has the last two.
+_SIGNS = re.compile(
+    r"out of memory|ALLOC_FAILED|ALLOCATION_FAILED|cudaErrorMemoryAllocation|DefaultCPUAllocator"
+    r"|CU(BLAS|DNN|SOLVER|SPARSE)_STATUS_NOT_INITIALIZED|could not create a memory object"
+    r"|^\s*could not (create|execute) a primitive\s*$"
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on a GPU or on a CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+        return True
+    return isinstance(error, RuntimeError) and _SIGNS.search(str(error)) is not None

@@ -416,7 +416,8 @@ def run_trl(model: Any, lora: Any, rows: list[Any], total: int) -> Row:
 def caps(scale: Scale, *, shape: str, cases: list[tuple[float, int]]) -> Cases:
     import torch
 
-    from lorasft.model.free_memory import free_memory, out_of_memory
+    from lorasft.errors import out_of_memory
+    from lorasft.model.free_memory import free_memory
     from lorasft.model.memory import heaviest_batch
     from lorasft.training.layout import fewest_recomputed
 

@@ -135,7 +135,11 @@ def test_what_a_chat_obeys(run: Path, asked: list[list[str]], monkeypatch: pytes
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*typed, "/system", "six", "/quit", "seven"])))
     done = cli("chat", run, "--max-tokens", "4")
     first, bare = done.out.splitlines()[:2]
-    assert done.code == 0 and done.err.count("/reset: a new conversation") == 2  # nothing to repeat, and /wrong
+    told = ["nothing was asked yet", "as in training", "text: Be brief.", "text: Be brief.", "there is no /wrong. /re"]
+    told += ["as in training"]
+    assert (
+        done.code == 0 and [word in line for word, line in zip(told, done.err.splitlines(), strict=True)] == [True] * 6
+    )
     briefly = [["Be brief.", "four"], ["Be brief.", "/etc/x"]]
     assert asked == [["one"], ["one"], ["one", first, "two"], ["three"], *briefly, ["six"]]
     base = json.loads((run / "adapter/adapter_config.json").read_bytes())["base_model_name_or_path"]

@@ -100,6 +100,13 @@ def test_load_answers_as_chat_does(run: Path, cli: Command, capsys: pytest.Captu
     assert model.generate(question, max_tokens=12) == answer  # the adapter is on again
     with pytest.raises(DataError, match="128 positions"):
         model.generate("word " * 200)
+    messages: list[Any] = [[{"role": "user"}], [{"content": "q"}], [{"role": "u", "content": "q"}], ["q"], [], 5, None]
+    for wrong in messages:
+        with pytest.raises(DataError):
+            model.generate(wrong)
+    for how in ({"max_tokens": 0}, {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0.5}, {"top_p": 0}):
+        with pytest.raises(RecipeError, match="no answer can be sampled"):
+            model.generate(question, **how)
 
 
 class Frames(HTMLParser):

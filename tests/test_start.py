@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -90,14 +91,30 @@ def test_what_can_be_known_without_torch_is_refused_without_it(recipe: Write, ru
     path = recipe()
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").touch()
+    stopped = tmp_path / "stopped"
+    shutil.copytree(run, stopped, ignore=shutil.ignore_patterns("adapter"))
     cases = [
         (2, ["train", path, f"run.output={run}"], "this run folder exists"),
-        (2, ["train", path, f"run.output={tmp_path}/full"], "files that are not a run's"),
+        (2, ["train", path, f"run.output={tmp_path}/full"], "what is not a run's: notes.txt"),
         (2, ["train", path, f"run.output={tmp_path}/none", "--resume"], "there is no run to resume"),
         (3, ["train", path, f"data.train={tmp_path}/none.jsonl"], "there is no such file"),
         (3, ["plan", path, f"data.eval=[{tmp_path}/none.jsonl]"], "there is no such file"),
         (5, ["train", path, "run.trackers=[trackio]"], "not installed: trackio"),
         (2, ["train", path, "train.epochs=many"], "train.epochs"),
+        (2, ["train", str(run), "--resume", "train.epochs=7"], "train.epochs: "),
+        (4, ["train", path, "model.base=no/such/base"], "there is no such folder"),
+        (4, ["train", path, f"model.base={tmp_path}/none"], "there is no such folder"),
+        (4, ["chat", f"{tmp_path}/none"], "there is no such folder"),
+        (4, ["chat", "runs/none"], "there is no such folder"),
+        (4, ["chat", str(tmp_path / "full")], "this is not a run, an adapter or a model"),
+        (2, ["chat", str(run), "--top-p", "0.5"], "no answer can be sampled"),
+        (4, ["evaluate", "runs/none", "--data", "rows.jsonl"], "there is no such folder"),
+        (3, ["evaluate", str(run), "--data", "none.jsonl"], "there is no such file"),
+        (2, ["evaluate", str(run), "--data", "none.jsonl", "--answers", "a.txt"], "neither .html nor .jsonl"),
+        (4, ["merge", str(stopped), "--out", f"{tmp_path}/out"], "this run has no adapter yet"),
+        (4, ["merge", str(run), "--out", f"{tmp_path}/out", "--base", f"{tmp_path}/none"], "there is no such folder"),
+        (3, ["merge", str(run), "--out", f"{tmp_path}/out", "--data", "none.jsonl"], "there is no such file"),
+        (2, ["merge", str(run), "--out", str(tmp_path / "full")], "this exists already"),
     ]
     done = run_python(EARLY, json.dumps([words for _, words, _ in cases]))
     assert done.stdout.splitlines() == [f"{code} []" for code, _, _ in cases], done.stderr

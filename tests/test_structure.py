@@ -143,7 +143,7 @@ def effects(path: Path) -> Iterator[str]:
         texts = [one.value for one in values if isinstance(one, ast.Constant) and isinstance(one.value, str)]
         opened = name == "open" and any(set(text) <= set("rwxab+t") and set(text) & set("wxa+") for text in texts)
         # A path's `replace` takes one argument, that of a text two.
-        renamed = method and (name == "rename" or (name == "replace" and len(values) == 1))
+        renamed = method and owner != "files" and (name == "rename" or (name == "replace" and len(values) == 1))
         if name in EFFECTS or opened or renamed or (owner, name) in OWNED:
             yield name
 

@@ -25,6 +25,7 @@ def read_recipe(recipe: str, overrides: Sequence[str], *, resume: bool | None = 
     from lorasft.artifact import check_run_folder
     from lorasft.data.folders import find_files
     from lorasft.data.prepare import list_sources
+    from lorasft.hub import is_folder
     from lorasft.recipe.load import load_recipe
     from lorasft.training.metrics import check_trackers
 
@@ -32,6 +33,7 @@ def read_recipe(recipe: str, overrides: Sequence[str], *, resume: bool | None = 
     if resume is not None:
         check_run_folder(settings, resume=resume)
     check_trackers(settings.run.trackers)
+    is_folder(settings.model.base)
     for source, _ in list_sources(settings.data):
         find_files(source)
     return settings
@@ -67,7 +69,8 @@ def add_saved(parser: ArgumentParser, kinds: str = "RUN|ADAPTER|MODEL", *, optio
 
 
 def open_saved(saved: str, base: str | None, given: Sequence[str], overrides: Sequence[str]) -> Artifact:
-    """What `saved` names, with `section.key=value` overrides. Raises what find_artifact and load_recipe do."""
+    """What `saved` names, with `section.key=value` overrides, its base at hand. Raises LorasftError where it does not
+    name what it should, or the base is none."""
     from lorasft.artifact import find_artifact
     from lorasft.recipe import Recipe
     from lorasft.recipe.load import change_recipe
@@ -75,7 +78,9 @@ def open_saved(saved: str, base: str | None, given: Sequence[str], overrides: Se
     found = find_artifact(saved, base=base)
     recipe = Recipe(model=found.model, data=found.data, chat=found.chat)
     changed = change_recipe(recipe, [*given, *overrides], sections=("model", "data", "chat"))
-    return replace(found, model=changed.model, data=changed.data, chat=changed.chat)
+    found = replace(found, model=changed.model, data=changed.data, chat=changed.chat)
+    found.base_config  # noqa: B018  refused before torch is imported
+    return found
 
 
 def load_saved(found: Artifact) -> tuple[Any, Any, Any]:

@@ -12,7 +12,7 @@ from signal import SIGINT
 from typing import Any
 
 from lorasft.commands.arguments import add_saved, load_saved, open_saved, whole_number
-from lorasft.errors import LorasftError, RecipeError
+from lorasft.errors import DataError, LorasftError, RecipeError
 from lorasft.signals import Ended, StopRequest, stop_signals
 from lorasft.terminal import harmless, say
 
@@ -29,8 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(prompt: str | None, max_tokens: int, temperature: float, top_p: float, **saved: Any) -> None:
     """Answer `prompt`, or what is typed line by line. Answers stream to stdout."""
-    if not 0 <= temperature < float("inf") or (top_p != 1 and not (temperature and 0 < top_p < 1)):
-        raise RecipeError("no such --temperature, or no such --top-p with it", hint="--temperature 0.7 --top-p 0.9")
+    check_sampling(max_tokens, temperature, top_p)
     found = open_saved(**saved)
     typed = prompt is None and sys.stdin.isatty()
     if typed:
@@ -46,10 +45,14 @@ def run(prompt: str | None, max_tokens: int, temperature: float, top_p: float, *
             if word in ("/reset", "/system"):
                 system = system if word == "/reset" else [{"role": "system", "content": text}] * bool(text)
                 turns = []
-            elif word == "/base" and turns and found.adapter:
+                told = f"system text: {system[0]['content']}" if system else "system text as in training"
+                say(f"a new conversation, {told}")
+            elif word == "/base" and not (turns and found.adapter):
+                say("nothing was asked yet" if found.adapter else "this is the base, without an adapter")
+            elif word == "/base":
                 answer([*system, *turns[:-1]], adapted=False, show=True, **how)
             elif re.fullmatch("/[a-z]+", line.strip()) and prompt is None:
-                say(_COMMANDS)
+                say(f"there is no {word}. {_COMMANDS}")
             else:
                 # An argument may be no UTF-8.
                 asked = {"role": "user", "content": line.encode(errors="replace").decode()}
@@ -58,6 +61,14 @@ def run(prompt: str | None, max_tokens: int, temperature: float, top_p: float, *
             if not typed:
                 raise
             say(error)
+
+
+def check_sampling(max_tokens: int, temperature: float, top_p: float) -> None:
+    """Raise RecipeError where answers cannot be sampled so."""
+    if max_tokens < 1 or not (0 <= temperature < float("inf") and 0 < top_p <= 1) or (top_p < 1 and not temperature):
+        what = f"no answer can be sampled with max_tokens {max_tokens}, temperature {temperature}, top_p {top_p}"
+        hint = "max_tokens from 1; temperature from 0; top_p above 0 and up to 1, below 1 with a temperature above 0"
+        raise RecipeError(what, hint=hint)
 
 
 class LoadedModel:
@@ -72,10 +83,16 @@ class LoadedModel:
     def generate(self, prompt: str | list[dict[str, Any]], *, max_tokens: int = 512, temperature: float = 0,
                  top_p: float = 1, adapted: bool = True, show: bool = False, typed: bool = False) -> str:  # fmt: skip
         """The answer to a prompt or to messages, at temperature 0 the likeliest; if not `adapted`, that of the base.
-        `show`: print it as it grows. `typed`: Ctrl-C ends it, no more. Raises DataError for too long a prompt."""
+        `show`: print it as it grows. `typed`: Ctrl-C ends it, no more. Raises RecipeError, or DataError for messages
+        that are none, or too long."""
+        from lorasft.data.examples import normalize_message
         from lorasft.model.generate import generate
 
-        ids = self._format.prompt_ids([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+        check_sampling(max_tokens, temperature, top_p)
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if not asked or not isinstance(asked, list):
+            raise DataError("this is neither a text nor a list of messages", hint='{"role": "user", "content": "..."}')
+        ids = self._format.prompt_ids([normalize_message(message, set()) for message in asked])
         options: dict[str, Any] = {"max_new_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
         options["on_text"] = (lambda text: print(harmless(text), end="", flush=True)) if show else None
         whose = nullcontext() if adapted or self._model is self._causal else self._model.disable_adapter()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasft.commands.arguments import add_columns, add_json, add_saved, load_saved, open_saved, show, whole_number
+from lorasft.commands import arguments
 from lorasft.commands.preview_page import make_page
 from lorasft.errors import DataError, RecipeError
 from lorasft.terminal import harmless, say
@@ -24,30 +24,34 @@ _LEGEND = "<h1>Answers</h1><p>What got worse comes first. <mark>Marked</mark> is
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    add_saved(parser, "RUN|ADAPTER|MODEL ...", options=["--on-bad-row", "--system"])
+    arguments.add_saved(parser, "RUN|ADAPTER|MODEL ...", options=["--on-bad-row", "--system"])
     parser.add_argument("--data", required=True, metavar="FILE", help="rows of any shape that a recipe takes")
-    add_columns(parser)
+    arguments.add_columns(parser)
     parser.add_argument("--answers", metavar="OUT", help="let the models answer, to a page (.html) or JSON lines")
-    parser.add_argument("--max-tokens", type=whole_number, metavar="N", help="then (default: twice as expected, + 32)")
+    parser.add_argument("--max-tokens", type=arguments.whole_number, metavar="N", help="default: 2 x expected + 32")
     parser.add_argument("--per-example", metavar="OUT", help="write one JSON object for each answer to OUT")
-    add_json(parser, "the totals")
+    arguments.add_json(parser, "the totals")
 
 
 def run(saved: str, overrides: Sequence[str], data: str, columns: str | None, as_json: bool, **options: Any) -> None:
     """Score the answers in `data`; totals on stdout. Raises RecipeError for files that exist."""
+    from lorasft.data.folders import find_files
     from lorasft.files import make_folder, refuse_existing, write_file
     from lorasft.recipe.load import read_source
 
     answers, per_example, most = (options.pop(name) for name in ("answers", "per_example", "max_tokens"))
+    if answers and not answers.endswith((".html", ".jsonl")):
+        raise RecipeError("it is neither .html nor .jsonl", where=f"--answers {answers}", hint="--answers answers.html")
     for out in filter(None, (answers, per_example)):
         refuse_existing(Path(out))
         make_folder(Path(out).absolute().parent)
     others = [word for word in overrides if "=" not in word or Path(word).exists()]
     options["overrides"] = [word for word in overrides if word not in others]
-    artifacts = [open_saved(name, **options) for name in (saved, *others)]
+    artifacts = [arguments.open_saved(name, **options) for name in (saved, *others)]
     if len({found.model.model_dump_json() for found in artifacts if found.adapter}) > 1:
         raise RecipeError("these adapters have different bases", hint="evaluate each by itself")
     source = read_source(data, columns)
+    find_files(source)
     from lorasft.model.scoring import compare_with_base, summarize
 
     lines: Lines = []
@@ -61,7 +65,8 @@ def run(saved: str, overrides: Sequence[str], data: str, columns: str | None, as
             totals[name]["against_base"] = compare_with_base(lines, name)
     worst = sorted(lines, key=lambda line: _harm(line, names[0]), reverse=True)
     shown = [_side_by_side(line, totals) for line in worst]
-    said = [f"{len(lines):,} answers in {data}; loss in nats a token", *_table(totals)]
+    more = "" if answers else "; --answers OUT.html: what the models answer, and how often it matches"
+    said = [f"{len(lines):,} answers in {data}; loss in nats a token{more}", *_table(totals)]
     if "base" in totals:
         worse = sum(_harm(line, names[0]) > (False, 0.0) for line in lines)
         said.append(f"{worse:,} of {len(lines):,} answers got worse by {names[0]}")
@@ -71,7 +76,7 @@ def run(saved: str, overrides: Sequence[str], data: str, columns: str | None, as
             write_file(Path(out), make_page(shown, said, legend=_LEGEND))
         elif out:
             write_file(Path(out), "".join(json.dumps(line) + "\n" for line in chosen))
-    show(totals, said, as_json=as_json)
+    arguments.show(totals, said, as_json=as_json)
 
 
 def _score(found: Artifact, name: str, source: DataSource, lines: Lines, most: int | None) -> Lines:
@@ -80,7 +85,7 @@ def _score(found: Artifact, name: str, source: DataSource, lines: Lines, most: i
     from lorasft.model.scoring import generate_answers, match, read_answers, score_answers
     from lorasft.model.selfcheck import verify
 
-    tokenizer, model, causal = load_saved(found)
+    tokenizer, model, causal = arguments.load_saved(found)
     network = verify(causal)
     positions = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
     # What the model can read is scored, however long the rows of training were.

@@ -32,13 +32,19 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(out: str, data: str | None, columns: str | None, as_json: bool, **options: Any) -> None:
     """Merge into the new folder `out`; what was done on stdout. `options`: what names an artifact, and those of `merge`
     as they are."""
-    from lorasft.merge.merge import merge
+    from lorasft.data.folders import find_files
+    from lorasft.files import refuse_existing
     from lorasft.recipe.load import read_source
 
+    refuse_existing(Path(out))
     if columns and not data:
         raise RecipeError("--columns is of --data, which is not given", hint="--data FILE")
     artifact = open_saved(*(options.pop(name) for name in ("saved", "base", "given", "overrides")))
     source = read_source(data, columns) if data else None
+    if source:
+        find_files(source)
+    from lorasft.merge.merge import merge
+
     merged = merge(artifact, Path(out), data=source, **options)
     what = f"merged {merged['updated']} tensors onto the {merged['onto']} weights ({merged['why']})"
     say(f"{what}: {size_text(merged['size'])}")

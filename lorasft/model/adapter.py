@@ -22,21 +22,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorasft.adapter_files import (
-    CONFIG,
-    PREFIX,
-    WEIGHTS,
-    adapts_experts,
-    list_adapted,
-    read_adapter_weights,
-    subtract_start,
-)
+from lorasft import adapter_files
 from lorasft.artifact import Artifact
 from lorasft.data.tokenizer import needed_rows
-from lorasft.errors import CapacityError, ModelError, RecipeError
+from lorasft.errors import CapacityError, ModelError, RecipeError, out_of_memory
 from lorasft.files import write_file
 from lorasft.model.base import compute_dtype, load_base, make_skeleton, read_config
-from lorasft.model.free_memory import free_memory, out_of_memory
+from lorasft.model.free_memory import free_memory
 from lorasft.model.linear import use_lean_linears
 from lorasft.recipe import AdapterSettings, ModelSettings
 from lorasft.terminal import size_text
@@ -93,22 +85,22 @@ def add_rows(base: Any, new_rows: Mapping[int, Any]) -> dict[str, list[int]]:
 def load_adapter(base: Any, artifact: Artifact, *, trainable: bool = False) -> Any:
     """The adapter of `artifact` on `base`. Raises ModelError unless its tensors are those that its config implies."""
     folder, fields = artifact.require_adapter(), dict(artifact.adapter_config)
-    weights = read_adapter_weights(folder)
+    weights = adapter_files.read_adapter_weights(folder)
     experts = [path for path in fields["target_modules"] if re.search(r"\.experts\.\d+\.", path)]
-    if adapts_experts(fields) and any(hasattr(module, "packed") for module in base.modules()):
+    if adapter_files.adapts_experts(fields) and any(hasattr(module, "packed") for module in base.modules()):
         what = "it adapts experts, which is not possible where they are in 4 bit"
         raise ModelError(what, where=folder, hint="--quantization none, or in a recipe model.quantization=none")
-    with _peft_errors(folder / CONFIG):  # of an earlier transformers
+    with _peft_errors(folder / adapter_files.CONFIG):  # of an earlier transformers
         weights = convert_peft_adapter_state_dict_for_transformers(base, LoraConfig(), weights)
     others = [name for name in weights if ".lora_A." not in name and ".lora_B." not in name]
     others += [key for key in ("target_parameters", "init_lora_weights") if fields.get(key)]
     if others and any(parameter.is_meta for parameter in base.parameters()):  # streamed: for A and B of linears alone
         what = f"the base does not fit into memory, and {others[0]} does not work with one that is streamed"
         raise ModelError(what, where=folder, hint="merge with --no-check")
-    weights = subtract_start(weights, fields, folder, lambda path: base.get_submodule(path).weight)
+    weights = adapter_files.subtract_start(weights, fields, folder, lambda path: base.get_submodule(path).weight)
     # PEFT adds whole embeddings where they are adapted, and where the vocabulary was resized: so is `base` then.
     embeddings = [base.get_input_embeddings(), base.get_output_embeddings()]
-    paths = [f"{PREFIX}{path}" for path, module in base.named_modules() if module in embeddings]
+    paths = [f"{adapter_files.PREFIX}{path}" for path, module in base.named_modules() if module in embeddings]
     whole = {f"{path}{end}" for path in paths for end in (".weight", ".base_layer.weight")} & weights.keys()
     heights = {size for name in whole for size in weights[name].shape[:1]}
     rows, given = len(base.get_input_embeddings().weight), fields.get("trainable_token_indices") or ()
@@ -117,10 +109,10 @@ def load_adapter(base: Any, artifact: Artifact, *, trainable: bool = False) -> A
     new = {one for ids in (given.values() if isinstance(given, dict) else [given]) for one in ids if one >= rows}
     if new and not heights:
         add_rows(base, dict.fromkeys(new))
-    fields["target_modules"] = experts + list_adapted(weights, fields)
+    fields["target_modules"] = experts + adapter_files.list_adapted(weights, fields)
     other = {"peft_type", "base_model_name_or_path", "revision", "init_lora_weights"}  # `base` is what it is put on
     known = fields.keys() - other - (set() if trainable else {"lora_dropout"})  # which PEFT refuses for experts
-    model = _wrap(base, where=folder / CONFIG, **{key: fields[key] for key in known})
+    model = _wrap(base, where=folder / adapter_files.CONFIG, **{key: fields[key] for key in known})
     give_weights(model, weights, where=folder, whole=whole)
     kinds = ("lora_", "modules_to_save", "trainable_tokens") if trainable else ()
     for name, parameter in model.named_parameters():
@@ -204,10 +196,10 @@ def write_adapter(model: Any, folder: Path, *, base: ModelSettings) -> None:
     config |= {"base_model_name_or_path": base.base, "revision": base.revision, "inference_mode": True}
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_weights(model).items()}
     if getattr(model.get_base_model(), "left_out", []):  # PEFT made names of the paths that mean the towers as well
-        config["target_modules"] = list_adapted(weights, config)
+        config["target_modules"] = adapter_files.list_adapted(weights, config)
     text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # target_modules is a set
-    write_file(folder / CONFIG, text)
-    write_file(folder / WEIGHTS, save(weights, metadata={"format": "pt"}))
+    write_file(folder / adapter_files.CONFIG, text)
+    write_file(folder / adapter_files.WEIGHTS, save(weights, metadata={"format": "pt"}))
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -23,12 +23,11 @@ from transformers.utils import cached_file
 
 from lorasft.adapter_files import read_adapter_config
 from lorasft.artifact import GENERATION_CONFIG, Artifact, stored_as
-from lorasft.errors import CapacityError, DeviceError, LorasftError, ModelError, UnsafeError
+from lorasft.errors import CapacityError, DeviceError, LorasftError, ModelError, UnsafeError, out_of_memory
 from lorasft.hub import is_folder, refuse_offline
 from lorasft.model.attention import default_attention
 from lorasft.model.cache import Keep, find_place, keep_base, read_kept
 from lorasft.model.experts import BLOCK, Nf4Quantizer, find_experts, packed_parts
-from lorasft.model.free_memory import out_of_memory
 from lorasft.model.packed import list_stored
 from lorasft.model.tables import keep_on_host
 from lorasft.model.towers import auto_class, model_class

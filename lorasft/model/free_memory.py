@@ -1,9 +1,8 @@
-"""How many bytes are free, and whether an error says that none are."""
+"""How many bytes are free."""
 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,19 +30,3 @@ def cgroup_free(root: Path) -> Iterator[int]:
                 limit, used, lines = ((folder / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
                 if limit.strip().isdecimal():  # else "max"; cached files give way
                     yield int(limit) - int(used) + int(dict(map(str.split, lines.splitlines()))["inactive_file"])
-
-
-# torch has a class for its own allocator on CUDA. What libraries take beside it, and the driver, they say in words: a
-# library that cannot even start on a GPU has mostly found no memory for its work space. oneDNN has the last two.
-_SIGNS = re.compile(
-    r"out of memory|ALLOC_FAILED|ALLOCATION_FAILED|cudaErrorMemoryAllocation|DefaultCPUAllocator"
-    r"|CU(BLAS|DNN|SOLVER|SPARSE)_STATUS_NOT_INITIALIZED|could not create a memory object"
-    r"|^\s*could not (create|execute) a primitive\s*$"
-)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on a GPU or on a CPU."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and _SIGNS.search(str(error)) is not None

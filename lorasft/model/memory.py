@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only_
 
 from lorasft.data.packing import MicroBatch, make_micro_batches
 from lorasft.data.tokens import all_supervised
@@ -45,15 +44,19 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # What is given was there before the meter: a view of it is no new memory.
-        tree_map_only_(Tensor, partial(self._add, counted=False), (args, kwargs))
-        return tree_map_only_(Tensor, partial(self._add, counted=True), func(*args, **(kwargs or {})))
+        self._add([args, *(kwargs or {}).values()], counted=False)
+        made = func(*args, **(kwargs or {}))
+        self._add(made, counted=True)
+        return made
 
-    def _add(self, tensor: Tensor, *, counted: bool) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
+    def _add(self, value: Any, *, counted: bool) -> None:
+        if isinstance(value, (list, tuple)):  # torch's trees would do the same in twice the time
+            for one in value:
+                self._add(one, counted=counted)
+        if not isinstance(value, Tensor) or value.untyped_storage()._cdata in self._known:
             return
-        size = storage.nbytes() if counted else 0
+        storage = value.untyped_storage()
+        key, size = storage._cdata, storage.nbytes() if counted else 0
 
         def forget(_: Any) -> None:
             del self._known[key]

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from lorasft.data.packing import MicroBatch, make_micro_batches
 from lorasft.data.tokens import Tokens, all_supervised
-from lorasft.errors import first_line
+from lorasft.errors import first_line, out_of_memory
 from lorasft.model.attention import SEGMENTS, Paths, Shape, attend, default_attention, evaluating
-from lorasft.model.free_memory import out_of_memory
 from lorasft.model.lean import use_lean_layers
 from lorasft.model.loss import Network, pair_losses, read_head
 from lorasft.model.mixers import call_by_segment

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from pathlib import Path
@@ -149,6 +149,17 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def compare(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """What differs, a line each: `key: old -> new`, of long texts from shortly before they part."""
+    old, new = flatten(before), flatten(now)
+    for key in sorted(old.keys() | new.keys()):
+        pair = [repr(values.get(key)) for values in (old, new)]
+        if pair[0] != pair[1]:
+            same = next((at for at, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), 0)
+            start = max(0, same - 40) if max(map(len, pair)) > 200 else 0
+            yield f"{key}: {pair[0][start:]:.200} -> {pair[1][start:]:.200}"
 
 
 def shipped_recipes() -> dict[str, Path]:

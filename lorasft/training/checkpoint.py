@@ -27,29 +27,15 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from transformers.utils import cached_file
 
-from lorasft import __version__
+from lorasft import __version__, files
 from lorasft.adapter_files import read_adapter_weights
-from lorasft.artifact import check_run_folder
+from lorasft.artifact import CHANGED, RESTORE, check_run_folder
 from lorasft.data.prepare import open_prepared, read_ingredients
 from lorasft.data.store import changed_rows, example_lengths
-from lorasft.errors import CapacityError, DivergedError, LorasftError, ModelError, RecipeError
-from lorasft.files import (
-    locked,
-    make_folder,
-    read_objects,
-    remove_folder,
-    remove_new,
-    rename,
-    replace_file,
-    staged_folder,
-    sweep,
-    verify_folder,
-    write_file,
-)
+from lorasft.errors import CapacityError, DivergedError, LorasftError, ModelError, RecipeError, out_of_memory
 from lorasft.model.adapter import adapter_weights, give_weights, write_adapter
-from lorasft.model.free_memory import out_of_memory
-from lorasft.recipe import Recipe, mathematics
-from lorasft.recipe.load import dump_recipe, flatten, load_recipe
+from lorasft.recipe import Recipe
+from lorasft.recipe.load import compare, dump_recipe, load_recipe
 from lorasft.tensors import fingerprint
 from lorasft.terminal import say, train_command
 from lorasft.training.optimizer import optimizer_state, restore_optimizer
@@ -64,32 +50,21 @@ def take_folder(recipe: Recipe, *, resume: bool) -> Iterator[None]:
     folder = Path(recipe.run.output)
     check_run_folder(recipe, resume=resume)
     present, absent = set(folder.glob("*")), [one for one in (folder, *folder.parents) if not one.exists()]
-    make_folder(folder)
-    with locked(folder) as left:
+    files.make_folder(folder)
+    with files.locked(folder) as left:
         if left:
             say(f"process {left} ended without a word: it was killed, or the power was lost")
         check_run_folder(recipe, resume=resume)  # it may have become a run before the lock was ours
-        sweep(folder)
-        sweep(folder / "checkpoints")
+        files.sweep(folder)
+        files.sweep(folder / "checkpoints")
         for name in () if resume else ("tokens", "checkpoints/step-000000"):
             if (folder / name).is_dir():
-                remove_folder(folder / name)
+                files.remove_folder(folder / name)
         try:
             yield
         finally:
             if not (folder / "recipe.yaml").is_file():
-                remove_new(folder, present, absent)
-
-
-def compare(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """What differs, a line each: `key: old -> new`, of long texts from shortly before they part."""
-    old, new = flatten(before), flatten(now)
-    for key in sorted(old.keys() | new.keys()):
-        pair = [repr(values.get(key)) for values in (old, new)]
-        if pair[0] != pair[1]:
-            same = next((at for at, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), 0)
-            start = max(0, same - 40) if max(map(len, pair)) > 200 else 0
-            yield f"{key}: {pair[0][start:]:.200} -> {pair[1][start:]:.200}"
+                files.remove_new(folder, present, absent)
 
 
 def write_start(run: Run, state: State) -> None:
@@ -111,8 +86,8 @@ def write_start(run: Run, state: State) -> None:
         "data": prepared.key,
         "report": {**prepared.report.as_dict(), "length_quantiles": quantiles},
     }
-    replace_file(run.folder / "provenance.json", json.dumps(provenance, indent=1))
-    replace_file(run.folder / "recipe.yaml", dump_recipe(recipe))
+    files.replace_file(run.folder / "provenance.json", json.dumps(provenance, indent=1))
+    files.replace_file(run.folder / "recipe.yaml", dump_recipe(recipe))
 
 
 def save_checkpoint(run: Run, state: State) -> None:
@@ -123,11 +98,11 @@ def save_checkpoint(run: Run, state: State) -> None:
             raise DivergedError(f"{name} is not finite: the checkpoint is not saved", hint="lower the learning rate")
     target = run.checkpoint(state.step)
     if target.exists() or target.is_symlink():  # damaged, or another run's: skipped at the start, not ours to delete
-        rename(target, target.with_name(f"{target.name}.aside-{secrets.token_hex(4)}"))
-    with staged_folder(target) as stage:
+        files.rename(target, target.with_name(f"{target.name}.aside-{secrets.token_hex(4)}"))
+    with files.staged_folder(target) as stage:
         write_adapter(run.model, stage, base=run.recipe.model)
-        write_file(stage / "optimizer.safetensors", to_bytes(tensors))
-        write_file(stage / "state.json", json.dumps(asdict(state), indent=1))
+        files.write_file(stage / "optimizer.safetensors", to_bytes(tensors))
+        files.write_file(stage / "state.json", json.dumps(asdict(state), indent=1))
 
 
 def restore_checkpoint(path: Path, run: Run) -> None:
@@ -142,7 +117,7 @@ def restore_checkpoint(path: Path, run: Run) -> None:
 
 def read_state(path: Path, *, run: str | None) -> State:
     """The state of a checkpoint of `run` (None: any) that verifies. Raises ModelError when it is none."""
-    verify_folder(path)
+    files.verify_folder(path)
     try:
         state = TypeAdapter(State).validate_json((path / "state.json").read_bytes(), strict=True)
     except (OSError, ValueError) as error:
@@ -155,28 +130,25 @@ def read_state(path: Path, *, run: str | None) -> State:
 
 
 def find_checkpoint(recipe: Recipe, inputs: RunInputs) -> State:
-    """The newest checkpoint in the run folder of `recipe`. Raises RecipeError, with a table old -> new, when what
-    decides the result differs from what the run began with; where its files are now decides nothing.
+    """The newest checkpoint in the run folder of `recipe`. Raises RecipeError, with a table old -> new, when other
+    files than those that the run began with decide the result; where they are now decides nothing.
     """
     folder, prepared = Path(recipe.run.output), inputs.prepared
-    record = next(read_objects(folder / "provenance.json"), {})  # what the run was made of, unless that is lost
-    before = load_recipe(str(folder / "recipe.yaml"))
+    record = next(files.read_objects(folder / "provenance.json"), {})  # what the run was made of, unless that is lost
     saved = newest_checkpoint(folder / "checkpoints", run=record.get("run"))
-    what = "the recipe differs from the one that this run was started with"
-    changes = [*compare(mathematics(before), mathematics(recipe)), *_changed_files(before, recipe, inputs, record)]
+    what, changes = CHANGED, [*_changed_files(load_recipe(str(folder / "recipe.yaml")), recipe, inputs, record)]
     if not changes:
         if saved.data == prepared.key:
             return saved
-        what = f"the data, the tokenizer or their libraries changed since step {saved.step}"
+        what = f"the data, the tokenizer or their libraries changed since step {saved.step}:"
         old, new = (read_ingredients(folder / "tokens", key) for key in (saved.data, prepared.key))
         changes = list(compare(*({**one, "files": sum(map(len, one.get("files", ())))} for one in (old, new))))
         with suppress(ModelError, OSError):
             changes += changed_rows(open_prepared(folder / "tokens" / saved.data[:16]).store, prepared.store)
     if saved.data != prepared.key:
-        remove_folder(prepared.folder)
-    hint = "restore them, or start another run with run.output=FOLDER"
+        files.remove_folder(prepared.folder)
     changes = changes[:10] or ["the same rows in files of other bytes"]
-    raise RecipeError("\n  ".join([f"{what}:", *changes]), where=folder, hint=hint)
+    raise RecipeError("\n  ".join([what, *changes]), where=folder, hint=RESTORE)
 
 
 def _changed_files(before: Recipe, now: Recipe, inputs: RunInputs, record: dict[str, Any]) -> Iterator[str]:
@@ -219,7 +191,7 @@ def prune_checkpoints(run: Run, state: State) -> None:
             own.append((path, read_state(path, run=state.run).step))
     for path, step in own[: -run.recipe.run.keep]:
         if not run.recipe.run.keep_best or step != state.best_step:
-            remove_folder(path)
+            files.remove_folder(path)
 
 
 def save(run: Run, state: State) -> State:

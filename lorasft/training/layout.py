@@ -24,8 +24,7 @@ from torch import nn
 from lorasft.data.packing import MicroBatch, Plan, cost, shuffle
 from lorasft.data.prefixes import Sharing
 from lorasft.data.store import TokenStore, example_lengths
-from lorasft.errors import CapacityError, first_line
-from lorasft.model.free_memory import out_of_memory
+from lorasft.errors import CapacityError, first_line, out_of_memory
 from lorasft.model.linear import copy_bytes
 from lorasft.model.loss import Network
 from lorasft.model.memory import ActivationMemory, dry_run, run_layers

@@ -49,7 +49,8 @@ def take_samples(run: Run, state: State, stop: StopRequest) -> None:
                 with nullcontext() if after else run.model.disable_adapter():
                     numbers = (one for one in range(len(held_out))[:_PROMPTS] if not stop.received)
                     new += [_answer(run, after, held_out, one) for one in numbers]
-        keep_samples(run.folder, until=step - 1, more=new)
+        if not stop.received:  # else the next evaluation asks all of them
+            keep_samples(run.folder, until=step - 1, more=new)
     except Exception as error:
         say(f"no answers after step {step}: {first_line(error)}")
         return
