@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from lorasft.errors import ErrorGroup, LorasftError, UnsafeError
 from lorasft.recipe import DataSource, Recipe, mathematics, recipe_schema
-from lorasft.recipe.load import PEERS, dump_recipe, load_recipe, shipped_recipes
+from lorasft.recipe.load import dump_recipe, load_recipe, read_peers, shipped_recipes
 from lorasft.recipe.yaml_reader import dump_yaml, parse_yaml, read_scalar
 
 SMALLEST = "model: {base: some/model}\ndata: {train: x.jsonl}\n"
@@ -316,7 +316,9 @@ NEAR = (
 )
 
 
-@pytest.mark.parametrize("name", sorted({*NEAR, *(name for theirs in PEERS.values() for name in theirs.split())}))
+@pytest.mark.parametrize(
+    "name", sorted({*NEAR, *(name for theirs in read_peers().values() for name in theirs.split())})
+)
 def test_names_of_peers_lead_to_a_key_that_exists(name: str) -> None:
     hint = str(refused(SMALLEST + f"{name.replace('*', 'x')}: 1\n"))
     assert hint.count("here it is ") == 1 and " or data." not in hint, hint

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasft.commands import arguments
-from lorasft.commands.preview_page import make_page
+from lorasft.commands.preview import make_page
 from lorasft.errors import DataError, RecipeError
 from lorasft.terminal import harmless, say
 

@@ -7,10 +7,11 @@ import os
 import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Sequence
+from html import escape
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorasft.commands.arguments import add_json, add_recipe, whole_number
 
@@ -27,6 +28,7 @@ DROPPED_SHOWN = 10
 # Around text that is context, and that is supervised: in colour for a terminal, elsewhere in brackets.
 COLOURS = ("\x1b[2m", "\x1b[0m"), ("\x1b[32m", "\x1b[0m")
 BRACKETS = ("", ""), ("⟦", "⟧")
+PAGE = Path(__file__).with_name("preview_page.html")  # one file, nothing fetched, to search and page through
 LEGEND = """<h1>What is supervised</h1>
 <p><mark>Marked text</mark> is supervised, grey text is context, <b>special tokens</b> are coloured.</p>"""
 
@@ -44,7 +46,6 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
     `html`: write a page to that file instead. Raises RecipeError, ModelError, or DataError, also when nothing would be
     supervised, when a supervised special token was never trained, or when parity does not hold.
     """
-    from lorasft.commands.preview_page import make_page
     from lorasft.files import write_file
     from lorasft.recipe.load import load_recipe
 
@@ -127,3 +128,13 @@ def mark(parts: Iterable[Part], marks: Sequence[tuple[str, str]]) -> str:
 def _harmless(text: str) -> str:
     """Text that cannot move the cursor or change the terminal: control characters as escapes, but for newlines."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def make_page(rows: Iterable[Any], facts: Iterable[str], *, legend: str) -> str:
+    """The page of `rows`, of lines of facts and of a `legend` in HTML. A row has boxes, those after the first side by
+    side, each with a title and parts [[text, whether it is marked, whether it is special], ...]."""
+    # Text of the data never becomes markup: it is JSON without "<", and the script puts it in as text.
+    data = json.dumps(list(rows)).replace("<", "\\u003c")
+    items = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
+    page = PAGE.read_text(encoding="utf-8")
+    return page.replace("@LEGEND@", legend).replace("@FACTS@", items).replace("@DATA@", data)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,59 +19,6 @@ from lorasft.recipe import DataSource, Recipe
 from lorasft.recipe.yaml_reader import MOST_DEPTH, Document, KeyPath, dump_yaml, parse_yaml, read_yaml
 from lorasft.terminal import quote, shorten
 
-# What it is here -> what TRL, transformers, PEFT, Axolotl, LLaMA-Factory, ms-swift, Unsloth, torchtune and mlx-lm call
-# it (`*`: any letters), if that is not near by its letters (as lora_alpha is).
-PEERS = {
-    "model.base": "base_model model_name* model_id* model_path pretrained_model_name_or_path",
-    "model.quantization (nf4 or none)": "load_in_* quantization_* double_quantization bnb_4bit_quant_type",
-    "model.new_tokens": "tokens add_tokens add_special_tokens new_special_tokens* added_tokens* resize_*",
-    "model.dtype": "bf16 fp16 tf32 torch_dtype bnb_4bit_compute_dtype compute_dtype precision",
-    "adapter.rank": "r lora_r lora_rank lora_dim lora_parameters lora_config peft_config",
-    "adapter.targets": "lora_target target_modules lora_target_modules lora_target_linear lora_attn_modules",
-    "adapter.modules_to_save": "lora_modules_to_save additional_target",
-    "adapter.start": "lora_model_dir adapter_name_or_path adapters",
-    "data.train": "dataset datasets dataset_name dataset_path dataset_dir train_file data_files *train_dataset",
-    "data.train (share of a source)": "max_samples max_train_samples",
-    "data.overlong": "truncation_strategy excess_length_strategy",
-    "data.eval": "val_set_size val_size split_dataset_ratio eval_dataset* eval_split test_datasets val_dataset",
-    "data.format": "dataset_format dataset_type",
-    "data.columns": "dataset_text_field field_messages message_property_mappings",
-    "data.max_length": "sequence_len max_seq_length max_seq_len cutoff_len block_size",
-    "chat.supervise": "train_on_inputs assistant_only_loss completion_only_loss roles_to_train mask_*",
-    "chat.template": "conversation* chat_template_path prompt_template prompt_style",
-    "chat.template_options": "chat_template_kwargs enable_thinking",
-    "chat.system": "system_prompt system_message",
-    "train.steps": "max_steps max_steps_per_epoch iters max_iters",
-    "train.batch_size (examples per step)": "*grad*_accumulation_steps per_device_train_batch_size micro_batch_size",
-    "train.max_grad_norm": "gradient_clipping clip_grad_norm",
-    "train.seed": "data_seed random_state",
-    "optimizer.learning_rate": "lr",
-    "optimizer.name (adamw or adamw8bit)": "optim",
-    "optimizer.betas": "adam_beta1 adam_beta2",
-    "schedule.name": "lr_schedule lr_scheduler lr_scheduler_type",
-    "schedule.warmup (a whole number is steps, a fraction a share)": "warmup_ratio warmup_steps num_warmup_steps",
-    "run.output": "output_dir adapter_path out_dir save_dir",
-    "run.log_every": "logging_steps log_every_n_steps steps_per_report",
-    "run.eval_every": "eval_steps evals_per_epoch eval_strategy evaluation_strategy steps_per_eval",
-    "run.save_every": "save_steps saves_per_epoch save_strategy",
-    "run.keep": "save_total_limit",
-    "run.keep_best": "load_best_model_at_end",
-    "run.trackers": "report_to *wandb* mlflow* swanlab* comet* *tensorboard* metric_logger",
-    "machine.activation_checkpointing": "*gradient_checkpointing* grad_checkpoint enable_activation_*",
-    "machine.attention": "*flash_att* attn_implementation attn_impl sdp_attention xformers_attention",
-    "nothing: sequences are always packed, without padding": "packing *_packing pad_to_* group_by_length padding_free",
-    "nothing: set HF_TOKEN in the environment, or run `hf auth login`": "hf_token hub_token token use_auth_token",
-    "nothing: lorasft trains LoRA adapters on answers (SFT), and that alone": "stage finetuning_type do_* train_type "
-    "tuner_type fine_tune_type full_finetuning task task_type rl rlhf_type",
-    "nothing: --resume continues a run, and none is overwritten": "overwrite_output_dir resume_* auto_resume_*",
-    "nothing: lorasft decides it itself, or does without": "*num_workers dataloader_* preprocessing_* dataset_num_proc "
-    "dataset_processes dataset_prepared_path *_cache streaming model_type tokenizer_* use_fast_* special_tokens "
-    "padding_side eos_token pad_token remove_unused* run_name metric_for* greater_is* shuffle* debug strict *_peft "
-    "compile device zero3 rope_scaling optim_args adam_epsilon per_device_eval* dataset_kwargs loss_scale freeze_* "
-    "deepspeed* fsdp* ddp_* local_rank *to_hub hub_model_id hub_strategy plot_loss logging_dir logging_strategy "
-    "save_only_model save_safetensors disable_tqdm log_level neftune* noisy_* label_smoothing* early_stopping* "
-    "torch_compile* kernels *liger* *galore* s2_attention lora_bias bias loftq_* *unsloth* loss_w*",
-}
 _SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Recipe.model_fields.items()}
 KEYS = {f"{name}.{key}": key for name, section in _SECTIONS.items() for key in section.model_fields}
 _NAMES = {name: name for name in _SECTIONS} | KEYS  # each key -> its last part
@@ -294,8 +242,14 @@ def _explain_key(path: KeyPath, details: list[Any], document: Document) -> Loras
     return RecipeError(in_words(details), where=where, hint=hint)
 
 
+@cache
+def read_peers() -> dict[str, str]:
+    """What other tools call what is here, by our keys: names with `*` for any letters."""
+    return dict(read_yaml(Path(__file__).with_name("peers.yaml")).value)
+
+
 def _hint_for_name(key: str, section: str) -> str:
-    ours = [ours for ours, theirs in PEERS.items() if any(fnmatch(key.lower(), name) for name in theirs.split())]
+    ours = [ours for ours, theirs in read_peers().items() if any(fnmatch(key.lower(), name) for name in theirs.split())]
     names = [[own for name, own in _NAMES.items() if name.startswith(begin)] for begin in (section, "")]
     ends = [own for own in names[1] if f"_{key}".endswith(f"_{own}")]  # as lora_alpha does with alpha
     near = ends[:1] or get_close_matches(key, names[0], n=1) or get_close_matches(key, names[1], n=1, cutoff=0.8)
