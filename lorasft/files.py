@@ -31,6 +31,16 @@ HALF_DONE = re.compile(r"\.(stage|trash)-(?P<name>.+)-[0-9a-f]{8}")  # what this
 _AGAIN = "take another copy of this folder, or an earlier one"
 _WRONG_PLACE = {errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS,
                 errno.ELOOP, errno.ENAMETOOLONG}  # fmt: skip
+# What is written into records, by name; "": under any other. A float may be whole. What is not here may be anything.
+_SHAPES: dict[str, Any] = {
+    "provenance.json": {"steps": int, "run": str, "base": {}, "layout": {}, "report": {}},
+    "memory.json": {"predicted": {"": int}, "measured": int, "free": int},
+    "metrics.jsonl": {"step": int},  # and numbers
+    "events.jsonl": {"step": int, **dict.fromkeys(("event", "time", "why"), str)},
+    "answers.jsonl": {"step": int, **dict.fromkeys(("place", "prompt", "expected", "answer"), str)},
+    "rows.jsonl": {"place": str, "split": str, "tokens": int, "text": str, "losses": {"": [int, float]}},
+    "merge.json": {"adapter": str, "table": {"": {"": float}}},
+}
 
 
 @contextlib.contextmanager
@@ -237,14 +247,32 @@ def locked(folder: Path) -> Iterator[str]:
 
 
 def read_objects(path: Path) -> Iterator[dict[str, Any]]:
-    """The object of a JSON file, of a JSONL file those of its lines. What is lost, cut off or damaged is left out."""
+    """The object of a JSON file, of a JSONL file those of its lines. What is lost, cut off, damaged, null or of another
+    type than is written there (_SHAPES) is left out."""
     with contextlib.suppress(OSError):
         whole = path.read_text("utf-8", "replace")
         for text in whole.split("\n") if path.suffix == ".jsonl" else [whole]:
             with contextlib.suppress(ValueError, RecursionError):
                 found = json.loads(text)
                 if isinstance(found, dict):
-                    yield found
+                    yield _fitting(found, _SHAPES.get(path.name, {}))
+
+
+def _fitting(value: Any, shape: Any) -> Any:
+    """What of `value` is of a shape, or None, which a whole number is that counts nothing in this world."""
+    kind = type(value)
+    if isinstance(shape, dict):
+        given = value if kind is dict else {}
+        for name in list(given) if "" in shape else given.keys() & shape:
+            given[name] = _fitting(given[name], shape.get(name, shape.get("")))
+            if given[name] is None:
+                del given[name]
+        return given
+    if isinstance(shape, list):
+        parts = list(map(_fitting, value, shape)) if kind is list and len(value) == len(shape) else [None]
+        return None if None in parts else parts
+    fits = kind is shape or (kind is int and shape is float)
+    return value if fits and (kind is not int or abs(value) < 2**53) else None
 
 
 def is_locked(folder: Path) -> bool:

@@ -19,10 +19,11 @@ from jinja2 import Environment, FileSystemLoader
 
 from lorasft.adapter_files import WEIGHTS
 from lorasft.artifact import MERGE_RECORD
-from lorasft.errors import LorasftError, RecipeError, first_line
+from lorasft.errors import LorasftError, RecipeError, Stopped, first_line
 from lorasft.files import append, is_locked, read_objects, replace_file, sha256
+from lorasft.recipe import Recipe
 from lorasft.recipe.load import flatten, load_recipe
-from lorasft.terminal import harmless, quote, redact, say, shorten, size_text
+from lorasft.terminal import harmless, quote, redact, say, size_text
 
 MARK = '<meta name="generator" content="lorasft report">'  # by which a page is known to be ours
 _OUTLIER = 3.5  # times the spread, from the median (Iglewicz and Hoaglin 1993)
@@ -36,30 +37,32 @@ class History:
     def __init__(self, folder: Path, *, merges: Sequence[Path] = ()) -> None:
         """`merges`: folders among which one of its adapter is looked for. Raises RecipeError for another folder."""
         if not (folder / "recipe.yaml").is_file():
-            raise RecipeError("this is not a run folder", where=folder, hint="name one that lorasft train has written")
+            what = "this is not a run folder" if folder.exists() else "there is no such folder"
+            raise RecipeError(what, where=folder, hint="name one that lorasft train has written")
         self.folder = folder
         self.recipe = load_recipe(str(folder / "recipe.yaml"))
         records = (read_objects(folder / name) for name in ("provenance.json", "memory.json"))
         self.provenance, self.memory = (next(record, {}) for record in records)
         files = (read_objects(folder / f"{name}.jsonl") for name in ("metrics", "answers", "events"))
-        logs = ([line for line in file if isinstance(line.get("step"), int)] for file in files)
-        metrics, self.answers, self.events = logs
+        metrics, self.answers, self.events = ([line for line in file if "step" in line] for file in files)
         self.rows = [row for row in read_objects(folder / "rows.jsonl") if row.get("losses")]
         self.previewed = (folder / "preview.html").is_file()
-        self.step = metrics[-1]["step"] if metrics else 0  # the last one
+        self.step = metrics[-1]["step"] if metrics else None  # the last one
         names, steps = dict.fromkeys(name for line in metrics for name in line), dict[int, dict[str, Any]]()
-        self.series: dict[str, Points] = defaultdict(list)  # by name what is a finite number in the metrics
+        self.series: dict[str, Points] = defaultdict(list)  # by name what is finite in the metrics
         for line in metrics:
             steps.setdefault(line["step"], dict(names)).update(line)
             for name, value in line.items():
-                if isinstance(value, (int, float)) and abs(value) < 1e300:
+                if isinstance(value, (int, float)) and abs(value) < 1e100:  # sums and ratios of it are finite, too
                     self.series[name].append((line["step"], value))
         self.history = list(steps.values())  # each step with its evaluation, all with the same keys
-        ended = [event for event in self.events[-1:] if event.get("event") == "ended"]
+        ended = [event for event in self.events[-1:] if event.get("event") in ("ended", "failed")]
         self.running = not ended and is_locked(folder)
-        self.state = "running" if self.running else "finished" if (folder / "adapter").is_dir() else "stopped"
-        found = [merge for path in merges for merge in read_objects(path / MERGE_RECORD) if self.state == "finished"]
-        self.merge = next((one for one in found if one.get("adapter") == sha256(folder / "adapter" / WEIGHTS)), {})
+        left = "failed" if ended and ended[0]["event"] == "failed" else "stopped"
+        self.state = "running" if self.running else "finished" if (folder / "adapter").is_dir() else left
+        weights = folder / "adapter" / WEIGHTS
+        found = [merge for path in merges for merge in read_objects(path / MERGE_RECORD) if weights.is_file()]
+        self.merge = next((one for one in found if one.get("adapter") == sha256(weights)), {})
         self.why = ended[0].get("why", "") if ended else "killed, or without power" * (self.state == "stopped")
 
     def report(self) -> History:
@@ -72,11 +75,13 @@ class History:
 
 
 def note_event(folder: Path, event: str, *, step: int = 0, error: BaseException | None = None) -> None:
-    """Add a line to events.jsonl, over one that was cut off. A disk that does not take it stops nothing."""
+    """Add a line to events.jsonl, over one that was cut off; an `error` that is no wanted stop is the event "failed".
+    A disk that does not take it stops nothing."""
     path, now = folder / "events.jsonl", time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     why = first_line(error) if error else ""
     if isinstance(error, LorasftError):
         why = ": ".join(filter(None, (error.what, error.where)))
+    event = "failed" if isinstance(error, Exception) and not isinstance(error, Stopped) else event
     with suppress(OSError, LorasftError):
         whole = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
         line = json.dumps({"step": step, "event": event, "time": now, "why": why})
@@ -99,28 +104,40 @@ def refresh_report(folder: Path, due: float = 0.0) -> float:
 def render_page(runs: Sequence[History]) -> str:
     """The page of one run, or of several compared."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
-    environment.finalize = lambda value: redact(harmless(str(value)[:20_000]))
+    environment.finalize = lambda value: redact(harmless("null" if value is None else str(value)[:20_000]))
     alone, now = runs[0] if len(runs) == 1 else None, time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     parts = {"facts": _facts, "charts": _charts(runs, alone), "tables": _tables(runs)}
     return environment.get_template("report.html.jinja").render(runs=runs, alone=alone, now=now, **parts)
 
 
 def _facts(run: History) -> Iterator[tuple[str, str, str]]:
-    """What is said first: a name, a value, and a note."""
-    losses, held_out, speed, seconds, supervised, tokens, memory = (
-        [value for _, value in run.series[name]] or [0]
-        for name in ("loss", "eval_loss", "tokens_per_second", "seconds", "supervised_tokens", "tokens", "memory_bytes")
-    )
-    steps = run.provenance.get("steps", 0)
-    yield f"step {run.step:,}{f' of {steps:,}' * bool(steps)}", run.state, shorten(run.why, most=100)
-    if run.series["eval_loss"]:
-        yield "held-out loss", f"{held_out[-1]:.4f}", f"{held_out[0]:.4f} at first, {min(held_out):.4f} at best"
-    yield "training loss", f"{statistics.fmean(losses[-10:]):.4f}", f"mean of the last {len(losses[-10:])} steps"
-    left = timedelta(seconds=round(statistics.median(seconds[-50:]) * (steps - run.step)))
-    yield "time in steps", str(timedelta(seconds=round(sum(seconds)))), f"about {left} left" * run.running
-    share = sum(supervised) / max(1, sum(tokens))
-    yield "tokens/s", f"{statistics.median(speed[-100:]):,.0f}", f"{share:.0%} supervised"
-    yield "peak memory", size_text(max(memory)), "tensors" if run.series["memory_reserved_bytes"] else "whole process"
+    """What is said first: a name, a value, and a note; nothing of what was not measured."""
+    names = ("tokens_per_second", "seconds", "supervised_tokens", "tokens", "memory_bytes", "eval_loss")
+    speed, seconds, supervised, tokens, memory, best = ([value for _, value in run.series[name]] for name in names)
+    both = ([line.get(name) for line in run.history] for name in ("loss", "eval_loss"))  # also what is not finite
+    losses, held_out = ([one for one in own if isinstance(one, (int, float))] for own in both)
+    steps, step = run.provenance.get("steps", 0), "run" if run.step is None else f"step {run.step:,}"
+    of = f" of {steps:,}{' steps' * (run.step is None)}" * bool(steps)
+    yield f"{step}{of}", run.state, run.why
+    if held_out:
+        first, lowest = _number(held_out[0]), _number(min(best, default=math.nan))
+        yield "held-out loss", _number(held_out[-1]), f"{first} at first, {lowest} at best"
+    if newest := losses[-10:]:
+        yield "training loss", _number(sum(newest) / len(newest)), f"mean of the last {len(newest)} steps"
+    if seconds:
+        spans = sum(seconds), statistics.median(seconds[-50:]) * (steps - run.step)
+        spent, left = (timedelta(seconds=round(min(1e12, max(0, span)))) for span in spans)
+        yield "time in steps", str(spent), f"about {left} left" * (run.running and steps > 0)
+    if speed:
+        share = f"{sum(supervised) / max(1, sum(tokens)):.0%} supervised" * bool(tokens and supervised)
+        yield "tokens/s", f"{statistics.median(speed[-100:]):,.0f}", share
+    if memory:
+        whole = "tensors" if run.series["memory_reserved_bytes"] else "whole process"
+        yield "peak memory", size_text(max(memory)), whole
+
+
+def _number(value: float | None, *, form: str = ".4f") -> str:
+    return "" if value is None else format(value, form) if math.isfinite(value) else "not finite"
 
 
 def _charts(runs: Sequence[History], alone: History | None) -> Iterator[tuple[str, Any, Any, Any]]:
@@ -137,9 +154,9 @@ def _charts(runs: Sequence[History], alone: History | None) -> Iterator[tuple[st
         held_out = run.series["eval_loss"]
         losses += [("", colour, 1, held_out), (f"{name} held out".strip(), colour, 8, held_out)]
     if alone:
-        saved = {int(path.name[5:]) for path in alone.folder.glob("checkpoints/step-*[0-9]")}
+        saved = {int(path.name[5:]) for path in alone.folder.glob("checkpoints/step-*") if path.name[5:].isdecimal()}
         again = {event["step"] for event in alone.events if event.get("event") == "continued"}
-        for name, colour, steps in (("saved", colours[2], saved), ("continued", colours[3], again)):
+        for name, colour, steps in (("saved, still there", colours[2], saved), ("continued", colours[3], again)):
             losses.append((name, colour, 8, [point for point in alone.series["loss"] if point[0] in steps]))
     yield from _draw("Loss in nats a supervised token", losses, log=True)
     yield from _draw("Learning rate", curves("learning_rate")[: 1 if alone else None])
@@ -162,7 +179,7 @@ def _draw(title: str, curves: Sequence[Curve], *, log: bool = False) -> Iterator
 
     values = [low * (high / low) ** (at / 4) if log else low + (high - low) * at / 4 for at in range(5)]
     rows = [(place(0, value)[1], f"{value:,.6g}") for value in (float(f"{value:.2g}") for value in values)]
-    columns = [(place(step, high)[0], f"{step:,}") for step in (last * at // 4 for at in range(5))]
+    columns = [(place(step, high)[0], f"{step:,}") for step in dict.fromkeys(last * at // 4 for at in range(5))]
     drawn = [(*one, [(" ".join(place(*at)), f"step {at[0]}: {at[1]:.6g}") for at in thin(own)]) for *one, own in curves]
     yield title, rows, columns, drawn
 
@@ -196,19 +213,28 @@ def _tables(runs: Sequence[History]) -> Iterator[tuple[str, Sequence[Any]]]:
     yield "Recipe, where it is not the default", rows
     counts = flatten(record.get("report", {})).items()
     yield "Data", [(name.replace("_", " "), count) for name, count in counts if count or name == "parity_breaks"]
-    sizes = {**(memory.get("predicted") or {}), "measured": memory.get("measured"), "free": memory.get("free")}
+    sizes = {**memory.get("predicted", {}), "measured": memory.get("measured"), "free": memory.get("free")}
     sizes["while it ran"] = max((size for _, size in run.series["memory_bytes"]), default=None)
     yield "Memory of a step, predicted and measured", [(kind, size_text(size)) for kind, size in sizes.items() if size]
-    merged = [(name, *(f"{value:.4g}" for value in one.values())) for name, one in run.merge.get("table", {}).items()]
+    table, names = run.merge.get("table", {}), ("kl", "same_choice", "nll")
+    merged = [(model, *(_number(one.get(name), form=".4g") for name in names)) for model, one in table.items()]
     yield "Merge", merged and [("", "KL to what was trained", "same choice", "loss"), *merged]
-    yield "What happened", [(event.get("time"), event.get("event"), event.get("why")) for event in run.events]
-    yield "Made of", [*flatten({name: value for name, value in record.items() if name != "report"}).items()]
-    folder, recipe = quote(run.folder), quote(run.folder / "recipe.yaml")
-    words = [f"chat {folder}", f"evaluate {folder} --data FILE", f"merge {folder} --out merged"]
-    if run.state != "finished":
-        words = [f"train {folder} --resume"] * (not run.running)
-    preview = f"preview {recipe} --html {quote(run.folder / 'preview.html')}"
-    yield "Next", [[f"lorasft {one}"] for one in (*([] if run.previewed else [preview]), *words)]
+    yield "What happened", [[event.get(name, "") for name in ("time", "event", "why")] for event in run.events]
+    made = flatten({name: one for name, one in record.items() if name != "report"})
+    yield "Made of", [(name, one) for name, one in made.items() if one is not None]
+    folder, recipe, page = (quote(run.folder / name) for name in ("", "recipe.yaml", "preview.html"))
+    preview = [f"lorasft preview {recipe} --html {page}"] * (not run.previewed)
+    again = [f"lorasft train {folder} --resume"] * (not run.running)
+    commands = next_commands(run.folder, run.recipe) if run.state == "finished" else again
+    yield "Next", [[one] for one in (*preview, *commands)]
+
+
+def next_commands(folder: Path, recipe: Recipe) -> list[str]:
+    """What to type once a run is finished: to chat, to evaluate it on the files that it held out, and to merge it."""
+    run, merged = quote(folder), quote(f"{folder.resolve().name}-merged")
+    files = [source.path for source in recipe.data.eval] if isinstance(recipe.data.eval, tuple) else ["FILE"]
+    evaluations = [f"lorasft evaluate {run} --data {quote(file)}" for file in files]
+    return [f"lorasft chat {run}", *evaluations, f"lorasft merge {run} --out {merged}"]
 
 
 def _answers(run: History) -> list[Sequence[str]]:
@@ -216,9 +242,9 @@ def _answers(run: History) -> list[Sequence[str]]:
     every = sorted({line["step"] for line in run.answers})
     steps, rows = dict.fromkeys([*every[:1], *every[-4:]]), dict[tuple[str, str], dict[int, str]]()
     for line in run.answers:
-        prompt, expected, answer = (str(line.get(name)).strip() for name in ("prompt", "expected", "answer"))
-        row = f"{prompt[-1000:]}\n{line.get('place')}", expected[:1000]
-        rows.setdefault(row, {})[line["step"]] = "✓ " * (answer == expected) + answer[:1000]
+        prompt, expected, answer = (line.get(name, "").strip() for name in ("prompt", "expected", "answer"))
+        row = f"{prompt[-1000:]}\n{line.get('place', '')}", expected[:1000]
+        rows.setdefault(row, {})[line["step"]] = "✓ " * (answer == expected != "") + answer[:1000]
     ended = {step: [line.get("ended") is True for line in run.answers if line["step"] == step] for step in steps}
     heads = [f"step {step:,}\n{sum(ended[step])} of {len(ended[step])} ended" for step in steps]
     cells = [(*row, *(answers.get(step, "") for step in steps)) for row, answers in list(rows.items())[:50]]
@@ -233,15 +259,16 @@ def _ledger(run: History) -> list[Sequence[Any]]:
     found: list[tuple[bool, float, Sequence[Any]]] = []
     for split in ("held out", "train"):
         own = [(row, max(row["losses"].values())[1]) for row in run.rows if row.get("split") == split]
-        logs = [math.log(min(1e6, max(1e-6, loss))) for _, loss in own]  # also of what is no number
+        logs = [math.log(min(1e6, max(1e-6, loss)) if math.isfinite(loss) else 1e6) for _, loss in own]
         middle = statistics.median(logs or [0.0])
         spread = max(0.2, 1.4826 * statistics.median([abs(log - middle) for log in logs] or [0.0]))
         for (row, loss), log in zip(own, logs, strict=True):
             losses = [row["losses"].get(name, [0, None])[1] for name in ("base", "best", "last")]
             far, worse = abs(log - middle) > _OUTLIER * spread, losses[0] is not None and loss > losses[0] + 0.01
-            why = f"{float(f'{math.exp(log - middle):.2g}'):,g} times the median, " * far + "above the base, " * worse
-            shown = ["" if one is None else f"{one:.4f}" for one in losses]
-            cells = (row.get("place"), why.rstrip(", "), *shown, row.get("tokens"), split, row.get("text"))
+            times = f"{float(f'{math.exp(log - middle):.2g}'):,g} times the median, " * far
+            why = (times if math.isfinite(loss) else "not finite, ") + "above the base, " * worse
+            place, tokens, text = (row.get(name, "") for name in ("place", "tokens", "text"))
+            cells = (place, why.rstrip(", "), *map(_number, losses), tokens, split, text)
             found.append((bool(why), abs(log - middle) / spread if why else loss, cells))
     rows = [cells for *_, cells in sorted(found, key=lambda one: one[:2], reverse=True)[:50]]
     return rows and [("row", "stands out", "base", "best", "last", "tokens", "split", "text"), *rows]

@@ -113,6 +113,28 @@ def test_rows_that_were_trained_on_take_a_share_of_the_time(
     assert clock.now == pytest.approx(0.04 * len(trained)) and 0.2 < clock.now <= 0.02 * 18
 
 
+def test_odd_notes_are_left_out_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a resumed run reads them: nothing is said, and what can be read stays."""
+    whole = {
+        "split": "train",
+        "place": "rows:1",
+        "tokens": 7,
+        "text": "a",
+        "losses": {"base": [0, 2.5], "last": [3, 1.5]},
+    }
+    odd: list[Any] = [3, [1], None, "x", {"last": 3}, {"base": [0, 2.0], "last": [5, "x"]}, {"last": [True, 1.0]}]
+    rows = [whole, *({**whole, "place": f"odd:{at}", "losses": one} for at, one in enumerate(odd)), {"place": [1]}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with samples.open_ledger(tmp_path, until=3):
+        pass
+    kept = {line.get("place"): line["losses"] for line in ledger(tmp_path)}
+    assert kept.pop("rows:1") == whole["losses"] and kept.pop("odd:5") == {"base": [0, 2.0]}
+    assert len(kept) == 6 and not any(kept.values()) and capsys.readouterr().err == ""
+    answers = [{"step": 3, "place": "rows:1", "prompt": "q"}, {"step": "3"}, {"step": 4, "answer": [1], "place": {}}]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(one) + "\n" for one in answers), encoding="utf-8")
+    assert samples.keep_samples(tmp_path, until=4) == [answers[0], {"step": 4}]
+
+
 @pytest.mark.parametrize("fault", ["memory", "signal", "disk", "damage"])
 def test_what_goes_wrong_with_it_never_reaches_the_run(
     fault: str, recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command, unlimited: None
@@ -131,7 +153,9 @@ def test_what_goes_wrong_with_it_never_reaches_the_run(
     monkeypatch.setattr(samples, "score_batches", score)
     if fault == "damage":
         damaged = tmp_path / "run/rows.jsonl"
-        stop_at(monkeypatch, 2, lambda: damaged.write_bytes(b'{"losses": {"last": 3}}\n'))
+        odd = ["3", "[1]", '{"last": 3}', '{"last": ["x", []]}', '{"base": [0, 2.5], "last": [true, 1]}', "null"]
+        lines = [f'{{"split": "train", "place": [{at}], "losses": {one}}}\n' for at, one in enumerate(odd)]
+        stop_at(monkeypatch, 2, lambda: damaged.write_text("".join([*lines, '{"place": "x:1"}\n']), encoding="utf-8"))
     if fault == "disk":
         with with_fault(full_in("rows.jsonl")):
             done = cli("train", path)
@@ -140,5 +164,6 @@ def test_what_goes_wrong_with_it_never_reaches_the_run(
     assert done.code == 0 and (tmp_path / "run/adapter/adapter_model.safetensors").is_file(), done.err
     said = "rows.jsonl stays as it was: " in done.err
     trained = [line for line in ledger(tmp_path / "run") if line.get("split") == "train"]
-    assert said == (fault != "signal") and len(trained) == (16 if fault == "signal" else 0)
+    kept = fault in ("signal", "damage")  # what is damaged is left out
+    assert said != kept and (len(trained) >= 16 if kept else not trained)
     assert not list((tmp_path / "run").glob(".stage-*"))

@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import Environment
 from test_preview import BROWSER
 from test_train import stop_at
 
 from lorasft import cli, report
+from lorasft.errors import DivergedError, Stopped
 from lorasft.files import LOCK, locked, sha256
 from lorasft.report import MARK, History, note_event, refresh_report, render_page, smooth, thin
 
@@ -198,16 +200,121 @@ def test_what_is_damaged_is_left_out_or_said(damage: str, folder: Path, capsys: 
         write_lines(logs[0], {"step": 3, "loss": math.nan, "seconds": "x"}, {"loss": 1}, {"step": "4", "loss": 10**400})  # type: ignore[arg-type]
     if damage == "wrong":
         records[0].write_bytes(b'{"report": [1], "steps": "many"}')
-    code = cli.main(["report", str(folder)])
-    out, err = capsys.readouterr()
-    if damage == "wrong":
-        assert code == 4 and "cannot be read" in err and not (folder / "report.html").exists()
-        return
-    assert code == 0 and out.strip() == "run/report.html"
+    assert cli.main(["report", str(folder)]) == 0 and capsys.readouterr().out.strip() == "run/report.html"
     assert len(History(folder).series["loss"]) == (0 if damage == "lost" else 16)
-    assert f"step {3 if damage == 'lost' else 16} | finished" in page_of(folder).text
+    text = page_of(folder).text
+    assert f"step {3 if damage == 'lost' else 16} | finished" in text
+    assert ("training loss | not finite | mean of the last 1 steps" in text) == (damage == "lost")
+    assert ("parity breaks" in text) == (damage in ("nothing", "torn"))
     note_event(folder, "ended")
     assert [event["event"] for event in History(folder).events] == ["started", "ended"]
+
+
+def test_nothing_is_said_of_what_was_not_measured(folder: Path, tmp_path: Path) -> None:
+    (folder / "adapter").rename(tmp_path / "elsewhere")
+    record = json.loads((folder / "provenance.json").read_bytes()) | {"steps": 16}
+    (folder / "provenance.json").write_text(json.dumps(record), encoding="utf-8")
+    cards = ["held-out loss", "training loss", "time in steps", "tokens/s", "peak memory", "while it ran"]
+    lines = [*map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())]
+    for kept, first, shown, axes in (
+        ([], "run of 16 steps | stopped", [], []),
+        (lines[:1], "step 0 of 16 | stopped", cards[:1], ["0 | 1"]),
+        ([{"step": 1, "loss": 4.0}], "step 1 of 16 | stopped", cards[1:2], ["0 | 1"]),
+    ):
+        write_lines(folder / "metrics.jsonl", *kept)
+        page = page_of(folder)
+        assert first in page.text and "supervised\n" not in page.text
+        assert [card for card in cards if f"\n{card} | " in page.text] == shown
+        assert len(page.charts) == len(axes) and all(f" | {axis}\n" in page.text for axis in axes)
+    (folder / "metrics.jsonl").unlink()
+    assert page_of(folder).charts == []
+
+
+ODD: list[Any] = [None, True, 0, -1, 1.5, 1e308, math.nan, math.inf, -math.inf, 10**400, "", "x", [], [1], {}, {"x": 1}]
+
+
+def mutants(value: Any) -> list[Any]:
+    """Copies of `value`, each with a node of another type, or with none."""
+    if not isinstance(value, (dict, list)):
+        return ODD
+    places = [*value] if isinstance(value, dict) else range(len(value))
+    found = [[*value], *ODD]
+    for place in places:
+        for one in mutants(value[place]):
+            other = value.copy()
+            other[place] = one
+            found.append(other)
+    return [*found, *({name: value[name] for name in value if name != gone} for gone in places if type(value) is dict)]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_no_record_costs_the_page(
+    finished: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every node of every record of another type; the lines of a log at once, in both orders."""
+    lines = [*map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())]
+    answers = [
+        {"step": step, "place": "rows:1", "prompt": "q", "expected": "a", "answer": "a", "ended": True, "ends": True}
+        for step in (0, 4)
+    ]
+    row = {"place": "rows:1", "split": "train", "tokens": 7, "text": "a"}
+    rows = [row | {"losses": {"base": [0, 2.5], "best": [4, 1.5], "last": [8, value]}} for value in (2.0, 2.5, 90.0)]
+    event = {"step": 4, "event": "continued", "time": "now", "why": ""}
+    adapter = sha256(folder / "adapter/adapter_model.safetensors")
+    merge = {"adapter": adapter, "table": {"merged": {"kl": 0.1, "same_choice": 0.9, "nll": 4.5}}}
+    logs = {"metrics.jsonl": lines[:2], "answers.jsonl": answers, "rows.jsonl": rows, "events.jsonl": [event]}
+    records = {name: json.loads((folder / name).read_bytes()) for name in ("provenance.json", "memory.json")}
+    records["provenance.json"] |= {
+        "versions": {"torch": "2"},
+        "steps": 40,
+        "report": {"rows": 9, "formats": {"rows.jsonl": "text"}},
+    }
+    records["memory.json"] |= {"measured": 3, "free": 4, "predicted": {"adapter": 1, "peak": 2}}
+    if not finished:
+        (folder / "adapter").rename(tmp_path / "elsewhere")
+    for name, own in logs.items():
+        kept = (folder / name).read_bytes() if (folder / name).exists() else b""
+        for odd in (
+            [one for line in own for one in mutants(line)],
+            [one for line in own for one in mutants(line)][::-1],
+        ):
+            write_lines(folder / name, *own, *odd)
+            for running in (False, True):
+                monkeypatch.setattr(report, "is_locked", lambda _, running=running: running)
+                assert page_of(folder).text
+        (folder / name).write_bytes(kept)
+    monkeypatch.setattr(report, "Environment", shared_environment())
+    for name, record in [*records.items(), ("merge.json", merge)] if finished else ():
+        for odd in mutants(record):
+            (folder / name).write_text(json.dumps(odd), encoding="utf-8")
+            assert "None" not in Page(render_page([History(folder, merges=[folder])])).text, odd
+        (folder / name).write_text(json.dumps(record), encoding="utf-8")
+
+
+def shared_environment() -> Callable[..., Any]:
+    """Makes one jinja2 environment and gives it again: a template is compiled once."""
+    made = list[Any]()
+
+    def make(**options: Any) -> Any:
+        made[:] = made or [Environment(**options)]
+        return made[0]
+
+    return make
+
+
+def test_what_is_not_finite_is_said(folder: Path) -> None:
+    odd = [math.nan, math.inf, -math.inf]
+    write_lines(folder / "metrics.jsonl", *({"step": at, "loss": one, "eval_loss": one} for at, one in enumerate(odd)))
+    row = {"place": "rows:1", "split": "train", "tokens": 7, "text": "a"}
+    rows = [{**row, "place": f"odd:{at}", "losses": {"base": [0, 2.0], "last": [8, one]}} for at, one in enumerate(odd)]
+    fine = [{**row, "place": f"fine:{at}", "losses": {"base": [0, 2.0], "last": [8, 1.5]}} for at in range(5)]
+    write_lines(folder / "rows.jsonl", *fine, *rows)
+    text = page_of(folder).text
+    assert "held-out loss | not finite | not finite at first, not finite at best" in text
+    assert "training loss | not finite | mean of the last 3 steps" in text and not re.search(r"\b(nan|inf)\b", text)
+    ledger = text.partition("Ledger of rows | ")[2].splitlines()[2:]
+    assert all(re.match(r"odd:\d \| not finite(, above the base)? \| 2.0000 \| not finite", one) for one in ledger[:3])
+    assert ledger[3].startswith("fine:")
 
 
 def test_the_state_of_a_run(folder: Path, tmp_path: Path) -> None:
@@ -225,8 +332,28 @@ def test_the_state_of_a_run(folder: Path, tmp_path: Path) -> None:
         assert "about 0:00:0" in Page(text).text and "--resume" not in text and "chat" not in text
         note_event(folder, "ended", error=ValueError("it broke"))
         text = render_page([History(folder)])
-        assert "stopped | ValueError: it broke" in Page(text).text and 'http-equiv="refresh"' not in text
+        assert "failed | ValueError: it broke" in Page(text).text and 'http-equiv="refresh"' not in text
     assert (folder / LOCK).exists()
+    where = ", ".join(f"/a/long/folder/of/data/rows.jsonl:{row}" for row in range(8))
+    note_event(folder, "ended", error=DivergedError("the loss of step 17 is not finite", where=where))
+    assert f"| failed | the loss of step 17 is not finite: {where}\n" in page_of(folder).text
+    note_event(folder, "ended", error=DivergedError("not finite", where=f"{where}, {where}"))
+    shown = page_of(folder).text.partition("| failed | ")[2].partition("...\n")[0]
+    whole = f"not finite: {where}, {where}".split()
+    assert 350 < len(shown) <= 400 and shown.split() == whole[: len(shown.split())]
+    for error in (None, Stopped(130, "stopped after step 16", "train"), KeyboardInterrupt()):
+        note_event(folder, "ended", error=error)
+        assert "| stopped" in page_of(folder).text
+
+
+def test_what_to_type_next_names_files(folder: Path) -> None:
+    plain = page_of(folder).text
+    assert "lorasft evaluate run --data FILE\nlorasft merge run --out run-merged" in plain
+    recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    (folder / "recipe.yaml").write_text(recipe.replace("eval: 0.2", "eval: [a.jsonl, b c.jsonl]"), encoding="utf-8")
+    commands = page_of(folder).text.partition("lorasft chat run\n")[2]
+    files = "lorasft evaluate run --data a.jsonl\nlorasft evaluate run --data 'b c.jsonl'\n"
+    assert commands.startswith(f"{files}lorasft merge run --out run-merged")
 
 
 def test_answers_stand_beside_the_data(folder: Path) -> None:
@@ -304,9 +431,26 @@ def test_several_runs_and_a_merge(folder: Path, capsys: Any) -> None:
     text = Page((folder / "report.html").read_text(encoding="utf-8")).text
     assert "merged | 0.001235 | 0.9 | 4.5" in text and "foreign" not in text
     (folder / "adapter/adapter_model.safetensors").unlink()
-    assert cli.main(["report", "run", "merged"]) == 4 and "cannot be read" in capsys.readouterr().err
+    assert cli.main(["report", "run", "merged"]) == 0 and "Merge" not in page_of(folder).text
     shutil.rmtree(folder / "adapter")
     assert cli.main(["report", "run", "merged"]) == 0
+
+
+def test_what_is_no_run_is_refused_or_passed_over(folder: Path, capsys: Any) -> None:
+    assert cli.main(["report", "run", "runs/nope"]) == 2 and not (folder / "report.html").exists()
+    assert re.fullmatch("error: there is no such folder\nwhere: runs/nope\nhint: .+\n", capsys.readouterr().err)
+    for name in ("other", "merged", "bad"):
+        Path(name).mkdir()
+    Path("merged/merge.json").write_bytes(b"{}")
+    Path("bad/recipe.yaml").write_bytes(b"model: [")
+    assert cli.main(["report", "bad", "merged", "other", "run"]) == 0 and (folder / "report.html").is_file()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and said[0].startswith("passed over: bad: "), said
+    assert said[1] == "passed over: other: this is not a run folder"
+    assert cli.main(["report", "merged", "bad"]) == 2
+    passed, *refused = capsys.readouterr().err.splitlines()
+    assert passed == said[0] and refused[0] == "error: none of these is a run"
+    assert cli.main(["report", "bad"]) == 2 and "where: bad/recipe.yaml" in capsys.readouterr().err
 
 
 def test_open_shows_the_page(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,11 +500,12 @@ def test_a_run_writes_its_page_when_it_is_stopped_resumed_and_diverged(
         stop_at(patch, 6, lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
         with pytest.raises(RuntimeError, match="a bug"):
             cli.main(["train", path, "--resume"])
-    assert "stopped | RuntimeError: a bug" in page_of(folder).text
+    assert "failed | RuntimeError: a bug" in page_of(folder).text
     assert cli.main(["train", path, "--resume"]) == 0
     text = (folder / "report.html").read_text(encoding="utf-8")
-    assert "| finished\n" in Page(text).text and "continued, step 4: " in text and "saved, step" in text
-    assert [event["event"] for event in History(folder).events] == ["started", "ended"] + ["continued", "ended"] * 2
+    assert "| finished\n" in Page(text).text and "continued, step 4: " in text and "saved, still there, step" in text
+    events = [event["event"] for event in History(folder).events]
+    assert events == ["started", "ended", "continued", "failed", "continued", "ended"]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")

@@ -15,20 +15,28 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(folders: Sequence[str], out: str | None, show: bool) -> None:
-    """Write the page and print its name. Raises RecipeError, or ModelError for records that cannot be read."""
-    from lorasft.errors import ModelError
+    """Write the page and print its name; say what of `runs/*` is no run, or damaged. Raises RecipeError without any."""
+    from lorasft.artifact import MERGE_RECORD
+    from lorasft.errors import LorasftError, RecipeError
     from lorasft.files import refuse_existing, replace_file
     from lorasft.report import MARK, History, render_page
+    from lorasft.terminal import say
 
-    paths = [Path(folder) for folder in folders]
-    named = [path for path in paths if (path / "recipe.yaml").is_file()] or paths[:1]  # `runs/*` may name other things
-    target = Path(out) if out else (named[0] if len(named) == 1 else named[0].parent) / "report.html"
+    paths, runs = [Path(folder) for folder in folders], list[History]()
+    for path in paths:
+        try:
+            runs.append(History(path, merges=paths))
+        except LorasftError as error:
+            if len(paths) == 1 or not path.exists():
+                raise
+            if not (path / MERGE_RECORD).is_file():
+                say(f"passed over: {path}: {error.what}")
+    if not runs:
+        raise RecipeError("none of these is a run", where=", ".join(folders), hint="lorasft report runs/NAME")
+    target = Path(out) if out else (runs[0].folder if len(runs) == 1 else runs[0].folder.parent) / "report.html"
     if not (target.is_file() and MARK.encode() in target.read_bytes()[:1000]):
         refuse_existing(target)
-    try:
-        replace_file(target, render_page([History(path, merges=paths) for path in named]))
-    except (OSError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError) as error:
-        raise ModelError(f"the records of a run cannot be read: {error!r:.200}", where=", ".join(folders)) from None
+    replace_file(target, render_page(runs))
     print(target)
     if show:
         webbrowser.open(target.absolute().as_uri())

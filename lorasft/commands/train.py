@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasft.commands.arguments import add_recipe, read_recipe
 from lorasft.errors import Stopped
-from lorasft.terminal import quote, say, shorten, size_text, train_command
+from lorasft.terminal import say, shorten, size_text, train_command
 
 if TYPE_CHECKING:
     from lorasft.report import History
@@ -40,6 +40,7 @@ def run(recipe: str, overrides: Sequence[str], resume: bool, quiet: bool, verbos
     os.environ["LORASFT_QUIET"] = "1" if quiet else ""  # other processes of it inherit that
     with join() as ranks:
         settings = ranks.on_main(lambda: read_recipe(recipe, overrides, resume=resume))
+        from lorasft.report import next_commands
         from lorasft.training.loop import run_steps
         from lorasft.training.run import export_adapter, open_run
 
@@ -55,10 +56,7 @@ def run(recipe: str, overrides: Sequence[str], resume: bool, quiet: bool, verbos
             if ranks.is_main:
                 _show_answers(ready, state)
                 say(f"done in {timedelta(seconds=round(time.monotonic() - started))}; adapter in {adapter}")
-                say(f"next: lorasft chat {quote(output)}")
-                for source in settings.data.eval if isinstance(settings.data.eval, tuple) else ():
-                    say(f"      lorasft evaluate {quote(output)} --data {quote(source.path)}")
-                say(f"      lorasft merge {quote(output)} --out {quote(Path(output).resolve().name + '-merged')}")
+                say("next: " + "\n      ".join(next_commands(Path(output), settings)))
                 say(f"or serve the adapter: {_serve_command(ready, adapter)}")
                 print(output)
     return Path(output)
@@ -129,9 +127,9 @@ def _show_answers(ready: Run, state: State) -> None:
 
     samples = keep_samples(ready.folder, until=state.step)
     result = state.best_step if ready.recipe.run.keep_best else state.step
-    before = {sample.get("place"): sample.get("answer") for sample in samples if sample["step"] == 0}
+    before = {sample.get("place"): sample.get("answer", "") for sample in samples if sample["step"] == 0}
     for sample in samples:
         if sample["step"] == result and sample.get("place") in before:
-            prompt, old, new = str(sample.get("prompt"))[-66:], before[sample["place"]], sample.get("answer")
+            prompt, old, new = sample.get("prompt", "")[-66:], before[sample.get("place")], sample.get("answer", "")
             for name, text in (("\nprompt", prompt), ("before", old), (" after", new)):
-                say(f"{name}: {shorten(str(text), most=66)}")
+                say(f"{name}: {shorten(text, most=66)}")

@@ -78,7 +78,7 @@ def _answer(run: Run, step: int, held_out: TokenStore, example: int) -> dict[str
 def keep_samples(folder: Path, *, until: int, more: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
     """What `answers.jsonl` of a run holds until a step, and `more`: from here on nothing else."""
     path = folder / "answers.jsonl"
-    found = [line for line in read_objects(path) if isinstance(line.get("step"), int)]
+    found = [line for line in read_objects(path) if "step" in line]
     kept = [*(line for line in found if line["step"] <= until), *more]
     if kept != found:
         replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -89,7 +89,8 @@ def keep_samples(folder: Path, *, until: int, more: Sequence[dict[str, Any]] = (
 def open_ledger(folder: Path, *, until: float = math.inf) -> Iterator[Ledger]:
     """What a run's rows.jsonl holds, to be added to; of that the losses until a step are written back. What goes wrong
     within never reaches the run."""
-    ledger = {f"{line.get('split')} {line.get('place')}": line for line in read_objects(folder / "rows.jsonl")}
+    lines = (line for line in read_objects(folder / "rows.jsonl") if "losses" in line)
+    ledger = {f"{line.get('split')} {line.get('place')}": line for line in lines}
     try:
         yield ledger
         for line in ledger.values():
@@ -124,7 +125,7 @@ def score_trained_rows(run: Run, step: int, names: Sequence[str], stop: StopRequ
         return
     score = partial(score_batches, run.network, capacity=plan.micro_batch_tokens)
     with open_ledger(run.folder) as ledger, run.metrics.progress.interlude("scoring rows"):
-        lines = [line for line in read_objects(run.folder / "metrics.jsonl") if "seconds" in line]
+        lines = [line for line in read_objects(run.folder / "metrics.jsonl") if {"seconds", "tokens"} <= line.keys()]
         seconds, tokens = (sum(line[name] for line in lines) for name in ("seconds", "tokens"))
         limit, spent, done = _SHARE * seconds * len(passes) / (2 + run.recipe.run.keep_best), 0.0, 0
         order = shuffle(plan.examples, seed=plan.seed, epoch=0)[: plan.steps * plan.batch_size][:_MOST_ROWS]
