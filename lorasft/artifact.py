@@ -134,8 +134,7 @@ def check_run_folder(recipe: Recipe, *, resume: bool) -> None:
     if resume and not is_run:
         raise RecipeError("there is no run to resume", where=folder, hint="leave out --resume to start one")
     if resume:
-        before = load_recipe(str(folder / "recipe.yaml"))
-        if changes := [*compare(mathematics(before), mathematics(recipe))]:
+        if changes := [*compare(mathematics(load_recipe(str(folder / "recipe.yaml"))), mathematics(recipe))]:
             raise RecipeError("\n  ".join([CHANGED, *changes[:10]]), where=folder, hint=RESTORE)
     elif is_run:
         hint = f"continue it: {train_command(folder)} --resume; or start another: {quote(f'run.output={folder}-2')}"

@@ -120,6 +120,5 @@ _SIGNS = re.compile(
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out, on a GPU or on a CPU."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
-        return True
-    return isinstance(error, RuntimeError) and _SIGNS.search(str(error)) is not None
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
+    return known or (isinstance(error, RuntimeError) and _SIGNS.search(str(error)) is not None)

@@ -116,9 +116,8 @@ def _facts(run: History) -> Iterator[tuple[str, str, str]]:
     speed, seconds, supervised, tokens, memory, best = ([value for _, value in run.series[name]] for name in names)
     both = ([line.get(name) for line in run.history] for name in ("loss", "eval_loss"))  # also what is not finite
     losses, held_out = ([one for one in own if isinstance(one, (int, float))] for own in both)
-    steps, step = run.provenance.get("steps", 0), "run" if run.step is None else f"step {run.step:,}"
-    of = f" of {steps:,}{' steps' * (run.step is None)}" * bool(steps)
-    yield f"{step}{of}", run.state, run.why
+    steps, step = run.provenance.get("steps", 0), "before step 1" if run.step is None else f"step {run.step:,}"
+    yield f"{step}{f' of {steps:,}' * bool(steps)}", run.state, run.why
     if held_out:
         first, lowest = _number(held_out[0]), _number(min(best, default=math.nan))
         yield "held-out loss", _number(held_out[-1]), f"{first} at first, {lowest} at best"

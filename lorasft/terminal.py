@@ -9,9 +9,7 @@ import shlex
 import sys
 
 # What a terminal obeys, or shows in another order than it is; half characters, which no terminal takes.
-_CONTROL = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-)
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _SECRETS = re.compile(
     r"\b(?P<kind>hf_|gh[opsu]_|AKIA)[A-Za-z0-9]{16,}|\b(?P<long>sk-|github_pat_|glpat-|xox[bp]-)[A-Za-z0-9_-]{20,}"
     r"|(?P<url>:/{1,2})[^/\s@]+@"  # a path has one of the slashes

@@ -217,7 +217,7 @@ def test_nothing_is_said_of_what_was_not_measured(folder: Path, tmp_path: Path) 
     cards = ["held-out loss", "training loss", "time in steps", "tokens/s", "peak memory", "while it ran"]
     lines = [*map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())]
     for kept, first, shown, axes in (
-        ([], "run of 16 steps | stopped", [], []),
+        ([], "before step 1 of 16 | stopped", [], []),
         (lines[:1], "step 0 of 16 | stopped", cards[:1], ["0 | 1"]),
         ([{"step": 1, "loss": 4.0}], "step 1 of 16 | stopped", cards[1:2], ["0 | 1"]),
     ):

@@ -69,8 +69,7 @@ def add_saved(parser: ArgumentParser, kinds: str = "RUN|ADAPTER|MODEL", *, optio
 
 
 def open_saved(saved: str, base: str | None, given: Sequence[str], overrides: Sequence[str]) -> Artifact:
-    """What `saved` names, with `section.key=value` overrides, its base at hand. Raises LorasftError where it does not
-    name what it should, or the base is none."""
+    """What `saved` names, with `section.key=value` overrides; its base is at hand. Raises LorasftError."""
     from lorasft.artifact import find_artifact
     from lorasft.recipe import Recipe
     from lorasft.recipe.load import change_recipe

@@ -45,8 +45,7 @@ def run(prompt: str | None, max_tokens: int, temperature: float, top_p: float, *
             if word in ("/reset", "/system"):
                 system = system if word == "/reset" else [{"role": "system", "content": text}] * bool(text)
                 turns = []
-                told = f"system text: {system[0]['content']}" if system else "system text as in training"
-                say(f"a new conversation, {told}")
+                say(f"a new conversation, system text: {system[0]['content'] if system else 'as in training'}")
             elif word == "/base" and not (turns and found.adapter):
                 say("nothing was asked yet" if found.adapter else "this is the base, without an adapter")
             elif word == "/base":
@@ -83,8 +82,7 @@ class LoadedModel:
     def generate(self, prompt: str | list[dict[str, Any]], *, max_tokens: int = 512, temperature: float = 0,
                  top_p: float = 1, adapted: bool = True, show: bool = False, typed: bool = False) -> str:  # fmt: skip
         """The answer to a prompt or to messages, at temperature 0 the likeliest; if not `adapted`, that of the base.
-        `show`: print it as it grows. `typed`: Ctrl-C ends it, no more. Raises RecipeError, or DataError for messages
-        that are none, or too long."""
+        `show`: print it as it grows. `typed`: Ctrl-C ends it alone. Raises RecipeError, or DataError for no prompt."""
         from lorasft.data.examples import normalize_message
         from lorasft.model.generate import generate
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shlex
@@ -44,7 +43,6 @@ def run(recipe: str, overrides: Sequence[str], resume: bool, quiet: bool, verbos
         from lorasft.training.loop import run_steps
         from lorasft.training.run import export_adapter, open_run
 
-        gc.freeze()  # the libraries' million objects, which Python would look through for garbage now and then
         started, output = time.monotonic(), settings.run.output
         with _saying_what_is_saved(Path(output), again=train_command(recipe, *overrides)):
             with open_run(settings, resume=resume, ranks=ranks) as (ready, state):

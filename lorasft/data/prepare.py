@@ -187,9 +187,8 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     report.unread = [name for name in report.unread if not template_reads(template, name)]
     if report.dropped_examples() == report.rows:
         _refuse_losses(data, report)
-    digests, apart, sizes = (
-        np.fromfile(stage / name, TYPES[name]) for name in ("digests", "held_out", "example_sizes")
-    )
+    names_read = ("digests", "held_out", "example_sizes")
+    digests, apart, sizes = (np.fromfile(stage / name, TYPES[name]) for name in names_read)
     # Also of rows that were dropped, so that no setting of lengths moves the split.
     if twice := np.intersect1d(digests[~apart], digests[apart]).size:
         hint = "take them out of one of the two: the held-out loss would measure memory"

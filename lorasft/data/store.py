@@ -111,8 +111,7 @@ def map_store(folder: Path, names: Sequence[str]) -> TokenStore:
     """Map the flat files of a store, all examples with sequences chosen. `names`: what the numbers in `files` mean."""
     # As plain views, which slice five times faster.
     arrays = {name: np.asarray(np.memmap(folder / name, dtype=kind, mode="r")) for name, kind in TYPES.items()}
-    sequence_starts, example_starts = (
-        np.concatenate([[0], np.cumsum(arrays[name])]) for name in ("sequence_sizes", "example_sizes")
-    )
+    sizes = (arrays[name] for name in ("sequence_sizes", "example_sizes"))
+    sequence_starts, example_starts = (np.concatenate([[0], np.cumsum(each)]) for each in sizes)
     chosen = np.flatnonzero(arrays["example_sizes"])
     return TokenStore(chosen, arrays, sequence_starts, example_starts, tuple(names))

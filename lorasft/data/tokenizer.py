@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorasft.errors import ModelError, RecipeError, UnsafeError
 from lorasft.hub import is_folder, refuse_offline
@@ -18,9 +18,8 @@ def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenize
 
     local = is_folder(base)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            base, revision=revision, trust_remote_code=False, local_files_only=local
-        )
+        how: Any = {"revision": revision, "trust_remote_code": False, "local_files_only": local}
+        tokenizer = AutoTokenizer.from_pretrained(base, **how)
         tokenizer.backend_tokenizer.encode("a")  # slow ones have none; a file at odds with itself shows here
     except BaseException as fault:  # transformers, its parsers and the hub raise a dozen kinds here
         if not isinstance(fault, Exception) and type(fault).__name__ != "PanicException":  # the one of tokenizers
@@ -66,9 +65,8 @@ def add_tokens(tokenizer: PreTrainedTokenizerFast, new_tokens: Mapping[str, str]
         if split or back != token or not token.strip():
             reason = f"would split the token {decode(split[:1])}" if split else f"would come out as {back}"
             reason = "is blank" if not token.strip() else "is a token already" if own in split else reason
-            raise RecipeError(
-                f"{token!r} {reason}", where="model.new_tokens", hint="another one, with marks, as <name>"
-            )
+            hint = "another one, with marks, as <name>"
+            raise RecipeError(f"{token!r} {reason}", where="model.new_tokens", hint=hint)
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in sorted(new_tokens)])
     return dict(zip(tokenizer.convert_tokens_to_ids(sorted(new_tokens)), starts, strict=True))
 

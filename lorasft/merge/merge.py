@@ -37,7 +37,6 @@ def merge(
     ModelError before anything is written when the adapter does not fit, CapacityError when `out` has no room; a merge
     that fails leaves nothing under `out`. Returns what merge.json says.
     """
-    files.refuse_existing(out)
     if onto == "dequantized" and artifact.model.quantization == "none":
         what = "nothing says that it was trained in 4 bit: there are no dequantized weights that it was trained on"
         raise ModelError(what, where=artifact.name, hint="--onto original; or --quantization nf4, if it was")

@@ -52,12 +52,13 @@ if "torch._dynamo" not in sys.modules:
 # kernel is for inference only, and nothing here dials out unasked: the package that would fetch it is hidden meanwhile.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
-gc.disable()  # the libraries make a million objects, which it would look through again and again
+gc.disable()  # the libraries make a million objects, which it would look through again and again, also later
 # bitsandbytes has torch compile the kernels for devices without its own, which are not used here.
 with patch("torch.compile", lambda function, **_: function):
     import bitsandbytes  # noqa: F401
 import peft  # noqa: E402, F401
 
+gc.freeze()
 gc.enable()
 if sys.modules["kernels"] is None:
     del sys.modules["kernels"]

@@ -62,8 +62,7 @@ def generate(
     seen = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     ids, mask = torch.tensor(rows, device=causal.device), torch.tensor(seen, device=causal.device)
     with torch.no_grad(), evaluating(causal, default_attention(causal.config)):
-        output = causal.generate(
-            ids, attention_mask=mask, generation_config=config, streamer=streamer, stopping_criteria=ended
-        )
+        how = {"generation_config": config, "streamer": streamer, "stopping_criteria": ended}
+        output = causal.generate(ids, attention_mask=mask, **how)
     new = [(list(takewhile(lambda token: token not in stops, row)), row) for row in output[:, length:].tolist()]
     return [(ids, len(ids) < len(row)) for ids, row in new]

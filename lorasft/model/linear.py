@@ -111,9 +111,8 @@ def _dequantize_by_blocks(packed: Tensor, state: Any, out: Tensor) -> None:
     for start in range(0, len(out), rows):
         block = out[start : start + rows]
         first, end = start * columns, start * columns + block.numel()
-        part = bnb.functional.QuantState(
-            absmax[first // size : end // size], block.shape, state.code, size, state.quant_type, out.dtype
-        )
+        kind = (state.code, size, state.quant_type, out.dtype)
+        part = bnb.functional.QuantState(absmax[first // size : end // size], block.shape, *kind)
         block.copy_(bnb.functional.dequantize_4bit(codes[first // 2 : end // 2].unsqueeze(1), part))
 
 

@@ -38,9 +38,8 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
     training = causal.training
     causal.eval()
     causal.set_attn_implementation(default_attention(causal.config))
-    network = Network(
-        causal, head=None, segments=False, rope_switch_length=_rope_switch_length(causal.config.get_text_config())
-    )
+    switch = _rope_switch_length(causal.config.get_text_config())
+    network = Network(causal, head=None, segments=False, rope_switch_length=switch)
     with torch.no_grad():
         alone = torch.cat([pair_losses(network, _row(sequence)) for sequence in _branches(1, network)])
         for way in _ways(network) if segments else ():

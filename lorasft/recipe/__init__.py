@@ -52,9 +52,7 @@ class ModelSettings(_Section):
     revision: str | None = Field(None, description="branch, tag or commit of the base on the hub")
     quantization: Literal["nf4", "none"] = Field("nf4", description="nf4: the base in 4 bit (QLoRA)")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="what the base computes in")
-    new_tokens: dict[str, str] = Field(
-        {}, max_length=1000, description="list, file of lines, or each: text to start as"
-    )
+    new_tokens: dict[str, str] = Field({}, max_length=1000, description="list, file of lines, or each: starting text")
     _tokens = field_validator("new_tokens", mode="before", json_schema_input_type=_Tokens)(_as_tokens)
 
 

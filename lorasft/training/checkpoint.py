@@ -131,8 +131,7 @@ def read_state(path: Path, *, run: str | None) -> State:
 
 def find_checkpoint(recipe: Recipe, inputs: RunInputs) -> State:
     """The newest checkpoint in the run folder of `recipe`. Raises RecipeError, with a table old -> new, when other
-    files than those that the run began with decide the result; where they are now decides nothing.
-    """
+    files than those that the run began with decide the result; where they are now decides nothing."""
     folder, prepared = Path(recipe.run.output), inputs.prepared
     record = next(files.read_objects(folder / "provenance.json"), {})  # what the run was made of, unless that is lost
     saved = newest_checkpoint(folder / "checkpoints", run=record.get("run"))

@@ -98,7 +98,7 @@ def overwrite_in_place() -> None:
         files.write_file(target / files.MANIFEST, seal(target))
         files.rename(target, target)  # no effect but that the trace counts a commit
 
-    checkpoint.staged_folder = written_folder
+    files.staged_folder = written_folder
 
 
 def resume_by_number() -> None:
