@@ -163,8 +163,8 @@ def find_artifact(name: str, *, base: str | None = None) -> Artifact:
                 hint += f", or take its newest checkpoint: {quote(saved[-1])}"
             raise ModelError("this run has no adapter yet", where=name, hint=hint)
         if name in shipped_recipes() and not folder.exists():
-            shipped = load_recipe(name)
-            say(f"{name} is a recipe: this is its base; what it trained is in {quote(shipped.run.output)}")
+            shipped = load_recipe(name, ["data.train='-'"])  # most have none
+            say(f"{name} is a recipe: this is its base; what is trained by it goes to {quote(shipped.run.output)}")
             return Artifact(name, shipped.model, recipe=shipped, chat=shipped.chat, data=shipped.data)
         if folder.exists() and not (folder / "config.json").is_file():
             raise ModelError("this is not a run, an adapter or a model", where=name, hint=_NAME_ONE)

@@ -104,7 +104,11 @@ def test_load_answers_as_chat_does(run: Path, cli: Command, capsys: pytest.Captu
     for wrong in messages:
         with pytest.raises(DataError):
             model.generate(wrong)
-    for how in ({"max_tokens": 0}, {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0.5}, {"top_p": 0}):
+    assert model.generate("\x00a\ud800") is not None
+    wrong_ways: list[dict[str, Any]] = [{"max_tokens": one} for one in (0, 1.5, None, "a", True)]
+    wrong_ways += [{"temperature": one} for one in (-1, float("nan"), float("inf"), "x", None)]
+    wrong_ways += [{"top_p": 0.5}, {"top_p": 0}, {"top_p": 1.5, "temperature": 1}, {"top_p": "x"}]
+    for how in wrong_ways:
         with pytest.raises(RecipeError, match="no answer can be sampled"):
             model.generate(question, **how)
 

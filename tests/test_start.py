@@ -106,6 +106,8 @@ def test_what_can_be_known_without_torch_is_refused_without_it(recipe: Write, ru
         (4, ["train", path, f"model.base={tmp_path}/none"], "there is no such folder"),
         (4, ["chat", f"{tmp_path}/none"], "there is no such folder"),
         (4, ["chat", "runs/none"], "there is no such folder"),
+        (5, ["chat", "qwen3-4b"], "the hub cannot be reached"),  # a recipe that has no data
+        (2, ["train", str(tmp_path / "full"), "--resume"], "this folder is not that of a run"),
         (4, ["chat", str(tmp_path / "full")], "this is not a run, an adapter or a model"),
         (2, ["chat", str(run), "--top-p", "0.5"], "no answer can be sampled"),
         (4, ["evaluate", "runs/none", "--data", "rows.jsonl"], "there is no such folder"),

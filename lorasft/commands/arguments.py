@@ -23,8 +23,7 @@ def add_recipe(parser: ArgumentParser) -> None:
 def read_recipe(recipe: str, overrides: Sequence[str], *, resume: bool | None = None) -> Recipe:
     """The recipe, after all that can be refused without torch, whose import takes a second; `resume`: None to plan."""
     from lorasft.artifact import check_run_folder
-    from lorasft.data.folders import find_files
-    from lorasft.data.prepare import list_sources
+    from lorasft.data.folders import find_files, list_sources
     from lorasft.hub import is_folder
     from lorasft.recipe.load import load_recipe
     from lorasft.training.metrics import check_trackers

@@ -53,8 +53,7 @@ def run(prompt: str | None, max_tokens: int, temperature: float, top_p: float, *
             elif re.fullmatch("/[a-z]+", line.strip()) and prompt is None:
                 say(f"there is no {word}. {_COMMANDS}")
             else:
-                # An argument may be no UTF-8.
-                asked = {"role": "user", "content": line.encode(errors="replace").decode()}
+                asked = {"role": "user", "content": line}
                 turns += [asked, {"role": "assistant", "content": answer([*system, *turns, asked], show=True, **how)}]
         except LorasftError as error:
             if not typed:
@@ -64,7 +63,8 @@ def run(prompt: str | None, max_tokens: int, temperature: float, top_p: float, *
 
 def check_sampling(max_tokens: int, temperature: float, top_p: float) -> None:
     """Raise RecipeError where answers cannot be sampled so."""
-    if max_tokens < 1 or not (0 <= temperature < float("inf") and 0 < top_p <= 1) or (top_p < 1 and not temperature):
+    numbers = type(max_tokens) is int and {type(temperature), type(top_p)} <= {int, float}
+    if not (numbers and max_tokens >= 1 and 0 <= temperature < 1e9 and 0 < top_p <= 1 and (temperature or top_p == 1)):
         what = f"no answer can be sampled with max_tokens {max_tokens}, temperature {temperature}, top_p {top_p}"
         hint = "max_tokens from 1; temperature from 0; top_p above 0 and up to 1, below 1 with a temperature above 0"
         raise RecipeError(what, hint=hint)
@@ -90,7 +90,9 @@ class LoadedModel:
         asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if not asked or not isinstance(asked, list):
             raise DataError("this is neither a text nor a list of messages", hint='{"role": "user", "content": "..."}')
-        ids = self._format.prompt_ids([normalize_message(message, set()) for message in asked])
+        read = (normalize_message(message, set()) for message in asked)
+        plain = [one | {"content": one["content"].encode(errors="replace").decode()} for one in read]  # may be no UTF-8
+        ids = self._format.prompt_ids(plain)
         options: dict[str, Any] = {"max_new_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
         options["on_text"] = (lambda text: print(harmless(text), end="", flush=True)) if show else None
         whose = nullcontext() if adapted or self._model is self._causal else self._model.disable_adapter()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lorasft.errors import DataError, RecipeError, UnsafeError
 from lorasft.hub import is_hub_id
-from lorasft.recipe import DataSource
+from lorasft.recipe import DataSettings, DataSource
 from lorasft.recipe.yaml_reader import parse_yaml
 
 KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
@@ -50,6 +50,12 @@ def held_out_source(source: DataSource) -> DataSource:
     """The source as evaluation reads it: of several files those that are held out, unless it names a split."""
     is_one = not Path(source.path).is_dir() and not glob.has_magic(source.path)
     return source if is_one or source.split != "train" else source.model_copy(update={"split": HELD_OUT[0]})
+
+
+def list_sources(data: DataSettings) -> list[tuple[DataSource, bool]]:
+    """All sources of the recipe, and whether they are held out."""
+    apart = data.eval if isinstance(data.eval, tuple) else ()
+    return [*((source, False) for source in data.train), *((held_out_source(source), True) for source in apart)]
 
 
 def kind_of(path: Path) -> str:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from lorasft.data.chat_format import ChatFormat
 from lorasft.data.examples import RowBlock, read_blocks, shape_block
-from lorasft.data.folders import find_files, held_out_source, kind_of
+from lorasft.data.folders import find_files, held_out_source, kind_of, list_sources
 from lorasft.data.keys import template_reads
 from lorasft.data.labels import Labeler
 from lorasft.data.report import Report
@@ -117,12 +117,6 @@ def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, A
         "data": data.model_dump(mode="json", exclude=PLACES["data"]),
         "files": files,
     }
-
-
-def list_sources(data: DataSettings) -> list[tuple[DataSource, bool]]:
-    """All sources of the recipe, and whether they are held out."""
-    apart = data.eval if isinstance(data.eval, tuple) else ()
-    return [*((source, False) for source in data.train), *((held_out_source(source), True) for source in apart)]
 
 
 def settings_for(source: DataSource, data: DataSettings) -> DataSettings:

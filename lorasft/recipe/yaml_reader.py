@@ -40,8 +40,8 @@ def read_yaml(path: Path) -> Document:
         with open(path, "rb") as file:
             content = file.read(MOST_BYTES + 1)
     except OSError as error:
-        hint = "name a YAML file that you may read"
-        raise RecipeError(f"cannot read the recipe: {error.strerror}", where=path, hint=hint) from None
+        what = "this folder is not that of a run" if path.is_dir() else f"cannot read the recipe: {error.strerror}"
+        raise RecipeError(what, where=path, hint="name a YAML file that you may read, or a run's folder") from None
     if len(content) > MOST_BYTES:
         raise UnsafeError("too large for a recipe", where=path, hint="rows go into files, named in data.train")
     return parse_yaml(content, str(path))
