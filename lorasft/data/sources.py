@@ -28,7 +28,7 @@ LARGEST_ROW = 8 << 20  # bytes of JSON; characters of a field of CSV
 _POINTER = b"version https://git-lfs."
 RECODE = "Western European text becomes UTF-8 with iconv -f cp1252 -t utf-8 FILE; in other UTF-8 fix these bytes"
 REPAIR = "fix the file there, or fetch it again: nothing after this can be read"
-SHAPES = "rows are an array, or one object a line, as jq -c . FILE writes them (those in a list: jq -c '.NAME[]' FILE)"
+SHAPES = "rows are an array, or one object per line, as jq -c . FILE writes them (from a list: jq -c '.NAME[]' FILE)"
 LISTS = ("data", "rows", "examples", "items", "records", "samples", "instances")  # where one object keeps all rows
 OF_ROWS = {"messages", "conversations", "prompt", "instruction", "text"}  # a column of each format
 
