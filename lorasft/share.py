@@ -114,9 +114,8 @@ def push_files(files: dict[str, Path | bytes], repo: str, *, private: bool) -> s
         there = api.model_info(repo)
         names = {file.rfilename for file in there.siblings or ()}
         if names & ({"config.json"} if CONFIG in files else {CONFIG}):
-            raise RecipeError(
-                "this repo holds the other kind: adapter or full weights", where=repo, hint="another NAME"
-            )
+            what = "this repo holds the other kind: an adapter, or full weights"
+            raise RecipeError(what, where=repo, hint="another NAME")
         if there.private != private:
             what, hint = ("private", "no --public") if there.private else ("public", "--public")
             raise RecipeError(f"this repo is {what} already", where=repo, hint=f"{hint}, or another NAME")
@@ -130,7 +129,7 @@ def push_files(files: dict[str, Path | bytes], repo: str, *, private: bool) -> s
     except Exception as error:  # the client raises a dozen kinds
         status = getattr(getattr(error, "response", None), "status_code", 0)
         known = {401: "the hub does not know this token", 403: "the token may not write there"}
-        known[412] = "the repo was changed by somebody else meanwhile"
+        known |= {412: "the repo was changed by somebody else meanwhile"}
         what = known.get(status, f"the hub did not take it: {first_line(error.__cause__ or error)[:200]}")
         hint = "hf auth login, with a token that may; or another OWNER" if status in (401, 403) else "push again"
         raise DeviceError(what, where=repo, hint=hint) from None

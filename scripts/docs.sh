@@ -8,7 +8,7 @@ folder=$PWD/.env-docs
 "$folder/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt mkdocs mkdocs-material
 [ "${1:-build}" != serve ] || exec "$folder/bin/mkdocs" serve
 export NO_MKDOCS_2_WARNING=1
-"$folder/bin/mkdocs" build --strict --clean --quiet
+"$folder/bin/mkdocs" build --strict --clean
 if grep -rnoE '(src|href)="https?://[^"]+\.(js|css|woff2?|png|svg)"|url\("?https?:' build/site --include='*.html' --include='*.css'; then
     echo "error: the site would fetch these from elsewhere" >&2
     exit 1
