@@ -1,6 +1,6 @@
 # lorasft with CUDA's runtime, for a user without rights:
 #   docker build -t lorasft .
-#   docker run --rm -it --gpus all -v "$PWD:/work" -v lorasft-cache:/cache lorasft train tiny
+#   docker run --rm -it --gpus all -v "$PWD:/data" -v lorasft-cache:/cache lorasft train tiny
 # Not built so far (docs/sharing.md); tests/test_site.py reads it.
 FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04
 RUN apt-get update \
@@ -15,12 +15,12 @@ RUN python3 -m venv /opt/lorasft \
     && rm -rf /src/*
 # What is downloaded and kept goes where a volume can be; whoever runs it may write there, also by --user.
 RUN useradd --create-home --uid 10001 lorasft \
-    && mkdir -p /cache /work \
-    && chown lorasft /work \
+    && mkdir -p /cache /data \
+    && chown lorasft /data \
     && chmod 1777 /cache
 ENV PATH=/opt/lorasft/bin:$PATH HF_HOME=/cache/huggingface LORASFT_CACHE=/cache/lorasft PYTHONUNBUFFERED=1
 VOLUME /cache
 USER lorasft
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["lorasft"]
 CMD ["--help"]
