@@ -31,6 +31,7 @@ COMMANDS = {  # each is a file in commands/, which declares its own arguments
     "report": "the page of a run: curves, answers, data, memory; or several runs over each other",
     "merge": "fold an adapter (of a run, or a folder) into full weights",
     "export": "write a model as GGUF, or as a folder for Ollama",
+    "push": "send an adapter or merged weights to the hub, with a model card",
     "recipes": "list, show or copy the shipped recipes",
     "doctor": "is this machine fit to train? also what a bug report needs",
 }

@@ -117,7 +117,8 @@ def test_a_run_in_4_bit_is_merged_onto_what_it_saw(trained: Path, tmp_path: Path
     assert record["result"] == {"model.safetensors": sha256(tmp_path / "out/model.safetensors")}
     card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
     assert "dequantized weights" in card and "please" not in card
-    assert str(tmp_path.parent) not in card and f"base_model: {Path(record['base']['name']).name}" in card
+    assert str(tmp_path.parent) not in card and f"`{Path(record['base']['name']).name}`" in card
+    assert "base_model" not in card  # the hub takes ids alone
     verify_folder(tmp_path / "out")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ LINES = [line for page in PAGES for line in re.findall(r"^lorasft (.+?)(?: +#.*)
 
 @pytest.mark.parametrize("line", dict.fromkeys(LINES))
 def test_the_command_lines_parse(line: str) -> None:
-    read_command_line(line.split())
+    read_command_line(shlex.split(line))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

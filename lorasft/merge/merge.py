@@ -17,6 +17,7 @@ from lorasft.errors import ModelError
 from lorasft.merge.sidecars import write_sidecars
 from lorasft.merge.write import MergePlan, Onto, plan_merge, rewrite_config, write_weights
 from lorasft.recipe import DataSource
+from lorasft.share import REPO, portable, render_card
 from lorasft.tensors import INDEX, find_weights, fingerprint, open_tensors
 
 
@@ -123,15 +124,7 @@ def _write_record(stage: Path, artifact: Artifact, done: dict[str, Any]) -> dict
         "trained_on": trained.get("fingerprint"),
     }
     record = {"lorasft": __version__, "base": origin, **done}
-    name = Path(given).name if Path(given).is_dir() else given
-    card = (
-        f"---\nbase_model: {name}\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
-        f"# {name}, fine-tuned\n\nA LoRA adapter merged into full weights by lorasft {__version__}.\n\n"
-        f"Base: commit {origin['commit'] or 'unknown'}, fingerprint `{origin['fingerprint']}`.\n\n"
-        f"The update was added to the {done['onto']} weights: {done['why']}.\n"
-    )
-    if artifact.chat.system is not None:
-        card += "\nThe chat template puts the system message of training before conversations without one.\n"
+    card = render_card(artifact, REPO, base=portable(given, "base"), merge=record)
     files.write_file(stage / MERGE_RECORD, json.dumps(record, indent=1))
     files.write_file(stage / "README.md", card)
     return record
