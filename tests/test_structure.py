@@ -13,7 +13,19 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lorasft"
 FLOORS = [
-    {"errors", "files", "hub", "tensors", "recipe", "adapter_files", "artifact", "report", "signals", "terminal"},
+    {
+        "errors",
+        "files",
+        "hub",
+        "tensors",
+        "recipe",
+        "adapter_files",
+        "artifact",
+        "machine",
+        "report",
+        "signals",
+        "terminal",
+    },
     {"data"},
     {"model"},
     {"training", "merge", "export"},

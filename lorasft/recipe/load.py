@@ -39,7 +39,11 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     elif (path / "recipe.yaml").is_file() and (path / "checkpoints").is_dir():
         path = path / "recipe.yaml"
         overrides = [f"run.output={json.dumps(source)}", *overrides]  # it may have been moved
-    document = read_yaml(path)
+    return complete_recipe(read_yaml(path), path, overrides)
+
+
+def complete_recipe(document: Document, path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a document of the file `path`, which need not be there yet. Raises what `load_recipe` does."""
     if not isinstance(document.value, dict):
         what = "the recipe is empty" if document.value is None else "a recipe is a mapping of sections"
         hint = "model.base and data.train are needed; lorasft recipes show tiny"
@@ -134,6 +138,13 @@ def portable_text(path: Path) -> str:
     _absolute_paths(document, [path.parent])
     title = text.partition("\n")[0]
     return text if document.value == read_yaml(path).value else f"{title}\n{dump_yaml(document.value)}"
+
+
+def portable_path(name: str, folder: Path) -> str:
+    """What names the path `name`, of here, in a recipe that lies in `folder`; what does not exist is left as it is."""
+    path = Path(name).expanduser().absolute()
+    inside = path.is_relative_to(folder.absolute())
+    return name if not path.exists() else str(path.relative_to(folder.absolute()) if inside else path)
 
 
 def _absolute_paths(document: Document, folders: Sequence[Path]) -> None:
@@ -248,8 +259,13 @@ def read_peers() -> dict[str, str]:
     return dict(read_yaml(Path(__file__).with_name("peers.yaml")).value)
 
 
+def find_peers(key: str) -> list[str]:
+    """What is here for a key of another tool, or why there is nothing."""
+    return [ours for ours, names in read_peers().items() if any(fnmatch(key.lower(), name) for name in names.split())]
+
+
 def _hint_for_name(key: str, section: str) -> str:
-    ours = [ours for ours, theirs in read_peers().items() if any(fnmatch(key.lower(), name) for name in theirs.split())]
+    ours = find_peers(key)
     names = [[own for name, own in _NAMES.items() if name.startswith(begin)] for begin in (section, "")]
     ends = [own for own in names[1] if f"_{key}".endswith(f"_{own}")]  # as lora_alpha does with alpha
     near = ends[:1] or get_close_matches(key, names[0], n=1) or get_close_matches(key, names[1], n=1, cutoff=0.8)
