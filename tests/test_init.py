@@ -143,10 +143,10 @@ def test_epochs_and_batches_follow_the_rows(cli: Command, rows: int, epochs: int
 
 
 def test_lengths_are_those_of_the_tokenizer_where_it_is_at_hand(base: Path, tiny: Any, cli: Command) -> None:
-    write("rows.jsonl", 200, length=40)
+    write("rows.jsonl", 200, length=18)
     settings = DataSettings(train=("rows.jsonl",))
     survey = survey_rows(settings)
-    texts = [f"what is {n}?\n{f'{n} ' * 40}" for n in range(200)]
+    texts = [f"what is {n}?\n{f'{n} ' * 18}" for n in range(200)]
     exact = sorted(len(tiny(text, add_special_tokens=False).input_ids) + 2 * 6 for text in texts)
     found = survey.lengths(str(base))
     assert (

@@ -68,14 +68,21 @@ def import_config(file: Path, folder: Path) -> Imported:
         if said.get(key) not in allowed:
             what, where = f"{key}: {said.get(key)} cannot be imported", document.places.get((key,), str(file))
             raise RecipeError(what, where=where, hint=_SFT)
-    found, known = Imported(fits[0], file, folder, table, said), {*table["read"], *table["batch"], *table["packing"]}
+    found, known = (
+        Imported(fits[0], file.resolve(), folder, table, said),
+        {*table["read"], *table["batch"], *table["packing"]},
+    )
     for ours, names in table["settings"].items():
         names = names if isinstance(names, dict) else {names: {"*": "*"}}
         known |= names.keys()
         _translate(found, ours, names, raw)
     sources = _axolotl_sources if found.tool == "Axolotl" else _factory_sources
-    found.set("data.train", list(sources(found, held_out=False)), "datasets")
-    _take_steps(found, list(sources(found, held_out=True)))
+    try:
+        found.set("data.train", list(sources(found, held_out=False)), "datasets")
+        _take_steps(found, list(sources(found, held_out=True)))
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        what = f"this is not as {found.tool} reads it: {str(error).splitlines()[0]}"
+        raise RecipeError(what, where=file, hint="datasets are needed, and numbers as numbers") from None
     for key in [key for key in raw if key not in known and raw[key] not in (False, "none")]:
         names = [f"here it is {name}".replace("here it is nothing: ", "") for name in find_peers(key)]
         found.left.setdefault(key, " or ".join(names) or "there is nothing like it here")
@@ -109,7 +116,8 @@ def _axolotl_sources(found: Imported, *, held_out: bool) -> Iterator[dict[str, A
         columns = {ours: fields.get(f"field_{ours}") for ours in _ALPACA} | {"text": entry.get("field")}
         turns = entry.get("field_messages") or ("messages" if name == "chat_template" else None)
         columns["messages" if form == "chat" else "conversations"] = turns
-        found.note(name)
+        if not fields:
+            found.note(name)
         if form == "auto":
             found.left[f"type: {name}"] = "its rows are read by their columns, under the chat template"
         if not {"assistant", "gpt"}.issuperset(entry.get("roles_to_train") or ()):
@@ -125,7 +133,7 @@ def _factory_sources(found: Imported, *, held_out: bool) -> Iterator[dict[str, A
     """The sources of `dataset`, or of `eval_dataset`, as the file dataset_info.json describes them."""
     named = found.said.get("eval_dataset" if held_out else "dataset", [])
     names = [name.strip() for name in named.split(",")] if isinstance(named, str) else named
-    places = [place / found.said["dataset_dir"] for place in (Path.cwd(), *found.file.absolute().parents)]
+    places = [place / found.said["dataset_dir"] for place in (Path.cwd(), *found.file.parents)]
     folder = next((place for place in places if (place / "dataset_info.json").is_file()), places[0])
     try:
         described = json.loads((folder / "dataset_info.json").read_bytes()) if names else {}
@@ -203,7 +211,8 @@ def _take_steps(found: Imported, held_out: list[dict[str, Any]]) -> None:
     for what in ("save", "eval") if held_out or share else ("save",):
         strategy, steps, times = (said.get(f"{what}{end}") for end in ("_strategy", "_steps", "s_per_epoch"))
         part = steps if steps and steps < 1 else 1 / (times * epochs) if times and not steps else 0
-        every = math.ceil(part * total) or (each if strategy == "epoch" else None if strategy == "no" else steps)
+        every = math.ceil(part * total) or steps or each * (what == "save")
+        every = 0 if strategy == "no" else each if strategy == "epoch" else every
         found.set(f"run.{what}_every", every or None, f"{what}_steps, {what}_strategy, {what}s_per_epoch")
 
 
