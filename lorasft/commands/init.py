@@ -37,7 +37,7 @@ def run(data: str, out: str, columns: str | None, model: str | None, memory: int
     from lorasft.data.survey import survey_rows
     from lorasft.hub import is_folder, is_hub_id
     from lorasft.recipe import DataSettings
-    from lorasft.recipe.load import portable_path, read_source
+    from lorasft.recipe.load import find_path, read_source
 
     target, source = Path(out), read_source(data, columns)
     refuse_existing(target)
@@ -54,11 +54,10 @@ def run(data: str, out: str, columns: str | None, model: str | None, memory: int
         is_folder(chosen["base"])
     asked = ask and roles and "system" not in survey.roles
     lengths = survey.lengths(chosen["base"])
-    folder = target.absolute().parent
     facts = {
-        "base": portable_path(chosen["base"], folder),
+        "base": find_path(chosen["base"], [Path.cwd()]),
         "system": asked and _answer("system message for all conversations [none]"),
-        "path": portable_path(data, folder),
+        "path": find_path(data, [Path.cwd()]),
         "validation": bool(find_files(source)[1]),
         "usual": lengths[int(0.99 * (rows - 1))],
         "most": chosen["shipped"].get("data", {}).get("max_length") or _positions(chosen["base"]),

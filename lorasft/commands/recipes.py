@@ -64,7 +64,7 @@ def _import(source: Path, target: Path) -> None:
     from lorasft.data.imports import import_config
 
     refuse_existing(target)
-    found = import_config(source, target.absolute().parent)
+    found = import_config(source)
     write_recipe(target, "import.yaml.jinja", {**vars(found), "file": source.name})
     for what, why in found.left.items():
         say(f"not as in {source.name}: {what}: {why}")

@@ -15,7 +15,7 @@ from lorasft.data.keys import READ
 from lorasft.data.survey import survey_rows
 from lorasft.errors import DataError, LorasftError, RecipeError
 from lorasft.recipe import DataSettings
-from lorasft.recipe.load import find_peers, portable_path
+from lorasft.recipe.load import find_path, find_peers
 from lorasft.recipe.yaml_reader import read_yaml
 
 _SFT = "lorasft trains LoRA adapters on answers (SFT), and that alone"
@@ -30,7 +30,6 @@ class Imported:
 
     tool: str
     file: Path
-    folder: Path  # that the recipe will lie in
     table: dict[str, Any]  # of the tool, in imports.yaml
     said: dict[str, Any]  # by the config, or else by the tool's defaults
     settings: dict[str, dict[str, tuple[Any, str]]] = field(default_factory=dict)  # by section: value, their key
@@ -42,18 +41,17 @@ class Imported:
         self.settings.setdefault(section, {})[key] = value, why
 
     def find(self, name: str) -> str:
-        """A path of the config, looked up here and beside it, as the recipe names it; a hub id as it is."""
-        places = (Path.cwd() / name, self.file.parent / name)
-        return next((portable_path(str(path), self.folder) for path in places if path.exists()), name)
+        """A path of the config, looked up here and beside it; a hub id as it is."""
+        return find_path(name, [Path.cwd(), self.file.parent])
 
     def note(self, what: str) -> None:
         """Say what is otherwise there than here, if the table does."""
         self.left |= {what: self.table["notes"][what]} if what in self.table["notes"] else {}
 
 
-def import_config(file: Path, folder: Path) -> Imported:
-    """The config `file` as settings of a recipe in `folder`. Raises RecipeError for what is not one of either tool, or
-    trains otherwise than a recipe can, DataError where the rows are not described."""
+def import_config(file: Path) -> Imported:
+    """The config `file` as settings of a recipe. Raises RecipeError for what is not one of either tool, or trains
+    otherwise than a recipe can, DataError where the rows are not described."""
     document, tables = read_yaml(file), read_yaml(Path(__file__).with_name("imports.yaml")).value
     value = document.value if isinstance(document.value, dict) else {}
     raw = {key: said for key, said in value.items() if said not in (None, "", [], {})}
@@ -68,10 +66,8 @@ def import_config(file: Path, folder: Path) -> Imported:
         if said.get(key) not in allowed:
             what, where = f"{key}: {said.get(key)} cannot be imported", document.places.get((key,), str(file))
             raise RecipeError(what, where=where, hint=_SFT)
-    found, known = (
-        Imported(fits[0], file.resolve(), folder, table, said),
-        {*table["read"], *table["batch"], *table["packing"]},
-    )
+    found = Imported(fits[0], file.resolve(), table, said)
+    known = {*table["read"], *table["batch"], *table["packing"]}
     for ours, names in table["settings"].items():
         names = names if isinstance(names, dict) else {names: {"*": "*"}}
         known |= names.keys()
@@ -175,13 +171,10 @@ def _source(found: Imported, path: str, form: str, said: dict[str, Any], *, most
 
 def _lengths(found: Imported, sources: list[dict[str, Any]]) -> list[int]:
     """About how many tokens each example has; nothing where the rows are not here, or cannot be read."""
-    placed = [{**source, "path": str(found.folder / source["path"])} for source in sources]
     try:
-        data = DataSettings.model_validate_json(json.dumps({"train": placed}))
+        data = DataSettings.model_validate_json(json.dumps({"train": sources}))
         here = all(find_files(source)[0] for source in data.train)
-        base = found.settings["model"]["base"][0]
-        beside = (found.folder / base).is_dir()
-        return survey_rows(data).lengths(str(found.folder / base) if beside else base) if here else []
+        return survey_rows(data).lengths(found.settings["model"]["base"][0]) if here else []
     except LorasftError:
         return []
 
@@ -202,8 +195,12 @@ def _take_steps(found: Imported, held_out: list[dict[str, Any]]) -> None:
     found.set("data.eval", held_out or (share or None), f"{table['held_out']}: {size}")
     each = math.ceil((len(lengths) - count) / batch) if lengths else 0
     total = said.get("max_steps") or math.ceil(epochs * each)
-    warmup = said.get("warmup_steps") or _warm_up(table, said, total)
-    warmup = 0 if said.get(table["schedule"]) == "constant" else warmup
+    ratio = float(said.get("warmup_ratio") or table["warmup_ratio"])
+    exact = ratio * total  # transformers rounds it up, Axolotl down, to at most 100 if it is not asked for
+    steps = math.ceil(exact) if found.tool != "Axolotl" else int(exact if said.get("warmup_ratio") else min(exact, 100))
+    steps = 2 if found.tool == "Axolotl" and steps == 1 else steps
+    warmup = said.get("warmup_steps") or (steps if total else ratio)
+    warmup = 0 if said[table["schedule"]] == "constant" else warmup
     found.set("schedule.warmup", warmup, "warmup_steps, warmup_ratio")
     found.set("schedule.delay", 1, "the first step of transformers has the rate 0 of a warm-up")
     found.set("schedule.min_ratio", said.get("cosine_min_lr_ratio", 0), "transformers' schedules end at 0")
@@ -214,12 +211,3 @@ def _take_steps(found: Imported, held_out: list[dict[str, Any]]) -> None:
         every = math.ceil(part * total) or steps or each * (what == "save")
         every = 0 if strategy == "no" else each if strategy == "epoch" else every
         found.set(f"run.{what}_every", every or None, f"{what}_steps, {what}_strategy, {what}s_per_epoch")
-
-
-def _warm_up(table: dict[str, Any], said: dict[str, Any], total: int) -> int | float:
-    """Steps of the warm-up as the tool counts them, of `total`; a share of them where that is not known."""
-    ratio = float(said.get("warmup_ratio") or table["warmup_ratio"])
-    if not total or table["warmup_ratio"] == 0:  # LLaMA-Factory's, as transformers rounds it
-        return math.ceil(ratio * total) if total else ratio
-    steps = int(ratio * total) if said.get("warmup_ratio") else min(int(ratio * total), 100)
-    return 2 if steps == 1 else steps

@@ -72,7 +72,8 @@ def guess_columns(row: Row) -> tuple[dict[str, str], str]:
     if any(len(names) > 1 for names in named.values()) or named.keys() >= {"chosen", "rejected"}:
         return {}, ""
     asked, answered, systems = ([key for key in some if key in named] for some in (QUESTIONS, ANSWERS, SYSTEMS))
-    lists = [key for key in DIALOGUES if key in named and _is_dialogue(row[named[key][0]])]
+    turns = re.compile(r"\s*\[\s*\{")  # of a list of them, or of one as JSON
+    lists = [key for key in DIALOGUES if key in named and turns.match(str(row[named[key][0]]))]
     extra = "context" if "context" in named else "input" if {"instruction", "input"} <= named.keys() else ""
     extra = "" if extra and isinstance(row[named[extra][0]], (list, dict)) else extra
     asked = [key for key in asked if key != extra]
@@ -88,13 +89,6 @@ def guess_columns(row: Row) -> tuple[dict[str, str], str]:
     if len(systems) == 1 and "system" not in row:
         found["system"] = systems[0]
     return {ours: named[theirs][0] for ours, theirs in found.items()}, ""
-
-
-def _is_dialogue(value: Any) -> bool:
-    """Whether a value is a list of turns, or one as JSON."""
-    if isinstance(value, str):
-        return bool(re.match(r"\s*\[\s*\{", value))
-    return isinstance(value, list) and all(isinstance(turn, dict) for turn in value)
 
 
 def check_row(row: Row, kind: str, read: Set[str]) -> set[str]:

@@ -140,11 +140,12 @@ def portable_text(path: Path) -> str:
     return text if document.value == read_yaml(path).value else f"{title}\n{dump_yaml(document.value)}"
 
 
-def portable_path(name: str, folder: Path) -> str:
-    """What names the path `name`, of here, in a recipe that lies in `folder`; what does not exist is left as it is."""
-    path = Path(name).expanduser().absolute()
-    inside = path.is_relative_to(folder.absolute())
-    return name if not path.exists() else str(path.relative_to(folder.absolute()) if inside else path)
+def find_path(text: str, folders: Sequence[Path]) -> str:
+    """A path, absolute where it exists in one of `folders`, else as it is: it may be a hub id."""
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # not a name that a file could have
+        found = [path for path in (folder / Path(text).expanduser() for folder in folders) if path.exists()]
+        return str(found[0].absolute()) if found else text
+    return text
 
 
 def _absolute_paths(document: Document, folders: Sequence[Path]) -> None:
@@ -156,9 +157,7 @@ def _absolute_paths(document: Document, folders: Sequence[Path]) -> None:
             continue
         if not text or not isinstance(text, str) or (place[1] == "template" and not re.search("[./]", text)):
             continue
-        with contextlib.suppress(OSError, ValueError, RuntimeError):  # not a name that a file could have
-            found = [path for path in (folder / Path(text).expanduser() for folder in folders) if path.exists()]
-            _value_at(place[:-1], document.value)[place[-1]] = str(found[0].absolute()) if found else text
+        _value_at(place[:-1], document.value)[place[-1]] = find_path(text, folders)
 
 
 def _apply_override(override: str, document: Document) -> None:
