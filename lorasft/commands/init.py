@@ -11,7 +11,7 @@ from typing import Any
 
 from lorasft.commands.arguments import add_columns, parse_bytes
 from lorasft.commands.recipes import count_text, read_sizes, write_recipe
-from lorasft.errors import CapacityError, DataError
+from lorasft.errors import CapacityError
 from lorasft.files import refuse_existing
 from lorasft.terminal import quote, say, size_text
 
@@ -43,8 +43,6 @@ def run(data: str, out: str, columns: str | None, model: str | None, memory: int
     refuse_existing(target)
     survey = survey_rows(DataSettings(train=(source,)))
     rows, kinds, roles = len(survey.sizes), " and ".join(survey.kinds), ", ".join(survey.roles)
-    if not rows:
-        raise DataError("no rows to train on", where=data, hint="is the file empty, or are all its rows blank?")
     say(f"{data}: {rows:,} rows of format {kinds}{f', of {roles}' * bool(roles)}")
     for notice in survey.report.notices():
         say(notice)
@@ -53,19 +51,21 @@ def run(data: str, out: str, columns: str | None, model: str | None, memory: int
     if not is_hub_id(chosen["base"]):
         is_folder(chosen["base"])
     asked = ask and roles and "system" not in survey.roles
-    lengths = survey.lengths(chosen["base"])
-    facts = {
+    facts = chosen | {
+        "data": data,
+        "rows": rows,
+        "kinds": kinds,
+        "columns": source.columns,
         "base": find_path(chosen["base"], [Path.cwd()]),
         "system": asked and _answer("system message for all conversations [none]"),
         "path": find_path(data, [Path.cwd()]),
         "validation": bool(find_files(source)[1]),
-        "usual": lengths[int(0.99 * (rows - 1))],
+        "usual": survey.lengths(chosen["base"])[int(0.99 * (rows - 1))],
         "most": chosen["shipped"].get("data", {}).get("max_length") or _positions(chosen["base"]),
         "read_as": "; columns ".join(["", *survey.report.read_as]),
         "run": options["name"] or Path(data).stem,
     }
-    own = {"data": data, "rows": rows, "kinds": kinds, "columns": source.columns}
-    write_recipe(target, "init.yaml.jinja", chosen | own | facts)
+    write_recipe(target, "init.yaml.jinja", facts)
     given = f" --memory {memory >> 20}MiB" if memory else ""
     for command in ("preview", "plan", "train"):
         say(f"next: lorasft {command} {quote(target)}{given * (command == 'plan')}")
@@ -94,12 +94,8 @@ def _choose_model(model: str | None, memory: int | None, *, ask: bool) -> dict[s
         return {"base": model, "shipped": {}, "about": "no shipped recipe: lorasft plan says whether it fits"}
     needs = f"{row['name']} needs {size_text(row['needs'])}"
     if memory and row["needs"] > memory:
-        larger = f"--memory {row['card']}GB"
-        raise CapacityError(
-            f"{needs}, more than is given",
-            where="--memory",
-            hint=f"--model {fits[-1]['name']}, or {larger}" if fits else larger,
-        )
+        hint = ", or ".join([*(f"--model {one['name']}" for one in fits[-1:]), f"--memory {row['card']}GB"])
+        raise CapacityError(f"{needs}, more than is given", where="--memory", hint=hint)
     shipped = parse_yaml(portable_text(Path(row["path"])), row["path"]).value
     about = f"{count_text(row['parameters'])} parameters; {needs} of {size_text(free)} ({whose})"
     return {"base": shipped["model"]["base"], "shipped": shipped, "about": about}

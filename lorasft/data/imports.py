@@ -20,6 +20,7 @@ from lorasft.recipe.yaml_reader import read_yaml
 
 _SFT = "lorasft trains LoRA adapters on answers (SFT), and that alone"
 _ALPACA = ("instruction", "input", "output", "system")
+_FACTORY = {"prompt": "instruction", "query": "input", "response": "output"}
 _SOURCE = {"path", "type", "split", "name", "data_files", "ds_type", "field", "field_messages", "roles_to_train",
            "message_property_mappings", "chat_template", "train_on_eos"}  # fmt: skip
 
@@ -139,21 +140,15 @@ def _factory_sources(found: Imported, *, held_out: bool) -> Iterator[dict[str, A
         hint = "dataset_dir names the folder that holds it"
         raise DataError(what, where=folder / "dataset_info.json", hint=hint) from None
     for entry in entries:
-        kind, ours = (
-            entry.get("formatting", "alpaca"),
-            {"prompt": "instruction", "query": "input", "response": "output"},
-        )
+        kind = entry.get("formatting", "alpaca")
         form = found.table["types"].get(kind, "auto")
         if entry.get("ranking"):
             raise RecipeError("dataset: pairs of a better and a worse answer", where=found.file, hint=_SFT)
-        columns = {ours.get(key, key): column for key, column in entry.get("columns", {}).items()}
-        columns |= {
-            "conversations": columns.get("messages"),
-            "split": entry.get("split"),
-            "config": entry.get("subset"),
-        }
+        columns = {_FACTORY.get(key, key): column for key, column in entry.get("columns", {}).items()}
+        columns |= {"conversations": columns.get("messages"), "split": entry.get("split")}
+        columns["config"] = entry.get("subset")
         found.note(kind)
-        path = str(folder / entry["file_name"]) if "file_name" in entry else entry.get("hf_hub_url", "")
+        path = str(folder / entry["file_name"]) if "file_name" in entry else entry["hf_hub_url"]
         yield _source(found, path, form, columns, most=entry.get("num_samples") or found.said.get("max_samples"))
 
 

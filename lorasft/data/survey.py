@@ -56,4 +56,7 @@ def survey_rows(data: DataSettings) -> Survey:
             survey.report.raise_errors(error)
         survey.kinds[block.kind] = None
     survey.report.raise_errors()
+    if not survey.sizes:
+        where = ", ".join(source.path for source in data.train)
+        raise DataError("no rows to train on", where=where, hint="are the files empty, or all their rows blank?")
     return survey
