@@ -92,8 +92,11 @@ def _translate(found: Imported, ours: str, names: dict[str, dict[str, Any]], raw
         value, text = found.said[theirs], str(found.said[theirs]).lower()
         match = [kept for pattern, kept in names[theirs].items() if pattern != "else" and fnmatch(text, pattern)]
         if match:
-            kept = found.find(value) if ours in ("model.base", "adapter.start") else value
-            found.set(ours, kept if match[0] == "*" else match[0], theirs if theirs in raw else f"{theirs}: default")
+            if ours in ("model.base", "adapter.start"):
+                value = found.find(value)
+            elif ours in ("adapter.targets", "adapter.modules_to_save") and isinstance(value, str):
+                value = [name.strip() for name in value.split(",")]
+            found.set(ours, value if match[0] == "*" else match[0], theirs if theirs in raw else f"{theirs}: default")
             found.note(theirs)
             found.note(f"{theirs}: {text}")
             return
