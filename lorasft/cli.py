@@ -23,6 +23,7 @@ from lorasft.signals import Ended, end_at_once, ended_in_order, exit_code
 from lorasft.terminal import is_live, say
 
 COMMANDS = {  # each is a file in commands/, which declares its own arguments
+    "init": "a first recipe for a file of rows, with a model that fits",
     "train": "train an adapter as a recipe says",
     "preview": "show what will be supervised, token by token",
     "plan": "will it fit, how will it be run, how long will it take; reads no weights",
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with ended_in_order():
             command, options = read_command_line(sys.argv[1:] if argv is None else argv)
-            if is_live() and command not in ("recipes", "report") and not options.get("quiet"):
+            if is_live() and command not in ("init", "recipes", "report") and not options.get("quiet"):
                 say(f"{command}: importing libraries ...")
             importlib.import_module(f"lorasft.commands.{command}").run(**options)
     except LorasftError as error:

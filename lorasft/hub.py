@@ -54,6 +54,13 @@ def is_folder(name: str, *, hint: str = "name a model folder, or a hub id as OWN
     return False
 
 
+def find_local(base: str, name: str) -> Path:
+    """Where the file `name` of a model is, in its folder or the hub's cache, if it is there; asks nobody."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return Path(base, name) if not is_hub_id(base) else Path(str(try_to_load_from_cache(base, name)))
+
+
 def refuse_offline(error: BaseException, name: str) -> None:
     """Raise DeviceError when `error` came of a hub that is out of reach."""
     seen: BaseException | None = error

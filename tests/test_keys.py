@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,87 @@ def test_a_mapping_that_no_format_reads_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=r"which format .* does not read"):
             read_row(tmp_path, row, columns=columns)
+
+
+READINGS: list[tuple[dict[str, Any], dict[str, str]]] = [  # rows that fit no format -> what data.columns would say
+    ({"question": "Q", "answer": "A", "id": 3}, {"prompt": "question", "completion": "answer"}),
+    ({"query": "Q", "response": "A"}, {"prompt": "query", "completion": "response"}),
+    ({"instruction": "Q", "response": "A"}, {"prompt": "instruction", "completion": "response"}),
+    ({"input": "Q", "output": "A"}, {"prompt": "input", "completion": "output"}),
+    ({"prompt": "Q", "response": "A"}, {"prompt": "prompt", "completion": "response"}),
+    ({"user": "Q", "assistant": "A"}, {"prompt": "user", "completion": "assistant"}),
+    ({"human": "Q", "bot": "A"}, {"prompt": "human", "completion": "bot"}),
+    ({" Question ": "Q", "ANSWER": "A"}, {"prompt": " Question ", "completion": "ANSWER"}),
+    (
+        {"question": "Q", "answer": "A", "System_Prompt": "S"},
+        {"prompt": "question", "completion": "answer", "system": "System_Prompt"},
+    ),
+    ({"question": "Q", "answer": "A", "system": "S"}, {"prompt": "question", "completion": "answer"}),
+    (
+        {"instruction": "Q", "input": "I", "response": "A"},
+        {"instruction": "instruction", "output": "response", "input": "input"},
+    ),
+    (
+        {"instruction": "Q", "context": "I", "response": "A", "category": "x"},
+        {"instruction": "instruction", "output": "response", "input": "context"},
+    ),
+    ({"question": "Q", "answer": "A", "context": {"title": ["t"]}}, {"prompt": "question", "completion": "answer"}),
+    ({"dialogue": TURNS["conversations"]}, {"conversations": "dialogue"}),
+    ({"Dialog": json.dumps(CHAT["messages"])}, {"conversations": "Dialog"}),
+    ({"conversation": [{"role": "human", "content": "Q"}, {"role": "bot", "content": "A"}], "answer_id": 1},
+     {"conversations": "conversation"}),
+    ({"Messages": CHAT["messages"]}, {"messages": "Messages"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "columns"), READINGS, ids=lambda value: "-".join(map(str.strip, value)))
+def test_columns_of_other_names_are_read_as_if_the_recipe_named_them(
+    tmp_path: Path, tiny: Any, row: dict[str, Any], columns: dict[str, str]
+) -> None:
+    rows = [json.loads(re.sub(r'Q(?=\\?")', f"Q{n}", json.dumps(row))) for n in range(3)]
+    guessed, stated = make(tmp_path, tiny, rows), make(tmp_path, tiny, rows, columns=columns)
+    for name in ("ids", "supervised", "digests", "held_out"):
+        left, right = (prepared.store.arrays[name].tolist() for prepared in (guessed, stated))
+        assert left == right and left, name
+    words = f"columns {', '.join(columns.values())} are read as {', '.join(columns)} (data.columns says otherwise)"
+    assert next(guessed.report.notices()) == words and not stated.report.read_as
+    assert guessed.report.unread == stated.report.unread
+    record = json.loads((guessed.folder / "prepared.json").read_bytes())
+    assert record["report"]["read_as"] == guessed.report.read_as
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"question": "Q", "input": "I", "answer": "A"}, "here question or input could be the question"),
+        ({"question": "Q", "answer": "A", "response": "B"}, "answer or response could be the answer"),
+        ({"question": "Q", "Question": "P", "answer": "A"}, "map them with data.columns"),
+        ({"dialogue": TURNS["conversations"], "answer": "A"}, "dialogue could be the conversation"),
+        ({"dialog": ["Q", "A"]}, "map them with data.columns"),
+        ({"question": "Q", "solution": "A"}, "question could be the question"),
+        ({"question": "Q", "answer": "A", "chosen": "A", "rejected": "B"}, "learns the better answers"),
+    ],
+)
+def test_what_could_be_read_in_two_ways_is_refused_with_both(tmp_path: Path, row: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match="no known format") as refused:
+        read_row(tmp_path, row)
+    assert said in str(refused.value.hint)
+
+
+def test_each_file_is_read_by_its_own_names_and_a_format_before_them(tmp_path: Path, tiny: Any, cli: Command) -> None:
+    write(tmp_path, [{"question": f"Q{n}", "answer": "A"} for n in range(3)], "a.csv")
+    write(tmp_path, [{"Query": f"P{n}", "Reply": "x", "response": "A"} for n in range(3)], "b.jsonl")
+    write(tmp_path, [PAIR | {"question": "?", "answer": "!"}], "c.jsonl")
+    prepared = prepare(
+        DataSettings(train=(str(tmp_path),), eval=None), ChatSettings(), tokenizer=tiny, folder=tmp_path / "cache"
+    )
+    said = ["question, answer are read as prompt, completion", "Query, response are read as prompt, completion"]
+    assert prepared.report.read_as == said and prepared.report.unread == ["Reply", "answer", "question"]
+    assert prepared.report.rows == 7
+    source = DataSource(path=str(tmp_path / "a.csv"))  # evaluated by a run whose rows had other names
+    learned = DataSettings(train=(source,), columns={"prompt": "q", "completion": "a"})
+    answers, scored = read_answers(source, learned, ChatSettings(), tokenizer=tiny)
+    assert len(answers) == 3 and scored.report.read_as == said[:1]
 
 
 def test_two_texts_of_a_turn_and_a_call_without_its_wrapper(tmp_path: Path, tiny: Any) -> None:

@@ -29,11 +29,11 @@ from lorasft.cli import main
 from lorasft.data.packing import Plan
 from lorasft.data.store import TokenStore
 from lorasft.errors import out_of_memory
+from lorasft.machine import cgroup_free
 from lorasft.model import memory, scoring
 from lorasft.model.adapter import attach_adapter
 from lorasft.model.attention import SEGMENTS
 from lorasft.model.base import load_base
-from lorasft.model.free_memory import cgroup_free
 from lorasft.model.linear import FrozenWeights
 from lorasft.model.loss import Network, pair_losses, weighted_loss
 from lorasft.model.memory import ActivationMemory, StorageMeter, dry_run, heaviest_batch, static_bytes

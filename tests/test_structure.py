@@ -23,6 +23,7 @@ FLOORS = [
         "artifact",
         "report",
         "share",
+        "machine",
         "signals",
         "terminal",
     },

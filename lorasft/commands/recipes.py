@@ -1,19 +1,20 @@
-"""`lorasft recipes`: the shipped recipes, listed, shown, copied; and the JSON schema of recipe files."""
+"""`lorasft recipes`: those that are shipped, listed, shown, copied; configs of other tools as recipes; the schema."""
 
 from __future__ import annotations
 
 import json
 import re
 from argparse import ArgumentParser
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lorasft.commands.arguments import add_json, parse_bytes, show
-from lorasft.files import make_folder, write_file
+from lorasft.files import make_folder, refuse_existing, write_file
 from lorasft.recipe import recipe_schema
-from lorasft.recipe.load import find_shipped, portable_text, shipped_recipes
-from lorasft.recipe.yaml_reader import read_yaml
-from lorasft.terminal import say, size_text
+from lorasft.recipe.load import complete_recipe, find_shipped, portable_text, shipped_recipes
+from lorasft.recipe.yaml_reader import parse_yaml, read_yaml
+from lorasft.terminal import quote, say, shorten, size_text
 
 # A comment of each shipped recipe; `needs`: the least memory that plan finds enough for rows of its data.max_length.
 _SIZES = re.compile(
@@ -21,17 +22,20 @@ _SIZES = re.compile(
     r"planned for a card of (?P<card>\d+) GB"
 )
 
+SCHEMA = "lorasft-schema.json"  # beside a recipe that is written here, for editors
+
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("action", nargs="?", default="list", choices=["list", "show", "copy", "schema"])
-    parser.add_argument("name", nargs="?", help="of a shipped recipe")
-    parser.add_argument("to", nargs="?", help="file to copy to (default: ./NAME.yaml)")
+    parser.add_argument("action", nargs="?", default="list", choices=["list", "show", "copy", "import", "schema"])
+    parser.add_argument("name", nargs="?", help="of a shipped recipe; import: a config of Axolotl or LLaMA-Factory")
+    parser.add_argument("to", nargs="?", help="file to write (default: ./NAME.yaml, import: ./NAME-lorasft.yaml)")
     parser.add_argument("--memory", type=parse_bytes, metavar="SIZE", help="list what fits into 8GiB, 24GB, ...")
     add_json(parser, "the list")
 
 
 def run(action: str, name: str | None, to: str | None, memory: int | None, as_json: bool) -> None:
-    """`action`: list | show | copy | schema. Raises RecipeError for an unknown name and for a target that exists."""
+    """`action`: list | show | copy | import | schema. Raises RecipeError for an unknown name, for a target that exists,
+    and for a config that is not to be imported."""
     if action == "list":
         rows = [row for row in read_sizes() if memory is None or row["needs"] <= memory]
         lines = [
@@ -42,6 +46,8 @@ def run(action: str, name: str | None, to: str | None, memory: int | None, as_js
         show(rows, [f"{'recipe':28}  {'size':>5}  {'in 4 bit':>9}  {'card':>5}  base", *lines], as_json=as_json)
     elif action == "schema":
         print(json.dumps(recipe_schema(), indent=2))
+    elif action == "import":
+        _import(Path(name or ""), Path(to or f"{Path(name or '').stem}-lorasft.yaml"))
     elif action == "show":
         path = find_shipped(name or "")
         show(read_yaml(path).value, [path.read_text(encoding="utf-8").rstrip()], as_json=as_json)
@@ -51,6 +57,36 @@ def run(action: str, name: str | None, to: str | None, memory: int | None, as_js
         make_folder(target.absolute().parent)
         write_file(target, portable_text(source))
         say(f"wrote {target}")
+
+
+def _import(source: Path, target: Path) -> None:
+    """Write the config of another tool as a recipe, and say what it does not hold."""
+    from lorasft.data.imports import import_config
+
+    refuse_existing(target)
+    found = import_config(source)
+    write_recipe(target, "import.yaml.jinja", {**vars(found), "file": source.name})
+    for what, why in found.left.items():
+        say(f"not as in {source.name}: {what}: {why}")
+    say(f"next: lorasft preview {quote(target)}, then lorasft train {quote(target)}")
+    print(target)
+
+
+def write_recipe(target: Path, template: str, facts: dict[str, Any]) -> None:
+    """Fill in a template beside this file and write it, if it is a recipe; and beside it the schema that its first line
+    names, if none is there."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    how: Any = {"trim_blocks": True, "keep_trailing_newline": True, "undefined": StrictUndefined}
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), **how)
+    environment.filters["yaml"] = partial(json.dumps, ensure_ascii=False)  # JSON is YAML, on one line
+    environment.filters["line"] = shorten  # of a comment
+    text = environment.get_template(template).render(facts, schema=SCHEMA)
+    complete_recipe(parse_yaml(text, str(target)), target)
+    make_folder(target.absolute().parent)
+    write_file(target, text)
+    if not target.with_name(SCHEMA).exists():
+        write_file(target.with_name(SCHEMA), json.dumps(recipe_schema(), indent=2))
 
 
 def read_sizes() -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Set
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -60,6 +60,7 @@ class RowBlock:
     kind: str  # their format, empty while no row of the file could be parsed
     rows: list[tuple[int, Raw]]
     error: DataError | None = None  # why the file cannot be read further
+    guessed: bool = False  # whether the columns of the source were found by their names
 
 
 def read_blocks(source: DataSource, settings: DataSettings) -> Iterator[RowBlock]:
@@ -71,14 +72,16 @@ def read_blocks(source: DataSource, settings: DataSettings) -> Iterator[RowBlock
             for line, raw in read_file(path) if path else enumerate(map(drop_nulls, load_hub(source)), start=1):
                 size += len(raw) if isinstance(raw, bytes) else 0
                 if not block.kind:
-                    raw, block.kind, error = _find_format(raw, RowLocation(file, line), source, settings)
+                    raw, block.kind, error, guess = _find_format(raw, RowLocation(file, line), source, settings)
                     unfit = unfit or error
+                    if guess:
+                        block.source, block.guessed = source.model_copy(update={"columns": guess}), True
                 block.rows.append((line, raw))
                 if len(block.rows) == BLOCK or size > BLOCK_BYTES:
                     if unfit and not block.kind:
                         break
                     yield block
-                    block, size = RowBlock(source, file, block.kind, []), 0
+                    block, size = replace(block, rows=[]), 0
         except DataError as error:
             block.error = error
         if not block.kind:  # rows that fit nothing are bad ones if a later row fits
@@ -89,36 +92,40 @@ def read_blocks(source: DataSource, settings: DataSettings) -> Iterator[RowBlock
 
 def _find_format(
     raw: Raw, place: RowLocation, source: DataSource, settings: DataSettings
-) -> tuple[Raw, str, DataError | None]:
-    """A row, parsed, and the format that it shows, or why it shows none. Raises DataError when it fits two, or when
-    the recipe names columns that its format does not read."""
+) -> tuple[Raw, str, DataError | None, dict[str, str]]:
+    """A row, parsed, the format that it shows, or why it shows none, and its columns where they were found by other
+    names. Raises DataError when it fits two, or when the recipe names columns that its format does not read."""
     try:
         row = parse_row(raw, place)
     except DataError as error:
-        return error, "", None
+        return error, "", None, {}
     stated, columns = source.format or settings.format, source.columns or settings.columns or {}
     seen = f"columns seen: {', '.join(map(str, row))}"
     if absent := [theirs for theirs in columns.values() if theirs not in row]:
         what = f"data.columns names {', '.join(map(repr, absent))}, not in the data"
-        return row, "", DataError(what, where=place, hint=seen)
-    names = row.keys() | columns.keys()
-    fits = [stated] if stated != "auto" else [kind for kind, needed in keys.NEEDED.items() if names >= set(needed)]
+        return row, "", DataError(what, where=place, hint=seen), {}
+    fits = [stated] if stated != "auto" else keys.formats_of(row.keys() | columns.keys())
+    guess, several = ({}, "") if fits or columns else keys.guess_columns(row)
+    fits = fits or keys.formats_of(guess.keys())
     if len(fits) > 1:
         raise DataError(f"the columns fit {' and '.join(fits)}", where=place, hint="state data.format")
     if not fits:
         known = "; ".join(f"{kind}: {', '.join(needed)}" for kind, needed in keys.NEEDED.items())
-        hint = keys.PAIRS if row.keys() >= {"chosen", "rejected"} else f"map them with data.columns ({known})"
-        return row, "", DataError(f"no known format: {seen}", where=place, hint=hint)
+        hint = f"map them with data.columns ({known}){'; here ' * bool(several)}{several}"
+        hint = keys.PAIRS if row.keys() >= {"chosen", "rejected"} else hint
+        return row, "", DataError(f"no known format: {seen}", where=place, hint=hint), {}
     if idle := sorted(columns.keys() - keys.READ[fits[0]]):
         what = f"data.columns maps {', '.join(map(repr, idle))}, which format {fits[0]} does not read"
         raise DataError(what, where=place, hint=f"it reads {', '.join(sorted(keys.READ[fits[0]]))}")
-    return row, fits[0], None
+    return row, fits[0], None, guess
 
 
 def shape_block(block: RowBlock, settings: DataSettings, *, report: Report) -> Iterator[Example]:
     """The examples of a block, within their source's share. Raises DataError after them when the file ends wrong."""
     columns, share = block.source.columns or settings.columns or {}, block.source.share
     read = (keys.READ.get(block.kind, set()) - columns.keys()) | set(columns.values())
+    if block.guessed:
+        report.read_as.append(f"{', '.join(columns.values())} are read as {', '.join(columns)}")
     for line, raw in block.rows:
         place = RowLocation(block.file, line)
         report.rows += 1

@@ -39,6 +39,12 @@ UNCLEAR = {"mask", "train_detail", "training_detail"}
 MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
 KNOWN = {"role", "content", "tool_calls", "function_call", *REASONING, *FLAGS, *UNCLEAR, *MEDIA}
 KEPT = KNOWN | {"name", "tool_call_id"}  # of a turn; these two say something to some templates
+# Columns of other names that are read where a row fits no format: lower case, without blanks around.
+QUESTIONS = ("prompt", "question", "query", "instruction", "input", "user", "human")
+ANSWERS = ("completion", "answer", "response", "output", "assistant", "bot")
+SYSTEMS = ("system", "system_prompt", "system_message")
+_LISTS = ("conversations", "conversation", "dialogue", "dialog")
+DIALOGUES = {"messages": "messages", **dict.fromkeys(_LISTS, "conversations")}
 PAIRS = (
     "'data.columns={completion: chosen}' learns the better answers beside a prompt, {output: chosen} beside an "
     "instruction, {messages: chosen} where it is a conversation; beside messages, put it at their end"
@@ -50,6 +56,39 @@ def is_absent(value: Any) -> bool:
     if isinstance(value, (list, dict)):
         return all(map(is_absent, value.values() if isinstance(value, dict) else value))
     return value is None or value == ""
+
+
+def formats_of(columns: Set[str]) -> list[str]:
+    """The formats that these columns make."""
+    return [kind for kind, needed in NEEDED.items() if columns >= set(needed)]
+
+
+def guess_columns(row: Row) -> tuple[dict[str, str], str]:
+    """The columns of a format, each with the one of `row`, which fits none, that is another name for it (in any case,
+    with blanks around). Nothing where another reading would be as good, with what could be what."""
+    named: dict[str, list[str]] = {}
+    for name in row:
+        named.setdefault(str(name).strip().lower(), []).append(name)
+    if any(len(names) > 1 for names in named.values()) or named.keys() >= {"chosen", "rejected"}:
+        return {}, ""
+    asked, answered, systems = ([key for key in some if key in named] for some in (QUESTIONS, ANSWERS, SYSTEMS))
+    turns = re.compile(r"\s*\[\s*\{")  # of a list of them, or of one as JSON
+    lists = [key for key in DIALOGUES if key in named and turns.match(str(row[named[key][0]]))]
+    extra = "context" if "context" in named else "input" if {"instruction", "input"} <= named.keys() else ""
+    extra = "" if extra and isinstance(row[named[extra][0]], (list, dict)) else extra
+    asked = [key for key in asked if key != extra]
+    if len(lists) == 1 and not answered:
+        found = {DIALOGUES[lists[0]]: lists[0]}
+    elif not lists and len(asked) == len(answered) == 1:
+        pair = ("instruction", "output") if extra else ("prompt", "completion")
+        found = dict(zip(pair, (asked[0], answered[0]), strict=True)) | ({"input": extra} if extra else {})
+    else:
+        parts = {"the question": asked, "the answer": answered, "the conversation": lists}
+        several = (f"{' or '.join(names)} could be {what}" for what, names in parts.items() if names)
+        return {}, ", ".join(several)
+    if len(systems) == 1 and "system" not in row:
+        found["system"] = systems[0]
+    return {ours: named[theirs][0] for ours, theirs in found.items()}, ""
 
 
 def check_row(row: Row, kind: str, read: Set[str]) -> set[str]:

@@ -30,7 +30,7 @@ from lorasft.recipe import PLACES, ChatSettings, DataSettings, DataSource
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SCHEMA = 6  # raised whenever the same ingredients give other tokens, or the same tokens lie otherwise in the folder
+SCHEMA = 7  # raised whenever the same ingredients give other tokens, or the same tokens lie otherwise in the folder
 
 
 @dataclass(frozen=True)

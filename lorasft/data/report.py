@@ -38,6 +38,7 @@ class Report:
     merged_systems: int = 0  # examples whose system text is in their first user turn
     tools_left_out: int = 0  # examples none of whose tools the template shows
     dropped: list[str] = field(default_factory=list)  # of the first rows that are not trained on: "file:line: why"
+    read_as: list[str] = field(default_factory=list)  # columns that were taken for those of a format, by their names
     unread: list[str] = field(default_factory=list)  # names of keys that no part of this program reads
     files_not_read: list[str] = field(default_factory=list)  # of other splits, beside those that were read
     labels: dict[tuple[str, bool], str] = field(default_factory=dict)  # file, whether good -> the first such row
@@ -49,6 +50,8 @@ class Report:
 
     def notices(self) -> Iterator[str]:
         """What a person should know of rows that were read, a line each."""
+        for columns in self.read_as:
+            yield f"columns {columns} (data.columns says otherwise)"
         if self.unread:
             yield f"columns not read: {', '.join(self.unread[:SHOWN])}{', ...' * (len(self.unread) > SHOWN)}"
         if self.files_not_read:
@@ -67,6 +70,7 @@ class Report:
         for name, value in vars(later).items():
             own = getattr(self, name)
             setattr(self, name, value | own if isinstance(own, dict) else own + value)
+        self.read_as = list(dict.fromkeys(self.read_as))
         self.unread = list(dict.fromkeys(self.unread))[:NAMED]
         del self.dropped[NAMED:]
         if len(self.errors) > ERRORS:

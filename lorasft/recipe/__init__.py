@@ -136,6 +136,7 @@ class ScheduleSettings(_Section):
     name: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after the warm-up")
     warmup: Annotated[int, Field(ge=0)] | Fraction = Field(0.03, description="whole: steps; fraction: a share of them")
     min_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate / peak")
+    delay: int = Field(0, ge=0, le=1, description="1: each step has the rate of the one before, as transformers counts")
 
 
 class RunSettings(_Section):

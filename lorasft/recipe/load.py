@@ -39,7 +39,11 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     elif (path / "recipe.yaml").is_file() and (path / "checkpoints").is_dir():
         path = path / "recipe.yaml"
         overrides = [f"run.output={json.dumps(source)}", *overrides]  # it may have been moved
-    document = read_yaml(path)
+    return complete_recipe(read_yaml(path), path, overrides)
+
+
+def complete_recipe(document: Document, path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a document of the file `path`, which need not be there yet. Raises what `load_recipe` does."""
     if not isinstance(document.value, dict):
         what = "the recipe is empty" if document.value is None else "a recipe is a mapping of sections"
         hint = "model.base and data.train are needed; lorasft recipes show tiny"
@@ -136,6 +140,14 @@ def portable_text(path: Path) -> str:
     return text if document.value == read_yaml(path).value else f"{title}\n{dump_yaml(document.value)}"
 
 
+def find_path(text: str, folders: Sequence[Path]) -> str:
+    """A path, absolute where it exists in one of `folders`, else as it is: it may be a hub id."""
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # not a name that a file could have
+        found = [path for path in (folder / Path(text).expanduser() for folder in folders) if path.exists()]
+        return str(found[0].absolute()) if found else text
+    return text
+
+
 def _absolute_paths(document: Document, folders: Sequence[Path]) -> None:
     """Make the paths in `document` absolute where they exist in one of `folders`."""
     for place in document.places:
@@ -145,9 +157,7 @@ def _absolute_paths(document: Document, folders: Sequence[Path]) -> None:
             continue
         if not text or not isinstance(text, str) or (place[1] == "template" and not re.search("[./]", text)):
             continue
-        with contextlib.suppress(OSError, ValueError, RuntimeError):  # not a name that a file could have
-            found = [path for path in (folder / Path(text).expanduser() for folder in folders) if path.exists()]
-            _value_at(place[:-1], document.value)[place[-1]] = str(found[0].absolute()) if found else text
+        _value_at(place[:-1], document.value)[place[-1]] = find_path(text, folders)
 
 
 def _apply_override(override: str, document: Document) -> None:
@@ -248,8 +258,13 @@ def read_peers() -> dict[str, str]:
     return dict(read_yaml(Path(__file__).with_name("peers.yaml")).value)
 
 
+def find_peers(key: str) -> list[str]:
+    """What is here for a key of another tool, or why there is nothing."""
+    return [ours for ours, names in read_peers().items() if any(fnmatch(key.lower(), name) for name in names.split())]
+
+
 def _hint_for_name(key: str, section: str) -> str:
-    ours = [ours for ours, theirs in read_peers().items() if any(fnmatch(key.lower(), name) for name in theirs.split())]
+    ours = find_peers(key)
     names = [[own for name, own in _NAMES.items() if name.startswith(begin)] for begin in (section, "")]
     ends = [own for own in names[1] if f"_{key}".endswith(f"_{own}")]  # as lora_alpha does with alpha
     near = ends[:1] or get_close_matches(key, names[0], n=1) or get_close_matches(key, names[1], n=1, cutoff=0.8)

@@ -64,10 +64,12 @@ def restore_optimizer(optimizer: Any, trained: Trained, tensors: Mapping[str, Te
 def learning_rate(step: int, *, steps: int, peak: float, schedule: ScheduleSettings) -> float:
     """The learning rate of optimizer step `step` (from 1) of `steps`.
 
-    Rises in a line over the warm-up, then falls from `peak` to `min_ratio` x `peak`, which the last step has.
+    Rises in a line over the warm-up, then falls from `peak` to `min_ratio` x `peak`, which the last step has. A `delay`
+    of 1 gives that of the step before, as in transformers, whose schedules begin at 0 and stop short of their end.
     """
+    step -= schedule.delay
     warmup = warmup_steps(steps, schedule)
-    if step <= warmup:
+    if step < warmup:
         return peak * step / warmup
     if schedule.name == "constant":
         return peak
