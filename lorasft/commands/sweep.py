@@ -40,7 +40,8 @@ def run(
     that of the first, at the end. Raises Stopped after a signal."""
     os.environ["LORASFT_QUIET"] = "1" if quiet else ""
     deadline, codes = time.monotonic() + budget, dict[Path, int]()
-    runs, folder = _read_runs(recipe, overrides, out, resume=resume)
+    runs = _read_runs(recipe, overrides, out, resume=resume)
+    folder = next(iter(runs)).parent
     again = f"lorasft sweep {' '.join(map(quote, (recipe, *overrides)))} --out {quote(folder)} --resume"
     from lorasft.training.distributed import ALONE
     from lorasft.training.run import Shared
@@ -61,20 +62,15 @@ def run(
             codes[path] = say_error(error)
         gc.collect()  # what it held, the next one may need
     print("\n".join(_table([*runs], codes)))
-    if begun_ones := [str(path) for path in runs if (path / "recipe.yaml").is_file()]:
-        report.run(begun_ones, str(folder / "report.html"), show=False)
-    if codes:
-        ended = LorasftError(f"{len(codes)} of {len(runs)} runs failed", where=folder, hint=again)
-        ended.exit_code = next(iter(codes.values()))
-        raise ended
-    if not all((path / "adapter").is_dir() for path in runs):
-        say(f"the budget is used up; next: {again}")
+    if pages := [str(path) for path in runs if (path / "recipe.yaml").is_file()]:
+        report.run(pages, str(folder / "report.html"), show=False)
+    if codes or not all((path / "adapter").is_dir() for path in runs):
+        what = f"{len(codes)} of {len(runs)} runs failed" if codes else "the budget is used up"
+        raise Stopped(next(iter(codes.values()), 0), what, again)
 
 
-def _read_runs(
-    recipe: str, overrides: Sequence[str], out: str | None, *, resume: bool
-) -> tuple[dict[Path, Recipe], Path]:
-    """The recipes by their run folders, after all that can be refused without torch; and the folder of these."""
+def _read_runs(recipe: str, overrides: Sequence[str], out: str | None, *, resume: bool) -> dict[Path, Recipe]:
+    """The recipes by their run folders, which lie in one, after all that can be refused without torch."""
     from lorasft.recipe.load import load_recipe
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -82,49 +78,42 @@ def _read_runs(
     choices = []
     for word in overrides:
         key, _, text = word.partition("=")
-        values = _VALUE.findall(text)
-        choices.append([f"{key}={value}" for value in values] if len(values) > 1 else [word])
+        values = [f"{key}={value}" for value in _VALUE.findall(text)]
+        choices.append(values if len(values) > 1 else [word])
         if len(values) > 1 and key.startswith("model."):
-            raise RecipeError(
-                f"several values of {key}", where="command line", hint="a sweep for each: it has one base"
-            )
-    if not any(len(words) > 1 for words in choices):
-        hint = "optimizer.learning_rate=1e-4,2e-4, or lorasft train"
-        raise RecipeError("no key has several values", where="command line", hint=hint)
+            raise RecipeError(f"{key} has several values", hint="a sweep has one base: make one for each")
+    if not any(len(values) > 1 for values in choices):
+        raise RecipeError("no key has several values", hint="optimizer.learning_rate=1e-4,2e-4, or lorasft train")
     runs: dict[Path, Recipe] = {}
-    folder = Path(out or f"{load_recipe(recipe, [words[0] for words in choices]).run.output}-sweep")
+    folder = Path(out or f"{load_recipe(recipe, [values[0] for values in choices]).run.output}-sweep")
     for words in product(*choices):
         differs = (word for word, values in zip(words, choices, strict=True) if len(values) > 1)
         name = ",".join(re.sub(r"^[^=]*\.", "", word) for word in differs)
         path = folder / re.sub(r"[^\w.,+=-]+", "_", name, flags=re.ASCII)[:200]
         begun = (path / "recipe.yaml").is_file()
+        if begun and not resume:
+            raise RecipeError("this sweep has begun", where=path, hint="--resume continues it; or --out NEW_FOLDER")
         if path in runs:
             raise RecipeError(f"two runs would be called {path.name}", where=folder, hint="name each value once")
-        if begun and not resume:
-            hint = "continue it with --resume, or --out NEW_FOLDER"
-            raise RecipeError("this sweep has begun", where=path, hint=hint)
         output = f"run.output={json.dumps(str(path), ensure_ascii=False)}"
         runs[path] = read_recipe(recipe, [*words, output], resume=begun)
-    return runs, folder
+    return runs
 
 
 def _table(runs: Sequence[Path], failed: Collection[Path]) -> Iterator[str]:
-    """A line for each run, and which of them has the lowest held-out loss after a step."""
+    """A line for each run, that with the lowest held-out loss after a step first."""
     from lorasft.report import History
 
-    rows, best = [["run", "state", "step", "best held out", "last", "time in steps"]], dict[Path, float]()
+    rows = []
     for path in runs:
-        row = [path.name, "failed" if path in failed else "not begun", "", "", "", ""]
-        if (path / "recipe.yaml").is_file():
-            history = History(path)
-            losses = [loss for step, loss in history.series["eval_loss"] if step]
-            spent = timedelta(seconds=round(sum(seconds for _, seconds in history.series["seconds"])))
-            best |= {path: min(losses)} if losses else {}
-            shown = [f"{loss:.4f}" for loss in (best[path], losses[-1])] if losses else ["", ""]
-            row = [path.name, history.state, str(history.step), *shown, str(spent)]
-        rows.append(row)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for name, *cells in rows:
+        run = History(path) if (path / "recipe.yaml").is_file() else None
+        losses = [loss for step, loss in run.series["eval_loss"] if step] if run else []
+        seconds = sum(one for _, one in run.series["seconds"]) if run else 0
+        state = run.state if run else "failed" if path in failed else "not begun"
+        shown = [f"{loss:.4f}" for loss in (min(losses), losses[-1])] if losses else ["", ""]
+        cells = [path.name, state, str((run and run.step) or 0), *shown, str(timedelta(seconds=round(seconds)))]
+        rows.append((min(losses, default=math.inf), cells))
+    table = [["run", "state", "step", "best held out", "last", "in steps"], *(cells for _, cells in sorted(rows))]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for name, *cells in table:
         yield "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
-    if best:
-        yield f"lowest held-out loss: {min(best, key=lambda path: best[path])}"
