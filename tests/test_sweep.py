@@ -212,6 +212,10 @@ def test_a_signal_ends_the_sweep_with_the_command_that_continues_it(
     assert refused.code == 2 and "this sweep has begun" in refused.err
     changed = cli("sweep", whole[0], RATES, "train.seed=1", "--out", out, "--resume")
     assert changed.code == 2 and "train.seed: 0 -> 1" in changed.err
+    shutil.copytree(out / TWO[1], tmp_path / "by itself")  # without the tokens of the sweep
+    assert cli("train", tmp_path / "by itself", "--resume").code == 0
+    assert metrics(tmp_path / "by itself") == metrics(whole[1] / TWO[1])
+    assert adapter(tmp_path / "by itself") == adapter(whole[1] / TWO[1])
     assert_goes_on(whole, out, cli, "finished", "stopped")
 
 
