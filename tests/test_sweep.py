@@ -212,6 +212,11 @@ def test_a_signal_ends_the_sweep_with_the_command_that_continues_it(
     assert refused.code == 2 and "this sweep has begun" in refused.err
     changed = cli("sweep", whole[0], RATES, "train.seed=1", "--out", out, "--resume")
     assert changed.code == 2 and "train.seed: 0 -> 1" in changed.err
+    lines = Path(History(out / TWO[1]).recipe.data.train[0].path).read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join([*lines[:4], *lines[5:]]), encoding="utf-8")
+    for words in (["train", out / TWO[1]], ["sweep", whole[0], RATES, "--out", out]):
+        changed = cli(*words, f"data.train={tmp_path}/rows.jsonl", "--resume")
+        assert changed.code == 2 and f"{tmp_path}/rows.jsonl:5: the first row that differs, of 26" in changed.err
     shutil.copytree(out / TWO[1], tmp_path / "by itself")  # without the tokens of the sweep
     assert cli("train", tmp_path / "by itself", "--resume").code == 0
     assert metrics(tmp_path / "by itself") == metrics(whole[1] / TWO[1])
