@@ -17,14 +17,15 @@ from os.path import expanduser
 from typing import Any, NoReturn
 
 from lorasft import __version__
-from lorasft.commands.arguments import suggest
-from lorasft.errors import CapacityError, LorasftError, RecipeError, out_of_memory
+from lorasft.commands.arguments import say_error, suggest
+from lorasft.errors import LorasftError, RecipeError
 from lorasft.signals import Ended, end_at_once, ended_in_order, exit_code
 from lorasft.terminal import is_live, say
 
 COMMANDS = {  # each is a file in commands/, which declares its own arguments
     "init": "a first recipe for a file of rows, with a model that fits",
     "train": "train an adapter as a recipe says",
+    "sweep": "train with each combination of several values: key=1,2 other=3,4",
     "preview": "show what will be supervised, token by token",
     "plan": "will it fit, how will it be run, how long will it take; reads no weights",
     "evaluate": "log-probabilities of answers: base and adapter side by side",
@@ -92,18 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if is_live() and command not in ("init", "recipes", "report") and not options.get("quiet"):
                 say(f"{command}: importing libraries ...")
             importlib.import_module(f"lorasft.commands.{command}").run(**options)
-    except LorasftError as error:
-        say(error)
-        return error.exit_code
+    except (LorasftError, RuntimeError, MemoryError) as error:
+        return say_error(error)
     except Ended as signalled:
         say("stopped")
         return exit_code(signalled.args[0])
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        hint = "free memory and try again (a run that had begun: with --resume), or take a smaller model"
-        say(CapacityError(f"out of memory: {error}", hint=hint))
-        return CapacityError.exit_code
     except BrokenPipeError:  # the reader of stdout went away: nothing is lost
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:

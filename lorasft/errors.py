@@ -73,7 +73,7 @@ class UnsafeError(LorasftError):
 
 
 class Stopped(LorasftError):
-    """A run was stopped by a signal, which is no error; `command` continues it. Exits with 130 for SIGINT, else 143."""
+    """Not all was done; `command` continues it. A signal is no error: 130 for SIGINT, else 143; 0 for a used budget."""
 
     labels = ("", "where: ", "next: ")
 

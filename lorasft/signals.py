@@ -21,8 +21,8 @@ class Ended(KeyboardInterrupt):
 
 
 def exit_code(number: int) -> int:
-    """130 after SIGINT, 143 after SIGTERM and SIGHUP."""
-    return 130 if number == signal.SIGINT else 143
+    """130 after SIGINT, 143 after SIGTERM and SIGHUP; 0 after SIGALRM, which stands for a time that is over."""
+    return {signal.SIGINT: 130, signal.SIGALRM: 0}.get(signal.Signals(number), 143)
 
 
 @dataclass

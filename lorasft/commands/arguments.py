@@ -9,6 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lorasft.errors import CapacityError, LorasftError, out_of_memory
+from lorasft.terminal import say
+
 if TYPE_CHECKING:
     from lorasft.artifact import Artifact
     from lorasft.recipe import Recipe
@@ -94,6 +97,25 @@ def load_saved(found: Artifact) -> tuple[Any, Any, Any]:
 
 def add_columns(parser: ArgumentParser) -> None:
     parser.add_argument("--columns", metavar="MAPPING", help="of --data: '{prompt: question, completion: answer}'")
+
+
+def say_error(error: Exception) -> int:
+    """Say an error that the user can fix, as is a lack of memory. Returns its exit code; raises what is a bug."""
+    if not isinstance(error, LorasftError):
+        if not out_of_memory(error):
+            raise error
+        hint = "free memory and try again (a run that had begun: with --resume), or take a smaller model"
+        error = CapacityError(f"out of memory: {error}", hint=hint)
+    say(error)
+    return error.exit_code
+
+
+def parse_seconds(text: str) -> float:
+    """The seconds that `45s`, `30min` or `2h` says."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]*)?) *(s|min|h)", text)
+    if not match or not float(match[1]):
+        raise ArgumentTypeError(f"{text[:80]} is not a time like 45s, 30min or 2h")
+    return float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]]
 
 
 def parse_bytes(text: str) -> int:

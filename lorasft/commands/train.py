@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import time
@@ -18,7 +19,10 @@ from lorasft.errors import Stopped
 from lorasft.terminal import say, shorten, size_text, train_command
 
 if TYPE_CHECKING:
+    from lorasft.recipe import Recipe
     from lorasft.report import History
+    from lorasft.training.distributed import Ranks
+    from lorasft.training.run import Shared
     from lorasft.training.state import Run, State
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
@@ -26,7 +30,7 @@ _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_recipe(parser)
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of run.output")
+    parser.add_argument("--resume", action="store_true", help="continue what was begun, from its newest checkpoint")
     said = parser.add_mutually_exclusive_group()
     said.add_argument("--quiet", action="store_true", help="say nothing but errors, and the run folder at the end")
     said.add_argument("--verbose", action="store_true", help="plain lines on a terminal, too")
@@ -39,25 +43,33 @@ def run(recipe: str, overrides: Sequence[str], resume: bool, quiet: bool, verbos
     os.environ["LORASFT_QUIET"] = "1" if quiet else ""  # other processes of it inherit that
     with join() as ranks:
         settings = ranks.on_main(lambda: read_recipe(recipe, overrides, resume=resume))
-        from lorasft.report import next_commands
-        from lorasft.training.loop import run_steps
-        from lorasft.training.run import export_adapter, open_run
+        train_one(settings, ranks, again=train_command(recipe, *overrides), resume=resume, verbose=verbose)
+        if ranks.is_main:
+            print(settings.run.output)
+    return Path(settings.run.output)
 
-        started, output = time.monotonic(), settings.run.output
-        with _saying_what_is_saved(Path(output), again=train_command(recipe, *overrides)):
-            with open_run(settings, resume=resume, ranks=ranks) as (ready, state):
-                ready.metrics.progress.live &= not verbose
-                if ranks.is_main:
-                    say("\n".join(_describe(ready)))
-                state = run_steps(ready, state)
-                adapter = ranks.on_main(lambda: export_adapter(ready, state))
+
+def train_one(
+    settings: Recipe, ranks: Ranks, *, again: str, resume: bool, verbose: bool, shared: Shared | None = None
+) -> None:
+    """Train what was read, and say how it goes; `again`: the command that began it; `shared`: with runs before it."""
+    from lorasft.report import next_commands
+    from lorasft.training.loop import run_steps
+    from lorasft.training.run import export_adapter, open_run
+
+    started, folder = time.monotonic(), Path(settings.run.output)
+    with _saying_what_is_saved(folder, again=again):
+        with open_run(settings, resume=resume, ranks=ranks, shared=shared) as (ready, state):
+            ready.metrics.progress.live &= not verbose
             if ranks.is_main:
-                _show_answers(ready, state)
-                say(f"done in {timedelta(seconds=round(time.monotonic() - started))}; adapter in {adapter}")
-                say("next: " + "\n      ".join(next_commands(Path(output), settings)))
-                say(f"or serve the adapter: {_serve_command(ready, adapter)}")
-                print(output)
-    return Path(output)
+                say("\n".join(_describe(ready)))
+            state = run_steps(ready, state, deadline=shared.deadline if shared else math.inf)
+            adapter = ranks.on_main(lambda: export_adapter(ready, state))
+        if ranks.is_main:
+            _show_answers(ready, state)
+            say(f"done in {timedelta(seconds=round(time.monotonic() - started))}; adapter in {adapter}")
+            say("next: " + "\n      ".join(next_commands(folder, settings)))
+            say(f"or serve the adapter: {_serve_command(ready, adapter)}")
 
 
 def train(recipe: str | Path, *, resume: bool = False, **overrides: Any) -> History:

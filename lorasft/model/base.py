@@ -101,6 +101,16 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     return model
 
 
+def copy_base(base: Any, *, own_rows: bool) -> Any:
+    """`base`, which was loaded and nothing else, once more: other modules around the same frozen tensors, so that
+    nothing that is put on one reaches the other. `own_rows`: those of embedding and head, which new tokens change."""
+    shared: dict[int, Any] = {id(one): one for one in base.parameters()}
+    for module in (base.get_input_embeddings(), base.get_output_embeddings()) if own_rows else ():
+        shared.pop(id(module.weight), None)
+    states = [one.quant_state for one in shared.values() if getattr(one, "quant_state", None) is not None]
+    return copy.deepcopy(base, shared | {id(state): state for state in states})
+
+
 def _find_source(settings: ModelSettings, config: Any) -> dict[str, Any]:
     """What transformers reads a base from: of FP8 and MXFP4 the weights, each dequantized when it is asked for."""
     if not hasattr(config, "stored_as"):

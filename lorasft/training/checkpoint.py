@@ -140,10 +140,12 @@ def find_checkpoint(recipe: Recipe, inputs: RunInputs) -> State:
         if saved.data == prepared.key:
             return saved
         what = f"the data, the tokenizer or their libraries changed since step {saved.step}:"
-        old, new = (read_ingredients(folder / "tokens", key) for key in (saved.data, prepared.key))
+        places = (prepared.folder.parent, folder.parent / "tokens")  # the second is that of a sweep
+        before = next((one for one in places if (one / saved.data[:16]).is_dir()), places[0])
+        old, new = read_ingredients(before, saved.data), read_ingredients(places[0], prepared.key)
         changes = list(compare(*({**one, "files": sum(map(len, one.get("files", ())))} for one in (old, new))))
         with suppress(ModelError, OSError):
-            changes += changed_rows(open_prepared(folder / "tokens" / saved.data[:16]).store, prepared.store)
+            changes += changed_rows(open_prepared(before / saved.data[:16]).store, prepared.store)
     if saved.data != prepared.key:
         files.remove_folder(prepared.folder)
     changes = changes[:10] or ["the same rows in files of other bytes"]

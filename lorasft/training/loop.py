@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+import signal
 import time
 from dataclasses import replace
 from functools import partial
@@ -76,8 +77,9 @@ def add_gradients(run: Run, step: Step) -> Tensor:
     return loss
 
 
-def run_steps(run: Run, state: State) -> State:
-    """Run from `state` to the end of the plan. Returns the last state; raises Stopped after a signal, saved."""
+def run_steps(run: Run, state: State, *, deadline: float = math.inf) -> State:
+    """Run from `state` to the end of the plan. Returns the last state; raises Stopped after a signal, or after the
+    first step that begins when the clock (`time.monotonic`) is past the `deadline`, saved."""
     settings, saver = run.recipe.run, CheckpointSaver(state)
     again = f"{train_command(run.folder)} --resume"
     run.network.causal.train()
@@ -90,6 +92,8 @@ def run_steps(run: Run, state: State) -> State:
         for number in range(state.step + 1, run.plan.steps + 1):
             if run.ranks.is_main and saver.overdue(settings.save_minutes):
                 stop.save_wanted = True
+            if time.monotonic() > deadline:
+                stop.signal = stop.signal or signal.SIGALRM
             values = retry_on_oom(run, partial(take_step, run, number, stop))
             if run.ranks.is_main:
                 run.metrics.step(values)

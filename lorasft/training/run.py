@@ -18,9 +18,10 @@ import json
 import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -32,13 +33,14 @@ from lorasft.data.untrained import refuse_untrained
 from lorasft.errors import DivergedError
 from lorasft.files import replace_file, staged_folder, verify_folder, write_file
 from lorasft.model.adapter import attach_adapter, load_adapter, write_adapter
-from lorasft.model.base import check_files, compute_dtype, load_base, patch_linear4bit, read_generation
+from lorasft.model.base import check_files, compute_dtype, copy_base, load_base, patch_linear4bit, read_generation
+from lorasft.model.cache import Keep
 from lorasft.model.free_memory import free_memory
 from lorasft.model.generate import own_stops
 from lorasft.model.memory import static_bytes
 from lorasft.model.trained import Trained
 from lorasft.model.weightless import make_weightless
-from lorasft.recipe import Recipe
+from lorasft.recipe import ModelSettings, Recipe
 from lorasft.recipe.load import dump_recipe
 from lorasft.report import note_event, refresh_report
 from lorasft.signals import StopRequest
@@ -54,16 +56,35 @@ from lorasft.training.samples import keep_samples, open_ledger, score_trained_ro
 from lorasft.training.state import Run, RunInputs, State
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What the runs of a sweep have in common."""
+
+    tokens: Path  # the folder of what they are trained on, instead of one in each run
+    deadline: float  # after which they stop, by `time.monotonic`
+    bases: dict[str, Any] = field(default_factory=dict)  # the last one, as it was loaded, by its settings
+
+    def load(self, settings: ModelSettings, device: torch.device, *, keep: Keep, own_rows: bool) -> Any:
+        """What `load_base` gives, which is called for the first run; see `copy_base`."""
+        name = settings.model_dump_json()
+        if name not in self.bases:
+            self.bases.clear()
+            self.bases[name] = load_base(settings, device, keep=keep)
+        return copy_base(self.bases[name], own_rows=own_rows)
+
+
 @contextmanager
-def open_run(recipe: Recipe, *, resume: bool, ranks: Ranks = ALONE) -> Iterator[tuple[Run, State]]:
+def open_run(
+    recipe: Recipe, *, resume: bool, ranks: Ranks = ALONE, shared: Shared | None = None
+) -> Iterator[tuple[Run, State]]:
     """Lock the run folder of `recipe`, prepare its data, load its model; start, or resume where it stopped.
 
     All that can be known before the weights are loaded is refused before. Raises RecipeError for a folder that is
     taken, and ModelError when nothing can be resumed.
     """
     with ExitStack() as held:
-        inputs = ranks.on_main(lambda: _prepare(recipe, resume=resume, held=held))
-        run, state = _load(recipe, inputs, ranks)
+        inputs = ranks.on_main(lambda: _prepare(recipe, resume=resume, held=held, shared=shared))
+        run, state = _load(recipe, inputs, ranks, shared)
         if ranks.is_main:
             note_event(run.folder, "continued" if resume else "started", step=state.step)
             held.callback(refresh_report, run.folder)
@@ -71,13 +92,13 @@ def open_run(recipe: Recipe, *, resume: bool, ranks: Ranks = ALONE) -> Iterator[
         yield run, state
 
 
-def _prepare(recipe: Recipe, *, resume: bool, held: ExitStack) -> RunInputs:
+def _prepare(recipe: Recipe, *, resume: bool, held: ExitStack, shared: Shared | None) -> RunInputs:
     """Take the folder, which stays locked while `held` is open; prepare the data; find what to resume from."""
     folder = Path(recipe.run.output)
     held.enter_context(take_folder(recipe, resume=resume))
     config = read_checked_config(recipe)
     check_files(recipe.model.base)
-    inputs = read_inputs(recipe, config, folder / "tokens")
+    inputs = read_inputs(recipe, config, shared.tokens if shared else folder / "tokens")
     if resume:
         saved = find_checkpoint(recipe, inputs)
         inputs = replace(inputs, saved=saved)
@@ -88,14 +109,15 @@ def _prepare(recipe: Recipe, *, resume: bool, held: ExitStack) -> RunInputs:
     return inputs
 
 
-def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> tuple[Run, State]:
+def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks, shared: Shared | None) -> tuple[Run, State]:
     device, saved = PartialState().device, inputs.saved
     with ranks.sync_errors():
         dtype = compute_dtype(saved.layout.dtype if saved else recipe.model.dtype, device)
         settings = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
         weightless = make_weightless(inputs.config, settings, inputs.adapter, device)
         patch_linear4bit(weightless, device, recipe.model.base)  # refused before weights are read
-        base = load_base(settings, device, keep=recipe.machine.cache_base)
+        load = partial(shared.load, own_rows=bool(inputs.new_rows or inputs.start)) if shared else load_base
+        base = load(settings, device, keep=recipe.machine.cache_base)
         if inputs.start:
             model = load_adapter(base, inputs.start, trainable=True)
         else:

@@ -1,0 +1,119 @@
+"""`lorasft sweep`: a recipe with each combination of several values, one run after the other on one loaded base."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import re
+import time
+from argparse import ArgumentParser
+from collections.abc import Collection, Iterator, Sequence
+from datetime import timedelta
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorasft.commands import report, train
+from lorasft.commands.arguments import parse_seconds, read_recipe, say_error
+from lorasft.errors import LorasftError, RecipeError, Stopped
+from lorasft.terminal import quote, say
+
+if TYPE_CHECKING:
+    from lorasft.recipe import Recipe
+
+_VALUE = re.compile(r"""(?:\[[^]]*\]|\{[^}]*\}|"[^"]*"|'[^']*'|[^,])+""")  # one of several, between commas
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    train.add_arguments(parser)
+    parser.add_argument("--out", metavar="FOLDER", help="for the run folders (default: run.output and -sweep)")
+    about = "as 30min or 2h: then no run begins, and one that goes is stopped after the step, saved"
+    parser.add_argument("--budget", type=parse_seconds, default=math.inf, metavar="TIME", help=about)
+
+
+def run(
+    recipe: str, overrides: Sequence[str], out: str | None, budget: float, resume: bool, quiet: bool, verbose: bool
+) -> None:
+    """Train each combination; on stdout a table, and the page of all. What fails ends its own run: the exit code is
+    that of the first, at the end. Raises Stopped after a signal."""
+    os.environ["LORASFT_QUIET"] = "1" if quiet else ""
+    deadline, codes = time.monotonic() + budget, dict[Path, int]()
+    runs = _read_runs(recipe, overrides, out, resume=resume)
+    folder = next(iter(runs)).parent
+    again = f"lorasft sweep {' '.join(map(quote, (recipe, *overrides)))} --out {quote(folder)} --resume"
+    from lorasft.training.distributed import ALONE
+    from lorasft.training.run import Shared
+
+    shared = Shared(folder / "tokens", deadline)
+    for path, settings in runs.items():
+        if (path / "adapter").is_dir() or time.monotonic() > deadline:
+            continue
+        say(f"run {path.name}", bold=True)
+        begun = (path / "recipe.yaml").is_file()
+        try:
+            train.train_one(settings, ALONE, again=again, resume=begun, verbose=verbose, shared=shared)
+        except Stopped as stopped:
+            if stopped.exit_code:
+                raise Stopped(stopped.exit_code, f"{path.name}: {stopped.what}", again) from None
+            say(stopped.what)
+        except (LorasftError, RuntimeError, MemoryError) as error:
+            codes[path] = say_error(error)
+        gc.collect()  # what it held, the next one may need
+    print("\n".join(_table([*runs], codes)))
+    if pages := [str(path) for path in runs if (path / "recipe.yaml").is_file()]:
+        report.run(pages, str(folder / "report.html"), show=False)
+    if codes or not all((path / "adapter").is_dir() for path in runs):
+        what = f"{len(codes)} of {len(runs)} runs failed" if codes else "the budget is used up"
+        raise Stopped(next(iter(codes.values()), 0), what, again)
+
+
+def _read_runs(recipe: str, overrides: Sequence[str], out: str | None, *, resume: bool) -> dict[Path, Recipe]:
+    """The recipes by their run folders, which lie in one, after all that can be refused without torch."""
+    from lorasft.recipe.load import load_recipe
+
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise RecipeError("a sweep is one process", hint="leave out torchrun, or start each run with lorasft train")
+    choices = []
+    for word in overrides:
+        key, _, text = word.partition("=")
+        values = [f"{key}={value}" for value in _VALUE.findall(text)]
+        choices.append(values if len(values) > 1 else [word])
+        if len(values) > 1 and key.startswith("model."):
+            raise RecipeError(f"{key} has several values", hint="a sweep has one base: make one for each")
+    if not any(len(values) > 1 for values in choices):
+        raise RecipeError("no key has several values", hint="optimizer.learning_rate=1e-4,2e-4, or lorasft train")
+    runs: dict[Path, Recipe] = {}
+    folder = Path(out or f"{load_recipe(recipe, [values[0] for values in choices]).run.output}-sweep")
+    for words in product(*choices):
+        differs = (word for word, values in zip(words, choices, strict=True) if len(values) > 1)
+        name = ",".join(re.sub(r"^[^=]*\.", "", word) for word in differs)
+        path = folder / re.sub(r"[^\w.,+=-]+", "_", name, flags=re.ASCII)[:200]
+        begun = (path / "recipe.yaml").is_file()
+        if begun and not resume:
+            raise RecipeError("this sweep has begun", where=path, hint="--resume continues it; or --out NEW_FOLDER")
+        if path in runs:
+            raise RecipeError(f"two runs would be called {path.name}", where=folder, hint="name each value once")
+        output = f"run.output={json.dumps(str(path), ensure_ascii=False)}"
+        runs[path] = read_recipe(recipe, [*words, output], resume=begun)
+    return runs
+
+
+def _table(runs: Sequence[Path], failed: Collection[Path]) -> Iterator[str]:
+    """A line for each run, that with the lowest held-out loss after a step first."""
+    from lorasft.report import History
+
+    rows = []
+    for path in runs:
+        run = History(path) if (path / "recipe.yaml").is_file() else None
+        losses = [loss for step, loss in run.series["eval_loss"] if step] if run else []
+        seconds = sum(one for _, one in run.series["seconds"]) if run else 0
+        state = run.state if run else "failed" if path in failed else "not begun"
+        shown = [f"{loss:.4f}" for loss in (min(losses), losses[-1])] if losses else ["", ""]
+        cells = [path.name, state, str((run and run.step) or 0), *shown, str(timedelta(seconds=round(seconds)))]
+        rows.append((min(losses, default=math.inf), cells))
+    table = [["run", "state", "step", "best held out", "last", "in steps"], *(cells for _, cells in sorted(rows))]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for name, *cells in table:
+        yield "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
