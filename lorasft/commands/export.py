@@ -42,8 +42,8 @@ def run(model: str, to: str, out: str, type: Any, as_json: bool) -> None:
     artifact = find_artifact(model)
     if to == "gguf-lora":
         return _export_adapter(artifact, Path(out), as_json=as_json)
-    if artifact.adapter:
-        read_gguf_layout(artifact.base)  # refuses what would be merged in vain
+    # Refuses what would be merged in vain; and a signal during an import, which ends at once, leaves no folder behind.
+    read_gguf_layout(artifact.base)
     with scratch_folder(Path(out)) as scratch:
         folder = scratch / "merged" if artifact.adapter else artifact.base
         if artifact.adapter:

@@ -41,7 +41,7 @@ def write_gguf_lora(artifact: Artifact, out: Path) -> dict[str, Any]:
             scaled = turn_heads(b * np.float32(factor * len(a) / alpha), turned)
             given = np.random.default_rng(0).standard_normal(a.shape[1])
             probes[name] = given, turn_heads(factor * (b @ (a @ given)), turned)
-        except ValueError:
+        except (ValueError, IndexError):
             raise ModelError(f"{path} has shapes that do not fit", where=folder, hint="train it again") from None
         tensors |= {f"{name}.lora_a": a, f"{name}.lora_b": scaled}
     if left:
@@ -50,11 +50,12 @@ def write_gguf_lora(artifact: Artifact, out: Path) -> dict[str, Any]:
     make_folder(out.absolute().parent)
     with staged_file(out) as stage:
         fields = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": alpha}
-        write_fields(stage, layout, fields, tensors)
+        origin = {"general.base_model.count": 1, "general.base_model.0.name": Path(artifact.model.base).name}
+        write_fields(stage, layout, fields | origin, tensors)
         read = {tensor.name: tensor.data for tensor in gguf.GGUFReader(stage).tensors}
         for name, (given, wanted) in probes.items():
             a, b = (read[f"{name}.lora_{part}"] for part in "ab")
             off = np.linalg.norm(alpha / len(a) * (b @ (a @ given)) - wanted)
             if not off <= 1e-5 * np.linalg.norm(wanted):
-                raise ModelError(f"read back, {name} does not do what the adapter does", where=stage)
+                raise ModelError(f"read back, {name} does not do what the adapter does", where=folder)
     return {"file": str(out), "architecture": layout.family.name, "type": "f32", "size": out.stat().st_size}

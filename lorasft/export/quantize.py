@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from lorasft.errors import DeviceError
-from lorasft.terminal import shorten
 
 K_QUANTS = ("q4_k_m", "q5_k_m", "q6_k")
 _PROBED = 4 << 20  # numbers compared of a tensor, in rows spread over it
@@ -48,7 +47,7 @@ def quantize(source: Path, target: Path, *, kind: str) -> dict[str, Any]:
         done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         said = done.stdout.decode(errors="replace").strip()
         if done.returncode:
-            raise ValueError(f"exit code {done.returncode}, {shorten(said[-200:], most=200)}")
+            raise ValueError(f"exit code {done.returncode}, {said[-200:]}")
         found = _compare(gguf, gguf.GGUFReader(source), gguf.GGUFReader(target))
     except (OSError, ValueError, LookupError) as error:
         what = f"{name} did not write this model as {kind}: {error}"
