@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,18 @@ def test_a_quantizer_that_did_not_do_it_leaves_nothing(
         done = cli("export", tmp_path / "model", "--to", to, "--type", "q4_k_m", "--out", tmp_path / "m.gguf")
         assert done.code == 5 and said in done.err and str(tool) in done.err and "--type q8_0" in done.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "model"]
+
+
+def test_a_signal_ends_the_quantizer_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
+) -> None:
+    body = f"import os, time; Path({str(tmp_path / 'process')!r}).write_text(str(os.getpid())); target.touch()"
+    monkeypatch.setenv("PATH", str(make_tool(tmp_path / "bin", f"{body}; os.kill(os.getppid(), 15); time.sleep(60)")))
+    save_model(tmp_path / "model", MODELS["llama"]())
+    done = cli("export", tmp_path / "model", "--to", "gguf", "--type", "q6_k", "--out", tmp_path / "new/m.gguf")
+    assert done.code == 143 and not [*(tmp_path / "new").iterdir()]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "process").read_text()), 0)
 
 
 def test_what_the_quantizer_wrote_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command) -> None:

@@ -15,9 +15,7 @@ from lorasft.errors import ModelError
 from lorasft.files import read_objects
 
 # For what is not converted here. Of a run, what was merged is gone by the time that this is read.
-USUAL_CONVERTER = (
-    "llama.cpp's: python convert_hf_to_gguf.py DIR --outfile FILE; of a run first lorasft merge RUN --out DIR"
-)
+USUAL_CONVERTER = "llama.cpp's: python convert_hf_to_gguf.py DIR --outfile FILE, after lorasft merge RUN --out DIR"
 
 
 @dataclass(frozen=True)
