@@ -124,24 +124,31 @@ def rename(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` to work in, gone at the end; what a killed process left of one goes first."""
+    make_folder(target.parent)
+    sweep(target.parent, target.name)
+    scratch = _beside(target, STAGE)
+    try:
+        make_folder(scratch)
+        with _held(scratch):
+            yield scratch
+    finally:
+        if scratch.exists():
+            _remove(scratch)
+
+
+@contextlib.contextmanager
 def staged_folder(target: Path, *, hashes: Mapping[str, str] | None = None) -> Iterator[Path]:
     """A new folder that appears under `target` complete, with a manifest of hashes, or not at all.
 
     Yields the stage to write into. `hashes`: SHA-256 of files, if known. Raises RecipeError when `target` exists.
     """
     refuse_existing(target)
-    make_folder(target.parent)
-    sweep(target.parent, target.name)
-    stage = _beside(target, STAGE)
-    try:
-        make_folder(stage)
-        with _held(stage):
-            yield stage
-            with _disk(target):
-                commit_folder(stage, target, hashes=hashes or {})
-    except BaseException:
-        _remove(stage)
-        raise
+    with scratch_folder(target) as stage:
+        yield stage
+        with _disk(target):
+            commit_folder(stage, target, hashes=hashes or {})
 
 
 def commit_folder(stage: Path, target: Path, *, hashes: Mapping[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 import torch
 import transformers as hf
 from conftest import Command
+from k_quants import make_tool
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import EYES, LLAMA_3, SOFT_CAPS, shape
 from tiny_tokenizer import save_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -37,8 +40,8 @@ MODELS: dict[str, Any] = {
     "gemma3": lambda: hf.Gemma3TextConfig(**{**SHAPE, "num_hidden_layers": 6}, head_dim=256, sliding_window=6),
     "phi3": lambda: hf.Phi3Config(**SHAPE),
 }
-# fp16 keeps 11 bits of a weight, Q8_0 8 bits of a block's largest: relative L2 error of the logits.
-ERROR = {"f16": 2e-3, "q8_0": 6e-2}
+# fp16 keeps 11 bits of a weight, bf16 8 bits, Q8_0 8 bits of a block's largest: relative L2 error of the logits.
+ERROR = {"f16": 2e-3, "bf16": 2e-2, "q8_0": 6e-2}
 
 
 def save_model(folder: Path, config: Any, dtype: torch.dtype = torch.float32) -> Any:
@@ -71,7 +74,7 @@ def read(file: Path) -> Any:
     return gguf.GGUFReader(file)
 
 
-@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+@pytest.mark.parametrize("kind", ERROR)
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_reads_the_same_model_back(name: str, kind: Any, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", MODELS[name]())
@@ -210,3 +213,183 @@ def test_without_the_package_its_command_is_named(tmp_path: Path, monkeypatch: p
     with pytest.raises(DeviceError, match="not installed") as caught:
         write_gguf(tmp_path, tmp_path / "m.gguf")
     assert caught.value.exit_code == 5 and "pip install" in str(caught.value)
+
+
+def test_weights_in_bf16_keep_every_bit(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", MODELS["qwen3"](), torch.bfloat16)
+    write_gguf(tmp_path / "model", tmp_path / "m.gguf", kind="bf16")
+    found = {tensor.name: tensor for tensor in read(tmp_path / "m.gguf").tensors}["blk.1.ffn_up.weight"]
+    kept = torch.from_numpy(found.data.copy()).view(torch.bfloat16)
+    assert torch.equal(kept, model.model.layers[1].mlp.up_proj.weight)
+
+
+# --- K-quants by what is on the PATH -------------------------------------------------------------------------------
+
+COPY = "content = source.read_bytes()"
+TOOLS = {  # what a quantizer does, how wide the model is, what is said
+    "fails": ("print('no such type', file=sys.stderr); sys.exit(3)", 64, "exit code 3, version: 7 (of a stand-in)"),
+    "dies": ("import os; os.kill(os.getpid(), 9)", 64, "exit code -9"),
+    "writes nothing": ("", 64, "No such file"),
+    "writes half": (f"{COPY}; target.write_bytes(content[:len(content) // 2])", 64, "did not write this model"),
+    "writes no GGUF": ("target.write_text('done')", 64, "did not write this model"),
+    "quantizes nothing": (f"{COPY}; target.write_bytes(content)", 256, "F32, is not"),
+    "changes the template": (
+        f"{COPY}; target.write_bytes(content.replace(b'{{ bos_', b'{{ eos_'))",
+        64,
+        "template",
+    ),
+    "changes numbers": (f"{COPY}; target.write_bytes(content[:-9999] + bytes(9999))", 64, "is not"),
+}
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_a_quantizer_that_did_not_do_it_leaves_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
+) -> None:
+    body, width, said = TOOLS[name]
+    tool = make_tool(tmp_path / "bin", body)
+    monkeypatch.setenv("PATH", str(tool))
+    config = hf.LlamaConfig(**{**SHAPE, "hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1})
+    save_model(tmp_path / "model", config)
+    for to in ("gguf", "ollama"):
+        done = cli("export", tmp_path / "model", "--to", to, "--type", "q4_k_m", "--out", tmp_path / "m.gguf")
+        assert done.code == 5 and said in done.err and str(tool) in done.err and "--type q8_0" in done.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "model"]
+
+
+def test_a_signal_ends_the_quantizer_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
+) -> None:
+    body = f"import os, time; Path({str(tmp_path / 'process')!r}).write_text(str(os.getpid())); target.touch()"
+    monkeypatch.setenv("PATH", str(make_tool(tmp_path / "bin", f"{body}; os.kill(os.getppid(), 15); time.sleep(60)")))
+    save_model(tmp_path / "model", MODELS["llama"]())
+    done = cli("export", tmp_path / "model", "--to", "gguf", "--type", "q6_k", "--out", tmp_path / "new/m.gguf")
+    assert done.code == 143 and not [*(tmp_path / "new").iterdir()]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "process").read_text()), 0)
+
+
+def test_what_the_quantizer_wrote_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command) -> None:
+    """Of a width that K-quants do not divide, where llama.cpp takes other types."""
+    monkeypatch.setenv("PATH", str(make_tool(tmp_path / "bin", f"{COPY}; target.write_bytes(content)")))
+    save_model(tmp_path / "model", MODELS["llama"]())
+    export = ["export", tmp_path / "model", "--to", "gguf", "--type", "q6_k"]
+    done = cli(*export, "--out", tmp_path / "new/m.gguf")
+    assert (
+        done.code == 0
+        and "by llama-quantize 7 (of a stand-in); read back, its weights are 0.0% off: 21 F32" in done.err
+    )
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["m.gguf"]
+
+
+def test_without_a_quantizer_nothing_begins(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("lorasft.export.quantize.find_spec", lambda name: None)
+    monkeypatch.setattr("lorasft.merge.merge.merge", None)
+    for to in ("gguf", "ollama"):
+        done = cli("export", run, "--to", to, "--type", "q5_k_m", "--out", tmp_path / "new/m.gguf")
+        assert done.code == 5 and "llama-quantize" in done.err and "pip install llama-cpp-python" in done.err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_a_killed_export_left_goes_with_the_next(tmp_path: Path, cli: Command) -> None:
+    save_model(tmp_path / "model", MODELS["llama"]())
+    (tmp_path / ".stage-m.gguf-0123abcd/merged").mkdir(parents=True)
+    (tmp_path / ".stage-m.gguf-0123abce").write_bytes(b"half")
+    assert cli("export", tmp_path / "model", "--to", "gguf", "--out", tmp_path / "m.gguf").code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "model"]
+
+
+# --- an adapter alone ----------------------------------------------------------------------------------------------
+
+
+def save_adapter(tmp_path: Path, config: Any, **settings: Any) -> Any:
+    """An adapter of random numbers on the model in `model`, in `adapter`."""
+    model = save_model(tmp_path / "model", config)
+    model.name_or_path = str(tmp_path / "model")
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings
+    adapted = get_peft_model(model, LoraConfig(**settings))
+    with torch.no_grad():
+        for parameter in (value for name, value in adapted.named_parameters() if "lora_" in name):
+            parameter.normal_(std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    return adapted
+
+
+WITHOUT_PLACE: dict[str, dict[str, Any]] = {
+    "lora_magnitude_vector": {"use_dora": True},
+    "embed_tokens": {"modules_to_save": ["embed_tokens"]},
+    "embed_tokens.base_layer": {"target_modules": ["q_proj", "embed_tokens"]},
+    "lora_B.bias": {"lora_bias": True, "target_modules": ["q_proj"]},
+    "trainable_tokens_delta": {"trainable_token_indices": [5]},
+    "lm_head": {"target_modules": ["q_proj", "lm_head"]},
+    "pissa": {"init_lora_weights": "pissa"},
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's, of such adapters
+@pytest.mark.parametrize("name", WITHOUT_PLACE)
+def test_what_an_adapter_of_llama_cpp_cannot_say_is_refused(name: str, tmp_path: Path, cli: Command) -> None:
+    save_adapter(tmp_path, hf.LlamaConfig(**SHAPE, tie_word_embeddings=name == "lm_head"), **WITHOUT_PLACE[name])
+    done = cli("export", tmp_path / "adapter", "--to", "gguf-lora", "--out", tmp_path / "l.gguf")
+    assert done.code == 4 and name in done.err and f"lorasft export {tmp_path}/adapter --to gguf" in done.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "model"]
+
+
+def test_an_adapters_file_adds_what_peft_adds(tmp_path: Path, cli: Command) -> None:
+    """alpha / rank * B A of the file, its rows of q and k put back by hand, beside PEFT's own difference of weights."""
+    patterns = {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"up_proj": 5}}
+    adapted = save_adapter(tmp_path, MODELS["llama"](), use_rslora=True, **patterns)
+    before = {name: value.clone() for name, value in adapted.get_base_model().named_parameters()}
+    assert cli("export", tmp_path / "adapter", "--to", "gguf-lora", "--out", tmp_path / "l.gguf", "--json").code == 0
+    found = read(tmp_path / "l.gguf")
+    told = ["general.type", "general.architecture", "adapter.type", "adapter.lora.alpha"]
+    assert [found.fields[key].contents() for key in told] == ["adapter", "llama", "lora", 8.0]
+    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in found.tensors}
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "adapter")
+    places = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj"}
+    places |= {"attn_output": "self_attn.o_proj"} | {
+        f"ffn_{name}": f"mlp.{name}_proj" for name in ("up", "gate", "down")
+    }
+    after = dict(merged.merge_and_unload().named_parameters())
+    assert len(tensors) == 2 * 2 * len(places)
+    for layer in range(2):
+        for place, module in places.items():
+            a, b = (tensors[f"blk.{layer}.{place}.weight.lora_{part}"] for part in "ab")
+            added = 8.0 / len(a) * (b @ a)
+            if place in ("attn_q", "attn_k"):  # rows 0, 1, 2, 3, ... of a head of 16 are its rows 0, 8, 1, 9, ...
+                added = added[
+                    torch.tensor([16 * (row // 16) + row % 8 * 2 + row % 16 // 8 for row in range(len(added))])
+                ]
+            name = f"model.layers.{layer}.{module}.weight"
+            key = name.replace(".weight", ".base_layer.weight")
+            assert torch.allclose(added, (after[name] - before[key]).detach(), atol=1e-5), place
+
+
+def test_the_words_of_an_adapter(run: Path, tmp_path: Path, cli: Command) -> None:
+    export = ["export", run, "--to", "gguf-lora", "--out", tmp_path / "l.gguf"]
+    assert cli(*export, "--type", "f16").code == 2
+    done = cli(*export)
+    assert done.code == 0 and f"--chat-template-file {run}/adapter/chat_template.jinja" in done.err
+    assert "trained in 4 bit" not in done.err and done.out == f"{tmp_path}/l.gguf\n"
+    assert cli(*export).code == 2  # it exists
+    save_adapter(tmp_path, MODELS["llama"]())
+    (tmp_path / "adapter/README.md").write_text("load_in_4bit: true", encoding="utf-8")
+    done = cli("export", tmp_path / "adapter", "--to", "gguf-lora", "--out", tmp_path / "m.gguf")
+    assert done.code == 0 and "trained in 4 bit" in done.err and "--chat-template-file" not in done.err
+    done = cli("export", tmp_path / "model", "--to", "gguf-lora", "--out", tmp_path / "n.gguf")
+    assert done.code == 4 and "no adapter in it" in done.err
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_an_adapter_without_a_gguf_is_refused_before_it_is_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
+) -> None:
+    save_adapter(tmp_path, hf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2))
+    monkeypatch.setattr("lorasft.merge.merge.merge", None)
+    for to in ("gguf", "ollama", "gguf-lora"):
+        done = cli("export", tmp_path / "adapter", "--to", to, "--out", tmp_path / "new/m")
+        assert done.code == 4 and "no GGUF export for gpt2" in done.err and "lorasft merge RUN --out DIR" in done.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "model"]

@@ -91,7 +91,9 @@ def test_what_can_be_known_without_torch_is_refused_without_it(recipe: Write, ru
     path = recipe()
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").touch()
-    stopped = tmp_path / "stopped"
+    stopped, other = tmp_path / "stopped", tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "gpt2"}')
     shutil.copytree(run, stopped, ignore=shutil.ignore_patterns("adapter"))
     cases = [
         (2, ["train", path, f"run.output={run}"], "this run folder exists"),
@@ -117,6 +119,8 @@ def test_what_can_be_known_without_torch_is_refused_without_it(recipe: Write, ru
         (4, ["merge", str(run), "--out", f"{tmp_path}/out", "--base", f"{tmp_path}/none"], "there is no such folder"),
         (3, ["merge", str(run), "--out", f"{tmp_path}/out", "--data", "none.jsonl"], "there is no such file"),
         (2, ["merge", str(run), "--out", str(tmp_path / "full")], "this exists already"),
+        (4, ["export", str(other), "--to", "gguf", "--out", f"{tmp_path}/m.gguf"], "no GGUF export for gpt2"),
+        (2, ["export", str(run), "--to", "gguf-lora", "--type", "f16", "--out", "m.gguf"], "leave out --type"),
     ]
     done = run_python(EARLY, json.dumps([words for _, words, _ in cases]))
     assert done.stdout.splitlines() == [f"{code} []" for code, _, _ in cases], done.stderr

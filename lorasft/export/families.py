@@ -6,11 +6,16 @@ how its attention is scaled). A model that differs there is refused by name: it 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorasft.errors import ModelError
+from lorasft.files import read_objects
+
+# For what is not converted here. Of a run, what was merged is gone by the time that this is read.
+USUAL_CONVERTER = "llama.cpp's: python convert_hf_to_gguf.py DIR --outfile FILE, after lorasft merge RUN --out DIR"
 
 
 @dataclass(frozen=True)
@@ -46,23 +51,20 @@ class GgufLayout:
     fields: dict[str, Any]
     extra: dict[str, list[float]]
 
-
-def usual_converter(model: Path) -> str:
-    """The command of llama.cpp's own converter, for what is not converted here."""
-    return f"llama.cpp's converter: python convert_hf_to_gguf.py {model} --outfile FILE"
+    def turned(self, name: str) -> int:
+        """The rows of a head whose halves llama.cpp has in turns, row by row; 0 for other tensors."""
+        return self.fields["attention.key_length"] if self.family.paired and re.search(r"attn_[qk]\.", name) else 0
 
 
 def read_gguf_layout(model: Path) -> GgufLayout:
     """Describe the model in the folder `model`. Raises ModelError for what llama.cpp would not compute alike."""
+    said = next(read_objects(model / "config.json"), {})
+    if "text_config" not in said and "model_type" in said:  # else it takes torch to know
+        _find_family(said["model_type"], model)
     from lorasft.model.base import read_config
 
-    config = read_config(str(model))
-    if getattr(config, "quantization_config", None):
-        raise ModelError("the model is quantized", where=model, hint="export 16-bit weights, such as merge writes")
-    config = config.get_text_config()
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise ModelError(f"no GGUF export for {config.model_type} here", where=model, hint=usual_converter(model))
+    config = read_config(str(model)).get_text_config()
+    family = _find_family(config.model_type, model)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if difference := _find_difference(config, family, head_size):
         raise ModelError(f"llama.cpp does not compute {difference}", where=model / "config.json")
@@ -87,6 +89,12 @@ def read_gguf_layout(model: Path) -> GgufLayout:
         for name in ("attn_logit_softcapping", "final_logit_softcapping"):
             fields[name] = float(getattr(config, name))
     return GgufLayout(family, config, fields | positions, extra)
+
+
+def _find_family(kind: object, model: Path) -> Family:
+    if family := FAMILIES.get(str(kind)):
+        return family
+    raise ModelError(f"no GGUF export for {kind} here", where=model, hint=USUAL_CONVERTER)
 
 
 def _find_difference(config: Any, family: Family, head_size: int) -> str | None:
@@ -126,7 +134,7 @@ def _positions(
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "linear", family.rope):
         what = f"rope type {kind} of {family.name} has no GGUF export here"
-        raise ModelError(what, where=model, hint=usual_converter(model))
+        raise ModelError(what, where=model, hint=USUAL_CONVERTER)
     turned = int(head_size * (rope.get("partial_rotary_factor") or 1.0))
     fields |= {"rope.dimension_count": turned, "rope.freq_base": float(rope["rope_theta"])}
     if kind == "linear":

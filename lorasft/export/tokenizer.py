@@ -16,7 +16,7 @@ from lorasft.data.chat_format import read_style
 from lorasft.data.templates import render
 from lorasft.data.tokenizer import adds_bos, load_tokenizer
 from lorasft.errors import ModelError
-from lorasft.export.families import usual_converter
+from lorasft.export.families import USUAL_CONVERTER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -92,7 +92,7 @@ def name_splitter(spec: dict[str, Any], model: Path) -> str:
 
 
 def _unknown(model: Path, what: str) -> ModelError:
-    return ModelError(f"the tokenizer {what}", where=model, hint=usual_converter(model))
+    return ModelError(f"the tokenizer {what}", where=model, hint=USUAL_CONVERTER)
 
 
 def _name_tokens(tokenizer: PreTrainedTokenizerFast, spec: dict[str, Any], vocabulary: int) -> dict[str, Any]:
