@@ -130,6 +130,7 @@ class OptimizerSettings(_Section):
     learning_rate: float = Field(2e-4, gt=0, le=0.01, description="peak of the schedule")
     weight_decay: float = Field(0.0, ge=0, description="decoupled, times the learning rate")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="decay of the first and second moment")
+    lora_plus: PositiveFloat | None = Field(None, description="LoRA+: learning rate of B / that of A; null: the same")
 
 
 class ScheduleSettings(_Section):

@@ -45,7 +45,8 @@ def take_step(run: Run, number: int, stop: StopRequest) -> dict[str, Any]:
         clip_grads_with_norm_([trained.master], run.recipe.train.max_grad_norm, norm)
     peak = run.recipe.optimizer.learning_rate
     rate = learning_rate(number, steps=run.plan.steps, peak=peak, schedule=run.recipe.schedule)
-    optimizer.param_groups[0]["lr"] = rate
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["ratio"]
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
     seconds = time.monotonic() - started

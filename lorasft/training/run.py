@@ -105,7 +105,7 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks) -> tuple[Run, State]:
         network, fit = choose_layout(recipe, inputs, model, weightless=weightless, spare=spare)
     # All processes must cut a step in the same way.
     plan = replace(fit.plan, micro_batch_tokens=min(ranks.gather(fit.plan.micro_batch_tokens)))
-    trained = Trained(model, network.causal.dtype)
+    trained = Trained(model, network.causal.dtype, rates_apart=recipe.optimizer.lora_plus is not None)
     ranks.copy_first(trained.master)
     trained.refresh()
     optimizer = make_optimizer(recipe.optimizer, trained)
