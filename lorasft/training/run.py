@@ -67,7 +67,7 @@ def open_run(recipe: Recipe, *, resume: bool, ranks: Ranks = ALONE) -> Iterator[
         if ranks.is_main:
             note_event(run.folder, "continued" if resume else "started", step=state.step)
             held.callback(refresh_report, run.folder)
-            held.push(lambda _, error, __: note_event(run.folder, "ended", error=error))
+            held.push(lambda _, error, __: note_event(run.folder, "ended", error=error, why=run.early_end))
         yield run, state
 
 
