@@ -74,11 +74,11 @@ class History:
         return f'<iframe srcdoc="{escape(render_page([self]))}" sandbox style="width:100%;height:45em"></iframe>'
 
 
-def note_event(folder: Path, event: str, *, step: int = 0, error: BaseException | None = None) -> None:
+def note_event(folder: Path, event: str, *, step: int = 0, error: BaseException | None = None, why: str = "") -> None:
     """Add a line to events.jsonl, over one that was cut off; an `error` that is no wanted stop is the event "failed".
     A disk that does not take it stops nothing."""
     path, now = folder / "events.jsonl", time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-    why = first_line(error) if error else ""
+    why = first_line(error) if error else why
     if isinstance(error, LorasftError):
         why = ": ".join(filter(None, (error.what, error.where)))
     event = "failed" if isinstance(error, Exception) and not isinstance(error, Stopped) else event
@@ -141,7 +141,9 @@ def _number(value: float | None, *, form: str = ".4f") -> str:
 
 def _charts(runs: Sequence[History], alone: History | None) -> Iterator[tuple[str, Any, Any, Any]]:
     """The curves of all runs over each other; of one `alone` also each step, saves, and where it continued."""
-    colours = [f"hsl({(215 + 163 * at) % 360} 60% 52%)" for at in range(max(4, len(runs)))]
+    series = alone.series.items() if alone else ()
+    sources = [(name.partition("/")[2], points) for name, points in series if name.startswith("eval_loss/")]
+    colours = [f"hsl({(215 + 163 * at) % 360} 60% 52%)" for at in range(max(4, len(runs), len(sources)))]
     each = [(run, "smoothed" if alone else str(run.folder), colour) for run, colour in zip(runs, colours, strict=False)]
 
     def curves(key: str) -> list[Curve]:
@@ -158,6 +160,9 @@ def _charts(runs: Sequence[History], alone: History | None) -> Iterator[tuple[st
         for name, colour, steps in (("saved, still there", colours[2], saved), ("continued", colours[3], again)):
             losses.append((name, colour, 8, [point for point in alone.series["loss"] if point[0] in steps]))
     yield from _draw("Loss in nats a supervised token", losses, log=True)
+    dots = [(name, colour, 8, points) for (name, points), colour in zip(sources, colours, strict=False)]
+    lines = [("", colour, 1, points) for _, colour, _, points in dots]
+    yield from _draw("Held-out loss by source", lines + dots, log=True)
     yield from _draw("Learning rate", curves("learning_rate")[: 1 if alone else None])
     yield from _draw("Gradient norm before clipping", curves("grad_norm"), log=True)
     yield from _draw("Tokens a second", curves("tokens_per_second"))

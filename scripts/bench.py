@@ -388,6 +388,7 @@ def fit(trainer: Any, meter: Meter) -> None:
 def make_job(options: argparse.Namespace, folder: Path) -> Measured:
     """Base and rows in `folder`, one sequence a row, in the order in which lorasft takes them."""
 
+    from lorasft.data.packing import Portion
     from lorasft.data.prepare import prepare
     from lorasft.data.tokenizer import load_tokenizer
     from lorasft.training.inputs import make_plan
@@ -397,7 +398,7 @@ def make_job(options: argparse.Namespace, folder: Path) -> Measured:
     job |= {"base": base, "data": str(options.data.absolute()), "pack": max(1024, options.max_length)}
     recipe = train_recipe(job)
     store = prepare(recipe.data, recipe.chat, tokenizer=load_tokenizer(base), folder=folder / "tokens").train
-    plan = make_plan(recipe, examples=len(store))
+    plan = make_plan(recipe, [Portion(len(store), 1.0)])
     supply = 3 * options.steps // 2  # packing needs more rows for as many steps
     if supply * options.batch > len(store):
         raise SystemExit(f"{len(store)} rows are too few: {supply * options.batch} are needed")

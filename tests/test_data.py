@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lorasft.data.examples import Example, read_blocks, shape_block
 from lorasft.data.prepare import held_out_below, list_ingredients, open_prepared, prepare
 from lorasft.data.report import Report
 from lorasft.data.sources import RowLocation
-from lorasft.data.store import append_arrays, example_lengths, map_store, pack_examples
+from lorasft.data.store import append_arrays, example_lengths, map_store, pack_examples, pad_weights
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.data.tokens import UNSUPERVISED, Tokens
 from lorasft.errors import DataError, ErrorGroup, LorasftError, ModelError
@@ -277,14 +278,6 @@ def numbered(count: int, *, start: int = 0) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
-def test_a_share_of_a_source_is_the_same_rows_every_time(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_bytes(numbered(400))
-    source = {"path": str(tmp_path / "rows.jsonl"), "share": 0.25}
-    data = DataSettings(train=(source,))
-    picks = [[e.place.line for e in shape(data, Report())] for _ in range(2)]
-    assert picks[0] == picks[1] and 60 < len(picks[0]) < 140
-
-
 def test_held_out_rows_are_chosen_by_content() -> None:
     random = np.random.default_rng(0)
     digests = random.integers(0, 2**64, size=500, dtype=np.uint64)
@@ -303,8 +296,9 @@ def as_tokens(*pairs: tuple[int, bool]) -> Tokens:
     return Tokens(ids, np.where([learned for _, learned in pairs], ids, UNSUPERVISED).astype(np.int32))
 
 
+@pytest.mark.parametrize("weighted", [(), (9, 10, 17)])
 @pytest.mark.parametrize("at_once", [1, 7, 30])
-def test_the_store_gives_back_what_was_written(tmp_path: Path, at_once: int) -> None:
+def test_the_store_gives_back_what_was_written(tmp_path: Path, at_once: int, weighted: tuple[int, ...]) -> None:
     random = np.random.default_rng(1)
     examples = []
     for line in range(30):
@@ -312,13 +306,19 @@ def test_the_store_gives_back_what_was_written(tmp_path: Path, at_once: int) -> 
         for _ in range(line % 4):  # those without any were dropped
             learned = random.random(int(random.integers(1, 20))) < 0.5
             learned[0] = False
-            sequences.append(as_tokens(*((int(random.integers(2**31 - 1)), bool(flag)) for flag in learned)))
+            made = as_tokens(*((int(random.integers(2**31 - 1)), bool(flag)) for flag in learned))
+            weights = random.random(len(made)).astype(np.float32) if line in weighted else None
+            sequences.append(replace(made, weights=weights))
         examples.append((line, tuple(sequences)))
     for first in range(0, 30, at_once):
         lines, sequences = zip(*examples[first : first + at_once], strict=True)
-        append_arrays(tmp_path, **pack_examples(sequences, files=first % 3, lines=lines, digests=7))
-    append_arrays(tmp_path, **pack_examples([], files=0, lines=[], digests=7))
+        each = {"lines": lines, "digests": 7, "sources": 1, "row_weights": [line / 4 for line in lines]}
+        append_arrays(tmp_path, **pack_examples(sequences, files=first % 3, **each))
+    append_arrays(tmp_path, **pack_examples([], files=0, lines=[], digests=7, sources=1, row_weights=[]))
     append_arrays(tmp_path, held_out=np.arange(30) % 5 == 0)
+    assert (tmp_path / "weights").exists() == bool(weighted)
+    if weighted:
+        pad_weights(tmp_path)
     store = map_store(tmp_path, ["file0", "file1", "file2"])
     train, held_out = store.split(held_out=False), store.split(held_out=True)
     assert (len(store), len(train), len(held_out)) == (22, 18, 4)
@@ -330,6 +330,10 @@ def test_the_store_gives_back_what_was_written(tmp_path: Path, at_once: int) -> 
             for mine, written in zip(some.sequences(index), sequences, strict=True):
                 assert mine.ids.dtype == mine.labels.dtype == np.int32
                 assert (mine.ids == written.ids).all() and (mine.labels == written.labels).all()
+                assert mine.row_weight == line / 4 and (mine.weights is None) == (not weighted)
+                ones = np.ones(len(written), dtype=np.float32)
+                wanted = ones if written.weights is None else written.weights
+                assert mine.weights is None or (mine.weights.dtype == np.float32 and (mine.weights == wanted).all())
 
 
 def test_prepare_splits_counts_and_reuses(tmp_path: Path, tiny: Any) -> None:

@@ -281,7 +281,7 @@ def test_the_time_left_is_that_of_the_steps(recipe: Write, monkeypatch: pytest.M
     Path(settings.run.output).mkdir()
     shown = Metrics(settings, steps=11, done=0, metrics_bytes=0, quiet=True)
     now[0] += 60
-    shown.evaluation(step=0, loss=1.0, tokens=9)
+    shown.evaluation(step=0, loss=1.0, tokens=9, by_source={})
     for number in (1, 2):
         now[0] += 2
         shown.step({"step": number, "loss": 1.0, "learning_rate": 0.1, "tokens_per_second": 9.0, "seconds": 2.0})

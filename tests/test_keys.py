@@ -106,13 +106,18 @@ def test_flags_that_choose_a_turn(tmp_path: Path, tiny: Any) -> None:
 @pytest.mark.parametrize(
     ("message", "what"),
     [
-        ({"weight": 0.5}, "'weight' is 0.5, a weight other than 0 and 1"),
+        ({"weight": -0.5}, "'weight' is -0.5"),
+        ({"weight": "nan"}, "'weight' is nan"),
+        ({"weight": "heavy"}, "'weight' must be a number, this is str"),
+        ({"weight": [1]}, "'weight' must be a number, this is list"),
+        ({"loss_scale": 0.5}, "'loss_scale' is 0.5, a weight other than 0 and 1"),
         ({"loss_weight": -1}, "'loss_weight' is -1"),
         ({"loss_mask": [0, 1]}, "'loss_mask' must be true or false, this is list"),
         ({"loss": "yes"}, "'loss' must be true or false"),
         ({"mask": 0}, "'mask' says what is learned in a way that is not read"),
         ({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}, "'train_detail' says"),
         ({"content": [{"type": "text", "text": "A", "weight": 0}]}, "part that is not to be learned"),
+        ({"content": [{"type": "text", "text": "A", "weight": 2}]}, "part that has a weight of its own"),
         ({"images": ["a.png"]}, "'images' beside the text"),
         ({"audio": {"id": "x"}}, "'audio' beside the text"),
     ],
@@ -191,7 +196,7 @@ def test_what_nothing_reads_is_named_once(tmp_path: Path, tiny: Any, cli: Comman
          "score": 2, "loss": 1.5, "source": "\x1b[31m"},
         {"messages": [Q, A | {"content": "C"}], "source": "\ud83d"},
     ]  # fmt: skip
-    named = "label, messages.id, messages.speaker, score, weight, content.cache_control, loss, source"
+    named = "label, messages.id, messages.speaker, score, content.cache_control, loss, source"
     made = make(tmp_path, tiny, rows)
     assert list(made.report.notices()) == [f"columns not read: {named}"] and made.report.answers == 3
     assert json.loads((made.folder / "prepared.json").read_bytes())["report"]["unread"] == named.split(", ")

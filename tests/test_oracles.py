@@ -70,20 +70,22 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 
 
 def plain_step(model: Any, rows: Rows, loss: str) -> tuple[float, dict[str, torch.Tensor]]:
-    """What a step must give, from the definition: sequences alone, full logits, one division."""
-    total = torch.tensor(0.0)
-    tokens = 0
+    """What a step must give, from the definition: sequences alone, full logits, one division by all weights."""
+    total, weight = torch.tensor(0.0), 0.0
     for sequences in rows.rows:
-        nll, count = torch.tensor(0.0), 0
+        nll, count = torch.tensor(0.0), 0.0
         for sequence in sequences:
             ids = torch.as_tensor(sequence.ids.astype(np.int64))[None]
             labels = torch.as_tensor(sequence.labels.astype(np.int64))
             logits = model(input_ids=ids, use_cache=False).logits[0]
-            nll = nll + F.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")
-            count += int((labels[1:] != -100).sum())
-        total = total + (nll if loss == "token" else nll / count)
-        tokens += count
-    value = total / (tokens if loss == "token" else len(rows))
+            each = F.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="none")
+            given = torch.ones(len(ids[0])) if sequence.weights is None else torch.as_tensor(sequence.weights)
+            nll = nll + (each * given[1:]).sum()
+            count += float(given[1:][labels[1:] != -100].sum())
+        row = sequences[0].row_weight
+        total = total + row * (nll if loss == "token" else nll / count)
+        weight += row * (count if loss == "token" else 1)
+    value = total / weight
     model.zero_grad()
     value.backward()
     return float(value.detach()), gradients(model)
@@ -169,3 +171,14 @@ def test_the_oracle_catches_mutants(mutant: Any, name: str, rows: Rows, monkeypa
     )
     whole, _ = differences(packed_step(model, network, rows, "token", 1000)[1], want)
     assert whole > 1e-2
+
+
+def weigh(rows: Rows) -> Rows:
+    """The rows, every other one of another weight, and tokens of one of several."""
+    random = np.random.default_rng(4)
+    for number, sequences in enumerate(rows.rows):
+        drawn = [random.choice([0.25, 1.0, 3.5], len(one)).astype(np.float32) for one in sequences]
+        pairs, row = zip(sequences, drawn, strict=True), 2.5 if number % 2 else 1.0
+        weighted = [(one, own if number % 3 else None) for one, own in pairs]
+        rows.rows[number] = tuple(replace(one, weights=own, row_weight=row) for one, own in weighted)
+    return rows

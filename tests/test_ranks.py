@@ -18,17 +18,19 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import GeneralTracker
 from faults.trial import full_in, with_fault
 from safetensors.torch import load_file, save_file
-from test_oracles import Rows, assert_same_step, gradients, oracle, ours, plain_step
+from test_oracles import Rows, assert_same_step, gradients, oracle, ours, plain_step, weigh
 from test_prefixes import Relatives
 from test_train import metrics
 
@@ -96,16 +98,18 @@ class Launch:
         return "".join(path.read_text(encoding="utf-8") for path in self.words)
 
 
-def some(count: int, *, share: bool = False) -> Rows:
+def some(count: int, *, share: bool = False, weighted: bool = False) -> Rows:
     rows = Relatives() if share else Rows()
     rows.rows = rows.rows[:count]
-    return rows
+    return weigh(rows) if weighted else rows
 
 
 def step_run(model: Any, network: Any, rows: Rows, ranks: Ranks, *, folder: str = "", **plan: Any) -> Run:
     """As much of a run in `folder` as a step's losses and gradients, and an evaluation, need."""
     whole = Plan(len(rows), len(rows), 1, seed=0, processes=ranks.count, **plan)
-    stub: Any = SimpleNamespace(prepared=SimpleNamespace(train=None, held_out=rows), evaluation=lambda **_: None)
+    stub: Any = SimpleNamespace(
+        prepared=SimpleNamespace(train=None, held_out=rows, sources=("rows",)), evaluation=lambda **_: None
+    )
     stub.progress = SimpleNamespace(interlude=lambda _: contextlib.nullcontext())
     stub.tokenizer = SimpleNamespace(decode=lambda *_, **__: "")
     stub.run = SimpleNamespace(output=folder)
@@ -113,7 +117,8 @@ def step_run(model: Any, network: Any, rows: Rows, ranks: Ranks, *, folder: str 
 
 
 SIZES = ((6, 1000, False), (6, 20, False), (1, 1000, False), (6, 40, True))
-CASES = [(loss, *sizes) for loss in ("token", "example") for sizes in SIZES]
+CASES = [(loss, *sizes, False) for loss in ("token", "example") for sizes in SIZES]
+CASES += [(loss, 6, 40, True, True) for loss in ("token", "example")]
 
 
 def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> None:
@@ -122,8 +127,8 @@ def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> N
     def act(rank: int) -> None:
         with join() as ranks:
             model, network = ours("llama")
-            for number, (loss, count, capacity, shared) in enumerate(CASES):
-                rows = some(count, share=shared)
+            for number, (loss, count, capacity, shared, weighted) in enumerate(CASES):
+                rows = some(count, share=shared, weighted=weighted)
                 plan = {"loss": loss, "micro_batch_tokens": capacity, "share_prefixes": shared}
                 run = step_run(model, network, rows, ranks, **plan)
                 step = run.plan.step(1, rows)
@@ -137,8 +142,8 @@ def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> N
 
     launch = Launch(tmp_path, act)
     assert launch.codes() == [0, 0], launch.said()
-    for number, (loss, count, _, shared) in enumerate(CASES):
-        want = plain_step(oracle("llama"), some(count, share=shared), loss)
+    for number, (loss, count, _, shared, weighted) in enumerate(CASES):
+        want = plain_step(oracle("llama"), some(count, share=shared, weighted=weighted), loss)
         first, second = (load_file(tmp_path / f"{number}-{rank}.safetensors") for rank in (0, 1))
         assert all(torch.equal(first[name], second[name]) for name in first)
         assert_same_step((float(first.pop("loss")), first), want)
@@ -160,7 +165,7 @@ def held_out(model: Any, network: Any, ranks: Ranks, folder: Path) -> list[Any]:
     losses = []
     for size in range(1, 7):
         rows: Any = some(size)
-        rows.place = "rows:{}".format
+        rows.place, rows.sources = "rows:{}".format, partial(np.zeros, size, dtype=np.int64)
         (folder / str(size)).mkdir(parents=True, exist_ok=True)
         run = step_run(model, network, rows, ranks, folder=str(folder / str(size)), **plan)
         losses.append(loop.evaluate(run, state, StopRequest()).best_loss)

@@ -229,7 +229,7 @@ BAD_DATA = {  # a whole recipe of its own, where the data or the base is the mat
     "model: {base: m}": (2, 1, ["data.train"]),
     "model: {base: m}\ndata:": (2, 2, ["data.train"]),
     "model: {base: m}\ndata:\n  train: []": (2, 3, ["data.train"]),
-    "model: {base: m}\ndata:\n  train:\n    - a\n    - {share: 2}": (2, 5, ["train.1.path", "train.1.share"]),
+    "model: {base: m}\ndata:\n  train:\n    - a\n    - {share: 200}": (2, 5, ["train.1.path", "train.1.share"]),
     "model: {base: m}\ndata:\n  train:\n    path: a\n    pth: b": (
         2,
         5,
@@ -239,6 +239,15 @@ BAD_DATA = {  # a whole recipe of its own, where the data or the base is the mat
     "model: {base: m}\ndata:\n  train: a\n  eval:\n    - {path: b, share: 0}": (2, 5, ["data.eval.0.share"]),
     "model: {base: m}\ndata: {train: a, eval: null}\nrun: {keep_best: true}": (2, 3, ["keep_best needs data.eval"]),
     "model: {base: m}\ndata: {train: a}\nrun: {keep_best: true, eval_every: null}": (2, 3, ["needs run.eval_every"]),
+    "model: {base: m}\ndata: {train: a, eval: null}\nrun: {patience: 2}": (2, 3, ["patience needs data.eval"]),
+    "model: {base: m}\ndata: {train: a}\nrun: {patience: 2, eval_every: null}": (
+        2,
+        3,
+        ["run.patience needs run.eval_every", "run.eval_every=100, or", "run.patience=null"],
+    ),
+    "model: {base: m}\ndata: {train: a}\nrun: {patience: 0}": (2, 3, ["run.patience"]),
+    "model: {base: m}\ndata: {train: a}\noptimizer: {lora_plus: 0}": (2, 3, ["optimizer.lora_plus"]),
+    "model: {base: m}\ndata:\n  train: a\n  eval:\n    - {path: b, share: 0.5}": (2, 5, ["takes all rows"]),
     "- a": (2, 1, ["mapping of sections"]),
 }
 REFUSED = {**{f"{SMALLEST}{text}\n": expected for text, expected in BAD.items()}, **BAD_DATA}
@@ -332,9 +341,10 @@ FOREIGN = {  # files of other tools, in short -> hints that must be there
         "base_model: x/y\nadapter: qlora\ndatasets: [{path: a, type: alpaca}]\nlora_r: 8\nlora_alpha: 16\n"
         "sample_packing: true\neval_sample_packing: true\npad_to_sequence_len: true\nmicro_batch_size: 2\n"
         "gradient_accumulation_steps: 4\noptimizer: adamw_bnb_8bit\nbf16: auto\ntf32: false\nwandb_entity: me\n"
+        "early_stopping_patience: 3\nloraplus_lr_ratio: 16\n"
         "gradient_checkpointing: true\nresume_from_checkpoint:\nflash_attention: true\nwarmup_ratio: 0.1\n"
         "saves_per_epoch: 1\nspecial_tokens: {pad_token: x}\ndeepspeed:\nmodel_type: LlamaForCausalLM\nnum_epochs: 1\n",
-        ["this is a section: adapter.rank", "this is a section: optimizer.name"],
+        ["this is a section: adapter.rank", "this is a section: optimizer.name", "run.patience", "optimizer.lora_plus"],
     ),
     "llama-factory": (
         "model_name_or_path: x\nstage: sft\ndo_train: true\nfinetuning_type: lora\nlora_target: all\ntemplate: qwen3\n"
@@ -377,11 +387,12 @@ def test_names_may_be_written_without_a_list(written: str, held: Any) -> None:
 
 
 def test_no_held_out_rows_turn_off_what_the_recipe_says_of_evaluation() -> None:
-    text = SMALLEST + "run: {eval_every: 5, keep_best: true}\n"
+    text = SMALLEST + "run: {eval_every: 5, keep_best: true, patience: 3}\n"
     recipe = load(text, "data.eval=null")
-    assert recipe.run.eval_every is None and not recipe.run.keep_best
+    assert recipe.run.eval_every is recipe.run.patience is None and not recipe.run.keep_best
     assert load_recipe("tiny", ["data.eval=null"]).run.eval_every is None
-    for typed in ("run.eval_every=5", "run.keep_best=true"):  # by the same hand: one of the two is a mistake
+    # By the same hand: one of the two is a mistake.
+    for typed in ("run.eval_every=5", "run.keep_best=true", "run.patience=3"):
         assert "needs data.eval" in str(refused(text, "data.eval=null", typed))
     assert "needs data.eval" in str(refused(text.replace("x.jsonl", "x.jsonl, eval: null")))
 

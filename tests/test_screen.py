@@ -80,17 +80,17 @@ def test_the_table_and_the_bar(terminal: SimpleNamespace, capsys: Any) -> None:
     """What is left after step 8: two steps of 2 s, two evaluations of 1 s with answers of 0.5 s, and a save of 1 s."""
     progress = Progress(RunSettings(eval_every=4, save_every=10, sample_every=2), steps=10, done=0, live=True)
     wait(terminal, progress, "evaluating", 30)
-    progress.evaluation(step=0, loss=4.0, tokens=9)
+    progress.evaluation(step=0, loss=4.0, tokens=9, by_source={})
     wait(terminal, progress, "answering", 0.5)
     wait(terminal, progress, "saving", 1)
     for number in range(1, 9):
         show(terminal, progress, number)
         if number == 4:
             wait(terminal, progress, "evaluating", 1)
-            progress.evaluation(step=4, loss=2.8, tokens=9)
+            progress.evaluation(step=4, loss=2.8, tokens=9, by_source={})
     bar = capsys.readouterr().err
     assert screen(bar)[-1] == GOLDEN.splitlines()[-1] and max(map(len, screen(bar))) < 80
-    progress.evaluation(step=8, loss=1.7, tokens=9)
+    progress.evaluation(step=8, loss=1.7, tokens=9, by_source={})
     lines = screen(bar + capsys.readouterr().err)
     assert [line.rstrip() for line in lines[:-1]] == GOLDEN.splitlines()[:-1]
 

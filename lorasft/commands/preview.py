@@ -64,7 +64,9 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
             for place, held_out, tokens, parts in _sequences(prepared.store, tokenizer):
                 spans = [{"text": text, "learned": supervised} for text, supervised, _ in parts]
                 line = {"source": vars(place), "ids": tokens.ids.tolist(), "labels": tokens.labels.tolist()}
-                print(json.dumps({**line, "spans": spans, "held_out": held_out}))
+                weights = {} if tokens.weights is None else {"weights": tokens.weights.tolist()}
+                weights |= {"row_weight": tokens.row_weight} if tokens.row_weight != 1 else {}
+                print(json.dumps({**line, "spans": spans, "held_out": held_out, **weights}))
             print(json.dumps({"summary": prepared.report.as_dict()}))
             return
         found = _sequences(prepared.store, tokenizer, most=rows or (1000 if html else 3))

@@ -90,6 +90,7 @@ def _describe(ready: Run) -> Iterator[str]:
     trained = f"adapter of rank {ready.inputs.adapter.rank}, {ready.trained.master.numel():,} parameters"
     yield f"base  {'/'.join(Path(model.base).parts[-2:])} in {kind}; {trained}"
     examples = f"{report.train_examples:,} examples, {report.held_out_examples:,} held out"
+    examples += f", {report.weighted_examples:,} weighted" * bool(report.weighted_examples)
     tokens = f"{report.tokens:,} tokens, {report.supervised_tokens / max(1, report.tokens):.0%} supervised"
     yield f"data  {examples}; {tokens}; parity {report.rows - report.parity_breaks:,}/{report.rows:,}"
     memory = json.loads((ready.folder / "memory.json").read_bytes())

@@ -24,7 +24,7 @@ from lorasft.recipe import ChatSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PLAIN_KEYS = {"role", "content", "name", "train"}
+PLAIN_KEYS = {"role", "content", "name", "train", "weight"}
 ENTITY = re.compile(r"&(?:#\w+|quot|amp|lt|gt|apos);")
 QUESTION, ANSWER = "Which word comes first?", "lorasftProbeAnswer"  # nothing a template would trim or rewrite
 
@@ -47,6 +47,7 @@ class AnswerSpan:
     prompt: int
     start: int
     end: int
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class ChatFormat:
         if self._masks(message):
             start += self._count_reasoning(region[start:end], example, target)
         self.refuse_markup(example, text)
-        answer = AnswerSpan(len(prompt), len(prompt) + start, len(prompt) + end)
+        answer = AnswerSpan(len(prompt), len(prompt) + start, len(prompt) + end, message.get("weight", 1.0))
         return MarkedText(prompt + (region[:end] if add_eos else region), (answer,), add_eos)
 
     def _locate_earlier(self, text: str, example: Example, target: int) -> AnswerSpan | None:
@@ -148,7 +149,8 @@ class ChatFormat:
         message, style, prompt = example.messages[target], self.style, self.render(example, target, answered=False)
         usual = prompt + style.answer_prefix + message["content"] + style.end_of_turn
         if style.end_of_turn and text.startswith(usual) and not (message.get("tool_calls") or self._masks(message)):
-            return AnswerSpan(len(prompt), len(prompt + style.answer_prefix), len(usual))
+            weight = message.get("weight", 1.0)
+            return AnswerSpan(len(prompt), len(prompt + style.answer_prefix), len(usual), weight)
         alone = self.mark_last(example, target)
         end = alone.answers[0].end
         return alone.answers[0] if not alone.add_eos and text.startswith(alone.text[:end]) else None

@@ -42,12 +42,14 @@ class Example:
     place: RowLocation
     variables: dict[str, Any] = field(default_factory=dict)  # of the template, in this row
     completion: int | None = None  # messages, at the end, that may be supervised; null: all
+    weight: float = 1.0  # of all its losses
 
     @cached_property
     def digest(self) -> int:
-        """64 bits of a hash of the content: equal rows have equal digests, wherever they are."""
+        """64 bits of a hash of the content: equal rows have equal digests, wherever they are, whatever they weigh."""
         variables = [self.variables] if self.variables else []
-        content = CANONICAL.encode([self.messages, self.tools, self.text, *variables])
+        messages = [{key: value for key, value in one.items() if key != "weight"} for one in self.messages]
+        content = CANONICAL.encode([messages, self.tools, self.text, *variables])
         return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big")
 
 
@@ -121,8 +123,8 @@ def _find_format(
 
 
 def shape_block(block: RowBlock, settings: DataSettings, *, report: Report) -> Iterator[Example]:
-    """The examples of a block, within their source's share. Raises DataError after them when the file ends wrong."""
-    columns, share = block.source.columns or settings.columns or {}, block.source.share
+    """The examples of a block. Raises DataError after them when the file ends wrong."""
+    columns = block.source.columns or settings.columns or {}
     read = (keys.READ.get(block.kind, set()) - columns.keys()) | set(columns.values())
     if block.guessed:
         report.read_as.append(f"{', '.join(columns.values())} are read as {', '.join(columns)}")
@@ -138,8 +140,7 @@ def shape_block(block: RowBlock, settings: DataSettings, *, report: Report) -> I
                 report.unread.extend(sorted(unread.difference(report.unread)))
                 if (label := keys.label_of(row, block.kind)) is not None:
                     report.labels.setdefault((block.file, label), str(place))
-            if example.digest < share * 2**64:
-                yield example
+            yield example
         except (DataError, UnicodeEncodeError) as error:  # half a character: "\\ud83d" alone
             bad = error if isinstance(error, DataError) else DataError(f"not text: {error}")
             report.add_error(bad, place, policy=settings.on_bad_row)
@@ -154,8 +155,9 @@ def shape_row(row: Row, kind: str, place: RowLocation, *, unread: set[str], mapp
     if missing:
         what = f"no {' and no '.join(map(repr, missing))} in this row of format {kind}"
         raise DataError(what, hint=f"columns seen: {', '.join(map(str, row))}")
+    weight = keys.read_weight(row.get("weight"))
     if kind == "text":
-        return Example((), None, _expect(row["text"], str, "text"), place)
+        return Example((), None, _expect(row["text"], str, "text"), place, weight=weight)
     listed, completion = _list_messages(row, kind, unread)
     messages = tuple(normalize_message(message, unread) for message in listed)
     if row.get("system"):  # once; where they have another of their own, only if it is asked for
@@ -167,7 +169,7 @@ def shape_row(row: Row, kind: str, place: RowLocation, *, unread: set[str], mapp
             unread.add("system")
     refuse_untrainable(messages)
     tools = normalize_tools(row.get("tools") or row.get("functions"))
-    return Example(messages, tools, None, place, _template_variables(row, unread), completion)
+    return Example(messages, tools, None, place, _template_variables(row, unread), completion, weight)
 
 
 def normalize_message(message: Any, unread: set[str]) -> Message:
@@ -309,8 +311,9 @@ def _join_parts(content: Any, unread: set[str]) -> str:
         texts.append(_expect(part.get("text", part.get("value")), str, "text"))
         extra = {key: value for key, value in part.items() if key not in ("type", "text", "value")}
         keys.read_flags(extra)
-        if extra.pop("train", True) is False:
-            raise DataError("a content part that is not to be learned", hint="mark the whole message")
+        if extra.pop("train", True) is False or "weight" in extra:
+            what = "has a weight of its own" if "weight" in extra else "is not to be learned"
+            raise DataError(f"a content part that {what}", hint="mark the whole message")
         unread.update(f"content.{key}" for key, value in extra.items() if not keys.is_absent(value))
     return "".join(texts)
 

@@ -21,10 +21,11 @@ NEEDED = {  # format -> the columns that make it
 }
 OPTIONS = "chat_template_kwargs"  # of a row: variables of its template
 VARIABLES = ("documents", "enable_thinking", "reasoning_effort")  # and those that have a column of their own
-_BESIDE = {"system", "tools", "functions", OPTIONS, *VARIABLES}  # of every format but text
+_BESIDE = {"system", "tools", "functions", "weight", OPTIONS, *VARIABLES}  # of every format but text
 _MORE = {"alpaca": {"input", "history"}, "prompt-completion": {"history"}}
 # Format -> all columns that are read.
-READ = {kind: {*needed, *_BESIDE, *_MORE.get(kind, ())} for kind, needed in NEEDED.items()} | {"text": {"text"}}
+READ = {kind: {*needed, *_BESIDE, *_MORE.get(kind, ())} for kind, needed in NEEDED.items()}
+READ["text"] = {"text", "weight"}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 OTHER_ROLES = {  # what others call them
     "human": "user",
@@ -33,11 +34,12 @@ OTHER_ROLES = {  # what others call them
 }
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that transformers reads, in its order
 CHOOSING = ("train", "training", "trainable", "train_on_turn")  # those that are true: `supervise: flagged`
-_WEIGHTS = (*CHOOSING, "weight", "loss", "loss_weight", "loss_scale", "loss_mask")
+_WEIGHTS_TO = (1e-9, 1e9)  # products and sums of them are numbers of fp32
+_WEIGHTS = (*CHOOSING, "loss", "loss_weight", "loss_scale", "loss_mask")
 FLAGS = {**dict.fromkeys(_WEIGHTS, True), "masked": False}  # of a message -> what it says where it is learned
 UNCLEAR = {"mask", "train_detail", "training_detail"}
 MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
-KNOWN = {"role", "content", "tool_calls", "function_call", *REASONING, *FLAGS, *UNCLEAR, *MEDIA}
+KNOWN = {"role", "content", "tool_calls", "function_call", "weight", *REASONING, *FLAGS, *UNCLEAR, *MEDIA}
 KEPT = KNOWN | {"name", "tool_call_id"}  # of a turn; these two say something to some templates
 # Columns of other names that are read where a row fits no format: lower case, without blanks around.
 QUESTIONS = ("prompt", "question", "query", "instruction", "input", "user", "human")
@@ -125,25 +127,42 @@ def template_reads(template: str, name: str) -> bool:
 
 def read_flags(message: Row) -> None:
     """Leave one flag in a message, `train`: false where one of its flags or weights says that it is not to be learned,
-    true where one chooses it. Raises DataError for what is neither."""
+    true where one chooses it; and its `weight` as a number, where that is neither 0 nor 1. Raises DataError."""
     if message.get("role") == "assistant" and (unclear := sorted(UNCLEAR & message.keys())):
         hint = '"train": true or false marks a whole answer; data.on_bad_row=drop leaves the row out'
         raise DataError(f"{unclear[0]!r} says what is learned in a way that is not read", hint=hint)
+    weight = read_weight(message.pop("weight", None))
     flags = [(key, read_flag(key, message.pop(key))) for key in FLAGS if key in message]
-    if any(value != FLAGS[key] for key, value in flags):
+    if weight == 0 or any(value != FLAGS[key] for key, value in flags):
         message["train"] = False
-    elif any(key in CHOOSING for key, _ in flags):
+        return
+    if any(key in CHOOSING for key, _ in flags):
         message["train"] = True
+    if weight != 1:
+        message["weight"] = weight
 
 
 def read_flag(key: str, value: Any) -> bool:
-    """A flag, or a weight of 0 or 1, also as text. Raises DataError."""
-    text = str(value).lower()
-    try:
-        number = float({"true": "1", "false": "0"}.get(text, text))
-    except ValueError:
-        raise DataError(f"{key!r} must be true or false, this is {type(value).__name__}") from None
+    """A flag, or one of the weights that tools apply otherwise, if it is 0 or 1, also as text. Raises DataError."""
+    number = _number(key, value, "true or false")
     if number not in (0, 1):
-        hint = "make it 0 or 1: an answer is learned whole or not at all; data.on_bad_row=drop leaves the row out"
+        hint = "make it 0 or 1; 'weight' may be any number from 0; data.on_bad_row=drop leaves the row out"
         raise DataError(f"{key!r} is {number:g}, a weight other than 0 and 1", hint=hint)
     return bool(number)
+
+
+def read_weight(value: Any) -> float:
+    """What the losses of a row or a message are multiplied by: 1 where nothing is said. Raises DataError."""
+    number = 1.0 if is_absent(value) else _number("weight", value, "a number")
+    if number != 0 and not _WEIGHTS_TO[0] <= number <= _WEIGHTS_TO[1]:
+        hint = f"0, or from {_WEIGHTS_TO[0]:g} to {_WEIGHTS_TO[1]:g}; data.on_bad_row=drop leaves the row out"
+        raise DataError(f"'weight' is {number:g}", hint=hint)
+    return number
+
+
+def _number(key: str, value: Any, wanted: str) -> float:
+    text = str(value).lower()
+    try:
+        return float({"true": "1", "false": "0"}.get(text, text))
+    except ValueError:
+        raise DataError(f"{key!r} must be {wanted}, this is {type(value).__name__}") from None

@@ -52,6 +52,9 @@ class Labeler:
 
     def _mark(self, example: Example, report: Report) -> tuple[MarkedText, ...]:
         example = self.format.complete(example)
+        if example.weight == 0:
+            _drop_without_target(example, report)
+            return ()
         if example.text is not None:
             return (MarkedText(example.text, (), add_eos=True),)
         answers = [message["content"] for message in example.messages if message["role"] == "assistant"]
@@ -67,9 +70,10 @@ class Labeler:
             hint = "write their text into a message, or chat.template=FILE with a template that shows them"
             raise DataError("the chat template does not show the documents of this row", hint=hint)
         if self.chat.supervise == "everything":
-            if any(message.get("train") is False for message in example.messages):
+            if unlike := [one for one in example.messages if one.get("train") is False or "weight" in one]:
+                what = "has a weight of its own" if "weight" in unlike[0] else "is not to be learned"
                 hint = "chat.supervise=all, or data.on_bad_row=drop, which leaves the row out"
-                raise DataError("a message that is not to be learned, under supervise: everything", hint=hint)
+                raise DataError(f"a message that {what}, under supervise: everything", hint=hint)
             text = self.format.render(example, len(example.messages))
             self.format.refuse_lost(example, [len(example.messages)], answered=True)
             self.format.refuse_markup(example, text)
@@ -142,6 +146,7 @@ class Labeler:
     def _supervise_answers(self, marked: MarkedText, whole: Encoded, prompts: Sequence[list[int]]) -> Tokens:
         ids = np.array(whole.ids + (self.format.eos if marked.add_eos else []), dtype=np.int32)
         labels = np.full(len(ids), UNSUPERVISED, dtype=np.int32)
+        weights = np.ones(len(ids), dtype=np.float32)
         for answer, prompt in zip(marked.answers, prompts, strict=True):
             if found := whole.tokens_between(answer.start, answer.end):
                 (first, start, _), (last, _, stop) = found
@@ -151,10 +156,11 @@ class Labeler:
                 after = bool(marked.text[answer.end : stop].strip())
                 supervised = slice(max(first + before, len(prompt)), last + 1 - after)
                 labels[supervised] = ids[supervised]
+                weights[supervised] = answer.weight
         if marked.add_eos:
-            labels[-1] = ids[-1]
+            labels[-1], weights[-1] = ids[-1], marked.answers[-1].weight
         labels[0] = UNSUPERVISED  # nothing comes before it that it could be predicted from
-        return Tokens(ids, labels)
+        return Tokens(ids, labels, weights if (weights != 1).any() else None)
 
     def _fit(self, sequences: list[Tokens], example: Example, report: Report) -> list[Tokens]:
         """The sequences of one example within `max_length`, by the over-long policy; none when it is dropped."""
@@ -185,6 +191,8 @@ class Labeler:
         kept = tuple(tokens for tokens, count in zip(sequences, counts, strict=True) if count)
         if sequences and not kept:
             _drop_without_target(example, report)
+        weighted = example.weight != 1 or any(tokens.weights is not None for tokens in kept)
+        report.weighted_examples += bool(kept) and weighted
         report.sequences += len(kept)
         report.tokens += sum(map(len, kept))
         report.supervised_tokens += sum(counts)

@@ -40,7 +40,7 @@ class MicroBatch:
     segments: tuple[Segment, ...]
     sources: Integers  # (pairs,) index into the row
     targets: Integers  # (pairs,) token ids
-    weights: NDArray[np.float32]  # (pairs,) 1 under `loss: token`, 1/|y| of its example under `loss: example`
+    weights: NDArray[np.float32]  # (pairs,) where no row has any: 1 under `loss: token`, 1/|y| under `loss: example`
     examples: Integers  # (pairs,) which example of the store a pair belongs to
 
 
@@ -70,10 +70,25 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Portion:
+    """What an epoch takes of the rows of one source, which lie together in the training set."""
+
+    rows: int  # of the source, at least one
+    share: float
+
+    @property
+    def taken(self) -> int:
+        return max(min(1, self.rows), round(self.share * self.rows))
+
+    def __str__(self) -> str:
+        return f"{self.taken:,}" + f" (of {self.rows:,})" * (self.taken != self.rows)
+
+
+@dataclass(frozen=True)
 class Plan:
     """The whole run as a pure function of the step."""
 
-    examples: int  # rows in the training set
+    examples: int  # of an epoch
     batch_size: int  # examples per optimizer step; the last step of an epoch takes what is left
     steps: int  # optimizer steps of the run
     seed: int
@@ -82,16 +97,27 @@ class Plan:
     processes: int = 1  # that share the micro-batches of a step
     share_prefixes: Sharing = False
     rope_switch_length: int | None = None  # see `make_micro_batches`
+    portions: tuple[Portion, ...] = ()  # none: an epoch takes each row once
 
     @property
     def steps_per_epoch(self) -> int:
         return math.ceil(self.examples / self.batch_size)
 
+    @property
+    def epochs_for_all(self) -> int:
+        """Epochs after which every row has come."""
+        return max((math.ceil(portion.rows / portion.taken) for portion in self.portions), default=1)
+
+    def order(self, epoch: int) -> Integers:
+        """The rows of epoch `epoch` (from 0) that the run takes, in order."""
+        order = mix(self.portions or (Portion(self.examples, 1.0),), seed=self.seed, epoch=epoch)
+        return order[: max(0, self.steps - epoch * self.steps_per_epoch) * self.batch_size]
+
     def step_examples(self, step: int) -> Integers:
-        """The rows of step `step` (from 1). Within an epoch every row comes exactly once."""
+        """The rows of step `step` (from 1). Within an epoch a row of a source of share 1 comes exactly once."""
         epoch, position = divmod(step - 1, self.steps_per_epoch)
         start = position * self.batch_size
-        return shuffle(self.examples, seed=self.seed, epoch=epoch)[start : start + self.batch_size]
+        return self.order(epoch)[start : start + self.batch_size]
 
     def step(self, number: int, rows: TokenStore) -> Step:
         """The rows of a step, cut into micro-batches."""
@@ -109,6 +135,27 @@ class Plan:
 
 
 @lru_cache(maxsize=2)
+def mix(portions: tuple[Portion, ...], *, seed: int, epoch: int) -> Integers:
+    """The rows that an epoch takes of all sources, shuffled: a pure function of seed and epoch.
+
+    Of each source the next ones of an endless order, in which every row has come once before one comes again.
+    """
+    drawn, first = [], 0
+    for number, portion in enumerate(portions):
+        rows, begin = portion.rows, epoch * portion.taken
+        # Another seed than any that a recipe has: what is drawn tells nothing of where in the epoch it comes.
+        own = seed + ((number + 1) << 32)
+        for turn in range(begin // rows, math.ceil((begin + portion.taken) / rows)):
+            start, end = max(0, begin - turn * rows), min(rows, begin + portion.taken - turn * rows)
+            order = shuffle(rows, seed=own, epoch=turn) if end - start < rows else np.arange(rows)
+            drawn.append(first + np.sort(order[start:end]))
+        first += rows
+    found: Integers = np.concatenate(drawn)[shuffle(sum(map(len, drawn)), seed=seed, epoch=epoch)]
+    found.flags.writeable = False  # remembered for the other steps of the epoch
+    return found
+
+
+@lru_cache(maxsize=8)
 def shuffle(count: int, *, seed: int, epoch: int) -> Integers:
     """A permutation of 0..count-1 by splitmix64 of (seed, epoch, index) (Steele, Lea, Flood 2014): the same on every
     machine and with every version of numpy."""
@@ -188,13 +235,17 @@ def cost(batch: MicroBatch) -> float:
 def _pieces(sequences: tuple[Tokens, ...], example: int, loss: str) -> Iterator[MicroBatch]:
     """Each sequence of an example as a micro-batch of its own."""
     supervised = [np.flatnonzero(tokens.labels != -100) for tokens in sequences]
-    weight = 1.0 if loss == "token" else 1.0 / sum(len(places) for places in supervised)
-    for tokens, places in zip(sequences, supervised, strict=True):
+    given = [
+        np.ones(len(places)) if tokens.weights is None else tokens.weights[places].astype(np.float64)
+        for tokens, places in zip(sequences, supervised, strict=True)
+    ]
+    whole = 1.0 if loss == "token" else sum(one.sum() for one in given)
+    for tokens, places, own_weights in zip(sequences, supervised, given, strict=True):
         if len(places) == 0:
             continue
         ids = tokens.ids.astype(np.int64)
         # The shift, made here and nowhere else: the token at p is predicted from position p - 1.
-        weights = np.full(len(places), weight, dtype=np.float32)
+        weights = (tokens.row_weight / whole * own_weights).astype(np.float32)
         own, row = np.full(len(places), example, dtype=np.int64), np.arange(places[-1])
         yield MicroBatch(ids[: len(row)], row, (Segment(0, len(row)),), places - 1, ids[places], weights, own)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import re
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +21,10 @@ from lorasft.data.examples import RowBlock, read_blocks, shape_block
 from lorasft.data.folders import find_files, held_out_source, kind_of, list_sources
 from lorasft.data.keys import template_reads
 from lorasft.data.labels import Labeler
+from lorasft.data.packing import Portion
 from lorasft.data.report import Report
 from lorasft.data.sources import load_hub
-from lorasft.data.store import TYPES, Arrays, TokenStore, append_arrays, map_store, pack_examples
+from lorasft.data.store import TYPES, Arrays, TokenStore, append_arrays, map_store, pack_examples, pad_weights
 from lorasft.data.workers import available_workers, map_blocks
 from lorasft.errors import DataError, LorasftError, ModelError
 from lorasft.files import read_objects, remove_folder, replace_file, sha256, staged_folder, verify_folder, write_file
@@ -41,6 +44,8 @@ class Prepared:
     store: TokenStore  # all of it
     train: TokenStore
     held_out: TokenStore | None
+    sources: tuple[str, ...]  # names of all sources of the recipe
+    portions: tuple[Portion, ...]  # what an epoch takes of `train`, in its order
     report: Report
     key: str
     stop_ids: tuple[int, ...]  # that end an answer under this template, the usual one first
@@ -87,6 +92,8 @@ def open_prepared(folder: Path) -> Prepared:
         store=store,
         train=store.split(held_out=False),
         held_out=store.split(held_out=True) or None,
+        sources=tuple(record["sources"]),
+        portions=tuple(Portion(rows, share) for rows, share in record["portions"] if rows),
         report=Report(**record["report"]),
         key=record["key"],
         stop_ids=tuple(record["stop_ids"]),
@@ -119,6 +126,13 @@ def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, A
     }
 
 
+def name_sources(sources: Sequence[DataSource]) -> list[str]:
+    """A name for each source: of its file or folder, and its number in front where two would have the same."""
+    names = [re.sub(r"[^\w.-]+", "-", Path(source.path).name) for source in sources]
+    alike = len({*names}) < len(names)
+    return [f"{number}-{name}" if alike else name for number, name in enumerate(names, start=1)]
+
+
 def settings_for(source: DataSource, data: DataSettings) -> DataSettings:
     """Those of a run, for one source that is not trained on: all of it is taken, whatever is dropped.
 
@@ -132,19 +146,20 @@ def settings_for(source: DataSource, data: DataSettings) -> DataSettings:
 
 
 def _prepare_block(
-    work: tuple[RowBlock, int, bool, bool], data: DataSettings, labeler: Labeler
+    work: tuple[RowBlock, int, int, bool, bool], data: DataSettings, labeler: Labeler
 ) -> tuple[Report, LorasftError | None, Arrays | None]:
     """What became of a block of rows, why they cannot be read or encoded further, and what the store gets of them:
-    None where a row cannot be read, here or before. `work`: the block, the number of its file, whether it is held out,
-    and whether to encode it. Done by itself, with a report of its own."""
-    block, file, apart, encode = work
+    None where a row cannot be read, here or before. `work`: the block, the numbers of its file and of its source,
+    whether it is held out, and whether to encode it. Done by itself, with a report of its own."""
+    block, file, source, apart, encode = work
     report, error, packed = Report(), None, None
     try:
         examples = list(shape_block(block, data, report=report))
         if encode and not report.errors:
             encoded = list(labeler.encode_all(examples, report=report))
-            lines, digests = [one.place.line for one in examples], [one.digest for one in examples]
-            packed = pack_examples(encoded, files=file, lines=lines, digests=digests, held_out=apart)
+            each = {"lines": [one.place.line for one in examples], "digests": [one.digest for one in examples]}
+            weights = [one.weight for one in examples]
+            packed = pack_examples(encoded, files=file, sources=source, held_out=apart, row_weights=weights, **each)
     except LorasftError as raised:
         error = raised
     return report, error, packed
@@ -155,8 +170,8 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     report, encoding = Report(), True
     names: dict[str, int] = {}  # of files
     blocks = (
-        (block, names.setdefault(block.file, len(names)), apart, encoding)  # as it is when the block is read
-        for source, apart in list_sources(data)
+        (block, names.setdefault(block.file, len(names)), number, apart, encoding)  # as it is when the block is read
+        for number, (source, apart) in enumerate(list_sources(data))
         for block in read_blocks(source, data)
     )
     work = partial(_prepare_block, data=data, labeler=labeler)
@@ -173,6 +188,8 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
                 append_arrays(stage, **packed)
                 supervised.update(np.bincount(packed["ids"][packed["supervised"]]).nonzero()[0].tolist())
     report.raise_errors()
+    if (stage / "weights").exists():
+        pad_weights(stage)
     for (file, good), place in report.labels.items():
         if not good and (file, True) in report.labels:
             what = "a preference set: the answer of this row is labelled false, that of others true"
@@ -181,8 +198,8 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     report.unread = [name for name in report.unread if not template_reads(template, name)]
     if report.dropped_examples() == report.rows:
         _refuse_losses(data, report)
-    names_read = ("digests", "held_out", "example_sizes")
-    digests, apart, sizes = (np.fromfile(stage / name, TYPES[name]) for name in names_read)
+    names_read = ("digests", "held_out", "example_sizes", "sources")
+    digests, apart, sizes, numbers = (np.fromfile(stage / name, TYPES[name]) for name in names_read)
     # Also of rows that were dropped, so that no setting of lengths moves the split.
     if twice := np.intersect1d(digests[~apart], digests[apart]).size:
         hint = "take them out of one of the two: the held-out loss would measure memory"
@@ -193,11 +210,18 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     report.held_out_examples = int(np.count_nonzero(sizes[held_out]))
     report.train_examples = int(np.count_nonzero(sizes[~held_out]))
     _refuse_losses(data, report)
+    called = [name for part in (data.train, data.eval) if isinstance(part, tuple) for name in name_sources(part)]
+    counts = np.bincount(numbers[(sizes > 0) & ~held_out], minlength=len(data.train)).tolist()
+    portions = [(count, source.share) for count, source in zip(counts, data.train, strict=True)]
+    if len(portions) > 1 or portions[0][1] != 1:
+        report.epoch = dict(zip(called, (str(Portion(*one)) for one in portions), strict=False))
     others = {str(file) for source, _ in list_sources(data) for file in find_files(source)[1]}
     report.files_not_read = sorted(others.difference(names))
     return {
         "report": report.as_dict(),
         "names": list(names),
+        "sources": called,
+        "portions": portions,
         "supervised_special": sorted(supervised & labeler.format.tokenizer.added_tokens_decoder.keys()),
     }
 

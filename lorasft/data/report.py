@@ -33,6 +33,7 @@ class Report:
     sequences: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
+    weighted_examples: int = 0  # that have a weight other than 1, or a message that has
     dropped_reasoning: int = 0  # characters: by the template, or by chat.thinking
     dropped_characters: int = 0  # of answers, or blanks around them, that the template leaves out
     merged_systems: int = 0  # examples whose system text is in their first user turn
@@ -41,6 +42,7 @@ class Report:
     read_as: list[str] = field(default_factory=list)  # columns that were taken for those of a format, by their names
     unread: list[str] = field(default_factory=list)  # names of keys that no part of this program reads
     files_not_read: list[str] = field(default_factory=list)  # of other splits, beside those that were read
+    epoch: dict[str, str] = field(default_factory=dict)  # source -> what an epoch takes of it, where that is to be said
     labels: dict[tuple[str, bool], str] = field(default_factory=dict)  # file, whether good -> the first such row
     errors: list[LorasftError] = field(default_factory=list, repr=False)  # of bad rows that are not to be dropped
 
@@ -54,6 +56,8 @@ class Report:
             yield f"columns {columns} (data.columns says otherwise)"
         if self.unread:
             yield f"columns not read: {', '.join(self.unread[:SHOWN])}{', ...' * (len(self.unread) > SHOWN)}"
+        if self.epoch:
+            yield f"an epoch takes {', '.join(f'{taken} of {name}' for name, taken in self.epoch.items())}"
         if self.files_not_read:
             yield f"files of other splits (data.eval=FOLDER takes validation): {', '.join(self.files_not_read)}"
 

@@ -26,7 +26,11 @@ TYPES = {  # file name -> type on disk
     "lines": "<i8",  # (examples,)
     "digests": "<u8",  # (examples,)
     "held_out": "|b1",  # (examples,)
+    "sources": "<i4",  # (examples,) index into the sources of the recipe
+    "row_weights": "<f4",  # (examples,)
+    "weights": "<f4",  # (tokens,) of messages; no such file where all are 1
 }
+_PADDED = 1 << 20  # weights of 1 that are written at once
 
 
 @dataclass(frozen=True)
@@ -49,17 +53,23 @@ class TokenStore:
         """The sequences of one example (one, or one per turn)."""
         number = self.chosen[example]
         edges = self.sequence_starts[self.example_starts[number] : self.example_starts[number + 1] + 1].tolist()
+        weights, row_weight = self.arrays.get("weights"), float(self.arrays["row_weights"][number])
         found = []
         for start, end in pairwise(edges):
             ids = np.array(self.arrays["ids"][start:end], dtype=np.int32)
             labels = np.where(self.arrays["supervised"][start:end], ids, np.int32(UNSUPERVISED))
-            found.append(Tokens(ids, labels))
+            own = None if weights is None else np.array(weights[start:end])
+            found.append(Tokens(ids, labels, own, row_weight))
         return tuple(found)
 
     def place(self, example: int) -> RowLocation:
         """The file and line that an example came from."""
         number = self.chosen[example]
         return RowLocation(self.names[self.arrays["files"][number]], int(self.arrays["lines"][number]))
+
+    def sources(self) -> Ints:
+        """The number of the source of each example: (examples,)."""
+        return self.arrays["sources"][self.chosen].astype(np.int64)
 
     def count_tokens(self) -> int:
         """Tokens of all sequences."""
@@ -91,7 +101,12 @@ def pack_examples(examples: Sequence[Sequence[Tokens]], **each: npt.ArrayLike) -
     """Lay out the sequences of examples as a store holds them. `each`: by name what else every one has, or all have."""
     sequences = [tokens for own in examples for tokens in own]
     nothing = np.zeros(0, dtype=np.int32)
+    weights = {}
+    if any(tokens.weights is not None for tokens in sequences):
+        own = [np.ones(len(one)) if one.weights is None else one.weights for one in sequences]
+        weights["weights"] = np.concatenate(own)
     return {
+        **weights,
         "ids": np.concatenate([nothing, *(tokens.ids for tokens in sequences)]),
         "supervised": np.concatenate([nothing, *(tokens.labels for tokens in sequences)]) != UNSUPERVISED,
         "sequence_sizes": np.array([len(tokens) for tokens in sequences], dtype=np.int64),
@@ -102,15 +117,25 @@ def pack_examples(examples: Sequence[Sequence[Tokens]], **each: npt.ArrayLike) -
 
 def append_arrays(folder: Path, **arrays: npt.NDArray[Any]) -> None:
     """Append to the flat files of these names, in a folder that somebody else commits."""
+    if "weights" in arrays and "ids" in arrays:
+        pad_weights(folder)  # the tokens before had none
     for name, numbers in arrays.items():
         with open(folder / name, "ab") as file:
             file.write(numbers.astype(TYPES[name], copy=False).tobytes())
 
 
+def pad_weights(folder: Path) -> None:
+    """Give each token in the files of `folder` a weight: 1 where none was appended."""
+    ids, given = (path.stat().st_size // 4 if path.exists() else 0 for path in (folder / "ids", folder / "weights"))
+    for start in range(given, ids, _PADDED):
+        append_arrays(folder, weights=np.ones(min(_PADDED, ids - start)))
+
+
 def map_store(folder: Path, names: Sequence[str]) -> TokenStore:
     """Map the flat files of a store, all examples with sequences chosen. `names`: what the numbers in `files` mean."""
     # As plain views, which slice five times faster.
-    arrays = {name: np.asarray(np.memmap(folder / name, dtype=kind, mode="r")) for name, kind in TYPES.items()}
+    kinds = {name: kind for name, kind in TYPES.items() if name != "weights" or (folder / name).exists()}
+    arrays = {name: np.asarray(np.memmap(folder / name, dtype=kind, mode="r")) for name, kind in kinds.items()}
     sizes = (arrays[name] for name in ("sequence_sizes", "example_sizes"))
     sequence_starts, example_starts = (np.concatenate([[0], np.cumsum(each)]) for each in sizes)
     chosen = np.flatnonzero(arrays["example_sizes"])

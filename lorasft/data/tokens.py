@@ -16,12 +16,15 @@ class Tokens:
 
     ids: npt.NDArray[np.int32]
     labels: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float32] | None = None  # (tokens,) above 0, of its messages; None: all 1
+    row_weight: float = 1.0  # of the example that it is of
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, part: slice | list[int]) -> Tokens:
-        return Tokens(self.ids[part], self.labels[part])
+        weights = None if self.weights is None else self.weights[part]
+        return Tokens(self.ids[part], self.labels[part], weights, self.row_weight)
 
 
 def all_supervised(ids: npt.ArrayLike, start: int = 1) -> Tokens:

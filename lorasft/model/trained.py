@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from collections.abc import Iterator
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,16 @@ from lorasft.model.adapter import trainable
 class Trained:
     """The trained parameters of `model` as views of one fp32 tensor, `master`, and their gradients as views of its own.
 
-    What is used together lies together: all A of a block, then its B. Where the model computes in 16 bits, A and B have
-    copies in its `dtype`: whoever changes a master calls `refresh`.
+    What is used together lies together: all A of a block, then its B; with `rates_apart` what learns at one rate, too.
+    Where the model computes in 16 bits, A and B have copies in its `dtype`: whoever changes a master calls `refresh`.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, *, rates_apart: bool = False) -> None:
         found = trainable(model)
-        self.parameters = {name: found[name] for name in sorted(found, key=_place)}  # in the order of their numbers
+        names = sorted(found, key=_place)
+        if rates_apart:  # those of LoRA stay the first
+            names.sort(key=lambda name: (".lora_" not in name, learns_as_b(name, found[name])))
+        self.parameters = {name: found[name] for name in names}  # in the order of their numbers
         self.master = nn.Parameter(torch.cat([one.detach().flatten() for one in self.parameters.values()]))
         for name, part in self.split(self.master.detach()).items():
             self.parameters[name].data = part
@@ -39,6 +43,15 @@ class Trained:
         parts = zip(self.parameters.items(), ends, strict=True)
         return {name: flat[end - one.numel() : end].view_as(one) for (name, one), end in parts if end <= len(flat)}
 
+    def by_rate(self) -> Iterator[tuple[bool, nn.Parameter]]:
+        """Views of the masters with their gradients, and whether each learns as B does: few with `rates_apart`."""
+        end = 0
+        for as_b, run in groupby(self.parameters.items(), key=lambda item: learns_as_b(*item)):
+            start, end = end, end + sum(one.numel() for _, one in run)
+            part = nn.Parameter(self.master.detach()[start:end])
+            part.grad = self.gradient[start:end]
+            yield as_b, part
+
     def refresh(self) -> None:
         """Make the copies those of the masters."""
         if self._copy.dtype != self.master.dtype:
@@ -54,6 +67,11 @@ class Trained:
 
     def _count_writes(self) -> int:
         return sum(one._version for one in (self.master, *self.parameters.values()))
+
+
+def learns_as_b(name: str, parameter: Tensor) -> bool:
+    """Whether LoRA+ gives it the rate of B, as PEFT does: B, magnitudes of DoRA, vectors of modules trained in full."""
+    return ".lora_B." in name or parameter.ndim == 1
 
 
 def _place(name: str) -> tuple[bool, str, str]:

@@ -74,7 +74,7 @@ class DataSource(_Section):
     config: str | None = Field(None, description="configuration of a hub data set or a snapshot of one")
     format: Format | None = Field(None, description="null: data.format")
     columns: dict[str, str] | None = Field(None, description="null: data.columns")
-    share: float = Field(1.0, gt=0, le=1, description="share of the rows to use")
+    share: float = Field(1.0, gt=0, le=100, description="of training rows, in an epoch; above 1 some come again")
 
 
 def _as_sources(value: Any) -> Any:
@@ -130,6 +130,7 @@ class OptimizerSettings(_Section):
     learning_rate: float = Field(2e-4, gt=0, le=0.01, description="peak of the schedule")
     weight_decay: float = Field(0.0, ge=0, description="decoupled, times the learning rate")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="decay of the first and second moment")
+    lora_plus: PositiveFloat | None = Field(None, description="LoRA+: learning rate of B / that of A; null: the same")
 
 
 class ScheduleSettings(_Section):
@@ -148,6 +149,7 @@ class RunSettings(_Section):
     save_minutes: PositiveFloat | None = Field(20.0, description="minutes between checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints to keep")
     keep_best: bool = Field(False, description="adapter/ holds the best by held-out loss, not the last")
+    patience: PositiveInt | None = Field(None, description="evaluations without a better one that end the run")
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field((), description="also log there")
     _names = field_validator("trackers", mode="before")(_as_names)
 

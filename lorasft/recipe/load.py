@@ -50,7 +50,7 @@ def complete_recipe(document: Document, path: Path, overrides: Sequence[str] = (
         raise RecipeError(what, where=document.places.get((), str(path)), hint=hint)
     _absolute_paths(document, [path.parent, Path.cwd()])
     if "data.eval=null" in overrides:  # turns off what the file says of evaluation, and what is typed holds
-        overrides = ["run.eval_every=null", "run.keep_best=false", *overrides]
+        overrides = ["run.eval_every=null", "run.keep_best=false", "run.patience=null", *overrides]
     for override in overrides:
         _apply_override(override, document)
     _complete(document, path.stem)
@@ -207,11 +207,16 @@ def _explain(error: ValidationError, document: Document) -> list[LorasftError]:
 def _check_together(recipe: Recipe, document: Document) -> None:
     """Raise RecipeError for keys that are each fine, but not together."""
     held_out, every = recipe.data.eval is not None, recipe.run.eval_every is not None
-    key = "eval_every" if every and not held_out else "keep_best"
-    if (every or recipe.run.keep_best) and not (every and held_out):
+    asked = [key for key in ("eval_every", "keep_best", "patience") if getattr(recipe.run, key)]
+    if asked and not (every and held_out):
         needed, example = ("run.eval_every", 100) if held_out else ("data.eval", 0.02)
-        hint = f"{needed}={example}, or run.eval_every=null and run.keep_best=false"
-        raise RecipeError(f"run.{key} needs {needed}", where=_place_of(("run", key), document), hint=hint)
+        without = "run.eval_every=null and run.keep_best=false" + " and run.patience=null" * ("patience" in asked)
+        where, hint = _place_of(("run", asked[0]), document), f"{needed}={example}, or {without}"
+        raise RecipeError(f"run.{asked[0]} needs {needed}", where=where, hint=hint)
+    for number, source in enumerate(recipe.data.eval if isinstance(recipe.data.eval, tuple) else ()):
+        if source.share != 1:
+            where, what = _place_of(("data", "eval", number, "share"), document), "share is of data.train alone"
+            raise RecipeError(f"data.eval takes all rows of a source: {what}", where=where, hint="make a file of some")
 
 
 def _value_at(path: KeyPath, value: Any) -> Any:

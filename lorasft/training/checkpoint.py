@@ -92,7 +92,7 @@ def write_start(run: Run, state: State) -> None:
 
 def save_checkpoint(run: Run, state: State) -> None:
     """Commit the checkpoint of `state`. Raises DivergedError rather than save a tensor that is not finite."""
-    tensors = optimizer_state(run.optimizer, run.trained)
+    tensors = optimizer_state(run.optimizer)
     for name, tensor in {**adapter_weights(run.model), **tensors}.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise DivergedError(f"{name} is not finite: the checkpoint is not saved", hint="lower the learning rate")
@@ -110,7 +110,7 @@ def restore_checkpoint(path: Path, run: Run) -> None:
     give_weights(run.model, read_adapter_weights(path), where=path)
     run.trained.refresh()
     try:
-        restore_optimizer(run.optimizer, run.trained, load_file(path / "optimizer.safetensors"))
+        restore_optimizer(run.optimizer, load_file(path / "optimizer.safetensors"))
     except (SafetensorError, OSError, LookupError, ValueError, RuntimeError) as error:
         raise ModelError(f"cannot read the optimizer: {error}", where=path) from None
 

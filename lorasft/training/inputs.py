@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from accelerate import PartialState
 
 from lorasft.adapter_files import adapts_experts
 from lorasft.artifact import find_artifact
-from lorasft.data.packing import Plan
+from lorasft.data.packing import Plan, Portion
 from lorasft.data.prepare import prepare
 from lorasft.data.tokenizer import add_tokens, load_tokenizer, needed_rows
 from lorasft.errors import DeviceError, RecipeError
@@ -52,7 +53,7 @@ def read_inputs(recipe: Recipe, config: Any, folder: Path) -> RunInputs:
     for notice in prepared.report.notices():
         say(notice)
     check_ids([prepared.store.arrays["ids"]], text.vocab_size, where="model.base")
-    plan = make_plan(recipe, examples=len(prepared.train))
+    plan = make_plan(recipe, prepared.portions)
     return RunInputs(config, tokenizer, new_rows, prepared, plan, adapter, start)
 
 
@@ -78,8 +79,10 @@ def read_checked_config(recipe: Recipe) -> Any:
     return config
 
 
-def make_plan(recipe: Recipe, *, examples: int) -> Plan:
-    """The run as a function of the step. Raises RecipeError when there are fewer rows than one batch."""
+def make_plan(recipe: Recipe, portions: Sequence[Portion]) -> Plan:
+    """The run as a function of the step. `portions`: what an epoch takes of each source. Raises RecipeError when there
+    are fewer rows than one batch."""
+    examples = sum(portion.taken for portion in portions)
     if examples < recipe.train.batch_size:
         what = f"{examples} rows are fewer than one batch of {recipe.train.batch_size}"
         raise RecipeError(what, where="train.batch_size", hint=f"train.batch_size={examples}")
@@ -89,4 +92,5 @@ def make_plan(recipe: Recipe, *, examples: int) -> Plan:
     if tokens == "auto":
         tokens = 4096 if PartialState().device.type == "cuda" else 2048  # measured on CPU
     processes = PartialState().num_processes
-    return Plan(examples, train.batch_size, steps, train.seed, train.loss, tokens, processes)
+    sizes = (examples, train.batch_size, steps)
+    return Plan(*sizes, train.seed, train.loss, tokens, processes, portions=tuple(portions))

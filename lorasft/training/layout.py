@@ -10,6 +10,7 @@ their activations; then the run ends with the rows that did not fit.
 from __future__ import annotations
 
 import gc
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lorasft.data.packing import MicroBatch, Plan, cost, shuffle
+from lorasft.data.packing import MicroBatch, Plan, cost
 from lorasft.data.prefixes import Sharing
 from lorasft.data.store import TokenStore, example_lengths
 from lorasft.errors import CapacityError, first_line, out_of_memory
@@ -188,9 +189,12 @@ def fewest_recomputed(
 
 def find_heaviest(plan: Plan, rows: TokenStore) -> MicroBatch:
     """The dearest micro-batch of a run: among those of its first steps, and of the step with the longest sequence."""
-    order = shuffle(plan.examples, seed=plan.seed, epoch=0)[: plan.steps * plan.batch_size]
-    longest = 1 + int(np.argmax(example_lengths(rows)[order])) // plan.batch_size
-    numbers = {*range(1, min(plan.steps, _STEPS_SEEN) + 1), longest}
+    lengths, longest, per_epoch = example_lengths(rows), (0, 1), plan.steps_per_epoch
+    for epoch in range(min(plan.epochs_for_all, math.ceil(plan.steps / per_epoch))):
+        own = lengths[plan.order(epoch)]
+        found = int(own.max()), 1 + epoch * per_epoch + int(np.argmax(own)) // plan.batch_size
+        longest = max(longest, found, key=lambda one: one[0])
+    numbers = {*range(1, min(plan.steps, _STEPS_SEEN) + 1), longest[1]}
     return max((batch for number in sorted(numbers) for batch in plan.step(number, rows).micro_batches), key=cost)
 
 

@@ -17,14 +17,15 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lorasft.data.packing import Step, assign_to_rank
 from lorasft.errors import DivergedError, Stopped
+from lorasft.files import remove_folder
 from lorasft.model.loss import weighted_loss
 from lorasft.model.scoring import score_batches
 from lorasft.signals import StopRequest, exit_code, stop_signals
-from lorasft.terminal import train_command
+from lorasft.terminal import say, train_command
 from lorasft.training.checkpoint import CheckpointSaver, list_checkpoints
 from lorasft.training.layout import oom_context, retry_on_oom
 from lorasft.training.optimizer import learning_rate
-from lorasft.training.samples import add_losses, note_held_out, score_trained_rows, take_samples
+from lorasft.training.samples import add_losses, average_by_source, note_held_out, score_trained_rows, take_samples
 from lorasft.training.state import Run, State
 
 
@@ -46,7 +47,8 @@ def take_step(run: Run, number: int, stop: StopRequest) -> dict[str, Any]:
         clip_grads_with_norm_([trained.master], run.recipe.train.max_grad_norm, norm)
     peak = run.recipe.optimizer.learning_rate
     rate = learning_rate(number, steps=run.plan.steps, peak=peak, schedule=run.recipe.schedule)
-    optimizer.param_groups[0]["lr"] = rate
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["ratio"]
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
     seconds = time.monotonic() - started
@@ -85,10 +87,12 @@ def run_steps(run: Run, state: State, *, deadline: float = math.inf) -> State:
     run.network.causal.train()
     with stop_signals(alone=run.ranks.count == 1) as stop:
         if state.step == 0 or state.evaluation_due:
-            state = retry_on_oom(run, partial(evaluate, run, state, stop))
-            take_samples(run, state, stop)
+            state = look(run, state, stop)
             if stop.signal:
                 raise Stopped(exit_code(stop.signal), f"stopped before step {state.step + 1}", again)
+        end_early(run, state)
+        if state.step < run.plan.steps and run.ranks.is_main and (run.folder / "adapter").is_dir():
+            remove_folder(run.folder / "adapter")  # of an end that is none any more
         for number in range(state.step + 1, run.plan.steps + 1):
             if run.ranks.is_main and saver.overdue(settings.save_minutes):
                 stop.save_wanted = True
@@ -98,10 +102,9 @@ def run_steps(run: Run, state: State, *, deadline: float = math.inf) -> State:
             if run.ranks.is_main:
                 run.metrics.step(values)
             state = replace(state, step=number)
-            last = number == run.plan.steps
-            if last or (settings.eval_every and number % settings.eval_every == 0):
-                state = retry_on_oom(run, partial(evaluate, run, state, stop))
-                take_samples(run, state, stop)
+            if number == run.plan.steps or (settings.eval_every and number % settings.eval_every == 0):
+                state = look(run, state, stop)
+            last = number == run.plan.steps  # which the evaluation may have changed
             planned = settings.save_every and number % settings.save_every == 0
             best = settings.keep_best and state.best_step == number
             if last or planned or best or stop.save or stop.signal:
@@ -109,8 +112,30 @@ def run_steps(run: Run, state: State, *, deadline: float = math.inf) -> State:
                     state = run.ranks.on_main(partial(saver.attempt, run, state, final=last or stop.signal > 0))
             if stop.signal and (not last or state.evaluation_due):
                 raise Stopped(exit_code(stop.signal), f"stopped after step {number} of {run.plan.steps}, saved", again)
+            if last:
+                break
         score_trained_rows(run, state.step, ["last", *["best"] * (state.best_step == state.step)], stop)
     return state
+
+
+def look(run: Run, state: State, stop: StopRequest) -> State:
+    """Evaluate, end the run where its patience does, and answer the prompts. Returns the state that `evaluate` does."""
+    state = retry_on_oom(run, partial(evaluate, run, state, stop))
+    end_early(run, state)
+    take_samples(run, state, stop)
+    return state
+
+
+def end_early(run: Run, state: State) -> None:
+    """Make the step of `state` the last of the plan after `run.patience` evaluations without a better held-out loss: a
+    pure function of the state, so that a resumed run ends where the other one did."""
+    every, patience = run.recipe.run.eval_every, run.recipe.run.patience
+    if not (every and patience) or state.evaluation_due or state.step >= run.plan.steps:
+        return
+    if state.step // every - (state.best_step or 0) // every >= patience:
+        run.plan = replace(run.plan, steps=state.step)
+        if run.ranks.is_main:
+            say(f"ended after step {state.step}: {run.early_end}")
 
 
 def evaluate(run: Run, state: State, stop: StopRequest) -> State:
@@ -129,11 +154,13 @@ def evaluate(run: Run, state: State, stop: StopRequest) -> State:
             add_losses(sums, batch, losses)
     sums = np.sum(ranks.gather(sums), axis=0)
     total, tokens = sums.sum(axis=1).tolist()
-    if state.best_loss is None or not state.best_loss <= total / tokens:
-        state = replace(state, best_step=state.step, best_loss=total / tokens)
+    loss = total / tokens
+    if not math.isnan(loss) and (state.best_loss is None or loss < state.best_loss):
+        state = replace(state, best_step=state.step, best_loss=loss)
     if ranks.is_main:
         note_held_out(run, rows, (sums[0] / sums[1]).tolist(), state)
-        run.metrics.evaluation(step=state.step, loss=total / tokens, tokens=int(tokens))
+        by_source = average_by_source(sums, rows.sources(), run.inputs.prepared.sources)
+        run.metrics.evaluation(step=state.step, loss=loss, tokens=int(tokens), by_source=by_source)
     return state
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,11 @@ class Metrics:
         self._record(values)
         self.progress.step(values)
 
-    def evaluation(self, *, step: int, loss: float, tokens: int) -> None:
-        """A held-out loss."""
-        self._record({"step": step, "eval_loss": loss, "eval_tokens": tokens})
-        self.progress.evaluation(step=step, loss=loss, tokens=tokens)
+    def evaluation(self, *, step: int, loss: float, tokens: int, by_source: Mapping[str, float]) -> None:
+        """A held-out loss, and that of each source if there are several."""
+        parts = {f"eval_loss/{name}": own for name, own in by_source.items()}
+        self._record({"step": step, "eval_loss": loss, "eval_tokens": tokens, **parts})
+        self.progress.evaluation(step=step, loss=loss, tokens=tokens, by_source=by_source)
 
     def secure(self) -> int:
         """Put all lines on the disk, for sure; their bytes. Raises CapacityError where the disk does not take them."""

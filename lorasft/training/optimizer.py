@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,48 +17,72 @@ from lorasft.recipe import OptimizerSettings, ScheduleSettings
 
 
 class _AdamW8bit(AdamW8bit):  # type: ignore[misc]
-    """bitsandbytes' AdamW of one tensor, without its wait for the GPU after each update."""
+    """bitsandbytes' AdamW of groups of one tensor, without its wait for the GPU after each update."""
 
     @torch.no_grad()
     def step(self) -> None:
-        (tensor,) = self.param_groups[0]["params"]
-        if not self.state[tensor]:
-            self.init_state(self.param_groups[0], tensor, 0, 0)
-        self.update_step(self.param_groups[0], tensor, 0, 0)
+        for number, group in enumerate(self.param_groups):
+            (tensor,) = group["params"]
+            if not self.state[tensor]:
+                self.init_state(group, tensor, number, 0)
+            self.update_step(group, tensor, number, 0)
 
 
 def make_optimizer(settings: OptimizerSettings, trained: Trained) -> Any:
-    """AdamW over all that is trained, as one tensor; `adamw8bit` keeps its moments in 8 bit (bitsandbytes)."""
+    """AdamW over all that is trained, as one tensor; `adamw8bit` keeps its moments in 8 bit (bitsandbytes).
+
+    With `lora_plus` (Hayou, Ghosh, Yu 2024, arXiv:2402.12354) as one for each rate; `ratio` of a group: of its learning
+    rate to that of A.
+    """
     kind: Any = partial(torch.optim.AdamW, fused=True) if settings.name == "adamw" else _AdamW8bit
     if settings.name == "adamw8bit" and trained.master.numel() >= 1 << 31:
         what = "adamw8bit counts the trained numbers in 32 bits, and there are more"
         raise RecipeError(what, where="optimizer.name", hint="use adamw, or a smaller adapter")
-    rate, decay = settings.learning_rate, settings.weight_decay
-    optimizer = kind([trained.master], lr=rate, betas=settings.betas, weight_decay=decay)
+    rate, decay, ratio = settings.learning_rate, settings.weight_decay, settings.lora_plus
+    parts = [(False, trained.master)] if ratio is None else trained.by_rate()
+    ratios = [(part, ratio if ratio and as_b else 1.0) for as_b, part in parts]
+    groups = [{"params": [part], "ratio": own, "lr": rate * own} for part, own in ratios]
+    optimizer = kind(groups, lr=rate, betas=settings.betas, weight_decay=decay)
     # Neither kernel says that it writes into what it is given.
     optimizer.register_step_pre_hook(lambda *_: torch.autograd.graph.increment_version(trained.master))
     optimizer.register_step_post_hook(lambda *_: trained.refresh())
     return optimizer
 
 
-def optimizer_state(optimizer: Any, trained: Trained) -> dict[str, Tensor]:
-    """The state of all that is trained by its fields, bit for bit; a number becomes a tensor of no dimension."""
-    state = optimizer.state[trained.master].items()
+def optimizer_state(optimizer: Any) -> dict[str, Tensor]:
+    """The state of all that is trained by its fields, bit for bit; a number becomes a tensor of no dimension. Fields of
+    groups after the first end in `.` and the number of the group."""
     # A copy each: 8-bit states share their code tables, and a file may not hold a tensor twice.
-    return {field: torch.as_tensor(value).detach().cpu().clone() for field, value in state}
-
-
-def restore_optimizer(optimizer: Any, trained: Trained, tensors: Mapping[str, Tensor]) -> None:
-    """Put a saved state back, bit for bit. Raises ValueError when it belongs to other parameters."""
-    count, device = trained.master.numel(), trained.master.device
-    found = max(map(torch.numel, tensors.values()), default=count)  # there is none before the first step
-    if found != count:
-        raise ValueError(f"moments of {found} numbers for {count} that are trained")
-    # torch counts steps in a tensor, bitsandbytes in a number.
-    optimizer.state[trained.master] = {
-        field: int(value) if field == "step" and not value.is_floating_point() else value.to(device)
-        for field, value in tensors.items()
+    return {
+        f"{field}{end}": torch.as_tensor(value).detach().cpu().clone()
+        for end, tensor in _tensors(optimizer)
+        for field, value in optimizer.state[tensor].items()
     }
+
+
+def restore_optimizer(optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Put a saved state back, bit for bit. Raises ValueError when it belongs to other parameters."""
+    ends = dict(_tensors(optimizer))
+    states: dict[str, dict[str, Tensor]] = {end: {} for end in ends}
+    for name, value in tensors.items():
+        field, dot, number = name.partition(".")
+        states.setdefault(dot + number, {})[field] = value
+    for end, own in states.items():
+        count = ends[end].numel() if end in ends else 0
+        found = max(map(torch.numel, own.values()), default=count)  # there is none before the first step
+        if found != count:
+            raise ValueError(f"moments of {found} numbers for {count} that are trained")
+        # torch counts steps in a tensor, bitsandbytes in a number.
+        optimizer.state[ends[end]] = {
+            field: int(value) if field == "step" and not value.is_floating_point() else value.to(ends[end].device)
+            for field, value in own.items()
+        }
+
+
+def _tensors(optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensor of each group, and what the names of its state end in."""
+    for number, group in enumerate(optimizer.param_groups):
+        yield f".{number}" if number else "", group["params"][0]
 
 
 def learning_rate(step: int, *, steps: int, peak: float, schedule: ScheduleSettings) -> float:

@@ -77,7 +77,7 @@ def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
             "recomputed_layers": fit.recomputed,
             "keep_16bit": fit.keep is not None,
             "steps": fit.plan.steps,
-            "examples": len(rows),
+            "examples": fit.plan.examples,
             "duration": predict_duration(recipe, network, model.get_base_model(), fit, inputs),
             "notices": network.notices,
         }

@@ -42,10 +42,13 @@ class Progress:
         elif self.number % self.settings.log_every == 0 or self.number == self.steps:
             say(f"step {self.number}/{self.steps}  {loss}  lr {values['learning_rate']:.2e}  {speed}")
 
-    def evaluation(self, *, step: int, loss: float, tokens: int) -> None:
-        """A held-out loss: on a terminal a line of the table, with the mean loss since the line before."""
+    def evaluation(self, *, step: int, loss: float, tokens: int, by_source: Mapping[str, float]) -> None:
+        """A held-out loss: on a terminal a line of the table, with the mean loss since the line before; and one of its
+        sources."""
+        parts = ", ".join(f"{name} {own:.4f}" for name, own in by_source.items())
         if not self.live:
-            say(f"step {step}/{self.steps}  held-out loss {loss:.4f} over {tokens:,} tokens")
+            said = f"step {step}/{self.steps}  held-out loss {loss:.4f} over {tokens:,} tokens"
+            say(f"{said}: {parts}" if parts else said)
             return
         if self.shown < 0:
             say(f"{'step':>7} {'loss':>9} {'held out':>9} {'tokens/s':>9}  loss so far", bold=True)
@@ -53,6 +56,8 @@ class Progress:
         mean, speed = f"{fmean(since):.4f}" if since else "", f"{median(recent):,.0f}" if recent else ""
         curve = sparkline(self.losses, width=min(40, get_terminal_size().columns - 41))
         say(f"{step:7,} {mean:>9} {loss:9.4f} {speed:>9}  {curve}")
+        if parts:
+            say(f"held out  {parts}")
         self.shown = len(self.losses)
 
     @contextmanager

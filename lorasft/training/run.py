@@ -88,7 +88,7 @@ def open_run(
         if ranks.is_main:
             note_event(run.folder, "continued" if resume else "started", step=state.step)
             held.callback(refresh_report, run.folder)
-            held.push(lambda _, error, __: note_event(run.folder, "ended", error=error))
+            held.push(lambda _, error, __: note_event(run.folder, "ended", error=error, why=run.early_end))
         yield run, state
 
 
@@ -127,7 +127,7 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks, shared: Shared | None
         network, fit = choose_layout(recipe, inputs, model, weightless=weightless, spare=spare)
     # All processes must cut a step in the same way.
     plan = replace(fit.plan, micro_batch_tokens=min(ranks.gather(fit.plan.micro_batch_tokens)))
-    trained = Trained(model, network.causal.dtype)
+    trained = Trained(model, network.causal.dtype, rates_apart=recipe.optimizer.lora_plus is not None)
     ranks.copy_first(trained.master)
     trained.refresh()
     optimizer = make_optimizer(recipe.optimizer, trained)

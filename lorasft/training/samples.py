@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lorasft.data.packing import MicroBatch, shuffle
+from lorasft.data.packing import MicroBatch
 from lorasft.data.store import TokenStore
 from lorasft.data.tokens import UNSUPERVISED, supervised_runs
 from lorasft.errors import first_line
@@ -115,6 +115,14 @@ def add_losses(sums: NDArray[np.float64], batch: MicroBatch, losses: Tensor) -> 
         own += np.bincount(batch.examples, numbers, minlength=len(own))
 
 
+def average_by_source(sums: NDArray[np.float64], numbers: NDArray[np.int64], names: Sequence[str]) -> dict[str, float]:
+    """The loss a token of each source that has rows, by name, if there are several. `sums`: see `add_losses`;
+    `numbers`: (examples,) indices into `names`."""
+    found = [np.bincount(numbers, own, minlength=len(names)).tolist() for own in sums]
+    averages = {name: loss / count for name, loss, count in zip(names, *found, strict=True) if count}
+    return averages if len(averages) > 1 else {}
+
+
 def score_trained_rows(run: Run, step: int, names: Sequence[str], stop: StopRequest) -> None:
     """Note the mean losses of some rows that were trained on: after `step` under `names`, and with the last the base's.
 
@@ -128,9 +136,9 @@ def score_trained_rows(run: Run, step: int, names: Sequence[str], stop: StopRequ
         lines = [line for line in read_objects(run.folder / "metrics.jsonl") if {"seconds", "tokens"} <= line.keys()]
         seconds, tokens = (sum(line[name] for line in lines) for name in ("seconds", "tokens"))
         limit, spent, done = _SHARE * seconds * len(passes) / (2 + run.recipe.run.keep_best), 0.0, 0
-        order = shuffle(plan.examples, seed=plan.seed, epoch=0)[: plan.steps * plan.batch_size][:_MOST_ROWS]
+        order = [*dict.fromkeys(plan.order(0).tolist())][:_MOST_ROWS]
         at_once = max(1, min(16, int(_SHARE / 2 * plan.steps * plan.batch_size)))
-        for group in (order[start : start + at_once].tolist() for start in range(0, len(order), at_once)):
+        for group in (order[start : start + at_once] for start in range(0, len(order), at_once)):
             sequences, started = [*map(run.rows.sequences, group)], time.monotonic()
             size = sum(len(one) for own in sequences for one in own)
             rate = spent / done if done else seconds / tokens  # a step's tokens pass forwards and backwards

@@ -82,6 +82,12 @@ class Run:
         return Path(self.recipe.run.output)
 
     @property
+    def early_end(self) -> str:
+        """Why the run ends before its last planned step; empty where it does not."""
+        early, many = self.plan.steps < self.inputs.plan.steps, self.recipe.run.patience or 0
+        return f"no better held-out loss in {many} evaluation{'s' * (many > 1)}" if early else ""
+
+    @property
     def rows(self) -> TokenStore:
         """What is trained on."""
         return self.inputs.prepared.train

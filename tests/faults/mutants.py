@@ -66,7 +66,7 @@ def manifest_first() -> None:
 
 def state_after_rename() -> None:
     def save_checkpoint(run: Any, state: Any) -> None:
-        tensors = optimizer_state(run.optimizer, run.trained)
+        tensors = optimizer_state(run.optimizer)
         target = run.checkpoints / f"step-{state.step:06d}"
         with files.staged_folder(target) as stage:
             checkpoint.write_adapter(run.model, stage, base=run.recipe.model)
