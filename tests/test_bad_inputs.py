@@ -175,7 +175,7 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
     "1 nothing": (2, ["no recipe", "lorasft recipes list"], lambda at: ["recipes", "show"]),
     "1 odd": (2, ["no recipe", "lorasft recipes list"], lambda at: ["train", "\x1b\x00"]),
     "2 nul": (2, ["not YAML", "r.yaml"], of_file("r.yaml", b"a: \x00\n")),
-    "2 folder": (2, ["cannot read the recipe"], lambda at: ["train", str(at.folder)]),
+    "2 folder": (2, ["this folder is not that of a run"], lambda at: ["train", str(at.folder)]),
     "2 empty": (2, ["the recipe is empty", "r.yaml"], of_file("r.yaml", "")),
     "3": (2, ["not YAML", "r.yaml:4:1", "spaces"], of_recipe("run:\n\tkeep: 1")),
     "4": (2, ["'learning_rate'", "r.yaml:4 and r.yaml:5"],

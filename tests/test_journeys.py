@@ -195,7 +195,7 @@ def test_a_run_has_any_name(
     run = Path(done.out.strip())
     assert len(list((run / "checkpoints").iterdir())) == 2
     verify_folder(run / "adapter")
-    chat, merge = done.err.partition("next: ")[2].splitlines()[:2]
+    chat, _, merge = done.err.partition("next: ")[2].splitlines()[:3]  # between them evaluate, on a FILE
     assert cli(*shlex.split(chat)[1:], "--prompt", "hi", "--max-tokens", 2).code == 0
     out = "../merged" if name == "." else "merged"
     assert cli(*shlex.split(merge)[1:-1], out, "--no-check").code == 0

@@ -101,6 +101,9 @@ def test_mixers_called_by_segment_give_what_sequences_give_alone(name: str) -> N
     oracle = get_peft_model(base, config)
     randomize_adapter(oracle)
     want = plain_step(oracle, rows, "token")
+    rounding = 0.0  # of transformers' own in fp32; experts cannot be asked: their grouped product has no float64
+    if not hasattr(base.config, "num_experts"):
+        rounding = differences(want[1], plain_step(oracle.double(), rows, "token")[1])[1]
     model, network = ours(name)
     assert network.segments and network.mixer and network.mixer.__name__ == FAMILIES[name][0], network.notices
     assert network.share is False and network.head and not network.notices
@@ -109,7 +112,8 @@ def test_mixers_called_by_segment_give_what_sequences_give_alone(name: str) -> N
         model.train()
         loss, gradients = packed_step(model, network, rows, "token", capacity)
         whole, worst = differences(gradients, want[1])
-        assert loss == pytest.approx(want[0], rel=1e-6) and whole < 1e-5 and worst < 1e-5, (capacity, whole, worst)
+        assert loss == pytest.approx(want[0], rel=1e-6), capacity
+        assert whole < 1e-5 and worst < max(1e-5, 2 * rounding) < 1e-4, (capacity, whole, worst, rounding)
 
 
 def test_a_mixer_that_runs_over_the_whole_row_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
