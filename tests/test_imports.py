@@ -145,7 +145,6 @@ def test_the_recipe_names_the_keys_that_it_comes_from_and_what_it_leaves_out(
     assert left == {
         "flash_attention": "here it is machine.attention",
         "neftune_noise_alpha": learned,
-        "loraplus_lr_ratio": learned,
         "lora_mlp_kernel": "there is nothing like it here",
     }
     for what, why in left.items():

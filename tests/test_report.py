@@ -247,7 +247,7 @@ def mutants(value: Any) -> list[Any]:
     return [*found, *({name: value[name] for name in value if name != gone} for gone in places if type(value) is dict)]
 
 
-@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("finished", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_no_record_costs_the_page(
     finished: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

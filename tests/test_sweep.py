@@ -106,7 +106,13 @@ def assert_last_is_same_alone(path: str, swept: list[str], last: list[str], out:
     assert adapter(out / "sweep" / name) == adapter(out / "alone")
 
 
-@pytest.mark.parametrize(("swept", "last"), ON_THE_BASE.values(), ids=ON_THE_BASE)
+USUAL = ("DoRA", "layout")
+
+
+@pytest.mark.parametrize(
+    ("swept", "last"),
+    [pytest.param(*one, id=name, marks=() if name in USUAL else pytest.mark.slow) for name, one in ON_THE_BASE.items()],
+)
 def test_nothing_stays_on_the_base(
     swept: list[str], last: list[str], recipe: Write, tmp_path: Path, cli: Command
 ) -> None:

@@ -140,6 +140,7 @@ def shape_block(block: RowBlock, settings: DataSettings, *, report: Report) -> I
                 report.unread.extend(sorted(unread.difference(report.unread)))
                 if (label := keys.label_of(row, block.kind)) is not None:
                     report.labels.setdefault((block.file, label), str(place))
+            example.digest  # noqa: B018  of text that is none
             yield example
         except (DataError, UnicodeEncodeError) as error:  # half a character: "\\ud83d" alone
             bad = error if isinstance(error, DataError) else DataError(f"not text: {error}")
