@@ -107,7 +107,7 @@ LARGE, AUTO = {"rank": 64}, {"micro_batch_tokens": "auto"}
 FIXED = {"micro_batch_tokens": 150, "activation_checkpointing": False}
 CHANGES = [  # adapter, machine, share of the memory that it takes, what is said
     (LARGE, FIXED, 0.9, "machine.activation_checkpointing=auto"),
-    (LARGE, AUTO, 0.4, "optimizer.name=adamw8bit"),
+    pytest.param(LARGE, AUTO, 0.4, "optimizer.name=adamw8bit", marks=pytest.mark.slow),
     ({"rank": 2, "modules_to_save": ["lm_head"]}, AUTO, 0.3, "'adapter.modules_to_save=[]'"),
 ]
 

@@ -246,7 +246,10 @@ cli.main(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize(("name", "states"), [(TWO[0], ("stopped", "")), (TWO[1], ("finished", "stopped"))])
+@pytest.mark.parametrize(
+    ("name", "states"),
+    [pytest.param(TWO[0], ("stopped", ""), marks=pytest.mark.slow), (TWO[1], ("finished", "stopped"))],
+)
 def test_a_killed_sweep_goes_on(
     name: str, states: tuple[str, str], whole: tuple[str, Path], tmp_path: Path, cli: Command
 ) -> None:
