@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import cached_property
 from html import escape
 from itertools import accumulate
 from pathlib import Path
@@ -44,18 +45,15 @@ class History:
         records = (read_objects(folder / name) for name in ("provenance.json", "memory.json"))
         self.provenance, self.memory = (next(record, {}) for record in records)
         files = (read_objects(folder / f"{name}.jsonl") for name in ("metrics", "answers", "events"))
-        metrics, self.answers, self.events = ([line for line in file if "step" in line] for file in files)
+        self.metrics, self.answers, self.events = ([line for line in file if "step" in line] for file in files)
         self.rows = [row for row in read_objects(folder / "rows.jsonl") if row.get("losses")]
         self.previewed = (folder / "preview.html").is_file()
-        self.step = metrics[-1]["step"] if metrics else None  # the last one
-        names, steps = dict.fromkeys(name for line in metrics for name in line), dict[int, dict[str, Any]]()
+        self.step = max((line["step"] for line in self.metrics), default=None)
         self.series: dict[str, Points] = defaultdict(list)  # by name what is finite in the metrics
-        for line in metrics:
-            steps.setdefault(line["step"], dict(names)).update(line)
-            for name, value in line.items():
-                if isinstance(value, (int, float)) and abs(value) < 1e100:  # sums and ratios of it are finite, too
-                    self.series[name].append((line["step"], value))
-        self.history = list(steps.values())  # each step with its evaluation, all with the same keys
+        for name in dict.fromkeys(name for line in self.metrics for name in line):
+            told = [(line["step"], line[name]) for line in self.metrics if isinstance(line.get(name), (int, float))]
+            # Sums and ratios of smaller ones are finite, too.
+            self.series[name] = [point for point in told if abs(point[1]) < 1e100]
         ended = [event for event in self.events[-1:] if event.get("event") in ("ended", "failed")]
         self.running = not ended and is_locked(folder)
         left = "failed" if ended and ended[0]["event"] == "failed" else "stopped"
@@ -64,6 +62,14 @@ class History:
         found = [merge for path in merges for merge in read_objects(path / MERGE_RECORD) if weights.is_file()]
         self.merge = next((one for one in found if one.get("adapter") == sha256(weights)), {})
         self.why = ended[0].get("why", "") if ended else "killed, or without power" * (self.state == "stopped")
+
+    @cached_property
+    def history(self) -> list[dict[str, Any]]:
+        """Each step with its evaluation, in their order, all with the same keys: None where there is nothing."""
+        names, steps = dict.fromkeys(name for line in self.metrics for name in line), dict[int, dict[str, Any]]()
+        for line in self.metrics:
+            steps.setdefault(line["step"], dict(names)).update(line)
+        return [steps[step] for step in sorted(steps)]
 
     def report(self) -> History:
         """The run as its files tell it now, which a notebook shows as its page."""
@@ -114,7 +120,7 @@ def _facts(run: History) -> Iterator[tuple[str, str, str]]:
     """What is said first: a name, a value, and a note; nothing of what was not measured."""
     names = ("tokens_per_second", "seconds", "supervised_tokens", "tokens", "memory_bytes", "eval_loss")
     speed, seconds, supervised, tokens, memory, best = ([value for _, value in run.series[name]] for name in names)
-    both = ([line.get(name) for line in run.history] for name in ("loss", "eval_loss"))  # also what is not finite
+    both = ([line.get(name) for line in run.metrics] for name in ("loss", "eval_loss"))  # also what is not finite
     losses, held_out = ([one for one in own if isinstance(one, (int, float))] for own in both)
     steps, step = run.provenance.get("steps", 0), "before step 1" if run.step is None else f"step {run.step:,}"
     yield f"{step}{f' of {steps:,}' * bool(steps)}", run.state, run.why

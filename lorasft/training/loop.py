@@ -86,7 +86,7 @@ def run_steps(run: Run, state: State, *, deadline: float = math.inf) -> State:
     again = f"{train_command(run.folder)} --resume"
     run.network.causal.train()
     with stop_signals(alone=run.ranks.count == 1) as stop:
-        if state.step == 0 or state.evaluation_due:
+        if (state.step == 0 and run.inputs.start) or state.evaluation_due:
             state = look(run, state, stop)
             if stop.signal:
                 raise Stopped(exit_code(stop.signal), f"stopped before step {state.step + 1}", again)
@@ -104,6 +104,8 @@ def run_steps(run: Run, state: State, *, deadline: float = math.inf) -> State:
             state = replace(state, step=number)
             if number == run.plan.steps or (settings.eval_every and number % settings.eval_every == 0):
                 state = look(run, state, stop)
+            elif number == 1:
+                state = measure_base(run, state, stop)
             last = number == run.plan.steps  # which the evaluation may have changed
             planned = settings.save_every and number % settings.save_every == 0
             best = settings.keep_best and state.best_step == number
@@ -120,10 +122,21 @@ def run_steps(run: Run, state: State, *, deadline: float = math.inf) -> State:
 
 def look(run: Run, state: State, stop: StopRequest) -> State:
     """Evaluate, end the run where its patience does, and answer the prompts. Returns the state that `evaluate` does."""
+    state = measure_base(run, state, stop)
     state = retry_on_oom(run, partial(evaluate, run, state, stop))
     end_early(run, state)
     take_samples(run, state, stop)
     return state
+
+
+def measure_base(run: Run, state: State, stop: StopRequest) -> State:
+    """Evaluate the base, as which a new adapter begins, as step 0, unless that was done: after the first step, for which
+    a person waits, or where a signal came then, before the next evaluation. Returns the state with it as the best."""
+    if run.inputs.start or state.best_step is not None:
+        return state
+    with run.model.disable_adapter():
+        found = retry_on_oom(run, partial(evaluate, run, replace(state, step=0), stop))
+    return replace(found, step=state.step, evaluation_due=state.evaluation_due)
 
 
 def end_early(run: Run, state: State) -> None:

@@ -52,13 +52,14 @@ class Progress:
             return
         if self.shown < 0:
             say(f"{'step':>7} {'loss':>9} {'held out':>9} {'tokens/s':>9}  loss so far", bold=True)
-        since, recent = self.losses[max(0, self.shown) :], self.speeds[-_RECENT:]
+            self.shown = 0
+        since, recent = self.losses[self.shown :] if step else [], self.speeds[-_RECENT:]  # the base has not learned
         mean, speed = f"{fmean(since):.4f}" if since else "", f"{median(recent):,.0f}" if recent else ""
         curve = sparkline(self.losses, width=min(40, get_terminal_size().columns - 41))
         say(f"{step:7,} {mean:>9} {loss:9.4f} {speed:>9}  {curve}")
         if parts:
             say(f"held out  {parts}")
-        self.shown = len(self.losses)
+        self.shown = len(self.losses) if step else 0
 
     @contextmanager
     def interlude(self, what: str) -> Iterator[None]:
