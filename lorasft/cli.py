@@ -20,7 +20,7 @@ from lorasft import __version__
 from lorasft.commands.arguments import say_error, suggest
 from lorasft.errors import LorasftError, RecipeError
 from lorasft.signals import Ended, end_at_once, ended_in_order, exit_code
-from lorasft.terminal import is_live, say
+from lorasft.terminal import say
 
 COMMANDS = {  # each is a file in commands/, which declares its own arguments
     "init": "a first recipe for a file of rows, with a model that fits",
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with ended_in_order():
             command, options = read_command_line(sys.argv[1:] if argv is None else argv)
-            if is_live() and command not in ("init", "recipes", "report") and not options.get("quiet"):
+            if command not in ("init", "recipes", "report") and not options.get("quiet"):
                 say(f"{command}: importing libraries ...")
             importlib.import_module(f"lorasft.commands.{command}").run(**options)
     except (LorasftError, RuntimeError, MemoryError) as error:

@@ -16,8 +16,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
-
 from lorasft.adapter_files import WEIGHTS
 from lorasft.artifact import MERGE_RECORD
 from lorasft.errors import LorasftError, RecipeError, Stopped, first_line
@@ -109,6 +107,8 @@ def refresh_report(folder: Path, due: float = 0.0) -> float:
 
 def render_page(runs: Sequence[History]) -> str:
     """The page of one run, or of several compared."""
+    from jinja2 import Environment, FileSystemLoader  # not for what is refused before there is a page
+
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     environment.finalize = lambda value: redact(harmless("null" if value is None else str(value)[:20_000]))
     alone, now = runs[0] if len(runs) == 1 else None, time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())

@@ -190,12 +190,12 @@ def assert_goes_on(whole: tuple[str, Path], out: Path, cli: Command, *states: st
     assert len(finished) == states.count("finished")
 
 
-def in_second(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], object]) -> None:
-    """Do `act` in the middle of step `number` of the second run."""
+def in_second(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], object], *, which: str = TWO[1]) -> None:
+    """Do `act` in the middle of step `number` of the second run, or another."""
     plain = loop.take_step
 
     def take_step(run: loop.Run, now: int, stop: StopRequest) -> dict[str, Any]:
-        if now == number and run.folder.name == TWO[1]:
+        if now == number and run.folder.name == which:
             act()
         return plain(run, now, stop)
 
@@ -228,6 +228,19 @@ def test_a_signal_ends_the_sweep_with_the_command_that_continues_it(
     assert metrics(tmp_path / "by itself") == metrics(whole[1] / TWO[1])
     assert adapter(tmp_path / "by itself") == adapter(whole[1] / TWO[1])
     assert_goes_on(whole, out, cli, "finished", "stopped")
+
+
+def test_a_signal_in_the_last_step_of_a_run_begins_no_other(
+    whole: tuple[str, Path], tmp_path: Path, cli: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no evaluation is due, with which it would wait."""
+    out, words = tmp_path / "out", ["sweep", whole[0], RATES, "data.eval=null", "train.steps=9"]
+    with monkeypatch.context() as patch:
+        in_second(patch, 9, lambda: signal.raise_signal(signal.SIGTERM), which=TWO[0])
+        done = cli(*words, "--out", out)
+    assert done.code == 143 and f"{TWO[0]}: it is done\nnext: lorasft sweep" in done.err
+    assert adapter(out / TWO[0]) and not (out / TWO[1]).exists()
+    assert cli(*words, "--out", out, "--resume").code == 0 and adapter(out / TWO[1])
 
 
 KILLED = """

@@ -160,6 +160,17 @@ def test_a_reader_that_goes_away_does_not_end_the_run(recipe: Write, monkeypatch
     assert (run_folder(path) / "adapter/adapter_model.safetensors").is_file()
 
 
+def test_the_base_is_evaluated_after_the_first_step(recipe: Write) -> None:
+    """With the adapter off it has, bit for bit, the held-out losses that the run began with."""
+    settings = load_recipe(recipe(adapter={"modules_to_save": ["norm"]}, train={"steps": 3}))
+    with runs.open_run(settings, resume=False) as (run, state):
+        begun = loop.evaluate(run, state, StopRequest()).best_loss
+        loop.run_steps(run, state)
+    own, *lines = metrics(Path(settings.run.output))
+    assert [line["step"] for line in lines] == [1, 0, 2, 3, 3] and "eval_loss" in lines[1].keys() & lines[4].keys()
+    assert own["eval_loss"] == lines[1]["eval_loss"] == begun
+
+
 def test_an_adapter_starts_from_another(recipe: Write, tmp_path: Path) -> None:
     """It begins where the other ended: the first loss continues, and the config of the other holds."""
     assert main(["train", recipe(adapter={"dropout": 0})]) == 0
@@ -169,7 +180,7 @@ def test_an_adapter_starts_from_another(recipe: Write, tmp_path: Path) -> None:
     settings["adapter"] = {"start": str(tmp_path / "run")}
     path.write_text(json.dumps(settings), encoding="utf-8")
     assert main(["train", str(path)]) == 0
-    second = metrics(tmp_path / "second")
+    second = metrics(tmp_path / "second")  # which evaluates what it begins with, before it changes
     assert second[0]["eval_loss"] == pytest.approx(first[-1]["eval_loss"], rel=1e-5)
 
 

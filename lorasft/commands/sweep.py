@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from lorasft.commands import report, train
 from lorasft.commands.arguments import parse_seconds, read_recipe, say_error
 from lorasft.errors import LorasftError, RecipeError, Stopped
+from lorasft.signals import exit_code
 from lorasft.terminal import quote, say
 
 if TYPE_CHECKING:
@@ -53,7 +54,9 @@ def run(
         say(f"run {path.name}", bold=True)
         begun = (path / "recipe.yaml").is_file()
         try:
-            train.train_one(settings, ALONE, again=again, resume=begun, verbose=verbose, shared=shared)
+            number = train.train_one(settings, ALONE, again=again, resume=begun, verbose=verbose, shared=shared)
+            if number and not all((one / "adapter").is_dir() for one in runs):
+                raise Stopped(exit_code(number), "it is done", again)
         except Stopped as stopped:
             if stopped.exit_code:
                 raise Stopped(stopped.exit_code, f"{path.name}: {stopped.what}", again) from None

@@ -51,8 +51,9 @@ def run(recipe: str, overrides: Sequence[str], resume: bool, quiet: bool, verbos
 
 def train_one(
     settings: Recipe, ranks: Ranks, *, again: str, resume: bool, verbose: bool, shared: Shared | None = None
-) -> None:
-    """Train what was read, and say how it goes; `again`: the command that began it; `shared`: with runs before it."""
+) -> int:
+    """Train what was read, and say how it goes; `again`: the command that began it; `shared`: with runs before it.
+    Returns the signal that came in its last step, or 0."""
     from lorasft.report import next_commands
     from lorasft.training.loop import run_steps
     from lorasft.training.run import export_adapter, open_run
@@ -70,6 +71,7 @@ def train_one(
             say(f"done in {timedelta(seconds=round(time.monotonic() - started))}; adapter in {adapter}")
             say("next: " + "\n      ".join(next_commands(folder, settings)))
             say(f"or serve the adapter: {_serve_command(ready, adapter)}")
+    return ready.signal
 
 
 def train(recipe: str | Path, *, resume: bool = False, **overrides: Any) -> History:

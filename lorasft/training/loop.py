@@ -90,6 +90,8 @@ def run_steps(run: Run, state: State, *, deadline: float = math.inf) -> State:
             state = look(run, state, stop)
             if stop.signal:
                 raise Stopped(exit_code(stop.signal), f"stopped before step {state.step + 1}", again)
+        elif state.step:
+            state = measure_base(run, state, stop)
         end_early(run, state)
         if state.step < run.plan.steps and run.ranks.is_main and (run.folder / "adapter").is_dir():
             remove_folder(run.folder / "adapter")  # of an end that is none any more
@@ -115,6 +117,7 @@ def run_steps(run: Run, state: State, *, deadline: float = math.inf) -> State:
             if stop.signal and (not last or state.evaluation_due):
                 raise Stopped(exit_code(stop.signal), f"stopped after step {number} of {run.plan.steps}, saved", again)
             if last:
+                run.signal = stop.signal
                 break
         score_trained_rows(run, state.step, ["last", *["best"] * (state.best_step == state.step)], stop)
     return state
@@ -130,8 +133,8 @@ def look(run: Run, state: State, stop: StopRequest) -> State:
 
 
 def measure_base(run: Run, state: State, stop: StopRequest) -> State:
-    """Evaluate the base, as which a new adapter begins, as step 0, unless that was done: after the first step, for which
-    a person waits, or where a signal came then, before the next evaluation. Returns the state with it as the best."""
+    """Evaluate the base, as which a new adapter begins, as step 0, unless that was done: after the first step, for
+    which a person waits, or where a signal came then, before the next. Returns the state with it as the best."""
     if run.inputs.start or state.best_step is not None:
         return state
     with run.model.disable_adapter():

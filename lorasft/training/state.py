@@ -76,6 +76,7 @@ class Run:
     optimizer: Any  # of it
     metrics: Metrics
     ranks: Ranks
+    signal: int = 0  # that came in its last step, which it ended
 
     @property
     def folder(self) -> Path:

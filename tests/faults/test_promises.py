@@ -298,9 +298,9 @@ def command(bench: Bench, tmp_path: Path) -> Iterator[list[str]]:
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [5, 12])
+@pytest.mark.parametrize("number", [1, 5, 12])
 def test_a_signal_does_not_wait_for_an_evaluation(number: int, bench: Bench) -> None:
-    """Held-out rows are due after steps 5 and 12, the last: they are scored when the run continues."""
+    """Held-out rows are due after steps 1, by the base, 5 and 12, the last: they are scored when the run continues."""
     bench.clear()
     ask = partial(patches.before_step, number, lambda run: os.kill(os.getpid(), signal.SIGTERM))
     child = bench.patched(ask).start()
