@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with ended_in_order():
             command, options = read_command_line(sys.argv[1:] if argv is None else argv)
-            if command not in ("init", "recipes", "report") and not options.get("quiet"):
+            if not options.get("quiet") and os.environ.get("RANK", "0") == "0":
                 say(f"{command}: importing libraries ...")
             importlib.import_module(f"lorasft.commands.{command}").run(**options)
     except (LorasftError, RuntimeError, MemoryError) as error:
