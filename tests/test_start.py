@@ -136,7 +136,8 @@ def test_preview_shows_what_is_trained_on_without_torch_or_datasets(recipe: Writ
     assert done.returncode == 0, done.stderr[-2000:]
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "tokenizers" in imported and not {"torch", "datasets"} & imported
-    assert [line for line in done.stderr.splitlines() if not line.startswith("import time:")] == []
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert said == ["preview: importing libraries ..."]
     shown: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()[:-1]]
 
     settings = load_recipe(path)
