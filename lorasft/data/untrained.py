@@ -6,13 +6,13 @@ Where there are no weights to read, as in a folder with a tokenizer only, nothin
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lorasft.errors import DataError, LorasftError
+from lorasft.hub import find_local
 from lorasft.tensors import TensorFile, find_weights, open_tensors
 
 if TYPE_CHECKING:
@@ -59,11 +59,8 @@ def _read_row(file: TensorFile, name: str, row: int) -> NDArray[np.float32]:
 
 def _find_tables(base: str) -> Iterator[tuple[TensorFile, str]]:
     """The embedding and the head in a folder or in the hub's cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    config = str(Path(base) / "config.json") if Path(base).is_dir() else try_to_load_from_cache(base, "config.json")
     try:
-        files = find_weights(Path(str(config)).parent)
+        files = find_weights(find_local(base, "config.json").parent)
     except LorasftError:  # none here
         return
     for file in map(open_tensors, files):
