@@ -69,16 +69,16 @@ def read_blocks(source: DataSource, settings: DataSettings) -> Iterator[RowBlock
     """The rows of a source in order, hardly looked at; raises nothing for what a file holds."""
     for path in find_files(source)[0] or (None,):  # None: it is on the hub
         file = str(path or f"{source.path}/{source.split}")
-        block, size, unfit = RowBlock(source, file, "", []), 0, None
+        block, size = RowBlock(source, file, "", []), 0
         try:
             for line, raw in read_file(path) if path else enumerate(map(drop_nulls, load_hub(source)), start=1):
                 size += len(raw) if isinstance(raw, bytes) else 0
                 if not block.kind:
                     raw, block.kind, error, block.guess = _find_format(raw, RowLocation(file, line), source, settings)
-                    unfit = unfit or error
+                    block.error = None if block.kind else block.error or error
                 block.rows.append((line, raw))
                 if len(block.rows) == BLOCK or size > BLOCK_BYTES:
-                    if unfit and not block.kind:
+                    if block.error:
                         break
                     yield block
                     block, size = replace(block, rows=[]), 0
@@ -86,7 +86,6 @@ def read_blocks(source: DataSource, settings: DataSettings) -> Iterator[RowBlock
             block.error = error
         if not block.kind:  # rows that fit nothing are bad ones if a later row fits
             block.rows = [(line, raw) for line, raw in block.rows if isinstance(raw, DataError)]
-            block.error = block.error or unfit
         yield block
 
 

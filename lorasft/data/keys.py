@@ -132,23 +132,19 @@ def read_flags(message: Row) -> None:
         hint = '"train": true or false marks a whole answer; data.on_bad_row=drop leaves the row out'
         raise DataError(f"{unclear[0]!r} says what is learned in a way that is not read", hint=hint)
     weight = read_weight(message.pop("weight", None))
-    flags = [(key, read_flag(key, message.pop(key))) for key in FLAGS if key in message]
-    if weight == 0 or any(value != FLAGS[key] for key, value in flags):
+    flags: dict[str, float] = {}
+    for key in [key for key in FLAGS if key in message]:
+        flags[key] = _number(key, message.pop(key), "true or false")
+        if flags[key] not in (0, 1):  # a weight that tools apply otherwise
+            hint = "make it 0 or 1; 'weight' may be any number from 0; data.on_bad_row=drop leaves the row out"
+            raise DataError(f"{key!r} is {flags[key]:g}, a weight other than 0 and 1", hint=hint)
+    if weight == 0 or any(number != FLAGS[key] for key, number in flags.items()):
         message["train"] = False
         return
-    if any(key in CHOOSING for key, _ in flags):
+    if any(key in CHOOSING for key in flags):
         message["train"] = True
     if weight != 1:
         message["weight"] = weight
-
-
-def read_flag(key: str, value: Any) -> bool:
-    """A flag, or one of the weights that tools apply otherwise, if it is 0 or 1, also as text. Raises DataError."""
-    number = _number(key, value, "true or false")
-    if number not in (0, 1):
-        hint = "make it 0 or 1; 'weight' may be any number from 0; data.on_bad_row=drop leaves the row out"
-        raise DataError(f"{key!r} is {number:g}, a weight other than 0 and 1", hint=hint)
-    return bool(number)
 
 
 def read_weight(value: Any) -> float:

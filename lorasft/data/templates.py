@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from lorasft.data.keys import REASONING
 from lorasft.data.tokenizer import adds_bos
@@ -110,20 +110,15 @@ def render(
 
 @lru_cache(maxsize=8)
 def _compile(template: str) -> jinja2.Template:
-    compiled = _sandbox().from_string(template)
-    compiled.globals = dict(compiled.globals)  # copied at each rendering: as the ChainMap it was, half of the time
-    return compiled
-
-
-@lru_cache(maxsize=1)
-def _sandbox() -> jinja2.Environment:
-    """transformers' environment, with numbers bounded: a clock cannot end a product of two that are millions long."""
+    """As transformers does, with numbers bounded: a clock cannot end a product of two that are millions long."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     sandbox: Any = _compile_jinja_template("").environment
     sandbox.intercepted_binops = frozenset(["*", "**"])
     sandbox.call_binop = _multiply
-    return cast("jinja2.Environment", sandbox)
+    compiled: jinja2.Template = sandbox.from_string(template)
+    compiled.globals = dict(compiled.globals)  # copied at each rendering: as the ChainMap it was, half of the time
+    return compiled
 
 
 def _multiply(_: object, sign: str, left: Any, right: Any) -> Any:
