@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import unicodedata
 from pathlib import Path
@@ -18,7 +19,7 @@ from lorasft.data.examples import Example, normalize_message
 from lorasft.data.labels import Labeler
 from lorasft.data.report import Report
 from lorasft.data.sources import RowLocation
-from lorasft.data.templates import render
+from lorasft.data.templates import read_template, render
 from lorasft.data.tokenizer import adds_bos, load_tokenizer
 from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs
 from lorasft.errors import DataError, ModelError, UnsafeError
@@ -348,6 +349,17 @@ def test_built_in_templates(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"chatml needs <\|im_start\|> and <\|im_end\|>") as fault:
         make_encoder(raw, chat={"template": "chatml"})
     assert fault.value.hint == "chat.template=plain"
+
+
+BUILT_IN = {  # name -> begin of the SHA-256: saved models have these texts, and are compared with them
+    "plain": "f1bef783a1345153", "chatml": "ee5fe0156609c40d", "none": "2f5927db291e34af",
+    "merge_system": "18186e2657510a38", "default_system": "6c3c7e6bbbee0e43",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in_templates_are_those_of_saved_models(name: str) -> None:
+    assert hashlib.sha256(read_template(name).encode()).hexdigest()[:16] == BUILT_IN[name]
 
 
 @needs_shared

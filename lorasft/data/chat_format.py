@@ -17,7 +17,6 @@ from lorasft.data.encoding import FIRST, MARK, TextEncoder
 from lorasft.data.examples import Example, Message, reasoning_of, without_reasoning
 from lorasft.data.sources import RowLocation
 from lorasft.data.templates import WORD, render, set_template
-from lorasft.data.tokenizer import control_tokens
 from lorasft.errors import DataError, ModelError
 from lorasft.recipe import ChatSettings
 
@@ -84,7 +83,7 @@ class ChatFormat:
         """What a server would feed the model for these messages, to be answered."""
         asked = self.complete(Example(tuple(messages), None, None, RowLocation("prompt", 1)))
         text = self.render(asked, len(asked.messages), answered=False)
-        return list(self.encoder.encode([(text, len(text))])[text].ids)
+        return self.encoder.encode([(text, len(text))])[text].ids
 
     def complete(self, example: Example) -> Example:
         """The example with the recipe's system text, and placeholders for control tokens that are meant as text.
@@ -249,7 +248,7 @@ def read_style(tokenizer: PreTrainedTokenizerFast) -> TemplateStyle:
         what = "the chat template does not show an assistant's answer"
         raise ModelError(what, where=tokenizer.name_or_path, hint="chat.template=plain")
     tail = text[at + len(ANSWER) :]
-    tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()}.union(control_tokens(tokenizer))
+    tokens = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
     # Gemma has newlines among them.
     ends = [(tail.find(token), -len(token), token) for token in tokens if token.strip() and token in tail]
     end = tail[: min(ends)[0]] + min(ends)[2] if ends else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -62,25 +62,23 @@ class RowBlock:
     kind: str  # their format, empty while no row of the file could be parsed
     rows: list[tuple[int, Raw]]
     error: DataError | None = None  # why the file cannot be read further
-    guessed: bool = False  # whether the columns of the source were found by their names
+    guess: Mapping[str, str] = field(default_factory=dict)  # its columns where they were found by their names
 
 
 def read_blocks(source: DataSource, settings: DataSettings) -> Iterator[RowBlock]:
     """The rows of a source in order, hardly looked at; raises nothing for what a file holds."""
     for path in find_files(source)[0] or (None,):  # None: it is on the hub
         file = str(path or f"{source.path}/{source.split}")
-        block, size, unfit = RowBlock(source, file, "", []), 0, None
+        block, size = RowBlock(source, file, "", []), 0
         try:
             for line, raw in read_file(path) if path else enumerate(map(drop_nulls, load_hub(source)), start=1):
                 size += len(raw) if isinstance(raw, bytes) else 0
                 if not block.kind:
-                    raw, block.kind, error, guess = _find_format(raw, RowLocation(file, line), source, settings)
-                    unfit = unfit or error
-                    if guess:
-                        block.source, block.guessed = source.model_copy(update={"columns": guess}), True
+                    raw, block.kind, error, block.guess = _find_format(raw, RowLocation(file, line), source, settings)
+                    block.error = None if block.kind else block.error or error
                 block.rows.append((line, raw))
                 if len(block.rows) == BLOCK or size > BLOCK_BYTES:
-                    if unfit and not block.kind:
+                    if block.error:
                         break
                     yield block
                     block, size = replace(block, rows=[]), 0
@@ -88,7 +86,6 @@ def read_blocks(source: DataSource, settings: DataSettings) -> Iterator[RowBlock
             block.error = error
         if not block.kind:  # rows that fit nothing are bad ones if a later row fits
             block.rows = [(line, raw) for line, raw in block.rows if isinstance(raw, DataError)]
-            block.error = block.error or unfit
         yield block
 
 
@@ -98,7 +95,7 @@ def _find_format(
     """A row, parsed, the format that it shows, or why it shows none, and its columns where they were found by other
     names. Raises DataError when it fits two, or when the recipe names columns that its format does not read."""
     try:
-        row = parse_row(raw, place)
+        row = parse_row(raw)
     except DataError as error:
         return error, "", None, {}
     stated, columns = source.format or settings.format, source.columns or settings.columns or {}
@@ -124,15 +121,15 @@ def _find_format(
 
 def shape_block(block: RowBlock, settings: DataSettings, *, report: Report) -> Iterator[Example]:
     """The examples of a block. Raises DataError after them when the file ends wrong."""
-    columns = block.source.columns or settings.columns or {}
+    columns = block.guess or block.source.columns or settings.columns or {}
     read = (keys.READ.get(block.kind, set()) - columns.keys()) | set(columns.values())
-    if block.guessed:
+    if block.guess:
         report.read_as.append(f"{', '.join(columns.values())} are read as {', '.join(columns)}")
     for line, raw in block.rows:
         place = RowLocation(block.file, line)
         report.rows += 1
         try:
-            row = parse_row(raw, place)
+            row = parse_row(raw)
             unread = keys.check_row(row, block.kind, read)
             row = row | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
             example = shape_row(row, block.kind, place, unread=unread, mapped=columns.keys())

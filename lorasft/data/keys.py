@@ -1,52 +1,33 @@
 """What the keys of rows, messages and turns say: which are read, what the others would change, and which are named.
 
-The formats of OpenAI, Mistral, Anthropic, Bedrock, TRL, Axolotl, LLaMA-Factory and ms-swift; docs/data.md has them all.
+The formats of OpenAI, Mistral, Anthropic, Bedrock, TRL, Axolotl, LLaMA-Factory and ms-swift: keys.yaml has the names,
+docs/data.md what becomes of each.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Set
+from pathlib import Path
 from typing import Any
 
 from lorasft.data.sources import Row
 from lorasft.errors import DataError
+from lorasft.recipe.yaml_reader import read_yaml
 
-NEEDED = {  # format -> the columns that make it
-    "chat": ("messages",),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "prompt-completion": ("prompt", "completion"),
-    "text": ("text",),
-}
+_NAMES: dict[str, Any] = read_yaml(Path(__file__).with_name("keys.yaml")).value
+NEEDED: dict[str, list[str]] = _NAMES["formats"]  # format -> the columns that make it
 OPTIONS = "chat_template_kwargs"  # of a row: variables of its template
-VARIABLES = ("documents", "enable_thinking", "reasoning_effort")  # and those that have a column of their own
-_BESIDE = {"system", "tools", "functions", "weight", OPTIONS, *VARIABLES}  # of every format but text
-_MORE = {"alpaca": {"input", "history"}, "prompt-completion": {"history"}}
-# Format -> all columns that are read.
-READ = {kind: {*needed, *_BESIDE, *_MORE.get(kind, ())} for kind, needed in NEEDED.items()}
-READ["text"] = {"text", "weight"}
-ROLES = ("system", "developer", "user", "assistant", "tool")
-OTHER_ROLES = {  # what others call them
-    "human": "user",
-    **dict.fromkeys(("gpt", "model", "bot", "function_call", "tool_call"), "assistant"),
-    **dict.fromkeys(("observation", "tool_response", "function", "ipython"), "tool"),
-}
-REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that transformers reads, in its order
-CHOOSING = ("train", "training", "trainable", "train_on_turn")  # those that are true: `supervise: flagged`
-_WEIGHTS_TO = (1e-9, 1e9)  # products and sums of them are numbers of fp32
-_WEIGHTS = (*CHOOSING, "loss", "loss_weight", "loss_scale", "loss_mask")
-FLAGS = {**dict.fromkeys(_WEIGHTS, True), "masked": False}  # of a message -> what it says where it is learned
-UNCLEAR = {"mask", "train_detail", "training_detail"}
-MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
+VARIABLES: list[str] = _NAMES["variables"]  # and those that have a column of their own
+READ = {kind: {*needed, *_NAMES["beside"][kind]} for kind, needed in NEEDED.items()}  # all columns that are read
+ROLES: list[str] = _NAMES["roles"]
+OTHER_ROLES: dict[str, str] = _NAMES["other_roles"]
+REASONING: list[str] = _NAMES["reasoning"]
+FLAGS: dict[str, bool] = _NAMES["flags"]
+UNCLEAR, MEDIA = set(_NAMES["unclear"]), set(_NAMES["media"])
 KNOWN = {"role", "content", "tool_calls", "function_call", "weight", *REASONING, *FLAGS, *UNCLEAR, *MEDIA}
 KEPT = KNOWN | {"name", "tool_call_id"}  # of a turn; these two say something to some templates
-# Columns of other names that are read where a row fits no format: lower case, without blanks around.
-QUESTIONS = ("prompt", "question", "query", "instruction", "input", "user", "human")
-ANSWERS = ("completion", "answer", "response", "output", "assistant", "bot")
-SYSTEMS = ("system", "system_prompt", "system_message")
-_LISTS = ("conversations", "conversation", "dialogue", "dialog")
-DIALOGUES = {"messages": "messages", **dict.fromkeys(_LISTS, "conversations")}
+_WEIGHTS_TO = (1e-9, 1e9)  # products and sums of them are numbers of fp32
 PAIRS = (
     "'data.columns={completion: chosen}' learns the better answers beside a prompt, {output: chosen} beside an "
     "instruction, {messages: chosen} where it is a conversation; beside messages, put it at their end"
@@ -73,14 +54,15 @@ def guess_columns(row: Row) -> tuple[dict[str, str], str]:
         named.setdefault(str(name).strip().lower(), []).append(name)
     if any(len(names) > 1 for names in named.values()) or named.keys() >= {"chosen", "rejected"}:
         return {}, ""
-    asked, answered, systems = ([key for key in some if key in named] for some in (QUESTIONS, ANSWERS, SYSTEMS))
+    kinds, dialogues = ("questions", "answers", "systems"), _NAMES["dialogues"]
+    asked, answered, systems = ([key for key in _NAMES[kind] if key in named] for kind in kinds)
     turns = re.compile(r"\s*\[\s*\{")  # of a list of them, or of one as JSON
-    lists = [key for key in DIALOGUES if key in named and turns.match(str(row[named[key][0]]))]
+    lists = [key for key in dialogues if key in named and turns.match(str(row[named[key][0]]))]
     extra = "context" if "context" in named else "input" if {"instruction", "input"} <= named.keys() else ""
     extra = "" if extra and isinstance(row[named[extra][0]], (list, dict)) else extra
     asked = [key for key in asked if key != extra]
     if len(lists) == 1 and not answered:
-        found = {DIALOGUES[lists[0]]: lists[0]}
+        found = {dialogues[lists[0]]: lists[0]}
     elif not lists and len(asked) == len(answered) == 1:
         pair = ("instruction", "output") if extra else ("prompt", "completion")
         found = dict(zip(pair, (asked[0], answered[0]), strict=True)) | ({"input": extra} if extra else {})
@@ -132,23 +114,19 @@ def read_flags(message: Row) -> None:
         hint = '"train": true or false marks a whole answer; data.on_bad_row=drop leaves the row out'
         raise DataError(f"{unclear[0]!r} says what is learned in a way that is not read", hint=hint)
     weight = read_weight(message.pop("weight", None))
-    flags = [(key, read_flag(key, message.pop(key))) for key in FLAGS if key in message]
-    if weight == 0 or any(value != FLAGS[key] for key, value in flags):
+    flags: dict[str, float] = {}
+    for key in [key for key in FLAGS if key in message]:
+        flags[key] = _number(key, message.pop(key), "true or false")
+        if flags[key] not in (0, 1):  # a weight that tools apply otherwise
+            hint = "make it 0 or 1; 'weight' may be any number from 0; data.on_bad_row=drop leaves the row out"
+            raise DataError(f"{key!r} is {flags[key]:g}, a weight other than 0 and 1", hint=hint)
+    if weight == 0 or any(number != FLAGS[key] for key, number in flags.items()):
         message["train"] = False
         return
-    if any(key in CHOOSING for key, _ in flags):
+    if any(key in _NAMES["choosing"] for key in flags):
         message["train"] = True
     if weight != 1:
         message["weight"] = weight
-
-
-def read_flag(key: str, value: Any) -> bool:
-    """A flag, or one of the weights that tools apply otherwise, if it is 0 or 1, also as text. Raises DataError."""
-    number = _number(key, value, "true or false")
-    if number not in (0, 1):
-        hint = "make it 0 or 1; 'weight' may be any number from 0; data.on_bad_row=drop leaves the row out"
-        raise DataError(f"{key!r} is {number:g}, a weight other than 0 and 1", hint=hint)
-    return bool(number)
 
 
 def read_weight(value: Any) -> float:

@@ -12,7 +12,7 @@ from lorasft.data.chat_format import ChatFormat, MarkedText
 from lorasft.data.encoding import Encoded
 from lorasft.data.examples import Example, Message, reasoning_of, refuse_untrainable, without_reasoning
 from lorasft.data.report import Report
-from lorasft.data.templates import MERGE_SYSTEM, limits
+from lorasft.data.templates import limits, read_template
 from lorasft.data.tokenizer import adds_bos
 from lorasft.data.tokens import UNSUPERVISED, Tokens, all_supervised, supervised_runs
 from lorasft.errors import DataError
@@ -28,6 +28,7 @@ class Labeler:
         self.data = data
         tokenizer = chat_format.tokenizer
         self._template = str(tokenizer.chat_template)
+        self._merges_system = read_template("merge_system") in self._template
         self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
 
     def encode_all(self, examples: Sequence[Example], *, report: Report) -> Iterator[tuple[Tokens, ...]]:
@@ -85,7 +86,7 @@ class Labeler:
         found = ((marked, answer) for marked in texts for answer in marked.answers)
         for target, (marked, answer) in zip(targets, found, strict=True):
             self._count_losses(example.messages[target], target, marked.text[answer.prompt : answer.end], report)
-        report.merged_systems += example.messages[0]["role"] == "system" and MERGE_SYSTEM in self._template
+        report.merged_systems += self._merges_system and example.messages[0]["role"] == "system"
         functions = [tool.get("function") for tool in example.tools or ()]
         names = [str(one["name"]) for one in functions if isinstance(one, dict) and "name" in one]
         report.tools_left_out += bool(names) and not any(name in marked.text for name in names for marked in texts)

@@ -62,8 +62,8 @@ def read_file(path: Path) -> Iterator[tuple[int, Raw]]:
         raise DataError(f"cannot read this as {kind}: {error}", where=f"{path}:{line + 1}", hint=hint) from None
 
 
-def parse_row(raw: Raw, place: RowLocation) -> Row:
-    """A row as it was read, as an object. Raises DataError with the place."""
+def parse_row(raw: Raw) -> Row:
+    """A row as it was read, as an object. Raises DataError."""
     if isinstance(raw, DataError):
         raise raw
     if isinstance(raw, bytes):
@@ -73,9 +73,9 @@ def parse_row(raw: Raw, place: RowLocation) -> Row:
             raw = parse_strict(raw.decode())
         except ValueError as error:
             hint = RECODE if isinstance(error, UnicodeDecodeError) else None
-            raise DataError(f"not JSON: {error}", where=place, hint=hint) from None
+            raise DataError(f"not JSON: {error}", hint=hint) from None
     if not isinstance(raw, dict):
-        raise DataError(f"a row must be an object, this is {type(raw).__name__}", where=place)
+        raise DataError(f"a row must be an object, this is {type(raw).__name__}")
     return raw
 
 
@@ -198,8 +198,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Raw]]:
             if len(fields) == len(names):
                 yield line, dict(zip(names, fields, strict=True))
             elif fields:
-                what = f"{len(fields)} fields, the header has {len(names)}"
-                yield line, DataError(what, where=f"{path}:{line}")
+                yield line, DataError(f"{len(fields)} fields, the header has {len(names)}")
             line = reader.line_num + 1
 
 

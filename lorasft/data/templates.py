@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import operator
 import re
 import resource
 import signal
@@ -15,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from lorasft.data.keys import REASONING
 from lorasft.data.tokenizer import adds_bos
@@ -26,40 +25,7 @@ if TYPE_CHECKING:
     import jinja2
     from transformers import PreTrainedTokenizerFast
 
-REFUSALS = (
-    "{% if tools or message.tool_calls or message.role == 'tool' %}"
-    "{{ raise_exception('this template has no place for tools') }}{% endif %}"
-)
-# Words of the base's own vocabulary only: nothing has to be learned from scratch.
-PLAIN = (
-    "{{ BOS }}{% for message in messages %}" + REFUSALS + "{% if message.role == 'user' %}"
-    "{{ '\\n' if not loop.first and loop.previtem.role == 'assistant' else '' }}"
-    "{{ 'User:\\n' + message.content + '\\n\\n' }}"
-    "{% elif message.role == 'assistant' %}{{ 'Assistant:\\n' + message.content + eos_token }}"
-    "{% else %}{{ message.content + '\\n\\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
-)
-CHATML = (
-    "{{ BOS }}{% for message in messages %}" + REFUSALS + "{{ '<|im_start|>' + message.role + '\\n' }}"
-    "{{ message.content + '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-NONE = (
-    "{{ BOS }}{% for message in messages %}" + REFUSALS + "{% if loop.index0 > 1 or message.role == 'system' %}"
-    "{{ raise_exception('template none takes one prompt and one answer, no system text and no further turns') }}"
-    "{% endif %}{{ message.content }}{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-)
-# Put before a template that shows no system messages: their text goes into the first user turn, here and when served.
-MERGE_SYSTEM = (
-    "{% if messages and messages[0].role == 'system' and messages[1:] and messages[1].role == 'user' %}"
-    "{% set messages = [{'role': 'user', 'content': messages[0].content + '\\n\\n' + messages[1].content}]"
-    " + messages[2:] %}{% endif %}"
-)
-# Put before a template, with a text for SYSTEM: what is put before a conversation that has no system message.
-DEFAULT_SYSTEM = (
-    "{% if messages and not messages | selectattr('role', 'equalto', 'system') | list %}"
-    "{% set messages = [{'role': 'system', 'content': SYSTEM}] + messages %}{% endif %}"
-)
+BUILT_IN = ("plain", "chatml", "none")
 CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
 _TAG = re.compile(r"{[{%].*?[%}]}", re.DOTALL)
 # In a tag, outside of strings: a filter that has the texts beside it escaped as HTML, and what llama.cpp gives a date.
@@ -69,8 +35,6 @@ LARGEST_NUMBER = 1 << 16  # bits
 ROOM = 1 << 29  # bytes, for one conversation
 WORD = "lorasftword"  # to be looked for in a rendering: nothing that a template trims, splits or escapes
 SECONDS = 10  # for one rendering, which takes a thousandth of one
-_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {"*": operator.mul, "**": operator.pow}
-BUILT_IN = {"plain": PLAIN, "chatml": CHATML, "none": NONE}
 
 
 def set_template(tokenizer: PreTrainedTokenizerFast, chat: ChatSettings) -> None:
@@ -86,14 +50,21 @@ def set_template(tokenizer: PreTrainedTokenizerFast, chat: ChatSettings) -> None
     settle = partial(_settle, day=chat.template_date)
     _change_template(tokenizer, lambda text: _before(settle(options), settle(text)))
     if chosen != "none" and _loses_system(tokenizer):
-        _change_template(tokenizer, partial(_before, MERGE_SYSTEM))
+        _change_template(tokenizer, partial(_before, read_template("merge_system")))
 
 
 def set_default_system(tokenizer: PreTrainedTokenizerFast, chat: ChatSettings) -> None:
     """Give the tokenizer the template of the recipe, and that the recipe's system message: servers know no recipe."""
     set_template(tokenizer, chat)
     if chat.system is not None:
-        _change_template(tokenizer, partial(_before, DEFAULT_SYSTEM.replace("SYSTEM", _literal(chat.system))))
+        head = read_template("default_system").replace("SYSTEM", _literal(chat.system))
+        _change_template(tokenizer, partial(_before, head))
+
+
+def read_template(name: str) -> str:
+    """A file of chat_templates as saved models have it: without its comments, line breaks and indents."""
+    text = Path(__file__).with_name("chat_templates").joinpath(f"{name}.jinja").read_text(encoding="utf-8")
+    return re.sub(r"{#.*#}|\n *", "", text)
 
 
 def render(
@@ -139,20 +110,15 @@ def render(
 
 @lru_cache(maxsize=8)
 def _compile(template: str) -> jinja2.Template:
-    compiled = _sandbox().from_string(template)
-    compiled.globals = dict(compiled.globals)  # copied at each rendering: as the ChainMap it was, half of the time
-    return compiled
-
-
-@lru_cache(maxsize=1)
-def _sandbox() -> jinja2.Environment:
-    """transformers' environment, with numbers bounded: a clock cannot end a product of two that are millions long."""
+    """As transformers does, with numbers bounded: a clock cannot end a product of two that are millions long."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     sandbox: Any = _compile_jinja_template("").environment
-    sandbox.intercepted_binops = frozenset(_OPERATORS)
+    sandbox.intercepted_binops = frozenset(["*", "**"])
     sandbox.call_binop = _multiply
-    return cast("jinja2.Environment", sandbox)
+    compiled: jinja2.Template = sandbox.from_string(template)
+    compiled.globals = dict(compiled.globals)  # copied at each rendering: as the ChainMap it was, half of the time
+    return compiled
 
 
 def _multiply(_: object, sign: str, left: Any, right: Any) -> Any:
@@ -160,7 +126,7 @@ def _multiply(_: object, sign: str, left: Any, right: Any) -> Any:
         bits = left.bit_length() * (right if sign == "**" else 1) + right.bit_length()
         if bits > LARGEST_NUMBER:
             raise MemoryError("it makes a number without end")
-    return _OPERATORS[sign](left, right)
+    return left**right if sign == "**" else left * right
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
@@ -268,7 +234,7 @@ def _load_template(tokenizer: PreTrainedTokenizerFast, name: str) -> str:
     if unknown := [text for text in needed if encode(text, add_special_tokens=False).tokens != [text]]:
         what = f"template chatml needs {' and '.join(unknown)}, which this tokenizer does not know as single tokens"
         raise ModelError(what, where=tokenizer.name_or_path, hint="chat.template=plain")
-    return BUILT_IN[name].replace("{{ BOS }}", "{{ bos_token }}" if adds_bos(tokenizer) else "")
+    return read_template(name).replace("{{ BOS }}", "{{ bos_token }}" if adds_bos(tokenizer) else "")
 
 
 def _before(head: str, template: str) -> str:

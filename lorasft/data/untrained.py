@@ -6,13 +6,13 @@ Where there are no weights to read, as in a folder with a tokenizer only, nothin
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lorasft.errors import DataError, LorasftError
+from lorasft.hub import find_local
 from lorasft.tensors import TensorFile, find_weights, open_tensors
 
 if TYPE_CHECKING:
@@ -25,10 +25,17 @@ SMALL, ALIKE = 0.02, 0.01  # of an ordinary row's norm; of the row's own norm
 def refuse_untrained(base: str, tokenizer: PreTrainedTokenizerFast, *, supervised: Sequence[int]) -> None:
     """Raise DataError when special tokens among `supervised` (token ids) look untrained in the weights of `base`."""
     added = sorted(tokenizer.added_tokens_decoder)
-    tables = _find_tables(base) if supervised else ()
-    found = sorted({token for file, name in tables for token in untrained_rows(file, name, supervised, added=added)})
+    try:
+        files = find_weights(find_local(base, "config.json").parent) if supervised else []
+    except LorasftError:  # none here
+        files = []
+    found: set[int] = set()
+    for file in map(open_tensors, files):
+        for name, spec in file.specs.items():  # the embedding and the head
+            if name.endswith(TABLES) and spec.dtype in ("F32", "F16", "BF16") and len(spec.shape) == 2:
+                found.update(untrained_rows(file, name, supervised, added=added))
     if found:
-        names = ", ".join(tokenizer.convert_ids_to_tokens(found)[:10])
+        names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(found))[:10])
         what = f"the data asks to learn {names}, which the base never trained: its row is empty"
         hint = "model.base=the instruct model of this family, or chat.template=plain, which needs no such token"
         raise DataError(what, where=base, hint=hint)
@@ -55,18 +62,3 @@ def _read_row(file: TensorFile, name: str, row: int) -> NDArray[np.float32]:
     if spec.dtype == "BF16":  # the upper half of fp32
         return (np.frombuffer(content, np.uint16).astype(np.uint32) << 16).view(np.float32)
     return np.frombuffer(content, {"F32": np.float32, "F16": np.float16}[spec.dtype]).astype(np.float32)
-
-
-def _find_tables(base: str) -> Iterator[tuple[TensorFile, str]]:
-    """The embedding and the head in a folder or in the hub's cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    config = str(Path(base) / "config.json") if Path(base).is_dir() else try_to_load_from_cache(base, "config.json")
-    try:
-        files = find_weights(Path(str(config)).parent)
-    except LorasftError:  # none here
-        return
-    for file in map(open_tensors, files):
-        for name, spec in file.specs.items():
-            if name.endswith(TABLES) and spec.dtype in ("F32", "F16", "BF16") and len(spec.shape) == 2:
-                yield file, name
