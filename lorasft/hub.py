@@ -58,8 +58,8 @@ def find_local(base: str, name: str) -> Path:
     """Where the file `name` of a model is, in its folder or the hub's cache, if it is there; asks nobody."""
     from huggingface_hub import try_to_load_from_cache
 
-    is_here = Path(base).is_dir() or not is_hub_id(base)
-    return Path(base, name) if is_here else Path(str(try_to_load_from_cache(base, name)))
+    kept = None if Path(base).is_dir() or not is_hub_id(base) else try_to_load_from_cache(base, name)
+    return Path(kept) if isinstance(kept, str) else Path(base, name)
 
 
 def refuse_offline(error: BaseException, name: str) -> None:
