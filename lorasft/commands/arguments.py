@@ -7,12 +7,13 @@ import re
 from argparse import Action, ArgumentParser, ArgumentTypeError
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasft.errors import CapacityError, LorasftError, out_of_memory
-from lorasft.terminal import say, shorten
+from lorasft.terminal import say, shorten, size_text
 
 if TYPE_CHECKING:
     from lorasft.artifact import Artifact
@@ -146,6 +147,8 @@ def fill_in(template: str, facts: Mapping[str, Any], *, html: bool = False) -> s
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), **how)
     environment.filters["yaml"] = partial(json.dumps, ensure_ascii=False)  # JSON is YAML, on one line
     environment.filters["line"] = shorten  # of a comment
+    environment.filters["size"] = size_text
+    environment.filters["time"] = lambda seconds: timedelta(seconds=round(seconds))
     return environment.get_template(template).render(facts)
 
 
