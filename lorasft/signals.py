@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
@@ -61,11 +61,9 @@ def stop_signals(*, alone: bool, notice: bytes = StopRequest.notice) -> Iterator
         yield stop
 
 
-@contextmanager
-def ended_in_order() -> Iterator[None]:
+def ended_in_order() -> AbstractContextManager[None]:
     """Signals that ask to end raise Ended; a second one, or one in an import, ends at once. SIGUSR1 ends nothing."""
-    with _answered({**dict.fromkeys(exit_signals(), _unwind), signal.SIGUSR1: signal.SIG_IGN}):
-        yield
+    return _answered({**dict.fromkeys(exit_signals(), _unwind), signal.SIGUSR1: signal.SIG_IGN})
 
 
 def end_at_once() -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 from argparse import Action, ArgumentParser, ArgumentTypeError
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasft.errors import CapacityError, LorasftError, out_of_memory
-from lorasft.terminal import say
+from lorasft.terminal import say, shorten, size_text
 
 if TYPE_CHECKING:
     from lorasft.artifact import Artifact
@@ -134,6 +137,19 @@ def whole_number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"{text} is not a whole number above 0")
     return int(text)
+
+
+def fill_in(template: str, facts: Mapping[str, Any], *, html: bool = False) -> str:
+    """The template beside this file, filled in with `facts`, which `html` escapes."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    how: Any = {"trim_blocks": True, "keep_trailing_newline": True, "undefined": StrictUndefined, "autoescape": html}
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), **how)
+    environment.filters["yaml"] = partial(json.dumps, ensure_ascii=False)  # JSON is YAML, on one line
+    environment.filters["line"] = shorten  # of a comment
+    environment.filters["size"] = size_text
+    environment.filters["time"] = lambda seconds: timedelta(seconds=round(seconds))
+    return environment.get_template(template).render(facts)
 
 
 def show(value: Any, lines: Iterable[str], *, as_json: bool) -> None:

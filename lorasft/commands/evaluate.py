@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasft.commands import arguments
-from lorasft.commands.preview import make_page
 from lorasft.errors import DataError, RecipeError
 from lorasft.terminal import harmless, say
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 Lines = list[dict[str, Any]]  # for each answer its source, tokens, prompt, expected, and what each model gives it
 _FORMS = {"loss": ".4f", "perplexity": ".2f", "tokens": ","}  # of the columns of the table
 _FORMS |= dict.fromkeys(("exact_match", "normalised_match", "ended"), ".1%")
-_LEGEND = "<h1>Answers</h1><p>What got worse comes first. <mark>Marked</mark> is what was expected.</p>"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -55,25 +53,25 @@ def run(saved: str, overrides: Sequence[str], data: str, columns: str | None, as
     from lorasft.model.scoring import compare_with_base, summarize
 
     lines: Lines = []
-    names = [found.name if others else "adapter" if found.adapter else "model" for found in artifacts]
-    totals: dict[str, Any] = {}
-    for name, found in zip(names, artifacts, strict=True):
+    named = {found.name if others else "adapter" if found.adapter else "model": found for found in artifacts}
+    for name, found in named.items():
         lines = _score(found, name, source, lines, most if answers else 0)
-        for each in ["base", name] if "base" in lines[0] else [name]:
-            totals[each] = totals.get(each) or summarize([line[each] for line in lines])
-        if found.adapter:
-            totals[name]["against_base"] = compare_with_base(lines, name)
-    worst = sorted(lines, key=lambda line: _harm(line, names[0]), reverse=True)
+    totals = {name: summarize([line[name] for line in lines]) for name in lines[0] if name in ("base", *named)}
+    for name in (name for name, found in named.items() if found.adapter):
+        totals[name]["against_base"] = compare_with_base(lines, name)
+    first = next(iter(named))
+    worst = sorted(lines, key=lambda line: _harm(line, first), reverse=True)
     shown = [_side_by_side(line, totals) for line in worst]
     more = "" if answers else "; --answers OUT.html: what the models answer, and how often it matches"
     said = [f"{len(lines):,} answers in {data}; loss in nats a token{more}", *_table(totals)]
     if "base" in totals:
-        worse = sum(_harm(line, names[0]) > (False, 0.0) for line in lines)
-        said.append(f"{worse:,} of {len(lines):,} answers got worse by {names[0]}")
+        worse = sum(_harm(line, first) > (False, 0.0) for line in lines)
+        said.append(f"{worse:,} of {len(lines):,} answers got worse by {first}")
         said += [f"  {boxes[0][0]}" for boxes in shown[: min(worse, 5)]]
     for out, chosen in ((per_example, lines), (answers, worst)):
         if out and out.endswith(".html"):
-            write_file(Path(out), make_page(shown, said, legend=_LEGEND))
+            page = {"rows": shown, "facts": said, "answers": True}
+            write_file(Path(out), arguments.fill_in("page.html.jinja", page, html=True))
         elif out:
             write_file(Path(out), "".join(json.dumps(line) + "\n" for line in chosen))
     arguments.show(totals, said, as_json=as_json)
@@ -100,7 +98,7 @@ def _score(found: Artifact, name: str, source: DataSource, lines: Lines, most: i
         texts = {"prompt": tokenizer.decode(x), "expected": tokenizer.decode(y[:-1] if y[-1] in stops else y)}
         read.append({"source": vars(answer.place), "tokens": len(y), **texts})
     lines = lines or read
-    if len(lines) != len(read) or any(line | other != line for line, other in zip(lines, read, strict=True)):
+    if [{name: line[name] for name in read[0]} for line in lines] != read:
         raise DataError(f"{name} reads other prompts than those before", hint="evaluate each by itself")
 
     def ask(name: str) -> None:

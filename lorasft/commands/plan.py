@@ -5,10 +5,9 @@ from __future__ import annotations
 import shutil
 from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import timedelta
 from typing import Any
 
-from lorasft.commands.arguments import add_json, add_recipe, parse_bytes, read_recipe, show
+from lorasft.commands.arguments import add_json, add_recipe, fill_in, parse_bytes, read_recipe, show
 from lorasft.errors import CapacityError
 from lorasft.terminal import say, size_text
 
@@ -28,7 +27,8 @@ def run(recipe: str, overrides: Sequence[str], memory: int | None, as_json: bool
     for notice in plan["notices"]:
         say(notice)
     width = min(shutil.get_terminal_size().columns, 100)
-    show(plan, [*picture(plan, width=width), "", *describe(plan)], as_json=as_json)
+    words = fill_in("plan.txt.jinja", plan).splitlines()
+    show(plan, [*picture(plan, width=width), "", *words], as_json=as_json)
     if not plan["holds"]:
         activations = plan["bytes"]["activations"] + plan["bytes"]["transient"]  # take 90 % of what is left
         needed, own = size_text(plan["peak"] + activations / 9), size_text(plan["libraries"])
@@ -52,22 +52,3 @@ def picture(plan: Mapping[str, Any], *, width: int) -> Iterator[str]:
     bar = (full * round(min(total, memory) * scale) or thin).ljust(columns, beyond if total > memory else empty)
     yield f"{'peak':<14} {size_text(total):>9}  {bar}"
     yield f"{'given' if plan['given'] else 'free here':<14} {size_text(memory):>9}"
-
-
-def describe(plan: Mapping[str, Any]) -> Iterator[str]:
-    """The layout, the speed and the time in words."""
-    duration, layers = plan["duration"], f"{plan['recomputed_layers']} of {plan['layers']}"
-    kept = ", weights kept in 16 bit" if plan["keep_16bit"] else ""
-    yield f"on {plan['device']} in {plan['dtype']}: micro-batches of {plan['micro_batch_tokens']:,} tokens"
-    yield f"(the heaviest: {plan['heaviest']['tokens']:,}), {layers} layers recomputed{kept}"
-    if plan["host"]:
-        yield f"embeddings of {size_text(plan['host'])} stay in the host's memory, which sends the rows of its tokens"
-    yield f"{plan['steps']:,} steps over {plan['examples']:,} examples; an estimate from single layers on few tokens:"
-    supervised = f"{duration['supervised_tokens_per_second']:,.0f} supervised tokens"
-    yield f"  {duration['examples_per_second']:,.3g} examples, {supervised} a second"
-    training, evaluation = (timedelta(seconds=round(duration[name])) for name in ("training", "evaluation"))
-    yield f"  {training} of training, {evaluation} of evaluation"
-    if plan["saved_by_8bit"]:
-        yield f"optimizer.name=adamw8bit would save {size_text(plan['saved_by_8bit'])}"
-    if plan["holds"]:
-        yield "it fits"

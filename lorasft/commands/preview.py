@@ -7,20 +7,17 @@ import os
 import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Sequence
-from html import escape
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lorasft.commands.arguments import add_json, add_recipe, whole_number
+from lorasft.commands.arguments import add_json, add_recipe, fill_in, whole_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from lorasft.data.report import Report
-    from lorasft.data.sources import RowLocation
-    from lorasft.data.store import TokenStore
     from lorasft.data.tokens import Tokens
 
 Part = tuple[str, bool, bool]  # text, whether it is supervised, whether it is a special token
@@ -28,9 +25,6 @@ DROPPED_SHOWN = 10
 # Around text that is context, and that is supervised: in colour for a terminal, elsewhere in brackets.
 COLOURS = ("\x1b[2m", "\x1b[0m"), ("\x1b[32m", "\x1b[0m")
 BRACKETS = ("", ""), ("⟦", "⟧")
-PAGE = Path(__file__).with_name("preview_page.html")  # one file, nothing fetched, to search and page through
-LEGEND = """<h1>What is supervised</h1>
-<p><mark>Marked text</mark> is supervised, grey text is context, <b>special tokens</b> are coloured.</p>"""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -60,22 +54,27 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
         prepared = prepare(settings.data, settings.chat, tokenizer=tokenizer, folder=Path(folder))
         if not settings.adapter.modules_to_save:
             refuse_untrained(settings.model.base, tokenizer, supervised=[*{*prepared.supervised_special} - {*new}])
+        store, most = prepared.store, None if as_json else rows or (1000 if html else 3)
+        found = (
+            (store.place(example), bool(held_out), tokens, list(painted(tokens, tokenizer)))
+            for example, held_out in enumerate(store.arrays["held_out"][store.chosen[:most]])
+            for tokens in store.sequences(example)
+        )
         if as_json:
-            for place, held_out, tokens, parts in _sequences(prepared.store, tokenizer):
+            for place, held_out, tokens, parts in found:
                 spans = [{"text": text, "learned": supervised} for text, supervised, _ in parts]
-                line = {"source": vars(place), "ids": tokens.ids.tolist(), "labels": tokens.labels.tolist()}
-                weights = {} if tokens.weights is None else {"weights": tokens.weights.tolist()}
-                weights |= {"row_weight": tokens.row_weight} if tokens.row_weight != 1 else {}
-                print(json.dumps({**line, "spans": spans, "held_out": held_out, **weights}))
+                fed = {name: one.tolist() for name, one in vars(tokens).items() if hasattr(one, "tolist")}
+                fed |= {"row_weight": tokens.row_weight} if tokens.row_weight != 1 else {}
+                print(json.dumps({"source": vars(place), **fed, "spans": spans, "held_out": held_out}))
             print(json.dumps({"summary": prepared.report.as_dict()}))
             return
-        found = _sequences(prepared.store, tokenizer, most=rows or (1000 if html else 3))
         shown = [(_harmless(f"{place}{' (held out)' * held_out}"), parts) for place, held_out, _, parts in found]
-        ids = prepared.store.arrays["ids"]
+        ids = store.arrays["ids"]
         counts = [f"{(ids == token).sum():,} times the new token {tokenizer.decode([token])}" for token in new]
     facts = list(map(_harmless, [*counts, *summary(prepared.report)]))
     if html:
-        write_file(Path(html), make_page(([one] for one in shown), facts, legend=LEGEND))
+        page = {"rows": [[one] for one in shown], "facts": facts, "answers": False}
+        write_file(Path(html), fill_in("page.html.jinja", page, html=True))
         print(html)
         return
     marks = COLOURS if sys.stdout.isatty() and "NO_COLOR" not in os.environ else BRACKETS
@@ -111,16 +110,6 @@ def summary(report: Report) -> Iterator[str]:
         yield from report.dropped[:DROPPED_SHOWN]
 
 
-def _sequences(
-    store: TokenStore, tokenizer: PreTrainedTokenizerFast, *, most: int | None = None
-) -> Iterator[tuple[RowLocation, bool, Tokens, list[Part]]]:
-    """Of the first `most` examples: where each is from, whether it is held out, its tokens, and their text in parts."""
-    for example in range(len(store))[:most]:
-        held_out = bool(store.arrays["held_out"][store.chosen[example]])
-        for tokens in store.sequences(example):
-            yield store.place(example), held_out, tokens, list(painted(tokens, tokenizer))
-
-
 def mark(parts: Iterable[Part], marks: Sequence[tuple[str, str]]) -> str:
     """The text of `parts` with `marks` around what is context, and around what is supervised."""
     runs = groupby(parts, key=lambda part: part[1])
@@ -130,13 +119,3 @@ def mark(parts: Iterable[Part], marks: Sequence[tuple[str, str]]) -> str:
 def _harmless(text: str) -> str:
     """Text that cannot move the cursor or change the terminal: control characters as escapes, but for newlines."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-
-
-def make_page(rows: Iterable[Any], facts: Iterable[str], *, legend: str) -> str:
-    """The page of `rows`, of lines of facts and of a `legend` in HTML. A row has boxes, those after the first side by
-    side, each with a title and parts [[text, whether it is marked, whether it is special], ...]."""
-    # Text of the data never becomes markup: it is JSON without "<", and the script puts it in as text.
-    data = json.dumps(list(rows)).replace("<", "\\u003c")
-    items = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
-    page = PAGE.read_text(encoding="utf-8")
-    return page.replace("@LEGEND@", legend).replace("@FACTS@", items).replace("@DATA@", data)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import re
 from argparse import ArgumentParser
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorasft.commands.arguments import add_json, parse_bytes, show
+from lorasft.commands.arguments import add_json, fill_in, parse_bytes, show
 from lorasft.files import make_folder, refuse_existing, write_file
 from lorasft.recipe import recipe_schema
 from lorasft.recipe.load import complete_recipe, find_shipped, portable_text, shipped_recipes
 from lorasft.recipe.yaml_reader import parse_yaml, read_yaml
-from lorasft.terminal import quote, say, shorten, size_text
+from lorasft.terminal import quote, say, size_text
 
 # A comment of each shipped recipe; `needs`: the least memory that plan finds enough for rows of its data.max_length.
 _SIZES = re.compile(
@@ -75,13 +74,7 @@ def _import(source: Path, target: Path) -> None:
 def write_recipe(target: Path, template: str, facts: dict[str, Any]) -> None:
     """Fill in a template beside this file and write it, if it is a recipe; and beside it the schema that its first line
     names, if none is there."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    how: Any = {"trim_blocks": True, "keep_trailing_newline": True, "undefined": StrictUndefined}
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), **how)
-    environment.filters["yaml"] = partial(json.dumps, ensure_ascii=False)  # JSON is YAML, on one line
-    environment.filters["line"] = shorten  # of a comment
-    text = environment.get_template(template).render(facts, schema=SCHEMA)
+    text = fill_in(template, {**facts, "schema": SCHEMA})
     complete_recipe(parse_yaml(text, str(target)), target)
     make_folder(target.absolute().parent)
     write_file(target, text)

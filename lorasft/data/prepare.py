@@ -101,9 +101,9 @@ def open_prepared(folder: Path) -> Prepared:
     )
 
 
-def read_ingredients(folder: Path, key: str) -> dict[str, Any]:
-    """What the tokens in `folder/<key>` were made from; nothing when they are gone."""
-    return dict(next(read_objects(folder / key[:16] / "prepared.json"), {}).get("ingredients", {}))
+def read_ingredients(folder: Path) -> dict[str, Any]:
+    """What the tokens that `prepare` committed to `folder` were made from; nothing when they are gone."""
+    return dict(next(read_objects(folder / "prepared.json"), {}).get("ingredients", {}))
 
 
 def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, Any]:

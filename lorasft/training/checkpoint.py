@@ -140,12 +140,12 @@ def find_checkpoint(recipe: Recipe, inputs: RunInputs) -> State:
         if saved.data == prepared.key:
             return saved
         what = f"the data, the tokenizer or their libraries changed since step {saved.step}:"
-        places = (prepared.folder.parent, folder.parent / "tokens")  # the second is that of a sweep
-        before = next((one for one in places if (one / saved.data[:16]).is_dir()), places[0])
-        old, new = read_ingredients(before, saved.data), read_ingredients(places[0], prepared.key)
-        changes = list(compare(*({**one, "files": sum(map(len, one.get("files", ())))} for one in (old, new))))
+        of_run, of_sweep = (one / saved.data[:16] for one in (prepared.folder.parent, folder.parent / "tokens"))
+        before = of_sweep if of_sweep.is_dir() and not of_run.is_dir() else of_run
+        made_from = map(read_ingredients, (before, prepared.folder))
+        changes = list(compare(*({**one, "files": sum(map(len, one.get("files", ())))} for one in made_from)))
         with suppress(ModelError, OSError):
-            changes += changed_rows(open_prepared(before / saved.data[:16]).store, prepared.store)
+            changes += changed_rows(open_prepared(before).store, prepared.store)
     if saved.data != prepared.key:
         files.remove_folder(prepared.folder)
     changes = changes[:10] or ["the same rows in files of other bytes"]
@@ -154,7 +154,7 @@ def find_checkpoint(recipe: Recipe, inputs: RunInputs) -> State:
 
 def _changed_files(before: Recipe, now: Recipe, inputs: RunInputs, record: dict[str, Any]) -> Iterator[str]:
     """The base and the starting adapter, where they are not those that a run of `record` began with."""
-    start, recorded = inputs.start and inputs.start.adapter, (record.get("base") or {}).get("fingerprint")
+    start, recorded = inputs.start and inputs.start.adapter, record.get("base", {}).get("fingerprint")
     for name, old, new, folder, known in (
         ("model.base", before.model.base, now.model.base, Path(now.model.base), recorded),
         ("adapter.start", before.adapter.start, now.adapter.start, start, record.get("start")),
@@ -186,13 +186,13 @@ def prune_checkpoints(run: Run, state: State) -> None:
 
     What does not verify counts for nothing and is left alone, like what is another run's.
     """
-    own = []
+    own = []  # steps
     for path in list_checkpoints(run.checkpoints):
         with suppress(ModelError):
-            own.append((path, read_state(path, run=state.run).step))
-    for path, step in own[: -run.recipe.run.keep]:
+            own.append(read_state(path, run=state.run).step)
+    for step in own[: -run.recipe.run.keep]:
         if not run.recipe.run.keep_best or step != state.best_step:
-            files.remove_folder(path)
+            files.remove_folder(run.checkpoint(step))
 
 
 def save(run: Run, state: State) -> State:

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
@@ -29,17 +29,16 @@ T = TypeVar("T")
 _GRACE = 5.0  # seconds in which a process may find out by itself that another is gone, and end in order
 
 
-def watch(pids: Sequence[int]) -> threading.Event:
+def watch(pids: Sequence[int], *, unless: threading.Event) -> None:
     """End this process when another one of `pids` has ended, whatever this one is busy with, unless the event is set.
 
     A collective over gloo fails at once, but one over NCCL waits for ever, and a long computation asks nobody.
     Where the system has no pidfd (before Linux 5.3) nothing is watched and no lost process is named.
     """
-    leaving = threading.Event()
 
     def end_with(others: dict[int, int]) -> None:
         select.select(others, [], [])
-        if leaving.wait(_GRACE):
+        if unless.wait(_GRACE):
             return
         lost = sorted(others[descriptor] for descriptor in select.select(others, [], [], 0)[0])
         if pids[min(set(range(len(pids))) - set(lost))] == os.getpid():  # the first that is left speaks
@@ -51,7 +50,6 @@ def watch(pids: Sequence[int]) -> threading.Event:
     with contextlib.suppress(OSError, AttributeError):
         ranks = {os.pidfd_open(pid): rank for rank, pid in enumerate(pids) if pid != os.getpid()}
         threading.Thread(target=end_with, args=[ranks], daemon=True).start()
-    return leaving
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Ranks:
 
     index: int = 0
     count: int = 1
-    leaving: threading.Event | None = None  # where there are others: from then on this process ends by itself
+    leaving: threading.Event = field(default_factory=threading.Event)  # from then on this process ends by itself
 
     @property
     def is_main(self) -> bool:
@@ -88,7 +86,7 @@ class Ranks:
         try:
             yield
         except BaseException as caught:
-            if self.count == 1 or (self.leaving and self.leaving.is_set()):
+            if self.count == 1 or self.leaving.is_set():
                 raise
             error = caught
         code = getattr(error, "exit_code", None) or getattr(error, "code", None) or int(error is not None)
@@ -102,13 +100,6 @@ class Ranks:
                 raise error
             say(error)
         raise SystemExit(codes[first])
-
-    def copy_first(self, tensor: Tensor) -> None:
-        """Make `tensor` that of the first process: unlike devices draw unlike random numbers."""
-        if self.count > 1:
-            from accelerate.utils import broadcast
-
-            broadcast(tensor.detach())
 
     def sum_step(self, work: Callable[[], Tensor], gradient: Tensor, *, stop: StopRequest) -> Tensor:
         """Do `work`, this process's share of a step; leave the sum of all in its `gradient`, return their loss.
@@ -132,9 +123,8 @@ class Ranks:
 
     def leave(self) -> None:
         """From here on this process ends by itself, also where a launcher wants to end it with the others."""
-        if self.leaving:
-            self.leaving.set()
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.leaving.set()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 ALONE = Ranks()
@@ -158,7 +148,7 @@ def join() -> Iterator[Ranks]:
     except RuntimeError as error:
         raise DeviceError(f"the processes cannot meet: {str(error).strip().splitlines()[0]}") from error
     ranks = Ranks(state.process_index, state.num_processes)
-    ranks = replace(ranks, leaving=watch(ranks.gather(os.getpid())))
+    watch(ranks.gather(os.getpid()), unless=ranks.leaving)
     try:
         if int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count)) != ranks.count:
             raise DeviceError("the processes are on several machines", hint="start all of them on one")

@@ -54,7 +54,7 @@ def optimizer_state(optimizer: Any) -> dict[str, Tensor]:
     groups after the first end in `.` and the number of the group."""
     # A copy each: 8-bit states share their code tables, and a file may not hold a tensor twice.
     return {
-        f"{field}{end}": torch.as_tensor(value).detach().cpu().clone()
+        f"{field}{end}": torch.as_tensor(value).cpu().clone()
         for end, tensor in _tensors(optimizer)
         for field, value in optimizer.state[tensor].items()
     }
@@ -62,21 +62,16 @@ def optimizer_state(optimizer: Any) -> dict[str, Tensor]:
 
 def restore_optimizer(optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
     """Put a saved state back, bit for bit. Raises ValueError when it belongs to other parameters."""
-    ends = dict(_tensors(optimizer))
-    states: dict[str, dict[str, Tensor]] = {end: {} for end in ends}
+    parts = dict(_tensors(optimizer))
+    optimizer.state.clear()  # there is none before the first step
     for name, value in tensors.items():
         field, dot, number = name.partition(".")
-        states.setdefault(dot + number, {})[field] = value
-    for end, own in states.items():
-        count = ends[end].numel() if end in ends else 0
-        found = max(map(torch.numel, own.values()), default=count)  # there is none before the first step
-        if found != count:
-            raise ValueError(f"moments of {found} numbers for {count} that are trained")
+        part = parts.get(dot + number, torch.empty(0))
+        if field in ("exp_avg", "state1") and value.numel() != part.numel():  # as torch and bitsandbytes call it
+            raise ValueError(f"moments of {value.numel()} numbers for {part.numel()} that are trained")
         # torch counts steps in a tensor, bitsandbytes in a number.
-        optimizer.state[ends[end]] = {
-            field: int(value) if field == "step" and not value.is_floating_point() else value.to(ends[end].device)
-            for field, value in own.items()
-        }
+        counted = field == "step" and not value.is_floating_point()
+        optimizer.state[part][field] = int(value) if counted else value.to(part.device)
 
 
 def _tensors(optimizer: Any) -> Iterator[tuple[str, Tensor]]:

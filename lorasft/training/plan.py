@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from accelerate import PartialState
 
 from lorasft.data.packing import cost
-from lorasft.data.store import TokenStore, example_lengths
+from lorasft.data.store import example_lengths
 from lorasft.errors import ModelError
 from lorasft.model.free_memory import free_memory
 from lorasft.model.linear import copy_bytes
@@ -24,6 +24,7 @@ from lorasft.model.tables import keep_on_host
 from lorasft.model.timing import predict_seconds
 from lorasft.model.weightless import make_sample, make_weightless, plan_network
 from lorasft.recipe import Recipe
+from lorasft.recipe.load import change_recipe
 from lorasft.terminal import quote
 from lorasft.training.inputs import read_checked_config, read_inputs
 from lorasft.training.layout import Fit, choose_layout
@@ -43,13 +44,12 @@ def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         inputs = read_inputs(recipe, read_checked_config(recipe), Path(folder))
-        recipe = recipe.model_copy(update={"adapter": inputs.adapter})
-        device, config, rows = PartialState().device, inputs.config, inputs.prepared.train
+        device, config = PartialState().device, inputs.config
         libraries = 0 if memory is None else LIBRARIES
         given = free_memory(device) if memory is None else memory
-        model = make_weightless(config, recipe.model, recipe.adapter, device)
+        model = make_weightless(config, recipe.model, inputs.adapter, device)
         keep_on_host(model.get_base_model(), device, card=memory)
-        sample = make_sample(model, config, recipe.model, recipe.adapter, device)
+        sample = make_sample(model, config, recipe.model, inputs.adapter, device)
         sample.get_base_model().frozen_weights.forget("run")  # the probes read each weight many times
         static = static_bytes(model, recipe.optimizer.name)
         spare = given - libraries - sum(static.values())
@@ -58,7 +58,7 @@ def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
             what = "this model cannot be planned: it computes by numbers, not only shapes"
             raise ModelError(what, where=recipe.model.base)
         kinds = {**static, **fit.needs.by_kind}
-        suggestions = find_suggestions(recipe, config, network, rows, memory=given - libraries, card=memory)
+        suggestions = find_suggestions(recipe, inputs, network, memory=given - libraries, card=memory)
         return {
             "device": str(device),
             "dtype": str(network.causal.dtype).removeprefix("torch."),
@@ -102,41 +102,34 @@ def predict_duration(recipe: Recipe, network: Network, whole: Any, fit: Fit, inp
 
 
 def find_suggestions(
-    recipe: Recipe, config: Any, network: Network, rows: TokenStore, *, memory: int, card: int | None
+    recipe: Recipe, inputs: RunInputs, network: Network, *, memory: int, card: int | None
 ) -> Iterator[str]:
     """Changes with which `recipe` fits into `memory` bytes, of a `card` of so many, each alone, as they would be typed:
     those that change the result least first. One key changes, and the leanest layout that is then allowed is predicted.
     """
-    lengths, adapter = example_lengths(rows), recipe.adapter
-    # By key what it may be instead, the least change first.
-    alternatives: dict[str, Sequence[Any]] = {
-        "machine.keep_16bit": ["auto"],
-        "machine.activation_checkpointing": ["auto"],
-        "machine.micro_batch_tokens": ["auto"],
-        "model.quantization": ["nf4"],
-        "optimizer.name": ["adamw8bit"],
-    }
-    if adapter.start is None:  # else its sizes are given
-        alternatives["adapter.modules_to_save"] = [()]
-        alternatives["adapter.rank"] = [1 << power for power in reversed(range(adapter.rank.bit_length()))]
-    alternatives["data.max_length"] = np.quantile(lengths, _SHARES).astype(int).tolist()
+    lengths, start, rank = example_lengths(inputs.prepared.train), inputs.start, recipe.adapter.rank
+    given = ("machine.keep_16bit", "machine.activation_checkpointing", "machine.micro_batch_tokens")
+    # The least change first, and of one key the least value.
+    changes = [*([f"{key}=auto"] for key in given), ["model.quantization=nf4"], ["optimizer.name=adamw8bit"]]
+    if not start:  # else its sizes are given
+        changes.append(["adapter.modules_to_save=[]"])
+        changes.append([f"adapter.rank={1 << power}" for power in reversed(range(rank.bit_length()))])
+    changes.append([f"data.max_length={max(8, int(length))}" for length in np.quantile(lengths, _SHARES)])
 
-    def fits(changed: Recipe) -> bool:
-        model = make_weightless(config, changed.model, changed.adapter, network.runs_on)
+    def fits(word: str) -> bool:
+        changed = change_recipe(recipe, [word], sections=[*Recipe.model_fields])
+        if changed == recipe:
+            return False
+        adapter = inputs.adapter if start else changed.adapter
+        model = make_weightless(inputs.config, changed.model, adapter, network.runs_on)
         keep_on_host(model.get_base_model(), network.runs_on, card=card)
         return least_bytes(changed, network, model, longest=int(lengths.max())) <= memory
 
-    for key, values in alternatives.items():
-        section, name = key.split(".")
-        settings = getattr(recipe, section)
-        changed = (recipe.model_copy(update={section: settings.model_copy(update={name: one})}) for one in values)
-        found = next((one for one in changed if one != recipe and fits(one)), None)
-        if found is None:
-            continue
-        value = getattr(getattr(found, section), name)
-        text = quote(f"{key}={value}".replace("()", "[]"))
+    for word in filter(None, (next(filter(fits, words), None) for words in changes)):
+        key, _, value = word.partition("=")
+        text = quote(word)
         if key == "data.max_length":
-            longer = int((lengths > value).sum())
+            longer = int((lengths > int(value)).sum())
             many = recipe.data.overlong == "drop" and longer > recipe.data.max_dropped * len(lengths)
             text += f"{' data.overlong=truncate' * many} ({longer:,} of {len(lengths):,} rows are longer)"
         yield text

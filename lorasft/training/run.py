@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast
 
 from lorasft.artifact import GENERATION_CONFIG
 from lorasft.data.packing import Step
@@ -128,7 +129,7 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks, shared: Shared | None
     # All processes must cut a step in the same way.
     plan = replace(fit.plan, micro_batch_tokens=min(ranks.gather(fit.plan.micro_batch_tokens)))
     trained = Trained(model, network.causal.dtype, rates_apart=recipe.optimizer.lora_plus is not None)
-    ranks.copy_first(trained.master)
+    broadcast(trained.master.detach())  # that of the first process: unlike devices draw unlike random numbers
     trained.refresh()
     optimizer = make_optimizer(recipe.optimizer, trained)
     done, written = (saved.step, saved.metrics_bytes) if saved else (0, 0)
