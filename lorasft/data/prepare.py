@@ -24,7 +24,7 @@ from lorasft.data.labels import Labeler
 from lorasft.data.packing import Portion
 from lorasft.data.report import Report
 from lorasft.data.sources import load_hub
-from lorasft.data.store import TYPES, Arrays, TokenStore, append_arrays, map_store, pack_examples, pad_weights
+from lorasft.data.store import TYPES, Arrays, TokenStore, append_arrays, map_store, pack_examples
 from lorasft.data.workers import available_workers, map_blocks
 from lorasft.errors import DataError, LorasftError, ModelError
 from lorasft.files import read_objects, remove_folder, replace_file, sha256, staged_folder, verify_folder, write_file
@@ -33,7 +33,7 @@ from lorasft.recipe import PLACES, ChatSettings, DataSettings, DataSource
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SCHEMA = 7  # raised whenever the same ingredients give other tokens, or the same tokens lie otherwise in the folder
+SCHEMA = 8  # raised whenever the same ingredients give other tokens, or the same tokens lie otherwise in the folder
 
 
 @dataclass(frozen=True)
@@ -186,10 +186,8 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
                 report.raise_errors(error)
             if packed is not None:
                 append_arrays(stage, **packed)
-                supervised.update(np.bincount(packed["ids"][packed["supervised"]]).nonzero()[0].tolist())
+                supervised.update(np.bincount(packed["ids"][packed["weights"] > 0]).nonzero()[0].tolist())
     report.raise_errors()
-    if (stage / "weights").exists():
-        pad_weights(stage)
     for (file, good), place in report.labels.items():
         if not good and (file, True) in report.labels:
             what = "a preference set: the answer of this row is labelled false, that of others true"
