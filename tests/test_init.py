@@ -252,8 +252,8 @@ def test_without_a_size_the_card_decides_or_else_what_a_cpu_can_train(
     """A stand-in for a card, which this test may not have."""
     write("rows.jsonl", 30)
     for device, free, said in (
-        ("cuda", 7 * GIB, "into 7.00 GiB (free on the card) fits "),
-        ("cpu", 64 * GIB, "into 4.00 GiB (no card: as much as a CPU can train) fits "),
+        ("cuda", 7 * GIB, "fits into 7.00 GiB (free on the card): "),
+        ("cpu", 64 * GIB, "fits into 4.00 GiB (no card: as much as a CPU can train): "),
         ("cpu", GIB // 4, "no shipped recipe fits into 256.0 MiB (no card: as much as a CPU can train)"),
     ):
         state = SimpleNamespace(device=torch.device(device))

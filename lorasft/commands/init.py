@@ -77,24 +77,23 @@ def _choose_model(model: str | None, memory: int | None, *, ask: bool) -> dict[s
     from lorasft.recipe.yaml_reader import parse_yaml
 
     rows = sorted(read_sizes(), key=lambda row: int(row["parameters"]))
+    needs = {row["name"]: f"{row['name']} needs {size_text(row['needs'])}" for row in rows}
     free, whose = (memory, "--memory") if memory else (0, "") if model else _free_memory()
     room, fits = f"{size_text(free)} ({whose})", [row for row in rows if row["needs"] <= free]
+    if not model and not fits:
+        raise CapacityError(f"no shipped recipe fits into {room}", hint=needs[rows[0]["name"]])
     if not model:
-        if not fits:
-            hint = f"{rows[0]['name']} needs {size_text(rows[0]['needs'])}"
-            raise CapacityError(f"no shipped recipe fits into {room}", hint=hint)
         model = fits[-1]["name"]
-        say(f"into {room} fits {model}; --model takes others")
+        say(f"the largest that fits into {room}: {needs[model]}; --model takes others")
         model = (ask and len(fits) > 1 and _answer(f"model, this or another [{model}]")) or model
     row = next((row for row in rows if model in (row["name"], row["base"]) and not Path(model).exists()), None)
     if row is None:
         return {"base": model, "shipped": {}, "about": "no shipped recipe: lorasft plan says whether it fits"}
-    needs = f"{row['name']} needs {size_text(row['needs'])}"
     if memory and row["needs"] > memory:
         hint = ", or ".join([*(f"--model {one['name']}" for one in fits[-1:]), f"--memory {row['card']}GB"])
-        raise CapacityError(f"{needs}, more than is given", where="--memory", hint=hint)
+        raise CapacityError(f"{needs[row['name']]}, more than is given", where="--memory", hint=hint)
     shipped = parse_yaml(portable_text(Path(row["path"])), row["path"]).value
-    about = f"{count_text(row['parameters'])} parameters; {needs}{f' of {room}' * bool(free)}"
+    about = f"{count_text(row['parameters'])} parameters; {needs[row['name']]}{f' of {room}' * bool(free)}"
     return {"base": shipped["model"]["base"], "shipped": shipped, "about": about}
 
 
