@@ -14,7 +14,7 @@ from lorasft.data.folders import find_files
 from lorasft.data.keys import READ
 from lorasft.data.survey import survey_rows
 from lorasft.errors import DataError, LorasftError, RecipeError
-from lorasft.recipe import DataSettings
+from lorasft.recipe import DataSettings, as_names
 from lorasft.recipe.load import find_path, find_peers
 from lorasft.recipe.yaml_reader import read_yaml
 
@@ -90,8 +90,8 @@ def _translate(found: Imported, ours: str, names: dict[str, dict[str, Any]], raw
         if match:
             if ours in ("model.base", "adapter.start"):
                 value = found.find(value)
-            elif ours in ("adapter.targets", "adapter.modules_to_save") and isinstance(value, str):
-                value = [name.strip() for name in value.split(",")]
+            elif ours in ("adapter.targets", "adapter.modules_to_save"):
+                value = as_names(value)
             found.set(ours, value if match[0] == "*" else match[0], theirs if theirs in raw else f"{theirs}: default")
             found.note(theirs)
             found.note(f"{theirs}: {text}")
@@ -110,9 +110,8 @@ def _axolotl_sources(found: Imported, *, held_out: bool) -> Iterator[dict[str, A
         mapping = entry.get("message_property_mappings") or {}
         form = "sharegpt" if form == "chat" and mapping.get("role", "role") != "role" else form
         columns = {ours: fields.get(theirs) for theirs, ours in found.table["columns"].items()}
-        columns["text"] = entry.get("field")
         turns = entry.get("field_messages") or ("messages" if name == "chat_template" else None)
-        columns["messages" if form == "chat" else "conversations"] = turns
+        columns |= {"text": entry.get("field"), "messages": turns, "conversations": turns}
         if not fields:
             found.note(name)
         if form == "auto":
@@ -128,8 +127,7 @@ def _axolotl_sources(found: Imported, *, held_out: bool) -> Iterator[dict[str, A
 
 def _factory_sources(found: Imported, *, held_out: bool) -> Iterator[dict[str, Any]]:
     """The sources of `dataset`, or of `eval_dataset`, as the file dataset_info.json describes them."""
-    named = found.said.get("eval_dataset" if held_out else "dataset", [])
-    names = [name.strip() for name in named.split(",")] if isinstance(named, str) else named
+    names = as_names(found.said.get("eval_dataset" if held_out else "dataset", []))
     info = Path(find_path(f"{found.said['dataset_dir']}/dataset_info.json", [Path.cwd(), *found.file.parents]))
     try:
         described = json.loads(info.read_bytes()) if names else {}
@@ -144,8 +142,11 @@ def _factory_sources(found: Imported, *, held_out: bool) -> Iterator[dict[str, A
         if entry.get("ranking"):
             raise RecipeError("dataset: pairs of a better and a worse answer", where=found.file, hint=_SFT)
         columns = {found.table["columns"].get(key, key): name for key, name in entry.get("columns", {}).items()}
-        columns |= {"conversations": columns.get("messages"), "split": entry.get("split")}
-        columns["config"] = entry.get("subset")
+        columns |= {
+            "conversations": columns.get("messages"),
+            "split": entry.get("split"),
+            "config": entry.get("subset"),
+        }
         found.note(kind)
         path = str(info.parent / entry["file_name"]) if "file_name" in entry else entry["hf_hub_url"]
         yield _source(found, path, form, columns, most=entry.get("num_samples") or found.said.get("max_samples"))
