@@ -142,11 +142,8 @@ def _factory_sources(found: Imported, *, held_out: bool) -> Iterator[dict[str, A
         if entry.get("ranking"):
             raise RecipeError("dataset: pairs of a better and a worse answer", where=found.file, hint=_SFT)
         columns = {found.table["columns"].get(key, key): name for key, name in entry.get("columns", {}).items()}
-        columns |= {
-            "conversations": columns.get("messages"),
-            "split": entry.get("split"),
-            "config": entry.get("subset"),
-        }
+        columns |= {"conversations": columns.get("messages")}
+        columns |= {"split": entry.get("split"), "config": entry.get("subset")}
         found.note(kind)
         path = str(info.parent / entry["file_name"]) if "file_name" in entry else entry["hf_hub_url"]
         yield _source(found, path, form, columns, most=entry.get("num_samples") or found.said.get("max_samples"))
