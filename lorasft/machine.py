@@ -1,30 +1,28 @@
-"""How much memory this machine and its card have free, without torch."""
+"""How much memory a device has free."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil  # type: ignore[import-untyped]
 
-
-def card_memory() -> int | None:
-    """Free bytes of the first NVIDIA card as the driver's library says (NVML); None where there is no card."""
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return None
-    card, found = ctypes.c_void_p(), (ctypes.c_ulonglong * 3)()  # nvmlMemory_t: total, free, used
-    failed = nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(card))
-    failed = failed or nvml.nvmlDeviceGetMemoryInfo(card, ctypes.byref(found))
-    return None if failed else int(found[1])
+if TYPE_CHECKING:
+    import torch
 
 
-def machine_memory() -> int:
-    """Bytes that this process can still take of the machine's memory."""
-    return min([int(psutil.virtual_memory().available), *cgroup_free(Path("/"))])
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still take on `device`, what its allocator holds unused among them."""
+    if device.type != "cuda":
+        return min([int(psutil.virtual_memory().available), *cgroup_free(Path("/"))])
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
+    return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
 
 
 def cgroup_free(root: Path) -> Iterator[int]:

@@ -417,7 +417,7 @@ def caps(scale: Scale, *, shape: str, cases: list[tuple[float, int]]) -> Cases:
     import torch
 
     from lorasft.errors import out_of_memory
-    from lorasft.model.free_memory import free_memory
+    from lorasft.machine import free_memory
     from lorasft.model.memory import heaviest_batch
     from lorasft.training.layout import fewest_recomputed
 

@@ -18,7 +18,7 @@ from lorasft.data.examples import Example, read_blocks, shape_block
 from lorasft.data.prepare import held_out_below, list_ingredients, open_prepared, prepare
 from lorasft.data.report import Report
 from lorasft.data.sources import RowLocation
-from lorasft.data.store import append_arrays, example_lengths, map_store, pack_examples, pad_weights
+from lorasft.data.store import append_arrays, example_lengths, map_store, pack_examples
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.data.tokens import UNSUPERVISED, Tokens
 from lorasft.errors import DataError, ErrorGroup, LorasftError, ModelError
@@ -316,9 +316,6 @@ def test_the_store_gives_back_what_was_written(tmp_path: Path, at_once: int, wei
         append_arrays(tmp_path, **pack_examples(sequences, files=first % 3, **each))
     append_arrays(tmp_path, **pack_examples([], files=0, lines=[], digests=7, sources=1, row_weights=[]))
     append_arrays(tmp_path, held_out=np.arange(30) % 5 == 0)
-    assert (tmp_path / "weights").exists() == bool(weighted)
-    if weighted:
-        pad_weights(tmp_path)
     store = map_store(tmp_path, ["file0", "file1", "file2"])
     train, held_out = store.split(held_out=False), store.split(held_out=True)
     assert (len(store), len(train), len(held_out)) == (22, 18, 4)
@@ -330,10 +327,10 @@ def test_the_store_gives_back_what_was_written(tmp_path: Path, at_once: int, wei
             for mine, written in zip(some.sequences(index), sequences, strict=True):
                 assert mine.ids.dtype == mine.labels.dtype == np.int32
                 assert (mine.ids == written.ids).all() and (mine.labels == written.labels).all()
-                assert mine.row_weight == line / 4 and (mine.weights is None) == (not weighted)
-                ones = np.ones(len(written), dtype=np.float32)
-                wanted = ones if written.weights is None else written.weights
-                assert mine.weights is None or (mine.weights.dtype == np.float32 and (mine.weights == wanted).all())
+                weights, learned = written.weights, written.labels != UNSUPERVISED
+                plain = weights is None or not learned.any()
+                assert mine.row_weight == line / 4 and (mine.weights is None) == plain
+                assert plain or (mine.weights.dtype == np.float32 and (mine.weights == learned * weights).all())
 
 
 def test_prepare_splits_counts_and_reuses(tmp_path: Path, tiny: Any) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import io
 import json
 import os
 import pty
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import Command
 
@@ -42,13 +42,13 @@ def write(name: str, count: int, *, length: int = 3, **more: str) -> str:
 def test_a_file_of_questions_and_answers_becomes_a_recipe_that_trains(here: Path, cli: Command) -> None:
     text = "question,answer\n" + "".join(f"what is {n}?,it is {n}\n" for n in range(40))
     (here / "q and a.csv").write_text(text, encoding="utf-8")
-    done = cli("init", "q and a.csv", "--model", "tiny", "--yes", "--run", "first", "--out", "my recipe.yaml")
+    done = cli("init", "q and a.csv", "--model", "tiny", "--yes", "--out", "my recipe.yaml")
     assert (done.code, done.out) == (0, "my recipe.yaml\n")
     assert "q and a.csv: 40 rows of format prompt-completion, of user, assistant\n" in done.err
     assert "columns question, answer are read as prompt, completion (data.columns says otherwise)\n" in done.err
     recipe = load_recipe("my recipe.yaml")
     assert recipe.data.train[0].path == str(here / "q and a.csv") and recipe.data.eval == 0.05
-    assert recipe.run.output == "runs/first" and (recipe.train.epochs, recipe.train.batch_size) == (3, 8)
+    assert recipe.run.output == "runs/q and a" and (recipe.train.epochs, recipe.train.batch_size) == (3, 8)
     assert recipe.optimizer.learning_rate == 2e-3 and recipe.model.base == str(
         shipped_recipes()["tiny"].parent / "base"
     )
@@ -56,7 +56,7 @@ def test_a_file_of_questions_and_answers_becomes_a_recipe_that_trains(here: Path
     assert commands == [f"{verb} 'my recipe.yaml'" for verb in ("preview", "plan", "train")]
     assert cli("preview", "my recipe.yaml").code == 0
     trained = cli("train", "my recipe.yaml", "train.steps=2", "data.eval=null", "schedule.warmup=0")
-    assert trained.code == 0 and (here / "runs/first/adapter").is_dir()
+    assert trained.code == 0 and (here / "runs/q and a/adapter").is_dir()
 
 
 def test_every_line_says_why_and_the_first_names_a_schema_that_is_there(here: Path, cli: Command) -> None:
@@ -216,7 +216,7 @@ def test_what_is_asked_at_a_terminal(
     answers(monkeypatch, *typed)
     done = cli("init", "rows.jsonl", "--memory", "8GiB")
     assert (done.code, done.out) == (0, "recipe.yaml\n")
-    assert "model, of these or another [" in done.err and "system message for all conversations [none]" in done.err
+    assert "model, this or another [" in done.err and "system message for all conversations [none]" in done.err
     proposed = done.err.partition("another [")[2].partition("]")[0]
     recipe = load_recipe("recipe.yaml")
     assert recipe.model.base == (name or load_recipe(proposed, ["data.train=x"]).model.base)
@@ -246,47 +246,33 @@ def test_a_terminal_of_its_own(here: Path) -> None:
     assert (recipe.model.base, recipe.chat.system) == ("Qwen/Qwen3-1.7B", "Be brief.")
 
 
-class Driver:
-    """Stands for NVML: a card with 10 GiB, of which 7 are free; or none."""
-
-    def __init__(self, cards: int) -> None:
-        self.cards = cards
-
-    def nvmlInit_v2(self) -> int:
-        return 0
-
-    def nvmlDeviceGetHandleByIndex_v2(self, index: int, handle: Any) -> int:
-        return 0 if index < self.cards else 2
-
-    def nvmlDeviceGetMemoryInfo(self, handle: Any, memory: Any) -> int:
-        memory._obj[:] = (10 * GIB, 7 * GIB, 3 * GIB)
-        return 0
-
-
 def test_without_a_size_the_card_decides_or_else_what_a_cpu_can_train(
     monkeypatch: pytest.MonkeyPatch, cli: Command
 ) -> None:
+    """A stand-in for a card, which this test may not have."""
     write("rows.jsonl", 30)
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(1))
-    card = cli("init", "rows.jsonl", "--yes", "--out", "card.yaml")
-    assert card.code == 0 and "into 7.00 GiB (free on the card) fit" in card.err
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(0))
-    assert machine.card_memory() is None
-    monkeypatch.setattr(machine, "machine_memory", lambda: 64 * GIB)
-    cpu = cli("init", "rows.jsonl", "--yes", "--out", "cpu.yaml")
-    assert cpu.code == 0 and "into 4.00 GiB (no card: as much as a CPU can train) fit" in cpu.err
-    monkeypatch.setattr(machine, "machine_memory", lambda: GIB // 4)
-    assert cli("init", "rows.jsonl", "--yes", "--out", "small.yaml").code == 6
+    for device, free, said in (
+        ("cuda", 7 * GIB, "fits into 7.00 GiB (free on the card): "),
+        ("cpu", 64 * GIB, "fits into 4.00 GiB (no card: as much as a CPU can train): "),
+        ("cpu", GIB // 4, "no shipped recipe fits into 256.0 MiB (no card: as much as a CPU can train)"),
+    ):
+        state = SimpleNamespace(device=torch.device(device))
+        monkeypatch.setattr("accelerate.PartialState", lambda state=state: state)
+        monkeypatch.setattr(machine, "free_memory", lambda device, free=free: free)
+        done = cli("init", "rows.jsonl", "--yes", "--out", f"{device}{free}.yaml")
+        assert done.code == (0 if free >= GIB else 6) and said in done.err
     assert init.ON_CPU == 4 * GIB
 
 
-def modules_after(*words: str) -> Iterator[str]:
+def modules_after(*words: str) -> set[str]:
     code = f"import sys; from lorasft.cli import main; main({list(words)!r}); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return iter(done.stdout.split())
+    return {*done.stdout.split()}
 
 
-def test_no_torch_is_imported(base: Path) -> None:
+@pytest.mark.parametrize("given", [["--model", "BASE"], ["--model", "tiny"], ["--memory", "8GiB"]])
+def test_no_torch_is_imported_where_memory_is_not_asked_for(base: Path, given: list[str]) -> None:
     write("rows.jsonl", 30)
-    found = {*modules_after("init", "rows.jsonl", "--model", str(base), "--yes")}
-    assert Path("recipe.yaml").is_file() and "tokenizers" in found and not found & {"torch", "transformers", "datasets"}
+    found = modules_after("init", "rows.jsonl", "--yes", *(str(base) if word == "BASE" else word for word in given))
+    assert Path("recipe.yaml").is_file() and not found & {"torch", "transformers", "datasets"}
+    assert "tokenizers" in found or "--memory" in given

@@ -164,7 +164,7 @@ def test_keys_that_say_nothing_change_nothing(tmp_path: Path, tiny: Any, row: di
 
 
 def check_equal(one: Prepared, other: Prepared) -> None:
-    for name in ("ids", "supervised", "digests", "held_out", "example_sizes"):
+    for name in ("ids", "weights", "digests", "held_out", "example_sizes"):
         assert one.store.arrays[name].tolist() == other.store.arrays[name].tolist(), name
 
 
@@ -278,7 +278,7 @@ def test_columns_of_other_names_are_read_as_if_the_recipe_named_them(
 ) -> None:
     rows = [json.loads(re.sub(r'Q(?=\\?")', f"Q{n}", json.dumps(row))) for n in range(3)]
     guessed, stated = make(tmp_path, tiny, rows), make(tmp_path, tiny, rows, columns=columns)
-    for name in ("ids", "supervised", "digests", "held_out"):
+    for name in ("ids", "weights", "digests", "held_out"):
         left, right = (prepared.store.arrays[name].tolist() for prepared in (guessed, stated))
         assert left == right and left, name
     words = f"columns {', '.join(columns.values())} are read as {', '.join(columns)} (data.columns says otherwise)"

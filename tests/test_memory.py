@@ -260,7 +260,7 @@ def test_as_few_layers_as_fit_are_recomputed(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_on_a_gpu_micro_batches_are_as_large_as_recompute_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sizes are tried from the largest on; below the usual ones layers recompute, too. On the meta device."""
-    arrays = {"ids": np.arange(64 * 60, dtype=np.int32) % 90, "supervised": np.ones(64 * 60, dtype=bool)}
+    arrays = {"ids": np.arange(64 * 60, dtype=np.int32) % 90, "weights": np.ones(64 * 60, dtype=np.float32)}
     arrays["row_weights"] = np.ones(64, dtype=np.float32)
     rows = TokenStore(np.arange(64), arrays, np.arange(0, 64 * 60 + 1, 60), np.arange(65), ())
     _, network = with_adapter(make_base("llama"))

@@ -57,15 +57,14 @@ def test_weights_of_messages_lie_on_their_tokens(tmp_path: Path, tiny: Any) -> N
     found = [(tiny.decode(tokens.ids[place]), weight) for place, weight in enumerate(tokens.weights) if learned[place]]
     texts = {weight: "".join(text for text, own in found if own == weight) for weight in (0.5, 1, 3)}
     assert texts == {0.5: "A<|end|>", 1: "BB<|end|>", 3: "CC<|end|>"}
-    assert (tokens.weights[~learned] == 1).all()
+    assert (tokens.weights[~learned] == 0).all()
     others = [one for number in (0, 1, 2, 4) for one in sequences[number]]
-    assert all(one.row_weight == 1 and one.weights is not None and (one.weights == 1).all() for one in others)
+    assert all(one.row_weight == 1 and one.weights is None for one in others)
     assert made.report.weighted_examples == 1 and made.report.unread == []
 
 
-def test_rows_without_weights_take_no_place_for_them(tmp_path: Path, tiny: Any) -> None:
+def test_a_weight_of_a_row_is_none_of_its_messages(tmp_path: Path, tiny: Any) -> None:
     made = make(tmp_path, tiny, [CHAT, CHAT | {"weight": 2}])
-    assert not (made.folder / "weights").exists()
     assert [made.train.sequences(number)[0].weights for number in (0, 1)] == [None, None]
 
 
@@ -143,7 +142,7 @@ def test_a_weighted_run_resumes_with_the_same_bits(
     assert sha256(tmp_path / "parts" / name) == sha256(tmp_path / "whole" / name)
     lines = [json.loads(line) for line in cli("preview", path, "--json").out.splitlines()][:-1]
     assert [line.get("row_weight", 1) for line in lines] == [1 + number % 3 for number in range(26)]
-    assert {weight for line in lines[:2] for weight in line["weights"]} == {0.5, 1}
+    assert {weight for line in lines[:2] for weight in line.get("weights", [])} == {0, 0.5}
 
 
 def test_held_out_losses_have_no_weights(weighted: Write, tmp_path: Path) -> None:

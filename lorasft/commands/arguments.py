@@ -76,12 +76,11 @@ def add_saved(parser: ArgumentParser, kinds: str = "RUN|ADAPTER|MODEL", *, optio
 def open_saved(saved: str, base: str | None, given: Sequence[str], overrides: Sequence[str]) -> Artifact:
     """What `saved` names, with `section.key=value` overrides; its base is at hand. Raises LorasftError."""
     from lorasft.artifact import find_artifact
-    from lorasft.recipe import Recipe
     from lorasft.recipe.load import change_recipe
 
     found = find_artifact(saved, base=base)
-    recipe = Recipe(model=found.model, data=found.data, chat=found.chat)
-    changed = change_recipe(recipe, [*given, *overrides], sections=("model", "data", "chat"))
+    sections = {"model": found.model, "data": found.data, "chat": found.chat}
+    changed = change_recipe(sections, [*given, *overrides])
     found = replace(found, model=changed.model, data=changed.data, chat=changed.chat)
     found.base_config  # noqa: B018  refused before torch is imported
     return found

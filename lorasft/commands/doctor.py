@@ -111,7 +111,7 @@ def _find_device() -> Any:
 
 
 def _check_memory() -> str:
-    from lorasft.model.free_memory import free_memory
+    from lorasft.machine import free_memory
 
     device = _find_device()
     return f"{size_text(free_memory(device))} free for {device}"

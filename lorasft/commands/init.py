@@ -17,7 +17,6 @@ from lorasft.terminal import quote, say, size_text
 
 ON_CPU = 4 << 30  # bytes that a model proposed for a CPU needs at most: larger ones take weeks
 LONGEST = 4096  # tokens, where neither a shipped recipe nor the model's config says otherwise
-_OFFERED = 5  # models
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -25,12 +24,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", metavar="MODEL", help="a shipped recipe's name, a hub id or a folder")
     parser.add_argument("--memory", type=parse_bytes, metavar="SIZE", help="of the card: 12GiB (default: what is free)")
     parser.add_argument("--out", default="recipe.yaml", metavar="FILE", help="the recipe (default: recipe.yaml)")
-    parser.add_argument("--run", dest="name", metavar="NAME", help="of the run's folder in runs/ (default: the data's)")
     parser.add_argument("--yes", action="store_true", help="ask nothing, take what is proposed")
     add_columns(parser)
 
 
-def run(data: str, out: str, columns: str | None, model: str | None, memory: int | None, **options: Any) -> None:
+def run(data: str, out: str, columns: str | None, model: str | None, memory: int | None, yes: bool) -> None:
     """Write a recipe for the rows in `data`; its path on stdout. Raises RecipeError for a file that exists, DataError
     for rows, ModelError for a model that is not there, CapacityError where none fits."""
     from lorasft.data.folders import find_files
@@ -46,7 +44,7 @@ def run(data: str, out: str, columns: str | None, model: str | None, memory: int
     say(f"{data}: {rows:,} rows of format {kinds}{f', of {roles}' * bool(roles)}")
     for notice in survey.report.notices():
         say(notice)
-    ask = sys.stdin.isatty() and not options["yes"]
+    ask = sys.stdin.isatty() and not yes
     chosen = _choose_model(model, memory, ask=ask)
     if not is_hub_id(chosen["base"]):
         is_folder(chosen["base"])
@@ -63,7 +61,7 @@ def run(data: str, out: str, columns: str | None, model: str | None, memory: int
         "usual": survey.lengths(chosen["base"])[int(0.99 * (rows - 1))],
         "most": chosen["shipped"].get("data", {}).get("max_length") or _positions(chosen["base"]),
         "read_as": "; columns ".join(["", *survey.report.read_as]),
-        "run": options["name"] or Path(data).stem,
+        "run": Path(data).stem,
     }
     write_recipe(target, "init.yaml.jinja", facts)
     given = f" --memory {memory >> 20}MiB" if memory else ""
@@ -79,35 +77,36 @@ def _choose_model(model: str | None, memory: int | None, *, ask: bool) -> dict[s
     from lorasft.recipe.yaml_reader import parse_yaml
 
     rows = sorted(read_sizes(), key=lambda row: int(row["parameters"]))
-    free, whose = (memory, "--memory") if memory else _free_memory()
-    fits = [row for row in rows if row["needs"] <= free]
-    if not fits and not model:
-        hint = f"{rows[0]['name']} needs {size_text(rows[0]['needs'])}"
-        raise CapacityError(f"no shipped recipe fits into {size_text(free)} ({whose})", hint=hint)
+    needs = {row["name"]: f"{row['name']} needs {size_text(row['needs'])}" for row in rows}
+    free, whose = (memory, "--memory") if memory else (0, "") if model else _free_memory()
+    room, fits = f"{size_text(free)} ({whose})", [row for row in rows if row["needs"] <= free]
+    if not model and not fits:
+        raise CapacityError(f"no shipped recipe fits into {room}", hint=needs[rows[0]["name"]])
     if not model:
         model = fits[-1]["name"]
-        offered = ", ".join(f"{row['name']} ({count_text(row['parameters'])})" for row in reversed(fits[-_OFFERED:]))
-        say(f"into {size_text(free)} ({whose}) fit {offered}{', ...' * (len(fits) > _OFFERED)}; --model takes others")
-        model = (ask and len(fits) > 1 and _answer(f"model, of these or another [{model}]")) or model
+        say(f"the largest that fits into {room}: {needs[model]}; --model takes others")
+        model = (ask and len(fits) > 1 and _answer(f"model, this or another [{model}]")) or model
     row = next((row for row in rows if model in (row["name"], row["base"]) and not Path(model).exists()), None)
     if row is None:
         return {"base": model, "shipped": {}, "about": "no shipped recipe: lorasft plan says whether it fits"}
-    needs = f"{row['name']} needs {size_text(row['needs'])}"
     if memory and row["needs"] > memory:
         hint = ", or ".join([*(f"--model {one['name']}" for one in fits[-1:]), f"--memory {row['card']}GB"])
-        raise CapacityError(f"{needs}, more than is given", where="--memory", hint=hint)
+        raise CapacityError(f"{needs[row['name']]}, more than is given", where="--memory", hint=hint)
     shipped = parse_yaml(portable_text(Path(row["path"])), row["path"]).value
-    about = f"{count_text(row['parameters'])} parameters; {needs} of {size_text(free)} ({whose})"
+    about = f"{count_text(row['parameters'])} parameters; {needs[row['name']]}{f' of {room}' * bool(free)}"
     return {"base": shipped["model"]["base"], "shipped": shipped, "about": about}
 
 
 def _free_memory() -> tuple[int, str]:
     """Bytes for a model, and whose they are."""
-    from lorasft.machine import card_memory, machine_memory
+    from accelerate import PartialState
 
-    if card := card_memory():
-        return card, "free on the card"
-    return min(machine_memory(), ON_CPU), "no card: as much as a CPU can train"
+    from lorasft.machine import free_memory
+
+    device = PartialState().device
+    if device.type == "cuda":
+        return free_memory(device), "free on the card"
+    return min(free_memory(device), ON_CPU), "no card: as much as a CPU can train"
 
 
 def _positions(base: str) -> int:

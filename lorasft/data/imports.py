@@ -14,15 +14,11 @@ from lorasft.data.folders import find_files
 from lorasft.data.keys import READ
 from lorasft.data.survey import survey_rows
 from lorasft.errors import DataError, LorasftError, RecipeError
-from lorasft.recipe import DataSettings
+from lorasft.recipe import DataSettings, as_names
 from lorasft.recipe.load import find_path, find_peers
 from lorasft.recipe.yaml_reader import read_yaml
 
 _SFT = "lorasft trains LoRA adapters on answers (SFT), and that alone"
-_ALPACA = ("instruction", "input", "output", "system")
-_FACTORY = {"prompt": "instruction", "query": "input", "response": "output"}
-_SOURCE = {"path", "type", "split", "name", "data_files", "ds_type", "field", "field_messages", "roles_to_train",
-           "message_property_mappings", "chat_template", "train_on_eos"}  # fmt: skip
 
 
 @dataclass
@@ -94,8 +90,8 @@ def _translate(found: Imported, ours: str, names: dict[str, dict[str, Any]], raw
         if match:
             if ours in ("model.base", "adapter.start"):
                 value = found.find(value)
-            elif ours in ("adapter.targets", "adapter.modules_to_save") and isinstance(value, str):
-                value = [name.strip() for name in value.split(",")]
+            elif ours in ("adapter.targets", "adapter.modules_to_save"):
+                value = as_names(value)
             found.set(ours, value if match[0] == "*" else match[0], theirs if theirs in raw else f"{theirs}: default")
             found.note(theirs)
             found.note(f"{theirs}: {text}")
@@ -113,16 +109,16 @@ def _axolotl_sources(found: Imported, *, held_out: bool) -> Iterator[dict[str, A
         form = found.table["types"].get(name, "auto")
         mapping = entry.get("message_property_mappings") or {}
         form = "sharegpt" if form == "chat" and mapping.get("role", "role") != "role" else form
-        columns = {ours: fields.get(f"field_{ours}") for ours in _ALPACA} | {"text": entry.get("field")}
+        columns = {ours: fields.get(theirs) for theirs, ours in found.table["columns"].items()}
         turns = entry.get("field_messages") or ("messages" if name == "chat_template" else None)
-        columns["messages" if form == "chat" else "conversations"] = turns
+        columns |= {"text": entry.get("field"), "messages": turns, "conversations": turns}
         if not fields:
             found.note(name)
         if form == "auto":
             found.left[f"type: {name}"] = "its rows are read by their columns, under the chat template"
         if not {"assistant", "gpt"}.issuperset(entry.get("roles_to_train") or ()):
             found.set("chat.supervise", "everything", "roles_to_train")
-        unread = (entry.keys() - _SOURCE) | (fields.keys() & {"format", "no_input_format", "system_prompt"})
+        unread = (entry.keys() - found.table["source"]) | (fields.keys() & found.table["unread"])
         found.left |= dict.fromkeys((f"datasets: {key}" for key in sorted(unread)), "a recipe does not say it")
         files = entry.get("data_files") or entry["path"]
         for path in files if isinstance(files, list) else [files]:
@@ -131,27 +127,25 @@ def _axolotl_sources(found: Imported, *, held_out: bool) -> Iterator[dict[str, A
 
 def _factory_sources(found: Imported, *, held_out: bool) -> Iterator[dict[str, Any]]:
     """The sources of `dataset`, or of `eval_dataset`, as the file dataset_info.json describes them."""
-    named = found.said.get("eval_dataset" if held_out else "dataset", [])
-    names = [name.strip() for name in named.split(",")] if isinstance(named, str) else named
-    places = [place / found.said["dataset_dir"] for place in (Path.cwd(), *found.file.parents)]
-    folder = next((place for place in places if (place / "dataset_info.json").is_file()), places[0])
+    names = as_names(found.said.get("eval_dataset" if held_out else "dataset", []))
+    info = Path(find_path(f"{found.said['dataset_dir']}/dataset_info.json", [Path.cwd(), *found.file.parents]))
     try:
-        described = json.loads((folder / "dataset_info.json").read_bytes()) if names else {}
+        described = json.loads(info.read_bytes()) if names else {}
         entries = [described[name] for name in names]
     except (OSError, ValueError, KeyError) as error:
         what = f"cannot find what {', '.join(map(str, names))} is: {error!r}"
         hint = "dataset_dir names the folder that holds it"
-        raise DataError(what, where=folder / "dataset_info.json", hint=hint) from None
+        raise DataError(what, where=info, hint=hint) from None
     for entry in entries:
         kind = entry.get("formatting", "alpaca")
         form = found.table["types"].get(kind, "auto")
         if entry.get("ranking"):
             raise RecipeError("dataset: pairs of a better and a worse answer", where=found.file, hint=_SFT)
-        columns = {_FACTORY.get(key, key): column for key, column in entry.get("columns", {}).items()}
-        columns |= {"conversations": columns.get("messages"), "split": entry.get("split")}
-        columns["config"] = entry.get("subset")
+        columns = {found.table["columns"].get(key, key): name for key, name in entry.get("columns", {}).items()}
+        columns |= {"conversations": columns.get("messages")}
+        columns |= {"split": entry.get("split"), "config": entry.get("subset")}
         found.note(kind)
-        path = str(folder / entry["file_name"]) if "file_name" in entry else entry["hf_hub_url"]
+        path = str(info.parent / entry["file_name"]) if "file_name" in entry else entry["hf_hub_url"]
         yield _source(found, path, form, columns, most=entry.get("num_samples") or found.said.get("max_samples"))
 
 

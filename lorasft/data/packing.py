@@ -15,10 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorasft.data.prefixes import Sharing, Tree, branch_ends, build_trees
-from lorasft.data.store import TokenStore
+from lorasft.data.store import Ints, TokenStore
 from lorasft.data.tokens import Tokens
 
-Integers = NDArray[np.int64]
 Sequences = Callable[[int], tuple[Tokens, ...]]  # the tokenized sequences of an example
 
 
@@ -35,13 +34,13 @@ class Segment:
 class MicroBatch:
     """One forward and backward pass: a flat row of tokens and the supervised pairs."""
 
-    ids: Integers  # (tokens,)
-    positions: Integers  # (tokens,) of a segment: from its last ancestor's on, or from 0
+    ids: Ints  # (tokens,)
+    positions: Ints  # (tokens,) of a segment: from its last ancestor's on, or from 0
     segments: tuple[Segment, ...]
-    sources: Integers  # (pairs,) index into the row
-    targets: Integers  # (pairs,) token ids
+    sources: Ints  # (pairs,) index into the row
+    targets: Ints  # (pairs,) token ids
     weights: NDArray[np.float32]  # (pairs,) where no row has any: 1 under `loss: token`, 1/|y| under `loss: example`
-    examples: Integers  # (pairs,) which example of the store a pair belongs to
+    examples: Ints  # (pairs,) which example of the store a pair belongs to
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Step:
 
     number: int  # from 1
     epoch: float  # epochs done after this step
-    examples: Integers
+    examples: Ints
     micro_batches: tuple[MicroBatch, ...]
 
     @property
@@ -108,12 +107,12 @@ class Plan:
         """Epochs after which every row has come."""
         return max((math.ceil(portion.rows / portion.taken) for portion in self.portions), default=1)
 
-    def order(self, epoch: int) -> Integers:
+    def order(self, epoch: int) -> Ints:
         """The rows of epoch `epoch` (from 0) that the run takes, in order."""
         order = mix(self.portions or (Portion(self.examples, 1.0),), seed=self.seed, epoch=epoch)
         return order[: max(0, self.steps - epoch * self.steps_per_epoch) * self.batch_size]
 
-    def step_examples(self, step: int) -> Integers:
+    def step_examples(self, step: int) -> Ints:
         """The rows of step `step` (from 1). Within an epoch a row of a source of share 1 comes exactly once."""
         epoch, position = divmod(step - 1, self.steps_per_epoch)
         start = position * self.batch_size
@@ -135,7 +134,7 @@ class Plan:
 
 
 @lru_cache(maxsize=2)
-def mix(portions: tuple[Portion, ...], *, seed: int, epoch: int) -> Integers:
+def mix(portions: tuple[Portion, ...], *, seed: int, epoch: int) -> Ints:
     """The rows that an epoch takes of all sources, shuffled: a pure function of seed and epoch.
 
     Of each source the next ones of an endless order, in which every row has come once before one comes again.
@@ -150,13 +149,13 @@ def mix(portions: tuple[Portion, ...], *, seed: int, epoch: int) -> Integers:
             order = shuffle(rows, seed=own, epoch=turn) if end - start < rows else np.arange(rows)
             drawn.append(first + np.sort(order[start:end]))
         first += rows
-    found: Integers = np.concatenate(drawn)[shuffle(sum(map(len, drawn)), seed=seed, epoch=epoch)]
+    found: Ints = np.concatenate(drawn)[shuffle(sum(map(len, drawn)), seed=seed, epoch=epoch)]
     found.flags.writeable = False  # remembered for the other steps of the epoch
     return found
 
 
 @lru_cache(maxsize=8)
-def shuffle(count: int, *, seed: int, epoch: int) -> Integers:
+def shuffle(count: int, *, seed: int, epoch: int) -> Ints:
     """A permutation of 0..count-1 by splitmix64 of (seed, epoch, index) (Steele, Lea, Flood 2014): the same on every
     machine and with every version of numpy."""
     salt = _mix(np.array([seed], dtype=np.uint64) * np.uint64(0x10001) + np.uint64(epoch))[0]
@@ -253,7 +252,7 @@ def _pieces(sequences: tuple[Tokens, ...], example: int, loss: str) -> Iterator[
 def layout_segments(pieces: list[MicroBatch], trees: list[Tree]) -> MicroBatch:
     """Lay trees out in a row, segment after segment, and point the pairs of each piece at the tokens it is made of."""
     segments: list[Segment] = []
-    runs: list[tuple[Integers, ...]] = []  # of each segment: ids, positions
+    runs: list[tuple[Ints, ...]] = []  # of each segment: ids, positions
     pairs: list[tuple[NDArray[Any], ...]] = []  # of each piece: sources, targets, weights, examples
     for tree in trees:
         path: list[tuple[int, int]] = []  # of the last piece: number of a segment, tokens of the piece up to its end

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise, takewhile
 from typing import Any, Literal
 
 import numpy as np
@@ -77,13 +77,8 @@ def drop_small_nodes(common: Sequence[int], *, cost: int) -> list[int]:
 
 def branch_ends(common: Sequence[int], place: int, length: int) -> list[int]:
     """Where the tokens that the member at `place` adds are cut: where a later member leaves them, and at its end."""
-    start, ends, lowest = common[place], {length}, length
-    for shared in common[place + 1 :]:
-        lowest = min(lowest, shared)
-        if lowest <= start:
-            break
-        ends.add(lowest)
-    return sorted(ends - {start})
+    lowest = accumulate([length, *common[place + 1 :]], min)
+    return sorted({*takewhile(lambda end: end > common[place], lowest)})
 
 
 def count_common(one: NDArray[Any], other: NDArray[Any]) -> int:

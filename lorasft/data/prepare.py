@@ -24,16 +24,16 @@ from lorasft.data.labels import Labeler
 from lorasft.data.packing import Portion
 from lorasft.data.report import Report
 from lorasft.data.sources import load_hub
-from lorasft.data.store import TYPES, Arrays, TokenStore, append_arrays, map_store, pack_examples, pad_weights
+from lorasft.data.store import TYPES, Arrays, TokenStore, append_arrays, map_store, pack_examples
 from lorasft.data.workers import available_workers, map_blocks
 from lorasft.errors import DataError, LorasftError, ModelError
-from lorasft.files import read_objects, remove_folder, replace_file, sha256, staged_folder, verify_folder, write_file
+from lorasft.files import read_objects, remove_folder, sha256, staged_folder, verify_folder, write_file
 from lorasft.recipe import PLACES, ChatSettings, DataSettings, DataSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SCHEMA = 7  # raised whenever the same ingredients give other tokens, or the same tokens lie otherwise in the folder
+SCHEMA = 8  # raised whenever the same ingredients give other tokens, or the same tokens lie otherwise in the folder
 
 
 @dataclass(frozen=True)
@@ -146,12 +146,12 @@ def settings_for(source: DataSource, data: DataSettings) -> DataSettings:
 
 
 def _prepare_block(
-    work: tuple[RowBlock, int, int, bool, bool], data: DataSettings, labeler: Labeler
+    work: tuple[RowBlock, int, int, bool], data: DataSettings, labeler: Labeler
 ) -> tuple[Report, LorasftError | None, Arrays | None]:
     """What became of a block of rows, why they cannot be read or encoded further, and what the store gets of them:
-    None where a row cannot be read, here or before. `work`: the block, the numbers of its file and of its source,
-    whether it is held out, and whether to encode it. Done by itself, with a report of its own."""
-    block, file, source, apart, encode = work
+    None where a row cannot be read, here or before. `work`: the block, the numbers of its file and of its source, and
+    whether to encode it. Done by itself, with a report of its own."""
+    block, file, source, encode = work
     report, error, packed = Report(), None, None
     try:
         examples = list(shape_block(block, data, report=report))
@@ -159,7 +159,7 @@ def _prepare_block(
             encoded = list(labeler.encode_all(examples, report=report))
             each = {"lines": [one.place.line for one in examples], "digests": [one.digest for one in examples]}
             weights = [one.weight for one in examples]
-            packed = pack_examples(encoded, files=file, sources=source, held_out=apart, row_weights=weights, **each)
+            packed = pack_examples(encoded, files=file, sources=source, row_weights=weights, **each)
     except LorasftError as raised:
         error = raised
     return report, error, packed
@@ -170,8 +170,8 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     report, encoding = Report(), True
     names: dict[str, int] = {}  # of files
     blocks = (
-        (block, names.setdefault(block.file, len(names)), number, apart, encoding)  # as it is when the block is read
-        for number, (source, apart) in enumerate(list_sources(data))
+        (block, names.setdefault(block.file, len(names)), number, encoding)  # as it is when the block is read
+        for number, (source, _) in enumerate(list_sources(data))
         for block in read_blocks(source, data)
     )
     work = partial(_prepare_block, data=data, labeler=labeler)
@@ -181,15 +181,11 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
             encoding = encoding and packed is not None
             if packed is not None and not encoding:
                 continue  # was on its way when a row came that cannot be read
-            report.join(own)
-            if error:
-                report.raise_errors(error)
+            report.join(own, error)
             if packed is not None:
                 append_arrays(stage, **packed)
-                supervised.update(np.bincount(packed["ids"][packed["supervised"]]).nonzero()[0].tolist())
+                supervised.update(np.bincount(packed["ids"][packed["weights"] > 0]).nonzero()[0].tolist())
     report.raise_errors()
-    if (stage / "weights").exists():
-        pad_weights(stage)
     for (file, good), place in report.labels.items():
         if not good and (file, True) in report.labels:
             what = "a preference set: the answer of this row is labelled false, that of others true"
@@ -198,15 +194,16 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     report.unread = [name for name in report.unread if not template_reads(template, name)]
     if report.dropped_examples() == report.rows:
         _refuse_losses(data, report)
-    names_read = ("digests", "held_out", "example_sizes", "sources")
-    digests, apart, sizes, numbers = (np.fromfile(stage / name, TYPES[name]) for name in names_read)
+    names_read = ("digests", "example_sizes", "sources")
+    digests, sizes, numbers = (np.fromfile(stage / name, TYPES[name]) for name in names_read)
+    apart = numbers >= len(data.train)  # of data.eval
     # Also of rows that were dropped, so that no setting of lengths moves the split.
     if twice := np.intersect1d(digests[~apart], digests[apart]).size:
         hint = "take them out of one of the two: the held-out loss would measure memory"
         raise DataError(f"{twice} rows of data.eval are in data.train as well", where="data.eval", hint=hint)
     below = held_out_below(digests, data.eval) if isinstance(data.eval, float) else 0
     held_out = apart | (digests < below)
-    replace_file(stage / "held_out", held_out.tobytes())
+    append_arrays(stage, held_out=held_out)
     report.held_out_examples = int(np.count_nonzero(sizes[held_out]))
     report.train_examples = int(np.count_nonzero(sizes[~held_out]))
     _refuse_losses(data, report)

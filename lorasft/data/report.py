@@ -69,16 +69,17 @@ class Report:
         if policy == "error":
             self.errors.append(DataError(error.what, where=where, hint=error.hint or HINT))
 
-    def join(self, later: Report) -> None:
-        """Take in what became of rows that come after. Raises ErrorGroup once there are many errors."""
+    def join(self, later: Report, last: LorasftError | None = None) -> None:
+        """Take in what became of rows that come after. Raises ErrorGroup once there are many errors, and what
+        `raise_errors` does for a `last` one."""
         for name, value in vars(later).items():
             own = getattr(self, name)
             setattr(self, name, value | own if isinstance(own, dict) else own + value)
         self.read_as = list(dict.fromkeys(self.read_as))
         self.unread = list(dict.fromkeys(self.unread))[:NAMED]
         del self.dropped[NAMED:]
-        if len(self.errors) > ERRORS:
-            self.raise_errors()
+        if last or len(self.errors) > ERRORS:
+            self.raise_errors(last)
 
     def raise_errors(self, last: LorasftError | None = None) -> None:
         """Raise the errors of bad rows, and `last`, after which nothing can be read: the error itself when it is

@@ -1,4 +1,4 @@
-"""All Tokens of a run on disk: flat ids, sizes, what is supervised; memory-mapped, committed whole or not at all."""
+"""All Tokens of a run on disk: flat ids, weights, sizes; memory-mapped, committed whole or not at all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Ints = npt.NDArray[np.int64]
 Arrays = dict[str, npt.NDArray[Any]]
 TYPES = {  # file name -> type on disk
     "ids": "<i4",  # (tokens,)
-    "supervised": "|b1",  # (tokens,)
+    "weights": "<f4",  # (tokens,) of messages, 0 where nothing is supervised
     "sequence_sizes": "<i8",  # (sequences,) in tokens
     "example_sizes": "<i8",  # (examples,) in sequences
     "files": "<i4",  # (examples,) index into the names of files
@@ -28,9 +28,7 @@ TYPES = {  # file name -> type on disk
     "held_out": "|b1",  # (examples,)
     "sources": "<i4",  # (examples,) index into the sources of the recipe
     "row_weights": "<f4",  # (examples,)
-    "weights": "<f4",  # (tokens,) of messages; no such file where all are 1
 }
-_PADDED = 1 << 20  # weights of 1 that are written at once
 
 
 @dataclass(frozen=True)
@@ -53,13 +51,12 @@ class TokenStore:
         """The sequences of one example (one, or one per turn)."""
         number = self.chosen[example]
         edges = self.sequence_starts[self.example_starts[number] : self.example_starts[number + 1] + 1].tolist()
-        weights, row_weight = self.arrays.get("weights"), float(self.arrays["row_weights"][number])
-        found = []
+        row_weight, found = float(self.arrays["row_weights"][number]), []
         for start, end in pairwise(edges):
-            ids = np.array(self.arrays["ids"][start:end], dtype=np.int32)
-            labels = np.where(self.arrays["supervised"][start:end], ids, np.int32(UNSUPERVISED))
-            own = None if weights is None else np.array(weights[start:end])
-            found.append(Tokens(ids, labels, own, row_weight))
+            ids, weights = (np.array(self.arrays[name][start:end]) for name in ("ids", "weights"))
+            supervised = weights != 0
+            labels = np.where(supervised, ids, np.int32(UNSUPERVISED))
+            found.append(Tokens(ids, labels, None if (weights == supervised).all() else weights, row_weight))
         return tuple(found)
 
     def place(self, example: int) -> RowLocation:
@@ -100,15 +97,11 @@ def example_lengths(store: TokenStore) -> Ints:
 def pack_examples(examples: Sequence[Sequence[Tokens]], **each: npt.ArrayLike) -> Arrays:
     """Lay out the sequences of examples as a store holds them. `each`: by name what else every one has, or all have."""
     sequences = [tokens for own in examples for tokens in own]
-    nothing = np.zeros(0, dtype=np.int32)
-    weights = {}
-    if any(tokens.weights is not None for tokens in sequences):
-        own = [np.ones(len(one)) if one.weights is None else one.weights for one in sequences]
-        weights["weights"] = np.concatenate(own)
+    given = [np.float32(1) if tokens.weights is None else tokens.weights for tokens in sequences]
+    weights = [(one.labels != UNSUPERVISED) * weight for one, weight in zip(sequences, given, strict=True)]
     return {
-        **weights,
-        "ids": np.concatenate([nothing, *(tokens.ids for tokens in sequences)]),
-        "supervised": np.concatenate([nothing, *(tokens.labels for tokens in sequences)]) != UNSUPERVISED,
+        "ids": np.concatenate([np.zeros(0, np.int32), *(tokens.ids for tokens in sequences)]),
+        "weights": np.concatenate([np.zeros(0, np.float32), *weights]),
         "sequence_sizes": np.array([len(tokens) for tokens in sequences], dtype=np.int64),
         "example_sizes": np.array([len(own) for own in examples], dtype=np.int64),
         **{name: np.broadcast_to(np.array(values, TYPES[name]), len(examples)) for name, values in each.items()},
@@ -117,25 +110,15 @@ def pack_examples(examples: Sequence[Sequence[Tokens]], **each: npt.ArrayLike) -
 
 def append_arrays(folder: Path, **arrays: npt.NDArray[Any]) -> None:
     """Append to the flat files of these names, in a folder that somebody else commits."""
-    if "weights" in arrays and "ids" in arrays:
-        pad_weights(folder)  # the tokens before had none
     for name, numbers in arrays.items():
         with open(folder / name, "ab") as file:
             file.write(numbers.astype(TYPES[name], copy=False).tobytes())
 
 
-def pad_weights(folder: Path) -> None:
-    """Give each token in the files of `folder` a weight: 1 where none was appended."""
-    ids, given = (path.stat().st_size // 4 if path.exists() else 0 for path in (folder / "ids", folder / "weights"))
-    for start in range(given, ids, _PADDED):
-        append_arrays(folder, weights=np.ones(min(_PADDED, ids - start)))
-
-
 def map_store(folder: Path, names: Sequence[str]) -> TokenStore:
     """Map the flat files of a store, all examples with sequences chosen. `names`: what the numbers in `files` mean."""
     # As plain views, which slice five times faster.
-    kinds = {name: kind for name, kind in TYPES.items() if name != "weights" or (folder / name).exists()}
-    arrays = {name: np.asarray(np.memmap(folder / name, dtype=kind, mode="r")) for name, kind in kinds.items()}
+    arrays = {name: np.asarray(np.memmap(folder / name, dtype=kind, mode="r")) for name, kind in TYPES.items()}
     sizes = (arrays[name] for name in ("sequence_sizes", "example_sizes"))
     sequence_starts, example_starts = (np.concatenate([[0], np.cumsum(each)]) for each in sizes)
     chosen = np.flatnonzero(arrays["example_sizes"])

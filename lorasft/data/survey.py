@@ -51,9 +51,7 @@ def survey_rows(data: DataSettings) -> Survey:
                 survey.roles |= {message["role"]: None for message in example.messages}
         except DataError as raised:
             error = raised
-        survey.report.join(own)
-        if error:
-            survey.report.raise_errors(error)
+        survey.report.join(own, error)
         survey.kinds[block.kind] = None
     survey.report.raise_errors()
     if not survey.sizes:

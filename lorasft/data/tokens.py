@@ -16,7 +16,7 @@ class Tokens:
 
     ids: npt.NDArray[np.int32]
     labels: npt.NDArray[np.int32]
-    weights: npt.NDArray[np.float32] | None = None  # (tokens,) above 0, of its messages; None: all 1
+    weights: npt.NDArray[np.float32] | None = None  # (tokens,) of its messages, above 0 where supervised; None: all 1
     row_weight: float = 1.0  # of the example that it is of
 
     def __len__(self) -> int:

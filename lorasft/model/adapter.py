@@ -27,8 +27,8 @@ from lorasft.artifact import Artifact
 from lorasft.data.tokenizer import needed_rows
 from lorasft.errors import CapacityError, ModelError, RecipeError, out_of_memory
 from lorasft.files import write_file
+from lorasft.machine import free_memory
 from lorasft.model.base import compute_dtype, load_base, make_skeleton, read_config
-from lorasft.model.free_memory import free_memory
 from lorasft.model.linear import use_lean_linears
 from lorasft.recipe import AdapterSettings, ModelSettings
 from lorasft.terminal import size_text

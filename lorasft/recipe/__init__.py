@@ -22,7 +22,7 @@ Format = Literal["auto", "chat", "sharegpt", "alpaca", "prompt-completion", "tex
 _DATE = datetime.date(2024, 7, 26)
 
 
-def _as_names(value: Any) -> Any:
+def as_names(value: Any) -> Any:
     """One name may be written without a list, and several as a text with commas."""
     if isinstance(value, str) and value != "all-linear":
         value = [name.strip() for name in value.split(",")]
@@ -65,7 +65,7 @@ class AdapterSettings(_Section):
     dora: bool = Field(False, description="weight-decomposed LoRA")
     modules_to_save: tuple[str, ...] = Field((), description="modules trained and saved in full")
     start: str | None = Field(None, description="folder of an adapter or of a run to begin from")
-    _names = field_validator("targets", "modules_to_save", mode="before")(_as_names)
+    _names = field_validator("targets", "modules_to_save", mode="before")(as_names)
 
 
 class DataSource(_Section):
@@ -151,7 +151,7 @@ class RunSettings(_Section):
     keep_best: bool = Field(False, description="adapter/ holds the best by held-out loss, not the last")
     patience: PositiveInt | None = Field(None, description="evaluations without a better one that end the run")
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field((), description="also log there")
-    _names = field_validator("trackers", mode="before")(_as_names)
+    _names = field_validator("trackers", mode="before")(as_names)
 
 
 class MachineSettings(_Section):

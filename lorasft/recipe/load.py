@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatch
-from functools import cache
+from functools import cache, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from lorasft.errors import ErrorGroup, LorasftError, RecipeError, UnsafeError, in_words
 from lorasft.recipe import DataSource, Recipe
@@ -54,29 +55,24 @@ def complete_recipe(document: Document, path: Path, overrides: Sequence[str] = (
     for override in overrides:
         _apply_override(override, document)
     _complete(document, path.stem)
-    recipe = _validate(document)
+    try:
+        # As JSON: strict Python validation would refuse lists for tuples.
+        recipe = Recipe.model_validate_json(json.dumps(document.value))
+    except ValidationError as error:
+        errors = sorted(_explain(error, document), key=lambda error: -error.exit_code)  # what is unsafe decides
+        raise errors[0] if len(errors) == 1 else ErrorGroup(errors) from None
     _check_together(recipe, document)
     return recipe
 
 
-def change_recipe(recipe: Recipe, overrides: Sequence[str], *, sections: Sequence[str]) -> Recipe:
-    """`recipe` with `section.key=value` overrides of some `sections`. Raises what `load_recipe` does."""
-    document = Document(recipe.model_dump(mode="json"), {(): "command line"})
+def change_recipe(sections: Mapping[str, BaseModel], overrides: Sequence[str]) -> Recipe:
+    """Some `sections` of a recipe with `section.key=value` overrides of them. Raises what `load_recipe` does."""
     for override in overrides:
         if override.partition(".")[0] not in sections:
             hint = f"what can be set here: keys of {', '.join(sections)}"
             raise RecipeError(f"{shorten(override)} has no effect here", where="command line", hint=hint)
-        _apply_override(override, document)
-    return _validate(document)
-
-
-def _validate(document: Document) -> Recipe:
-    try:
-        # As JSON: strict Python validation would refuse lists for tuples.
-        return Recipe.model_validate_json(json.dumps(document.value))
-    except ValidationError as error:
-        errors = sorted(_explain(error, document), key=lambda error: -error.exit_code)  # what is unsafe decides
-        raise errors[0] if len(errors) == 1 else ErrorGroup(errors) from None
+    said = {name: section.model_dump(mode="json") for name, section in sections.items()}
+    return complete_recipe(Document(said, {(): "command line"}), Path("recipe"), overrides)
 
 
 def read_source(path: str, columns: str | None) -> DataSource:
@@ -222,9 +218,7 @@ def _check_together(recipe: Recipe, document: Document) -> None:
 def _value_at(path: KeyPath, value: Any) -> Any:
     """What is at `path` in a tree of mappings and lists, or None."""
     with contextlib.suppress(LookupError, TypeError):
-        for part in path:
-            value = value[part]
-        return value
+        return reduce(getitem, path, value)
     return None
 
 

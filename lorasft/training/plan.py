@@ -15,7 +15,7 @@ from accelerate import PartialState
 from lorasft.data.packing import cost
 from lorasft.data.store import example_lengths
 from lorasft.errors import ModelError
-from lorasft.model.free_memory import free_memory
+from lorasft.machine import free_memory
 from lorasft.model.linear import copy_bytes
 from lorasft.model.loss import Network
 from lorasft.model.memory import USABLE, dry_run, heaviest_batch, static_bytes

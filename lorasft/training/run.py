@@ -33,10 +33,10 @@ from lorasft.data.templates import set_default_system
 from lorasft.data.untrained import refuse_untrained
 from lorasft.errors import DivergedError
 from lorasft.files import replace_file, staged_folder, verify_folder, write_file
+from lorasft.machine import free_memory
 from lorasft.model.adapter import attach_adapter, load_adapter, write_adapter
 from lorasft.model.base import check_files, compute_dtype, copy_base, load_base, patch_linear4bit, read_generation
 from lorasft.model.cache import Keep
-from lorasft.model.free_memory import free_memory
 from lorasft.model.generate import own_stops
 from lorasft.model.memory import static_bytes
 from lorasft.model.trained import Trained
