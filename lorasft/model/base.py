@@ -30,7 +30,7 @@ from lorasft.model.cache import Keep, find_place, keep_base, read_kept
 from lorasft.model.experts import BLOCK, Nf4Quantizer, find_experts, packed_parts
 from lorasft.model.packed import list_stored
 from lorasft.model.tables import keep_on_host
-from lorasft.model.towers import auto_class, model_class
+from lorasft.model.towers import model_class
 from lorasft.recipe import ModelSettings
 from lorasft.tensors import find_weights, open_tensors
 from lorasft.terminal import say
@@ -59,7 +59,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     def read(source: str | None, config: Any = config, **how: Any) -> Any:
         placing = _placing(config, scheme.bnb_4bit_compute_dtype, device, streamed=streamed, packs=quantize)
         with quiet_progress(), _loading_errors(settings.base), placing as places:
-            model, found = (auto_class(config) if source else model_class(config)).from_pretrained(
+            model, found = model_class(config).from_pretrained(
                 source,
                 # As it was read and cleared: what its file says of attention would win over the argument.
                 config=copy.deepcopy(config),  # transformers writes into it
@@ -92,7 +92,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     for parameter in model.parameters() if stored else ():
         if parameter.dtype in (torch.float16, torch.bfloat16) and not isinstance(parameter, bnb.nn.Params4bit):
             parameter.data = parameter.data.to(scheme.bnb_4bit_compute_dtype)
-    patch_linear4bit(model, device, settings.base)
+    patch_linear4bit(model, device)
     keep_on_host(model, torch.device("cpu") if streamed else device)
     model.requires_grad_(False)
     if place and kept is None:
@@ -152,7 +152,7 @@ def read_generation(base: str, revision: str | None) -> dict[str, Any]:
         return dict(json.loads(Path(path).read_bytes())) if path else {}
 
 
-def patch_linear4bit(model: Any, device: torch.device, base: str) -> None:
+def patch_linear4bit(model: Any, device: torch.device) -> None:
     """Keep bitsandbytes from changing weights that are computed with. Raises ModelError where it computes wrongly."""
     for layer in model.modules():
         sizes = [(2 * codes.shape[2], BLOCK) for codes, *_ in packed_parts(layer).values()]
@@ -167,7 +167,8 @@ def patch_linear4bit(model: Any, device: torch.device, base: str) -> None:
             if device.type == "cpu" and inputs % block:
                 # bitsandbytes 0.50 restarts its constants in every row there: 25 % off, where NF4 costs 9 %.
                 what = f"a matrix of {inputs} inputs cannot be 4-bit on a CPU"
-                raise ModelError(what, where=base, hint="--quantization none, or in a recipe model.quantization=none")
+                hint = "--quantization none, or in a recipe model.quantization=none"
+                raise ModelError(what, where=model.name_or_path, hint=hint)
 
 
 def check_files(base: str) -> None:
@@ -238,7 +239,7 @@ def make_skeleton(config: Any, dtype: torch.dtype | None = None) -> Any:
     """The model of `config` without weights: on the meta device."""
     config = copy.deepcopy(config)  # transformers notes the attention in it
     with torch.device("meta"), _loading_errors(config.name_or_path):
-        return auto_class(config).from_config(config, dtype=dtype, attn_implementation=default_attention(config))
+        return model_class(config)._from_config(config, dtype=dtype, attn_implementation=default_attention(config))
 
 
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
