@@ -221,7 +221,7 @@ def read_config(base: str, revision: str | None = None) -> Any:
         what = f"{config.model_type} is not a causal language model"
         raise ModelError(what, where=base, hint="lorasft trains decoder-only models")
     # What a config says of attention and experts is taken out: a repository there would be fetched, and run.
-    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+    for part in filter(None, (config, *(getattr(config, name, None) for name in config.sub_configs))):
         scheme = getattr(part, "quantization_config", None) or {}
         if stored := stored_as(scheme, base):  # for all but its files it is a base in 16 bits
             config.stored_as = stored
@@ -230,8 +230,7 @@ def read_config(base: str, revision: str | None = None) -> Any:
             if "/" in str(getattr(part, key, None)):
                 what = f"the config names a kernel, which would be code: {getattr(part, key)}"
                 raise UnsafeError(what, where=base, hint=f"take {key.lstrip('_')} out of config.json")
-            if part is not None:
-                setattr(part, key, None)
+            setattr(part, key, None)
     return config
 
 
