@@ -174,9 +174,8 @@ def give_weights(model: Any, weights: dict[str, Tensor], *, where: object, whole
     known, given = ({name: list(tensor.shape) for name, tensor in side.items()} for side in (own, weights))
     for name in sorted(known.keys() | given.keys()):
         if known.get(name) != given.get(name):
-            what = (
-                f"it does not fit the base: {name} is {given.get(name, 'missing')} and not {known.get(name, 'known')}"
-            )
+            what = f"{name} is {given.get(name, 'missing')} and not {known.get(name, 'known')}"
+            what = f"it does not fit the base: {what}"
             raise ModelError(what, where=where, hint="use the base that it was trained on, or merge with --no-check")
     # PEFT makes A and B without numbers where the base is streamed; a tensor that is assigned stays what it is.
     streamed = any(tensor.is_meta for tensor in own.values())
