@@ -280,14 +280,12 @@ def nf4_error(device: torch.device) -> tuple[float, float]:
     """Largest error, relative to the largest value, of a linear in NF4 and of its backward, against float64; and what
     rounding in the device's own precision explains."""
     dtype = compute_dtype("auto", device)
-    scheme = {"compress_statistics": False, "quant_type": "nf4"}
-    layer = bnb.nn.Linear4bit(256, 256, bias=False, compute_dtype=dtype, **scheme)
+    layer = bnb.nn.Linear4bit(256, 256, bias=False, compute_dtype=dtype, compress_statistics=False, quant_type="nf4")
     random = torch.Generator().manual_seed(0)
     codes = torch.randint(16, (1024, 64), generator=random)  # blocks of numbers that share a scale
     codes[:, 0] = 15  # the largest: NF4 has these numbers
     blocks = bnb.functional.get_4bit_type("nf4", device="cpu")[codes] * (torch.rand(1024, 1, generator=random) + 0.5)
-    weight = blocks.view(256, 256)
-    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, **scheme)
+    layer.weight.data = weight = blocks.view(256, 256)
     layer = layer.to(device)
     layer.support_avx512bf16_for_cpu = False  # as in training
     identity = torch.eye(256, dtype=dtype, device=device)

@@ -7,7 +7,6 @@ from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lorasft.model.adapter import trainable
 
@@ -25,8 +24,9 @@ class Trained:
         if rates_apart:  # those of LoRA stay the first
             names.sort(key=lambda name: (".lora_" not in name, learns_as_b(name, found[name])))
         self.parameters = {name: found[name] for name in names}  # in the order of their numbers
-        self.master = nn.Parameter(parameters_to_vector(self.parameters.values()))
-        vector_to_parameters(self.master.detach(), self.parameters.values())
+        self.master = nn.Parameter(torch.cat([one.detach().flatten() for one in self.parameters.values()]))
+        for name, part in self.split(self.master.detach()).items():
+            self.parameters[name].data = part
         self.master.grad = self.gradient = torch.zeros_like(self.master).detach()
         lora = sum(one.numel() for name, one in self.parameters.items() if ".lora_" in name)
         self._copy = self.master.detach()[:lora]
