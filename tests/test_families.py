@@ -19,7 +19,7 @@ from lorasft.model.adapter import attach_adapter, check_targets, trainable
 from lorasft.model.base import make_skeleton
 from lorasft.model.loss import Network, pair_losses
 from lorasft.model.selfcheck import verify
-from lorasft.model.towers import auto_class
+from lorasft.model.towers import model_class
 from lorasft.recipe import AdapterSettings
 from lorasft.recipe.load import load_recipe, shipped_recipes
 
@@ -124,7 +124,7 @@ def test_targets_segments_head_and_a_step(name: str) -> None:
     recipe = load_recipe(name, ["data.train=rows.jsonl"])
     torch.manual_seed(0)
     config = find_config(name)
-    base = auto_class(config).from_config(config, dtype=torch.float32)
+    base = model_class(config)._from_config(config, dtype=torch.float32)
     assert recipe.model.quantization == "nf4"
     matrices = _matrices(base)
     model = attach_adapter(base, recipe.adapter, seed=0)

@@ -458,7 +458,7 @@ def test_a_resumed_run_keeps_its_layers_unless_the_recipe_states_otherwise(
 
 
 ENDS = [  # where memory ends, exit code, what is said
-    ("transformers.AutoModelForCausalLM.from_pretrained", 6, "while loading"),
+    ("transformers.PreTrainedModel.from_pretrained", 6, "while loading"),
     ("lorasft.training.run.choose_layout", 6, "out of memory: injected"),
     ("torch.optim.AdamW.step", 6, "--resume"),  # nothing smaller would help
     ("lorasft.training.samples.generate", 0, "no answers after step"),  # nothing is lost

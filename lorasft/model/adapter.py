@@ -157,11 +157,10 @@ def all_linears(base: Any) -> list[str]:
 def _find_linears(base: Any) -> set[str]:
     """The linears of the language model that can be adapted, its head among them, by their paths in `base`."""
     refused = {name for name, families in _FUSED.items() if base.config.model_type in families}
-    language = {id(module) for module in (*base.get_decoder().modules(), base.get_output_embeddings())}
+    language = {*base.get_decoder().modules(), base.get_output_embeddings()}
     # A router that is a linear may give more than one (Llama 4).
     kinds = (nn.Linear.forward, Conv1D.forward, Linear4bit.forward)
-    linears = {path: one for path, one in base.named_modules() if type(one).forward in kinds}
-    found = {path for path, module in linears.items() if id(module) in language}
+    found = [path for path, one in base.named_modules() if one in language and type(one).forward in kinds]
     config = LoraConfig(target_modules=[path for path in found if path.rpartition(".")[2] not in refused])
     # In the place of shared experts' linears (DeepSeek, GLM, Qwen2-MoE) PEFT adapts the stacks of a like name.
     convert_peft_config_for_transformers(config, base, None)
@@ -178,11 +177,10 @@ def give_weights(model: Any, weights: dict[str, Tensor], *, where: object, whole
             what = f"{name} is {given.get(name, 'missing')} and not {known.get(name, 'known')}"
             what = f"it does not fit the base: {what}"
             raise ModelError(what, where=where, hint="use the base that it was trained on, or merge with --no-check")
-    if any(tensor.is_meta for tensor in own.values()):  # PEFT made A and B without numbers, as the base is streamed
-        named = {name.replace(".weight", ".default.weight"): tensor.float() for name, tensor in weights.items()}
-        model.load_state_dict(named, strict=False, assign=True)
-    else:
-        set_peft_model_state_dict(model, weights)
+    # PEFT makes A and B without numbers where the base is streamed; a tensor that is assigned stays what it is.
+    streamed = any(tensor.is_meta for tensor in own.values())
+    masters = {name: tensor.float() for name, tensor in weights.items()} if streamed else weights
+    set_peft_model_state_dict(model, masters, low_cpu_mem_usage=streamed)
 
 
 def adapter_weights(model: Any) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from lorasft.model.cache import Keep, find_place, keep_base, read_kept
 from lorasft.model.experts import BLOCK, Nf4Quantizer, find_experts, packed_parts
 from lorasft.model.packed import list_stored
 from lorasft.model.tables import keep_on_host
-from lorasft.model.towers import auto_class, model_class
+from lorasft.model.towers import model_class
 from lorasft.recipe import ModelSettings
 from lorasft.tensors import find_weights, open_tensors
 from lorasft.terminal import say
@@ -59,7 +59,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     def read(source: str | None, config: Any = config, **how: Any) -> Any:
         placing = _placing(config, scheme.bnb_4bit_compute_dtype, device, streamed=streamed, packs=quantize)
         with quiet_progress(), _loading_errors(settings.base), placing as places:
-            model, found = (auto_class(config) if source else model_class(config)).from_pretrained(
+            model, found = model_class(config).from_pretrained(
                 source,
                 # As it was read and cleared: what its file says of attention would win over the argument.
                 config=copy.deepcopy(config),  # transformers writes into it
@@ -92,7 +92,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     for parameter in model.parameters() if stored else ():
         if parameter.dtype in (torch.float16, torch.bfloat16) and not isinstance(parameter, bnb.nn.Params4bit):
             parameter.data = parameter.data.to(scheme.bnb_4bit_compute_dtype)
-    patch_linear4bit(model, device, settings.base)
+    patch_linear4bit(model, device)
     keep_on_host(model, torch.device("cpu") if streamed else device)
     model.requires_grad_(False)
     if place and kept is None:
@@ -152,7 +152,7 @@ def read_generation(base: str, revision: str | None) -> dict[str, Any]:
         return dict(json.loads(Path(path).read_bytes())) if path else {}
 
 
-def patch_linear4bit(model: Any, device: torch.device, base: str) -> None:
+def patch_linear4bit(model: Any, device: torch.device) -> None:
     """Keep bitsandbytes from changing weights that are computed with. Raises ModelError where it computes wrongly."""
     for layer in model.modules():
         sizes = [(2 * codes.shape[2], BLOCK) for codes, *_ in packed_parts(layer).values()]
@@ -167,7 +167,8 @@ def patch_linear4bit(model: Any, device: torch.device, base: str) -> None:
             if device.type == "cpu" and inputs % block:
                 # bitsandbytes 0.50 restarts its constants in every row there: 25 % off, where NF4 costs 9 %.
                 what = f"a matrix of {inputs} inputs cannot be 4-bit on a CPU"
-                raise ModelError(what, where=base, hint="--quantization none, or in a recipe model.quantization=none")
+                hint = "--quantization none, or in a recipe model.quantization=none"
+                raise ModelError(what, where=model.name_or_path, hint=hint)
 
 
 def check_files(base: str) -> None:
@@ -220,7 +221,7 @@ def read_config(base: str, revision: str | None = None) -> Any:
         what = f"{config.model_type} is not a causal language model"
         raise ModelError(what, where=base, hint="lorasft trains decoder-only models")
     # What a config says of attention and experts is taken out: a repository there would be fetched, and run.
-    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+    for part in filter(None, (config, *(getattr(config, name, None) for name in config.sub_configs))):
         scheme = getattr(part, "quantization_config", None) or {}
         if stored := stored_as(scheme, base):  # for all but its files it is a base in 16 bits
             config.stored_as = stored
@@ -229,8 +230,7 @@ def read_config(base: str, revision: str | None = None) -> Any:
             if "/" in str(getattr(part, key, None)):
                 what = f"the config names a kernel, which would be code: {getattr(part, key)}"
                 raise UnsafeError(what, where=base, hint=f"take {key.lstrip('_')} out of config.json")
-            if part is not None:
-                setattr(part, key, None)
+            setattr(part, key, None)
     return config
 
 
@@ -238,7 +238,7 @@ def make_skeleton(config: Any, dtype: torch.dtype | None = None) -> Any:
     """The model of `config` without weights: on the meta device."""
     config = copy.deepcopy(config)  # transformers notes the attention in it
     with torch.device("meta"), _loading_errors(config.name_or_path):
-        return auto_class(config).from_config(config, dtype=dtype, attn_implementation=default_attention(config))
+        return model_class(config)._from_config(config, dtype=dtype, attn_implementation=default_attention(config))
 
 
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
@@ -280,14 +280,12 @@ def nf4_error(device: torch.device) -> tuple[float, float]:
     """Largest error, relative to the largest value, of a linear in NF4 and of its backward, against float64; and what
     rounding in the device's own precision explains."""
     dtype = compute_dtype("auto", device)
-    scheme = {"compress_statistics": False, "quant_type": "nf4"}
-    layer = bnb.nn.Linear4bit(256, 256, bias=False, compute_dtype=dtype, **scheme)
+    layer = bnb.nn.Linear4bit(256, 256, bias=False, compute_dtype=dtype, compress_statistics=False, quant_type="nf4")
     random = torch.Generator().manual_seed(0)
     codes = torch.randint(16, (1024, 64), generator=random)  # blocks of numbers that share a scale
     codes[:, 0] = 15  # the largest: NF4 has these numbers
     blocks = bnb.functional.get_4bit_type("nf4", device="cpu")[codes] * (torch.rand(1024, 1, generator=random) + 0.5)
-    weight = blocks.view(256, 256)
-    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, **scheme)
+    layer.weight.data = weight = blocks.view(256, 256)
     layer = layer.to(device)
     layer.support_avx512bf16_for_cpu = False  # as in training
     identity = torch.eye(256, dtype=dtype, device=device)

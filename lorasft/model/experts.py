@@ -23,14 +23,14 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from lorasft.model.linear import FrozenWeights
+from lorasft.model.packed import NF4
 
 _FUNCTION = "lorasft_nf4"  # its name in transformers' interface
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")
-BLOCK, _GROUP = 64, 256  # numbers that share a scale; scales that share one of their own
+BLOCK, _GROUP = NF4["blocksize"], 256  # numbers that share a scale; scales that share one of their own
 _PARTS = ("", "_absmax", "_nested_absmax", "_nested_table", "_offset")  # of a stack: its parameters' names end so
-_SCHEME: dict[str, Any] = {"blocksize": BLOCK, "quant_type": "nf4", "compress_statistics": True}
 # bitsandbytes keeps the tables of its first call for all others: they are to have numbers in them.
-functional.quantize_4bit(torch.zeros(BLOCK), **_SCHEME)
+functional.quantize_4bit(torch.zeros(BLOCK), **NF4)
 
 
 def find_experts(model: nn.Module) -> list[tuple[Any, dict[str, Tensor]]]:
@@ -108,7 +108,7 @@ def quantize_stack(matrices: Iterable[Tensor]) -> dict[str, Tensor]:
     """Matrices (out, in), one of each expert -> the parts of their stack."""
     experts = []
     for matrix in matrices:
-        codes, state = functional.quantize_4bit(matrix.contiguous(), **_SCHEME)
+        codes, state = functional.quantize_4bit(matrix.contiguous(), **NF4)
         nested, table = state.state2.absmax, state.state2.code
         absmax = F.pad(state.absmax, (0, len(nested) * _GROUP - len(state.absmax)))  # whole groups: all are one row
         experts.append((codes.view(len(matrix), -1), absmax, nested, table, state.offset))

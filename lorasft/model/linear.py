@@ -45,7 +45,13 @@ def use_lean_linears(model: Any) -> None:
             (ids,), weight = module.token_adapter.token_indices.values(), module.original_module.weight
             module.register_buffer("tokens", torch.tensor(ids, dtype=torch.long).to(weight.device), persistent=False)
             module.forward = MethodType(_forward_rows, module)
-        elif isinstance(module, LoraLayer) and _is_plain(module):
+        elif (
+            isinstance(module, LoraLayer)
+            and not isinstance(module, ParamWrapper)
+            and not module.lora_variant
+            and not any(module.lora_bias.values())
+            and type(module.get_base_layer()) in (nn.Linear, Conv1D, bnb.nn.Linear4bit)
+        ):
             module.weights, module.followers = model.frozen_weights, []
             module.forward = partial(inputs.compute, module)
 
@@ -233,15 +239,6 @@ def _add_gradient(parameter: Tensor, gradient: Tensor, scaling: float = 1.0) -> 
         return gradient.to(parameter.dtype) * scaling
     parameter.grad.add_(gradient, alpha=scaling)
     return None
-
-
-def _is_plain(layer: Any) -> bool:
-    return (
-        not isinstance(layer, ParamWrapper)
-        and not layer.lora_variant
-        and not any(layer.lora_bias.values())
-        and type(layer.get_base_layer()) in (nn.Linear, Conv1D, bnb.nn.Linear4bit)
-    )
 
 
 def _forward_saved(wrapper: Any, *args: Any, **kwargs: Any) -> Any:

@@ -96,17 +96,6 @@ def pair_losses(network: Network, batch: MicroBatch) -> Tensor:
 
     The model must run under segment attention if the network can, else the batch holds one sequence.
     """
-    return _compute_losses(network, batch)[0]
-
-
-def weighted_loss(network: Network, batch: MicroBatch) -> Tensor:
-    """The losses of the pairs of `batch`, each times its weight, summed: () fp32."""
-    losses, weights = _compute_losses(network, batch)
-    return (losses * weights).sum()
-
-
-def _compute_losses(network: Network, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    """The losses of the pairs, (pairs,) fp32, and their weights on the same device."""
     model, device, pairs = network.causal, network.device, len(batch.sources)
     on_cpu = network.runs_on.type == "cpu"
     if network.segments and on_cpu and model.dtype.itemsize == 2:
@@ -114,9 +103,9 @@ def _compute_losses(network: Network, batch: MicroBatch) -> tuple[Tensor, Tensor
     lengths = [segment.end - segment.start for segment in batch.segments]
     ancestors = [segment.ancestors for segment in batch.segments]
     paths = Paths(lengths, ancestors, cascade=on_cpu, kernel=network.kernel)
-    rows = (batch.ids, batch.positions, batch.sources, batch.targets, batch.weights)
+    rows = (batch.ids, batch.positions, batch.sources, batch.targets)
     owners = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)  # the number of each token's segment
-    ids, positions, sources, targets, weights, owner, *places = send((*rows, owners, *paths.numbers), device)
+    ids, positions, sources, targets, owner, *places = send((*rows, owners, *paths.numbers), device)
     inputs: dict[str, Any] = {"input_ids": ids.unsqueeze(0), "use_cache": False}
     if network.segments:
         inputs |= {"position_ids": positions.unsqueeze(0), "segments": replace(paths, places=places)}
@@ -125,12 +114,18 @@ def _compute_losses(network: Network, batch: MicroBatch) -> tuple[Tensor, Tensor
     with patch.object(model, "row", lengths, create=True):  # for its mixers: not all models hand on what they are given
         if network.head is None:
             logits = model(**inputs, logits_to_keep=sources).logits.squeeze(0)  # (pairs, vocabulary)
-            return F.cross_entropy(logits.float(), targets, reduction="none")[:pairs], weights
+            return F.cross_entropy(logits.float(), targets, reduction="none")[:pairs]
         hidden = model.base_model(**inputs).last_hidden_state.squeeze(0)  # (tokens, hidden)
     rows = hidden[sources].to(network.head.weight.dtype)  # a residual may be in fp32 (Mamba)
     given = (rows, targets, network.head, *trained_rows(model.get_output_embeddings()))
     losses: Tensor = ChunkedLoss.apply(*given)  # type: ignore[no-untyped-call]
-    return losses[:pairs], weights
+    return losses[:pairs]
+
+
+def weighted_loss(network: Network, batch: MicroBatch) -> Tensor:
+    """The losses of the pairs of `batch`, each times its weight, summed: () fp32."""
+    (weights,) = send([batch.weights], network.device)
+    return (pair_losses(network, batch) * weights).sum()
 
 
 def send(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:

@@ -19,6 +19,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from lorasft.errors import ModelError
 from lorasft.tensors import DTYPES, TensorFile, TensorSpec
 
+NF4: dict[str, Any] = {"blocksize": 64, "quant_type": "nf4", "compress_statistics": True}  # as bitsandbytes is told
 _STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 _NAMES = {DTYPES[name]: name for name in ("BF16", "F16", "F32")}
 _MOST = 1 << 16  # bytes of a description; real ones have 200
@@ -131,8 +132,7 @@ def nf4_view(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if weight.dim() == 3:
         return torch.stack([nf4_view(matrix, dtype) for matrix in weight])
-    quantize = functional.quantize_4bit
-    codes, state = quantize(weight.to(dtype).contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4")
+    codes, state = functional.quantize_4bit(weight.to(dtype).contiguous(), **NF4)
     return _dequantize(codes, state).view(weight.shape)
 
 

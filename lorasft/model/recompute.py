@@ -6,8 +6,7 @@ Were they recomputed instead, each would do so while all that the first ones kee
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -43,16 +42,10 @@ def recompute(causal: Any, count: int) -> None:
         layer._gradient_checkpointing_func = run  # type: ignore[assignment]
 
 
-@contextmanager
-def only_first(causal: Any, depth: int) -> Iterator[None]:
+def only_first(causal: Any, depth: int) -> AbstractContextManager[Any]:
     """Let `causal` have no more than its first `depth` decoder layers."""
     layers = decoder_layers(causal)
-    rest = list(layers)[depth:]
-    del layers[depth:]
-    try:
-        yield
-    finally:
-        layers.extend(rest)
+    return patch.object(layers, "_modules", dict(list(layers._modules.items())[:depth]))
 
 
 def layer_kinds(causal: Any) -> list[str]:

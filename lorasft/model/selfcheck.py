@@ -21,7 +21,7 @@ from lorasft.data.tokens import Tokens, all_supervised
 from lorasft.errors import first_line, out_of_memory
 from lorasft.model.attention import SEGMENTS, Paths, Shape, attend, default_attention, evaluating
 from lorasft.model.lean import use_lean_layers
-from lorasft.model.loss import Network, pair_losses, read_head
+from lorasft.model.loss import Network, pair_losses, read_head, send
 from lorasft.model.mixers import call_by_segment
 from lorasft.model.recompute import decoder_layers
 
@@ -108,7 +108,7 @@ def _find_kernel_error(shape: Shape, device: torch.device, dtype: torch.dtype) -
     if shape.open_scores:
         return "torch has no kernel with soft caps, or for sinks that are trained"
     paths = Paths([150, 70, 5, 90], [(), (0,), (0, 1), ()], cascade=False)  # longer and shorter than a kernel's blocks
-    paths = replace(paths, places=[torch.from_numpy(numbers).to(device) for numbers in paths.numbers])
+    paths = replace(paths, places=send(paths.numbers, device))
     draw, window = torch.Generator().manual_seed(0), 40 if shape.windowed else None
     each = [(sum(paths.lengths), *one) for one in zip(shape.heads, shape.sizes, strict=True)]
     rows = [torch.randn(1, *one, generator=draw).to(dtype).transpose(1, 2) for one in each]

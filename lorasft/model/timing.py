@@ -61,19 +61,15 @@ def _time_batch(network: Network, kinds: Sequence[str], batch: MicroBatch, *, wi
 
 def _time_first(network: Network, batch: MicroBatch, depth: int) -> NDArray[np.float64]:
     """Seconds forwards, and both ways, through the first `depth` layers alone, of the faster round."""
-    rounds = []
+    rounds, synchronize = [], torch.get_device_module(network.device).synchronize
     with only_first(network.causal, depth):
         for _ in range(_ROUNDS):
             started = time.perf_counter()
             loss = pair_losses(network, batch).sum()
-            forward = _seconds_since(started, network.device)
+            synchronize(network.device)
+            forward = time.perf_counter()
             loss.backward()  # type: ignore[no-untyped-call]
-            rounds.append((forward, _seconds_since(started, network.device)))
+            synchronize(network.device)
+            rounds.append((forward - started, time.perf_counter() - started))
     faster: NDArray[np.float64] = np.array(rounds).min(axis=0)
     return faster
-
-
-def _seconds_since(started: float, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started

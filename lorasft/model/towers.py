@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel
 
 from lorasft.model.recompute import only_first
 
@@ -27,12 +27,6 @@ def model_class(config: Any) -> Any:
     if whole and config.get_text_config() is not config:
         return _without_towers(whole)
     return transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-
-
-def auto_class(config: Any) -> Any:
-    """transformers' own way of loading and building, which takes the class that `model_class` names."""
-    own = {"_model_mapping": {type(config): model_class(config)}}
-    return type(AutoModelForCausalLM.__name__, (AutoModelForCausalLM,), own)
 
 
 @cache

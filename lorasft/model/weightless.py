@@ -33,7 +33,8 @@ def make_weightless(
         quantize_skeleton(base, dtype)
     for linear in base.modules():
         if isinstance(linear, bnb.nn.Linear4bit):
-            _quantize(linear, torch.device("meta"))
+            linear.weight.data = linear.weight.data.to(linear.compute_dtype)
+            linear.weight._quantize("meta")
     keep_on_host(base, device)
     base.requires_grad_(False)
     with torch.device("meta"):
@@ -84,7 +85,7 @@ def make_sample(
             layers[index].__class__ = type("Skipped", (type(layers[first]),), hand_on)
     _fill([*base.modules()], device=device)
     base.initialize_weights()
-    patch_linear4bit(base, device, base.name_or_path)
+    patch_linear4bit(base, device)
     return model
 
 
@@ -95,12 +96,15 @@ def _fill(modules: list[nn.Module], *, device: torch.device) -> None:
     for module in modules:
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.ones_like(buffer, device=device))
-        if isinstance(module, bnb.nn.Linear4bit):
-            _quantize(module, device)
+        state = getattr(module, "quant_state", None)
+        while state:
+            tensors = {name: one for name, one in vars(state).items() if isinstance(one, Tensor)}
+            vars(state).update({name: _draw_like(one, device) for name, one in tensors.items()})
+            state = state.state2
         for name, old in [one for one in module.named_parameters(recurse=False) if one[1].is_meta]:
             if id(old) not in made:
-                made[id(old)] = nn.Parameter(_draw_like(old, device), requires_grad=old.requires_grad)
-                made[id(old)]._is_hf_initialized = not old.is_floating_point()  # type: ignore[attr-defined]
+                made[id(old)] = new = Tensor._make_subclass(type(old), _draw_like(old, device), old.requires_grad)
+                vars(new).update(vars(old), _is_hf_initialized=not old.is_floating_point())
             setattr(module, name, made[id(old)])
         if isinstance(module, (nn.Linear, nn.Embedding)):  # else `initialize_weights` draws anew, and into 4-bit codes
             module.weight._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -109,24 +113,5 @@ def _fill(modules: list[nn.Module], *, device: torch.device) -> None:
 def _draw_like(given: Tensor, device: torch.device) -> Tensor:
     """Random numbers in the shape of `given`: a prime number of them, repeated, which is faster than to draw all."""
     few = torch.empty(65_521, dtype=given.dtype, device=device)
-    return _repeat(few.uniform_(-0.1, 0.1) if few.is_floating_point() else few.random_(), given)
-
-
-def _repeat(few: Tensor, given: Tensor) -> Tensor:
-    return few.flatten().repeat(-(-given.numel() // few.numel()))[: given.numel()].view(given.shape)
-
-
-def _quantize(linear: Any, device: torch.device) -> None:
-    """Give `linear` a random weight in 4 bit, a prime number of blocks, repeated; on the meta device its shapes."""
-    scheme = {"compress_statistics": linear.weight.compress_statistics, "quant_type": linear.weight.quant_type}
-    weight = torch.empty(linear.out_features, linear.in_features, dtype=linear.compute_dtype, device="meta")
-    packed, state = bnb.functional.quantize_4bit(weight, **scheme)
-    if device.type != "meta":
-        few, drawn = bnb.functional.quantize_4bit(_draw_like(weight.flatten()[: 1021 * 64], device), **scheme)
-        packed, drawn.shape = _repeat(few, packed), weight.shape
-        for own, whole in ((drawn, state), (drawn.state2, state.state2)):
-            if own is not None:
-                own.absmax = _repeat(own.absmax, whole.absmax)
-        state = drawn
-    linear.quant_state = state
-    linear.weight = bnb.nn.Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True, **scheme)
+    few = few.uniform_(-0.1, 0.1) if few.is_floating_point() else few.random_()
+    return few.repeat(-(-given.numel() // len(few)))[: given.numel()].view(given.shape)

@@ -116,7 +116,7 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks, shared: Shared | None
         dtype = compute_dtype(saved.layout.dtype if saved else recipe.model.dtype, device)
         settings = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
         weightless = make_weightless(inputs.config, settings, inputs.adapter, device)
-        patch_linear4bit(weightless, device, recipe.model.base)  # refused before weights are read
+        patch_linear4bit(weightless, device)  # refused before weights are read
         load = partial(shared.load, own_rows=bool(inputs.new_rows or inputs.start)) if shared else load_base
         base = load(settings, device, keep=recipe.machine.cache_base)
         if inputs.start:
