@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lorasft.errors import ModelError
 from lorasft.files import read_objects
 from lorasft.recipe.yaml_reader import read_yaml
@@ -45,7 +47,7 @@ class GgufLayout:
     family: Family
     config: Any  # of the text model
     fields: dict[str, Any]
-    extra: dict[str, list[float]]
+    extra: dict[str, Any]
 
     def turned(self, name: str) -> int:
         """The rows of a head whose halves llama.cpp has in turns, row by row; 0 for other tensors."""
@@ -106,16 +108,14 @@ def _find_difference(config: Any, family: Family, head_size: int) -> str | None:
     return f"soft caps {caps} in {family.name}" if capped else None
 
 
-def _positions(
-    config: Any, family: Family, head_size: int, model: Path
-) -> tuple[dict[str, Any], dict[str, list[float]]]:
+def _positions(config: Any, family: Family, head_size: int, model: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields and tensors of the rotary positions. Raises ModelError for a kind that has no place in a GGUF."""
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = config.rope_parameters
     fields: dict[str, Any] = {}
-    extra: dict[str, list[float]] = {}
+    extra: dict[str, Any] = {}
     if family.name == "gemma3":
         fields["rope.freq_base_swa"] = float(rope["sliding_attention"]["rope_theta"])
         rope = rope["full_attention"]
@@ -130,11 +130,11 @@ def _positions(
     elif kind == "llama3":
         slowed, _ = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
         usual = 1.0 / float(rope["rope_theta"]) ** (torch.arange(0, turned, 2) / turned)
-        extra["rope_freqs.weight"] = (usual / slowed).tolist()  # by how much each frequency is slowed down
+        extra["rope_freqs.weight"] = (usual / slowed).numpy()  # by how much each frequency is slowed down
     elif kind == "longrope":
         _, attention = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
         fields["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
         fields["rope.scaling.attn_factor"] = float(attention)
         for name in ("long", "short"):
-            extra[f"rope_factors_{name}.weight"] = [float(factor) for factor in rope[f"{name}_factor"]]
+            extra[f"rope_factors_{name}.weight"] = np.array(rope[f"{name}_factor"], np.float32)
     return fields, extra

@@ -91,10 +91,9 @@ def write_gguf(model: Path, out: Path, *, kind: Kind = "f16") -> dict[str, Any]:
     need_space(out.parent, size * 8 // 5 if kind in K_QUANTS else size)  # at most Q8_0, 8.5 bits, beside what had 16
     own = {f"{layout.family.name}.{name}": value for name, value in layout.fields.items()}
     own["general.file_type"] = int(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
-    extra = {name: np.array(values, np.float32) for name, values in layout.extra.items()}
     with scratch_folder(out) as scratch, staged_file(out) as stage:
         whole = scratch / "whole.gguf" if kind in K_QUANTS else stage
-        write_fields(whole, layout, {"general.type": "model"} | own | tokenizer, extra | tensors)
+        write_fields(whole, layout, {"general.type": "model"} | own | tokenizer, layout.extra | tensors)
         found = quantize(whole, stage, kind=kind) if kind in K_QUANTS else {}
     return found | {
         "file": str(out),

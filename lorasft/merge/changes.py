@@ -42,16 +42,11 @@ class LoraProduct:
         out, into = self.up.shape[-2], self.down.shape[-1]
         return *self.up.shape[:-2], *((into, out) if self.transposed else (out, into))
 
-    @property
-    def unit(self) -> int:
-        """A weight that is too large for one product is cut into slices of a multiple of so many rows."""
-        return self.shape[1] if len(self.shape) == 3 else 64
-
     def compute(self, first: int, count: int, buffer: Tensor) -> Tensor:
         """B A for rows `first` to `first + count` of the weight: (count, columns) fp32, in the memory of `buffer`."""
         buffer = buffer[: count * self.shape[-1]]
         if self.up.dim() == 3:
-            part = slice(first // self.unit, (first + count) // self.unit)
+            part = slice(first // self.shape[1], (first + count) // self.shape[1])
             torch.bmm(self.up[part], self.down[part], out=buffer.view(-1, *self.shape[1:]))
             return buffer.view(count, -1)
         part = slice(first, first + count)

@@ -123,8 +123,9 @@ def write_weights(stage: Path, plan: MergePlan, *, nf4: Mapping[str, Read]) -> t
 
 
 def _slice_rows(change: Change) -> int:
-    """Rows of a tensor of which the product is computed at once: all where they are not too many."""
-    rows, unit = math.prod(change.shape[:-1]), change.product.unit if change.product else 64
+    """Rows of a tensor of which the product is computed at once: all where they are not too many, else a multiple of 64
+    or of the rows of a matrix in a stack."""
+    rows, unit = math.prod(change.shape[:-1]), change.shape[1] if len(change.shape) == 3 else 64
     return rows if change.needs_all_rows else min(rows, max(1, _SLICE // (change.shape[-1] * unit)) * unit)
 
 
