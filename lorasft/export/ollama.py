@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Template
 
 from lorasft.artifact import read_stops
 from lorasft.data.templates import CLOCK, render
@@ -101,8 +101,9 @@ def go_template(joints: Joints) -> str:
     """The joints as a template of Ollama. An answer that is begun, the last message, is left open."""
     texts = {pair: _literal(text) for pair, text in joints.items()}
     roles = {role: [(pair[0], text) for pair, text in texts.items() if pair[1] == role] for role in _ROLES.values()}
-    environment = Environment("<%", "%>", "<<", ">>", loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True)
-    template = environment.get_template("template.go.jinja")
+    template: Template = Template(
+        Path(__file__).with_name("template.go.jinja").read_text("utf-8"), "<%", "%>", "<<", ">>"
+    )
     return template.render(roles=roles, answer=texts["user", _ANSWER])
 
 
