@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Template
+from jinja2 import Environment
 
 from lorasft.artifact import read_stops
 from lorasft.data.templates import CLOCK, render
@@ -101,10 +101,8 @@ def go_template(joints: Joints) -> str:
     """The joints as a template of Ollama. An answer that is begun, the last message, is left open."""
     texts = {pair: _literal(text) for pair, text in joints.items()}
     roles = {role: [(pair[0], text) for pair, text in texts.items() if pair[1] == role] for role in _ROLES.values()}
-    template: Template = Template(
-        Path(__file__).with_name("template.go.jinja").read_text("utf-8"), "<%", "%>", "<<", ">>"
-    )
-    return template.render(roles=roles, answer=texts["user", _ANSWER])
+    text = Path(__file__).with_name("template.go.jinja").read_text("utf-8")
+    return Environment("<%", "%>", "<<", ">>").from_string(text).render(roles=roles, answer=texts["user", _ANSWER])
 
 
 def _literal(text: str) -> str:
