@@ -69,15 +69,13 @@ def read_gguf_layout(model: Path) -> GgufLayout:
     positions, extra = _positions(config, family, head_size, model)
     # llama.cpp has no window in llama: within it the model is the same, so a longer context is not promised.
     window = config.sliding_window if config.model_type == "mistral" else None
-    derived = {
+    known = config.to_dict() | {
         "context": min(config.max_position_embeddings, window or config.max_position_embeddings),
         "head_size": head_size,
         "window": getattr(config, "sliding_window", None) or 0,
     }
-    fields: dict[str, Any] = {}
-    for name, key in (TABLES["fields"] | family.fields).items():
-        value = derived[key] if key in derived else getattr(config, key)
-        fields[name] = float(value) if name.endswith(("epsilon", "softcapping")) else value  # they may be whole
+    known |= {key: float(known[key]) for key in TABLES["floats"] if known.get(key) is not None}
+    fields = {name: known[key] for name, key in (TABLES["fields"] | family.fields).items()}
     return GgufLayout(family, config, fields | positions, extra)
 
 
