@@ -173,11 +173,12 @@ def _compute_start(kind: str, weight: Tensor, rank: int, scaling: float) -> tupl
 
 def lora_scale(config: Mapping[str, Any], path: str) -> tuple[int, float]:
     """Rank and factor of a module or parameter by PEFT's rule: of the patterns the first that ends its path."""
-    from peft.utils.other import get_pattern_key
 
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    rank = ranks.get(get_pattern_key(ranks, path), config["r"])
-    alpha = alphas.get(get_pattern_key(alphas, path), config["lora_alpha"])
+    def look_up(patterns: str, other: float) -> Any:
+        said: Mapping[str, Any] = config.get(patterns) or {}
+        return next((value for pattern, value in said.items() if re.match(rf"(.*\.)?({pattern})$", path)), other)
+
+    rank, alpha = look_up("rank_pattern", config["r"]), look_up("alpha_pattern", config["lora_alpha"])
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

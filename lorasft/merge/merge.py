@@ -72,15 +72,7 @@ def merge(
             if judge:
                 judge.ask(stage, "merged, in 4 bit")
         hashes.update(found)
-        record = {
-            "lorasft": __version__,
-            "base": {
-                "name": artifact.model.base,
-                "commit": artifact.provenance.get("commit"),
-                "fingerprint": fingerprint(artifact.base),
-                "trained_on": artifact.provenance.get("fingerprint"),
-            },
-            "adapter": files.sha256(artifact.require_adapter() / WEIGHTS),
+        done = {
             "onto": chosen,
             "why": why,
             "updated": len(plan.changes),  # tensors that the adapter changes
@@ -88,11 +80,7 @@ def merge(
             **(judge.record() if judge else {"rows": "", "table": {}}),
             "result": found,
         }
-        # For hubs, which read the card's front matter: no row of the data, no path of this machine.
-        card = render_card(artifact, REPO, base=portable(artifact.model.base, "base"), merge=record)
-        files.write_file(stage / MERGE_RECORD, json.dumps(record, indent=1))
-        files.write_file(stage / "README.md", card)
-    return record
+        return _write_record(stage, artifact, done)
 
 
 def _write_full(folder: Path, artifact: Artifact, plan: MergePlan, *, onto: Onto) -> dict[str, str]:
@@ -116,6 +104,24 @@ def _write_full(folder: Path, artifact: Artifact, plan: MergePlan, *, onto: Onto
         raise ModelError(what, where=artifact.adapter)
     write_sidecars(folder, artifact, rewrite_config(plan, artifact.base_config))
     return hashes
+
+
+def _write_record(stage: Path, artifact: Artifact, done: dict[str, Any]) -> dict[str, Any]:
+    """merge.json, which says where the merge came from and how it was made, and the model card, whose front matter hubs
+    read: no row of the data and no path of this machine."""
+    trained, given = artifact.provenance, artifact.model.base
+    origin = {
+        "name": given,
+        "commit": trained.get("commit"),
+        "fingerprint": fingerprint(artifact.base),
+        "trained_on": trained.get("fingerprint"),
+    }
+    adapter = files.sha256(artifact.require_adapter() / WEIGHTS)
+    record = {"lorasft": __version__, "base": origin, "adapter": adapter, **done}
+    card = render_card(artifact, REPO, base=portable(given, "base"), merge=record)
+    files.write_file(stage / MERGE_RECORD, json.dumps(record, indent=1))
+    files.write_file(stage / "README.md", card)
+    return record
 
 
 def _quantize(weights: Path, stage: Path, unread: set[str]) -> dict[str, str]:
