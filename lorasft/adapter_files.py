@@ -17,6 +17,7 @@ from pydantic import AfterValidator, ConfigDict, Field, PositiveFloat, TypeAdapt
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
 from lorasft.errors import ModelError, UnsafeError, in_words
+from lorasft.recipe.yaml_reader import read_yaml
 from lorasft.tensors import TensorFile, open_tensors
 from lorasft.terminal import say
 
@@ -28,15 +29,7 @@ CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."  # of the names in PEFT's files
 _FETCH_AGAIN = "fetch the adapter again"
 _LARGEST = 16 << 20  # bytes of a config
-_CODE = {"auto_map", "trust_remote_code", "tokenizer_kwargs", "model_kwargs"}  # what names code
-# Of no effect on a trained adapter: what only training read, and what its tensors say better.
-_IDLE = (
-    "task_type peft_version inference_mode auto_mapping megatron_config megatron_core runtime_config loftq_config "
-    "eva_config corda_config lora_ga_config velora_config qalora_group_size init_lora_weights target_modules "
-    "exclude_modules layers_to_transform layers_pattern merge_weights"
-)
-# Starts that took a part out of the base, as config's init_lora_weights begins.
-_STARTS = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "lora_ga": "LoRA-GA", "loftq": "LoftQ"}
+_TABLES = read_yaml(Path(__file__).with_name("adapter_files.yaml")).value
 # What PEFT's files leave out of the names in a model's own state: wrappers, and the name of the adapter.
 _STATE_ONLY = re.compile(
     r"\b(?:base_model\.model|_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\."
@@ -100,23 +93,23 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if "peft_type" not in known and {"lora_parameters", "fine_tune_type"} & known.keys():
         hint = "mlx_lm.fuse makes a model of it; PEFT has lora_a.T, lora_b.T and as lora_alpha scale * rank"
         raise ModelError("this is an adapter of mlx-lm", where=path, hint=hint)
-    fields = {key: value for key, value in known.items() if value is not None and key not in _IDLE.split()}
+    fields = {key: value for key, value in known.items() if value is not None and key not in _TABLES["idle"]}
     try:
         TypeAdapter(_Fields).validate_python(fields)
     except ValidationError as error:
         found = error.errors()
-        code = [one for one in found if one["type"] == "value_error" or one["loc"][-1] in _CODE]
+        code = [one for one in found if one["type"] == "value_error" or one["loc"][-1] in _TABLES["code"]]
         if code:
             what = f"the adapter's config names code or a pattern: {in_words(code[:1])}"
             raise UnsafeError(what, where=path, hint="lorasft runs no code from files: take another adapter") from None
         hint = "lorasft takes LoRA, rslora and DoRA adapters as PEFT writes them"
         raise ModelError(in_words(found[:1]), where=path, hint=hint) from None
-    init = str(known.get("init_lora_weights")).lower()
-    if kind := next((kind for kind in _STARTS if init.startswith(kind)), None):
+    init, starts = str(known.get("init_lora_weights")).lower(), _TABLES["starts"]
+    if kind := next((kind for kind in starts if init.startswith(kind)), None):
         computed = init == "pissa" or (init == "olora" and not fields.get("fan_in_fan_out"))  # PEFT's would not fit
         known_start = computed or (kind != "loftq" and _find_start(folder, kind))
         if not known_start or fields.get("target_parameters"):
-            what = f"the adapter began with {_STARTS[kind]} ({init}), which changed the base: how is not known here"
+            what = f"the adapter began with {starts[kind]} ({init}), which changed the base: how is not known here"
             hint = "convert it into plain LoRA where it was trained: PEFT's save_pretrained does that with "
             hint += f"path_initial_model_for_weight_conversion; or put its start beside it, as {kind}_init"
             raise ModelError(what, where=path, hint=hint)

@@ -73,7 +73,7 @@ def run(model: str, to: str, out: str, type: Any, as_json: bool) -> None:
 
 
 def _export_adapter(artifact: Artifact, out: Path, *, as_json: bool) -> None:
-    from lorasft.export.lora import write_gguf_lora
+    from lorasft.export.gguf import write_gguf_lora
 
     written, base = write_gguf_lora(artifact, out), artifact.model.base
     say(f"on a GGUF of its base, as of lorasft export {quote(base)} --to gguf --out base.gguf:")

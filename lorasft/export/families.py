@@ -1,4 +1,4 @@
-"""What a GGUF says of a model besides its tensors, and how llama.cpp wants these: one entry per architecture.
+"""What a GGUF says of a model besides its tensors, and how llama.cpp wants these: by the tables of llama_cpp.yaml.
 
 llama.cpp has some of a model's numbers in its source, not in the file (which layers of a Gemma look through a window,
 how its attention is scaled). A model that differs there is refused by name: it would load and answer nonsense.
@@ -7,12 +7,16 @@ how its attention is scaled). A model that differs there is refused by name: it 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lorasft.errors import ModelError
 from lorasft.files import read_objects
+from lorasft.recipe.yaml_reader import read_yaml
 
 # For what is not converted here. Of a run, what was merged is gone by the time that this is read.
 USUAL_CONVERTER = "llama.cpp's: python convert_hf_to_gguf.py DIR --outfile FILE, after lorasft merge RUN --out DIR"
@@ -29,17 +33,11 @@ class Family:
     full_every: int = 0  # every n-th layer sees everything, the others a window; 0: llama.cpp knows no windows here
     large: int = 0  # how many layers the size has whose attention is scaled by hidden size / heads
     rope: str = ""  # the kind of rotary positions that it has besides the default and the linear
+    fields: Mapping[str, str] = field(default_factory=dict)  # of its GGUF alone, as in the table of those of all
 
 
-FAMILIES = {
-    "llama": Family("llama", paired=True, biases=True, rope="llama3"),
-    "mistral": Family("llama", paired=True, biases=True, rope="llama3"),
-    "qwen2": Family("qwen2", biases=True),
-    "qwen3": Family("qwen3"),
-    "gemma2": Family("gemma2", norm_offset=1.0, full_every=2, large=46),
-    "gemma3_text": Family("gemma3", norm_offset=1.0, full_every=6, large=62),
-    "phi3": Family("phi3", rope="longrope"),
-}
+TABLES = read_yaml(Path(__file__).with_name("llama_cpp.yaml")).value
+FAMILIES = {kind: Family(**told) for kind, told in TABLES["families"].items()}
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class GgufLayout:
     family: Family
     config: Any  # of the text model
     fields: dict[str, Any]
-    extra: dict[str, list[float]]
+    extra: dict[str, Any]
 
     def turned(self, name: str) -> int:
         """The rows of a head whose halves llama.cpp has in turns, row by row; 0 for other tensors."""
@@ -71,23 +69,13 @@ def read_gguf_layout(model: Path) -> GgufLayout:
     positions, extra = _positions(config, family, head_size, model)
     # llama.cpp has no window in llama: within it the model is the same, so a longer context is not promised.
     window = config.sliding_window if config.model_type == "mistral" else None
-    fields = {
-        "vocab_size": config.vocab_size,
-        "context_length": min(config.max_position_embeddings, window or config.max_position_embeddings),
-        "block_count": config.num_hidden_layers,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": head_size,
-        "attention.value_length": head_size,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+    known = config.to_dict() | {
+        "context": min(config.max_position_embeddings, window or config.max_position_embeddings),
+        "head_size": head_size,
+        "window": getattr(config, "sliding_window", None) or 0,
     }
-    if family.full_every or family.name == "phi3":  # llama.cpp takes Phi-3 without the field for an old broken file
-        fields["attention.sliding_window"] = config.sliding_window or 0
-    if family.name == "gemma2":
-        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-            fields[name] = float(getattr(config, name))
+    known |= {key: float(known[key]) for key in TABLES["floats"] if known.get(key) is not None}
+    fields = {name: known[key] for name, key in (TABLES["fields"] | family.fields).items()}
     return GgufLayout(family, config, fields | positions, extra)
 
 
@@ -118,16 +106,14 @@ def _find_difference(config: Any, family: Family, head_size: int) -> str | None:
     return f"soft caps {caps} in {family.name}" if capped else None
 
 
-def _positions(
-    config: Any, family: Family, head_size: int, model: Path
-) -> tuple[dict[str, Any], dict[str, list[float]]]:
+def _positions(config: Any, family: Family, head_size: int, model: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields and tensors of the rotary positions. Raises ModelError for a kind that has no place in a GGUF."""
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = config.rope_parameters
     fields: dict[str, Any] = {}
-    extra: dict[str, list[float]] = {}
+    extra: dict[str, Any] = {}
     if family.name == "gemma3":
         fields["rope.freq_base_swa"] = float(rope["sliding_attention"]["rope_theta"])
         rope = rope["full_attention"]
@@ -142,11 +128,11 @@ def _positions(
     elif kind == "llama3":
         slowed, _ = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
         usual = 1.0 / float(rope["rope_theta"]) ** (torch.arange(0, turned, 2) / turned)
-        extra["rope_freqs.weight"] = (usual / slowed).tolist()  # by how much each frequency is slowed down
+        extra["rope_freqs.weight"] = (usual / slowed).numpy()  # by how much each frequency is slowed down
     elif kind == "longrope":
         _, attention = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
         fields["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
         fields["rope.scaling.attn_factor"] = float(attention)
         for name in ("long", "short"):
-            extra[f"rope_factors_{name}.weight"] = [float(factor) for factor in rope[f"{name}_factor"]]
+            extra[f"rope_factors_{name}.weight"] = np.array(rope[f"{name}_factor"], np.float32)
     return fields, extra

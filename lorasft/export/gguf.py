@@ -1,4 +1,5 @@
-"""A model folder into one GGUF file, a few rows at a time: names, order of rows and types as llama.cpp reads them."""
+"""A model folder into one GGUF file, a few rows at a time, or an adapter alone, which llama.cpp and Ollama put on a
+GGUF of its base: names, order of rows and types as llama.cpp reads them."""
 
 from __future__ import annotations
 
@@ -12,14 +13,16 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from lorasft.artifact import MERGE_RECORD
+from lorasft.adapter_files import PREFIX, list_adapted, lora_scale, read_adapter_weights
+from lorasft.artifact import MERGE_RECORD, Artifact
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import DeviceError, ModelError
 from lorasft.export.families import USUAL_CONVERTER, GgufLayout, read_gguf_layout
 from lorasft.export.quantize import K_QUANTS, quantize
 from lorasft.export.tokenizer import describe_tokenizer, find_raw_start
-from lorasft.files import need_space, read_objects, scratch_folder, staged_file
+from lorasft.files import make_folder, need_space, read_objects, scratch_folder, staged_file
 from lorasft.tensors import TensorFile, find_weights, open_tensors
+from lorasft.terminal import quote
 
 Kind = Literal["f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"]
 _BLOCK = 4 << 20  # numbers held of a tensor at a time
@@ -33,7 +36,6 @@ class Tensor:
     shard: TensorFile
     source: str
     shape: tuple[int, ...]
-    name: str  # in the GGUF
     type: Any  # there: gguf.GGMLQuantizationType
     nbytes: int
     turned: int  # of GgufLayout
@@ -84,15 +86,14 @@ def write_gguf(model: Path, out: Path, *, kind: Kind = "f16") -> dict[str, Any]:
     gguf = require_gguf()
     layout = read_gguf_layout(model)
     tokenizer = describe_tokenizer(model, layout.config.vocab_size)
-    tensors = {tensor.name: tensor for tensor in _find_tensors(gguf, model, layout, kind)}
+    tensors = dict(_find_tensors(gguf, model, layout, kind))
     size = sum(tensor.nbytes for tensor in tensors.values())
     need_space(out.parent, size * 8 // 5 if kind in K_QUANTS else size)  # at most Q8_0, 8.5 bits, beside what had 16
     own = {f"{layout.family.name}.{name}": value for name, value in layout.fields.items()}
     own["general.file_type"] = int(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
-    extra = {name: np.array(values, np.float32) for name, values in layout.extra.items()}
     with scratch_folder(out) as scratch, staged_file(out) as stage:
         whole = scratch / "whole.gguf" if kind in K_QUANTS else stage
-        write_fields(whole, layout, {"general.type": "model"} | own | tokenizer, extra | tensors)
+        write_fields(whole, layout, {"general.type": "model"} | own | tokenizer, layout.extra | tensors)
         found = quantize(whole, stage, kind=kind) if kind in K_QUANTS else {}
     return found | {
         "file": str(out),
@@ -103,6 +104,51 @@ def write_gguf(model: Path, out: Path, *, kind: Kind = "f16") -> dict[str, Any]:
         "short_context": layout.fields.get("rope.scaling.original_context_length"),
         "longest_row": next(read_objects(model / MERGE_RECORD), {}).get("longest_row"),
     }
+
+
+def write_gguf_lora(artifact: Artifact, out: Path) -> dict[str, Any]:
+    """Write the adapter of `artifact` to the new file `out`, in fp32, and read back what it does to a vector.
+
+    llama.cpp computes alpha / rank * B A with one alpha (src/llama-adapter.h): what rslora and patterns scale otherwise
+    goes into B. Raises ModelError for what it has no place for; then there is no `out`. Returns what was written.
+    """
+    gguf, folder, config = require_gguf(), artifact.require_adapter(), artifact.adapter_config
+    layout = read_gguf_layout(artifact.base)
+    artifact.verify()
+    weights, find_name, alpha = read_adapter_weights(folder), name_tensors(layout), float(config["lora_alpha"])
+    left = {*weights, *filter(None, [config.get("init_lora_weights")])}  # a start that changed the base
+    tensors: dict[str, Any] = {}
+    probes: dict[str, Any] = {}
+    for path in list_adapted(weights, config):
+        name, pair = find_name(f"{path}.weight"), {f"{PREFIX}{path}.lora_{part}.weight" for part in "AB"}
+        tied_head = layout.config.tie_word_embeddings and name == "output.weight"
+        if name is None or tied_head or not pair <= weights.keys():
+            continue
+        left -= pair
+        a, b = (weights[key].float().numpy() for key in sorted(pair))
+        factor, turned = lora_scale(config, path)[1], layout.turned(name)
+        try:
+            scaled = turn_heads(b * np.float32(factor * len(a) / alpha), turned)
+            given = np.random.default_rng(0).standard_normal(a.shape[1])
+            probes[name] = given, turn_heads(factor * (b @ (a @ given)), turned)
+        except (ValueError, IndexError):
+            raise ModelError(f"{path} has shapes that do not fit", where=folder, hint="train it again") from None
+        tensors |= {f"{name}.lora_a": a, f"{name}.lora_b": scaled}
+    if left:
+        what, hint = f"llama.cpp's adapters have no place for {min(left)}", "merge it: lorasft export "
+        raise ModelError(what, where=folder, hint=f"{hint}{quote(artifact.name)} --to gguf")
+    make_folder(out.absolute().parent)
+    with staged_file(out) as stage:
+        fields = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": alpha}
+        origin = {"general.base_model.count": 1, "general.base_model.0.name": Path(artifact.model.base).name}
+        write_fields(stage, layout, fields | origin, tensors)
+        read = {tensor.name: tensor.data for tensor in gguf.GGUFReader(stage).tensors}
+        for name, (given, wanted) in probes.items():
+            a, b = (read[f"{name}.lora_{part}"] for part in "ab")
+            off = np.linalg.norm(alpha / len(a) * (b @ (a @ given)) - wanted)
+            if not off <= 1e-5 * np.linalg.norm(wanted):
+                raise ModelError(f"read back, {name} does not do what the adapter does", where=folder)
+    return {"file": str(out), "architecture": layout.family.name, "type": "f32", "size": out.stat().st_size}
 
 
 def write_fields(file: Path, layout: GgufLayout, fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
@@ -127,8 +173,8 @@ def name_tensors(layout: GgufLayout) -> Callable[[str], str | None]:
     return lambda source: names.get_name(source.replace("language_model.", "", 1), (".weight", ".bias"))
 
 
-def _find_tensors(gguf: Any, model: Path, layout: GgufLayout, kind: Kind) -> Iterator[Tensor]:
-    """Every tensor of the folder with its place in the GGUF. Raises ModelError for one that has none."""
+def _find_tensors(gguf: Any, model: Path, layout: GgufLayout, kind: Kind) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the folder with its name in the GGUF. Raises ModelError for one that has none."""
     find_name = name_tensors(layout)
     for shard in map(open_tensors, find_weights(model)):
         for source, spec in sorted(shard.specs.items()):
@@ -147,7 +193,6 @@ def _find_tensors(gguf: Any, model: Path, layout: GgufLayout, kind: Kind) -> Ite
             chosen = spec.dtype if kind in K_QUANTS else "F16" if kind == "q8_0" and spec.width % 32 else kind.upper()
             chosen = chosen if len(spec.shape) > 1 else "F32"
             type = gguf.GGMLQuantizationType[chosen]
-            numbers, size = gguf.GGML_QUANT_SIZES[type]
-            nbytes = spec.rows * spec.width // numbers * size
+            nbytes = math.prod(gguf.quants.quant_shape_to_byte_shape(spec.shape, type))
             offset = layout.family.norm_offset if name.endswith("norm.weight") else 0.0
-            yield Tensor(shard, source, spec.shape, name, type, nbytes, layout.turned(name), offset)
+            yield name, Tensor(shard, source, spec.shape, type, nbytes, layout.turned(name), offset)

@@ -12,6 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import Environment
+
 from lorasft.artifact import read_stops
 from lorasft.data.templates import CLOCK, render
 from lorasft.data.tokenizer import load_tokenizer
@@ -97,22 +99,12 @@ def _cut(tokenizer: PreTrainedTokenizerFast, shape: str, *, blank: str = "") -> 
 
 def go_template(joints: Joints) -> str:
     """The joints as a template of Ollama. An answer that is begun, the last message, is left open."""
-    parts = [_do('$before := ""'), _do("range .Messages")]
-    for role in _ROLES.values():
-        said = [(before, _literal(text)) for (before, after), text in joints.items() if after == role]
-        if said:
-            (_, usual), *others = said
-            parts.append(_do(f'if eq .Role "{role}"'))
-            parts += [_do(f'if eq $before "{before}"') + text + _do("else") for before, text in others]
-            parts += [usual, _do("end") * len(others), _do(".Content"), _do("end")]
-    parts += [_do("$before = .Role"), _do("end"), _do('if ne $before "assistant"')]
-    return "".join([*parts, _literal(joints["user", _ANSWER]), _do("end")])
-
-
-def _do(action: str) -> str:
-    return f"{{{{ {action} }}}}"
+    texts = {pair: _literal(text) for pair, text in joints.items()}
+    roles = {role: [(pair[0], text) for pair, text in texts.items() if pair[1] == role] for role in _ROLES.values()}
+    text = Path(__file__).with_name("template.go.jinja").read_text("utf-8")
+    return Environment("<%", "%>", "<<", ">>").from_string(text).render(roles=roles, answer=texts["user", _ANSWER])
 
 
 def _literal(text: str) -> str:
     """Text of a template; as a Go string where it could be taken for something else."""
-    return text if not {"{", '"'} & set(text) else _do(json.dumps(text, ensure_ascii=False))
+    return text if not {"{", '"'} & set(text) else f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}"

@@ -16,23 +16,13 @@ from lorasft.data.chat_format import read_style
 from lorasft.data.templates import render
 from lorasft.data.tokenizer import adds_bos, load_tokenizer
 from lorasft.errors import ModelError
-from lorasft.export.families import USUAL_CONVERTER
+from lorasft.export.families import TABLES, USUAL_CONVERTER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's types of tokens
-_PUNCTUATION = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_PUNCTUATION_PATHS = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_LOWER_ENDS = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-_UPPER_STARTS = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-_PATTERNS = {
-    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _PUNCTUATION: "llama-bpe",
-    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _PUNCTUATION: "qwen2",
-    _LOWER_ENDS + "|" + _UPPER_STARTS + r"|\p{N}" + _PUNCTUATION_PATHS: "tekken",
-    f"{_LOWER_ENDS}{_CONTRACTIONS}?|{_UPPER_STARTS}{_CONTRACTIONS}?" + r"|\p{N}{1,3}" + _PUNCTUATION_PATHS: "gpt-4o",
-}
+_PATTERNS = {"|".join(parts): name for name, parts in TABLES["splitters"].items()}
 _LOOKS_SPECIAL = re.compile(r"<[|｜].*[|｜]>|<pad>|<mask>|<unused\d+>")  # llama.cpp's converter takes them for control
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _SPACE = "\u2581"

@@ -31,33 +31,25 @@ _PART = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _PARTS))})")
 class LoraProduct:
     """scaling * B A; of every expert where the matrices of a layer's experts are stored as one tensor."""
 
-    up: Tensor  # B: (out, rank) or (experts, out, rank), fp32
-    down: Tensor  # A: (rank, in) or (experts, rank, in), fp32
+    up: Tensor  # B: (rows, rank) or (experts, rows, rank), fp32
+    down: Tensor  # A: (rank, columns) or (experts, rank, columns), fp32
     scaling: float
-    transposed: bool = False  # the weight is stored (in, out), as GPT-2's Conv1D and embeddings are; not of experts
+    transposed: bool = False  # the weight is stored (in, out), as GPT-2's Conv1D and embeddings are: up is A', down B'
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight, as it is stored."""
-        out, into = self.up.shape[-2], self.down.shape[-1]
-        return *self.up.shape[:-2], *((into, out) if self.transposed else (out, into))
-
-    @property
-    def unit(self) -> int:
-        """A weight that is too large for one product is cut into slices of a multiple of so many rows."""
-        return self.shape[1] if len(self.shape) == 3 else 64
+        return *self.up.shape[:-1], self.down.shape[-1]
 
     def compute(self, first: int, count: int, buffer: Tensor) -> Tensor:
         """B A for rows `first` to `first + count` of the weight: (count, columns) fp32, in the memory of `buffer`."""
         buffer = buffer[: count * self.shape[-1]]
         if self.up.dim() == 3:
-            part = slice(first // self.unit, (first + count) // self.unit)
+            part = slice(first // self.shape[1], (first + count) // self.shape[1])
             torch.bmm(self.up[part], self.down[part], out=buffer.view(-1, *self.shape[1:]))
             return buffer.view(count, -1)
-        part = slice(first, first + count)
-        if self.transposed:
-            return torch.mm(self.up, self.down[:, part], out=buffer.view(-1, count)).T
-        return torch.mm(self.up[part], self.down, out=buffer.view(count, -1))
+        out = buffer.view(-1, count).T if self.transposed else buffer.view(count, -1)  # in the order that PEFT has it
+        return torch.mm(self.up[first : first + count], self.down, out=out)
 
 
 @dataclass(frozen=True)
@@ -81,8 +73,7 @@ class Change:
         """What is replaced or added by, whichever way it is stored."""
         if self.product is None:
             return [] if self.replacement is None else [self.replacement]
-        up, down = self.product.up, self.product.down
-        return [*((down.T, up.T) if self.product.transposed else (up, down)), torch.tensor(self.product.scaling)]
+        return [self.product.up, self.product.down, torch.tensor(self.product.scaling)]
 
     def apply(self, rows: Tensor, start: int, product: Tensor | None) -> None:
         """Change rows `start`, `start + 1`, ... in place: (rows, columns) fp32. `product`: their B A, used up."""
@@ -248,7 +239,7 @@ class AdapterReader:
         if up.dim() != down.dim() or not up.shape[-1] == down.shape[-2] == rank:
             made = f"{path} has B of {tuple(up.shape)} and A of {tuple(down.shape)}"
             raise self.error(f"{made}, the config says rank {rank}")
-        product = LoraProduct(up, down, scaling, transposed)
+        product = LoraProduct(down.T, up.T, scaling, True) if transposed else LoraProduct(up, down, scaling)
         return Change(product.shape, product=product)
 
     def _read_tokens(self, module: str, values: Tensor) -> Change:

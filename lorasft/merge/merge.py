@@ -16,6 +16,7 @@ from lorasft.artifact import MERGE_RECORD, Artifact
 from lorasft.errors import ModelError
 from lorasft.merge.sidecars import write_sidecars
 from lorasft.merge.write import MergePlan, Onto, plan_merge, rewrite_config, write_weights
+from lorasft.model.experts import find_experts
 from lorasft.recipe import DataSource
 from lorasft.share import REPO, portable, render_card
 from lorasft.tensors import INDEX, find_weights, fingerprint, open_tensors
@@ -47,7 +48,8 @@ def merge(
     four_bit = artifact.base_config.get("quantization_config")
     if four_bit and (onto == "original" or quantize):  # it has no original, and an update falls back onto its steps
         raise ModelError("a base stored in 4 bit: no --quantize, no --onto original", hint="--base with the original")
-    _refuse_experts(plan, quantize)
+    if quantize and find_experts(plan.places.model):
+        raise ModelError("no format of 4 bit has the experts of this base", hint="merge without --quantize")
     files.need_space(out, plan.size * (2 if quantize else 1))
     judge = None
     if check:
@@ -71,7 +73,6 @@ def merge(
                 judge.ask(stage, "merged, in 4 bit")
         hashes.update(found)
         done = {
-            "adapter": files.sha256(artifact.require_adapter() / WEIGHTS),
             "onto": chosen,
             "why": why,
             "updated": len(plan.changes),  # tensors that the adapter changes
@@ -80,14 +81,6 @@ def merge(
             "result": found,
         }
         return _write_record(stage, artifact, done)
-
-
-def _refuse_experts(plan: MergePlan, quantize: str | None) -> None:
-    """Raise ModelError where experts would be written in 4 bit, in a form that nobody else reads."""
-    from lorasft.model.experts import find_experts
-
-    if quantize and find_experts(plan.places.model):
-        raise ModelError("no format of 4 bit has the experts of this base", hint="merge without --quantize")
 
 
 def _write_full(folder: Path, artifact: Artifact, plan: MergePlan, *, onto: Onto) -> dict[str, str]:
@@ -123,7 +116,8 @@ def _write_record(stage: Path, artifact: Artifact, done: dict[str, Any]) -> dict
         "fingerprint": fingerprint(artifact.base),
         "trained_on": trained.get("fingerprint"),
     }
-    record = {"lorasft": __version__, "base": origin, **done}
+    adapter = files.sha256(artifact.require_adapter() / WEIGHTS)
+    record = {"lorasft": __version__, "base": origin, "adapter": adapter, **done}
     card = render_card(artifact, REPO, base=portable(given, "base"), merge=record)
     files.write_file(stage / MERGE_RECORD, json.dumps(record, indent=1))
     files.write_file(stage / "README.md", card)

@@ -15,7 +15,7 @@ from lorasft.data.templates import set_default_system
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.data.tokens import Tokens
 from lorasft.errors import LorasftError, ModelError
-from lorasft.files import MANIFEST, make_folder, replace_file, write_file
+from lorasft.files import MANIFEST, make_folder, read_objects, replace_file, write_file
 from lorasft.model.tokenizer_files import TEMPLATE, TOKENIZER, list_sidecars, own_files, read_tokenizer
 from lorasft.recipe import ChatSettings
 from lorasft.tensors import INDEX, SINGLE
@@ -59,7 +59,7 @@ def write_sidecars(folder: Path, artifact: Artifact, rewritten: Mapping[str, Any
             replace_file(config, json.dumps(content, indent=2, ensure_ascii=False))
     end, stops, path = trained.eos_token_id, read_stops(folder), folder / GENERATION_CONFIG
     if end is not None and end not in stops:
-        kept = json.loads(path.read_bytes()) if path.is_file() else {}
+        kept = next(read_objects(path), {})
         replace_file(path, json.dumps({**kept, "eos_token_id": [end, *stops]}, indent=2))
 
 

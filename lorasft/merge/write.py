@@ -110,7 +110,7 @@ def write_weights(stage: Path, plan: MergePlan, *, nf4: Mapping[str, Read]) -> t
                 for name, spec in specs.items():
                     if name in plan.changes or plan.weights[name].convert or name in nf4:
                         change = plan.changes.get(name, Change(spec.shape))
-                        weight = _read_weight(plan, source, name, spec, nf4.get(name))
+                        weight = _read_weight(plan.weights[name], spec, nf4.get(name))
                         changed |= _merge_tensor(writer, weight, change, name=name, spec=spec, buffer=buffer)
                     else:
                         writer.copy(source, name)
@@ -123,23 +123,23 @@ def write_weights(stage: Path, plan: MergePlan, *, nf4: Mapping[str, Read]) -> t
 
 
 def _slice_rows(change: Change) -> int:
-    """Rows of a tensor of which the product is computed at once: all where they are not too many."""
-    rows, unit = math.prod(change.shape[:-1]), change.product.unit if change.product else 64
+    """Rows of a tensor of which the product is computed at once: all where they are not too many, else a multiple of 64
+    or of the rows of a matrix in a stack."""
+    rows, unit = math.prod(change.shape[:-1]), change.shape[1] if len(change.shape) == 3 else 64
     return rows if change.needs_all_rows else min(rows, max(1, _SLICE // (change.shape[-1] * unit)) * unit)
 
 
-def _read_weight(
-    plan: MergePlan, source: TensorFile, name: str, spec: TensorSpec, nf4: Read | None
-) -> Callable[[int, int], Tensor]:
-    """What the base has for a tensor: gives rows `first` to `first + count`, (count, width)."""
-    if nf4 or plan.weights[name].convert:
-        numbers = (nf4() if nf4 else plan.weights[name].read().to(spec.torch_dtype)).reshape(-1, spec.width)
-    elif source.specs[name].shape != spec.shape:  # with more rows, as `add_rows` has them, unless all are replaced
-        numbers = source.read(name)
+def _read_weight(weight: StoredWeight, spec: TensorSpec, nf4: Read | None) -> Callable[[int, int], Tensor]:
+    """What the base has for a tensor that is to be as `spec`: gives rows `first` to `first + count`, (count, width)."""
+    if nf4 or weight.convert:
+        numbers = (nf4() if nf4 else weight.read().to(spec.torch_dtype)).reshape(-1, spec.width)
+    elif weight.spec.shape != spec.shape:  # with more rows, as `add_rows` has them, unless all are replaced
+        numbers = weight.read()
         usual = numbers.mean(dim=0, dtype=torch.float32).to(numbers.dtype)
         numbers = torch.cat([numbers, usual.expand(max(0, spec.rows - len(numbers)), -1)])
     else:
-        return partial(source.read, name)
+        ((name, file),) = weight.parts.items()
+        return partial(file.read, name)
     return lambda first, count: numbers[first : first + count]
 
 
