@@ -177,10 +177,11 @@ def give_weights(model: Any, weights: dict[str, Tensor], *, where: object, whole
             what = f"{name} is {given.get(name, 'missing')} and not {known.get(name, 'known')}"
             what = f"it does not fit the base: {what}"
             raise ModelError(what, where=where, hint="use the base that it was trained on, or merge with --no-check")
-    # PEFT makes A and B without numbers where the base is streamed; a tensor that is assigned stays what it is.
-    streamed = any(tensor.is_meta for tensor in own.values())
-    masters = {name: tensor.float() for name, tensor in weights.items()} if streamed else weights
-    set_peft_model_state_dict(model, masters, low_cpu_mem_usage=streamed)
+    if any(tensor.is_meta for tensor in own.values()):  # PEFT made A and B without numbers, as the base is streamed
+        named = {name.replace(".weight", ".default.weight"): tensor.float() for name, tensor in weights.items()}
+        model.load_state_dict(named, strict=False, assign=True)
+    else:
+        set_peft_model_state_dict(model, weights)
 
 
 def adapter_weights(model: Any) -> dict[str, Tensor]:
