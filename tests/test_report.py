@@ -283,7 +283,7 @@ def test_no_record_costs_the_page(
                 monkeypatch.setattr(report, "is_locked", lambda _, running=running: running)
                 assert page_of(folder).text
         (folder / name).write_bytes(kept)
-    monkeypatch.setattr(report, "Environment", shared_environment())
+    monkeypatch.setattr("jinja2.Environment", shared_environment())
     for name, record in [*records.items(), ("merge.json", merge)] if finished else ():
         for odd in mutants(record):
             (folder / name).write_text(json.dumps(odd), encoding="utf-8")
@@ -438,7 +438,9 @@ def test_several_runs_and_a_merge(folder: Path, capsys: Any) -> None:
 
 def test_what_is_no_run_is_refused_or_passed_over(folder: Path, capsys: Any) -> None:
     assert cli.main(["report", "run", "runs/nope"]) == 2 and not (folder / "report.html").exists()
-    assert re.fullmatch("error: there is no such folder\nwhere: runs/nope\nhint: .+\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        "report: .+\nerror: there is no such folder\nwhere: runs/nope\nhint: .+\n", capsys.readouterr().err
+    )
     for name in ("other", "merged", "bad"):
         Path(name).mkdir()
     Path("merged/merge.json").write_bytes(b"{}")
