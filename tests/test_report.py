@@ -446,11 +446,11 @@ def test_what_is_no_run_is_refused_or_passed_over(folder: Path, capsys: Any) -> 
     Path("merged/merge.json").write_bytes(b"{}")
     Path("bad/recipe.yaml").write_bytes(b"model: [")
     assert cli.main(["report", "bad", "merged", "other", "run"]) == 0 and (folder / "report.html").is_file()
-    said = capsys.readouterr().err.splitlines()
+    _, *said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and said[0].startswith("passed over: bad: "), said
     assert said[1] == "passed over: other: this is not a run folder"
     assert cli.main(["report", "merged", "bad"]) == 2
-    passed, *refused = capsys.readouterr().err.splitlines()
+    _, passed, *refused = capsys.readouterr().err.splitlines()
     assert passed == said[0] and refused[0] == "error: none of these is a run"
     assert cli.main(["report", "bad"]) == 2 and "where: bad/recipe.yaml" in capsys.readouterr().err
 
