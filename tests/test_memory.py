@@ -175,7 +175,9 @@ def test_a_sample_runs_the_first_layer_of_each_kind() -> None:
     assert len(layers) == 4 and calls == {0: 1, 3: 1}
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("gemma-2", marks=pytest.mark.slow), "gpt-2", "gpt-oss"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt-2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma-2", "gpt-oss"))]
+)
 def test_a_few_layers_tell_what_all_of_them_take(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bytes as the whole depth, of layers of one kind and of two in turn, where as many recompute as the
     search asks for; of other orders all are run."""

@@ -280,7 +280,7 @@ def test_what_a_mamba_block_reads_past_is_neither_adapted_nor_4_bit(tmp_path: Pa
     assert packed[0] == pytest.approx(alone[0], rel=1e-6) and differences(packed[1], alone[1])[0] < 1e-5
 
 
-@pytest.mark.parametrize("name", ["qwen3.5", "mamba-2"])
+@pytest.mark.parametrize("name", ["qwen3.5", pytest.param("mamba-2", marks=pytest.mark.slow)])
 def test_a_journey(name: str, tmp_path: Path, cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planned, trained in 4 bit, stopped, resumed, merged, asked; and what its long system prompt costs is said."""
     base, run, rows = save(name, tmp_path / "base"), tmp_path / "run", tmp_path / "rows.jsonl"

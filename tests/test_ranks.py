@@ -323,7 +323,7 @@ def test_a_fault_ends_all_with_its_code_and_is_said_once(
     assert said.count("error:") == 1 and words in said and "Traceback" not in said, said
 
 
-@pytest.mark.parametrize(("number", "epochs", "code"), [(signal.SIGTERM, 100, 143), (signal.SIGUSR1, 30, 0)])
+@pytest.mark.parametrize(("number", "epochs", "code"), [(signal.SIGTERM, 100, 143), (signal.SIGUSR1, 12, 0)])
 def test_a_signal_to_one_is_answered_by_all_after_the_same_step(
     number: signal.Signals, epochs: int, code: int, recipe: Write, tmp_path: Path
 ) -> None:

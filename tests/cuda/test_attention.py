@@ -80,6 +80,7 @@ def test_one_kernel_a_layer_computes_all_segments() -> None:
     run_emulated("-c", MODEL)
 
 
+@pytest.mark.slow
 def test_attention_that_drops_out_takes_the_kernel_too() -> None:
     run_emulated("-c", DROPPING)
 

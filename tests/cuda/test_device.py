@@ -111,6 +111,7 @@ def test_architectures_have_the_losses_and_gradients_of_the_cpu() -> None:
     check_architectures(journey("architectures", "float32"), losses=1e-5, gradients=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HELD_TO_AVX2, reason="torch has no bf16 attention here")
 def test_architectures_in_bf16_are_as_near_as_on_the_cpu() -> None:
     found = journey("architectures", "bfloat16")
@@ -130,6 +131,7 @@ def test_experts_in_4_bit_are_as_on_the_cpu(tmp_path: Path) -> None:
     assert not found["bfloat16, at once"]["waits"] and found["bfloat16, one by one"]["waits"]
 
 
+@pytest.mark.slow
 def test_a_card_without_bf16_trains_in_fp32(done: dict[str, Row], folder: Path, on_cpu: Path) -> None:
     assert done["bf16"]["code"] == 0
     done = journey("old_card", folder / "old", EMU_CAP="7.5")
