@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from emulated import run_emulated
 
 MODEL = """
