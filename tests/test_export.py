@@ -228,17 +228,18 @@ def test_weights_in_bf16_keep_every_bit(tmp_path: Path) -> None:
 COPY = "content = source.read_bytes()"
 TOOLS = {  # what a quantizer does, how wide the model is, what is said
     "fails": ("print('no such type', file=sys.stderr); sys.exit(3)", 64, "exit code 3, version: 7 (of a stand-in)"),
+    "fails without a word": ("raise SystemExit(3)", 64, "exit code 3, without a word"),
     "dies": ("import os; os.kill(os.getpid(), 9)", 64, "exit code -9"),
     "writes nothing": ("", 64, "No such file"),
     "writes half": (f"{COPY}; target.write_bytes(content[:len(content) // 2])", 64, "did not write this model"),
     "writes no GGUF": ("target.write_text('done')", 64, "did not write this model"),
-    "quantizes nothing": (f"{COPY}; target.write_bytes(content)", 256, "F32, is not"),
+    "quantizes nothing": (f"{COPY}; target.write_bytes(content)", 256, "blk.0.attn_k.weight is still F32"),
     "changes the template": (
         f"{COPY}; target.write_bytes(content.replace(b'{{ bos_', b'{{ eos_'))",
         64,
         "template",
     ),
-    "changes numbers": (f"{COPY}; target.write_bytes(content[:-9999] + bytes(9999))", 64, "is not"),
+    "changes numbers": (f"{COPY}; target.write_bytes(content[:-9999] + bytes(9999))", 64, "has other numbers than"),
 }
 
 
@@ -247,7 +248,7 @@ def test_a_quantizer_that_did_not_do_it_leaves_nothing(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
 ) -> None:
     body, width, said = TOOLS[name]
-    tool = make_tool(tmp_path / "bin", body)
+    tool = make_tool(tmp_path / "bin", body, **({"start": ""} if "without a word" in name else {}))
     monkeypatch.setenv("PATH", str(tool))
     config = hf.LlamaConfig(**{**SHAPE, "hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1})
     save_model(tmp_path / "model", config)
