@@ -429,10 +429,13 @@ def test_counts_that_a_recipe_does_not_allow(tmp_path: Path, tiny: Any) -> None:
     rows.write_bytes(b"\n \n")
     with pytest.raises(DataError, match=r"no rows read, 0 dropped \(.*\): none left") as fault:
         made()
-    assert str(fault.value.hint).startswith("are the files empty")
+    assert fault.value.hint == "are the files empty, or all their rows blank or of weight 0?"
     with pytest.raises(DataError, match=r"4 rows read, 0 dropped \(.*\), 4 held out: none left") as fault:
         made(eval=(str(copy),))
-    assert fault.value.where == str(rows) and str(fault.value.hint).startswith("are the files empty")
+    assert (
+        fault.value.where == str(rows)
+        and fault.value.hint == "are the files empty, or all their rows blank or of weight 0?"
+    )
     assert not list((tmp_path / "cache").glob(".stage-*"))
     rows.write_bytes(numbered(20) + b'{"prompt": "a <|end|>", "completion": "b"}\n')
     with pytest.raises(LorasftError, match="control token"):

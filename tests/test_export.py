@@ -19,6 +19,7 @@ from tiny_models import EYES, LLAMA_3, SOFT_CAPS, shape
 from tiny_tokenizer import save_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lorasft.commands.arguments import fill_in
 from lorasft.errors import DeviceError, ModelError
 from lorasft.export.gguf import write_gguf
 
@@ -293,6 +294,28 @@ def test_without_a_quantizer_nothing_begins(
         done = cli("export", run, "--to", to, "--type", "q5_k_m", "--out", tmp_path / "new/m.gguf")
         assert done.code == 5 and "llama-quantize" in done.err and "pip install llama-cpp-python" in done.err
     assert not [*tmp_path.iterdir()]
+
+
+WRITTEN = {"architecture": "llama", "type": "f16", "size": 5e6, "raw_start": "", "short_context": None}
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({}, ["llama as f16, 4.8 MiB"]),
+        ({"system": True, "trims": False, "raw_start": None}, [" text without it (/completion) has other ids than in"]),
+        ({"raw_start": "<s>\n"}, ["(/completion) has the ids of training on texts only after '<s>\\n'"]),
+        ({"system": False, "trims": True}, ["takes no system messages", "trims messages, Ollama does not"]),
+        ({"short_context": 4096, "longest_row": 77}, ["above -c 4096; the longest row of training has 77 tokens"]),
+        ({"short_context": 4096, "longest_row": None}, ["above -c 4096; the rows of training are not known"]),
+    ],
+)
+def test_where_others_do_otherwise_than_training_is_said(facts: dict[str, Any], said: list[str]) -> None:
+    """A line for each, and what was written on the last one."""
+    *lines, last = fill_in("export.txt.jinja", WRITTEN | facts).splitlines()
+    assert last == "llama as f16, 4.8 MiB"
+    lines = [*lines, last][: len(said)]
+    assert all(part in line for part, line in zip(said, lines, strict=True))
 
 
 def test_what_a_killed_export_left_goes_with_the_next(tmp_path: Path, cli: Command) -> None:

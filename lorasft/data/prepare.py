@@ -239,8 +239,8 @@ def _refuse_losses(data: DataSettings, report: Report) -> None:
     nothing is left."""
     where = ", ".join(source.path for source in data.train)
     dropped, most = report.dropped_examples(), data.max_dropped * report.rows
-    reasons = "; ".join(report.reasons()) or "are the files empty, or all their rows blank or of weight 0?"
-    hint = f"{reasons}; data.max_length is {data.max_length}, data.max_dropped {data.max_dropped}"
+    reasons = [*report.reasons(), f"data.max_length is {data.max_length}, data.max_dropped {data.max_dropped}"]
+    hint = "; ".join(reasons) if dropped else "are the files empty, or all their rows blank or of weight 0?"
     if report.parity_breaks > most:
         what = f"the chat template gives {report.parity_breaks} of {report.rows} rows otherwise than a server would"
         raise ModelError(what, where=where, hint=f"chat.template=FILE with another; {hint}")
