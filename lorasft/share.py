@@ -23,7 +23,7 @@ from lorasft.hub import hub_error, is_hub_id
 from lorasft.recipe.yaml_reader import dump_yaml
 from lorasft.report import History
 from lorasft.tensors import INDEX, find_weights
-from lorasft.terminal import harmless, redact
+from lorasft.terminal import harmless, redact, say
 
 REPO = "OWNER/NAME"  # in the card of a merge, until it has a place on the hub
 _AS_IT_IS = re.compile(
@@ -62,16 +62,18 @@ def render_card(artifact: Artifact, repo: str, *, base: str, merge: Mapping[str,
     return card.render(facts, recipe=recipe, portable=portable, version=__version__)
 
 
-def gather(saved: str, repo: str, *, base: str | None) -> dict[str, Path | bytes]:
+def gather(saved: str, repo: str, *, base: str | None, dry_run: bool) -> dict[str, Path | bytes]:
     """What of a run, an adapter or a merged folder is sent to `repo`, by its name there: a file as it is, or what is
     written anew; after all checks that need no hub. `base`: what the hub calls the base of an adapter.
 
-    Raises ModelError for files that were changed or are not finite, UnsafeError for a secret in a template.
+    Raises ModelError for files that were changed or are not finite, UnsafeError for a secret in a template, RecipeError
+    for an adapter whose base has no name on the hub, which a `dry_run` says only.
     """
     found = find_artifact(saved)
     folder = found.adapter or Path(saved)
     if not found.adapter and not (folder / MERGE_RECORD).is_file():
-        raise ModelError("this is neither an adapter nor what merge wrote", where=saved, hint="name a run, or a merge")
+        what = "this is neither an adapter nor what merge wrote" if folder.exists() else "there is no such folder"
+        raise ModelError(what, where=saved, hint="name a run, or a merge")
     if not found.adapter or (folder / MANIFEST).is_file():  # by train, which writes nothing that is not finite
         verify_folder(folder)
     else:
@@ -92,11 +94,16 @@ def gather(saved: str, repo: str, *, base: str | None) -> dict[str, Path | bytes
     if not found.adapter:
         card = (folder / "README.md").read_text("utf-8").replace(REPO, repo)
         return {"README.md": card.encode(), **files, **{path.name: path for path in find_weights(folder)}}
-    base = base or portable(found.model.base, "base")
+    base = str(base or portable(found.model.base, "base"))
+    if not is_hub_id(base):
+        what, hint = f"its base, {base}, has no name on the hub: others cannot find it", "--base OWNER/NAME"
+        if not dry_run:
+            raise RecipeError(what, where=found.model.base, hint=hint)
+        say(f"{what}; a push is refused without {hint}")
     if found.recipe:
         recipe = portable(found.recipe.model_dump(mode="json"))
         files["recipe.yaml"] = dump_yaml({**recipe, "model": {**recipe["model"], "base": base}}).encode()
-    return {"README.md": render_card(found, repo, base=str(base)).encode(), **files, WEIGHTS: folder / WEIGHTS}
+    return {"README.md": render_card(found, repo, base=base).encode(), **files, WEIGHTS: folder / WEIGHTS}
 
 
 def push_files(files: dict[str, Path | bytes], repo: str, *, private: bool) -> str:

@@ -270,7 +270,7 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
     "60": (3, ["without text", "rows.jsonl:1", "on_bad_row=drop"], of_rows([chat(("user", "Q"), ("assistant", " "))])),
     "61": (3, ["control token <|end|>", "rows.jsonl:1", "as_text"],
            of_rows([{"prompt": "a<|end|>", "completion": "b"}])),
-    "63": (3, ["2 rows read, 2 dropped", "nothing to train on", "2 times as in ", "data.max_length"],
+    "63": (3, ["2 rows read, 2 dropped", "none left", "2 times as in ", "data.max_length"],
            of_rows([{"prompt": "a" * 200, "completion": f"b{n}"} for n in range(2)])),
     "65": (2, ["40 rows", "batch of 64", "train.batch_size"],
            of_recipe("", "train.batch_size=64", "data.eval=null", "model.base=BASE")),

@@ -421,14 +421,21 @@ def test_counts_that_a_recipe_does_not_allow(tmp_path: Path, tiny: Any) -> None:
     assert "tokens, over data.max_length (8)" in str(fault.value.hint) and "data.max_dropped 0.05" in str(
         fault.value.hint
     )
-    with pytest.raises(DataError, match="nothing to train on"):
+    with pytest.raises(DataError, match="none left"):
         made(max_length=8, max_dropped=1.0)
     with pytest.raises(DataError, match=r"2 rows of data\.eval are in data\.train"):
         made(eval=(str(copy),))
     assert made(eval=None).held_out is None
     rows.write_bytes(b"\n \n")
-    with pytest.raises(DataError, match="no rows read"):
+    with pytest.raises(DataError, match=r"no rows read, 0 dropped \(.*\): none left") as fault:
         made()
+    assert fault.value.hint == "are the files empty, or all their rows blank or of weight 0?"
+    with pytest.raises(DataError, match=r"4 rows read, 0 dropped \(.*\), 4 held out: none left") as fault:
+        made(eval=(str(copy),))
+    assert (
+        fault.value.where == str(rows)
+        and fault.value.hint == "are the files empty, or all their rows blank or of weight 0?"
+    )
     assert not list((tmp_path / "cache").glob(".stage-*"))
     rows.write_bytes(numbered(20) + b'{"prompt": "a <|end|>", "completion": "b"}\n')
     with pytest.raises(LorasftError, match="control token"):

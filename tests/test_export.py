@@ -19,6 +19,7 @@ from tiny_models import EYES, LLAMA_3, SOFT_CAPS, shape
 from tiny_tokenizer import save_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lorasft.commands.arguments import fill_in
 from lorasft.errors import DeviceError, ModelError
 from lorasft.export.gguf import write_gguf
 
@@ -228,17 +229,18 @@ def test_weights_in_bf16_keep_every_bit(tmp_path: Path) -> None:
 COPY = "content = source.read_bytes()"
 TOOLS = {  # what a quantizer does, how wide the model is, what is said
     "fails": ("print('no such type', file=sys.stderr); sys.exit(3)", 64, "exit code 3, version: 7 (of a stand-in)"),
+    "fails without a word": ("raise SystemExit(3)", 64, "exit code 3, without a word"),
     "dies": ("import os; os.kill(os.getpid(), 9)", 64, "exit code -9"),
     "writes nothing": ("", 64, "No such file"),
     "writes half": (f"{COPY}; target.write_bytes(content[:len(content) // 2])", 64, "did not write this model"),
     "writes no GGUF": ("target.write_text('done')", 64, "did not write this model"),
-    "quantizes nothing": (f"{COPY}; target.write_bytes(content)", 256, "F32, is not"),
+    "quantizes nothing": (f"{COPY}; target.write_bytes(content)", 256, "blk.0.attn_k.weight is still F32"),
     "changes the template": (
         f"{COPY}; target.write_bytes(content.replace(b'{{ bos_', b'{{ eos_'))",
         64,
         "template",
     ),
-    "changes numbers": (f"{COPY}; target.write_bytes(content[:-9999] + bytes(9999))", 64, "is not"),
+    "changes numbers": (f"{COPY}; target.write_bytes(content[:-9999] + bytes(9999))", 64, "has other numbers than"),
 }
 
 
@@ -247,7 +249,7 @@ def test_a_quantizer_that_did_not_do_it_leaves_nothing(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
 ) -> None:
     body, width, said = TOOLS[name]
-    tool = make_tool(tmp_path / "bin", body)
+    tool = make_tool(tmp_path / "bin", body, **({"start": ""} if "without a word" in name else {}))
     monkeypatch.setenv("PATH", str(tool))
     config = hf.LlamaConfig(**{**SHAPE, "hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1})
     save_model(tmp_path / "model", config)
@@ -292,6 +294,28 @@ def test_without_a_quantizer_nothing_begins(
         done = cli("export", run, "--to", to, "--type", "q5_k_m", "--out", tmp_path / "new/m.gguf")
         assert done.code == 5 and "llama-quantize" in done.err and "pip install llama-cpp-python" in done.err
     assert not [*tmp_path.iterdir()]
+
+
+WRITTEN = {"architecture": "llama", "type": "f16", "size": 5e6, "raw_start": "", "short_context": None}
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({}, ["llama as f16, 4.8 MiB"]),
+        ({"system": True, "trims": False, "raw_start": None}, [" text without it (/completion) has other ids than in"]),
+        ({"raw_start": "<s>\n"}, ["(/completion) has the ids of training on texts only after '<s>\\n'"]),
+        ({"system": False, "trims": True}, ["takes no system messages", "trims messages, Ollama does not"]),
+        ({"short_context": 4096, "longest_row": 77}, ["above -c 4096; the longest row of training has 77 tokens"]),
+        ({"short_context": 4096, "longest_row": None}, ["above -c 4096; the rows of training are not known"]),
+    ],
+)
+def test_where_others_do_otherwise_than_training_is_said(facts: dict[str, Any], said: list[str]) -> None:
+    """A line for each, and what was written on the last one."""
+    *lines, last = fill_in("export.txt.jinja", WRITTEN | facts).splitlines()
+    assert last == "llama as f16, 4.8 MiB"
+    lines = [*lines, last][: len(said)]
+    assert all(part in line for part, line in zip(said, lines, strict=True))
 
 
 def test_what_a_killed_export_left_goes_with_the_next(tmp_path: Path, cli: Command) -> None:

@@ -108,8 +108,8 @@ def test_flags_that_choose_a_turn(tmp_path: Path, tiny: Any) -> None:
     [
         ({"weight": -0.5}, "'weight' is -0.5"),
         ({"weight": "nan"}, "'weight' is nan"),
-        ({"weight": "heavy"}, "'weight' must be a number, this is str"),
-        ({"weight": [1]}, "'weight' must be a number, this is list"),
+        ({"weight": "heavy"}, r"'weight' must be 0, or a number from 1e-09 to 1e\+09, this is str"),
+        ({"weight": [1]}, r"'weight' must be 0, or a number from 1e-09 to 1e\+09, this is list"),
         ({"loss_scale": 0.5}, "'loss_scale' is 0.5, a weight other than 0 and 1"),
         ({"loss_weight": -1}, "'loss_weight' is -1"),
         ({"loss_mask": [0, 1]}, "'loss_mask' must be true or false, this is list"),
@@ -548,7 +548,7 @@ def test_a_first_row_without_a_mapped_column_is_a_bad_row_like_others(tmp_path: 
 
 def test_nothing_to_train_on_gives_reasons_with_counts_and_an_example(tmp_path: Path, tiny: Any) -> None:
     rows = [*({"messages": [Q]} for _ in range(57)), *({"messages": [Q, A], "images": ["a"]} for _ in range(3))]
-    with pytest.raises(DataError, match=r"60 rows read, 60 dropped \(60 bad, .*: nothing to train on") as refused:
+    with pytest.raises(DataError, match=r"60 rows read, 60 dropped \(60 bad, .*: none left") as refused:
         make(tmp_path, tiny, rows, on_bad_row="drop")
     said = str(refused.value.hint)
     assert f"57 times as in {tmp_path}/rows.jsonl:1: no assistant turn (roles: user)" in said

@@ -31,6 +31,7 @@ from lorasft.recipe.load import load_recipe
 from lorasft.share import portable
 
 CANARY = "canary of a row"
+BASE = ("--base", "people/tiny")  # what the hub calls the base, which is a folder here
 TOKEN = "hf_" + "CanaryCanary" * 3
 
 
@@ -226,7 +227,7 @@ def receive(hub: Hub, repo: str, folder: Path) -> Path:
 def test_an_adapter_arrives_whole_and_nothing_with_rows_does(
     planted: Path, base: Path, rows: Path, hub: Hub, push: Push, tmp_path: Path
 ) -> None:
-    done = push(planted, "me/bot", "--yes", "--base", "people/tiny")
+    done = push(planted, "me/bot", "--yes", *BASE)
     assert done.code == 0, done.err
     assert done.out.strip() == f"{hub.address}/me/bot/commit/abc" and hub.private == {"me/bot": True}
     sent = dict(hub.files["me/bot"])
@@ -272,8 +273,10 @@ def test_the_card_says_what_the_files_say(planted: Path, hub: Hub, push: Push) -
     (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
     compile(code, "card", "exec")
     assert 'PeftModel.from_pretrained(model, "me/bot")' in code and "--max-lora-rank 4" in text
-    with_base = push(planted, "me/bot", "--dry-run", "--base", "people/tiny").out
-    assert yaml.safe_load(with_base.split("---\n")[1])["base_model"] == "people/tiny"
+    with_base = push(planted, "me/bot", "--dry-run", *BASE)
+    assert yaml.safe_load(with_base.out.split("---\n")[1])["base_model"] == "people/tiny"
+    assert "others cannot find it; a push is refused without --base OWNER/NAME" in done.err
+    assert "others cannot find it" not in with_base.err
 
 
 def test_a_merge_arrives_with_its_table_and_replaces_older_weights(
@@ -313,7 +316,7 @@ def test_what_the_hub_refuses_is_said_in_words(
     run: Path, hub: Hub, push: Push, status: dict[str, int], words: list[str], code: int, said: str
 ) -> None:
     hub.refusals = status
-    done = push(run, "me/bot", "--yes", *words)
+    done = push(run, "me/bot", "--yes", *BASE, *words)
     assert done.code == code and said in done.err and not hub.commits
     assert done.err.count("error:") == 1 == done.err.count("hint:")
 
@@ -325,14 +328,16 @@ def test_a_repo_that_others_see_or_of_another_kind_is_refused(run: Path, hub: Hu
     before = {name: dict(files) for name, files in hub.files.items()}
     cases = {("me/open",): "is public already", ("me/closed", "--public"): "is private already", ("me/full",): "kind"}
     for words, said in cases.items():
-        done = push(run, *words, "--yes")
+        done = push(run, *words, "--yes", *BASE)
         assert done.code == 2 and said in done.err
     assert hub.files == before and not hub.large
-    assert push(run, "me/open", "--public", "--yes").code == 0
-    assert push(run, "me/fresh", "--public", "--yes").code == 0 and hub.private["me/fresh"] is False
+    assert push(run, "me/open", "--public", "--yes", *BASE).code == 0
+    assert push(run, "me/fresh", "--public", "--yes", *BASE).code == 0 and hub.private["me/fresh"] is False
 
 
-def test_nothing_is_asked_of_the_hub_before_all_is_checked(run: Path, hub: Hub, push: Push, tmp_path: Path) -> None:
+def test_nothing_is_asked_of_the_hub_before_all_is_checked(
+    run: Path, base: Path, hub: Hub, push: Push, tmp_path: Path
+) -> None:
     for name in ("changed", "linked", "pickled", "unfinished"):
         shutil.copytree(run, tmp_path / name)
     (tmp_path / "changed/adapter/tokenizer.json").write_text("{}", encoding="utf-8")
@@ -341,11 +346,14 @@ def test_nothing_is_asked_of_the_hub_before_all_is_checked(run: Path, hub: Hub, 
     (tmp_path / "pickled/adapter/adapter_model.safetensors").rename(tmp_path / "pickled/adapter/adapter_model.bin")
     cases = [
         (2, [run, "me/bot"], "nobody is there to ask"),
-        (2, [run, "bot", "--yes"], "not OWNER/NAME"),
+        (2, [run, "bot", "--yes"], "not OWNER/NAME, as the hub has it\nwhere: bot\nhint: as me/support-bot"),
         (2, [run, "a/b/c", "--yes"], "not OWNER/NAME"),
         (2, [run, "me/a..b", "--yes"], "not OWNER/NAME"),
         (2, [run, "me/bot", "--yes", "--base", "/models/qwen"], "not OWNER/NAME"),
-        (4, [tmp_path / "none", "me/bot", "--yes"], "neither an adapter nor what merge wrote"),
+        (2, [run, "me/bot", "--yes"], "others cannot find it\nwhere: BASE\nhint: --base OWNER/NAME"),
+        (4, [tmp_path / "none", "me/bot", "--yes"], "there is no such folder"),
+        (4, ["nothere", "me/bot", "--yes"], "there is no such folder"),
+        (4, [base, "me/bot", "--yes"], "neither an adapter nor what merge wrote"),
         (4, [run / "tokens", "me/bot", "--yes"], "not a run, an adapter or a model"),
         (4, [tmp_path / "unfinished", "me/bot", "--yes"], "this run has no adapter yet"),
         (4, [tmp_path / "changed", "me/bot", "--yes"], "tokenizer.json is missing or was changed"),
@@ -354,11 +362,11 @@ def test_nothing_is_asked_of_the_hub_before_all_is_checked(run: Path, hub: Hub, 
     ]
     for code, words, said in cases:
         done = push(*words)
-        assert (done.code, said in done.err) == (code, True), (said, done.err)
+        assert (done.code, said.replace("BASE", str(base)) in done.err) == (code, True), (said, done.err)
     assert not hub.requests
-    assert push(run, "me/bot", "--yes", HF_TOKEN="").code == 5 and hub.requests == ["GET /"]
+    assert push(run, "me/bot", "--yes", *BASE, HF_TOKEN="").code == 5 and hub.requests == ["GET /"]
     for away in ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}):
-        done = push(run, "me/bot", "--yes", **away)
+        done = push(run, "me/bot", "--yes", *BASE, **away)
         assert done.code == 5 and "the hub is out of reach" in done.err
 
 
@@ -391,7 +399,7 @@ def test_it_asks_on_a_terminal(typed: str, sent: int, run: Path, cli: Command, m
     calls: list[bool] = []
     monkeypatch.setattr("lorasft.share.push_files", lambda files, repo, private: calls.append(private) or "address")
     monkeypatch.setattr("sys.stdin", Terminal(typed))
-    done = cli("push", run, "me/bot")
+    done = cli("push", run, "me/bot", *BASE)
     assert calls == [True] * sent and done.code == (0 if sent else 2)
     assert "to me/bot, private" in done.err and "adapter_model.safetensors" in done.err
 

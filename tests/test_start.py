@@ -120,7 +120,7 @@ def test_what_can_be_known_without_torch_is_refused_without_it(recipe: Write, ru
         (3, ["merge", str(run), "--out", f"{tmp_path}/out", "--data", "none.jsonl"], "there is no such file"),
         (2, ["merge", str(run), "--out", str(tmp_path / "full")], "this exists already"),
         (4, ["export", str(other), "--to", "gguf", "--out", f"{tmp_path}/m.gguf"], "no GGUF export for gpt2"),
-        (2, ["export", str(run), "--to", "gguf-lora", "--type", "f16", "--out", "m.gguf"], "leave out --type"),
+        (2, ["export", str(run), "--to", "gguf-lora", "--type", "Q4_K_M", "--out", "m.gguf"], "leave out --type"),
     ]
     done = run_python(EARLY, json.dumps([words for _, words, _ in cases]))
     assert done.stdout.splitlines() == [f"{code} []" for code, _, _ in cases], done.stderr

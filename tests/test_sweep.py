@@ -307,14 +307,23 @@ def test_a_run_that_fails_does_not_end_the_others(
     assert "error: step 4 is not finite" in done.err and "error: out of memory: CUDA" in done.err
     assert done.err.count("21 rows are fewer than one batch of 64") == 3 and "5 of 6 runs failed" in done.err
     states = {row.split()[0]: row.split()[1] for row in done.out.splitlines()[1:-1]}
+    why = dict(re.findall(r"^(\S+) .* \d:\d\d:\d\d *(.*)$", done.out, re.MULTILINE))
+    assert why["batch_size=8,learning_rate=1e-3"] == "step 4 is not finite"
+    assert "CUDA out of memory: of a library" in why["batch_size=8,learning_rate=2e-3"]
+    assert why["batch_size=64,learning_rate=5e-3"].startswith("21 rows are fewer than one batch of 64")
     good = "batch_size=8,learning_rate=5e-3"
     assert {name: state for name, state in states.items() if state != "failed"} == {good: "finished"}
+    assert why[good] == ""
     assert len(states) == 6 and adapter(tmp_path / "out" / good) == adapter(whole[1] / TWO[0])
     assert History(tmp_path / "out" / "batch_size=8,learning_rate=1e-3").why == "step 4 is not finite"
 
 
 def test_what_can_be_known_is_refused_for_all_runs_before_torch_is_imported(recipe: Write, tmp_path: Path) -> None:
     path = recipe()
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page/report.html").write_text("of somebody else", encoding="utf-8")
+    (tmp_path / "other/rank=16").mkdir(parents=True)
+    (tmp_path / "other/rank=16/recipe.yaml").touch()
     (tmp_path / "taken/rank=8").mkdir(parents=True)
     (tmp_path / "taken/rank=8/notes.txt").touch()
     cases = [
@@ -326,6 +335,8 @@ def test_what_can_be_known_is_refused_for_all_runs_before_torch_is_imported(reci
         (2, ["sweep", path, "model.dtype=float32,bfloat16"], "model.dtype has several values"),
         (3, ["sweep", path, f"data.train={tmp_path}/none.jsonl,{tmp_path}/no.jsonl"], "there is no such file"),
         (2, ["sweep", path, "adapter.rank=4,8", "--out", f"{tmp_path}/taken"], "what is not a run's: notes.txt"),
+        (2, ["sweep", path, "adapter.rank=4,8", "--out", f"{tmp_path}/page"], f"{tmp_path}/page/report.html"),
+        (2, ["sweep", path, "adapter.rank=4,8", "--out", f"{tmp_path}/other", "--resume"], "not name: rank=16"),
         (5, ["sweep", path, "adapter.rank=4,8", "run.trackers=[trackio]"], "not installed: trackio"),
         (2, ["sweep", path, "adapter.rank=4,8", "--budget", "soon"], "soon is not a time like 45s, 30min or 2h"),
         (2, ["sweep", path, "adapter.rank=4,8", "--budget", "0min"], "0min is not a time"),

@@ -74,10 +74,12 @@ def test_a_weight_of_a_row_of_every_format(tmp_path: Path, tiny: Any, row: dict[
     given = [row | {"weight": 0.25}, row | {"weight": None if kind == "parquet" else ""}, row | {"weight": 0}]
     if kind == "parquet":
         given = [one | {"weight": one["weight"] and float(one["weight"])} for one in given]
-    made = make(tmp_path, tiny, given, f"rows.{kind}", max_dropped=0.5)
+    made = make(tmp_path, tiny, given, f"rows.{kind}")
     assert [made.train.sequences(number)[0].row_weight for number in range(len(made.train))] == [0.25, 1.0]
-    assert made.report.examples_without_target == 1 and "rows" in made.report.dropped[0]
-    assert not made.report.unread
+    assert made.report.rows_of_weight_0 == 1 and made.report.dropped_examples() == 0
+    assert [*made.report.notices()] == ["left out, as their weight is 0: 1 of 3 rows"]
+    with pytest.raises(DataError, match=r"1 rows read, 0 dropped \(.*\), 1 of weight 0: none left"):
+        make(tmp_path, tiny, given[2:], f"rows.{kind}")
 
 
 @pytest.mark.parametrize("value", [-1, -1e-30, "inf", "nan", 1e10, 1e-10, "much", [1], {"a": 1}])
@@ -85,7 +87,8 @@ def test_what_is_no_weight_is_refused_at_its_place(tmp_path: Path, value: Any) -
     for row in (ALPACA | {"weight": value}, {"messages": [Q, A | {"weight": value}]}):
         with pytest.raises(DataError, match="'weight'") as refused:
             read_row(tmp_path, row)
-        assert refused.value.where == f"{tmp_path}/rows.jsonl:1" and refused.value.hint
+        assert refused.value.where == f"{tmp_path}/rows.jsonl:1" and "data.on_bad_row=drop" in str(refused.value.hint)
+        assert "from 1e-09 to 1e+09" in str(refused.value) and "cut off" not in str(refused.value)
 
 
 def test_a_column_may_be_mapped_to_it(tmp_path: Path) -> None:

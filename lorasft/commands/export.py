@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lorasft.commands.arguments import add_json, show
+from lorasft.commands.arguments import add_json, fill_in, show
 from lorasft.errors import RecipeError
-from lorasft.terminal import quote, say, size_text
-
-if TYPE_CHECKING:
-    from lorasft.artifact import Artifact
+from lorasft.terminal import quote, say
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -20,7 +17,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     about = "a GGUF file, or that with a Modelfile; gguf-lora: the adapter alone, not merged"
     parser.add_argument("--to", choices=forms, required=True, help=about)
     parser.add_argument("--out", required=True, metavar="FILE", help="a file, or for ollama a folder, not there yet")
-    parser.add_argument("--type", choices=types, help="of the matrices (default: f16); _k: by llama.cpp's quantizer")
+    about = "of the matrices (default: f16), in any case; _k: by llama.cpp's quantizer"
+    parser.add_argument("--type", type=str.lower, choices=types, help=about)
     add_json(parser, "what was done")
 
 
@@ -28,20 +26,25 @@ def run(model: str, to: str, out: str, type: Any, as_json: bool) -> None:
     """Export the folder `model`, or a run or adapter, merged first beside `out`; the path of the file on stdout."""
     from lorasft.artifact import find_artifact
     from lorasft.export.families import read_gguf_layout
-    from lorasft.export.gguf import require_gguf, write_gguf
+    from lorasft.export.gguf import require_gguf, write_gguf, write_gguf_lora
     from lorasft.export.ollama import write_ollama
     from lorasft.export.quantize import K_QUANTS, find_quantizer
     from lorasft.files import refuse_existing, scratch_folder
 
+    if type and to == "gguf-lora":
+        raise RecipeError("--type is of a model's matrices, an adapter stays in fp32", hint="leave out --type")
     refuse_existing(Path(out))
     require_gguf()
     if type in K_QUANTS:
         find_quantizer()
-    if type and to == "gguf-lora":
-        raise RecipeError("--type is of a model's matrices, an adapter stays in fp32", hint="leave out --type")
     artifact = find_artifact(model)
     if to == "gguf-lora":
-        return _export_adapter(artifact, Path(out), as_json=as_json)
+        written = write_gguf_lora(artifact, Path(out))
+        template = artifact.require_adapter() / "chat_template.jinja"  # the base's may be another, or none
+        told = {"template": quote(template) if template.is_file() else "", "path": Path(out).absolute()}
+        facts = {"adapter_of": quote(artifact.model.base), "four_bit": artifact.model.quantization == "nf4"}
+        say(fill_in("export.txt.jinja", facts | told | {"out": quote(out)}).strip())
+        return show(written, [out], as_json=as_json)
     # Refuses what would be merged in vain; and a signal during an import, which ends at once, leaves no folder behind.
     read_gguf_layout(artifact.base)
     with scratch_folder(Path(out)) as scratch:
@@ -53,33 +56,5 @@ def run(model: str, to: str, out: str, type: Any, as_json: bool) -> None:
             say(f"merged first, onto the {merged['onto']} weights ({merged['why']})")
         write = write_ollama if to == "ollama" else write_gguf
         written = write(folder, Path(out), kind=type or "f16")
-    # Where llama.cpp or Ollama does otherwise than training did:
-    if not written.get("system", True):
-        say("the chat template takes no system messages: Ollama will leave them out")
-    if written.get("trims"):
-        say("the chat template trims messages, Ollama does not: send none with blanks at its ends")
-    if (start := written["raw_start"]) != "":
-        what = f"has the ids of training on texts only after {start!r}" if start else "has other ids than in training"
-        say(f"prompts of the chat template begin as in training; text without it (/completion) {what}")
-    if context := written["short_context"]:
-        longest = written["longest_row"]
-        rows = f"the longest row of training has {longest} tokens" if longest else "the rows of training are not known"
-        say(f"llama.cpp takes the factors for long prompts for short ones, too, above -c {context}; {rows}")
-    if quantizer := written.get("quantizer"):
-        types = ", ".join(f"{count} {name}" for name, count in written["tensors"].items())
-        say(f"quantized by {quantizer}; read back, its weights are {written['error']:.1%} off: {types}")
-    say(f"{written['architecture']} as {written['type']}, {size_text(written['size'])}")
+    say(fill_in("export.txt.jinja", written).strip())
     show(written, [out], as_json=as_json)
-
-
-def _export_adapter(artifact: Artifact, out: Path, *, as_json: bool) -> None:
-    from lorasft.export.gguf import write_gguf_lora
-
-    written, base = write_gguf_lora(artifact, out), artifact.model.base
-    say(f"on a GGUF of its base, as of lorasft export {quote(base)} --to gguf --out base.gguf:")
-    template = artifact.require_adapter() / "chat_template.jinja"  # the base's may be another, or none
-    prompts = f" --jinja --chat-template-file {quote(template)}" if template.is_file() else ""
-    say(f"llama-server -m base.gguf --lora {quote(out)}{prompts}; in Ollama's Modelfile: ADAPTER {out.absolute()}")
-    if artifact.model.quantization == "nf4":
-        say("it was trained in 4 bit: on another form of its base it answers a little otherwise, as merge measures")
-    show(written, [str(out)], as_json=as_json)

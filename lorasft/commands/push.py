@@ -28,10 +28,10 @@ def run(saved: str, repo: str, base: str | None, private: bool, dry_run: bool, y
 
     for name in filter(None, (repo, base)):
         if not is_hub_id(name) or "--" in name or ".." in name:
-            raise RecipeError("this is not OWNER/NAME, as the hub has it", where=name)
+            raise RecipeError("this is not OWNER/NAME, as the hub has it", where=name, hint="as me/support-bot")
     if not (dry_run or yes or sys.stdin.isatty()):
         raise RecipeError("nothing is sent unasked, and nobody is there to ask", hint="--dry-run to look, then --yes")
-    files = gather(saved, repo, base=base)
+    files = gather(saved, repo, base=base, dry_run=dry_run)
     for name, one in files.items():
         size = len(one) if isinstance(one, bytes) else one.stat().st_size
         say(f"{size:>15,}  {name}")

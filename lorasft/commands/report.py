@@ -7,6 +7,8 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
+from lorasft.files import refuse_existing, replace_file
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", metavar="RUN", help="run folders, and what merge wrote, for its table")
@@ -18,8 +20,7 @@ def run(folders: Sequence[str], out: str | None, show: bool) -> None:
     """Write the page and print its name; say what of `runs/*` is no run, or damaged. Raises RecipeError without any."""
     from lorasft.artifact import MERGE_RECORD
     from lorasft.errors import LorasftError, RecipeError
-    from lorasft.files import refuse_existing, replace_file
-    from lorasft.report import MARK, History, render_page
+    from lorasft.report import History, render_page
     from lorasft.terminal import say
 
     paths, runs = [Path(folder) for folder in folders], list[History]()
@@ -34,9 +35,16 @@ def run(folders: Sequence[str], out: str | None, show: bool) -> None:
     if not runs:
         raise RecipeError("none of these is a run", where=", ".join(folders), hint="lorasft report runs/NAME")
     target = Path(out) if out else (runs[0].folder if len(runs) == 1 else runs[0].folder.parent) / "report.html"
-    if not (target.is_file() and MARK.encode() in target.read_bytes()[:1000]):
-        refuse_existing(target)
+    refuse_stranger(target)
     replace_file(target, render_page(runs))
     print(target)
     if show:
         webbrowser.open(target.absolute().as_uri())
+
+
+def refuse_stranger(page: Path) -> None:
+    """Raise RecipeError where a file that is no page of ours is in the place of one."""
+    from lorasft.report import MARK
+
+    if not (page.is_file() and MARK.encode() in page.read_bytes()[:1000]):
+        refuse_existing(page)

@@ -9,7 +9,7 @@ import os
 import re
 import time
 from argparse import ArgumentParser
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
@@ -19,7 +19,7 @@ from lorasft.commands import report, train
 from lorasft.commands.arguments import parse_seconds, read_recipe, say_error
 from lorasft.errors import LorasftError, RecipeError, Stopped
 from lorasft.signals import exit_code
-from lorasft.terminal import quote, say
+from lorasft.terminal import quote, redact, say, shorten
 
 if TYPE_CHECKING:
     from lorasft.recipe import Recipe
@@ -40,7 +40,7 @@ def run(
     """Train each combination; on stdout a table, and the page of all. What fails ends its own run: the exit code is
     that of the first, at the end. Raises Stopped after a signal."""
     os.environ["LORASFT_QUIET"] = "1" if quiet else ""
-    deadline, codes = time.monotonic() + budget, dict[Path, int]()
+    deadline, failed = time.monotonic() + budget, dict[Path, tuple[int, str]]()
     runs = _read_runs(recipe, overrides, out, resume=resume)
     folder = next(iter(runs)).parent
     again = f"lorasft sweep {' '.join(map(quote, (recipe, *overrides)))} --out {quote(folder)} --resume"
@@ -62,14 +62,14 @@ def run(
                 raise Stopped(stopped.exit_code, f"{path.name}: {stopped.what}", again) from None
             say(stopped.what)
         except (LorasftError, RuntimeError, MemoryError) as error:
-            codes[path] = say_error(error)
+            failed[path] = say_error(error), str(error).removeprefix("error: ").partition("\n")[0]
         gc.collect()  # what it held, the next one may need
-    print("\n".join(_table([*runs], codes)))
+    print("\n".join(_table([*runs], failed)))
     if pages := [str(path) for path in runs if (path / "recipe.yaml").is_file()]:
         report.run(pages, str(folder / "report.html"), show=False)
-    if codes or not all((path / "adapter").is_dir() for path in runs):
-        what = f"{len(codes)} of {len(runs)} runs failed" if codes else "the budget is used up"
-        raise Stopped(next(iter(codes.values()), 0), what, again)
+    if failed or not all((path / "adapter").is_dir() for path in runs):
+        what = f"{len(failed)} of {len(runs)} runs failed" if failed else "the budget is used up"
+        raise Stopped(next((code for code, _ in failed.values()), 0), what, again)
 
 
 def _read_runs(recipe: str, overrides: Sequence[str], out: str | None, *, resume: bool) -> dict[Path, Recipe]:
@@ -100,11 +100,15 @@ def _read_runs(recipe: str, overrides: Sequence[str], out: str | None, *, resume
             raise RecipeError(f"two runs would be called {path.name}", where=folder, hint="name each value once")
         output = f"run.output={json.dumps(str(path), ensure_ascii=False)}"
         runs[path] = read_recipe(recipe, [*words, output], resume=begun)
+    if others := sorted({path.parent for path in folder.glob("[!.]*/recipe.yaml")} - runs.keys()):
+        what = f"there are runs in it that this sweep does not name: {', '.join(path.name for path in others[:3])}"
+        raise RecipeError(what, where=folder, hint="another --out, or the keys and values that it began with")
+    report.refuse_stranger(folder / "report.html")
     return runs
 
 
-def _table(runs: Sequence[Path], failed: Collection[Path]) -> Iterator[str]:
-    """A line for each run, that with the lowest held-out loss after a step first."""
+def _table(runs: Sequence[Path], failed: Mapping[Path, tuple[int, str]]) -> Iterator[str]:
+    """A line for each run, that with the lowest held-out loss after a step first; at its end why it failed or ended."""
     from lorasft.report import History
 
     rows = []
@@ -112,11 +116,16 @@ def _table(runs: Sequence[Path], failed: Collection[Path]) -> Iterator[str]:
         run = History(path) if (path / "recipe.yaml").is_file() else None
         losses = [loss for step, loss in run.series["eval_loss"] if step] if run else []
         seconds = sum(one for _, one in run.series["seconds"]) if run else 0
-        state = run.state if run else "failed" if path in failed else "not begun"
+        state, why = (run.state, run.why) if run else ("not begun", "")
+        if path in failed:
+            state, why = "failed", failed[path][1]
         shown = [f"{loss:.4f}" for loss in (min(losses), losses[-1])] if losses else ["", ""]
         cells = [path.name, state, str((run and run.step) or 0), *shown, str(timedelta(seconds=round(seconds)))]
-        rows.append((min(losses, default=math.inf), cells))
-    table = [["run", "state", "step", "best held out", "last", "in steps"], *(cells for _, cells in sorted(rows))]
+        rows.append((min(losses, default=math.inf), [*cells, redact(shorten(why))]))
+    table = [
+        ["run", "state", "step", "best held out", "last", "in steps", "why"],
+        *(cells for _, cells in sorted(rows)),
+    ]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for name, *cells in table:
-        yield "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
+    for name, *cells, why in table:
+        yield "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:]), why]).rstrip()

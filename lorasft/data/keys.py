@@ -28,6 +28,7 @@ UNCLEAR, MEDIA = set(_NAMES["unclear"]), set(_NAMES["media"])
 KNOWN = {"role", "content", "tool_calls", "function_call", "weight", *REASONING, *FLAGS, *UNCLEAR, *MEDIA}
 KEPT = KNOWN | {"name", "tool_call_id"}  # of a turn; these two say something to some templates
 _WEIGHTS_TO = (1e-9, 1e9)  # products and sums of them are numbers of fp32
+_A_WEIGHT = f"0, or a number from {_WEIGHTS_TO[0]:g} to {_WEIGHTS_TO[1]:g}"
 PAIRS = (
     "'data.columns={completion: chosen}' learns the better answers beside a prompt, {output: chosen} beside an "
     "instruction, {messages: chosen} where it is a conversation; beside messages, put it at their end"
@@ -131,10 +132,9 @@ def read_flags(message: Row) -> None:
 
 def read_weight(value: Any) -> float:
     """What the losses of a row or a message are multiplied by: 1 where nothing is said. Raises DataError."""
-    number = 1.0 if is_absent(value) else _number("weight", value, "a number")
+    number = 1.0 if is_absent(value) else _number("weight", value, _A_WEIGHT)
     if number != 0 and not _WEIGHTS_TO[0] <= number <= _WEIGHTS_TO[1]:
-        hint = f"0, or from {_WEIGHTS_TO[0]:g} to {_WEIGHTS_TO[1]:g}; data.on_bad_row=drop leaves the row out"
-        raise DataError(f"'weight' is {number:g}", hint=hint)
+        raise DataError(f"'weight' is {number:g}", hint=f"{_A_WEIGHT}; data.on_bad_row=drop leaves the row out")
     return number
 
 
@@ -143,4 +143,5 @@ def _number(key: str, value: Any, wanted: str) -> float:
     try:
         return float({"true": "1", "false": "0"}.get(text, text))
     except ValueError:
-        raise DataError(f"{key!r} must be {wanted}, this is {type(value).__name__}") from None
+        what = f"{key!r} must be {wanted}, this is {type(value).__name__}"
+        raise DataError(what, hint="write that, or data.on_bad_row=drop leaves the row out") from None

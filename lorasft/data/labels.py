@@ -54,7 +54,7 @@ class Labeler:
     def _mark(self, example: Example, report: Report) -> tuple[MarkedText, ...]:
         example = self.format.complete(example)
         if example.weight == 0:
-            _drop_without_target(example, report)
+            report.rows_of_weight_0 += 1
             return ()
         if example.text is not None:
             return (MarkedText(example.text, (), add_eos=True),)

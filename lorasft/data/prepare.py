@@ -239,15 +239,17 @@ def _refuse_losses(data: DataSettings, report: Report) -> None:
     nothing is left."""
     where = ", ".join(source.path for source in data.train)
     dropped, most = report.dropped_examples(), data.max_dropped * report.rows
-    reasons = "; ".join(report.reasons()) or "are the files empty, or all their rows blank?"
-    hint = f"{reasons}; data.max_length is {data.max_length}, data.max_dropped {data.max_dropped}"
+    reasons = [*report.reasons(), f"data.max_length is {data.max_length}, data.max_dropped {data.max_dropped}"]
+    hint = "; ".join(reasons) if dropped else "are the files empty, or all their rows blank or of weight 0?"
     if report.parity_breaks > most:
         what = f"the chat template gives {report.parity_breaks} of {report.rows} rows otherwise than a server would"
         raise ModelError(what, where=where, hint=f"chat.template=FILE with another; {hint}")
     if dropped > most or not report.train_examples:
+        apart = {"of weight 0": report.rows_of_weight_0, "held out": report.held_out_examples}
+        others = "".join(f", {count} {name}" for name, count in apart.items() if count)
         what = (
             f"{report.rows or 'no'} rows read, {dropped} dropped ({report.bad_rows} bad, {report.over_long_examples} "
-            f"over-long, {report.examples_without_target} with nothing to supervise): "
-            f"{report.train_examples or 'nothing'} to train on"
+            f"over-long, {report.examples_without_target} with nothing to supervise){others}: "
+            f"{report.train_examples or 'none'} left"
         )
         raise DataError(what, where=where, hint=hint)

@@ -26,6 +26,7 @@ class Report:
     truncated_tokens: int = 0  # supervised ones, that were cut off
     windowed_texts: int = 0
     examples_without_target: int = 0
+    rows_of_weight_0: int = 0  # left out as they say: not dropped
     answers: int = 0  # supervised, before the over-long policy
     parity_breaks: int = 0  # bad rows: an answer does not follow the ids that a server feeds
     train_examples: int = 0
@@ -56,6 +57,8 @@ class Report:
             yield f"columns {columns} (data.columns says otherwise)"
         if self.unread:
             yield f"columns not read: {', '.join(self.unread[:SHOWN])}{', ...' * (len(self.unread) > SHOWN)}"
+        if self.rows_of_weight_0:
+            yield f"left out, as their weight is 0: {self.rows_of_weight_0:,} of {self.rows:,} rows"
         if self.epoch:
             yield f"an epoch takes {', '.join(f'{taken} of {name}' for name, taken in self.epoch.items())}"
         if self.files_not_read:

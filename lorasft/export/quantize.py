@@ -47,7 +47,7 @@ def quantize(source: Path, target: Path, *, kind: str) -> dict[str, Any]:
         done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         said = done.stdout.decode(errors="replace").strip()
         if done.returncode:
-            raise ValueError(f"exit code {done.returncode}, {said[-200:]}")
+            raise ValueError(f"exit code {done.returncode}, {said[-200:] or 'without a word'}")
         found = _compare(gguf, gguf.GGUFReader(source), gguf.GGUFReader(target))
     except (OSError, ValueError, LookupError) as error:
         what = f"{name} did not write this model as {kind}: {error}"
@@ -68,8 +68,12 @@ def _compare(gguf: Any, before: Any, after: Any) -> dict[str, Any]:
         want, got = (gguf.quants.dequantize(one.data[::step], one.tensor_type).astype(float) for one in tensors)
         off, size, type = np.square(got - want).sum(), np.square(want).sum(), tensors[1].tensor_type.name
         unquantized = want.ndim > 1 and want.shape[1] % 256 == 0 and not type.endswith("_K")
-        if tensors[0].name != tensors[1].name or unquantized or not off <= _OFF**2 * size:
-            raise ValueError(f"{tensors[1].name}, {type}, is not {tensors[0].name}")
+        if unquantized:
+            raise ValueError(f"{tensors[1].name} is still {type}")
+        if tensors[0].name != tensors[1].name or not off <= _OFF**2 * size:
+            raise ValueError(
+                f"{tensors[1].name}, read back from {type}, has other numbers than {tensors[0].name} before"
+            )
         missed, whole = missed + off, whole + size
         types[type] += 1
     return {"error": float(missed / whole) ** 0.5, "tensors": types}
