@@ -32,7 +32,7 @@ from lorasft.adapter_files import read_adapter_weights
 from lorasft.artifact import CHANGED, RESTORE, check_run_folder
 from lorasft.data.prepare import open_prepared, read_ingredients
 from lorasft.data.store import changed_rows, example_lengths
-from lorasft.errors import CapacityError, DivergedError, LorasftError, ModelError, RecipeError, out_of_memory
+from lorasft.errors import CapacityError, DivergedError, LorasftError, ModelError, RecipeError, out_of_memory, reading
 from lorasft.model.adapter import adapter_weights, give_weights, write_adapter
 from lorasft.recipe import Recipe
 from lorasft.recipe.load import compare, dump_recipe, load_recipe
@@ -109,19 +109,15 @@ def restore_checkpoint(path: Path, run: Run) -> None:
     """Put adapter and optimizer back as they were when `path` was saved, bit for bit. Raises ModelError."""
     give_weights(run.model, read_adapter_weights(path), where=path)
     run.trained.refresh()
-    try:
+    with reading("cannot read the optimizer", SafetensorError, where=path):
         restore_optimizer(run.optimizer, load_file(path / "optimizer.safetensors"))
-    except (SafetensorError, OSError, LookupError, ValueError, RuntimeError) as error:
-        raise ModelError(f"cannot read the optimizer: {error}", where=path) from None
 
 
 def read_state(path: Path, *, run: str | None) -> State:
     """The state of a checkpoint of `run` (None: any) that verifies. Raises ModelError when it is none."""
     files.verify_folder(path)
-    try:
+    with reading("no readable state.json", where=path):
         state = TypeAdapter(State).validate_json((path / "state.json").read_bytes(), strict=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"no readable state.json: {' '.join(str(error).split())[:200]}", where=path) from None
     if path.name != f"step-{state.step:06d}":
         raise ModelError(f"a copy of step {state.step}", where=path)
     if run is not None and state.run != run:
