@@ -117,7 +117,7 @@ def find_suggestions(
     changes.append([f"data.max_length={max(8, int(length))}" for length in np.quantile(lengths, _SHARES)])
 
     def fits(word: str) -> bool:
-        changed = change_recipe(recipe, [word], sections=[*Recipe.model_fields])
+        changed = change_recipe(dict(recipe), [word])
         if changed == recipe:
             return False
         adapter = inputs.adapter if start else changed.adapter
