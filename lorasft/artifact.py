@@ -16,7 +16,7 @@ from typing import Any
 from lorasft.adapter_files import CONFIG, adapts_experts, list_adapted, open_adapter, read_adapter_config
 from lorasft.errors import ModelError, RecipeError, UnsafeError, reading
 from lorasft.files import LOCK, MANIFEST, refuse_overlap, verify_folder
-from lorasft.hub import is_folder, refuse_offline
+from lorasft.hub import is_folder, loading
 from lorasft.recipe import ChatSettings, DataSettings, DataSource, ModelSettings, Recipe, mathematics
 from lorasft.recipe.load import compare, load_recipe, shipped_recipes
 from lorasft.tensors import fingerprint
@@ -77,11 +77,8 @@ class Artifact:
             return Path(name)
         from huggingface_hub import snapshot_download
 
-        try:
+        with loading("the base", name, hint="--base FOLDER"):
             return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES, ignore_patterns="*/*"))
-        except Exception as error:  # the hub raises a dozen kinds
-            refuse_offline(error, name)
-            raise ModelError(f"cannot get the base: {str(error)[:200]}", where=name, hint="--base FOLDER") from None
 
     @cached_property
     def base_config(self) -> Mapping[str, Any]:

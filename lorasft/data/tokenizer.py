@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lorasft.errors import ModelError, RecipeError, UnsafeError
-from lorasft.hub import is_folder, refuse_offline
+from lorasft.errors import RecipeError
+from lorasft.hub import is_folder, loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -16,22 +16,11 @@ def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenize
     """The fast tokenizer of a folder (which may hold nothing else) or of a hub id; runs no code that came with it."""
     from transformers import AutoTokenizer
 
-    local = is_folder(base)
-    try:
-        how: Any = {"revision": revision, "trust_remote_code": False, "local_files_only": local}
+    how: Any = {"revision": revision, "trust_remote_code": False, "local_files_only": is_folder(base)}
+    hint = "the folder needs a tokenizer.json that is whole; or name another base"
+    with loading("the tokenizer", base, hint=hint):
         tokenizer = AutoTokenizer.from_pretrained(base, **how)
         tokenizer.backend_tokenizer.encode("a")  # slow ones have none; a file at odds with itself shows here
-    except BaseException as fault:  # transformers, its parsers and the hub raise a dozen kinds here
-        if not isinstance(fault, Exception) and type(fault).__name__ != "PanicException":  # the one of tokenizers
-            raise
-        if not local:
-            refuse_offline(fault, base)
-        if "custom code" in str(fault) or "trust_remote_code" in str(fault):
-            what = "this tokenizer needs code of its own, which lorasft does not run"
-            raise UnsafeError(what, where=base, hint="take a base that transformers knows") from None
-        what = f"cannot load the tokenizer: {(str(fault) or type(fault).__name__).splitlines()[0]}"
-        hint = "the folder needs a tokenizer.json that is whole; or name another base"
-        raise ModelError(what, where=base, hint=hint) from None
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
