@@ -30,12 +30,7 @@ PREFIX = "base_model.model."  # of the names in PEFT's files
 _FETCH_AGAIN = "fetch the adapter again"
 _LARGEST = 16 << 20  # bytes of a config
 _TABLES = read_yaml(Path(__file__).with_name("adapter_files.yaml")).value
-# What PEFT's files leave out of the names in a model's own state: wrappers, and the name of the adapter.
-_STATE_ONLY = re.compile(
-    r"\b(?:base_model\.model|_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\."
-    r"|\.modules_to_save\.[^.]+|(?<=\.lora_[AB])\.(?!(?:weight|bias)$)[^.]+"
-    r"|(?<=\.lora_embedding_[AB])\.[^.]+|(?<=\.trainable_tokens_delta)\.[^.]+|(?<=\.lora_magnitude_vector)\..+"
-)
+_STATE_ONLY = re.compile("|".join(_TABLES["state_only"]))
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _MODULE = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_(?:embedding_)?[AB](?:\.weight)?")
 

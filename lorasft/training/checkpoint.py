@@ -207,10 +207,6 @@ class CheckpointSaver:
     tried: float = field(default_factory=time.monotonic)
     failed: bool = False
 
-    def overdue(self, minutes: float | None) -> bool:
-        """Whether so many `minutes` have passed since the last save."""
-        return minutes is not None and time.monotonic() - self.tried > 60 * minutes
-
     def attempt(self, run: Run, state: State, *, final: bool) -> State:
         """Save. When disk or memory does not allow it, say so and continue with what was saved before; raises
         CapacityError when that happens twice in a row, or in the `final` save of a run."""
