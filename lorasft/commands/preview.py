@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from lorasft.data.report import Report
-    from lorasft.data.tokens import Tokens
+    from lorasft.data.store import Tokens
 
 Part = tuple[str, bool, bool]  # text, whether it is supervised, whether it is a special token
 DROPPED_SHOWN = 10

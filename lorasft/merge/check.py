@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lorasft.artifact import Artifact, find_artifact
 from lorasft.data.prepare import Prepared, open_prepared
-from lorasft.data.tokens import UNSUPERVISED, Tokens, all_supervised
+from lorasft.data.store import UNSUPERVISED, Tokens, all_supervised
 from lorasft.errors import DataError, ModelError
 from lorasft.merge.sidecars import compare_prompts
 from lorasft.merge.write import Onto
