@@ -14,9 +14,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasft.commands.arguments import add_recipe, read_recipe
+from lorasft.commands.arguments import add_recipe, fill_in, read_recipe
 from lorasft.errors import Stopped
-from lorasft.terminal import say, shorten, size_text, train_command
+from lorasft.terminal import say, shorten, train_command
 
 if TYPE_CHECKING:
     from lorasft.recipe import Recipe
@@ -63,7 +63,7 @@ def train_one(
         with open_run(settings, resume=resume, ranks=ranks, shared=shared) as (ready, state):
             ready.metrics.progress.live &= not verbose
             if ranks.is_main:
-                say("\n".join(_describe(ready)))
+                say(_describe(ready))
             state = run_steps(ready, state, deadline=shared.deadline if shared else math.inf)
             adapter = ranks.on_main(lambda: export_adapter(ready, state))
         if ranks.is_main:
@@ -83,24 +83,19 @@ def train(recipe: str | Path, *, resume: bool = False, **overrides: Any) -> Hist
     return History(run(str(recipe), words, resume=resume, quiet=False, verbose=False))
 
 
-def _describe(ready: Run) -> Iterator[str]:
+def _describe(ready: Run) -> str:
     """What is trained on what, how it fits, and where it goes, in four lines that 80 columns have room for."""
     from lorasft.model.recompute import decoder_layers
 
-    model, report, layout = ready.recipe.model, ready.inputs.prepared.report, ready.layout
-    kind = "4 bit (NF4)" if model.quantization == "nf4" else layout.dtype
-    trained = f"adapter of rank {ready.inputs.adapter.rank}, {ready.trained.master.numel():,} parameters"
-    yield f"base  {'/'.join(Path(model.base).parts[-2:])} in {kind}; {trained}"
-    examples = f"{report.train_examples:,} examples, {report.held_out_examples:,} held out"
-    examples += f", {report.weighted_examples:,} weighted" * bool(report.weighted_examples)
-    tokens = f"{report.tokens:,} tokens, {report.supervised_tokens / max(1, report.tokens):.0%} supervised"
-    yield f"data  {examples}; {tokens}; parity {report.rows - report.parity_breaks:,}/{report.rows:,}"
-    memory = json.loads((ready.folder / "memory.json").read_bytes())
-    peak = size_text(memory["measured"] or memory["predicted"]["peak"])
-    layers = f"{layout.recomputed_layers} of {len(decoder_layers(ready.network.causal))} layers recomputed"
-    fits = f"{peak} of {size_text(memory['free'])}, {layers}" + ", weights kept in 16 bit" * layout.keep_16bit
-    yield f"fit   on {ready.network.device} in {layout.dtype}, takes {fits}"
-    yield f"run   {ready.folder}: {ready.plan.steps:,} steps of {ready.plan.batch_size:,} examples; Ctrl-C stops, saved"
+    facts = {
+        "run": ready,
+        "base": "/".join(Path(ready.recipe.model.base).parts[-2:]),
+        "layout": ready.layout,
+        "layers": len(decoder_layers(ready.network.causal)),
+        "report": ready.inputs.prepared.report,
+        "memory": json.loads((ready.folder / "memory.json").read_bytes()),
+    }
+    return fill_in("train.txt.jinja", facts).rstrip()
 
 
 def _serve_command(ready: Run, adapter: Path) -> str:
