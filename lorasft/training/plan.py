@@ -78,7 +78,7 @@ def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
             "saved_by_8bit": static["optimizer"] - static_bytes(model, "adamw8bit")["optimizer"],
             "micro_batch_tokens": fit.plan.micro_batch_tokens,
             "heaviest": {"tokens": len(fit.heaviest.ids), "sequences": len(fit.heaviest.segments)},
-            "layers": fit.layers,
+            "layers": len(decoder_layers(model.get_base_model())),
             "recomputed_layers": fit.recomputed,
             "keep_16bit": fit.keep is not None,
             "steps": fit.plan.steps,
@@ -95,7 +95,7 @@ def predict_duration(recipe: Recipe, network: Network, whole: Any, fit: Fit, inp
     costs = [cost(batch) for step in steps for batch in step.micro_batches]
     length, share = max(1, rows.count_tokens() // len(rows)), steps[0].supervised_tokens / steps[0].tokens
     forward, both, layers = predict_seconds(network, whole, costs, length=length, supervised=share)
-    seconds = both + layers * fit.recomputed / max(1, fit.layers)
+    seconds = both + layers * fit.recomputed / max(1, len(decoder_layers(whole)))
     evaluations = 2 + (plan.steps // every if every else 0)
     scored = evaluations * held_out.count_tokens() if held_out else 0
     return {
