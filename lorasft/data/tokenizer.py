@@ -1,13 +1,18 @@
-"""The tokenizer, loaded; which texts are its control tokens; a recipe's new tokens; those that the base never trained."""
+"""The tokenizer, of a base or with an adapter's files: loaded; its control tokens, new and untrained ones."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lorasft.artifact import Artifact
 from lorasft.errors import DataError, LorasftError, ModelError, RecipeError, UnsafeError
 from lorasft.hub import find_local, is_folder, refuse_offline
 from lorasft.tensors import TensorFile, find_weights, open_tensors
@@ -15,6 +20,12 @@ from lorasft.tensors import TensorFile, find_weights, open_tensors
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_MORE_TEMPLATES, _PROCESSORS_TEMPLATE = "additional_chat_templates", "chat_template.json"
+TEMPLATE = re.compile(rf"chat_template\.(jinja|json)|{_MORE_TEMPLATES}/.*")  # names of files
+TOKENIZER = re.compile(
+    rf"tokenizer.*|(special_tokens_map|added_tokens)\.json|(vocab|merges)\..*|.*\.(model|tiktoken)|{TEMPLATE.pattern}"
+)
+_SIDECARS = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 # The embedding and the head; when a row of one counts as untrained.
 _TABLES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "lm_head.weight")
 _SMALL, _ALIKE = 0.02, 0.01  # of an ordinary row's norm; of the row's own norm
@@ -42,6 +53,42 @@ def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenize
         raise ModelError(what, where=base, hint=hint) from None
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def list_sidecars(folder: Path) -> dict[str, Path]:
+    """What lies beside the weights in `folder`, by its name there."""
+    found = (*folder.iterdir(), *(folder / _MORE_TEMPLATES).glob("*.jinja"))
+    return {path.relative_to(folder).as_posix(): path for path in found if path.is_file() and path.suffix in _SIDECARS}
+
+
+def own_files(artifact: Artifact) -> dict[str, Path]:
+    """The files of tokenizer and chat template that the adapter brings, by their names."""
+    found = list_sidecars(artifact.adapter) if artifact.adapter else {}
+    return {name: path for name, path in found.items() if TOKENIZER.fullmatch(name)}
+
+
+def read_tokenizer(artifact: Artifact) -> Any:
+    """The tokenizer that was saved with the adapter, completed by the base's where it is less than a whole one: another
+    tool's adapter may bring none, or nothing but a template."""
+    own, model = own_files(artifact), artifact.model
+    if not own:
+        tokenizer = load_tokenizer(model.base, model.revision)
+        add_tokens(tokenizer, model.new_tokens)  # which a checkpoint was trained with
+        return tokenizer
+    replaced = TOKENIZER if "tokenizer.json" in own else TEMPLATE
+    # The model's config stays among them: transformers chooses the class of a tokenizer by it.
+    files = {name: path for name, path in list_sidecars(artifact.base).items() if not replaced.fullmatch(name)} | own
+    with TemporaryDirectory(prefix="lorasft-") as scratch:
+        for name, path in files.items():
+            (Path(scratch) / name).parent.mkdir(exist_ok=True)
+            (Path(scratch) / name).symlink_to(path.resolve())
+        tokenizer = load_tokenizer(scratch)
+    tokenizer.name_or_path = str(artifact.adapter)
+    if tokenizer.chat_template is None and _PROCESSORS_TEMPLATE in own:
+        tokenizer.chat_template = json.loads(own[_PROCESSORS_TEMPLATE].read_bytes())["chat_template"]
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = load_tokenizer(model.base, model.revision).chat_template
     return tokenizer
 
 
