@@ -90,8 +90,8 @@ def load_saved(found: Artifact) -> tuple[Any, Any, Any]:
     """The tokenizer and the model of what was found, and of a PEFT model the one of transformers in it."""
     from accelerate import PartialState
 
+    from lorasft.data.tokenizer import read_tokenizer
     from lorasft.model.adapter import load_artifact
-    from lorasft.model.tokenizer_files import read_tokenizer
 
     model = load_artifact(found, PartialState().device)
     return read_tokenizer(found), model, model.get_base_model() if found.adapter else model

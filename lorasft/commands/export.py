@@ -6,9 +6,9 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasft.commands.arguments import add_json, show
+from lorasft.commands.arguments import add_json, fill_in, show
 from lorasft.errors import RecipeError
-from lorasft.terminal import quote, say, size_text
+from lorasft.terminal import quote, say
 
 if TYPE_CHECKING:
     from lorasft.artifact import Artifact
@@ -53,22 +53,7 @@ def run(model: str, to: str, out: str, type: Any, as_json: bool) -> None:
             say(f"merged first, onto the {merged['onto']} weights ({merged['why']})")
         write = write_ollama if to == "ollama" else write_gguf
         written = write(folder, Path(out), kind=type or "f16")
-    # Where llama.cpp or Ollama does otherwise than training did:
-    if not written.get("system", True):
-        say("the chat template takes no system messages: Ollama will leave them out")
-    if written.get("trims"):
-        say("the chat template trims messages, Ollama does not: send none with blanks at its ends")
-    if (start := written["raw_start"]) != "":
-        what = f"has the ids of training on texts only after {start!r}" if start else "has other ids than in training"
-        say(f"prompts of the chat template begin as in training; text without it (/completion) {what}")
-    if context := written["short_context"]:
-        longest = written["longest_row"]
-        rows = f"the longest row of training has {longest} tokens" if longest else "the rows of training are not known"
-        say(f"llama.cpp takes the factors for long prompts for short ones, too, above -c {context}; {rows}")
-    if quantizer := written.get("quantizer"):
-        types = ", ".join(f"{count} {name}" for name, count in written["tensors"].items())
-        say(f"quantized by {quantizer}; read back, its weights are {written['error']:.1%} off: {types}")
-    say(f"{written['architecture']} as {written['type']}, {size_text(written['size'])}")
+    say(fill_in("export.txt.jinja", written).rstrip())
     show(written, [out], as_json=as_json)
 
 

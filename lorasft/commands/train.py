@@ -84,13 +84,18 @@ def train(recipe: str | Path, *, resume: bool = False, **overrides: Any) -> Hist
 
 
 def _describe(ready: Run) -> str:
-    """What is trained on what, how it fits, and where it goes."""
+    """What is trained on what, how it fits, and where it goes, in four lines that 80 columns have room for."""
     from lorasft.model.recompute import decoder_layers
 
-    memory = json.loads((ready.folder / "memory.json").read_bytes())
-    facts = {"run": ready, "memory": memory, "layers": len(decoder_layers(ready.network.causal))}
-    facts["name"] = "/".join(Path(ready.recipe.model.base).parts[-2:])
-    return fill_in("start.txt.jinja", facts).rstrip()
+    facts = {
+        "run": ready,
+        "base": "/".join(Path(ready.recipe.model.base).parts[-2:]),
+        "layout": ready.layout,
+        "layers": len(decoder_layers(ready.network.causal)),
+        "report": ready.inputs.prepared.report,
+        "memory": json.loads((ready.folder / "memory.json").read_bytes()),
+    }
+    return fill_in("train.txt.jinja", facts).rstrip()
 
 
 def _serve_command(ready: Run, adapter: Path) -> str:

@@ -28,10 +28,7 @@ UNCLEAR, MEDIA = set(_NAMES["unclear"]), set(_NAMES["media"])
 KNOWN = {"role", "content", "tool_calls", "function_call", "weight", *REASONING, *FLAGS, *UNCLEAR, *MEDIA}
 KEPT = KNOWN | {"name", "tool_call_id"}  # of a turn; these two say something to some templates
 _WEIGHTS_TO = (1e-9, 1e9)  # products and sums of them are numbers of fp32
-PAIRS = (
-    "'data.columns={completion: chosen}' learns the better answers beside a prompt, {output: chosen} beside an "
-    "instruction, {messages: chosen} where it is a conversation; beside messages, put it at their end"
-)
+PAIRS: str = _NAMES["pairs"]  # what to do with preference pairs
 
 
 def is_absent(value: Any) -> bool:

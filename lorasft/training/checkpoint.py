@@ -30,7 +30,7 @@ from transformers.utils import cached_file
 from lorasft import __version__, files
 from lorasft.adapter_files import read_adapter_weights
 from lorasft.artifact import CHANGED, RESTORE, check_run_folder
-from lorasft.data.prepare import open_prepared, read_ingredients
+from lorasft.data.prepare import open_prepared
 from lorasft.data.store import changed_rows, example_lengths
 from lorasft.errors import CapacityError, DivergedError, LorasftError, ModelError, RecipeError, out_of_memory, reading
 from lorasft.model.adapter import adapter_weights, give_weights, write_adapter
@@ -138,7 +138,8 @@ def find_checkpoint(recipe: Recipe, inputs: RunInputs) -> State:
         what = f"the data, the tokenizer or their libraries changed since step {saved.step}:"
         of_run, of_sweep = (one / saved.data[:16] for one in (prepared.folder.parent, folder.parent / "tokens"))
         before = of_sweep if of_sweep.is_dir() and not of_run.is_dir() else of_run
-        made_from = map(read_ingredients, (before, prepared.folder))
+        records = (next(files.read_objects(one / "prepared.json"), {}) for one in (before, prepared.folder))
+        made_from = (one.get("ingredients", {}) for one in records)
         changes = list(compare(*({**one, "files": sum(map(len, one.get("files", ())))} for one in made_from)))
         with suppress(ModelError, OSError):
             changes += changed_rows(open_prepared(before).store, prepared.store)

@@ -30,7 +30,7 @@ from accelerate.utils import broadcast
 from lorasft.artifact import GENERATION_CONFIG, list_stops
 from lorasft.data.packing import Step
 from lorasft.data.templates import set_default_system
-from lorasft.data.untrained import refuse_untrained
+from lorasft.data.tokenizer import refuse_untrained
 from lorasft.errors import DivergedError
 from lorasft.files import replace_file, staged_folder, verify_folder, write_file
 from lorasft.machine import free_memory
