@@ -126,7 +126,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def reading(what: str, *also: type[Exception], where: object, hint: str | None = None) -> Iterator[None]:
+def reading(what: str, *also: type[Exception], where: object = None, hint: str | None = None) -> Iterator[None]:
     """Raise ModelError, `what` and why, where a file is missing or is not as it is read: then Python raises a dozen
     kinds, and its reader those of `also`. A lack of memory says nothing of a file."""
     kinds: list[type[Exception]] = [OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, *also]
