@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import shlex
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +22,6 @@ if TYPE_CHECKING:
     from lorasft.training.distributed import Ranks
     from lorasft.training.run import Shared
     from lorasft.training.state import Run, State
-
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -68,9 +64,8 @@ def train_one(
             adapter = ranks.on_main(lambda: export_adapter(ready, state))
         if ranks.is_main:
             _show_answers(ready, state)
-            say(f"done in {timedelta(seconds=round(time.monotonic() - started))}; adapter in {adapter}")
-            say("next: " + "\n      ".join(next_commands(folder, settings)))
-            say(f"or serve the adapter: {_serve_command(ready, adapter)}")
+            facts = {"seconds": time.monotonic() - started, "commands": next_commands(folder, settings)}
+            say(fill_in("trained.txt.jinja", {**facts, "run": ready, "adapter": adapter}).rstrip())
     return ready.signal
 
 
@@ -90,25 +85,10 @@ def _describe(ready: Run) -> str:
     facts = {
         "run": ready,
         "base": "/".join(Path(ready.recipe.model.base).parts[-2:]),
-        "layout": ready.layout,
         "layers": len(decoder_layers(ready.network.causal)),
-        "report": ready.inputs.prepared.report,
         "memory": json.loads((ready.folder / "memory.json").read_bytes()),
     }
     return fill_in("train.txt.jinja", facts).rstrip()
-
-
-def _serve_command(ready: Run, adapter: Path) -> str:
-    """vLLM's for the adapter on its base, from which it would take template, stops and, for ranks over 16, an error."""
-    settings, model = ready.inputs.adapter, ready.recipe.model
-    rank = next((most for most in _VLLM_RANKS if most >= settings.rank), None)
-    if rank is None or settings.dora or settings.modules_to_save or model.new_tokens:
-        return "vLLM takes none of this kind, merge it"
-    words: list[object] = ["vllm", "serve", model.base, *(["--revision", model.revision] if model.revision else [])]
-    words += ["--enable-lora", "--lora-modules", f"mine={adapter}", "--max-lora-rank", rank]
-    words += ["--chat-template", adapter / "chat_template.jinja", "--generation-config", adapter]
-    four_bit = "\n(on the original base it answers a little otherwise than on the 4-bit one: merge says by how much)"
-    return shlex.join(map(str, words)) + four_bit * (model.quantization == "nf4")
 
 
 @contextmanager
