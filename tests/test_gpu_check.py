@@ -20,6 +20,7 @@ from lorasft.model.memory import dry_run
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HELD_TO_AVX2, reason="torch has no bf16 attention here")
 def test_the_check_for_gpus_runs_on_small_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Findings of several parts, an error among them, each on the disk; and the page that is made of them."""

@@ -283,7 +283,7 @@ def test_no_record_costs_the_page(
                 monkeypatch.setattr(report, "is_locked", lambda _, running=running: running)
                 assert page_of(folder).text
         (folder / name).write_bytes(kept)
-    monkeypatch.setattr(report, "Environment", shared_environment())
+    monkeypatch.setattr("jinja2.Environment", shared_environment())
     for name, record in [*records.items(), ("merge.json", merge)] if finished else ():
         for odd in mutants(record):
             (folder / name).write_text(json.dumps(odd), encoding="utf-8")
@@ -438,17 +438,19 @@ def test_several_runs_and_a_merge(folder: Path, capsys: Any) -> None:
 
 def test_what_is_no_run_is_refused_or_passed_over(folder: Path, capsys: Any) -> None:
     assert cli.main(["report", "run", "runs/nope"]) == 2 and not (folder / "report.html").exists()
-    assert re.fullmatch("error: there is no such folder\nwhere: runs/nope\nhint: .+\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        "report: .+\nerror: there is no such folder\nwhere: runs/nope\nhint: .+\n", capsys.readouterr().err
+    )
     for name in ("other", "merged", "bad"):
         Path(name).mkdir()
     Path("merged/merge.json").write_bytes(b"{}")
     Path("bad/recipe.yaml").write_bytes(b"model: [")
     assert cli.main(["report", "bad", "merged", "other", "run"]) == 0 and (folder / "report.html").is_file()
-    said = capsys.readouterr().err.splitlines()
+    _, *said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and said[0].startswith("passed over: bad: "), said
     assert said[1] == "passed over: other: this is not a run folder"
     assert cli.main(["report", "merged", "bad"]) == 2
-    passed, *refused = capsys.readouterr().err.splitlines()
+    _, passed, *refused = capsys.readouterr().err.splitlines()
     assert passed == said[0] and refused[0] == "error: none of these is a run"
     assert cli.main(["report", "bad"]) == 2 and "where: bad/recipe.yaml" in capsys.readouterr().err
 

@@ -177,7 +177,7 @@ def find_suggestions(
     changes.append([f"data.max_length={max(8, int(length))}" for length in np.quantile(lengths, _SHARES)])
 
     def fits(word: str) -> bool:
-        changed = change_recipe(dict(recipe), [word])
+        changed = change_recipe({name: getattr(recipe, name) for name in Recipe.model_fields}, [word])
         if changed == recipe:
             return False
         adapter = inputs.adapter if start else changed.adapter

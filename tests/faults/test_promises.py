@@ -346,6 +346,11 @@ def test_a_damaged_best_checkpoint_is_named_not_used(bench: Bench) -> None:
     assert not (bench.folder / "adapter").exists()
 
 
-@pytest.mark.parametrize("name", mutants.MUTANTS)
+SEEN_OFTEN = ("manifest first", "resume by the highest number", "overwritten in place")  # the others take longer
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in SEEN_OFTEN else pytest.mark.slow) for name in mutants.MUTANTS]
+)
 def test_each_mutant_is_caught(name: str, bench: Bench) -> None:
     assert mutants.catch(name, bench).wrong, f"{name} was not caught in {bench.trials} trials"
