@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorasft.artifact import Artifact
-from lorasft.errors import DataError, LorasftError, RecipeError
+from lorasft.errors import DataError, LorasftError, RecipeError, reading
 from lorasft.hub import find_local, is_folder, loading
 from lorasft.tensors import TensorFile, find_weights, open_tensors
 
@@ -75,7 +75,9 @@ def read_tokenizer(artifact: Artifact) -> Any:
         tokenizer = load_tokenizer(scratch)
     tokenizer.name_or_path = str(artifact.adapter)
     if tokenizer.chat_template is None and _PROCESSORS_TEMPLATE in own:
-        tokenizer.chat_template = json.loads(own[_PROCESSORS_TEMPLATE].read_bytes())["chat_template"]
+        path = own[_PROCESSORS_TEMPLATE]
+        with reading("this is no chat template", where=path, hint="take it away, or fetch the adapter again"):
+            tokenizer.chat_template = json.loads(path.read_bytes())["chat_template"]
     if tokenizer.chat_template is None:
         tokenizer.chat_template = load_tokenizer(model.base, model.revision).chat_template
     return tokenizer
