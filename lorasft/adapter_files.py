@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Required
 from pydantic import AfterValidator, ConfigDict, Field, PositiveFloat, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
-from lorasft.errors import ModelError, UnsafeError, in_words
+from lorasft.errors import ModelError, UnsafeError, in_words, reading
 from lorasft.recipe.yaml_reader import read_yaml
 from lorasft.tensors import TensorFile, open_tensors
 from lorasft.terminal import say
@@ -30,12 +30,7 @@ PREFIX = "base_model.model."  # of the names in PEFT's files
 _FETCH_AGAIN = "fetch the adapter again"
 _LARGEST = 16 << 20  # bytes of a config
 _TABLES = read_yaml(Path(__file__).with_name("adapter_files.yaml")).value
-# What PEFT's files leave out of the names in a model's own state: wrappers, and the name of the adapter.
-_STATE_ONLY = re.compile(
-    r"\b(?:base_model\.model|_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\."
-    r"|\.modules_to_save\.[^.]+|(?<=\.lora_[AB])\.(?!(?:weight|bias)$)[^.]+"
-    r"|(?<=\.lora_embedding_[AB])\.[^.]+|(?<=\.trainable_tokens_delta)\.[^.]+|(?<=\.lora_magnitude_vector)\..+"
-)
+_STATE_ONLY = re.compile("|".join(_TABLES["state_only"]))
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _MODULE = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_(?:embedding_)?[AB](?:\.weight)?")
 
@@ -83,13 +78,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     UnsafeError for what names code.
     """
     path = folder / CONFIG
-    try:
+    with reading("cannot read the adapter's config", where=path, hint=_FETCH_AGAIN):
         if path.stat().st_size > _LARGEST:
             raise ValueError("too large")
         config = json.loads(path.read_bytes())
         known = {key: value for key, value in config.items() if value or key in _Fields.__annotations__}
-    except (ValueError, OSError, AttributeError, RecursionError) as error:
-        raise ModelError(f"cannot read the adapter's config: {error}", where=path, hint=_FETCH_AGAIN) from None
     if "peft_type" not in known and {"lora_parameters", "fine_tune_type"} & known.keys():
         hint = "mlx_lm.fuse makes a model of it; PEFT has lora_a.T, lora_b.T and as lora_alpha scale * rank"
         raise ModelError("this is an adapter of mlx-lm", where=path, hint=hint)
@@ -142,7 +135,8 @@ def subtract_start(
     saved = _find_start(folder, kind)
     began = read_adapter_weights(saved) if saved else {}
     say(f"{'reading' if saved else 'computing'} what the adapter began with ({kind})")
-    try:
+    what, hint = f"the adapter does not fit what it began with ({kind})", "--base with the one of training, in 16 bits"
+    with reading(what, where=folder, hint=hint):
         for path in list_adapted(weights, {}):
             down, up = (f"{PREFIX}{path}.lora_{part}.weight" for part in "AB")
             if not (weight := read(path).detach()).is_floating_point():
@@ -153,9 +147,6 @@ def subtract_start(
                 began[down], began[up] = _compute_start(kind, weight, rank // 2, scaling)
             plain[down] = torch.cat([weights[down].float(), began[down].float().cpu()])
             plain[up] = torch.cat([weights[up].float(), -began[up].float().cpu()], dim=1)
-    except (LookupError, AttributeError, RuntimeError, TypeError) as error:
-        what = f"the adapter does not fit what it began with ({kind}): {error}"
-        raise ModelError(what, where=folder, hint="--base with the one of training, in 16 bits") from None
     return plain
 
 

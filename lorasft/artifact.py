@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lorasft.adapter_files import CONFIG, adapts_experts, list_adapted, open_adapter, read_adapter_config
-from lorasft.errors import ModelError, RecipeError, UnsafeError
+from lorasft.errors import ModelError, RecipeError, UnsafeError, reading
 from lorasft.files import LOCK, MANIFEST, refuse_overlap, verify_folder
-from lorasft.hub import is_folder, refuse_offline
+from lorasft.hub import is_folder, loading
 from lorasft.recipe import ChatSettings, DataSettings, DataSource, ModelSettings, Recipe, mathematics
 from lorasft.recipe.load import compare, load_recipe, shipped_recipes
 from lorasft.tensors import fingerprint
@@ -62,15 +62,12 @@ class Artifact:
         if self.run is None:
             return {}
         path = self.run / "provenance.json"
-        try:
+        with reading("the run's record cannot be read", where=path, hint="name the adapter's folder alone"):
             record = json.loads(path.read_bytes())
             told = {**record["base"], "dtype": record["layout"]["dtype"]}
             if told["dtype"] not in ("bfloat16", "float16", "float32"):
                 raise ValueError(f"dtype {told['dtype']}")
             return {name: told[name] for name in ("fingerprint", "commit", "dtype")}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            what = f"the run's record cannot be read: {error}"
-            raise ModelError(what, where=path, hint="name the adapter's folder alone") from None
 
     @cached_property
     def base(self) -> Path:
@@ -80,26 +77,20 @@ class Artifact:
             return Path(name)
         from huggingface_hub import snapshot_download
 
-        try:
+        with loading("the base", name, hint="--base FOLDER"):
             return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES, ignore_patterns="*/*"))
-        except Exception as error:  # the hub raises a dozen kinds
-            refuse_offline(error, name)
-            raise ModelError(f"cannot get the base: {str(error)[:200]}", where=name, hint="--base FOLDER") from None
 
     @cached_property
     def base_config(self) -> Mapping[str, Any]:
         """config.json of the base, for FP8 and MXFP4 as for 16 bits. Raises ModelError for another quantization."""
-        path = self.base / "config.json"
-        try:
+        path, hint = self.base / "config.json", "--base with the folder of a model"
+        with reading("cannot read the base's config", where=path, hint=hint):
             config: dict[str, Any] = json.loads(path.read_bytes())
-            if not isinstance(config["model_type"], str):
+            if not isinstance(config.get("model_type"), str):
                 raise TypeError("model_type is not text")
             for part in (config, config.get("text_config") or {}):
                 if stored_as(part.get("quantization_config") or {}, self.model.base):
                     del part["quantization_config"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            what = f"cannot read the base's config: {error!r}"
-            raise ModelError(what, where=path, hint="--base with the folder of a model") from None
         return config
 
     @property
@@ -219,9 +210,11 @@ def stored_as(scheme: Mapping[str, Any], base: str) -> str | None:
 
 def read_stops(folder: Path) -> list[int]:
     """The tokens that end generation, by the generation config in `folder`, or by the model's where there is none."""
-    paths = [path for path in (folder / GENERATION_CONFIG, folder / "config.json") if path.is_file()]
-    try:
-        stops = json.loads(paths[0].read_bytes()).get("eos_token_id") if paths else None
-    except (ValueError, AttributeError) as error:
-        raise ModelError(f"this is not a config: {error}", where=paths[0], hint="download it again") from None
-    return stops if isinstance(stops, list) else [] if stops is None else [stops]
+    path = next((path for path in (folder / GENERATION_CONFIG, folder / "config.json") if path.is_file()), None)
+    with reading("this is not a config", where=path, hint="download it again"):
+        return list_stops(json.loads(path.read_bytes()).get("eos_token_id") if path else None)
+
+
+def list_stops(said: Any) -> list[int]:
+    """What a config says as eos_token_id: a token, several or none."""
+    return said if isinstance(said, list) else [] if said is None else [said]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lorasft.terminal import harmless, redact, shorten
@@ -122,3 +123,16 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out, on a GPU or on a CPU."""
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
     return known or (isinstance(error, RuntimeError) and _SIGNS.search(str(error)) is not None)
+
+
+@contextmanager
+def reading(what: str, *also: type[Exception], where: object = None, hint: str | None = None) -> Iterator[None]:
+    """Raise ModelError, `what` and why, where a file is missing or is not as it is read: then Python raises a dozen
+    kinds, and its reader those of `also`. A lack of memory says nothing of a file."""
+    kinds: list[type[Exception]] = [OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, *also]
+    try:
+        yield
+    except tuple(kinds) as error:
+        if out_of_memory(error):
+            raise
+        raise ModelError(f"{what}: {' '.join(str(error).split())[:400]}", where=where, hint=hint) from None

@@ -266,15 +266,11 @@ def read_objects(path: Path) -> Iterator[dict[str, Any]]:
 
 def _parse_all(texts: Sequence[str]) -> list[Any]:
     """The values of texts of JSON, but for those that are none: at once where all are, in two thirds of the time."""
-    values: list[Any] = []
     with contextlib.suppress(ValueError, RecursionError):
-        values = json.loads(f"[{','.join(texts)}]")
-    if len(values) != len(texts):
-        values = []
-        for text in texts:
-            with contextlib.suppress(ValueError, RecursionError):
-                values.append(json.loads(text))
-    return values
+        values: list[Any] = json.loads(f"[{','.join(texts)}]")
+        if len(values) == len(texts):
+            return values
+    return [value for text in texts for value in _parse_all([text])] if len(texts) > 1 else []
 
 
 def _fitting(value: Any, shape: Any) -> Any:

@@ -8,12 +8,16 @@ import re
 import ssl
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from lorasft.errors import DeviceError, ModelError
+from lorasft.errors import CapacityError, DeviceError, LorasftError, ModelError, UnsafeError, out_of_memory
 
 SECONDS = 10.0
 _AWAY = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError", "ConnectTimeout"}
+_SAFE = "take a base that transformers knows"
 
 
 def hub_error() -> str | None:
@@ -62,12 +66,37 @@ def find_local(base: str, name: str) -> Path:
     return Path(kept) if isinstance(kept, str) else Path(base, name)
 
 
-def refuse_offline(error: BaseException, name: str) -> None:
-    """Raise DeviceError when `error` came of a hub that is out of reach."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if type(seen).__name__ in _AWAY:
-            what = "there is no such folder, the hub cannot be reached, and this is not in its cache"
+@contextmanager
+def loading(what: str, name: str, *, hint: str, safe: str = _SAFE, kind: Any = ModelError) -> Iterator[None]:
+    """Say in plain words why a library cannot load `what` of the folder or hub id `name`; it may raise anything.
+
+    Raises DeviceError for a hub out of reach, CapacityError, UnsafeError for code (`safe`: its hint), or else `kind`.
+    """
+    try:
+        yield
+    except LorasftError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # the one of tokenizers
+            raise
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        if out_of_memory(error) or "Cannot allocate memory" in str(error):
+            said, kind, hint = f"out of memory while loading {what}", CapacityError, "free memory, or a smaller base"
+        elif "offloaded to the disk" in str(error):
+            said, kind = "the base does not fit into memory, and is stored so that it cannot be streamed", CapacityError
+            hint = "merge with --onto dequantized, or with --no-check"
+        elif not Path(name).is_dir() and _is_away(error):
+            said, kind = "there is no such folder, the hub cannot be reached, and this is not in its cache", DeviceError
             hint = "connect, or name a local folder; HF_HUB_OFFLINE, if it is set, forbids asking"
-            raise DeviceError(what, where=name, hint=hint) from None
-        seen = seen.__cause__ or seen.__context__
+        elif re.search("custom code|trust_remote_code|Dataset scripts", str(error)):
+            said, kind, hint = f"{what} needs code of its own, which lorasft does not run", UnsafeError, safe
+        else:
+            said = f"cannot load {what}: {said}"
+        raise kind(said, where=name, hint=hint) from error
+
+
+def _is_away(error: BaseException | None) -> bool:
+    """Whether an error came of a hub that is out of reach."""
+    while error is not None and type(error).__name__ not in _AWAY:
+        error = error.__cause__ or error.__context__
+    return error is not None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from lorasft.errors import ModelError, UnsafeError
+from lorasft.errors import ModelError, UnsafeError, reading
 
 if TYPE_CHECKING:
     import torch
@@ -141,11 +141,9 @@ def find_weights(folder: Path) -> list[Path]:
     """The safetensors files that a loader reads. Raises ModelError for a missing one, UnsafeError for pickles only."""
     index, paths = folder / INDEX, [folder / SINGLE]
     if index.is_file() and not paths[0].is_file():  # as transformers does
-        try:
+        with reading("this index names no shards", where=index, hint=_AGAIN):
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
             paths = [folder / Path(name).name for name in names]  # none lies elsewhere
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ModelError("this index names no shards", where=index, hint=_AGAIN) from None
     elif not paths[0].is_file() and (pickles := sorted(folder.glob("*.bin"))):
         what = f"the weights are a pickle ({pickles[0].name}), which could run code when it is read"
         raise UnsafeError(what, where=folder, hint="convert them to safetensors, or take another copy")
@@ -166,11 +164,9 @@ def open_tensors(path: Path) -> TensorFile:
             what = "not a safetensors file, but a Git LFS pointer or a web page (HTML)?, or its header is too long"
             raise ModelError(what, where=path, hint=f"git lfs pull, or {_AGAIN}")
         header = file.read(length)
-    try:
-        with safe_open(path, "np"):  # refuses what is not to be trusted
-            fields = json.loads(header)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"cannot read the weights: {str(error)[:120]}", where=path, hint=_AGAIN) from None
+    trusted = reading("cannot read the weights", SafetensorError, where=path, hint=_AGAIN)
+    with trusted, safe_open(path, "np"):  # refuses what is not to be trusted
+        fields = json.loads(header)
     metadata = fields.pop("__metadata__", None)
     ordered = sorted((field["data_offsets"], name, field) for name, field in fields.items())
     specs = {name: TensorSpec(at["dtype"], tuple(at["shape"]), end - start) for (start, end), name, at in ordered}

@@ -580,7 +580,7 @@ def prefix_steps(base: str, stem: int, answer: int, batch: int, steps: int, toke
     import numpy as np
 
     from lorasft.data.packing import Plan
-    from lorasft.data.tokens import Tokens
+    from lorasft.data.store import Tokens
     from lorasft.training.layout import widen
 
     network, optimizer = load_network(base)
@@ -750,7 +750,7 @@ def expert_steps(arm: str, base: str, tokens: int) -> Measured:
     from transformers import AutoModelForCausalLM
 
     from lorasft.data.packing import make_micro_batches
-    from lorasft.data.tokens import all_supervised
+    from lorasft.data.store import all_supervised
     from lorasft.model.adapter import attach_adapter
     from lorasft.model.base import load_base
     from lorasft.model.loss import Network, pair_losses

@@ -90,7 +90,7 @@ def make_model(config: Any, device: Any, std: float = 0.02) -> Any:
 
 def make_rows(longest: int, vocabulary: int, data: str | None, total: int) -> list[Any]:
     """Rows of `total` tokens together or a little more, the second half of each supervised."""
-    from lorasft.data.tokens import UNSUPERVISED, Tokens
+    from lorasft.data.store import UNSUPERVISED, Tokens
 
     draw = np.random.default_rng(0)
     if data:

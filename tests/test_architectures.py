@@ -12,7 +12,7 @@ from test_oracles import differences, gradients
 from tiny_models import GPT_2, SOFT_CAPS, WINDOWS, Given, shape
 
 from lorasft.data.packing import MicroBatch, make_micro_batches
-from lorasft.data.tokens import Tokens, all_supervised
+from lorasft.data.store import Tokens, all_supervised
 from lorasft.model.adapter import attach_adapter
 from lorasft.model.attention import default_attention
 from lorasft.model.loss import Network, pair_losses

@@ -16,6 +16,8 @@ import pytest
 from conftest import Command
 
 from lorasft.cli import main
+from lorasft.errors import CapacityError, DataError, DeviceError, ModelError, UnsafeError, reading
+from lorasft.hub import loading
 
 PACKAGE = str(Path(__file__).parents[1] / "lorasft")
 PARSED = {"config.json", "adapter_config.json", "recipe.yaml"}
@@ -89,3 +91,35 @@ def test_a_run_of_an_earlier_version_is_read(
     assert cli("export", "run", "--to", "gguf", "--out", "m.gguf").code == 0
     resumed = cli("train", "run/recipe.yaml", "--resume")
     assert resumed.code in (0, 2, 3, 4) and "Traceback" not in resumed.err
+
+
+AWAY = type("LocalEntryNotFoundError", (Exception,), {})
+PANIC = type("PanicException", (BaseException,), {})
+BROKEN: list[tuple[BaseException, type[BaseException], str]] = [
+    (ValueError("two\nlines"), ModelError, "cannot load the model: two lines"),
+    (PANIC(), ModelError, "cannot load the model: PanicException"),
+    (RuntimeError("CUDA out of memory"), CapacityError, "out of memory while loading the model"),
+    (RuntimeError("it would be offloaded to the disk"), CapacityError, "cannot be streamed"),
+    (ValueError("pass trust_remote_code=True"), UnsafeError, "needs code of its own"),
+    (AWAY(), DeviceError, "the hub cannot be reached"),
+    (DataError("our own"), DataError, "our own"),
+    (KeyboardInterrupt("by hand"), KeyboardInterrupt, "by hand"),
+]
+
+
+@pytest.mark.parametrize(("error", "kind", "said"), BROKEN, ids=[type(error).__name__ for error, *_ in BROKEN])
+def test_what_a_library_raises_is_said_in_words(error: BaseException, kind: type[BaseException], said: str) -> None:
+    with pytest.raises(kind, match=said), loading("the model", "owner/name", hint="another one"):
+        raise error
+
+
+def test_a_library_that_found_no_file_in_a_folder_says_nothing_of_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(ModelError), loading("the model", str(tmp_path), hint="another one"):
+        raise AWAY
+
+
+def test_a_lack_of_memory_is_not_taken_for_a_damaged_file() -> None:
+    with pytest.raises(ModelError, match="cannot read it: 'key'"), reading("cannot read it", where="file"):
+        raise KeyError("key")
+    with pytest.raises(RuntimeError, match="out of memory"), reading("cannot read it", where="file"):
+        raise RuntimeError("CUDA out of memory")

@@ -333,6 +333,8 @@ CASES: dict[str, tuple[int, list[str], Make]] = {
         lambda folder: write(folder / "recipe.yaml", "model: {base: //evil/share}\ndata: {train: x}"),
         "chat", "--prompt", "x")),
     "83 manifest": (4, ["manifest.json"], of_adapter(lambda folder: write(folder / "manifest.json", '{"a": []}'))),
+    "83 template": (4, ["chat_template.json"],
+                    of_adapter(lambda at: write((at / "chat_template.jinja").rename(at / "chat_template.json"), "{"))),
     "83 record": (4, ["provenance.json"],
            of_run(lambda run: write(run / "provenance.json", '{"base": 1}'), "--out", "out", verb="merge")),
     "83 changed": (4, ["adapter_config.json"],

@@ -19,9 +19,9 @@ from lorasft.data.examples import Example, normalize_message
 from lorasft.data.labels import Labeler
 from lorasft.data.report import Report
 from lorasft.data.sources import RowLocation
+from lorasft.data.store import UNSUPERVISED, Tokens, supervised_runs
 from lorasft.data.templates import read_template, render
 from lorasft.data.tokenizer import adds_bos, load_tokenizer
-from lorasft.data.tokens import UNSUPERVISED, Tokens, supervised_runs
 from lorasft.errors import DataError, ModelError, UnsafeError
 from lorasft.recipe import ChatSettings, DataSettings
 

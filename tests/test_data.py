@@ -18,9 +18,8 @@ from lorasft.data.examples import Example, read_blocks, shape_block
 from lorasft.data.prepare import held_out_below, list_ingredients, open_prepared, prepare
 from lorasft.data.report import Report
 from lorasft.data.sources import RowLocation
-from lorasft.data.store import append_arrays, example_lengths, map_store, pack_examples
+from lorasft.data.store import UNSUPERVISED, Tokens, append_arrays, example_lengths, map_store, pack_examples
 from lorasft.data.tokenizer import load_tokenizer
-from lorasft.data.tokens import UNSUPERVISED, Tokens
 from lorasft.errors import DataError, ErrorGroup, LorasftError, ModelError
 from lorasft.recipe import ChatSettings, DataSettings, DataSource
 

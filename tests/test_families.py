@@ -13,7 +13,7 @@ from tiny_models import EYES, LLAMA_3, VOCABULARY, WINDOWS, shape
 from torch import nn
 
 from lorasft.data.packing import make_micro_batches
-from lorasft.data.tokens import all_supervised
+from lorasft.data.store import all_supervised
 from lorasft.errors import RecipeError
 from lorasft.model.adapter import attach_adapter, check_targets, trainable
 from lorasft.model.base import make_skeleton

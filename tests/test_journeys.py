@@ -276,7 +276,7 @@ def test_refusals_say_what_helps(
 def test_the_time_left_is_that_of_the_steps(recipe: Write, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """What comes before the first step, as the evaluation of the base, is not repeated."""
     now = [100.0]
-    monkeypatch.setattr("lorasft.training.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("lorasft.training.metrics.time", SimpleNamespace(monotonic=lambda: now[0]))
     settings = load_recipe(recipe())
     Path(settings.run.output).mkdir()
     shown = Metrics(settings, steps=11, done=0, metrics_bytes=0, quiet=True)

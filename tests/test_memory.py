@@ -346,7 +346,7 @@ def test_copies_of_weights_are_counted_and_kept_where_they_fit(recomputed: int, 
         with StorageMeter() as meter:
             pair_losses(network, batch).sum().backward()
         peaks.append(meter.peak)
-    fit = Fit(Plan(1, 1, 1, 0, "token", 60), recomputed, 2, batch, dry_run(planned, batch, recomputed=recomputed), 0)
+    fit = Fit(Plan(1, 1, 1, 0, "token", 60), recomputed, batch, dry_run(planned, batch, recomputed=recomputed), 0)
     on_gpu = replace(planned, planned=torch.device("cuda"))
     assert choose_copies(planned, fit, "auto") is choose_copies(on_gpu, fit, False) is fit
     more = choose_copies(planned, fit, True)
@@ -369,7 +369,7 @@ def test_copies_in_recomputed_layers_need_no_memory_beside_layers_that_do_not_re
         on_gpu.causal.frozen_weights.forget()
         needs = dry_run(on_gpu, batch, recomputed=count)
         spare = int(needs.peak / 0.9) + 1
-        more = choose_copies(on_gpu, Fit(Plan(1, 1, 1, 0, "token", 200), count, 6, batch, needs, spare), "auto")
+        more = choose_copies(on_gpu, Fit(Plan(1, 1, 1, 0, "token", 200), count, batch, needs, spare), "auto")
         assert (more.keep, more.needs) == ("layer", needs), count
 
 

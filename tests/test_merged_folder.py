@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lorasft.artifact import find_artifact, read_stops
 from lorasft.data.chat_format import ChatFormat
 from lorasft.data.templates import set_default_system
+from lorasft.data.tokenizer import read_tokenizer
 from lorasft.errors import ModelError
 from lorasft.merge.merge import merge as merge_artifact
-from lorasft.model.tokenizer_files import read_tokenizer
 from lorasft.recipe import ChatSettings
 
 pytestmark = PEFT_DOUBTS

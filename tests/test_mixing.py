@@ -17,8 +17,7 @@ from test_train import die, metrics, stop_at
 from lorasft.cli import main
 from lorasft.data.packing import Plan, Portion, mix, shuffle
 from lorasft.data.prepare import name_sources
-from lorasft.data.store import append_arrays, map_store, pack_examples
-from lorasft.data.tokens import all_supervised
+from lorasft.data.store import all_supervised, append_arrays, map_store, pack_examples
 from lorasft.files import read_objects, sha256
 from lorasft.recipe import DataSource
 from lorasft.training.layout import find_heaviest

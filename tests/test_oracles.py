@@ -14,7 +14,7 @@ from tiny_models import CONFIGS, VOCABULARY, make_base, randomize_adapter
 
 from lorasft.data import packing
 from lorasft.data.packing import MicroBatch, Plan, Segment, make_micro_batches
-from lorasft.data.tokens import Tokens
+from lorasft.data.store import Tokens
 from lorasft.model.adapter import attach_adapter
 from lorasft.model.loss import Network, pair_losses
 from lorasft.model.selfcheck import verify

@@ -12,7 +12,7 @@ from test_chat import conversation, make_encoder
 
 from lorasft.data.labels import Labeler, parity_breaks
 from lorasft.data.prepare import prepare
-from lorasft.data.tokens import UNSUPERVISED, Tokens
+from lorasft.data.store import UNSUPERVISED, Tokens
 from lorasft.errors import DataError, ModelError
 from lorasft.recipe import ChatSettings, DataSettings
 

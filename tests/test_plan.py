@@ -191,7 +191,7 @@ def test_a_rehearsed_run_has_the_same_bits(recipe: Write, tmp_path: Path, monkey
     rehearsed: list[str] = []
     plain = runs.add_gradients
     for name in ("plain", "rehearsed"):
-        monkeypatch.setattr(runs, "sees_too_little", lambda *_, name=name: name == "rehearsed")
+        monkeypatch.setattr(runs, "_REHEARSED", {"cpu"} if name == "rehearsed" else set())
         monkeypatch.setattr(runs, "add_gradients", lambda *given, name=name: (rehearsed.append(name), plain(*given)))
         assert main(["train", recipe(run={"output": str(tmp_path / name)})]) == 0
     assert rehearsed == ["rehearsed"]
@@ -206,7 +206,7 @@ def test_what_does_not_fit_is_met_before_the_first_step(
     recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
 ) -> None:
     """Nothing says that memory is near, and yet the device is smaller: the rehearsal finds the layout that fits."""
-    monkeypatch.setattr(runs, "sees_too_little", lambda *_: True)
+    monkeypatch.setattr(runs, "_REHEARSED", {"cpu"})
     settings: dict[str, Any] = {"adapter": {"dropout": 0.0}, "train": {"steps": 4}}
     assert main(["train", recipe(**settings, run={"output": str(tmp_path / "roomy")})]) == 0
     fills = Fills(80)

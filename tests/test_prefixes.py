@@ -25,7 +25,7 @@ from lorasft.cli import main
 from lorasft.data import packing
 from lorasft.data.packing import MicroBatch, Plan, make_micro_batches
 from lorasft.data.prefixes import Sharing
-from lorasft.data.tokens import Tokens, all_supervised
+from lorasft.data.store import Tokens, all_supervised
 from lorasft.model.attention import SEGMENTS, Paths, attend, default_attention
 from lorasft.model.loss import Network, pair_losses
 from lorasft.model.scoring import log_probabilities

@@ -16,8 +16,8 @@ from tiny_tokenizer import save_tokenizer
 
 from lorasft import cli
 from lorasft.commands.preview import COLOURS, painted
+from lorasft.data.store import UNSUPERVISED
 from lorasft.data.tokenizer import load_tokenizer
-from lorasft.data.tokens import UNSUPERVISED
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = '</script><img src=x onerror="document.title=1"> \u202e \x1b[31mred\x07 & <b>'

@@ -28,7 +28,7 @@ from lorasft.errors import DivergedError
 from lorasft.files import sha256
 from lorasft.recipe import RunSettings
 from lorasft.terminal import say
-from lorasft.training.progress import Progress, sparkline
+from lorasft.training.metrics import Progress, sparkline
 
 Write = Callable[..., str]
 
@@ -48,8 +48,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> SimpleNamespace:
     """Makes stderr a terminal of 80 columns, and `clock.now` the time."""
     clock = SimpleNamespace(now=100.0, columns=80)
     monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: True)  # that of capsys, made anew for the test
-    monkeypatch.setattr("lorasft.training.progress.get_terminal_size", lambda: os.terminal_size((clock.columns, 24)))
-    monkeypatch.setattr("lorasft.training.progress.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("lorasft.training.metrics.get_terminal_size", lambda: os.terminal_size((clock.columns, 24)))
+    monkeypatch.setattr("lorasft.training.metrics.time", SimpleNamespace(monotonic=lambda: clock.now))
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     return clock

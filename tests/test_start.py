@@ -32,7 +32,7 @@ def run_python(code: str, *words: object) -> subprocess.CompletedProcess[str]:
 FIRST_STEP = """
 import sys
 from lorasft import cli
-from lorasft.training.progress import Progress
+from lorasft.training.metrics import Progress
 step = Progress.step
 def watched(self, values):
     step(self, values)

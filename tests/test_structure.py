@@ -131,7 +131,7 @@ WRITERS = {
     "data/store.py": {"open"},  # the flat files of a store, in the stage of prepare
     "merge/merge.py": {"copytree", "rmtree", "save_pretrained"},  # in the stage of the merge
     "merge/sidecars.py": {"copyfile", "save_pretrained"},  # there, too
-    "model/tokenizer_files.py": {"TemporaryDirectory", "mkdir", "symlink_to"},  # links to the files of one tokenizer
+    "data/tokenizer.py": {"TemporaryDirectory", "mkdir", "symlink_to"},  # links to the files of one tokenizer
     "signals.py": {"write"},  # to stderr, from a signal's handler
     "model/scoring.py": {"TemporaryDirectory"},  # the store of the rows that it scores
     "model/cache.py": {"chmod", "save_pretrained"},  # in the stage of a kept base, whose folder is private

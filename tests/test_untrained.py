@@ -13,8 +13,7 @@ from conftest import save_base
 from safetensors.torch import load_file, save_file
 
 from lorasft import cli
-from lorasft.data.tokenizer import load_tokenizer
-from lorasft.data.untrained import refuse_untrained
+from lorasft.data.tokenizer import load_tokenizer, refuse_untrained
 from lorasft.errors import DataError
 
 EMBEDDING = "model.embed_tokens.weight"

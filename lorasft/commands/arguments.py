@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasft.errors import CapacityError, LorasftError, out_of_memory
-from lorasft.terminal import say, shorten, size_text
+from lorasft.terminal import quote, say, shorten, size_text
 
 if TYPE_CHECKING:
     from lorasft.artifact import Artifact
@@ -90,8 +90,8 @@ def load_saved(found: Artifact) -> tuple[Any, Any, Any]:
     """The tokenizer and the model of what was found, and of a PEFT model the one of transformers in it."""
     from accelerate import PartialState
 
+    from lorasft.data.tokenizer import read_tokenizer
     from lorasft.model.adapter import load_artifact
-    from lorasft.model.tokenizer_files import read_tokenizer
 
     model = load_artifact(found, PartialState().device)
     return read_tokenizer(found), model, model.get_base_model() if found.adapter else model
@@ -147,6 +147,7 @@ def fill_in(template: str, facts: Mapping[str, Any], *, html: bool = False) -> s
     environment.filters["yaml"] = partial(json.dumps, ensure_ascii=False)  # JSON is YAML, on one line
     environment.filters["line"] = shorten  # of a comment
     environment.filters["size"] = size_text
+    environment.filters["quote"] = quote  # a word of a command
     environment.filters["time"] = lambda seconds: timedelta(seconds=round(seconds))
     return environment.get_template(template).render(facts)
 

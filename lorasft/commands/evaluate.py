@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from lorasft.recipe import DataSource
 
 Lines = list[dict[str, Any]]  # for each answer its source, tokens, prompt, expected, and what each model gives it
-_FORMS = {"loss": ".4f", "perplexity": ".2f", "tokens": ","}  # of the columns of the table
-_FORMS |= dict.fromkeys(("exact_match", "normalised_match", "ended"), ".1%")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -62,12 +60,10 @@ def run(saved: str, overrides: Sequence[str], data: str, columns: str | None, as
     first = next(iter(named))
     worst = sorted(lines, key=lambda line: _harm(line, first), reverse=True)
     shown = [_side_by_side(line, totals) for line in worst]
-    more = "" if answers else "; --answers OUT.html: what the models answer, and how often it matches"
-    said = [f"{len(lines):,} answers in {data}; loss in nats a token{more}", *_table(totals)]
-    if "base" in totals:
-        worse = sum(_harm(line, first) > (False, 0.0) for line in lines)
-        said.append(f"{worse:,} of {len(lines):,} answers got worse by {first}")
-        said += [f"  {boxes[0][0]}" for boxes in shown[: min(worse, 5)]]
+    worse = sum(_harm(line, first) > (False, 0.0) for line in lines)
+    titles = [boxes[0][0] for boxes in shown[: min(worse, 5)]]
+    told = {"count": len(lines), "data": data, "answers": answers, "worse": worse, "first": first, "titles": titles}
+    said = arguments.fill_in("evaluate.txt.jinja", {**told, "totals": totals}).rstrip().split("\n")
     for out, chosen in ((per_example, lines), (answers, worst)):
         if out and out.endswith(".html"):
             page = {"rows": shown, "facts": said, "answers": True}
@@ -118,20 +114,6 @@ def _harm(line: Mapping[str, Any], name: str) -> tuple[bool, float]:
     """Whether an adapter lost a match, and by how much it raised the loss; of a model by itself the loss."""
     old, new = line.get("base", {"loss": 0.0}), line[name]
     return old.get("exact_match", False) > new.get("exact_match", False), new["loss"] - old["loss"]
-
-
-def _table(totals: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """A line for each model, and one for what each adapter changed."""
-    forms = {key: form for key, form in _FORMS.items() if all(key in total for total in totals.values())}
-    width = max(map(len, totals))
-    yield "  ".join([" " * width, *(key.replace("_", " ").rjust(8) for key in forms)])
-    for name, total in totals.items():
-        cells = (format(total[key], form).rjust(max(8, len(key))) for key, form in forms.items())
-        yield "  ".join([name.ljust(width), *cells])
-    for name, total in totals.items():
-        for key, numbers in total.get("against_base", {}).items():
-            change, low, high = (format(number, f"+{_FORMS[key]}") for number in numbers)
-            yield f"{name} - base: {key.replace('_', ' ')} {change} (95 %: {low} to {high})"
 
 
 def _side_by_side(line: Mapping[str, Any], models: Iterable[str]) -> list[tuple[str, Any]]:

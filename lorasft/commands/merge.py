@@ -6,9 +6,9 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
-from lorasft.commands.arguments import add_columns, add_json, add_saved, open_saved, show
+from lorasft.commands.arguments import add_columns, add_json, add_saved, fill_in, open_saved, show
 from lorasft.errors import RecipeError
-from lorasft.terminal import say, size_text
+from lorasft.terminal import say
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -46,12 +46,5 @@ def run(out: str, data: str | None, columns: str | None, as_json: bool, **option
     from lorasft.merge.merge import merge
 
     merged = merge(artifact, Path(out), data=source, **options)
-    what = f"merged {merged['updated']} tensors onto the {merged['onto']} weights ({merged['why']})"
-    say(f"{what}: {size_text(merged['size'])}")
-    if merged["table"]:
-        say(f"on {merged['rows']}:\n{'':30}  {'KL a token':>10}  {'same choice':>11}  {'nats a token':>12}")
-    for name, x in merged["table"].items():
-        say(f"{name:30}  {x['kl']:10.1e}  {x['same_choice']:11.1%}  {x['nll']:12.4f}")
-    if merged["onto"] == "dequantized" and merged["table"]:
-        say("the merge answers as chat and evaluate did, the adapter on its original base as 'onto original'")
+    say(fill_in("merge.txt.jinja", merged).rstrip())
     show({**merged, "folder": out}, [out], as_json=as_json)

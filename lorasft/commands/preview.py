@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from lorasft.data.report import Report
-    from lorasft.data.tokens import Tokens
+    from lorasft.data.store import Tokens
 
 Part = tuple[str, bool, bool]  # text, whether it is supervised, whether it is a special token
 DROPPED_SHOWN = 10
@@ -45,8 +45,7 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
 
     settings = load_recipe(recipe, overrides)
     from lorasft.data.prepare import prepare
-    from lorasft.data.tokenizer import add_tokens, load_tokenizer
-    from lorasft.data.untrained import refuse_untrained
+    from lorasft.data.tokenizer import add_tokens, load_tokenizer, refuse_untrained
 
     tokenizer = load_tokenizer(settings.model.base, settings.model.revision)
     new = add_tokens(tokenizer, settings.model.new_tokens)

@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
-import shlex
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasft.commands.arguments import add_recipe, read_recipe
+from lorasft.commands.arguments import add_recipe, fill_in, read_recipe
 from lorasft.errors import Stopped
-from lorasft.terminal import say, shorten, size_text, train_command
+from lorasft.terminal import say, shorten, train_command
 
 if TYPE_CHECKING:
     from lorasft.recipe import Recipe
@@ -24,8 +22,6 @@ if TYPE_CHECKING:
     from lorasft.training.distributed import Ranks
     from lorasft.training.run import Shared
     from lorasft.training.state import Run, State
-
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -63,14 +59,13 @@ def train_one(
         with open_run(settings, resume=resume, ranks=ranks, shared=shared) as (ready, state):
             ready.metrics.progress.live &= not verbose
             if ranks.is_main:
-                say("\n".join(_describe(ready)))
+                say(_describe(ready))
             state = run_steps(ready, state, deadline=shared.deadline if shared else math.inf)
             adapter = ranks.on_main(lambda: export_adapter(ready, state))
         if ranks.is_main:
             _show_answers(ready, state)
-            say(f"done in {timedelta(seconds=round(time.monotonic() - started))}; adapter in {adapter}")
-            say("next: " + "\n      ".join(next_commands(folder, settings)))
-            say(f"or serve the adapter: {_serve_command(ready, adapter)}")
+            facts = {"seconds": time.monotonic() - started, "commands": next_commands(folder, settings)}
+            say(fill_in("trained.txt.jinja", {**facts, "run": ready, "adapter": adapter}).rstrip())
     return ready.signal
 
 
@@ -83,37 +78,17 @@ def train(recipe: str | Path, *, resume: bool = False, **overrides: Any) -> Hist
     return History(run(str(recipe), words, resume=resume, quiet=False, verbose=False))
 
 
-def _describe(ready: Run) -> Iterator[str]:
+def _describe(ready: Run) -> str:
     """What is trained on what, how it fits, and where it goes, in four lines that 80 columns have room for."""
     from lorasft.model.recompute import decoder_layers
 
-    model, report, layout = ready.recipe.model, ready.inputs.prepared.report, ready.layout
-    kind = "4 bit (NF4)" if model.quantization == "nf4" else layout.dtype
-    trained = f"adapter of rank {ready.inputs.adapter.rank}, {ready.trained.master.numel():,} parameters"
-    yield f"base  {'/'.join(Path(model.base).parts[-2:])} in {kind}; {trained}"
-    examples = f"{report.train_examples:,} examples, {report.held_out_examples:,} held out"
-    examples += f", {report.weighted_examples:,} weighted" * bool(report.weighted_examples)
-    tokens = f"{report.tokens:,} tokens, {report.supervised_tokens / max(1, report.tokens):.0%} supervised"
-    yield f"data  {examples}; {tokens}; parity {report.rows - report.parity_breaks:,}/{report.rows:,}"
-    memory = json.loads((ready.folder / "memory.json").read_bytes())
-    peak = size_text(memory["measured"] or memory["predicted"]["peak"])
-    layers = f"{layout.recomputed_layers} of {len(decoder_layers(ready.network.causal))} layers recomputed"
-    fits = f"{peak} of {size_text(memory['free'])}, {layers}" + ", weights kept in 16 bit" * layout.keep_16bit
-    yield f"fit   on {ready.network.device} in {layout.dtype}, takes {fits}"
-    yield f"run   {ready.folder}: {ready.plan.steps:,} steps of {ready.plan.batch_size:,} examples; Ctrl-C stops, saved"
-
-
-def _serve_command(ready: Run, adapter: Path) -> str:
-    """vLLM's for the adapter on its base, from which it would take template, stops and, for ranks over 16, an error."""
-    settings, model = ready.inputs.adapter, ready.recipe.model
-    rank = next((most for most in _VLLM_RANKS if most >= settings.rank), None)
-    if rank is None or settings.dora or settings.modules_to_save or model.new_tokens:
-        return "vLLM takes none of this kind, merge it"
-    words: list[object] = ["vllm", "serve", model.base, *(["--revision", model.revision] if model.revision else [])]
-    words += ["--enable-lora", "--lora-modules", f"mine={adapter}", "--max-lora-rank", rank]
-    words += ["--chat-template", adapter / "chat_template.jinja", "--generation-config", adapter]
-    four_bit = "\n(on the original base it answers a little otherwise than on the 4-bit one: merge says by how much)"
-    return shlex.join(map(str, words)) + four_bit * (model.quantization == "nf4")
+    facts = {
+        "run": ready,
+        "base": "/".join(Path(ready.recipe.model.base).parts[-2:]),
+        "layers": len(decoder_layers(ready.network.causal)),
+        "memory": json.loads((ready.folder / "memory.json").read_bytes()),
+    }
+    return fill_in("train.txt.jinja", facts).rstrip()
 
 
 @contextmanager

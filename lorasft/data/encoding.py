@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorasft.data.tokenizer import control_tokens
 
@@ -19,18 +18,13 @@ if TYPE_CHECKING:
 # A control token's text that is meant as text: a code point that Unicode keeps for no character, then its index.
 MARK, FIRST = "\U000ffffe", 0xF0000
 _PLACEHOLDER = re.compile(f"({MARK}.)")
-Span = tuple[int, int]
 
 
-@dataclass(frozen=True)
-class Pieces:
+class Pieces(NamedTuple):
     """What is needed of `tokenizers.Encoding`, put together from several: token ids, and the characters of each."""
 
     ids: list[int]
-    offsets: list[Span]
-
-    def __len__(self) -> int:
-        return len(self.ids)
+    offsets: list[tuple[int, int]]
 
 
 class Encoded:
@@ -38,16 +32,16 @@ class Encoded:
 
     def __init__(self, stretches: Sequence[str], encodings: Sequence[Any]) -> None:
         """`encodings`: of each stretch of the text, in turn."""
-        self.ids = list(chain.from_iterable([encoding.ids for encoding in encodings]))
-        self._stretches = stretches
-        self._encodings = encodings
+        ids = [encoding.ids for encoding in encodings]
+        self.ids = list(chain.from_iterable(ids))
+        self._parts = list(zip(stretches, encodings, map(len, ids), strict=True))
 
     def tokens_between(self, start: int, end: int) -> list[tuple[int, int, int]]:
         """The first and the last token that hold a character of `start` to `end`: their number, and start and end of
         the characters that they hold. Empty where there is no such token."""
         found: list[tuple[int, int, int]] = []
         at = token = 0
-        for stretch, encoding in zip(self._stretches, self._encodings, strict=True):
+        for stretch, encoding, size in self._parts:
             if at < end and start < at + len(stretch):
                 offsets = encoding.offsets
                 first = bisect_right(offsets, start - at, key=itemgetter(1))
@@ -55,7 +49,7 @@ class Encoded:
                 if first < stop:
                     found += [(token + n, at + offsets[n][0], at + offsets[n][1]) for n in (first, stop - 1)]
             at += len(stretch)
-            token += len(encoding)
+            token += size
         return [found[0], found[-1]] if found else []
 
 

@@ -6,22 +6,16 @@ from __future__ import annotations
 import glob
 import re
 from pathlib import Path
+from typing import Any
 
 from lorasft.errors import DataError, RecipeError, UnsafeError
 from lorasft.hub import is_hub_id
 from lorasft.recipe import DataSettings, DataSource
-from lorasft.recipe.yaml_reader import parse_yaml
+from lorasft.recipe.yaml_reader import parse_yaml, read_yaml
 
-KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
-COMPRESSED = (".gz", ".zst", ".bz2")
-# None are in these.
-ABOUT_ROWS = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-SPLITS = {  # the words that `datasets` looks for
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation", "heldout", "holdout"), "test"),
-}
-HELD_OUT = ("validation", "test")  # the one that is taken first
+_NAMES: dict[str, Any] = read_yaml(Path(__file__).with_name("folders.yaml")).value
+KINDS, COMPRESSED, HELD_OUT = (tuple(_NAMES[name]) for name in ("kinds", "compressed", "held_out"))
+SPLITS = {word: split for split, words in _NAMES["splits"].items() for word in words}
 DEEPEST = 3  # folders below the given one: config/train/0000.parquet
 
 Files = tuple[Path, ...]
@@ -80,7 +74,7 @@ def _by_names(folder: Path) -> dict[Path, str]:
         found = {
             file: split_of(file.relative_to(folder))
             for file in files
-            if file.name not in ABOUT_ROWS
+            if file.name not in _NAMES["about_rows"]
             and not any(part.startswith(".") for part in file.relative_to(folder).parts)
             and not (file.suffix in COMPRESSED and file.with_suffix("") in files)
         }

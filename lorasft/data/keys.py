@@ -29,10 +29,7 @@ KNOWN = {"role", "content", "tool_calls", "function_call", "weight", *REASONING,
 KEPT = KNOWN | {"name", "tool_call_id"}  # of a turn; these two say something to some templates
 _WEIGHTS_TO = (1e-9, 1e9)  # products and sums of them are numbers of fp32
 _A_WEIGHT = f"0, or a number from {_WEIGHTS_TO[0]:g} to {_WEIGHTS_TO[1]:g}"
-PAIRS = (
-    "'data.columns={completion: chosen}' learns the better answers beside a prompt, {output: chosen} beside an "
-    "instruction, {messages: chosen} where it is a conversation; beside messages, put it at their end"
-)
+PAIRS: str = _NAMES["pairs"]  # what to do with preference pairs
 
 
 def is_absent(value: Any) -> bool:

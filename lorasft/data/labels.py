@@ -12,9 +12,9 @@ from lorasft.data.chat_format import ChatFormat, MarkedText
 from lorasft.data.encoding import Encoded
 from lorasft.data.examples import Example, Message, reasoning_of, refuse_untrainable, without_reasoning
 from lorasft.data.report import Report
+from lorasft.data.store import UNSUPERVISED, Tokens, all_supervised, supervised_runs
 from lorasft.data.templates import limits, read_template
 from lorasft.data.tokenizer import adds_bos
-from lorasft.data.tokens import UNSUPERVISED, Tokens, all_supervised, supervised_runs
 from lorasft.errors import DataError
 from lorasft.recipe import DataSettings
 

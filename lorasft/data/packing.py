@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorasft.data.prefixes import Sharing, Tree, branch_ends, build_trees
-from lorasft.data.store import Ints, TokenStore
-from lorasft.data.tokens import Tokens
+from lorasft.data.store import Ints, Tokens, TokenStore
 
 Sequences = Callable[[int], tuple[Tokens, ...]]  # the tokenized sequences of an example
 

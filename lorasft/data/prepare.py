@@ -27,7 +27,7 @@ from lorasft.data.sources import load_hub
 from lorasft.data.store import TYPES, Arrays, TokenStore, append_arrays, map_store, pack_examples
 from lorasft.data.workers import available_workers, map_blocks
 from lorasft.errors import DataError, LorasftError, ModelError
-from lorasft.files import read_objects, remove_folder, sha256, staged_folder, verify_folder, write_file
+from lorasft.files import remove_folder, sha256, staged_folder, verify_folder, write_file
 from lorasft.recipe import PLACES, ChatSettings, DataSettings, DataSource
 
 if TYPE_CHECKING:
@@ -99,11 +99,6 @@ def open_prepared(folder: Path) -> Prepared:
         stop_ids=tuple(record["stop_ids"]),
         supervised_special=tuple(record["supervised_special"]),
     )
-
-
-def read_ingredients(folder: Path) -> dict[str, Any]:
-    """What the tokens that `prepare` committed to `folder` were made from; nothing when they are gone."""
-    return dict(next(read_objects(folder / "prepared.json"), {}).get("ingredients", {}))
 
 
 def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from lorasft.data.folders import COMPRESSED, KINDS, SPLITS, kind_of
-from lorasft.errors import DataError, UnsafeError
-from lorasft.hub import find_hub, refuse_offline
+from lorasft.errors import DataError
+from lorasft.hub import find_hub, loading
 from lorasft.recipe import DataSource
 
 Row = dict[str, Any]
@@ -85,16 +85,10 @@ def load_hub(source: DataSource) -> Any:
     import datasets  # only here
 
     datasets.disable_progress_bars()
-    try:
+    hint = "data.train takes a file, a folder, a glob or the id of a data set on the hub"
+    safe = "take its files: JSON, CSV or Parquet"
+    with loading("the data set", source.path, hint=hint, safe=safe, kind=DataError):
         return datasets.load_dataset(source.path, source.config, split=source.split)
-    except Exception as error:  # whatever the network, the hub and the loader may raise
-        refuse_offline(error, source.path)
-        if "Dataset scripts" in str(error):
-            what = "this data set is a program of its own, which lorasft does not run"
-            raise UnsafeError(what, where=source.path, hint="take its files: JSON, CSV or Parquet") from None
-        what = f"cannot load this data set: {type(error).__name__}: {error}"
-        hint = "data.train takes a file, a folder, a glob or the id of a data set on the hub"
-        raise DataError(what, where=source.path, hint=hint) from None
 
 
 def drop_nulls(value: Any) -> Any:

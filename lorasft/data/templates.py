@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasft.data.keys import REASONING
 from lorasft.data.tokenizer import adds_bos
-from lorasft.errors import DataError, ModelError, UnsafeError
+from lorasft.errors import DataError, ModelError, UnsafeError, reading
 from lorasft.recipe import ChatSettings
 
 if TYPE_CHECKING:
@@ -224,11 +224,9 @@ def _loses_system(tokenizer: PreTrainedTokenizerFast) -> bool:
 
 def _load_template(tokenizer: PreTrainedTokenizerFast, name: str) -> str:
     if name not in BUILT_IN:
-        try:
+        hint = f"chat.template is {', '.join(BUILT_IN)}, a file, or null for the tokenizer's own"
+        with reading("cannot read the chat template", where=name, hint=hint):
             return Path(name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as fault:
-            hint = f"chat.template is {', '.join(BUILT_IN)}, a file, or null for the tokenizer's own"
-            raise ModelError(f"cannot read the chat template: {fault}", where=name, hint=hint) from None
     encode = tokenizer.backend_tokenizer.encode
     needed = ("<|im_start|>", "<|im_end|>") if name == "chatml" else ()
     if unknown := [text for text in needed if encode(text, add_special_tokens=False).tokens != [text]]:

@@ -16,7 +16,7 @@ import numpy as np
 from lorasft.adapter_files import PREFIX, list_adapted, lora_scale, read_adapter_weights
 from lorasft.artifact import MERGE_RECORD, Artifact
 from lorasft.data.tokenizer import load_tokenizer
-from lorasft.errors import DeviceError, ModelError
+from lorasft.errors import DeviceError, ModelError, reading
 from lorasft.export.families import USUAL_CONVERTER, GgufLayout, read_gguf_layout
 from lorasft.export.quantize import K_QUANTS, quantize
 from lorasft.export.tokenizer import describe_tokenizer, find_raw_start
@@ -127,12 +127,10 @@ def write_gguf_lora(artifact: Artifact, out: Path) -> dict[str, Any]:
         left -= pair
         a, b = (weights[key].float().numpy() for key in sorted(pair))
         factor, turned = lora_scale(config, path)[1], layout.turned(name)
-        try:
+        with reading(f"{path} has shapes that do not fit", where=folder, hint="train it again"):
             scaled = turn_heads(b * np.float32(factor * len(a) / alpha), turned)
             given = np.random.default_rng(0).standard_normal(a.shape[1])
             probes[name] = given, turn_heads(factor * (b @ (a @ given)), turned)
-        except (ValueError, IndexError):
-            raise ModelError(f"{path} has shapes that do not fit", where=folder, hint="train it again") from None
         tensors |= {f"{name}.lora_a": a, f"{name}.lora_b": scaled}
     if left:
         what, hint = f"llama.cpp's adapters have no place for {min(left)}", "merge it: lorasft export "

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from lorasft.artifact import Artifact, find_artifact
 from lorasft.data.prepare import Prepared, open_prepared
-from lorasft.data.tokens import UNSUPERVISED, Tokens, all_supervised
+from lorasft.data.store import UNSUPERVISED, Tokens, all_supervised
+from lorasft.data.tokenizer import read_tokenizer
 from lorasft.errors import DataError, ModelError
 from lorasft.merge.sidecars import compare_prompts
 from lorasft.merge.write import Onto
 from lorasft.model.adapter import load_artifact
 from lorasft.model.scoring import check_ids, read_answers
-from lorasft.model.tokenizer_files import read_tokenizer
 from lorasft.recipe import DataSource
 from lorasft.terminal import say
 

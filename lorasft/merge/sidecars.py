@@ -11,12 +11,11 @@ from typing import Any
 
 from lorasft.artifact import GENERATION_CONFIG, MERGE_RECORD, Artifact, read_stops
 from lorasft.data.chat_format import ChatFormat
+from lorasft.data.store import Tokens
 from lorasft.data.templates import set_default_system
-from lorasft.data.tokenizer import load_tokenizer
-from lorasft.data.tokens import Tokens
+from lorasft.data.tokenizer import TEMPLATE, TOKENIZER, list_sidecars, load_tokenizer, own_files, read_tokenizer
 from lorasft.errors import LorasftError, ModelError
 from lorasft.files import MANIFEST, make_folder, read_objects, replace_file, write_file
-from lorasft.model.tokenizer_files import TEMPLATE, TOKENIZER, list_sidecars, own_files, read_tokenizer
 from lorasft.recipe import ChatSettings
 from lorasft.tensors import INDEX, SINGLE
 

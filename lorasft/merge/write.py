@@ -30,6 +30,7 @@ from lorasft.tensors import INDEX, SINGLE, TensorFile, TensorSpec, TensorWriter,
 from lorasft.terminal import is_live, say, size_text
 
 Read = Callable[[], Tensor]
+Rows = Callable[[int, int], Tensor]  # gives rows `first` to `first + count`, (count, width)
 Onto = Literal["original", "dequantized"]  # the weights that an update is added to
 
 _SLICE = 1 << 27  # numbers of a product at a time: 512 MiB
@@ -129,8 +130,8 @@ def _slice_rows(change: Change) -> int:
     return rows if change.needs_all_rows else min(rows, max(1, _SLICE // (change.shape[-1] * unit)) * unit)
 
 
-def _read_weight(weight: StoredWeight, spec: TensorSpec, nf4: Read | None) -> Callable[[int, int], Tensor]:
-    """What the base has for a tensor that is to be as `spec`: gives rows `first` to `first + count`, (count, width)."""
+def _read_weight(weight: StoredWeight, spec: TensorSpec, nf4: Read | None) -> Rows:
+    """What the base has for a tensor that is to be as `spec`."""
     if nf4 or weight.convert:
         numbers = (nf4() if nf4 else weight.read().to(spec.torch_dtype)).reshape(-1, spec.width)
     elif weight.spec.shape != spec.shape:  # with more rows, as `add_rows` has them, unless all are replaced
@@ -144,13 +145,7 @@ def _read_weight(weight: StoredWeight, spec: TensorSpec, nf4: Read | None) -> Ca
 
 
 def _merge_tensor(
-    writer: TensorWriter,
-    weight: Callable[[int, int], Tensor],
-    change: Change,
-    *,
-    name: str,
-    spec: TensorSpec,
-    buffer: Tensor,
+    writer: TensorWriter, weight: Rows, change: Change, *, name: str, spec: TensorSpec, buffer: Tensor
 ) -> bool:
     """Write one tensor: its change added in fp32, a block of rows at a time, then rounded once. Returns whether
     anything of the change is left."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from lorasft import adapter_files
 from lorasft.artifact import Artifact
 from lorasft.data.tokenizer import needed_rows
-from lorasft.errors import CapacityError, ModelError, RecipeError, out_of_memory
+from lorasft.errors import CapacityError, ModelError, RecipeError, reading
 from lorasft.files import write_file
 from lorasft.machine import free_memory
 from lorasft.model.base import compute_dtype, load_base, make_skeleton, read_config
@@ -38,6 +38,8 @@ _FUSED = {
     "out_proj": {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"},
     "dt_proj": {"falcon_mamba", "jamba", "mamba"},
 }
+_HINT = "use the base that it was trained on, or merge with --no-check; for a new one other adapter.targets"
+_peft_errors = partial(reading, "PEFT cannot make this adapter", hint=_HINT)
 
 
 def attach_adapter(base: Any, settings: AdapterSettings, *, seed: int, new_rows: Mapping[int, Any] = {}) -> Any:
@@ -90,7 +92,7 @@ def load_adapter(base: Any, artifact: Artifact, *, trainable: bool = False) -> A
     if adapter_files.adapts_experts(fields) and any(hasattr(module, "packed") for module in base.modules()):
         what = "it adapts experts, which is not possible where they are in 4 bit"
         raise ModelError(what, where=folder, hint="--quantization none, or in a recipe model.quantization=none")
-    with _peft_errors(folder / adapter_files.CONFIG):  # of an earlier transformers
+    with _peft_errors(where=folder / adapter_files.CONFIG):  # of an earlier transformers
         weights = convert_peft_adapter_state_dict_for_transformers(base, LoraConfig(), weights)
     others = [name for name in weights if ".lora_A." not in name and ".lora_B." not in name]
     others += [key for key in ("target_parameters", "init_lora_weights") if fields.get(key)]
@@ -234,21 +236,9 @@ def check_targets(base: Any, settings: AdapterSettings) -> None:
         raise RecipeError(f"{key}: {what}", where=key, hint=hint)
 
 
-@contextlib.contextmanager
-def _peft_errors(where: object) -> Iterator[None]:
-    """Say in words what PEFT raises where it cannot make an adapter."""
-    try:
-        yield
-    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
-        if out_of_memory(error):
-            raise
-        hint = "use the base that it was trained on, or merge with --no-check; for a new one other adapter.targets"
-        raise ModelError(f"PEFT cannot make this adapter: {error}", where=where, hint=hint) from None
-
-
 def _wrap(base: Any, *, where: object, **settings: Any) -> Any:
     """The PEFT model of `base` with LoRA by PEFT's `settings`. Raises ModelError where PEFT cannot make it."""
-    with warnings.catch_warnings(), _peft_errors(where):
+    with warnings.catch_warnings(), _peft_errors(where=where):
         # peft 0.21 asks transformers by a name that it gave up (peft/peft_model.py).
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))

@@ -23,8 +23,8 @@ from transformers.utils import cached_file
 
 from lorasft.adapter_files import read_adapter_config
 from lorasft.artifact import GENERATION_CONFIG, Artifact, stored_as
-from lorasft.errors import CapacityError, DeviceError, LorasftError, ModelError, UnsafeError, out_of_memory
-from lorasft.hub import is_folder, refuse_offline
+from lorasft.errors import DeviceError, ModelError, UnsafeError
+from lorasft.hub import is_folder, loading
 from lorasft.model.attention import default_attention
 from lorasft.model.cache import Keep, find_place, keep_base, read_kept
 from lorasft.model.experts import BLOCK, Nf4Quantizer, find_experts, packed_parts
@@ -37,6 +37,7 @@ from lorasft.terminal import say
 
 # Above this share of the linear weights left in 16 bits, a "4-bit" model is one in name only (Llama 4's experts).
 _MOST_UNQUANTIZED = 0.15
+_loading = partial(loading, "the model", hint="name a model folder or a hub id that can be reached")
 
 
 def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool = False, keep: Keep = False) -> Any:
@@ -58,7 +59,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
 
     def read(source: str | None, config: Any = config, **how: Any) -> Any:
         placing = _placing(config, scheme.bnb_4bit_compute_dtype, device, streamed=streamed, packs=quantize)
-        with quiet_progress(), _loading_errors(settings.base), placing as places:
+        with quiet_progress(), _loading(settings.base), placing as places:
             model, found = model_class(config).from_pretrained(
                 source,
                 # As it was read and cleared: what its file says of attention would win over the argument.
@@ -147,7 +148,7 @@ def _set_compute_dtype(config: Any, scheme: BitsAndBytesConfig) -> bool:
 def read_generation(base: str, revision: str | None) -> dict[str, Any]:
     """What the generation config of a base says, where it has one."""
     quiet = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False)
-    with _loading_errors(base):
+    with _loading(base):
         path = cached_file(base, GENERATION_CONFIG, revision=revision, **quiet)
         return dict(json.loads(Path(path).read_bytes())) if path else {}
 
@@ -214,7 +215,7 @@ def read_config(base: str, revision: str | None = None) -> Any:
             origin = read_adapter_config(folder).get("base_model_name_or_path")
             raise ModelError("this is an adapter, not a base", where=base, hint=f"its base is model.base: {origin}")
         raise ModelError("no config.json: this is no model folder", where=base, hint="name a model folder or a hub id")
-    with _loading_errors(base):
+    with _loading(base):
         config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
         fits = not config.is_encoder_decoder and model_class(config)
     if not fits:
@@ -237,7 +238,7 @@ def read_config(base: str, revision: str | None = None) -> Any:
 def make_skeleton(config: Any, dtype: torch.dtype | None = None) -> Any:
     """The model of `config` without weights: on the meta device."""
     config = copy.deepcopy(config)  # transformers notes the attention in it
-    with torch.device("meta"), _loading_errors(config.name_or_path):
+    with torch.device("meta"), _loading(config.name_or_path):
         return model_class(config)._from_config(config, dtype=dtype, attn_implementation=default_attention(config))
 
 
@@ -337,27 +338,3 @@ def quiet_progress() -> Iterator[None]:
         log.disable_progress_bar()
         log.set_verbosity_error()
         yield
-
-
-@contextlib.contextmanager
-def _loading_errors(base: str) -> Iterator[None]:
-    """Say in plain words what transformers could not load."""
-    try:
-        yield
-    except LorasftError:
-        raise
-    except Exception as error:  # what a broken config makes transformers raise is of any kind
-        if out_of_memory(error) or "Cannot allocate memory" in str(error):
-            hint = "free memory, or a smaller base"
-            raise CapacityError("out of memory while loading", where=base, hint=hint) from error
-        if "offloaded to the disk" in str(error):
-            what = "the base does not fit into memory, and is stored so that it cannot be streamed"
-            raise CapacityError(what, where=base, hint="merge with --onto dequantized, or with --no-check") from None
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        if not Path(base).is_dir():
-            refuse_offline(error, base)
-        if "trust_remote_code" in str(error):
-            what = "this model needs code from its own folder"
-            raise UnsafeError(what, where=base, hint="lorasft runs no code from files") from None
-        hint = "name a model folder or a hub id that can be reached"
-        raise ModelError(f"cannot load the model: {reason}", where=base, hint=hint) from error

@@ -9,14 +9,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList, TextStreamer
 
+from lorasft.artifact import list_stops
 from lorasft.errors import DataError
 from lorasft.model.attention import default_attention, evaluating
-
-
-def own_stops(causal: Any) -> list[int]:
-    """The tokens at which generation with `causal` stops by its own config."""
-    stops = causal.generation_config.eos_token_id
-    return stops if isinstance(stops, list) else [] if stops is None else [stops]
 
 
 def generate(
@@ -42,7 +37,7 @@ def generate(
     if length >= positions:
         what = f"the prompt has {length} tokens, the model {positions} positions"
         raise DataError(what, hint="a shorter prompt")
-    stops = sorted({*stops, *own_stops(causal)})
+    stops = sorted({*stops, *list_stops(causal.generation_config.eos_token_id)})
     config = GenerationConfig(
         max_new_tokens=min(max_new_tokens, positions - length),
         do_sample=temperature > 0,

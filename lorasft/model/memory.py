@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorasft.data.packing import MicroBatch, make_micro_batches
-from lorasft.data.tokens import all_supervised
+from lorasft.data.store import all_supervised
 from lorasft.model.adapter import trainable
 from lorasft.model.base import count_bytes
 from lorasft.model.loss import Network, pair_losses

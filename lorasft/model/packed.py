@@ -16,7 +16,7 @@ from bitsandbytes import functional
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from lorasft.errors import ModelError
+from lorasft.errors import ModelError, reading
 from lorasft.tensors import DTYPES, TensorFile, TensorSpec
 
 NF4: dict[str, Any] = {"blocksize": 64, "quant_type": "nf4", "compress_statistics": True}  # as bitsandbytes is told
@@ -35,11 +35,9 @@ class StoredWeight:
 
     def read(self) -> Tensor:
         """The numbers, in the dtype that they were quantized from; FP8 in fp32. Raises ModelError for broken files."""
-        try:
+        with reading(f"{next(iter(self.parts))} does not fit its own description", AssertionError):
             parts = [file.read(name) for name, file in self.parts.items()]
             return self.convert(*parts) if self.convert else parts[0]
-        except (KeyError, ValueError, RuntimeError, IndexError, AssertionError) as error:
-            raise ModelError(f"{next(iter(self.parts))} does not fit its own description: {error}") from None
 
     def __getitem__(self, _: Any) -> Tensor:
         """The numbers: transformers asks for them by `[...]`."""
@@ -107,11 +105,9 @@ def _find_4bit(places: Mapping[str, TensorFile]) -> dict[str, StoredWeight]:
         if (match := _STATE.fullmatch(state)) and match[1] in places:
             weight, file = match[1], places[state]
             names = [weight, *(name for name in places if name.startswith(f"{weight}."))]
-            try:
+            with reading(f"{state} is not what bitsandbytes writes", where=file.path):
                 described = json.loads(file.read_bytes(state, 0, _MOST))
                 dtype, shape = _NAMES[described["dtype"]], tuple(int(size) for size in described["shape"])
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ModelError(f"{state} is not what bitsandbytes writes: {error}", where=file.path) from None
             spec = TensorSpec(dtype, shape, math.prod(shape) * (4 if dtype == "F32" else 2))
             parts = {name: places[name] for name in names}
             found[weight] = StoredWeight(spec, parts, partial(_unpack_4bit, names=names, shape=shape))

@@ -19,7 +19,7 @@ from torch import Tensor
 from lorasft.data.packing import MicroBatch, Sequences, assign_to_rank, make_micro_batches
 from lorasft.data.prepare import Prepared, prepare, settings_for
 from lorasft.data.sources import RowLocation
-from lorasft.data.tokens import all_supervised, supervised_runs
+from lorasft.data.store import all_supervised, supervised_runs
 from lorasft.errors import DivergedError, ModelError
 from lorasft.model.attention import evaluating
 from lorasft.model.generate import generate

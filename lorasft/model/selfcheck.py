@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasft.data.packing import MicroBatch, make_micro_batches
-from lorasft.data.tokens import Tokens, all_supervised
+from lorasft.data.store import Tokens, all_supervised
 from lorasft.errors import first_line, out_of_memory
 from lorasft.model.attention import SEGMENTS, Paths, Shape, attend, default_attention, evaluating
 from lorasft.model.lean import use_lean_layers

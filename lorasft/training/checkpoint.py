@@ -30,9 +30,9 @@ from transformers.utils import cached_file
 from lorasft import __version__, files
 from lorasft.adapter_files import read_adapter_weights
 from lorasft.artifact import CHANGED, RESTORE, check_run_folder
-from lorasft.data.prepare import open_prepared, read_ingredients
+from lorasft.data.prepare import open_prepared
 from lorasft.data.store import changed_rows, example_lengths
-from lorasft.errors import CapacityError, DivergedError, LorasftError, ModelError, RecipeError, out_of_memory
+from lorasft.errors import CapacityError, DivergedError, LorasftError, ModelError, RecipeError, out_of_memory, reading
 from lorasft.model.adapter import adapter_weights, give_weights, write_adapter
 from lorasft.recipe import Recipe
 from lorasft.recipe.load import compare, dump_recipe, load_recipe
@@ -109,19 +109,15 @@ def restore_checkpoint(path: Path, run: Run) -> None:
     """Put adapter and optimizer back as they were when `path` was saved, bit for bit. Raises ModelError."""
     give_weights(run.model, read_adapter_weights(path), where=path)
     run.trained.refresh()
-    try:
+    with reading("cannot read the optimizer", SafetensorError, where=path):
         restore_optimizer(run.optimizer, load_file(path / "optimizer.safetensors"))
-    except (SafetensorError, OSError, LookupError, ValueError, RuntimeError) as error:
-        raise ModelError(f"cannot read the optimizer: {error}", where=path) from None
 
 
 def read_state(path: Path, *, run: str | None) -> State:
     """The state of a checkpoint of `run` (None: any) that verifies. Raises ModelError when it is none."""
     files.verify_folder(path)
-    try:
+    with reading("no readable state.json", where=path):
         state = TypeAdapter(State).validate_json((path / "state.json").read_bytes(), strict=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"no readable state.json: {' '.join(str(error).split())[:200]}", where=path) from None
     if path.name != f"step-{state.step:06d}":
         raise ModelError(f"a copy of step {state.step}", where=path)
     if run is not None and state.run != run:
@@ -142,7 +138,8 @@ def find_checkpoint(recipe: Recipe, inputs: RunInputs) -> State:
         what = f"the data, the tokenizer or their libraries changed since step {saved.step}:"
         of_run, of_sweep = (one / saved.data[:16] for one in (prepared.folder.parent, folder.parent / "tokens"))
         before = of_sweep if of_sweep.is_dir() and not of_run.is_dir() else of_run
-        made_from = map(read_ingredients, (before, prepared.folder))
+        records = (next(files.read_objects(one / "prepared.json"), {}) for one in (before, prepared.folder))
+        made_from = (one.get("ingredients", {}) for one in records)
         changes = list(compare(*({**one, "files": sum(map(len, one.get("files", ())))} for one in made_from)))
         with suppress(ModelError, OSError):
             changes += changed_rows(open_prepared(before).store, prepared.store)
@@ -210,10 +207,6 @@ class CheckpointSaver:
     last: State
     tried: float = field(default_factory=time.monotonic)
     failed: bool = False
-
-    def overdue(self, minutes: float | None) -> bool:
-        """Whether so many `minutes` have passed since the last save."""
-        return minutes is not None and time.monotonic() - self.tried > 60 * minutes
 
     def attempt(self, run: Run, state: State, *, final: bool) -> State:
         """Save. When disk or memory does not allow it, say so and continue with what was saved before; raises

@@ -48,7 +48,6 @@ class Fit:
 
     plan: Plan  # as it will be run
     recomputed: int  # layers that recompute their activations
-    layers: int  # of the model
     heaviest: MicroBatch
     needs: ActivationMemory | None  # None: this model cannot be run without numbers
     spare: int  # bytes for it
@@ -159,8 +158,8 @@ def choose_fit(
         least = 0 if wanted is None and tokens >= usual and not last else wanted
         recomputed, needs = fewest_recomputed(network, heaviest, wanted=least, free=spare)
         if needs is None:  # the model reads numbers: the usual tokens, and as many layers as need least
-            return Fit(plan, layers if wanted is None else wanted, layers, find_heaviest(plan, rows), None, spare)
-        fit = Fit(tried, recomputed, layers, heaviest, needs, spare)
+            return Fit(plan, layers if wanted is None else wanted, find_heaviest(plan, rows), None, spare)
+        fit = Fit(tried, recomputed, heaviest, needs, spare)
         if fit.holds or last:
             return fit
         tokens = max(longest, (tokens if tokens > usual else min(tokens, len(heaviest.ids))) // 2)

@@ -96,7 +96,8 @@ def run_steps(run: Run, state: State, *, deadline: float = math.inf) -> State:
         if state.step < run.plan.steps and run.ranks.is_main and (run.folder / "adapter").is_dir():
             remove_folder(run.folder / "adapter")  # of an end that is none any more
         for number in range(state.step + 1, run.plan.steps + 1):
-            if run.ranks.is_main and saver.overdue(settings.save_minutes):
+            overdue = time.monotonic() - saver.tried > 60 * (settings.save_minutes or math.inf)
+            if run.ranks.is_main and overdue:
                 stop.save_wanted = True
             if time.monotonic() > deadline:
                 stop.signal = stop.signal or signal.SIGALRM

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
+from numpy.typing import NDArray
 
-from lorasft.data.packing import cost
+from lorasft.data.packing import MicroBatch, cost
 from lorasft.data.store import example_lengths
 from lorasft.errors import ModelError
 from lorasft.machine import free_memory
 from lorasft.model.linear import copy_bytes
-from lorasft.model.loss import Network
+from lorasft.model.loss import Network, pair_losses
 from lorasft.model.memory import USABLE, dry_run, heaviest_batch, static_bytes
-from lorasft.model.recompute import decoder_layers
+from lorasft.model.recompute import decoder_layers, layer_kinds, only_first, recompute
 from lorasft.model.tables import keep_on_host
-from lorasft.model.timing import predict_seconds
 from lorasft.model.weightless import make_sample, make_weightless, plan_network
 from lorasft.recipe import Recipe
 from lorasft.recipe.load import change_recipe
@@ -33,6 +35,9 @@ from lorasft.training.state import RunInputs
 LIBRARIES = 1 << 29  # bytes of a card of a given size that its driver and the libraries take
 _STEPS_TIMED = 16  # whose micro-batches stand for those of the run
 _SHARES = (0.99, 0.95, 0.9, 0.75, 0.5)  # of the rows that a shorter data.max_length leaves as they are
+_WORK = 2e10  # multiply-adds through what is timed
+_TOKENS = (48, 256)  # of the smaller of two micro-batches, at least and at most; the larger has three times as many
+_ROUNDS = 2  # of which the faster counts: in the first one a CPU compiles
 
 
 def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
@@ -73,7 +78,7 @@ def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
             "saved_by_8bit": static["optimizer"] - static_bytes(model, "adamw8bit")["optimizer"],
             "micro_batch_tokens": fit.plan.micro_batch_tokens,
             "heaviest": {"tokens": len(fit.heaviest.ids), "sequences": len(fit.heaviest.segments)},
-            "layers": fit.layers,
+            "layers": len(decoder_layers(model.get_base_model())),
             "recomputed_layers": fit.recomputed,
             "keep_16bit": fit.keep is not None,
             "steps": fit.plan.steps,
@@ -90,7 +95,7 @@ def predict_duration(recipe: Recipe, network: Network, whole: Any, fit: Fit, inp
     costs = [cost(batch) for step in steps for batch in step.micro_batches]
     length, share = max(1, rows.count_tokens() // len(rows)), steps[0].supervised_tokens / steps[0].tokens
     forward, both, layers = predict_seconds(network, whole, costs, length=length, supervised=share)
-    seconds = both + layers * fit.recomputed / max(1, fit.layers)
+    seconds = both + layers * fit.recomputed / max(1, len(decoder_layers(whole)))
     evaluations = 2 + (plan.steps // every if every else 0)
     scored = evaluations * held_out.count_tokens() if held_out else 0
     return {
@@ -99,6 +104,61 @@ def predict_duration(recipe: Recipe, network: Network, whole: Any, fit: Fit, inp
         "training": plan.steps / len(steps) * seconds,
         "evaluation": scored / sum(costs) * forward,
     }
+
+
+def predict_seconds(
+    network: Network, whole: Any, costs: Sequence[float], *, length: int, supervised: float
+) -> NDArray[np.float64]:
+    """Seconds of micro-batches of `costs` (see `packing.cost`) through the model `whole`, summed: forwards, both ways,
+    and through all decoder layers forwards.
+
+    Two are timed on the sample of `whole` that is in `network`, in rows of `length` tokens of which a share is
+    supervised; others are on the line through both. What is around the layers takes as much longer as the vocabulary
+    of `whole` is larger.
+    """
+    causal = network.causal
+    causal.train()
+    recompute(causal, 0)
+    causal.enable_input_require_grads()  # a layer that is not the first gives its gradient on
+    head = causal.get_output_embeddings()
+    wider = len(whole.get_output_embeddings().weight) / len(head.weight)
+    weights = sum(parameter.numel() for part in (*decoder_layers(causal), head) for parameter in part.parameters())
+    tokens = int(np.clip(_WORK / 8 / weights, *_TOKENS))
+    batches = [heaviest_batch(network, longest=min(length, size), capacity=size, supervised=supervised)
+               for size in (tokens, 3 * tokens)]  # fmt: skip
+    kinds = layer_kinds(whole)
+    less, more = (_time_batch(network, kinds, batch, wider=wider) for batch in batches)
+    small, large = map(cost, batches)
+    slope = np.clip((more - less) / (large - small), 0, more / large)  # a disturbed clock: nothing costs less
+    seconds: NDArray[np.float64] = len(costs) * more + slope * (sum(costs) - len(costs) * large)
+    return seconds
+
+
+def _time_batch(network: Network, kinds: Sequence[str], batch: MicroBatch, *, wider: float) -> NDArray[np.float64]:
+    """Seconds forwards, both ways, and of all layers forwards: around them, and what one of each kind adds."""
+    around = _time_first(network, batch, 0)
+    each: dict[str, NDArray[np.float64]] = {}
+    for kind in dict.fromkeys(kinds):
+        before = sum(each.values(), around)  # the sample skips all but the first of a kind
+        each[kind] = np.maximum(0.0, _time_first(network, batch, kinds.index(kind) + 1) - before)
+    layers = sum((each[kind] for kind in kinds), np.zeros(2))
+    return np.append(wider * around + layers, layers[0])
+
+
+def _time_first(network: Network, batch: MicroBatch, depth: int) -> NDArray[np.float64]:
+    """Seconds forwards, and both ways, through the first `depth` layers alone, of the faster round."""
+    rounds, synchronize = [], torch.get_device_module(network.device).synchronize
+    with only_first(network.causal, depth):
+        for _ in range(_ROUNDS):
+            started = time.perf_counter()
+            loss = pair_losses(network, batch).sum()
+            synchronize(network.device)
+            forward = time.perf_counter()
+            loss.backward()  # type: ignore[no-untyped-call]
+            synchronize(network.device)
+            rounds.append((forward - started, time.perf_counter() - started))
+    faster: NDArray[np.float64] = np.array(rounds).min(axis=0)
+    return faster
 
 
 def find_suggestions(

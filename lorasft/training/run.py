@@ -27,17 +27,16 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast
 
-from lorasft.artifact import GENERATION_CONFIG
+from lorasft.artifact import GENERATION_CONFIG, list_stops
 from lorasft.data.packing import Step
 from lorasft.data.templates import set_default_system
-from lorasft.data.untrained import refuse_untrained
+from lorasft.data.tokenizer import refuse_untrained
 from lorasft.errors import DivergedError
 from lorasft.files import replace_file, staged_folder, verify_folder, write_file
 from lorasft.machine import free_memory
 from lorasft.model.adapter import attach_adapter, load_adapter, write_adapter
 from lorasft.model.base import check_files, compute_dtype, copy_base, load_base, patch_linear4bit, read_generation
 from lorasft.model.cache import Keep
-from lorasft.model.generate import own_stops
 from lorasft.model.memory import static_bytes
 from lorasft.model.trained import Trained
 from lorasft.model.weightless import make_weightless
@@ -55,6 +54,8 @@ from lorasft.training.metrics import Metrics
 from lorasft.training.optimizer import make_optimizer
 from lorasft.training.samples import keep_samples, open_ledger, score_trained_rows
 from lorasft.training.state import Run, RunInputs, State
+
+_REHEARSED = {"cuda"}  # devices whose operations take work space of their own, which no prediction sees
 
 
 @dataclass(frozen=True)
@@ -162,16 +163,12 @@ def run_heaviest_batch(run: Run, fit: Fit, static: dict[str, int]) -> None:
     """
     known = {**static, **fit.needs.by_kind} if fit.needs else {}
     peak = sum(known.values())
-    measured = retry_on_oom(run, partial(_measure_heaviest, run)) if sees_too_little(run, fit) else None
+    unseen = fit.needs is None or run.network.device.type in _REHEARSED
+    measured = retry_on_oom(run, partial(_measure_heaviest, run)) if unseen else None
     free = sum(static.values()) + fit.spare
     record = {"free": free, "predicted": {**known, "peak": peak} if known else None, "measured": measured}
     if run.ranks.is_main:
         replace_file(run.folder / "memory.json", json.dumps(record, indent=1))
-
-
-def sees_too_little(run: Run, fit: Fit) -> bool:
-    """Whether the prediction may miss something: the work space of a GPU's operations, or all of it."""
-    return fit.needs is None or run.network.device.type == "cuda"
 
 
 def _measure_heaviest(run: Run) -> int:
@@ -203,7 +200,7 @@ def export_adapter(run: Run, state: State) -> Path:
             set_default_system(run.inputs.tokenizer, run.recipe.chat)
             run.inputs.tokenizer.save_pretrained(stage)
             generation = read_generation(run.recipe.model.base, run.recipe.model.revision)
-            stops, prepared = own_stops(run.network.causal), run.inputs.prepared
+            stops, prepared = list_stops(run.network.causal.generation_config.eos_token_id), run.inputs.prepared
             if prepared.report.answers and prepared.stop_ids[0] not in stops:  # it would run on past the answers' end
                 stops = [prepared.stop_ids[0], *stops]
             generation["eos_token_id"] = stops or None

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lorasft.data.packing import MicroBatch
-from lorasft.data.store import TokenStore
-from lorasft.data.tokens import UNSUPERVISED, supervised_runs
+from lorasft.data.store import UNSUPERVISED, TokenStore, supervised_runs
 from lorasft.errors import first_line
 from lorasft.files import read_objects, replace_file
 from lorasft.model.generate import generate

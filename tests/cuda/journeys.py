@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig, Qwen3MoeConfig
 import lorasft.model.tables
 from lorasft.cli import main
 from lorasft.data.packing import make_micro_batches
-from lorasft.data.tokens import all_supervised
+from lorasft.data.store import all_supervised
 from lorasft.model.adapter import attach_adapter, trainable
 from lorasft.model.base import count_bytes, load_base, read_config
 from lorasft.model.linear import copy_bytes
