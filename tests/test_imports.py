@@ -151,7 +151,10 @@ def test_the_recipe_names_the_keys_that_it_comes_from_and_what_it_leaves_out(
     for what, why in left.items():
         assert f"not as in config.yml: {what}: {why}\n" in said
     assert recipe.model.dtype == "auto"
-    assert '  dtype: "auto"  # bf16' in lines and "  eval_every: null  # eval_strategy: default" in lines
+    assert (
+        '  dtype: "auto"  # bf16' in lines
+        and "  eval_every: null  # eval_steps, eval_strategy, evals_per_epoch" in lines
+    )
     assert any(line.startswith("  max_dropped: 1.0  # excess_length_strategy: however many") for line in lines)
 
 
@@ -394,8 +397,7 @@ def test_what_cannot_be_counted_or_is_meant_otherwise_is_listed(
     assert (recipe.run.save_every, recipe.run.eval_every, recipe.run.patience) == (None, None, None)
     assert recipe.data.train[0].share == 0.25 and recipe.chat.supervise == "everything"
     for line in (
-        "saves_per_epoch: the rows cannot be counted here",
-        "evals_per_epoch: the rows cannot be counted here",
+        "rows that are not here: cannot be counted",
         "train_on_eos: last: only the last end of a turn",
         "roles_to_train: chat.supervise=everything is of all data sets",
         "early_stopping_patience: nothing is evaluated on the way",
@@ -467,13 +469,21 @@ REFUSED: list[tuple[str, int, list[str]]] = [
         2,
         ["config.yml: learning_rate\n"],
     ),
-    ("base_model: a\nadapter: qlora\nval_set_size: 0.7\ndatasets: [{path: x/y}]\n", 2, ["config.yml: val_set_size\n"]),
+    (
+        "base_model: a\nadapter: qlora\nval_set_size: 0.7\ndatasets: [{path: x/y}]\n",
+        2,
+        ["config.yml: val_set_size\n"],
+    ),
     ("base_model: a\nadapter: qlora\nlearning_rate: 1e-4\n", 2, ["datasets", "a list of mappings, each with a path"]),
-    ("base_model: a\nadapter: qlora\ndatasets: 3\n", 2, ["config.yml:3", "a list of mappings, each with a path"]),
-    ("base_model: a\nadapter: qlora\ndatasets: foo\n", 2, ["config.yml:3", "a list of mappings, each with a path"]),
-    ("base_model: a\nadapter: qlora\ndatasets: [{type: x}]\n", 2, ["config.yml:3", "each with a path"]),
+    ("base_model: a\nadapter: qlora\ndatasets: 3\n", 2, ["config.yml", "a list of mappings, each with a path"]),
+    ("base_model: a\nadapter: qlora\ndatasets: foo\n", 2, ["config.yml", "a list of mappings, each with a path"]),
+    ("base_model: a\nadapter: qlora\ndatasets: [{type: x}]\n", 2, ["config.yml", "each with a path"]),
     ("base_model: a\nadapter: qlora\nnum_epochs: many\n", 2, ["config.yml:3", "num_epochs: many", "a number"]),
-    ("base_model: a\nadapter: qlora\nmicro_batch_size: 0\n", 2, ["config.yml:3", "at least 1"]),
+    (
+        "base_model: a\nadapter: qlora\nmicro_batch_size: 0\n",
+        2,
+        ["config.yml:3", "micro_batch_size: 0", "a number above 0"],
+    ),
     ("model_name_or_path: a\n", 2, ["dataset", "names in dataset_info.json"]),
     ("base_model: !x a\n", 8, ["tags"]),
 ]

@@ -28,16 +28,15 @@ class Imported:
     table: dict[str, Any]  # of the tool, in imports.yaml
     said: dict[str, Any]  # by the config, or else by the tool's defaults
     settings: dict[str, dict[str, tuple[Any, str]]] = field(default_factory=dict)  # by section: value, their key
+    places: dict[KeyPath, str] = field(default_factory=dict)  # of `settings`
     left: dict[str, str] = field(default_factory=dict)  # what a recipe does not say, or otherwise -> why
 
     def set(self, ours: str, value: Any, why: str) -> None:
-        """Put `section.key` into the recipe, with the table's reason for it if there is one."""
+        """Put `section.key` into the recipe, with the table's reason and note for it if there are any."""
         section, key = ours.split(".")
         self.settings.setdefault(section, {})[key] = value, self.table["reasons"].get(ours, why)
-
-    def find(self, name: str) -> str:
-        """A path of the config, looked up here and beside it; a hub id as it is."""
-        return find_path(str(name), [Path.cwd(), self.file.parent])
+        self.places[section, key] = f"{self.file}: {why}"
+        self.note(why.removesuffix(": default"))
 
     def note(self, what: str) -> None:
         """Say what is otherwise there than here, if the table does."""
@@ -58,9 +57,8 @@ def import_config(file: Path) -> Imported:
     said = {**table["defaults"], **raw}
     said |= {key: 2 * said[other] for key, other in table["twice"].items() if key not in raw}
     wrong = {key: table["sft"] for key, allowed in table["only"].items() if said.get(key) not in allowed}
-    for key, least in table["numbers"].items():
-        if not isinstance(said.get(key, least), (int, float)) or said.get(key, least) < least:
-            wrong[key] = f"it is a number, at least {least}"
+    wrong |= {key: "a number" for key in table["numbers"] if not isinstance(said.get(key, 0), (int, float))}
+    wrong |= {key: "a number above 0" for key in table["positive"] if not said[key]}
     for key, hint in wrong.items():
         what = f"{key}: {said[key]} cannot be imported" if key in said else f"{key} is not said"
         raise RecipeError(what, where=document.places.get((key,), str(file)), hint=hint)
@@ -74,16 +72,11 @@ def import_config(file: Path) -> Imported:
     try:
         train, held_out = (list(sources(found, key)) for key in table["sources"])
     except (TypeError, ValueError, AttributeError, LookupError):
-        what = f"{' or '.join(table['sources'])}: not as {found.tool} reads it"
-        where = document.places.get((table["sources"][0],), str(file))
-        raise RecipeError(what, where=where, hint=table["described"]) from None
+        raise RecipeError(f"data that {found.tool} cannot read", where=file, hint=table["described"]) from None
     found.set("data.train", train, table["sources"][0])
     _take_steps(found, [{key: value for key, value in source.items() if key != "share"} for source in held_out])
     value = {section: {key: said for key, (said, _) in keys.items()} for section, keys in found.settings.items()}
-    places: dict[KeyPath, str] = {(): str(file)}
-    for section, keys in found.settings.items():
-        places |= {(section, key): f"{file}: {why}" for key, (_, why) in keys.items()}
-    complete_recipe(Document(value, places), file)  # raises errors at their keys
+    complete_recipe(Document(value, {(): str(file)} | found.places), file)  # raises errors at their keys
     for key in [key for key in raw if key not in known and raw[key] not in (False, "none")]:
         names = [f"here it is {name}".replace("here it is nothing: ", "") for name in find_peers(key)]
         found.left.setdefault(key, " or ".join(names) or "there is nothing like it here")
@@ -97,11 +90,10 @@ def _translate(found: Imported, ours: str, names: dict[str, dict[str, Any]], raw
         match = [kept for pattern, kept in names[theirs].items() if pattern != "else" and fnmatch(text, pattern)]
         if match:
             if ours in ("model.base", "adapter.start"):
-                value = found.find(value)
+                value = find_path(str(value), [Path.cwd(), found.file.parent])
             elif ours in ("adapter.targets", "adapter.modules_to_save"):
                 value = as_names(value)
             found.set(ours, value if match[0] == "*" else match[0], theirs if theirs in raw else f"{theirs}: default")
-            found.note(theirs)
             found.note(f"{theirs}: {text}")
             return
         if "else" in names[theirs]:
@@ -115,23 +107,19 @@ def _axolotl_sources(found: Imported, key: str) -> Iterator[dict[str, Any]]:
         kind = entry.get("type") or "none"
         fields = kind if isinstance(kind, dict) else {}
         prompts.add(fields.get("system_prompt"))
-        name = "alpaca" if fields else kind.partition(":")[0].partition(".")[0]
+        name = "user-defined" if fields else kind.partition(":")[0].partition(".")[0]
         role = (entry.get("message_property_mappings") or {}).get("role", "role")
-        form = found.table["types"].get(name if role == "role" else f"{name}, {role}", "auto")
-        if form == "auto":
-            found.left[f"type: {name}"] = "its rows are read by their columns, under the chat template"
         if not {"assistant", "gpt"}.issuperset(entry.get("roles_to_train") or ()):
             found.set("chat.supervise", "everything", "roles_to_train")
-            found.note("roles_to_train")
-        for what in ("" if fields else name, *(f"{theirs}: {value}" for theirs, value in entry.items())):
-            found.note(what)
+        for theirs, value in entry.items():
+            found.note(f"{theirs}: {value}")
         reasons = found.table["unread"]
         unread = (entry.keys() - found.table["source"]) | (fields.keys() & reasons.keys())
         found.left |= {f"{key}: {theirs}": reasons.get(theirs, "a recipe does not say it") for theirs in sorted(unread)}
         files = entry.get("data_files") or entry["path"]
         said = {"field_messages": "messages" if name == "chat_template" else None} | entry | fields
         for path in files if isinstance(files, list) else [files]:
-            yield _source(found, path, form, said)
+            yield _source(found, path, name if role == "role" else f"{name}, {role}", said)
     if len(prompts) == 1 and None not in prompts:
         found.set("chat.system", prompts.pop(), f"{key}: system_prompt")
         del found.left[f"{key}: system_prompt"]
@@ -150,15 +138,10 @@ def _factory_sources(found: Imported, key: str) -> Iterator[dict[str, Any]]:
         what = f"{key}: {', '.join(unknown)} is not described"
         raise DataError(what, where=info, hint=f"described are {', '.join(described)}")
     for entry in map(described.__getitem__, names):
-        kind = entry.get("formatting", "alpaca")
         if entry.get("ranking"):
-            raise RecipeError(
-                "dataset: pairs of a better and a worse answer", where=found.file, hint=found.table["sft"]
-            )
-        found.note(kind)
+            raise RecipeError("dataset: pairs of a better and a worse answer", where=info, hint=found.table["sft"])
         path = str(info.parent / entry["file_name"]) if "file_name" in entry else entry["hf_hub_url"]
-        form = found.table["types"].get(kind, "auto")
-        source = _source(found, path, form, entry | entry.get("columns", {}))
+        source = _source(found, path, entry.get("formatting", "alpaca"), entry | entry.get("columns", {}))
         number, most = entry.get("num_samples"), found.said.get("max_samples")
         if number or most:
             found.note("max_samples")
@@ -167,12 +150,17 @@ def _factory_sources(found: Imported, key: str) -> Iterator[dict[str, Any]]:
         yield source
 
 
-def _source(found: Imported, path: str, form: str, said: dict[str, Any]) -> dict[str, Any]:
-    """A source whose keys and columns are `said` under their names."""
+def _source(found: Imported, path: str, kind: str, said: dict[str, Any]) -> dict[str, Any]:
+    """A source whose keys and columns are `said` under their names. `kind`: what they call its format."""
+    form = found.table["types"].get(kind, "auto")
+    found.note(f"type: {kind}")
+    if form == "auto":
+        found.left[f"type: {kind}"] = "its rows are read by their columns, under the chat template"
     names = {ours: said.get(theirs) or ours for ours, theirs in found.table["columns"].items()}
     columns = {ours: name for ours, name in names.items() if name != ours and ours in READ.get(form, ())}
-    source = {"path": found.find(path), "format": form, "columns": columns, "split": said.get("split")}
-    source |= {"config": said.get(found.table["config"]), "share": 1 / said.get("shards", 1)}
+    source = {"path": find_path(path, [Path.cwd(), found.file.parent]), "format": form, "columns": columns}
+    source |= {"split": said.get("split"), "config": said.get(found.table["config"])}
+    source |= {"share": 1 / (said.get("shards") or 1)}
     return {key: value for key, value in source.items() if value not in (None, {}, "auto", 1)}
 
 
@@ -195,6 +183,7 @@ def _take_steps(found: Imported, held_out: list[dict[str, Any]]) -> None:
     lengths = [(_lengths(found, source), source.get("share", 1)) for source in sources]
     rows = sum(len(own) for own, _ in lengths) if all(own for own, _ in lengths) else 0  # 0: they are not known
     taken = round(sum(share * len(own) for own, share in lengths)) if rows else 0
+    found.note("" if rows else "rows that are not here")
     batch, why = math.prod(said[key] for key in table["batch"]), f"{' x '.join(table['batch'])}, on one process"
     if packed := any(said.get(key) for key in table["packing"]):
         longest, tokens = found.settings["data"]["max_length"][0], sum(share * sum(own) for own, share in lengths)
@@ -210,9 +199,9 @@ def _take_steps(found: Imported, held_out: list[dict[str, Any]]) -> None:
         for source in sources:
             source["share"] = source.get("share", 1) * (1 - count / taken) / (1 - share)
     each, most = math.ceil((taken - count) / batch) if taken else 0, max(0, said.get("max_steps", 0))
-    exact = axolotl and not packed  # it rounds up once, transformers each epoch
-    total = most or math.ceil((taken - count) * epochs / batch if exact and taken else epochs * each)
-    if not most and taken and (exact or (taken != rows and not packed)):
+    at_once = axolotl and taken > 0 and not packed  # it rounds up once, transformers each epoch
+    total = most or math.ceil((taken - count) * epochs / batch if at_once else epochs * each)
+    if not most and (at_once or (taken != rows and not packed)):
         found.set("train.steps", total, f"{taken - count} rows x {epochs}, as {found.tool} rounds it")
     ratio = said.get("warmup_ratio", 0 if "warmup_steps" in said else table["warmup_ratio"])
     exact = ratio * total  # transformers rounds it up, Axolotl down, to at most 100 if it is not asked for
@@ -222,15 +211,10 @@ def _take_steps(found: Imported, held_out: list[dict[str, Any]]) -> None:
     found.set("schedule.warmup", warmup, "warmup_steps, warmup_ratio")
     found.set("optimizer.betas", [said["adam_beta1"], said["adam_beta2"]], "adam_beta1, adam_beta2")
     for what in ("save", "eval") if held_out or share else ("save",):
-        keys = [f"{what}{end}" for end in ("_strategy", "_steps", "s_per_epoch")]
-        strategy, steps, times = map(said.get, keys)
+        strategy, steps, times = (said.get(f"{what}{end}") for end in ("_strategy", "_steps", "s_per_epoch"))
         part = steps if steps and steps < 1 else 1 / (times * epochs) if times and not steps else 0
         every = math.ceil(part * total) if part else steps or each * (what == "save")
         every = 0 if strategy == "no" else each if strategy == "epoch" else every
-        asked = ", ".join(key for key in keys if key in said)
-        found.set(f"run.{what}_every", every or None, asked or f"{keys[0]}: default")
-        if asked and not every and not taken and strategy != "no":
-            found.left[asked] = "the rows cannot be counted here: by the clock, or at the end"
-    run = found.settings["run"]
-    if "patience" in run and not run.get("eval_every", [None])[0]:
-        found.left[run.pop("patience")[1]] = "nothing is evaluated on the way"
+        found.set(f"run.{what}_every", every or None, f"{what}_steps, {what}_strategy, {what}s_per_epoch")
+    if "patience" in found.settings["run"] and not found.settings["run"].get("eval_every", [None])[0]:
+        found.left[found.settings["run"].pop("patience")[1]] = "nothing is evaluated on the way"
