@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from conftest import ROWS, Command
 
+from lorasft.data.survey import FRAME
 from lorasft.recipe import Recipe, recipe_schema
 from lorasft.recipe.load import load_recipe
 
@@ -327,7 +328,8 @@ def test_roles_split_and_files_of_axolotl(
         ("two.jsonl", "test"),
     ]
     assert recipe.chat.supervise == "everything" and isinstance(recipe.data.eval, tuple)
-    assert [one.share for one in recipe.data.train] == pytest.approx([1 / 3] * 2, abs=0.02) and "shards" not in said
+    assert [one.share for one in recipe.data.train] == pytest.approx([1 / 3] * 2, abs=0.02)
+    assert "datasets: shards: the same rows in each epoch there" in said
     assert "eval: [{" in written and "]  # test_datasets" in written
 
 
@@ -360,7 +362,7 @@ def test_counts_are_of_the_rows_that_are_taken(
 
 
 def test_nine_rows_in_axolotl_and_rows_that_are_too_long(
-    bring: Callable[..., tuple[Recipe, str, str]], base: Path, tmp_path: Path, cli: Command
+    bring: Callable[..., tuple[Recipe, str, str]], base: Path, tiny: Any, tmp_path: Path, cli: Command
 ) -> None:
     def write(long: int) -> None:
         rows = [{"instruction": f"say {number}", "output": "one two " * (500 if number < long else 2)}
@@ -380,11 +382,15 @@ def test_nine_rows_in_axolotl_and_rows_that_are_too_long(
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
     recipe, _, _ = bring(text + "val_set_size: 0.3\n")
     assert recipe.data.eval == pytest.approx(3 / 9)  # 2.7 of those that are left
-    recipe, _, _ = bring(text + "sample_packing: true\n")
-    mean = 40 / (recipe.train.batch_size / 24)  # tokens: 8 packed rows of 120
-    assert recipe.train.batch_size >= 8 and mean < 120
-    short, _, _ = bring(text.replace("sequence_len: 120", "sequence_len: 30") + "sample_packing: true\n")
-    assert short.train.batch_size >= 8  # a packed row has at least one
+    packed, _, _ = bring(text + "sample_packing: true\n")
+    texts = [f"say {number} one two one two " for number in range(6, 15)]  # 8 rows of 120 tokens hold so many of these
+    mean = sum(len(tiny(one).input_ids) + 2 * FRAME for one in texts) / 9
+    assert packed.train.batch_size == pytest.approx(8 * 120 / mean, rel=0.15) and packed.train.batch_size > 9
+    (tmp_path / "x.jsonl").write_text(json.dumps({"instruction": "say", "output": "one two " * 12}) + "\n" * 2)
+    full, _, _ = bring(
+        text.replace("sequence_len: 120", "sequence_len: 8\nsample_packing: true\nexcess_length_strategy: truncate")
+    )
+    assert full.train.batch_size == 8  # each of 8 packed rows is one that is cut
 
 
 def test_what_cannot_be_counted_or_is_meant_otherwise_is_listed(
