@@ -249,6 +249,7 @@ CHANGES: list[tuple[str, str, str, Any]] = [  # of Axolotl's, or of LLaMA-Factor
     ("F", "max_samples: 100", "data.train", 1.0),
     ("F", "max_steps: -1", "train.steps", None),
     ("F", "report_to: [wandb]", "run.trackers", ("wandb",)),
+    ("F", "report_to: [tensorboard, wandb]", "run.trackers", ("wandb", "tensorboard")),
     ("F", "report_to: none", "run.trackers", ()),
     ("F", "use_dora: true", "adapter.dora", True),
     ("F", "learning_rate: 3.0e-4", "optimizer.learning_rate", 3e-4),

@@ -137,7 +137,7 @@ def _factory_sources(found: Imported, key: str) -> Iterator[dict[str, Any]]:
     if unknown := [name for name in names if name not in described]:
         what = f"{key}: {', '.join(unknown)} is not described"
         raise DataError(what, where=info, hint=f"described are {', '.join(described)}")
-    for entry in map(described.__getitem__, names):
+    for entry in [described[name] for name in names]:
         if entry.get("ranking"):
             raise RecipeError("dataset: pairs of a better and a worse answer", where=info, hint=found.table["sft"])
         path = str(info.parent / entry["file_name"]) if "file_name" in entry else entry["hf_hub_url"]
