@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from conftest import ROWS, Command
 
+from lorasft.data.survey import FRAME
 from lorasft.recipe import Recipe, recipe_schema
 from lorasft.recipe.load import load_recipe
 
@@ -110,7 +112,7 @@ def test_axolotls_steps_rates_and_tokens(
     assert sum(line["supervised_tokens"] for line in steps) == 2 * (supervised(rows, tiny) - held_out)
     assert (recipe.model.quantization, recipe.adapter.rank, recipe.adapter.alpha) == ("nf4", 4, 8)
     assert (recipe.train.seed, recipe.train.max_grad_norm, recipe.schedule.name) == (42, 1.0, "cosine")
-    assert recipe.model.dtype == "float32"  # neither bf16 nor fp16
+    assert recipe.model.dtype == "auto"  # its default is bf16: auto
     assert "flash_attention: here it is machine.attention" in said and "wandb" not in said
 
 
@@ -150,6 +152,11 @@ def test_the_recipe_names_the_keys_that_it_comes_from_and_what_it_leaves_out(
     for what, why in left.items():
         assert f"not as in config.yml: {what}: {why}\n" in said
     assert recipe.model.dtype == "auto"
+    assert (
+        '  dtype: "auto"  # bf16' in lines
+        and "  eval_every: null  # eval_steps, eval_strategy, evals_per_epoch" in lines
+    )
+    assert any(line.startswith("  max_dropped: 1.0  # excess_length_strategy: however many") for line in lines)
 
 
 def test_packed_rows_become_about_as_many_examples(
@@ -200,6 +207,29 @@ CHANGES: list[tuple[str, str, str, Any]] = [  # of Axolotl's, or of LLaMA-Factor
     ("A", "chat_template: chatml", "chat.template", "chatml"),
     ("A", "chat_template: gemma", "chat.template", None),
     ("A", "fp16: true", "model.dtype", "float16"),
+    ("A", "bf16: true\nfp16: false", "model.dtype", "auto"),
+    ("A", "bf16: auto\nfp16: true", "model.dtype", "float16"),  # resolve_dtype: fp16 turns auto off
+    ("A", "bf16: false", "model.dtype", "float32"),
+    ("A", "bf16: false\nfp16: true", "model.dtype", "float16"),
+    ("A", "excess_length_strategy: truncate", "data.max_dropped", 0.05),
+    ("A", "num_epochs: 2", "data.max_dropped", 1.0),
+    ("A", "num_epochs: 2", "train.steps", 12),  # ceil(23 x 2 / 4)
+    ("A", "num_epochs: 3", "train.steps", 18),  # ceil(17.25): an epoch at a time it would be 18 as well
+    ("A", "num_epochs: 4", "train.steps", 23),  # and here 24
+    ("A", "num_epochs: 4\nwarmup_ratio: 0.25", "schedule.warmup", 5),  # int(5.75)
+    ("A", "num_epochs: 4\nevals_per_epoch: 1", "run.eval_every", 6),  # ceil(23 / 4)
+    ("A", "num_epochs: 4\nsample_packing: true", "train.steps", None),
+    ("A", "max_steps: -1", "train.steps", 12),
+    ("A", "warmup_steps: 1", "schedule.warmup", 2),  # as Axolotl makes of 1
+    ("A", "warmup_ratio:\nwarmup_steps: 0", "schedule.warmup", 0),
+    ("A", "warmup_ratio: 0", "schedule.warmup", 0),
+    ("A", "wandb_project: mine", "run.trackers", ("wandb",)),
+    ("A", "use_wandb: false", "run.trackers", ()),
+    ("A", "default_system_message: Be exact.", "chat.system", "Be exact."),
+    ("A", "val_set_size: 0\nearly_stopping_patience: 3", "run.patience", None),
+    ("A", "early_stopping_patience: 3", "run.patience", None),
+    ("A", "early_stopping_patience: 3\neval_steps: 5", "run.patience", 3),
+    ("A", "save_steps: 500", "run.save_every", 500),
     ("F", "quantization_bit: 8", "model.quantization", "none"),
     ("F", "quantization_bit:", "model.quantization", "none"),
     ("F", "lora_rank: 32", "adapter.alpha", 64),
@@ -213,6 +243,14 @@ CHANGES: list[tuple[str, str, str, Any]] = [  # of Axolotl's, or of LLaMA-Factor
     ("F", "val_size: 5\neval_strategy: epoch", "run.eval_every", 3),  # 21 rows in batches of 8
     ("F", "val_size: 0.1", "run.eval_every", None),
     ("F", "max_samples: 13", "data.train", 0.5),
+    ("F", "max_samples: 13", "train.steps", 6),  # 2 an epoch
+    ("F", "max_samples: 13\nval_size: 0.2", "data.eval", 3 / 26),  # 2.6, rounded up
+    ("F", "max_samples: 13\nval_size: 0.2", "data.train", 10 / 23),
+    ("F", "max_samples: 100", "data.train", 1.0),
+    ("F", "max_steps: -1", "train.steps", None),
+    ("F", "report_to: [wandb]", "run.trackers", ("wandb",)),
+    ("F", "report_to: [tensorboard, wandb]", "run.trackers", ("wandb", "tensorboard")),
+    ("F", "report_to: none", "run.trackers", ()),
     ("F", "use_dora: true", "adapter.dora", True),
     ("F", "learning_rate: 3.0e-4", "optimizer.learning_rate", 3e-4),
 ]
@@ -273,7 +311,7 @@ def test_axolotls_types_of_data(
     if "gpteacher" in entry:
         assert "type: gpteacher: its rows are read by their columns" in said
     if "format:" in entry:
-        assert "datasets: format: a recipe does not say it" in said
+        assert "datasets: format: Axolotl writes it around instruction and input" in said
 
 
 def test_roles_split_and_files_of_axolotl(
@@ -285,13 +323,101 @@ def test_roles_split_and_files_of_axolotl(
         "type: chat",
         f"data_files: {entry}\n    split: test\n    shards: 3\n    roles_to_train: [user, assistant]\n    type: chat",
     )
-    recipe, _, said = bring(text + f"test_datasets: [{{path: {rows}, type: chat_template}}]\n")
+    recipe, written, said = bring(text + f"test_datasets: [{{path: {rows}, type: chat_template}}]\n")
     assert [(Path(one.path).name, one.split) for one in recipe.data.train] == [
         (rows.name, "test"),
         ("two.jsonl", "test"),
     ]
     assert recipe.chat.supervise == "everything" and isinstance(recipe.data.eval, tuple)
-    assert "datasets: shards: a recipe does not say it" in said
+    assert [one.share for one in recipe.data.train] == pytest.approx([1 / 3] * 2, abs=0.02)
+    assert "datasets: shards: the same rows in each epoch there" in said
+    assert "eval: [{" in written and "]  # test_datasets" in written
+
+
+def test_counts_are_of_the_rows_that_are_taken(
+    bring: Callable[..., tuple[Recipe, str, str]], base: Path, tmp_path: Path, cli: Command
+) -> None:
+    """130 of 260 rows (100 of 200, 30 of 60); 0.1 held out: 13. 117 in batches of 8: 15 steps, three times; the warm-up
+    is 4.5 steps, rounded up."""
+    for name, count in (("a", 200), ("b", 60)):
+        rows = [{"instruction": f"{name} {number}", "output": f"{number}"} for number in range(count)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+    info = {"a": {"file_name": "a.json"}, "b": {"file_name": "b.json", "num_samples": 30}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    text = FACTORY.replace("dataset: own", "dataset: a,b\ndataset_dir: .\nmax_samples: 100\nval_size: 0.1")
+    text = text.replace("per_device_train_batch_size: 4", "per_device_train_batch_size: 1")
+    text = text.replace("gradient_accumulation_steps: 2", "gradient_accumulation_steps: 8")
+    text = text.replace("warmup_steps: 2", "warmup_ratio: 0.1\nsave_strategy: epoch\neval_strategy: epoch")
+    recipe, _, said = bring(text, base=base)
+    assert (recipe.train.steps, recipe.train.epochs, recipe.schedule.warmup) == (45, 3.0, 5)
+    assert (recipe.run.save_every, recipe.run.eval_every, recipe.train.batch_size) == (15, 15, 8)
+    assert "max_samples: the same rows in each epoch there; here a share" in said
+    seen = cli("preview", "config-lorasft.yaml").out
+    assert "13 held out examples" in seen
+    taken = [int(number) for number in re.findall(r"(\d+) \(of \d+\) of [ab]\.json", seen)]
+    assert len(taken) == 2 and abs(sum(taken) - 117) <= 1 and abs(taken[0] - 90) <= 3
+    held_out = "dataset: a,b\neval_dataset: b\n"
+    recipe, written, _ = bring(text.replace("val_size: 0.1", "").replace("dataset: a,b\n", held_out), base=base)
+    assert isinstance(recipe.data.eval, tuple) and recipe.data.eval[0].share == 1 and "]  # eval_dataset\n" in written
+    assert recipe.train.steps == 51  # 130 rows: 17 steps an epoch
+
+
+def test_nine_rows_in_axolotl_and_rows_that_are_too_long(
+    bring: Callable[..., tuple[Recipe, str, str]], base: Path, tiny: Any, tmp_path: Path, cli: Command
+) -> None:
+    def write(long: int) -> None:
+        rows = [{"instruction": f"say {number}", "output": "one two " * (500 if number < long else 2)}
+                for number in range(9 + long)]  # fmt: skip
+        (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    text = AXOLOTL.format(base=base, rows="x.jsonl").replace("chat_template", "alpaca")
+    text = text.replace("num_epochs: 2", "num_epochs: 4").replace("micro_batch_size: 2", "micro_batch_size: 4")
+    text = text.replace("val_set_size: 0.1", "").replace("warmup_ratio: 0.25", "warmup_ratio: 0.4")
+    for long in (0, 6):  # what is too long is left out, and counts for nothing
+        write(long)
+        recipe, written, _ = bring(text)
+        assert (recipe.train.steps, recipe.schedule.warmup) == (5, 2)  # ceil(9 x 4 / 8), int(2.0)
+        assert (recipe.run.save_every, recipe.data.max_dropped) == (2, 1.0)
+        assert "  steps: 5  # 9 rows x 4, as Axolotl rounds it\n" in written
+    steps, _ = train(cli, "config-lorasft.yaml")
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
+    recipe, _, _ = bring(text + "val_set_size: 0.3\n")
+    assert recipe.data.eval == pytest.approx(3 / 9)  # 2.7 of those that are left
+    packed, _, _ = bring(text + "sample_packing: true\n")
+    texts = [f"say {number} one two one two " for number in range(6, 15)]  # 8 rows of 120 tokens hold so many of these
+    mean = sum(len(tiny(one).input_ids) + 2 * FRAME for one in texts) / 9
+    assert packed.train.batch_size == pytest.approx(8 * 120 / mean, rel=0.15) and packed.train.batch_size > 9
+    (tmp_path / "x.jsonl").write_text(json.dumps({"instruction": "say", "output": "one two " * 12}) + "\n" * 2)
+    full, _, _ = bring(
+        text.replace("sequence_len: 120", "sequence_len: 8\nsample_packing: true\nexcess_length_strategy: truncate")
+    )
+    assert full.train.batch_size == 8  # each of 8 packed rows is one that is cut
+
+
+def test_what_cannot_be_counted_or_is_meant_otherwise_is_listed(
+    bring: Callable[..., tuple[Recipe, str, str]], base: Path, tmp_path: Path
+) -> None:
+    text = AXOLOTL + "saves_per_epoch: 1\nevals_per_epoch: 4\nhub_model_id: me/it\nspecial_tokens: {{pad_token: x}}\n"
+    text += "deepspeed: zero3.json\nearly_stopping_patience: 3\n"
+    entry = "people/set\n    train_on_eos: last\n    roles_to_train: [user, assistant]\n    shards: 4"
+    recipe, _, said = bring(text, base=base, rows=entry)
+    assert (recipe.run.save_every, recipe.run.eval_every, recipe.run.patience) == (None, None, None)
+    assert recipe.data.train[0].share == 0.25 and recipe.chat.supervise == "everything"
+    for line in (
+        "rows that are not here: cannot be counted",
+        "train_on_eos: last: only the last end of a turn",
+        "roles_to_train: chat.supervise=everything is of all data sets",
+        "early_stopping_patience: nothing is evaluated on the way",
+        "hub_model_id: lorasft push uploads",
+        "special_tokens: the tokenizer's own",
+        "deepspeed: each process holds the whole base",
+    ):
+        assert f"not as in config.yml: {line}" in said, line
+    for prompts, system in ((("Be exact.", "Be exact."), "Be exact."), (("Be exact.", "Be kind."), None)):
+        sets = ", ".join(f"{{path: p/x, type: {{system_prompt: {one}, field_output: answer}}}}" for one in prompts)
+        plain = f"base_model: {base}\nadapter: lora\nlearning_rate: 1e-4\ndatasets: [{sets}]\n"
+        recipe, _, said = bring(plain)
+        assert recipe.chat.system == system and ("system_prompt: chat.system is of all" in said) == (system is None)
 
 
 def test_what_dataset_info_says(
@@ -332,18 +458,40 @@ def test_a_config_below_its_data_finds_it(
 
 
 REFUSED: list[tuple[str, int, list[str]]] = [
-    ("model: {base: x}\n", 2, ["neither Axolotl and LLaMA-Factory", "model_name_or_path"]),
+    ("model: {base: x}\n", 2, ["neither Axolotl nor LLaMA-Factory", "model_name_or_path"]),
     ("base_model: a\nmodel_name_or_path: b\n", 2, ["both Axolotl and LLaMA-Factory"]),
     ("- 1\n", 2, ["neither"]),
-    ("base_model: a\ndatasets: [{path: x}]\n", 2, ["adapter: None cannot be imported", "LoRA adapters on answers"]),
+    ("base_model: a\ndatasets: [{path: x}]\n", 2, ["adapter is not said", "LoRA adapters on answers"]),
     ("base_model: a\nadapter: qlora\nrl: dpo\n", 2, ["config.yml:3", "rl: dpo cannot be imported"]),
     ("model_name_or_path: a\nstage: dpo\n", 2, ["config.yml:2", "stage: dpo"]),
     ("model_name_or_path: a\nfinetuning_type: full\n", 2, ["finetuning_type: full"]),
     ("model_name_or_path: a\ndataset: gone\n", 3, ["dataset_info.json", "gone", "dataset_dir names the folder"]),
-    ("base_model: a\nadapter: qlora\nlearning_rate: 0.5\ndatasets: [{path: x/y}]\n", 2, ["optimizer.learning_rate"]),
-    ("base_model: a\nadapter: qlora\nlearning_rate: 1e-4\n", 2, ["datasets are needed"]),
-    ("base_model: a\nadapter: qlora\ndatasets: 3\n", 2, ["config.yml"]),
-    ("base_model: a\nadapter: qlora\nnum_epochs: many\n", 2, ["config.yml"]),
+    (
+        "base_model: a\nadapter: qlora\nlearning_rate: 0.5\ndatasets: [{path: x/y}]\n",
+        2,
+        ["config.yml: learning_rate\n"],
+    ),
+    (
+        "base_model: a\nadapter: qlora\nlearning_rate: fast\ndatasets: [{path: x/y}]\n",
+        2,
+        ["config.yml: learning_rate\n"],
+    ),
+    (
+        "base_model: a\nadapter: qlora\nval_set_size: 0.7\ndatasets: [{path: x/y}]\n",
+        2,
+        ["config.yml: val_set_size\n"],
+    ),
+    ("base_model: a\nadapter: qlora\nlearning_rate: 1e-4\n", 2, ["datasets", "a list of mappings, each with a path"]),
+    ("base_model: a\nadapter: qlora\ndatasets: 3\n", 2, ["config.yml", "a list of mappings, each with a path"]),
+    ("base_model: a\nadapter: qlora\ndatasets: foo\n", 2, ["config.yml", "a list of mappings, each with a path"]),
+    ("base_model: a\nadapter: qlora\ndatasets: [{type: x}]\n", 2, ["config.yml", "each with a path"]),
+    ("base_model: a\nadapter: qlora\nnum_epochs: many\n", 2, ["config.yml:3", "num_epochs: many", "a number"]),
+    (
+        "base_model: a\nadapter: qlora\nmicro_batch_size: 0\n",
+        2,
+        ["config.yml:3", "micro_batch_size: 0", "a number above 0"],
+    ),
+    ("model_name_or_path: a\n", 2, ["dataset", "names in dataset_info.json"]),
     ("base_model: !x a\n", 8, ["tags"]),
 ]
 
@@ -356,6 +504,7 @@ def test_what_cannot_be_a_recipe_is_refused(
     (tmp_path / "config.yml").write_text(text, encoding="utf-8")
     done = cli("recipes", "import", "config.yml", "to.yaml")
     assert done.code == code and all(words in done.err for words in said), done.err
+    assert "to.yaml" not in done.err and "None" not in done.err and "Error(" not in done.err
     assert not (tmp_path / "to.yaml").exists()
 
 
