@@ -24,8 +24,7 @@ from lorasft.files import sha256
 from lorasft.model.adapter import attach_adapter, load_artifact
 from lorasft.model.attention import evaluating
 from lorasft.model.base import load_base
-from lorasft.model.generate import generate
-from lorasft.model.scoring import score_batches
+from lorasft.model.scoring import generate, score_batches
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import AdapterSettings, ModelSettings, ScheduleSettings
 from lorasft.recipe.load import load_recipe

@@ -84,7 +84,7 @@ class LoadedModel:
         """The answer to a prompt or to messages, at temperature 0 the likeliest; if not `adapted`, that of the base.
         `show`: print it as it grows. `typed`: Ctrl-C ends it alone. Raises RecipeError, or DataError for no prompt."""
         from lorasft.data.examples import normalize_message
-        from lorasft.model.generate import generate
+        from lorasft.model.scoring import generate
 
         check_sampling(max_tokens, temperature, top_p)
         asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

@@ -1,4 +1,6 @@
-"""Losses and log-probabilities of rows, answers that a model gives itself, and whether an adapter makes them better."""
+"""Losses and log-probabilities of rows, answers that a model gives itself, and whether an adapter makes them better.
+
+What training runs under is restored after each of them."""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,14 +18,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteriaList, TextStreamer
 
+from lorasft.artifact import list_stops
 from lorasft.data.packing import MicroBatch, Sequences, assign_to_rank, make_micro_batches
 from lorasft.data.prepare import Prepared, prepare, settings_for
 from lorasft.data.sources import RowLocation
 from lorasft.data.store import all_supervised, supervised_runs
-from lorasft.errors import DivergedError, ModelError
-from lorasft.model.attention import evaluating
-from lorasft.model.generate import generate
+from lorasft.errors import DataError, DivergedError, ModelError
+from lorasft.model.attention import default_attention, evaluating
 from lorasft.model.loss import Network, pair_losses
 from lorasft.recipe import ChatSettings, DataSettings, DataSource
 from lorasft.terminal import say
@@ -149,6 +153,55 @@ def generate_answers(
         given = generate(network.causal, tokenizer, prompts, max_new_tokens=limit, stops=stops)
         for number, (ids, ended) in zip(order[first:], given, strict=False):
             yield number, tokenizer.decode(ids), ended
+
+
+def generate(
+    causal: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stops: Sequence[int],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    on_text: Callable[[str], None] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> list[tuple[list[int], bool]]:
+    """Continue `prompts`, padded on the left, until a token of `stops` or of the model's own, or `max_new_tokens`, or
+    until `stopped` says so; greedy at temperature 0, else from the likeliest tokens that have `top_p` together.
+
+    Returns of each the new ids without the stop, and whether there was one. `on_text` gets the text of a single prompt
+    as it grows, whole characters only. Raises DataError for a prompt that is too long.
+    """
+    length = max(map(len, prompts))
+    positions = getattr(causal.config.get_text_config(), "max_position_embeddings", None) or length + max_new_tokens
+    if length >= positions:
+        what = f"the prompt has {length} tokens, the model {positions} positions"
+        raise DataError(what, hint="a shorter prompt")
+    stops = sorted({*stops, *list_stops(causal.generation_config.eos_token_id)})
+    config = GenerationConfig(
+        max_new_tokens=min(max_new_tokens, positions - length),
+        do_sample=temperature > 0,
+        temperature=temperature or 1.0,
+        top_k=0 if temperature > 0 else 50,
+        top_p=top_p,
+        eos_token_id=stops or None,
+        pad_token_id=stops[0] if stops else 0,
+        use_cache=True,
+    )
+    streamer = None
+    if on_text:  # transformers' own, which holds back half characters, with the text handed on instead of printed
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer.on_finalized_text = lambda text, stream_end=False: on_text(text + "\n" * stream_end)
+    ended = StoppingCriteriaList([lambda ids, _, **__: torch.full((len(ids),), stopped(), device=ids.device)])
+    rows = [[0] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+    seen = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    ids, mask = torch.tensor(rows, device=causal.device), torch.tensor(seen, device=causal.device)
+    with torch.no_grad(), evaluating(causal, default_attention(causal.config)):
+        how = {"generation_config": config, "streamer": streamer, "stopping_criteria": ended}
+        output = causal.generate(ids, attention_mask=mask, **how)
+    new = [(list(takewhile(lambda token: token not in stops, row)), row) for row in output[:, length:].tolist()]
+    return [(ids, len(ids) < len(row)) for ids, row in new]
 
 
 def match(answer: str, expected: str) -> dict[str, bool]:

@@ -19,8 +19,7 @@ from lorasft.data.packing import MicroBatch
 from lorasft.data.store import UNSUPERVISED, TokenStore, supervised_runs
 from lorasft.errors import first_line
 from lorasft.files import read_objects, replace_file
-from lorasft.model.generate import generate
-from lorasft.model.scoring import score_batches
+from lorasft.model.scoring import generate, score_batches
 from lorasft.signals import StopRequest
 from lorasft.terminal import say, shorten
 from lorasft.training.state import Run, State
