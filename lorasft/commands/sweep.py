@@ -9,14 +9,13 @@ import os
 import re
 import time
 from argparse import ArgumentParser
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorasft.commands import report, train
-from lorasft.commands.arguments import parse_seconds, read_recipe, say_error
+from lorasft.commands.arguments import fill_in, parse_seconds, read_recipe, say_error
 from lorasft.errors import LorasftError, RecipeError, Stopped
 from lorasft.signals import exit_code
 from lorasft.terminal import quote, redact, say, shorten
@@ -64,7 +63,7 @@ def run(
         except (LorasftError, RuntimeError, MemoryError) as error:
             failed[path] = say_error(error), str(error).removeprefix("error: ").partition("\n")[0]
         gc.collect()  # what it held, the next one may need
-    print("\n".join(_table([*runs], failed)))
+    print(_table([*runs], failed))
     if pages := [str(path) for path in runs if (path / "recipe.yaml").is_file()]:
         report.run(pages, str(folder / "report.html"), show=False)
     if failed or not all((path / "adapter").is_dir() for path in runs):
@@ -107,25 +106,17 @@ def _read_runs(recipe: str, overrides: Sequence[str], out: str | None, *, resume
     return runs
 
 
-def _table(runs: Sequence[Path], failed: Mapping[Path, tuple[int, str]]) -> Iterator[str]:
+def _table(runs: Sequence[Path], failed: Mapping[Path, tuple[int, str]]) -> str:
     """A line for each run, that with the lowest held-out loss after a step first; at its end why it failed or ended."""
     from lorasft.report import History
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for path in runs:
         run = History(path) if (path / "recipe.yaml").is_file() else None
         losses = [loss for step, loss in run.series["eval_loss"] if step] if run else []
-        seconds = sum(one for _, one in run.series["seconds"]) if run else 0
         state, why = (run.state, run.why) if run else ("not begun", "")
         if path in failed:
             state, why = "failed", failed[path][1]
-        shown = [f"{loss:.4f}" for loss in (min(losses), losses[-1])] if losses else ["", ""]
-        cells = [path.name, state, str((run and run.step) or 0), *shown, str(timedelta(seconds=round(seconds)))]
-        rows.append((min(losses, default=math.inf), [*cells, redact(shorten(why))]))
-    table = [
-        ["run", "state", "step", "best held out", "last", "in steps", "why"],
-        *(cells for _, cells in sorted(rows)),
-    ]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for name, *cells, why in table:
-        yield "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:]), why]).rstrip()
+        rows.append({"name": path.name, "run": run, "losses": losses, "state": state, "why": redact(shorten(why))})
+    rows.sort(key=lambda row: min(row["losses"], default=math.inf))
+    return fill_in("sweep.txt.jinja", {"rows": rows}).rstrip()
