@@ -250,6 +250,13 @@ def test_paths_hold_where_the_recipe_lies_and_a_validation_split_is_held_out(her
     assert (here / "deep/er/lorasft-schema.json").read_text(encoding="utf-8") == "{}"  # nothing is overwritten
 
 
+def test_the_schema_beside_a_recipe_is_none_of_the_rows(here: Path, cli: Command) -> None:
+    write("rows.jsonl", 5)
+    assert cli("init", ".", "--model", "tiny", "--yes").code == 0 and (here / "lorasft-schema.json").is_file()
+    assert "5 train examples" in cli("preview", "recipe.yaml").out
+    assert load_recipe("recipe.yaml").run.output == f"runs/{here.name}"
+
+
 def test_a_path_above_this_folder_is_written_without_dots(
     here: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
 ) -> None:

@@ -16,6 +16,7 @@ KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSED = (".gz", ".zst", ".bz2")
 # None are in these.
 ABOUT_ROWS = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+ABOUT_ROWS |= {"lorasft-schema.json"}  # beside a recipe that was written into the folder
 SPLITS = {  # the words that `datasets` looks for
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
