@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -95,9 +96,10 @@ def test_the_largest_shipped_model_that_fits_is_proposed(here: Path, cli: Comman
 def test_what_fits_nowhere_is_refused_with_what_would(here: Path, cli: Command) -> None:
     write("rows.jsonl", 30)
     none = cli("init", "rows.jsonl", "--memory", "300MiB", "--yes")
-    assert none.code == 6 and "no shipped recipe fits into 300.0 MiB" in none.err and "tiny needs 0.51 GiB" in none.err
+    assert none.code == 6
+    assert "tiny needs 0.51 GiB, more than 300.0 MiB (--memory); no shipped one fits\nhint: --memory 8GB\n" in none.err
     large = cli("init", "rows.jsonl", "--memory", "8GiB", "--model", "Qwen/Qwen3-8B", "--yes")
-    assert large.code == 6 and "qwen3-8b needs 9.08 GiB, more than is given" in large.err
+    assert large.code == 6 and "qwen3-8b needs 9.08 GiB, more than 8.00 GiB (--memory)\n" in large.err
     assert "--memory 12GB" in large.err and not (here / "recipe.yaml").exists()
     fitting = large.err.partition("hint: --model ")[2].partition(",")[0]
     assert cli("init", "rows.jsonl", "--memory", "8GiB", "--model", fitting, "--yes").code == 0
@@ -125,12 +127,16 @@ def test_what_train_would_refuse_is_refused_alike(here: Path, cli: Command) -> N
         "init", "odd.jsonl", "--columns", "{prompt: input, completion: answer}", "--model", "tiny", "--out", "y.yaml"
     )
     assert chosen.code == 0 and load_recipe("y.yaml").data.columns == {"prompt": "input", "completion": "answer"}
-    missing = cli("init", "rows.jsonl", "--model", "./nowhere", "--yes", "--out", "z.yaml")
-    assert missing.code == 4 and "there is no such folder" in missing.err
+    (here / "empty").mkdir()
+    (here / "owner/empty").mkdir(parents=True)
+    for name in ("./nowhere", "empty", "owner/empty", "qwen3-4bb", ""):
+        missing = cli("init", "rows.jsonl", "--model", name, "--yes", "--out", "z.yaml")
+        assert missing.code == 4 and not (here / "z.yaml").exists()
+        assert f"there is no such folder, or no config.json in it\nwhere: {name!r}\n" in missing.err
 
 
-PROPOSED = [(19, 3, 8, None), (20, 3, 8, 0.05), (500, 3, 16, 0.05), (2000, 2, 16, 0.05), (5000, 2, 32, 0.05),
-            (20_000, 1, 32, 0.05)]  # fmt: skip
+PROPOSED = [(1, 3, 1, None), (2, 3, 2, None), (5, 3, 5, None), (9, 3, 8, None), (19, 3, 8, None), (20, 3, 8, 0.05),
+            (500, 3, 16, 0.05), (2000, 2, 16, 0.05), (5000, 2, 32, 0.05), (20_000, 1, 32, 0.05)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("rows", "epochs", "batch", "held_out"), PROPOSED)
@@ -164,12 +170,69 @@ def test_lengths_are_those_of_the_tokenizer_where_it_is_at_hand(base: Path, tiny
 def test_a_model_that_takes_less_than_the_rows_need_cuts_them(here: Path, cli: Command) -> None:
     write("rows.jsonl", 40, length=2000)
     assert cli("init", "rows.jsonl", "--model", "gpt2", "--yes").code == 0
-    recipe = load_recipe("recipe.yaml")
+    recipe, text = load_recipe("recipe.yaml"), (here / "recipe.yaml").read_text(encoding="utf-8")
     assert (recipe.data.max_length, recipe.data.overlong) == (1024, "truncate")
-    (here / "small").mkdir()
-    (here / "small/config.json").write_text('{"text_config": {"max_position_embeddings": 512}}', encoding="utf-8")
-    assert cli("init", "rows.jsonl", "--model", "small", "--yes", "--out", "s.yaml").code == 0
-    assert load_recipe("s.yaml").data.max_length == 512
+    assert "lose the beginning of their context, an answer too long by itself its end; drop would" in text
+
+
+CONFIGS = [  # a config.json, max_length, and why
+    ('{"text_config": {"max_position_embeddings": 512}}', 512, "; this model takes 512\n"),
+    ('{"max_position_embeddings": 40960}', 4096, "; this model takes 40960; more than 4096 are not proposed\n"),
+    (
+        '{"text_config": 3, "max_position_embeddings": "x"}',
+        4096,
+        "; what this model takes is not known here; more than",
+    ),
+    ("[1", 4096, "; what this model takes is not known here; more than 4096 are not proposed\n"),
+]
+
+
+@pytest.mark.parametrize(("config", "length", "why"), CONFIGS)
+def test_what_a_model_takes_is_what_its_config_says(
+    here: Path, cli: Command, config: str, length: int, why: str
+) -> None:
+    write("rows.jsonl", 40, length=9000)
+    (here / "model").mkdir()
+    (here / "model/config.json").write_text(config, encoding="utf-8")
+    done = cli("init", "rows.jsonl", "--model", "model", "--yes")
+    assert done.code == 0 and load_recipe("recipe.yaml").data.max_length == length
+    assert f"about 40 of 40 rows have over {length} tokens: data.overlong=truncate\n" in done.err
+    assert why in (here / "recipe.yaml").read_text(encoding="utf-8")
+    assert cli("init", "rows.jsonl", "--model", "owner/unknown", "--yes", "--out", "u.yaml").code == 0
+    assert "; what this model takes is not known here" in (here / "u.yaml").read_text(encoding="utf-8")
+
+
+def test_a_text_is_split_where_it_is_long(here: Path, cli: Command) -> None:
+    texts = [f"row {n}" + " and all of this" * 50 * (n == 2) for n in range(5)]
+    (here / "texts.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in texts), encoding="utf-8")
+    done = cli("init", "texts.jsonl", "--model", "tiny", "--yes")
+    assert (
+        "texts.jsonl: 5 rows of format text\nabout 1 of 5 rows have over 256 tokens: data.overlong=split\n" in done.err
+    )
+    assert load_recipe("recipe.yaml").data.overlong == "split"
+    said = (here / "recipe.yaml").read_text(encoding="utf-8")
+    assert "overlong: split  # a longer text becomes several, where drop would leave it out\n" in said
+    assert "5 train examples" in cli("preview", "recipe.yaml").out
+
+
+def test_one_row_and_rows_that_are_all_alike_train(here: Path, cli: Command) -> None:
+    row = '{"prompt": "what is it?", "completion": "it is one"}\n'
+    for name, count, batch in (("one", 1, 1), ("alike", 30, 8)):
+        Path(f"{name}.jsonl").write_text(row * count, encoding="utf-8")
+        done = cli("init", f"{name}.jsonl", "--model", "tiny", "--yes", "--out", f"{name}.yaml")
+        assert f": {count} row{'s' * (count > 1)} of format" in done.err
+        recipe = load_recipe(f"{name}.yaml")
+        assert (recipe.train.batch_size, recipe.data.eval) == (batch, None)
+    assert cli("plan", "one.yaml").code == 0 and cli("train", "one.yaml").code == 0
+
+
+def test_a_row_with_more_tokens_than_its_characters_tell_is_not_dropped(here: Path, cli: Command) -> None:
+    rows = [{"prompt": "why?", "completion": "because of that, " * 8}] * 4 + [
+        {"prompt": "why?", "completion": "é→" * 50}
+    ]
+    (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    done = cli("init", "rows.jsonl", "--model", "tiny", "--yes")
+    assert done.code == 0 and "5 train examples" in cli("preview", "recipe.yaml").out
 
 
 def test_paths_hold_where_the_recipe_lies_and_a_validation_split_is_held_out(here: Path, cli: Command) -> None:
@@ -185,6 +248,47 @@ def test_paths_hold_where_the_recipe_lies_and_a_validation_split_is_held_out(her
     (here / "deep/er/lorasft-schema.json").write_text("{}", encoding="utf-8")
     assert cli("init", "set/train.jsonl", "--model", "tiny", "--yes", "--out", "deep/er/s.yaml").code == 0
     assert (here / "deep/er/lorasft-schema.json").read_text(encoding="utf-8") == "{}"  # nothing is overwritten
+
+
+def test_the_schema_beside_a_recipe_is_none_of_the_rows(here: Path, cli: Command) -> None:
+    write("rows.jsonl", 5)
+    assert cli("init", ".", "--model", "tiny", "--yes").code == 0 and (here / "lorasft-schema.json").is_file()
+    assert "5 train examples" in cli("preview", "recipe.yaml").out
+    assert load_recipe("recipe.yaml").run.output == f"runs/{here.name}"
+
+
+def test_a_path_above_this_folder_is_written_without_dots(
+    here: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
+) -> None:
+    (here / "work").mkdir()
+    write("rows.jsonl", 3)
+    (here / "there").symlink_to(here / "work")
+    write("work/own.jsonl", 3)
+    monkeypatch.chdir(here / "work")
+    rows, own = here / "rows.jsonl", here / "work/own.jsonl"
+    named = {"../rows.jsonl": rows, "../there/own.jsonl": own, "../there/../rows.jsonl": rows, "own.jsonl": own}
+    for name, path in named.items():
+        (here / "work/recipe.yaml").unlink(missing_ok=True)
+        assert cli("init", name, "--model", "tiny", "--yes").code == 0
+        recipe = load_recipe("recipe.yaml")
+        assert recipe.data.train[0].path == str(path) and recipe.run.output == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("size", ["12GiB", "80GB", "9.5 gib"])
+def test_the_size_that_is_printed_is_the_one_that_was_typed(cli: Command, size: str) -> None:
+    write("rows.jsonl", 3)
+    done = cli("init", "rows.jsonl", "--memory", size, "--yes")
+    assert f"next: lorasft plan recipe.yaml --memory {shlex.quote(size)}\n" in done.err
+
+
+def test_columns_are_asked_for_as_init_takes_them(cli: Command) -> None:
+    Path("rows.csv").write_text("foo,bar\na,b\n", encoding="utf-8")
+    refused = cli("init", "rows.csv", "--model", "tiny", "--yes")
+    words = "--columns '{prompt: foo, completion: bar}'"
+    assert refused.code == 3 and f"hint: map them with data.columns or {words} (chat: messages;" in refused.err
+    assert cli("init", "rows.csv", "--model", "tiny", "--yes", *shlex.split(words)).code == 0
+    absent = cli("init", "rows.csv", "--columns", "{prompt: fou, completion: bar}", "--yes", "--out", "x.yaml")
+    assert absent.code == 3 and "data.columns (--columns) names 'fou', not in the data" in absent.err
 
 
 def test_names_of_files_and_columns_stay_in_their_line(here: Path, cli: Command) -> None:
@@ -207,7 +311,8 @@ def answers(monkeypatch: pytest.MonkeyPatch, *typed: str) -> None:
 @pytest.mark.parametrize(
     ("typed", "name", "system"),
     [(("", ""), None, None), (("qwen3-4b", "Be brief."), "Qwen/Qwen3-4B", "Be brief."),
-     (("some/model", ""), "some/model", None), ((), None, None)],
+     (("some/model", ""), "some/model", None), ((), None, None), (("qwen3-4bb", "qwen3-32b", ""), None, None),
+     (("./gone", "qwen3-4b", ""), "Qwen/Qwen3-4B", None)],
 )  # fmt: skip
 def test_what_is_asked_at_a_terminal(
     monkeypatch: pytest.MonkeyPatch, cli: Command, typed: tuple[str, ...], name: str | None, system: str | None
@@ -216,7 +321,9 @@ def test_what_is_asked_at_a_terminal(
     answers(monkeypatch, *typed)
     done = cli("init", "rows.jsonl", "--memory", "8GiB")
     assert (done.code, done.out) == (0, "recipe.yaml\n")
-    assert "model, this or another [" in done.err and "system message for all conversations [none]" in done.err
+    wrong = sum(word in ("qwen3-4bb", "qwen3-32b", "./gone") for word in typed)
+    assert done.err.count("model, this or another [") == 1 + wrong and done.err.count("error: ") == wrong
+    assert "system message for all conversations [none]" in done.err
     proposed = done.err.partition("another [")[2].partition("]")[0]
     recipe = load_recipe("recipe.yaml")
     assert recipe.model.base == (name or load_recipe(proposed, ["data.train=x"]).model.base)
@@ -251,16 +358,21 @@ def test_without_a_size_the_card_decides_or_else_what_a_cpu_can_train(
 ) -> None:
     """A stand-in for a card, which this test may not have."""
     write("rows.jsonl", 30)
-    for device, free, said in (
-        ("cuda", 7 * GIB, "fits into 7.00 GiB (free on the card): "),
-        ("cpu", 64 * GIB, "fits into 4.00 GiB (no card: as much as a CPU can train): "),
-        ("cpu", GIB // 4, "no shipped recipe fits into 256.0 MiB (no card: as much as a CPU can train)"),
+    for device, free, room, said in (
+        ("cuda", 7 * GIB, "7.00 GiB (free on the card)", "the largest that fits into {}: "),
+        ("cpu", 64 * GIB, "4.00 GiB (no card: as much as a CPU can train)", "the largest that fits into {}: "),
+        ("cpu", GIB // 4, "256.0 MiB (no card: as much as a CPU can train)", "more than {}; no shipped one fits\n"),
     ):
         state = SimpleNamespace(device=torch.device(device))
         monkeypatch.setattr("accelerate.PartialState", lambda state=state: state)
         monkeypatch.setattr(machine, "free_memory", lambda device, free=free: free)
         done = cli("init", "rows.jsonl", "--yes", "--out", f"{device}{free}.yaml")
-        assert done.code == (0 if free >= GIB else 6) and said in done.err
+        assert done.code == (0 if free >= GIB else 6) and said.format(room) in done.err
+        warning = f"warning: qwen3-32b needs 23.12 GiB, more than {room}"
+        named = cli("init", "rows.jsonl", "--model", "Qwen/Qwen3-32B", "--yes", "--out", f"named{device}{free}.yaml")
+        assert named.code == 0 and warning in named.err
+        lines = Path(f"named{device}{free}.yaml").read_text(encoding="utf-8").splitlines()
+        assert lines[3].endswith("# 32.8B parameters; qwen3-32b needs 23.12 GiB")
     assert init.ON_CPU == 4 * GIB
 
 
@@ -270,9 +382,9 @@ def modules_after(*words: str) -> set[str]:
     return {*done.stdout.split()}
 
 
-@pytest.mark.parametrize("given", [["--model", "BASE"], ["--model", "tiny"], ["--memory", "8GiB"]])
+@pytest.mark.parametrize("given", [["--model", "BASE"], ["--memory", "8GiB"], ["--memory", "8GiB", "--model", "tiny"]])
 def test_no_torch_is_imported_where_memory_is_not_asked_for(base: Path, given: list[str]) -> None:
     write("rows.jsonl", 30)
     found = modules_after("init", "rows.jsonl", "--yes", *(str(base) if word == "BASE" else word for word in given))
     assert Path("recipe.yaml").is_file() and not found & {"torch", "transformers", "datasets"}
-    assert "tokenizers" in found or "--memory" in given
+    assert "tokenizers" in found or "--model" not in given

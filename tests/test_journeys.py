@@ -81,7 +81,7 @@ def test_what_was_moved_resumes_on_the_tokens_that_are_there(
     assert done.code == 0 and "continuing from step 2" in done.err
     run = Path("../moved-run" if name == "run" else "run")
     assert metrics(run)[: len(before)] == before and len(metrics(run)) == 6
-    assert find_artifact(str(run)).base == (here / "../moved-base" if name == "base" else here / "base").absolute()
+    assert find_artifact(str(run)).base == (here / "../moved-base" if name == "base" else here / "base").resolve()
 
 
 def edit_json(path: Path, **values: Any) -> None:

@@ -98,7 +98,7 @@ def load_saved(found: Artifact) -> tuple[Any, Any, Any]:
 
 
 def add_columns(parser: ArgumentParser) -> None:
-    parser.add_argument("--columns", metavar="MAPPING", help="of --data: '{prompt: question, completion: answer}'")
+    parser.add_argument("--columns", metavar="MAPPING", help="of the rows: '{prompt: question, completion: answer}'")
 
 
 def say_error(error: Exception) -> int:

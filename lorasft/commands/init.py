@@ -2,99 +2,99 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import ArgumentParser
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lorasft.commands.arguments import add_columns, parse_bytes
 from lorasft.commands.recipes import count_text, read_sizes, write_recipe
-from lorasft.errors import CapacityError
-from lorasft.files import refuse_existing
+from lorasft.errors import CapacityError, LorasftError, ModelError
+from lorasft.files import read_objects, refuse_existing
+from lorasft.hub import find_local, is_hub_id
+from lorasft.recipe import DataSettings
+from lorasft.recipe.load import find_path, portable_text, read_source
+from lorasft.recipe.yaml_reader import parse_yaml
 from lorasft.terminal import quote, say, size_text
 
 ON_CPU = 4 << 30  # bytes that a model proposed for a CPU needs at most: larger ones take weeks
-LONGEST = 4096  # tokens, where neither a shipped recipe nor the model's config says otherwise
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="a file, a folder, or the hub id of a data set")
     parser.add_argument("--model", metavar="MODEL", help="a shipped recipe's name, a hub id or a folder")
-    parser.add_argument("--memory", type=parse_bytes, metavar="SIZE", help="of the card: 12GiB (default: what is free)")
+    sized: Any = lambda text: (text, parse_bytes(text))  # noqa: E731  as it was typed, for what is printed
+    parser.add_argument("--memory", type=sized, metavar="SIZE", help="of the card: 12GiB (default: what is free)")
     parser.add_argument("--out", default="recipe.yaml", metavar="FILE", help="the recipe (default: recipe.yaml)")
     parser.add_argument("--yes", action="store_true", help="ask nothing, take what is proposed")
     add_columns(parser)
 
 
-def run(data: str, out: str, columns: str | None, model: str | None, memory: int | None, yes: bool) -> None:
-    """Write a recipe for the rows in `data`; its path on stdout. Raises RecipeError for a file that exists, DataError
-    for rows, ModelError for a model that is not there, CapacityError where none fits."""
+def run(data: str, out: str, columns: str | None, model: str | None, memory: tuple[str, int] | None, yes: bool) -> None:
+    """Write a recipe for the rows in `data`; its path on stdout. `memory`: a size as typed, and its bytes. Raises
+    RecipeError for a file that exists, DataError for rows, and what `_choose_model` does for models."""
     from lorasft.data.folders import find_files
     from lorasft.data.survey import survey_rows
-    from lorasft.hub import is_folder, is_hub_id
-    from lorasft.recipe import DataSettings
-    from lorasft.recipe.load import find_path, read_source
 
     target, source = Path(out), read_source(data, columns)
     refuse_existing(target)
     survey = survey_rows(DataSettings(train=(source,)))
     rows, kinds, roles = len(survey.sizes), " and ".join(survey.kinds), ", ".join(survey.roles)
-    say(f"{data}: {rows:,} rows of format {kinds}{f', of {roles}' * bool(roles)}")
+    say(f"{data}: {rows:,} row{'s' * (rows > 1)} of format {kinds}{f', of {roles}' * bool(roles)}")
     for notice in survey.report.notices():
         say(notice)
-    ask = sys.stdin.isatty() and not yes
-    chosen = _choose_model(model, memory, ask=ask)
-    if not is_hub_id(chosen["base"]):
-        is_folder(chosen["base"])
+    ask, given = sys.stdin.isatty() and not yes, memory[1] if memory else None
+    chosen = _choose_model(model, given)
+    while ask and model is None and (typed := _answer(f"model, this or another [{chosen['row']['name']}]")):
+        try:
+            chosen, model = _choose_model(typed, given), typed
+        except LorasftError as error:  # mistyped: asked again
+            say(error)
     asked = ask and roles and "system" not in survey.roles
-    facts = chosen | {
+    facts = {
+        **chosen,
+        **vars(survey),
         "data": data,
-        "rows": rows,
-        "kinds": kinds,
-        "columns": source.columns,
+        "source": source,
+        "lengths": survey.lengths(chosen["base"]),
+        "config": next(read_objects(find_local(chosen["base"], "config.json")), {}),
         "base": find_path(chosen["base"], [Path.cwd()]),
-        "system": asked and _answer("system message for all conversations [none]"),
-        "path": find_path(data, [Path.cwd()]),
+        "path": Path(find_path(data, [Path.cwd()])),
         "validation": bool(find_files(source)[1]),
-        "usual": survey.lengths(chosen["base"])[int(0.99 * (rows - 1))],
-        "most": chosen["shipped"].get("data", {}).get("max_length") or _positions(chosen["base"]),
-        "read_as": "; columns ".join(["", *survey.report.read_as]),
-        "run": Path(data).stem,
+        "system": asked and _answer("system message for all conversations [none]"),
     }
-    write_recipe(target, "init.yaml.jinja", facts)
-    given = f" --memory {memory >> 20}MiB" if memory else ""
+    limits = write_recipe(target, "init.yaml.jinja", facts).data
+    if longer := sum(length > limits.max_length for length in facts["lengths"]):
+        say(f"about {longer:,} of {rows:,} rows have over {limits.max_length} tokens: data.overlong={limits.overlong}")
+    size = f" --memory {quote(memory[0])}" if memory else ""
     for command in ("preview", "plan", "train"):
-        say(f"next: lorasft {command} {quote(target)}{given * (command == 'plan')}")
+        say(f"next: lorasft {command} {quote(target)}{size * (command == 'plan')}")
     print(target)
 
 
-def _choose_model(model: str | None, memory: int | None, *, ask: bool) -> dict[str, Any]:
+def _choose_model(model: str | None, memory: int | None) -> dict[str, Any]:
     """The base, what a shipped recipe says for it, and about it: of `model`, or else of the largest that fits `memory`
-    bytes or what is free. Raises CapacityError where it does not fit."""
-    from lorasft.recipe.load import portable_text
-    from lorasft.recipe.yaml_reader import parse_yaml
-
+    bytes or what is free. Raises ModelError where it is not there, CapacityError where none fits, or not `memory`."""
     rows = sorted(read_sizes(), key=lambda row: int(row["parameters"]))
-    needs = {row["name"]: f"{row['name']} needs {size_text(row['needs'])}" for row in rows}
-    free, whose = (memory, "--memory") if memory else (0, "") if model else _free_memory()
-    room, fits = f"{size_text(free)} ({whose})", [row for row in rows if row["needs"] <= free]
-    if not model and not fits:
-        raise CapacityError(f"no shipped recipe fits into {room}", hint=needs[rows[0]["name"]])
-    if not model:
-        model = fits[-1]["name"]
-        say(f"the largest that fits into {room}: {needs[model]}; --model takes others")
-        model = (ask and len(fits) > 1 and _answer(f"model, this or another [{model}]")) or model
-    row = next((row for row in rows if model in (row["name"], row["base"]) and not Path(model).exists()), None)
-    if row is None:
-        return {"base": model, "shipped": {}, "about": "no shipped recipe: lorasft plan says whether it fits"}
-    if memory and row["needs"] > memory:
+    row = next((row for row in rows if model in (row["name"], row["base"])), None)
+    if model is not None and (row is None or Path(model).exists()):
+        if (Path(model).exists() or not is_hub_id(model)) and not Path(model, "config.json").is_file():
+            hint = "name a model folder, a hub id as OWNER/NAME, or a shipped recipe: lorasft recipes list"
+            raise ModelError("there is no such folder, or no config.json in it", where=repr(model), hint=hint)
+        return {"base": model, "shipped": {}, "row": None}
+    free, whose = (memory, "--memory") if memory else _free_memory()
+    fits = [row for row in rows if row["needs"] <= free]
+    row = row or [rows[0], *fits][-1]
+    needs, room = f"{row['name']} needs {size_text(row['needs'])}", f"{size_text(free)} ({whose})"
+    if row not in fits and (memory or model is None):
         hint = ", or ".join([*(f"--model {one['name']}" for one in fits[-1:]), f"--memory {row['card']}GB"])
-        raise CapacityError(f"{needs[row['name']]}, more than is given", where="--memory", hint=hint)
+        raise CapacityError(f"{needs}, more than {room}{'; no shipped one fits' * (not fits)}", hint=hint)
+    if row not in fits:
+        say(f"warning: {needs}, more than {room}; where another machine trains, --memory has its size")
+    elif model is None:
+        say(f"the largest that fits into {room}: {needs}; --model takes others")
     shipped = parse_yaml(portable_text(Path(row["path"])), row["path"]).value
-    about = f"{count_text(row['parameters'])} parameters; {needs[row['name']]}{f' of {room}' * bool(free)}"
-    return {"base": shipped["model"]["base"], "shipped": shipped, "about": about}
+    return {"base": shipped["model"]["base"], "shipped": shipped, "row": row, "count": count_text(row["parameters"])}
 
 
 def _free_memory() -> tuple[int, str]:
@@ -109,19 +109,7 @@ def _free_memory() -> tuple[int, str]:
     return min(free_memory(device), ON_CPU), "no card: as much as a CPU can train"
 
 
-def _positions(base: str) -> int:
-    """The longest sequence for a model, by its config where that is at hand."""
-    from lorasft.hub import find_local
-
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        config = json.loads(find_local(base, "config.json").read_bytes())
-        return min(LONGEST, int((config.get("text_config") or config)["max_position_embeddings"]))
-    return LONGEST
-
-
 def _answer(question: str) -> str:
     """What the person at the terminal types, empty for the proposal; stdout is left alone."""
     say(f"{question}: ", end="")
-    with suppress(EOFError):
-        return input().strip()
-    return ""
+    return sys.stdin.readline().strip()

@@ -10,7 +10,7 @@ from typing import Any
 
 from lorasft.commands.arguments import add_json, fill_in, parse_bytes, show
 from lorasft.files import make_folder, refuse_existing, write_file
-from lorasft.recipe import recipe_schema
+from lorasft.recipe import Recipe, recipe_schema
 from lorasft.recipe.load import complete_recipe, find_shipped, portable_text, shipped_recipes
 from lorasft.recipe.yaml_reader import parse_yaml, read_yaml
 from lorasft.terminal import quote, say, size_text
@@ -71,15 +71,16 @@ def _import(source: Path, target: Path) -> None:
     print(target)
 
 
-def write_recipe(target: Path, template: str, facts: dict[str, Any]) -> None:
-    """Fill in a template beside this file and write it, if it is a recipe; and beside it the schema that its first line
-    names, if none is there."""
+def write_recipe(target: Path, template: str, facts: dict[str, Any]) -> Recipe:
+    """Fill in a template beside this file and write it, if it is a recipe, which is returned; and beside it the schema
+    that its first line names, if none is there."""
     text = fill_in(template, {**facts, "schema": SCHEMA})
-    complete_recipe(parse_yaml(text, str(target)), target)
+    recipe = complete_recipe(parse_yaml(text, str(target)), target)
     make_folder(target.absolute().parent)
     write_file(target, text)
     if not target.with_name(SCHEMA).exists():
         write_file(target.with_name(SCHEMA), json.dumps(recipe_schema(), indent=2))
+    return recipe
 
 
 def read_sizes() -> list[dict[str, Any]]:

@@ -101,7 +101,7 @@ def _find_format(
     stated, columns = source.format or settings.format, source.columns or settings.columns or {}
     seen = f"columns seen: {', '.join(map(str, row))}"
     if absent := [theirs for theirs in columns.values() if theirs not in row]:
-        what = f"data.columns names {', '.join(map(repr, absent))}, not in the data"
+        what = f"data.columns (--columns) names {', '.join(map(repr, absent))}, not in the data"
         return row, "", DataError(what, where=place, hint=seen), {}
     fits = [stated] if stated != "auto" else keys.formats_of(row.keys() | columns.keys())
     guess, several = ({}, "") if fits or columns else keys.guess_columns(row)
@@ -110,11 +110,12 @@ def _find_format(
         raise DataError(f"the columns fit {' and '.join(fits)}", where=place, hint="state data.format")
     if not fits:
         known = "; ".join(f"{kind}: {', '.join(needed)}" for kind, needed in keys.NEEDED.items())
-        hint = f"map them with data.columns ({known}){'; here ' * bool(several)}{several}"
+        hint = f"map them with data.columns or --columns '{{prompt: foo, completion: bar}}' ({known})"
+        hint += f"; here {several}" * bool(several)
         hint = keys.PAIRS if row.keys() >= {"chosen", "rejected"} else hint
         return row, "", DataError(f"no known format: {seen}", where=place, hint=hint), {}
     if idle := sorted(columns.keys() - keys.READ[fits[0]]):
-        what = f"data.columns maps {', '.join(map(repr, idle))}, which format {fits[0]} does not read"
+        what = f"data.columns (--columns) maps {', '.join(map(repr, idle))}, which format {fits[0]} does not read"
         raise DataError(what, where=place, hint=f"it reads {', '.join(sorted(keys.READ[fits[0]]))}")
     return row, fits[0], None, guess
 

@@ -24,17 +24,21 @@ class Survey:
     kinds: dict[str, None] = field(default_factory=dict)  # formats, of each file its own
     roles: dict[str, None] = field(default_factory=dict)
     texts: list[str] = field(default_factory=list)  # of the first examples
+    digests: set[int] = field(default_factory=set)  # of different contents
     sizes: list[tuple[int, int]] = field(default_factory=list)  # of each example: characters, messages
 
     def lengths(self, base: str) -> list[int]:
         """About how many tokens each example has, sorted: by the tokenizer of `base` where that is at hand."""
+        counts: list[int] = []
         rate, file = CHARACTERS, find_local(base, "tokenizer.json")
         if file.is_file():
             from tokenizers import Tokenizer
 
             encoded = Tokenizer.from_file(str(file)).encode_batch(self.texts, add_special_tokens=False)
-            rate = sum(map(len, self.texts)) / max(1, sum(map(len, encoded)))
-        return sorted(math.ceil(size / rate) + FRAME * messages for size, messages in self.sizes)
+            counts = [*map(len, encoded)]
+            rate = sum(map(len, self.texts)) / max(1, sum(counts))
+        counts += [math.ceil(size / rate) for size, _ in self.sizes[len(counts) :]]
+        return sorted(count + FRAME * messages for count, (_, messages) in zip(counts, self.sizes, strict=True))
 
 
 def survey_rows(data: DataSettings) -> Survey:
@@ -47,6 +51,7 @@ def survey_rows(data: DataSettings) -> Survey:
                 said = [message["content"] for message in example.messages]
                 text = example.text or "\n".join([*said, *map(CANONICAL.encode, example.tools or ())])
                 survey.sizes.append((len(text), len(said)))
+                survey.digests.add(example.digest)
                 survey.texts += [text] if len(survey.texts) < _ENCODED else []
                 survey.roles |= {message["role"]: None for message in example.messages}
         except DataError as raised:

@@ -139,8 +139,9 @@ def portable_text(path: Path) -> str:
 def find_path(text: str, folders: Sequence[Path]) -> str:
     """A path, absolute where it exists in one of `folders`, else as it is: it may be a hub id."""
     with contextlib.suppress(OSError, ValueError, RuntimeError):  # not a name that a file could have
-        found = [path for path in (folder / Path(text).expanduser() for folder in folders) if path.exists()]
-        return str(found[0].absolute()) if found else text
+        for path in (folder / Path(text).expanduser() for folder in folders):
+            if path.exists():  # `..` after a link is not what stands before the link
+                return str(path.resolve() if ".." in path.parts else path.absolute())
     return text
 
 
