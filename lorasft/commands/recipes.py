@@ -13,7 +13,7 @@ from lorasft.files import make_folder, refuse_existing, write_file
 from lorasft.recipe import Recipe, recipe_schema
 from lorasft.recipe.load import complete_recipe, find_shipped, portable_text, shipped_recipes
 from lorasft.recipe.yaml_reader import parse_yaml, read_yaml
-from lorasft.terminal import quote, say, size_text
+from lorasft.terminal import quote, say
 
 # A comment of each shipped recipe; `needs`: the least memory that plan finds enough for rows of its data.max_length.
 _SIZES = re.compile(
@@ -37,12 +37,8 @@ def run(action: str, name: str | None, to: str | None, memory: int | None, as_js
     and for a config that is not to be imported."""
     if action == "list":
         rows = [row for row in read_sizes() if memory is None or row["needs"] <= memory]
-        lines = [
-            f"{row['name']:28}  {count_text(row['parameters']):>5}  {size_text(row['weights']):>9}  {row['card']:2} GB"
-            f"  {row['base']}"
-            for row in rows
-        ]
-        show(rows, [f"{'recipe':28}  {'size':>5}  {'in 4 bit':>9}  {'card':>5}  base", *lines], as_json=as_json)
+        lines = fill_in("recipes.txt.jinja", {"rows": rows, "count": count_text}).splitlines()
+        show(rows, lines, as_json=as_json)
     elif action == "schema":
         print(json.dumps(recipe_schema(), indent=2))
     elif action == "import":

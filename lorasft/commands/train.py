@@ -50,6 +50,7 @@ def train_one(
 ) -> int:
     """Train what was read, and say how it goes; `again`: the command that began it; `shared`: with runs before it.
     Returns the signal that came in its last step, or 0."""
+    from lorasft.model.recompute import decoder_layers
     from lorasft.report import next_commands
     from lorasft.training.loop import run_steps
     from lorasft.training.run import export_adapter, open_run
@@ -59,7 +60,9 @@ def train_one(
         with open_run(settings, resume=resume, ranks=ranks, shared=shared) as (ready, state):
             ready.metrics.progress.live &= not verbose
             if ranks.is_main:
-                say(_describe(ready))
+                facts: dict[str, Any] = {"run": ready, "layers": len(decoder_layers(ready.network.causal))}
+                facts["memory"] = json.loads((folder / "memory.json").read_bytes())
+                say(fill_in("train.txt.jinja", facts).rstrip())
             state = run_steps(ready, state, deadline=shared.deadline if shared else math.inf)
             adapter = ranks.on_main(lambda: export_adapter(ready, state))
         if ranks.is_main:
@@ -76,19 +79,6 @@ def train(recipe: str | Path, *, resume: bool = False, **overrides: Any) -> Hist
 
     words = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flatten(overrides).items()]
     return History(run(str(recipe), words, resume=resume, quiet=False, verbose=False))
-
-
-def _describe(ready: Run) -> str:
-    """What is trained on what, how it fits, and where it goes, in four lines that 80 columns have room for."""
-    from lorasft.model.recompute import decoder_layers
-
-    facts = {
-        "run": ready,
-        "base": "/".join(Path(ready.recipe.model.base).parts[-2:]),
-        "layers": len(decoder_layers(ready.network.causal)),
-        "memory": json.loads((ready.folder / "memory.json").read_bytes()),
-    }
-    return fill_in("train.txt.jinja", facts).rstrip()
 
 
 @contextmanager
