@@ -137,9 +137,8 @@ def test_what_a_chat_obeys(run: Path, asked: list[list[str]], monkeypatch: pytes
     first, bare = done.out.splitlines()[:2]
     told = ["nothing was asked yet", "as in training", "text: Be brief.", "text: Be brief.", "there is no /wrong. /re"]
     told += ["as in training"]
-    assert (
-        done.code == 0 and [word in line for word, line in zip(told, done.err.splitlines(), strict=True)] == [True] * 6
-    )
+    _, *said = done.err.splitlines()
+    assert done.code == 0 and [word in line for word, line in zip(told, said, strict=True)] == [True] * 6
     briefly = [["Be brief.", "four"], ["Be brief.", "/etc/x"]]
     assert asked == [["one"], ["one"], ["one", first, "two"], ["three"], *briefly, ["six"]]
     base = json.loads((run / "adapter/adapter_config.json").read_bytes())["base_model_name_or_path"]

@@ -219,7 +219,7 @@ def test_a_kept_base_has_the_same_experts(tmp_path: Path, monkeypatch: pytest.Mo
         assert torch.equal(first(ids).logits, second(ids).logits)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+@pytest.mark.parametrize("name", [pytest.param("mixtral", marks=pytest.mark.slow), "gpt-oss"])
 def test_a_journey_in_4_bit(
     name: str, rows: Path, recipe: Callable[..., str], tmp_path: Path, cli: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

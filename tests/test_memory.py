@@ -260,6 +260,7 @@ def test_as_few_layers_as_fit_are_recomputed(monkeypatch: pytest.MonkeyPatch) ->
     assert [needs.peak for _, needs in found] == [455, 365, 365, 185, 185]
 
 
+@pytest.mark.slow
 def test_on_a_gpu_micro_batches_are_as_large_as_recompute_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sizes are tried from the largest on; below the usual ones layers recompute, too. On the meta device."""
     arrays = {"ids": np.arange(64 * 60, dtype=np.int32) % 90, "weights": np.ones(64 * 60, dtype=np.float32)}

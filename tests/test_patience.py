@@ -46,7 +46,7 @@ def expected_end(run: Path, patience: int) -> tuple[int, int]:
     raise AssertionError(f"it went on: {losses}")
 
 
-@pytest.mark.parametrize("keep_best", [False, True])
+@pytest.mark.parametrize("keep_best", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_that_gets_no_better_ends_finished(
     keep_best: bool, rising: Write, tmp_path: Path, cli: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,7 +48,9 @@ FAULTS: dict[str, Callable[[int], Fault]] = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "killed before" else ()) for name in FAULTS]
+)
 def test_a_merge_that_ends_at_any_file_operation(name: str, base: Path, adapter: Path, tmp_path: Path) -> None:
     """Under the final name is a whole merge or nothing; the next one succeeds and clears what was left."""
     effects = merge_into(base, adapter, tmp_path / "whole")
