@@ -284,7 +284,7 @@ def test_the_budget_stops_a_run_after_its_step_and_begins_no_other(
     again = f"lorasft sweep {whole[0]} {RATES} --out {out} --resume"
     assert done.err.endswith(f"the budget is used up\nnext: {again}\n")
     cells = [row.split()[:3] for row in done.out.splitlines()[1:3]]
-    assert cells == [[TWO[1], "not", "begun"], [TWO[0], "stopped", "4"]]  # no held-out loss of either
+    assert cells == [[TWO[0], "stopped", "4"], [TWO[1], "not", "begun"]]  # no held-out loss of either
     assert_goes_on(whole, out, cli, "stopped", "")
 
 
