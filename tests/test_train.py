@@ -164,6 +164,7 @@ def test_the_base_is_evaluated_after_the_first_step(recipe: Write) -> None:
     settings = load_recipe(recipe(adapter={"modules_to_save": ["norm"]}, train={"steps": 3}))
     with runs.open_run(settings, resume=False) as (run, state):
         begun = loop.evaluate(run, state, StopRequest()).best_loss
+        run.of_base.clear()  # in which it is remembered
         loop.run_steps(run, state)
     own, *lines = metrics(Path(settings.run.output))
     assert [line["step"] for line in lines] == [1, 0, 2, 3, 3] and "eval_loss" in lines[1].keys() & lines[4].keys()

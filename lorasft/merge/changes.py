@@ -17,13 +17,14 @@ from torch import Tensor
 from lorasft.adapter_files import PREFIX, lora_scale, read_adapter_weights, subtract_start
 from lorasft.artifact import Artifact
 from lorasft.data.tokenizer import needed_rows
-from lorasft.errors import ModelError
+from lorasft.errors import ModelError, reading
 from lorasft.merge.parameters import ParameterMap
 
 _CONV1D_MODELS = {"gpt2", "openai-gpt"}  # their checkpoints store linears (in, out)
 _A, _B, _BIAS, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
 _EMBEDDING_A, _EMBEDDING_B, _TOKENS = "lora_embedding_A", "lora_embedding_B", "token_adapter.trainable_tokens_delta"
 _PARTS = (_A, _B, _BIAS, _MAGNITUDE, _EMBEDDING_A, _EMBEDDING_B, _TOKENS)
+_ANOTHER = "--base with what it was trained on, or fetch it again"
 _PART = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _PARTS))})")
 
 
@@ -100,7 +101,9 @@ def read_changes(artifact: Artifact, places: ParameterMap, read: Callable[[str],
     """
     reader = AdapterReader(artifact, places, read)
     changes: dict[str, Change] = {}
-    try:
+    with reading(
+        "A and B do not fit the base", where=reader.folder, hint=_ANOTHER
+    ):  # torch, for shapes that fit nothing
         for parameter, change in reader.list_untied():
             for name, part in reader.find_tensors(parameter, change):
                 first = changes.setdefault(name, part)
@@ -108,8 +111,6 @@ def read_changes(artifact: Artifact, places: ParameterMap, read: Callable[[str],
                     if first.replacement is None or first.product or part.replacement is not None:
                         raise reader.error(f"the adapter changes {name} more than once")
                     changes[name] = replace(part, replacement=first.replacement.view(part.shape))
-    except (RuntimeError, ValueError, IndexError) as error:  # of torch, for shapes that fit nothing
-        raise reader.error(f"A and B do not fit the base: {error}") from None
     if not changes:
         raise reader.error("the adapter has no tensors")
     # Only an embedding and its head may get another height, and then the same.
@@ -151,7 +152,7 @@ class AdapterReader:
         if absent or (tokens and not any(_TOKENS in parts for parts in self.modules.values())):
             raise self.error(f"the adapter lacks {', '.join(absent) or 'tokens'} that its config says were trained")
 
-    def error(self, what: str, *, hint: str = "--base with what it was trained on, or fetch it again") -> ModelError:
+    def error(self, what: str, *, hint: str = _ANOTHER) -> ModelError:
         """The error for files that do not fit each other or the base."""
         return ModelError(what, where=self.folder, hint=hint)
 

@@ -157,19 +157,24 @@ def end_early(run: Run, state: State) -> None:
 
 def evaluate(run: Run, state: State, stop: StopRequest) -> State:
     """The held-out loss a supervised token, in nats, and that of each row, noted; the state with it when it is the best
-    so far. A signal leaves it due."""
-    rows, ranks = run.inputs.prepared.held_out, run.ranks
+    so far. A signal leaves it due. Of the base it is what a run of the same sweep found that is laid out alike."""
+    rows, ranks, attention = run.inputs.prepared.held_out, run.ranks, run.network.causal.config._attn_implementation
     state = replace(state, evaluation_due=False)
     if rows is None:
         return state
-    sums = np.zeros((2, len(rows)))  # of each row the losses, and how many
-    score = partial(score_batches, run.network, rows.sequences, range(len(rows)), capacity=run.plan.micro_batch_tokens)
-    with ranks.sync_errors(), run.metrics.progress.interlude("evaluating"):
-        for batch, losses in score(processes=ranks.count, index=ranks.index, explain=partial(oom_context, rows)):
-            if stop.signal:  # of several processes none, before they agree on it in a step
-                return replace(state, evaluation_due=True)
-            add_losses(sums, batch, losses)
-    sums = np.sum(ranks.gather(sums), axis=0)
+    base = (run.inputs.prepared.key, run.layout, attention) if state.step == 0 and not run.inputs.start else None
+    sums = run.of_base.get(base)
+    if sums is None:
+        sums = np.zeros((2, len(rows)))  # of each row the losses, and how many
+        score = partial(score_batches, run.network, rows.sequences, range(len(rows)))
+        how = {"capacity": run.plan.micro_batch_tokens, "processes": ranks.count, "index": ranks.index}
+        with ranks.sync_errors(), run.metrics.progress.interlude("evaluating"):
+            for batch, losses in score(**how, explain=partial(oom_context, rows)):
+                if stop.signal:  # of several processes none, before they agree on it in a step
+                    return replace(state, evaluation_due=True)
+                add_losses(sums, batch, losses)
+        sums = np.sum(ranks.gather(sums), axis=0)
+        run.of_base |= {base: sums} if base else {}
     total, tokens = sums.sum(axis=1).tolist()
     loss = total / tokens
     if not math.isnan(loss) and (state.best_loss is None or loss < state.best_loss):

@@ -64,12 +64,11 @@ class Shared:
 
     tokens: Path  # the folder of what they are trained on, instead of one in each run
     deadline: float  # after which they stop, by `time.monotonic`
-    bases: dict[str, Any] = field(default_factory=dict)  # the last one, as it was loaded, by its settings
+    bases: dict[Any, Any] = field(default_factory=dict)  # the last one, as loaded, by its settings; and Run.of_base
 
     def load(self, settings: ModelSettings, device: torch.device, *, keep: Keep, own_rows: bool) -> Any:
         """What `load_base` gives, which is called for the first run; see `copy_base`."""
-        name = settings.model_dump_json()
-        if name not in self.bases:
+        if (name := settings.model_dump_json()) not in self.bases:
             self.bases.clear()
             self.bases[name] = load_base(settings, device, keep=keep)
         return copy_base(self.bases[name], own_rows=own_rows)
@@ -136,6 +135,7 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks, shared: Shared | None
     done, written = (saved.step, saved.metrics_bytes) if saved else (0, 0)
     metrics = Metrics(recipe, steps=plan.steps, done=done, metrics_bytes=written, quiet=not ranks.is_main)
     run = Run(recipe, inputs, plan, network, model, trained, optimizer, metrics, ranks)
+    run.of_base = shared.bases if shared else {}
     with ranks.sync_errors():
         if saved:
             restore_checkpoint(run.checkpoint(saved.step), run)
@@ -161,12 +161,11 @@ def run_heaviest_batch(run: Run, fit: Fit, static: dict[str, int]) -> None:
     Nothing is updated, and each step begins its random numbers anew: the losses keep their bits. Writes `memory.json`
     (bytes; null where a number is not known). Raises CapacityError when it fits in no layout.
     """
-    known = {**static, **fit.needs.by_kind} if fit.needs else {}
-    peak = sum(known.values())
+    kinds = {**static, **fit.needs.by_kind} if fit.needs else {}
+    predicted = {**kinds, "peak": sum(kinds.values())} if kinds else None
     unseen = fit.needs is None or run.network.device.type in _REHEARSED
     measured = retry_on_oom(run, partial(_measure_heaviest, run)) if unseen else None
-    free = sum(static.values()) + fit.spare
-    record = {"free": free, "predicted": {**known, "peak": peak} if known else None, "measured": measured}
+    record = {"free": sum(static.values()) + fit.spare, "predicted": predicted, "measured": measured}
     if run.ranks.is_main:
         replace_file(run.folder / "memory.json", json.dumps(record, indent=1))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,6 +77,7 @@ class Run:
     metrics: Metrics
     ranks: Ranks
     signal: int = 0  # that came in its last step, which it ended
+    of_base: dict[Any, Any] = field(default_factory=dict)  # what `evaluate` found of the base, by what decides its bits
 
     @property
     def folder(self) -> Path:
