@@ -161,13 +161,14 @@ def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> N
 
 def held_out(model: Any, network: Any, ranks: Ranks, folder: Path) -> list[Any]:
     """Losses of held-out sets of every size; those of their rows are in `folder`."""
-    state, plan = State(0, "", 0, Layout("float32", 1, 0, segments=True)), {"loss": "token", "micro_batch_tokens": 20}
+    state, plan = State(1, "", 0, Layout("float32", 1, 0, segments=True)), {"loss": "token", "micro_batch_tokens": 20}
     losses = []
     for size in range(1, 7):
         rows: Any = some(size)
         rows.place, rows.sources = "rows:{}".format, partial(np.zeros, size, dtype=np.int64)
         (folder / str(size)).mkdir(parents=True, exist_ok=True)
         run = step_run(model, network, rows, ranks, folder=str(folder / str(size)), **plan)
+        run.of_base = {}
         losses.append(loop.evaluate(run, state, StopRequest()).best_loss)
     return losses
 
