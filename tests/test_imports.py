@@ -172,8 +172,9 @@ def test_packed_rows_become_about_as_many_examples(
     assert gone.train.batch_size == 4 and "4 examples here: raise it" in said
     assert gone.data.eval == 0.1 and gone.schedule.warmup == 0.25 and gone.data.train[0].path == "people/set"
     write_factory_data(tmp_path, rows)
-    packed, _, _ = bring(FACTORY + "packing: true\n", base=base)
+    packed, _, said = bring(FACTORY + "packing: true\nfp16: true\n", base=base)
     assert packed.train.batch_size == pytest.approx(8 * 120 / mean, rel=0.25)
+    assert "examples here, about as many; val_size is of packed rows there" in said and "fp16: true: float16" in said
 
 
 CHANGES: list[tuple[str, str, str, Any]] = [  # of Axolotl's, or of LLaMA-Factory's: what is said, our key, its value
@@ -206,11 +207,12 @@ CHANGES: list[tuple[str, str, str, Any]] = [  # of Axolotl's, or of LLaMA-Factor
     ("A", "save_strategy: 'no'", "run.save_every", None),
     ("A", "chat_template: chatml", "chat.template", "chatml"),
     ("A", "chat_template: gemma", "chat.template", None),
-    ("A", "fp16: true", "model.dtype", "float16"),
+    ("A", "fp16: true", "model.dtype", "auto"),  # what trains: float16 is listed
     ("A", "bf16: true\nfp16: false", "model.dtype", "auto"),
-    ("A", "bf16: auto\nfp16: true", "model.dtype", "float16"),  # resolve_dtype: fp16 turns auto off
+    ("A", "bf16: true\nfp16: true", "model.dtype", "auto"),  # resolve_dtype: bf16 turns fp16 off
+    ("A", "bf16: false\nload_in_8bit: true", "model.dtype", "auto"),  # float16 there
     ("A", "bf16: false", "model.dtype", "float32"),
-    ("A", "bf16: false\nfp16: true", "model.dtype", "float16"),
+    ("A", "bf16: false\nfp16: true", "model.dtype", "auto"),
     ("A", "excess_length_strategy: truncate", "data.max_dropped", 0.05),
     ("A", "num_epochs: 2", "data.max_dropped", 1.0),
     ("A", "num_epochs: 2", "train.steps", 12),  # ceil(23 x 2 / 4)
@@ -238,6 +240,8 @@ CHANGES: list[tuple[str, str, str, Any]] = [  # of Axolotl's, or of LLaMA-Factor
     ("F", "train_on_prompt: true", "chat.supervise", "everything"),
     ("F", "lr_scheduler_type: cosine", "schedule.name", "cosine"),
     ("F", "warmup_steps: 0\nwarmup_ratio: 0.1", "schedule.warmup", 2),  # 1.2, rounded up
+    ("F", "warmup_steps: 0.1", "schedule.warmup", 2),  # of 12, rounded up
+    ("F", "fp16: true\nbf16: false", "model.dtype", "auto"),
     ("F", "val_size: 0.1", "data.eval", 3 / 26),
     ("F", "val_size: 5\neval_strategy: steps\neval_steps: 2", "run.eval_every", 2),
     ("F", "val_size: 5\neval_strategy: epoch", "run.eval_every", 3),  # 21 rows in batches of 8

@@ -189,9 +189,10 @@ def _take_steps(found: Imported, held_out: list[dict[str, Any]]) -> None:
         longest, tokens = found.settings["data"]["max_length"][0], sum(share * sum(own) for own, share in lengths)
         why = f"{batch} packed rows of {longest} tokens"
         batch = max(batch, round(batch * longest * taken / tokens)) if taken else batch
-        found.left[f"a step of {why}"] = f"{batch} examples here" + (", about as many" if taken else ": raise it")
+        about = ", about as many" if taken else ": raise it"
+        found.left[f"a step of {why}"] = f"{batch} examples here{about}{table['packed']}"
     found.set("train.batch_size", batch, why)
-    size = said[table["held_out"]]
+    size, given = said[table["held_out"]], said.get("warmup_steps")  # below 1 a share, as transformers 5 reads it
     count = 0 if held_out else math.ceil(size * taken) if size < 1 else int(size)
     share = count / max(rows, taken) if taken else size if size < 1 else 0.05
     found.set("data.eval", held_out or share or None, table["sources"][1] if held_out else table["held_out"])
@@ -203,10 +204,10 @@ def _take_steps(found: Imported, held_out: list[dict[str, Any]]) -> None:
     total = most or math.ceil((taken - count) * epochs / batch if at_once else epochs * each)
     if not most and (at_once or (taken != rows and not packed)):
         found.set("train.steps", total, f"{taken - count} rows x {epochs}, as {found.tool} rounds it")
-    ratio = said.get("warmup_ratio", 0 if "warmup_steps" in said else table["warmup_ratio"])
+    ratio = said.get("warmup_ratio", (given % 1) if given is not None else table["warmup_ratio"])
     exact = ratio * total  # transformers rounds it up, Axolotl down, to at most 100 if it is not asked for
     steps = math.ceil(exact) if not axolotl else int(exact if "warmup_ratio" in said else min(exact, 100))
-    warmup = said.get("warmup_steps") or (steps if total else ratio)
+    warmup = given if (given or 0) >= 1 else steps if total else ratio
     warmup = 0 if said[table["schedule"]] == "constant" else 2 if axolotl and warmup == 1 else warmup
     found.set("schedule.warmup", warmup, "warmup_steps, warmup_ratio")
     found.set("optimizer.betas", [said["adam_beta1"], said["adam_beta2"]], "adam_beta1, adam_beta2")

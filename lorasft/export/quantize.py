@@ -71,9 +71,8 @@ def _compare(gguf: Any, before: Any, after: Any) -> dict[str, Any]:
         if unquantized:
             raise ValueError(f"{tensors[1].name} is still {type}")
         if tensors[0].name != tensors[1].name or not off <= _OFF**2 * size:
-            raise ValueError(
-                f"{tensors[1].name}, read back from {type}, has other numbers than {tensors[0].name} before"
-            )
+            what = f"{tensors[1].name}, read back from {type}, has other numbers than {tensors[0].name} before"
+            raise ValueError(what)
         missed, whole = missed + off, whole + size
         types[type] += 1
     return {"error": float(missed / whole) ** 0.5, "tensors": types}
