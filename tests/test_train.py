@@ -196,6 +196,20 @@ def test_keep_best_gives_the_best_adapter(recipe: Write) -> None:
     assert sha256(run_folder(path) / "adapter/adapter_model.safetensors") == saved
 
 
+def test_the_base_is_kept_until_it_is_known_not_to_be_the_best(recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal in the first step comes before the base is measured, which may yet be better than what is trained."""
+    path = recipe(run={"keep_best": True, "keep": 1, "eval_every": 3}, optimizer={"learning_rate": 0.01})
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, lambda: signal.raise_signal(signal.SIGINT))
+        assert main(["train", path]) == 130
+    kept = run_folder(path) / "checkpoints"
+    assert sorted(folder.name for folder in kept.iterdir()) == ["step-000000", "step-000001"]
+    assert main(["train", path, "--resume"]) == 0
+    held_out = {line["step"]: line["eval_loss"] for line in metrics(run_folder(path)) if "eval_loss" in line}
+    best = min(held_out, key=lambda step: held_out[step])
+    assert sorted(folder.name for folder in kept.iterdir()) == sorted({f"step-{best:06d}", "step-000009"})
+
+
 def test_a_start_that_failed_leaves_a_folder_that_can_be_used(recipe: Write) -> None:
     path = recipe()
     assert main(["train", path, "train.batch_size=64"]) == 2

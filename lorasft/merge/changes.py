@@ -101,9 +101,8 @@ def read_changes(artifact: Artifact, places: ParameterMap, read: Callable[[str],
     """
     reader = AdapterReader(artifact, places, read)
     changes: dict[str, Change] = {}
-    with reading(
-        "A and B do not fit the base", where=reader.folder, hint=_ANOTHER
-    ):  # torch, for shapes that fit nothing
+    # Torch says of shapes that fit nothing no more than the shapes.
+    with reading("A and B do not fit the base", where=reader.folder, hint=_ANOTHER):
         for parameter, change in reader.list_untied():
             for name, part in reader.find_tensors(parameter, change):
                 first = changes.setdefault(name, part)

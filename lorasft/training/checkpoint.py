@@ -188,7 +188,7 @@ def prune_checkpoints(run: Run, state: State) -> None:
         with suppress(ModelError):
             own.append(read_state(path, run=state.run).step)
     for step in own[: -run.recipe.run.keep]:
-        if not run.recipe.run.keep_best or step != state.best_step:
+        if not run.recipe.run.keep_best or step != (state.best_step or 0):  # the base is, until it is known not to be
             files.remove_folder(run.checkpoint(step))
 
 
