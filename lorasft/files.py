@@ -240,11 +240,11 @@ def locked(folder: Path) -> Iterator[str]:
     path = folder / LOCK
     with _held(path, os.O_CREAT | os.O_NOFOLLOW) as ours:
         with _disk(path):
-            holder = path.read_text("ascii", "replace")[:20]
+            holder = path.read_text("ascii", "replace").partition(" ")[0][:20]
         if not ours:
             what = f"another process is writing this run folder (process {holder})"
             raise RecipeError(what, where=folder, hint="wait for it, or give another run.output=FOLDER")
-        append(path, str(os.getpid()).encode(), at=0)
+        append(path, f"{os.getpid()} {secrets.token_hex(8)}".encode(), at=0)  # what no other file system has there
         try:
             yield holder
         finally:

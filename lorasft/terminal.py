@@ -60,8 +60,10 @@ def quote(word: object) -> str:
 
 def train_command(*words: object) -> str:
     """`lorasft train` with `words`, to be copied: by as many processes as there are now."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    launcher = f"torchrun --nproc-per-node {processes} -m " if processes != "1" else ""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    nodes = f"--nnodes {processes // local} " if processes > local else ""
+    launcher = f"torchrun {nodes}--nproc-per-node {local} -m " if processes > 1 else ""
     return f"{launcher}lorasft train {' '.join(map(quote, words))}"
 
 

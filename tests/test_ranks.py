@@ -41,10 +41,10 @@ from lorasft.files import read_objects, verify_folder
 from lorasft.model.trained import Trained
 from lorasft.recipe.load import load_recipe
 from lorasft.signals import StopRequest
-from lorasft.training import distributed as ranks_module
 from lorasft.training import loop
 from lorasft.training import metrics as metrics_module
 from lorasft.training import run as runs
+from lorasft.training import watch
 from lorasft.training.distributed import ALONE, Ranks, join
 from lorasft.training.state import Layout, Run, State
 
@@ -265,7 +265,7 @@ def test_a_process_that_works_and_one_that_waits_end_when_the_other_is_lost(
     victim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first works long and asks nobody; the second waits for it, as it does while data are prepared."""
-    monkeypatch.setattr(ranks_module, "_GRACE", 0.1)
+    monkeypatch.setattr(watch, "GRACE", 0.1)
 
     def act(rank: int) -> None:
         with join() as ranks:

@@ -1,77 +1,62 @@
 """The processes that train together: which one this is, what they add up, what the first tells the others.
 
-torchrun or accelerate starts them, on one machine. Each holds the whole model and takes its share of a step's
-micro-batches; one sum over the processes joins their gradients. The first process speaks and writes. An error is said
-once and ends all with its exit code; a process that is gone without a word is named by the others.
+torchrun, accelerate or a cluster's own launcher starts them, on one machine or several. Each takes its share of a
+step's micro-batches; one sum over the processes joins their gradients. The first process speaks and writes. An error is
+said once and ends all with its exit code; who is gone without a word is named by the others (see watch.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from lorasft.errors import DeviceError, LorasftError
+from lorasft.errors import DeviceError, LorasftError, first_line
+from lorasft.files import LOCK
 from lorasft.signals import StopRequest
 from lorasft.terminal import say
+from lorasft.training import watch
 
 if TYPE_CHECKING:  # torch is imported only where it is needed: what is wrong with a recipe is said at once
     from torch import Tensor
 
 T = TypeVar("T")
-_GRACE = 5.0  # seconds in which a process may find out by itself that another is gone, and end in order
+_STEP_LIMIT = timedelta(minutes=10)  # for what all do
+_WORK_LIMIT = timedelta(days=1)  # for the others while one prepares data, saves or answers
 
 
-def watch(pids: Sequence[int], *, unless: threading.Event) -> None:
-    """End this process when another one of `pids` has ended, whatever this one is busy with, unless the event is set.
-
-    A collective over gloo fails at once, but one over NCCL waits for ever, and a long computation asks nobody.
-    Where the system has no pidfd (before Linux 5.3) nothing is watched and no lost process is named.
-    """
-
-    def end_with(others: dict[int, int]) -> None:
-        select.select(others, [], [])
-        if unless.wait(_GRACE):
-            return
-        lost = sorted(others[descriptor] for descriptor in select.select(others, [], [], 0)[0])
-        if pids[min(set(range(len(pids))) - set(lost))] == os.getpid():  # the first that is left speaks
-            names = " and ".join(f"rank {rank} (process {pids[rank]})" for rank in lost)
-            hint = "its own last words or the system's log (out of memory?) say why; continue with --resume"
-            say(DeviceError(f"{names} of {len(pids)} was lost", hint=hint))
-        os._exit(DeviceError.exit_code)  # safe at any time: what is on the disk is whole or not there
-
-    with contextlib.suppress(OSError, AttributeError):
-        ranks = {os.pidfd_open(pid): rank for rank, pid in enumerate(pids) if pid != os.getpid()}
-        threading.Thread(target=end_with, args=[ranks], daemon=True).start()
-
-
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Ranks:
     """This process, number `index` of `count`."""
 
     index: int = 0
     count: int = 1
+    patient: Any = None  # torch's group in which all wait for the work of one
     leaving: threading.Event = field(default_factory=threading.Event)  # from then on this process ends by itself
+    in_step: bool = False  # each pass is one of all processes, as they hold parts of a base or of a row
 
     @property
     def is_main(self) -> bool:
         """Whether this process speaks and writes."""
         return self.index == 0
 
-    def gather(self, value: T) -> list[T]:
-        """The small `value` of every process, in their order."""
+    def gather(self, value: T, *, passes: bool = False) -> list[T]:
+        """The small `value` of every process, in their order. `passes`: see `sync_errors`."""
         if self.count == 1:
             return [value]
-        from accelerate.utils import gather_object
+        import torch
 
-        return list(gather_object([value]))
+        found: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(found, value, group=None if passes else self.patient)
+        return found
 
     def on_main(self, work: Callable[[], T]) -> T:
         """What `work` gives the first process, told to the others, which wait. Its error ends them all."""
@@ -80,17 +65,21 @@ class Ranks:
         return self.gather(told)[0][0]
 
     @contextlib.contextmanager
-    def sync_errors(self) -> Iterator[None]:
-        """Wait here for all processes. If one of them failed within, all end with the error of the first that did."""
+    def sync_errors(self, *, passes: bool = False) -> Iterator[None]:
+        """Wait here for all processes. If one of them failed within, all end with the error of the first that did.
+
+        `passes`: what is within are passes through the model, for which all take about as long. An error in one that is
+        of all processes is raised at once: the others wait in it, and are told to end (see `join`).
+        """
         error: BaseException | None = None
         try:
             yield
         except BaseException as caught:
-            if self.count == 1 or self.leaving.is_set():
+            if self.count == 1 or self.leaving.is_set() or (passes and self.in_step):
                 raise
             error = caught
         code = getattr(error, "exit_code", None) or getattr(error, "code", None) or int(error is not None)
-        codes = self.gather(code)
+        codes = self.gather(code, passes=passes)
         if not any(codes):
             return
         self.leave()
@@ -101,19 +90,33 @@ class Ranks:
             say(error)
         raise SystemExit(codes[first])
 
+    def check_folder(self, folder: Path) -> None:
+        """Raise DeviceError unless all processes see the run folder that the first one holds: by its lock."""
+
+        def read() -> str:
+            lock = folder / LOCK
+            return lock.read_text("ascii", "replace") if lock.is_file() else ""
+
+        token = self.on_main(read)
+        blind = {machine for (machine, _), seen in self.gather((watch.own_place(), read())) if seen != token}
+        if blind:
+            what = f"{' and '.join(sorted(blind))} does not see the run folder of the first process"
+            hint = "give all machines one run.output, on a file system that they share"
+            raise DeviceError(what, where=folder.absolute(), hint=hint)
+
     def sum_step(self, work: Callable[[], Tensor], gradient: Tensor, *, stop: StopRequest) -> Tensor:
         """Do `work`, this process's share of a step; leave the sum of all in its `gradient`, return their loss.
 
         `stop` then holds what any of them was asked for: by which signal to stop, and to save. One process alone does
         not wait for its device.
         """
-        with self.sync_errors():
+        with self.sync_errors(passes=True):
             loss = work()
         wanted, stop.save_wanted = stop.save_wanted, False
         if self.count == 1:
             stop.save = wanted
             return loss
-        told = self.gather((float(loss), stop.received, wanted))
+        told = self.gather((float(loss), stop.received, wanted), passes=True)
         stop.save = any(save for _, _, save in told)
         stop.signal = max(number for _, number, _ in told)
         import torch
@@ -132,36 +135,61 @@ ALONE = Ranks()
 
 @contextlib.contextmanager
 def join() -> Iterator[Ranks]:
-    """Meet the other processes that the launcher started, if any; at the end they wait for each other."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """Meet the other processes that the launcher started, if any; at the end they wait for each other.
+
+    An error that they have not agreed on ends the others too, which may wait for this one: with its exit code.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
         yield ALONE
         return
     import torch
     from accelerate import PartialState
 
-    cuda = torch.cuda.is_available()
-    # Gradients go from card to card, small objects over gloo. The long limit is for the others while the first
-    # prepares the data; who is gone is found out by the watch.
+    cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    if cuda:
+        _check_cards(torch.cuda.device_count(), local)
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's choice for more than one
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local))
+        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    # Gradients go from card to card, small objects over gloo.
     backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
     try:
-        state = PartialState(cpu=not cuda, backend=backend, timeout=timedelta(days=1))
+        state = PartialState(cpu=not cuda, backend=backend, timeout=_STEP_LIMIT)
+        ranks = Ranks(state.process_index, count, torch.distributed.new_group(backend="gloo", timeout=_WORK_LIMIT))
+        store = watch.meet_store(ranks.index)
     except RuntimeError as error:
         raise DeviceError(f"the processes cannot meet: {str(error).strip().splitlines()[0]}") from error
-    ranks = Ranks(state.process_index, state.num_processes)
-    watch(ranks.gather(os.getpid()), unless=ranks.leaving)
+    watcher = watch.Watch(ranks.gather(watch.own_place()), ranks.index, store, leaving=ranks.leaving)
+    watcher.start()
     try:
-        if int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count)) != ranks.count:
-            raise DeviceError("the processes are on several machines", hint="start all of them on one")
         yield ranks
         ranks.gather(None)
         state.destroy_process_group()
-    except LorasftError as error:  # all have met it
-        if ranks.is_main:
+    except Exception as error:
+        if ranks.leaving.is_set():
             raise
-        raise SystemExit(error.exit_code) from None
-    except RuntimeError:  # of a collective, when another process is gone: the watch says so and ends this one
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        time.sleep(3 * _GRACE)
-        raise
+        code = getattr(error, "exit_code", 0)
+        if not code:  # of a collective, where another process is gone: the watch says so and ends this one
+            watcher.failed.set()
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(3 * watch.GRACE)
+        first = watch.tell_end(store, code or 1, getattr(error, "what", first_line(error)))
+        ranks.leave()
+        time.sleep(3 * watch.BEAT)  # the store may be this process's own
+        if first or not code:
+            raise
+        raise SystemExit(code) from None
     finally:
         ranks.leave()
+
+
+def _check_cards(cards: int, local: int) -> None:
+    """Raise DeviceError, in the first process that has no card, where a machine has fewer than processes."""
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    if number == cards:
+        what = f"{local} processes on {watch.own_place()[0]}, which has {cards} cards"
+        raise DeviceError(what, hint=f"torchrun --nproc-per-node {cards}, as many as CUDA_VISIBLE_DEVICES names")
+    if number > cards:
+        raise SystemExit(DeviceError.exit_code)

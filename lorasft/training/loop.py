@@ -168,12 +168,12 @@ def evaluate(run: Run, state: State, stop: StopRequest) -> State:
         sums = np.zeros((2, len(rows)))  # of each row the losses, and how many
         score = partial(score_batches, run.network, rows.sequences, range(len(rows)))
         how = {"capacity": run.plan.micro_batch_tokens, "processes": ranks.count, "index": ranks.index}
-        with ranks.sync_errors(), run.metrics.progress.interlude("evaluating"):
+        with ranks.sync_errors(passes=True), run.metrics.progress.interlude("evaluating"):
             for batch, losses in score(**how, explain=partial(oom_context, rows)):
                 if stop.signal:  # of several processes none, before they agree on it in a step
                     return replace(state, evaluation_due=True)
                 add_losses(sums, batch, losses)
-        sums = np.sum(ranks.gather(sums), axis=0)
+        sums = np.sum(ranks.gather(sums, passes=True), axis=0)
         run.of_base |= {base: sums} if base else {}
     total, tokens = sums.sum(axis=1).tolist()
     loss = total / tokens

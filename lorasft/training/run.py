@@ -84,7 +84,9 @@ def open_run(
     taken, and ModelError when nothing can be resumed.
     """
     with ExitStack() as held:
-        inputs = ranks.on_main(lambda: _prepare(recipe, resume=resume, held=held, shared=shared))
+        ranks.on_main(lambda: held.enter_context(take_folder(recipe, resume=resume)))
+        ranks.check_folder(Path(recipe.run.output))
+        inputs = ranks.on_main(lambda: _prepare(recipe, resume=resume, shared=shared))
         run, state = _load(recipe, inputs, ranks, shared)
         if ranks.is_main:
             note_event(run.folder, "continued" if resume else "started", step=state.step)
@@ -93,10 +95,9 @@ def open_run(
         yield run, state
 
 
-def _prepare(recipe: Recipe, *, resume: bool, held: ExitStack, shared: Shared | None) -> RunInputs:
-    """Take the folder, which stays locked while `held` is open; prepare the data; find what to resume from."""
+def _prepare(recipe: Recipe, *, resume: bool, shared: Shared | None) -> RunInputs:
+    """Prepare the data; find what to resume from."""
     folder = Path(recipe.run.output)
-    held.enter_context(take_folder(recipe, resume=resume))
     config = read_checked_config(recipe)
     check_files(recipe.model.base)
     inputs = read_inputs(recipe, config, shared.tokens if shared else folder / "tokens")
