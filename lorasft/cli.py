@@ -74,7 +74,10 @@ def entry() -> NoReturn:
     if sys.argv[1:2] == ["preview"]:  # tokenizers do without torch, but transformers imports it for them if it can
         sys.modules["torch"] = None  # type: ignore[assignment]
         os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # about that
-    code = main()
+    try:
+        code = main()
+    except SystemExit as end:  # ends as below: torch's threads may outlive what Python takes apart
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     with suppress(BrokenPipeError):  # the reader of stdout went away
         print(end="", flush=True)
     threading._shutdown()  # type: ignore[attr-defined]  # waits for them, as Python itself does

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -208,18 +208,22 @@ def best_fit_decreasing(trees: list[Tree], *, capacity: int) -> list[list[Tree]]
     return bins
 
 
-def assign_to_rank(batches: Iterable[MicroBatch], index: int, count: int) -> list[MicroBatch]:
-    """The micro-batches of process `index` of `count`: the dearest first, each to the one with the least to do."""
+def assign_to_rank(batches: Iterable[MicroBatch], index: int, count: int, *, in_step: bool = False) -> list[MicroBatch]:
+    """The micro-batches of process `index` of `count`: the dearest first, each to the one with the least to do.
+
+    `in_step`: each gets as many, the cheapest once more, without its pairs, where there is nothing left.
+    """
     if count == 1:
         return list(batches)
-    spent = [0.0] * count
-    mine = []
-    for batch in sorted(batches, key=cost, reverse=True):
+    spent, each = [0.0] * count, [list[MicroBatch]() for _ in range(count)]
+    order = sorted(batches, key=cost, reverse=True)
+    for batch in order:
         chosen = spent.index(min(spent))
         spent[chosen] += cost(batch)
-        if chosen == index:
-            mine.append(batch)
-    return mine
+        each[chosen].append(batch)
+    empty = {name: getattr(order[-1], name)[:0] for name in ("sources", "targets", "weights", "examples")}
+    missing = in_step * (max(map(len, each)) - len(each[index]))
+    return [*each[index], *[replace(order[-1], **empty)] * missing]
 
 
 def cost(batch: MicroBatch) -> float:

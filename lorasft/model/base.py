@@ -28,8 +28,9 @@ from lorasft.hub import is_folder, loading
 from lorasft.model.attention import default_attention
 from lorasft.model.cache import Keep, find_place, keep_base, read_kept
 from lorasft.model.experts import BLOCK, Nf4Quantizer, find_experts, packed_parts
+from lorasft.model.linear import quant_state
 from lorasft.model.packed import list_stored
-from lorasft.model.tables import keep_on_host
+from lorasft.model.tables import keep_on_host, vocabulary_tables
 from lorasft.model.towers import model_class
 from lorasft.recipe import ModelSettings
 from lorasft.tensors import find_weights, open_tensors
@@ -53,9 +54,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     scheme = nf4_scheme(compute_dtype(settings.dtype, device), config)
     quantize = settings.quantization == "nf4" and not hasattr(config, "quantization_config")
     stored = _set_compute_dtype(config, scheme)
-    said = read_generation(settings.base, settings.revision) or vars(config)
-    # Of what it says only the stops count: transformers would follow its beams, penalties and the like.
-    stops = GenerationConfig(eos_token_id=said.get("eos_token_id"))
+    stops = make_stops(settings, config)
 
     def read(source: str | None, config: Any = config, **how: Any) -> Any:
         placing = _placing(config, scheme.bnb_4bit_compute_dtype, device, streamed=streamed, packs=quantize)
@@ -80,9 +79,7 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
 
     place = kept = None
     if keep and quantize:
-        commit = getattr(config, "_commit_hash", None)
-        folder = Path(cached_file(settings.base, "config.json", revision=commit)).parent
-        place = find_place(folder, commit, scheme, device)
+        place = find_kept(settings, config, device)
         packed = copy.deepcopy(config)
         packed.quantization_config = scheme.to_dict()
         kept = read_kept(place, partial(read, config=packed))
@@ -100,6 +97,13 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
         with quiet_progress():
             keep_base(model, place, wanted=keep)
     return model
+
+
+def find_kept(settings: ModelSettings, config: Any, device: torch.device) -> Path:
+    """Where the base of `config` is kept in 4 bit, or would be, when it is quantized on `device`."""
+    commit = getattr(config, "_commit_hash", None)
+    folder = Path(cached_file(settings.base, "config.json", revision=commit)).parent
+    return find_place(folder, commit, nf4_scheme(compute_dtype(settings.dtype, device), config), device)
 
 
 def copy_base(base: Any, *, own_rows: bool) -> Any:
@@ -145,6 +149,12 @@ def _set_compute_dtype(config: Any, scheme: BitsAndBytesConfig) -> bool:
     return bool(stored)
 
 
+def make_stops(settings: ModelSettings, config: Any) -> GenerationConfig:
+    """Of what the generation config of a base says only its stops: transformers would follow beams and penalties."""
+    said = read_generation(settings.base, settings.revision) or vars(config)
+    return GenerationConfig(eos_token_id=said.get("eos_token_id"))
+
+
 def read_generation(base: str, revision: str | None) -> dict[str, Any]:
     """What the generation config of a base says, where it has one."""
     quiet = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False)
@@ -163,7 +173,7 @@ def patch_linear4bit(model: Any, device: torch.device) -> None:
             # Else an evaluation repacks the weight in place on AVX512-BF16 CPUs, after which gradients are lost and
             # dequantization is garbage (bitsandbytes 0.50, related: bitsandbytes issue 2078).
             layer.support_avx512bf16_for_cpu = False
-            sizes = [(layer.in_features, layer.weight.quant_state.blocksize)]
+            sizes = [(layer.in_features, quant_state(layer).blocksize)]
         for inputs, block in sizes:
             if device.type == "cpu" and inputs % block:
                 # bitsandbytes 0.50 restarts its constants in every row there: 25 % off, where NF4 costs 9 %.
@@ -297,16 +307,19 @@ def nf4_error(device: torch.device) -> tuple[float, float]:
     return error, 1e-5 if dtype == torch.float32 else 2e-2
 
 
-def count_bytes(model: nn.Module) -> dict[str, int]:
-    """Where the bytes of a loaded model are, by kind; constants count as 4-bit, what stays on the host not at all."""
+def count_bytes(model: Any, *, shard: int = 1) -> dict[str, int]:
+    """Where the bytes of a model are, by kind; constants count as 4-bit, what stays on the host not at all. `shard`:
+    over how many processes codes, constants, embedding and head lie."""
+    tables = {id(one.weight) for one in vocabulary_tables(model)} if shard > 1 else set()
     sizes = dict.fromkeys(("4-bit weights", "16-bit weights", "32-bit weights", "adapter"), 0)
     packed = {id(part) for module in model.modules() for parts in packed_parts(module).values() for part in parts}
     for parameter in (one for one in model.parameters() if not hasattr(one, "on_host")):
         kind = "adapter" if parameter.requires_grad else f"{16 if parameter.element_size() == 2 else 32}-bit weights"
         state = getattr(parameter, "quant_state", None)
-        sizes["4-bit weights" if state or id(parameter) in packed else kind] += parameter.nbytes
+        kind = "4-bit weights" if state or id(parameter) in packed else kind
+        sizes[kind] += parameter.nbytes // (shard if kind == "4-bit weights" or id(parameter) in tables else 1)
         while state:
-            sizes["4-bit weights"] += state.absmax.nbytes + state.code.nbytes
+            sizes["4-bit weights"] += state.absmax.nbytes // shard + state.code.nbytes
             state = state.state2
     return sizes
 

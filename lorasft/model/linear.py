@@ -9,6 +9,7 @@ trained in full are cast in the same way.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Sequence
 from functools import partial
@@ -59,8 +60,19 @@ def use_lean_linears(model: Any) -> None:
 def copy_bytes(model: nn.Module) -> int:
     """Bytes of the 16-bit copies of all 4-bit weights that lean LoRA layers read."""
     bases = (module.base_layer for module in model.modules() if hasattr(module, "followers"))
-    states = (base.weight.quant_state for base in bases if isinstance(base, bnb.nn.Linear4bit))
+    states = (quant_state(base) for base in bases if isinstance(base, bnb.nn.Linear4bit))
     return sum(state.shape.numel() * state.dtype.itemsize for state in states)
+
+
+def quant_state(linear: Any) -> Any:
+    """What bitsandbytes knows of the codes of a 4-bit linear; where they lie over several processes its constants are
+    parameters, gathered as they are."""
+    if not hasattr(linear, "nested_absmax"):
+        return linear.weight.quant_state
+    state = copy.copy(linear.quant_state)
+    state.absmax, state.state2 = linear.absmax.data, copy.copy(state.state2)
+    state.state2.absmax = linear.nested_absmax.data
+    return state
 
 
 class FrozenWeights:
@@ -89,10 +101,10 @@ class FrozenWeights:
         recomputing = again and torch._C._current_graph_task_id() >= 0
         if self.keep == "run" or (self.keep == "layer" and recomputing):
             self._buffer = torch.empty(0)
-            self._kept[base] = self.dequantize(base.weight.data, base.weight.quant_state).to(dtype)
+            self._kept[base] = self.dequantize(base.weight.data, quant_state(base)).to(dtype)
             self._buffer = torch.empty(0)  # it is the copy's
             return self._kept[base]
-        return self.dequantize(base.weight.data, base.weight.quant_state).to(dtype)
+        return self.dequantize(base.weight.data, quant_state(base)).to(dtype)
 
     def dequantize(self, packed: Tensor, state: Any) -> Tensor:
         """The numbers that bitsandbytes describes by `state`, in its shape and dtype; valid until the next reading."""

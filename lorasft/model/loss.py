@@ -6,7 +6,8 @@ are; it is formed in the forward pass and nothing of a chunk survives but it, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
@@ -50,7 +51,7 @@ def read_head(model: Any, device: torch.device | None = None) -> Head | None:
     """
     module = model.get_output_embeddings()
     linear = module.original_module if hasattr(module, "tokens") else module
-    if type(linear) is not nn.Linear or linear.weight.requires_grad or model.base_model is model:
+    if type(linear).forward is not nn.Linear.forward or linear.weight.requires_grad or model.base_model is model:
         return None
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
@@ -117,9 +118,24 @@ def pair_losses(network: Network, batch: MicroBatch) -> Tensor:
             return F.cross_entropy(logits.float(), targets, reduction="none")[:pairs]
         hidden = model.base_model(**inputs).last_hidden_state.squeeze(0)  # (tokens, hidden)
     rows = hidden[sources].to(network.head.weight.dtype)  # a residual may be in fp32 (Mamba)
-    given = (rows, targets, network.head, *trained_rows(model.get_output_embeddings()))
-    losses: Tensor = ChunkedLoss.apply(*given)  # type: ignore[no-untyped-call]
+    with whole_head(model, network.head.weight) as weight:
+        head, own = replace(network.head, weight=weight), trained_rows(model.get_output_embeddings())
+        losses: Tensor = ChunkedLoss.apply(rows, targets, head, *own)  # type: ignore[no-untyped-call]
     return losses[:pairs]
+
+
+@contextlib.contextmanager
+def whole_head(model: Any, weight: Any = None) -> Iterator[Tensor]:
+    """The `weight` of the head of `model`; where it lies over several processes, gathered for as long as it is used."""
+    holder = getattr(model, "head_holder", None)
+    if holder is None:
+        yield weight
+        return
+    holder.unshard()
+    try:
+        yield holder.weight
+    finally:
+        holder.reshard()
 
 
 def weighted_loss(network: Network, batch: MicroBatch) -> Tensor:
@@ -156,7 +172,7 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, tokens: Any = None, own: Any = None) -> Tensor:
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        chunk = min(len(targets), head.chunk)
+        chunk = max(1, min(len(targets), head.chunk))
         memory = hidden.new_empty(chunk, len(head.weight))  # one for the logits of all chunks
         rows = max(1, head.fp32_logits // len(head.weight))
         tokens, own = (targets[:0], hidden.new_empty(0, hidden.shape[1])) if own is None else (tokens, own.to(hidden))

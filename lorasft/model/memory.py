@@ -26,6 +26,7 @@ from lorasft.model.adapter import trainable
 from lorasft.model.base import count_bytes
 from lorasft.model.loss import Network, pair_losses
 from lorasft.model.recompute import decoder_layers, layer_period, only_first, recompute
+from lorasft.model.tables import vocabulary_tables
 from lorasft.model.trained import Trained
 
 # Share of the free memory that is planned with: the rest is for fragments and other programs.
@@ -86,17 +87,22 @@ class ActivationMemory:
         return {"weight copies": self.copies, "activations": self.kept, "transient": transient}
 
 
-def static_bytes(model: Any, optimizer: str) -> dict[str, int]:
+def static_bytes(model: Any, optimizer: str, *, shard: int = 1) -> dict[str, int]:
     """What lives all through a run of a PEFT `model`, in bytes by kind, under the recipe's `optimizer.name`.
 
-    An optimizer has two moments for each trained number; `adamw8bit` keeps those of few in fp32.
+    An optimizer has two moments for each trained number; `adamw8bit` keeps those of few in fp32. Of a base over several
+    processes (`shard`) two layers are gathered at a time, or embedding or head.
     """
     trained = trainable(model)
     count = sum(one.numel() for one in trained.values())
     moments = 8 * count if optimizer == "adamw" or count < 4096 else 2 * count + 8 * -(-count // 256)
     lora = sum(one.numel() for name, one in trained.items() if ".lora_" in name)
     copies = 2 * lora if model.get_base_model().dtype.itemsize == 2 else 0
-    return {**count_bytes(model), "gradients": 4 * count, "optimizer": moments, "16-bit copies": copies}
+    base = model.get_base_model()
+    units = [2 * count_bytes(layer)["4-bit weights"] for layer in decoder_layers(base)] if shard > 1 else [0]
+    units += [one.weight.nbytes for one in vocabulary_tables(base)] if shard > 1 else []
+    sizes = {"gradients": 4 * count, "optimizer": moments, "16-bit copies": copies, "gathered": max(units)}
+    return {**count_bytes(model, shard=shard), **sizes}
 
 
 def dry_run(

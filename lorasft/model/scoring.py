@@ -45,12 +45,13 @@ def score_batches(
     capacity: int,
     processes: int = 1,
     index: int = 0,
+    in_step: bool = False,
     explain: Callable[[MicroBatch], AbstractContextManager[Any]] = nullcontext,
 ) -> Iterator[tuple[MicroBatch, Tensor]]:
     """Micro-batches of `examples` and the losses of their pairs, (pairs,) each, with the model in evaluation mode.
 
-    Of several `processes` the share of the one with this `index`. `explain`: a context round each computation, which
-    says what an error means. The model is put back into the mode that it was in.
+    Of several `processes` the share of the one with this `index`; `in_step`: see `assign_to_rank`. `explain`: a context
+    round each computation, which says what an error means. The model is put back into the mode that it was in.
     """
     room = capacity if network.segments else 1
     with evaluating(network.causal):
@@ -64,7 +65,7 @@ def score_batches(
                 share=network.share,
                 rope_switch_length=network.rope_switch_length,
             )
-            for batch in assign_to_rank(batches, index, processes):
+            for batch in assign_to_rank(batches, index, processes, in_step=in_step):
                 with torch.no_grad(), explain(batch):
                     losses = pair_losses(network, batch)
                 yield batch, losses

@@ -12,6 +12,12 @@ from torch import Tensor, nn
 _SHARE = 8  # what takes more than this part of a card is not put there
 
 
+def vocabulary_tables(model: Any) -> list[Any]:
+    """Embedding and head of `model`, without what PEFT put around them."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [getattr(one, "original_module", one) for one in modules]
+
+
 def keep_on_host(model: Any, device: torch.device, *, card: int | None = None) -> list[str]:
     """Let the embeddings of `model` that are too large for `device`, or for a `card` of so many bytes, stay in the
     host's memory: they look up rows there and copy them, bit for bit, to where the ids are. Returns their paths."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,13 @@ def make_weightless(
 ) -> Any:
     """The PEFT model that `load_base` and `attach_adapter` would make for `device`, on the meta device; its first
     `depth` layers only."""
+    base = make_skeleton_4bit(config, settings, device, depth=depth)
+    with torch.device("meta"):
+        return attach_adapter(base, adapter, seed=0, new_rows=dict.fromkeys(range(len(settings.new_tokens))))
+
+
+def make_skeleton_4bit(config: Any, settings: ModelSettings, device: torch.device, *, depth: int | None = None) -> Any:
+    """The model that `load_base` would make for `device`, on the meta device."""
     dtype = compute_dtype(settings.dtype, device)
     base = make_skeleton(config, dtype)
     if depth:
@@ -37,8 +45,7 @@ def make_weightless(
             linear.weight._quantize("meta")
     keep_on_host(base, device)
     base.requires_grad_(False)
-    with torch.device("meta"):
-        return attach_adapter(base, adapter, seed=0, new_rows=dict.fromkeys(range(len(settings.new_tokens))))
+    return base
 
 
 def plan_network(network: Network, model: Any) -> Network:
@@ -83,17 +90,18 @@ def make_sample(
         if (first := kinds.index(kind)) < index:
             layers[index] = copy.copy(layers[first])
             layers[index].__class__ = type("Skipped", (type(layers[first]),), hand_on)
-    _fill([*base.modules()], device=device)
+    fill(base.named_modules(), device, lambda _, old: _draw_like(old, device))
     base.initialize_weights()
     patch_linear4bit(base, device)
     return model
 
 
 @torch.no_grad()
-def _fill(modules: list[nn.Module], *, device: torch.device) -> None:
-    """Give the parameters and buffers of `modules` themselves random values on `device`."""
+def fill(modules: Iterable[tuple[str, nn.Module]], device: torch.device, draw: Callable[[str, Tensor], Tensor]) -> None:
+    """Give the parameters of `modules` themselves, which come with their paths, the values that `draw` gives for the
+    name of each; constants of 4-bit weights random ones, and buffers ones."""
     made: dict[int, nn.Parameter] = {}  # tied ones once
-    for module in modules:
+    for path, module in [*modules]:
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.ones_like(buffer, device=device))
         state = getattr(module, "quant_state", None)
@@ -103,7 +111,8 @@ def _fill(modules: list[nn.Module], *, device: torch.device) -> None:
             state = state.state2
         for name, old in [one for one in module.named_parameters(recurse=False) if one[1].is_meta]:
             if id(old) not in made:
-                made[id(old)] = new = Tensor._make_subclass(type(old), _draw_like(old, device), old.requires_grad)
+                value = draw(f"{path}.{name}", old)
+                made[id(old)] = new = Tensor._make_subclass(type(old), value, old.requires_grad)
                 vars(new).update(vars(old), _is_hf_initialized=not old.is_floating_point())
             setattr(module, name, made[id(old)])
         if isinstance(module, (nn.Linear, nn.Embedding)):  # else `initialize_weights` draws anew, and into 4-bit codes

@@ -160,6 +160,9 @@ class MachineSettings(_Section):
     keep_16bit: Auto | bool = Field("auto", description="4-bit weights also in 16 bit; auto: on a GPU if they fit")
     share_prefixes: Auto | bool = Field("auto", description="compute common beginnings once")
     attention: Literal["auto", "segments", "sdpa", "eager"] = Field("auto", description="attention backend")
+    shard: Auto | Literal["all"] | PositiveInt = Field(
+        "auto", description="processes over which a copy of the base lies"
+    )
     cache_base: Auto | bool = Field("auto", description="keep the 4-bit base for the next start; auto: from 64 MB")
 
 

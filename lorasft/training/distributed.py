@@ -26,6 +26,7 @@ from lorasft.terminal import say
 from lorasft.training import watch
 
 if TYPE_CHECKING:  # torch is imported only where it is needed: what is wrong with a recipe is said at once
+    import torch
     from torch import Tensor
 
 T = TypeVar("T")
@@ -41,12 +42,33 @@ class Ranks:
     count: int = 1
     patient: Any = None  # torch's group in which all wait for the work of one
     leaving: threading.Event = field(default_factory=threading.Event)  # from then on this process ends by itself
-    in_step: bool = False  # each pass is one of all processes, as they hold parts of a base or of a row
+    shard: int = 1  # processes over which one copy of the base lies
+
+    @property
+    def in_step(self) -> bool:
+        """Whether each pass is one of all processes."""
+        return self.shard > 1
 
     @property
     def is_main(self) -> bool:
         """Whether this process speaks and writes."""
         return self.index == 0
+
+    @property
+    def together(self) -> Ranks:
+        """Those with which this process must pass through the model."""
+        return self if self.in_step else ALONE
+
+    def any(self, value: object) -> bool:
+        """Whether `value` is true of any process."""
+        return any(self.gather(bool(value), passes=True))
+
+    def mesh(self, device: torch.device) -> Any:
+        """torch's mesh of the processes that hold one copy of the base with this one."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        sizes = self.count // self.shard, self.shard
+        return init_device_mesh(device.type, sizes, mesh_dim_names=("copies", "parts"))["parts"]
 
     def gather(self, value: T, *, passes: bool = False) -> list[T]:
         """The small `value` of every process, in their order. `passes`: see `sync_errors`."""

@@ -25,10 +25,11 @@ from torch import nn
 from lorasft.data.packing import MicroBatch, Plan, cost
 from lorasft.data.prefixes import Sharing
 from lorasft.data.store import TokenStore, example_lengths
-from lorasft.errors import CapacityError, first_line, out_of_memory
+from lorasft.errors import CapacityError, RecipeError, first_line, out_of_memory
+from lorasft.model.attention import SEGMENTS
 from lorasft.model.linear import copy_bytes
-from lorasft.model.loss import Network
-from lorasft.model.memory import ActivationMemory, dry_run, run_layers
+from lorasft.model.loss import Network, read_head
+from lorasft.model.memory import USABLE, ActivationMemory, dry_run, heaviest_batch, run_layers, static_bytes
 from lorasft.model.recompute import decoder_layers, layer_period, recompute, recomputed_layers
 from lorasft.model.selfcheck import verify
 from lorasft.model.weightless import plan_network
@@ -96,6 +97,41 @@ def choose_layout(recipe: Recipe, inputs: RunInputs, model: Any, *, weightless: 
     recompute(network.causal, fit.recomputed)
     network.causal.frozen_weights.forget(fit.keep)
     return network, fit
+
+
+def choose_shard(
+    recipe: Recipe, inputs: RunInputs, model: Any, device: torch.device, *, count: int, local: int, free: int
+) -> int:
+    """Over how many of `count` processes, `local` of them on a machine, one copy of the base lies: as the recipe says;
+    `auto`: the fewest of 1, those of a machine and all with which the longest sequence fits into `free` bytes.
+
+    `model`: without numbers. Raises RecipeError for what only a whole base can do, and copies that are not whole.
+    """
+    wanted: Any = {"all": count}.get(str(recipe.machine.shard), recipe.machine.shard)
+    unfit = {
+        "model.quantization=none": recipe.model.quantization == "none",
+        "a base that comes in 4 bit": hasattr(inputs.config, "quantization_config"),
+        "adapter.dora": recipe.adapter.dora,
+        f"{count} processes": wanted != "auto" and count % wanted > 0,
+    }
+    for what in (what for what, found in unfit.items() if found and count > 1):
+        if wanted in (1, "auto"):
+            return 1
+        raise RecipeError(f"one base over {wanted} processes is not possible with {what}", where="machine.shard")
+    if wanted != "auto" or count == 1:
+        return 1 if count == 1 else int(wanted)
+    base = model.get_base_model()
+    base.set_attn_implementation(SEGMENTS)
+    network, layers = Network(base, read_head(base, device), segments=True, planned=device), len(decoder_layers(base))
+    longest = int(example_lengths(inputs.prepared.train).max())
+    batch = heaviest_batch(network, longest=longest, capacity=longest)
+    needs = fewest_recomputed(network, batch, free=0, wanted=layers)[1]
+    choices = [parts for parts in sorted({1, local, count}) if count % parts == 0]
+    for parts in choices[:-1]:
+        static = static_bytes(model, recipe.optimizer.name, shard=parts)
+        if needs and sum(static.values()) + needs.peak / USABLE <= free:
+            return parts
+    return choices[-1]
 
 
 def choose_copies(network: Network, fit: Fit, wanted: Auto | bool) -> Fit:

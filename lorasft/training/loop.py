@@ -70,7 +70,8 @@ def add_gradients(run: Run, step: Step) -> Tensor:
     """Forward and backward over this process's share of the step. Returns its part of the step's loss: () fp64."""
     torch.manual_seed(run.plan.seed * 1_000_003 + step.number + (run.ranks.index << 40))  # dropout: step and process
     loss = torch.zeros((), dtype=torch.float64, device=run.network.device)
-    for batch in assign_to_rank(step.micro_batches, run.ranks.index, run.ranks.count):
+    ranks = run.ranks
+    for batch in assign_to_rank(step.micro_batches, ranks.index, ranks.count, in_step=ranks.in_step):
         run.trained.check()
         with oom_context(run.rows, batch):
             part = weighted_loss(run.network, batch) / step.divisor
@@ -167,7 +168,12 @@ def evaluate(run: Run, state: State, stop: StopRequest) -> State:
     if sums is None:
         sums = np.zeros((2, len(rows)))  # of each row the losses, and how many
         score = partial(score_batches, run.network, rows.sequences, range(len(rows)))
-        how = {"capacity": run.plan.micro_batch_tokens, "processes": ranks.count, "index": ranks.index}
+        how = {
+            "capacity": run.plan.micro_batch_tokens,
+            "processes": ranks.count,
+            "index": ranks.index,
+            "in_step": ranks.in_step,
+        }
         with ranks.sync_errors(passes=True), run.metrics.progress.interlude("evaluating"):
             for batch, losses in score(**how, explain=partial(oom_context, rows)):
                 if stop.signal:  # of several processes none, before they agree on it in a step

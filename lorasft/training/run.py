@@ -15,6 +15,7 @@ adapter/           the result: a plain PEFT adapter with tokenizer and template
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -35,9 +36,19 @@ from lorasft.errors import DivergedError
 from lorasft.files import replace_file, staged_folder, verify_folder, write_file
 from lorasft.machine import free_memory
 from lorasft.model.adapter import attach_adapter, load_adapter, write_adapter
-from lorasft.model.base import check_files, compute_dtype, copy_base, load_base, patch_linear4bit, read_generation
-from lorasft.model.cache import Keep
+from lorasft.model.base import (
+    check_files,
+    compute_dtype,
+    copy_base,
+    find_kept,
+    load_base,
+    patch_linear4bit,
+    read_config,
+    read_generation,
+)
+from lorasft.model.cache import Keep, read_kept
 from lorasft.model.memory import static_bytes
+from lorasft.model.shard import load_around, open_kept, shard_base
 from lorasft.model.trained import Trained
 from lorasft.model.weightless import make_weightless
 from lorasft.recipe import ModelSettings, Recipe
@@ -48,13 +59,14 @@ from lorasft.terminal import say
 from lorasft.training.checkpoint import find_checkpoint, restore_checkpoint, save, take_folder, write_start
 from lorasft.training.distributed import ALONE, Ranks
 from lorasft.training.inputs import read_checked_config, read_inputs
-from lorasft.training.layout import Fit, choose_layout, find_heaviest, retry_on_oom
+from lorasft.training.layout import Fit, choose_layout, choose_shard, find_heaviest, retry_on_oom
 from lorasft.training.loop import add_gradients, peak_memory
 from lorasft.training.metrics import Metrics
 from lorasft.training.optimizer import make_optimizer
 from lorasft.training.samples import keep_samples, open_ledger, score_trained_rows
 from lorasft.training.state import Run, RunInputs, State
 
+_CPU = torch.device("cpu")
 _REHEARSED = {"cuda"}  # devices whose operations take work space of their own, which no prediction sees
 
 
@@ -118,17 +130,29 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks, shared: Shared | None
         settings = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
         weightless = make_weightless(inputs.config, settings, inputs.adapter, device)
         patch_linear4bit(weightless, device)  # refused before weights are read
+    # All processes must decide in the same way.
+    free, local = (
+        min(ranks.gather(one)) for one in (free_memory(device), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    )
+    with ranks.sync_errors():
+        sizes = {"count": ranks.count, "local": local, "free": free}
+        ranks.shard = choose_shard(recipe, inputs, weightless, device, **sizes)
         load = partial(shared.load, own_rows=bool(inputs.new_rows or inputs.start)) if shared else load_base
+        if ranks.shard > 1:
+            load = partial(_load_kept, ranks)
         base = load(settings, device, keep=recipe.machine.cache_base)
         if inputs.start:
             model = load_adapter(base, inputs.start, trainable=True)
         else:
             model = attach_adapter(base, recipe.adapter, seed=recipe.train.seed, new_rows=inputs.new_rows)
-        static = static_bytes(model, recipe.optimizer.name)
-        spare = free_memory(device) - sum(static[kind] for kind in ("gradients", "optimizer", "16-bit copies"))
+        if ranks.shard > 1:
+            shard_base(model.get_base_model(), open_kept(find_kept(settings, inputs.config, _CPU)), ranks.mesh(device))
+    static = static_bytes(weightless, recipe.optimizer.name, shard=ranks.shard)
+    spare = free_memory(device) - sum(static[kind] for kind in ("gradients", "optimizer", "16-bit copies", "gathered"))
+    spare = min(ranks.gather(spare))
+    with ranks.sync_errors(passes=True):
         network, fit = choose_layout(recipe, inputs, model, weightless=weightless, spare=spare)
-    # All processes must cut a step in the same way.
-    plan = replace(fit.plan, micro_batch_tokens=min(ranks.gather(fit.plan.micro_batch_tokens)))
+    plan = fit.plan
     trained = Trained(model, network.causal.dtype, rates_apart=recipe.optimizer.lora_plus is not None)
     broadcast(trained.master.detach())  # that of the first process: unlike devices draw unlike random numbers
     trained.refresh()
@@ -148,12 +172,24 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks, shared: Shared | None
                 say(notice)
             if any(hasattr(module, "is_concatenated") for module in network.causal.modules()):
                 say("the experts stay as they are: the adapter is on attention and shared linears that PEFT can adapt")
+    with ranks.sync_errors(passes=True):
         run_heaviest_batch(run, fit, static)
+    with ranks.sync_errors():
         state = saved or State(0, inputs.prepared.key, metrics_bytes=0, layout=run.layout, run=secrets.token_hex(8))
         if ranks.is_main and not saved:  # from here on there is something to resume: this makes the folder a run
             save(run, state)
             write_start(run, state)
     return run, state
+
+
+def _load_kept(ranks: Ranks, settings: ModelSettings, device: torch.device, *, keep: Keep) -> Any:
+    """The base as one that lies over several processes begins: kept in 4 bit, by the first of each machine."""
+    config = read_config(settings.base, settings.revision)
+    place = find_kept(settings, config, _CPU)
+    with ranks.sync_errors():
+        if os.environ.get("LOCAL_RANK", "0") == "0" and read_kept(place, str) is None:
+            load_base(settings, _CPU, keep=True)
+    return load_around(config, settings, open_kept(place), device)
 
 
 def run_heaviest_batch(run: Run, fit: Fit, static: dict[str, int]) -> None:

@@ -35,21 +35,27 @@ def take_samples(run: Run, state: State, stop: StopRequest) -> None:
     """After an evaluation that `run.sample_every` names, or the last: answer the prompts, note and show it, unless a
     signal comes; the first time as the base, too. What goes wrong here never reaches the run."""
     settings, held_out, step, progress = run.recipe.run, run.inputs.prepared.held_out, state.step, run.metrics.progress
-    if settings.sample_every is None or held_out is None or state.evaluation_due or not run.ranks.is_main:
+    together = run.ranks.together
+    if settings.sample_every is None or held_out is None or state.evaluation_due:
+        return
+    if not run.ranks.is_main and together.count == 1:
         return
     every = settings.sample_every * (settings.eval_every or run.plan.steps)
     if step == 0 or (step % every and step < run.plan.steps):  # a person waits for the first step
         return
     try:
-        base, new = all(line["step"] for line in keep_samples(run.folder, until=step - 1)), list[dict[str, Any]]()
+        kept, new = together.on_main(lambda: keep_samples(run.folder, until=step - 1)), list[dict[str, Any]]()
+        base = all(line["step"] for line in kept)
         with progress.interlude("answering"):
             for after in (0, step)[not base :]:
                 with nullcontext() if after else run.model.disable_adapter():
-                    numbers = (one for one in range(len(held_out))[:_PROMPTS] if not stop.received)
+                    numbers = (one for one in range(len(held_out))[:_PROMPTS] if not together.any(stop.received))
                     new += [_answer(run, after, held_out, one) for one in numbers]
-        if not stop.received:  # else the next evaluation asks all of them
-            keep_samples(run.folder, until=step - 1, more=new)
+        if not together.any(stop.received):  # else the next evaluation asks all of them
+            together.on_main(lambda: keep_samples(run.folder, until=step - 1, more=new))
     except Exception as error:
+        if together.count > 1:  # the others wait in it
+            raise
         say(f"no answers after step {step}: {first_line(error)}")
         return
     if progress.live and base and new:
@@ -127,7 +133,7 @@ def score_trained_rows(run: Run, step: int, names: Sequence[str], stop: StopRequ
     The first process takes a few at once, for a share of the time that the steps took or until a signal comes.
     """
     plan, passes = run.plan, [(names, step), (["base"], 0)][: 1 + ("last" in names)]
-    if not run.ranks.is_main:
+    if not run.ranks.is_main or run.ranks.in_step:  # the others would have to know what there is time for
         return
     score = partial(score_batches, run.network, capacity=plan.micro_batch_tokens)
     with open_ledger(run.folder) as ledger, run.metrics.progress.interlude("scoring rows"):

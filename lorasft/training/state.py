@@ -31,6 +31,7 @@ class Layout:
     segments: bool
     share_prefixes: Sharing = False
     processes: PositiveInt = 1
+    shard: PositiveInt = 1  # processes over which a copy of the base lies
     keep_16bit: bool = False  # copies of 4-bit weights
     whole_experts: bool = False  # those of a layer dequantized at once
 
@@ -112,6 +113,7 @@ class Run:
             segments=self.network.segments,
             share_prefixes=self.network.share,
             processes=self.ranks.count,
+            shard=self.ranks.shard,
             keep_16bit=self.network.causal.frozen_weights.keep is not None,
             whole_experts=self.network.causal.frozen_weights.whole,
         )

@@ -22,7 +22,7 @@ from lorasft.errors import DeviceError
 from lorasft.terminal import say
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed.distributed_c10d import Store
 
 BEAT = 1.0  # seconds from one look to the next
 GRACE = 5.0  # in which a process may find out by itself that another is gone, and end in order

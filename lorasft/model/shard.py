@@ -1,0 +1,139 @@
+"""One base over several processes: each holds a part of what is frozen and large, by torch's `fully_shard` (FSDP2).
+
+What is in 4 bit lies there as plain codes and constants, beside embedding and head. They are gathered for a layer when
+it computes, forwards and backwards, and let go of after; nothing of them trains, so nothing is ever reduced. Norms and
+adapters stay whole, outside FSDP. A part is filled from the base that is kept in 4 bit: no process ever holds more than
+its parts, and one layer or the embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from lorasft.errors import ModelError
+from lorasft.model.base import make_stops, patch_linear4bit
+from lorasft.model.experts import packed_parts
+from lorasft.model.loss import whole_head
+from lorasft.model.recompute import decoder_layers
+from lorasft.model.tables import vocabulary_tables
+from lorasft.model.weightless import fill, make_skeleton_4bit
+from lorasft.recipe import ModelSettings
+from lorasft.tensors import TensorFile, find_weights, open_tensors
+
+_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
+Files = Mapping[str, TensorFile]  # of a kept base, by the names of tensors
+
+
+def load_around(config: Any, settings: ModelSettings, files: Files, device: torch.device) -> Any:
+    """The base of `config`, kept in `files`, on `device`; but what is in 4 bit has shapes alone, and no memory."""
+    base = make_skeleton_4bit(config, settings, device)
+    packed = {id(part) for module in base.modules() for parts in packed_parts(module).values() for part in parts}
+
+    def read(name: str, old: Tensor) -> Tensor:
+        if isinstance(old, bnb.nn.Params4bit) or id(old) in packed:
+            return torch.empty((), dtype=old.dtype, device=device).expand(old.shape)
+        return files[name].read(name).to(device)
+
+    fill(base.named_modules(), device, read)
+    for parameter in base.parameters():
+        parameter._is_hf_initialized = True
+    base.initialize_weights()  # the buffers that files do not have
+    base.requires_grad_(False)
+    base.name_or_path, base.generation_config = settings.base, make_stops(settings, config)
+    patch_linear4bit(base, device)
+    return base.eval()
+
+
+def shard_base(causal: Any, files: Files, mesh: DeviceMesh) -> None:
+    """Fill what is in 4 bit in a model of `load_around`, with its adapter, layer by layer, and keep the parts of this
+    process in `mesh`. Raises ModelError for a model whose layers are not known."""
+    layers, device = decoder_layers(causal), causal.device
+    paths = {one: path.replace(".base_layer", "") for path, one in causal.named_modules()}
+    whole, tables = set(causal.parameters()), vocabulary_tables(causal)
+    tied = tables[0].weight is tables[1].weight
+    if not layers:
+        raise ModelError("its layers are not known: one base cannot lie over several processes", where="machine.shard")
+    split = partial(fully_shard, mesh=mesh)
+    for layer in layers:
+        found: list[nn.Parameter] = []
+        for module in layer.modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                found += _fill_linear(module, paths[module], files, device)
+                module.forward = partial(_forward, causal.frozen_weights, module)
+            elif getattr(module, "packed", ()):
+                _fill_experts(module, paths[module], files, device)
+                split(module, ignored_params=whole)
+        split(layer, ignored_params={*layer.parameters()} - {*found})
+    for table in tables[: 1 if tied else 2]:
+        split(table, ignored_params={*table.parameters()} - {table.weight})
+    causal.head_holder = tables[0 if tied else -1]
+    if tied:
+        tables[-1].weight, tables[-1].forward = tables[0].weight, partial(_project, causal)
+    split(causal.base_model, ignored_params={*causal.parameters()}, reshard_after_forward=False)
+
+
+def open_kept(place: Path) -> Files:
+    """The tensors of a kept base."""
+    return {name: file for file in map(open_tensors, find_weights(place)) for name in file.specs}
+
+
+def _fill_linear(linear: Any, path: str, files: Files, device: torch.device) -> list[nn.Parameter]:
+    """Give a 4-bit linear its numbers: codes and constants as parameters, which are returned; see `quant_state`."""
+    names = {part: f"{path}.weight.{part}" for part in _PARTS}
+    parts = {part: files[name].read(name) for part, name in names.items() if name in files}
+    linear.quant_state = bnb.functional.QuantState.from_dict(parts, device)
+    codes = files[f"{path}.weight"].read(f"{path}.weight").to(device)
+    constants = linear.quant_state.absmax, linear.quant_state.state2.absmax
+    linear.weight, linear.absmax, linear.nested_absmax = found = [
+        nn.Parameter(one, requires_grad=False) for one in (codes, *constants)
+    ]
+    linear.quant_state.absmax = linear.quant_state.state2.absmax = None
+    return found
+
+
+def _fill_experts(module: nn.Module, path: str, files: Files, device: torch.device) -> None:
+    ids = {id(part) for parts in packed_parts(module).values() for part in parts}
+    for name, old in [*module.named_parameters(recurse=False)]:
+        if id(old) in ids:
+            full = f"{path}.{name}"
+            setattr(module, name, nn.Parameter(files[full].read(full).to(device), requires_grad=False))
+
+
+def _forward(weights: Any, linear: Any, x: Tensor) -> Tensor:
+    """What bitsandbytes' own forward gives, which would read constants that are not there."""
+    y = FrozenLinear.apply(x, weights, linear)  # type: ignore[no-untyped-call]
+    return y if linear.bias is None else y + linear.bias.to(y.dtype)  # type: ignore[no-any-return]
+
+
+class FrozenLinear(torch.autograd.Function):
+    """x (..., in) -> (..., out): the weight is read anew going backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Any, linear: Any) -> Tensor:
+        ctx.weights, ctx.linear = weights, linear
+        return x @ weights.read(linear, x.dtype).t()  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return dy @ ctx.weights.read(ctx.linear, dy.dtype), None, None
+
+
+def _project(causal: Any, x: Tensor) -> Tensor:
+    """x (..., hidden) -> logits, by a head that is tied to an embedding, which holds the weight of both."""
+    if torch.is_grad_enabled():
+        what = "a tied head that does more than is known cannot be trained through where it lies over several processes"
+        raise ModelError(what, where="machine.shard", hint="machine.shard=1")
+    with whole_head(causal) as weight:
+        return F.linear(x, weight)
