@@ -35,16 +35,15 @@ from test_prefixes import Relatives
 from test_train import metrics
 
 from lorasft.cli import main
-from lorasft.data.packing import Plan, assign_to_rank, make_micro_batches
+from lorasft.data.packing import Plan, Share, assign, make_micro_batches
 from lorasft.errors import ModelError
 from lorasft.files import read_objects, verify_folder
 from lorasft.model.trained import Trained
 from lorasft.recipe.load import load_recipe
 from lorasft.signals import StopRequest
-from lorasft.training import loop
+from lorasft.training import loop, watch
 from lorasft.training import metrics as metrics_module
 from lorasft.training import run as runs
-from lorasft.training import watch
 from lorasft.training.distributed import ALONE, Ranks, join
 from lorasft.training.state import Layout, Run, State
 
@@ -132,7 +131,7 @@ def test_two_processes_have_the_gradients_and_losses_of_one(tmp_path: Path) -> N
                 plan = {"loss": loss, "micro_batch_tokens": capacity, "share_prefixes": shared}
                 run = step_run(model, network, rows, ranks, **plan)
                 step = run.plan.step(1, rows)
-                assert len(assign_to_rank(step.micro_batches, rank, 2)) > 0 or (count == 1 and rank == 1)
+                assert len(assign(step.micro_batches, Share(rank, 2))) > 0 or (count == 1 and rank == 1)
                 work = lambda run=run, step=step: loop.add_gradients(run, step)  # noqa: E731
                 value = ranks.sum_step(work, run.trained.gradient, stop=StopRequest(alone=False))
                 save_file(gradients(model) | {"loss": value}, tmp_path / f"{number}-{rank}.safetensors")
@@ -178,7 +177,7 @@ def test_shares_are_a_balanced_partition(count: int) -> None:
     many = some(6)
     many.rows *= 20
     batches = tuple(make_micro_batches(many.sequences, range(len(many)), capacity=64, processes=count))
-    shares = [assign_to_rank(batches, index, count) for index in range(count)]
+    shares = [assign(batches, Share(index, count)) for index in range(count)]
     assert sorted(id(batch) for mine in shares for batch in mine) == sorted(map(id, batches))
     tokens = [sum(len(batch.ids) for batch in mine) for mine in shares]
     assert max(tokens) < 1.15 * sum(tokens) / count

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +31,17 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """A row in pieces that several processes compute together: a piece sees those before it, wherever they are."""
+
+    processes: int
+    size: int  # tokens of the process that has most: each gives as many keys, its last ones of no meaning
+    starts: tuple[int, ...]  # where the keys of each piece begin among those of all processes
+    lengths: tuple[int, ...]  # tokens of each piece
+    own: tuple[int, ...]  # numbers of the pieces that this process computes
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """One forward and backward pass: a flat row of tokens and the supervised pairs."""
 
@@ -40,6 +52,7 @@ class MicroBatch:
     targets: Ints  # (pairs,) token ids
     weights: NDArray[np.float32]  # (pairs,) where no row has any: 1 under `loss: token`, 1/|y| under `loss: example`
     examples: Ints  # (pairs,) which example of the store a pair belongs to
+    spread: Spread | None = None  # where it is a process's part of a row; ancestors of its segments are pieces then
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,7 @@ class Plan:
     share_prefixes: Sharing = False
     rope_switch_length: int | None = None  # see `make_micro_batches`
     portions: tuple[Portion, ...] = ()  # none: an epoch takes each row once
+    spread: bool = False  # sequences of more than micro_batch_tokens are computed by all processes together
 
     @property
     def steps_per_epoch(self) -> int:
@@ -116,6 +130,10 @@ class Plan:
         epoch, position = divmod(step - 1, self.steps_per_epoch)
         start = position * self.batch_size
         return self.order(epoch)[start : start + self.batch_size]
+
+    def first_part(self, batch: MicroBatch) -> MicroBatch:
+        """What the first process computes of `batch`, if it computes any of it."""
+        return spread(batch, 0, self.processes) if self.spread and len(batch.ids) > self.micro_batch_tokens else batch
 
     def step(self, number: int, rows: TokenStore) -> Step:
         """The rows of a step, cut into micro-batches."""
@@ -208,28 +226,76 @@ def best_fit_decreasing(trees: list[Tree], *, capacity: int) -> list[list[Tree]]
     return bins
 
 
-def assign_to_rank(batches: Iterable[MicroBatch], index: int, count: int, *, in_step: bool = False) -> list[MicroBatch]:
-    """The micro-batches of process `index` of `count`: the dearest first, each to the one with the least to do.
+@dataclass(frozen=True)
+class Share:
+    """Which part of the work is this process's."""
 
-    `in_step`: each gets as many, the cheapest once more, without its pairs, where there is nothing left.
+    index: int = 0
+    count: int = 1
+    in_step: bool = False  # each pass is one of all processes
+    spread_above: float = math.inf  # tokens, above which a micro-batch is computed by all together
+
+
+def assign(batches: Iterable[MicroBatch], share: Share) -> list[MicroBatch]:
+    """The micro-batches of the process of `share`: the dearest first, each to the one with the least to do.
+
+    In step each gets as many, the cheapest once more, without its pairs, where there is nothing left.
     """
-    if count == 1:
-        return list(batches)
-    spent, each = [0.0] * count, [list[MicroBatch]() for _ in range(count)]
-    order = sorted(batches, key=cost, reverse=True)
+    batches = list(batches)
+    if share.count == 1:
+        return batches
+    spent, each = [0.0] * share.count, [list[MicroBatch]() for _ in range(share.count)]
+    order = sorted((one for one in batches if len(one.ids) <= share.spread_above), key=cost, reverse=True)
     for batch in order:
         chosen = spent.index(min(spent))
         spent[chosen] += cost(batch)
         each[chosen].append(batch)
-    empty = {name: getattr(order[-1], name)[:0] for name in ("sources", "targets", "weights", "examples")}
-    missing = in_step * (max(map(len, each)) - len(each[index]))
-    return [*each[index], *[replace(order[-1], **empty)] * missing]
+    missing = share.in_step * (max(map(len, each)) - len(each[share.index]))
+    filling = [replace(one, sources=one.sources[:0], targets=one.targets[:0], weights=one.weights[:0],
+                       examples=one.examples[:0]) for one in order[-1:]]  # fmt: skip
+    parts = [spread(one, share.index, share.count) for one in batches if len(one.ids) > share.spread_above]
+    return [*parts, *each[share.index], *filling * missing]
+
+
+def spread(batch: MicroBatch, index: int, count: int) -> MicroBatch:
+    """The part of process `index` of `count` in a row that all compute: of each segment a piece near its begin, which
+    sees few, and the one as near to its end, which sees many."""
+    pieces: list[tuple[int, int, tuple[int, ...], int]] = []  # start, end, pieces that it sees, process
+    of: list[list[int]] = []  # of each segment its pieces
+    for segment in batch.segments:
+        before = [piece for number in segment.ancestors for piece in of[number]]
+        cuts = np.linspace(segment.start, segment.end, 2 * count + 1).round().astype(int).tolist()
+        of.append([])
+        for place, (start, end) in enumerate(pairwise(cuts)):
+            pieces.append((start, end, (*before, *of[-1]), min(place, 2 * count - 1 - place)))
+            of[-1].append(len(pieces) - 1)
+    lengths, filled, starts = [end - start for start, end, *_ in pieces], [0] * count, []
+    for length, (*_, process) in zip(lengths, pieces, strict=True):
+        starts.append(filled[process])
+        filled[process] += length
+    own = [number for number, piece in enumerate(pieces) if piece[3] == index]
+    local = np.concatenate([np.arange(*pieces[number][:2]) for number in own])
+    places = np.full(len(batch.ids), -1)
+    places[local] = np.arange(len(local))
+    here, most = places[batch.sources] >= 0, max(filled)
+    keys = tuple(piece[3] * most + start for piece, start in zip(pieces, starts, strict=True))
+    return MicroBatch(
+        ids=batch.ids[local],
+        positions=batch.positions[local],
+        segments=tuple(Segment(starts[one], starts[one] + lengths[one], pieces[one][2]) for one in own),
+        sources=places[batch.sources[here]],
+        targets=batch.targets[here],
+        weights=batch.weights[here],
+        examples=batch.examples[here],
+        spread=Spread(count, most, keys, tuple(lengths), tuple(own)),
+    )
 
 
 def cost(batch: MicroBatch) -> float:
     """Tokens, and for attention one more for 16,384 pairs of query and key (6 times a hidden size of 2,700)."""
     lengths = [one.end - one.start for one in batch.segments]
-    ancestors = [sum(lengths[n] for n in one.ancestors) for one in batch.segments]
+    all_lengths = batch.spread.lengths if batch.spread else lengths
+    ancestors = [sum(all_lengths[n] for n in one.ancestors) for one in batch.segments]
     pairs = sum(own * (own + before) for own, before in zip(lengths, ancestors, strict=True))
     return len(batch.ids) + pairs / 2 / 16_384
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
+from lorasft.data.packing import Spread
 from lorasft.model.towers import model_class
 
 SEGMENTS = "lorasft_segments"
@@ -56,25 +57,40 @@ class Paths:
     """The segments of a row as attention reads them, made once for a micro-batch and all layers."""
 
     lengths: list[int]  # tokens of each segment
-    ancestors: list[tuple[int, ...]]  # numbers of segments
+    ancestors: list[tuple[int, ...]]  # numbers of segments, or of pieces
     cascade: bool = True  # on a CPU: by CascadeAttention where it can
     kernel: Callable[[Shape], bool] | None = None  # whether one computes all segments of a layer
     places: Sequence[Tensor] = ()  # `numbers`, on the device of the row
+    spread: Spread | None = None  # the row is computed by several processes
+
+    @cached_property
+    def keys(self) -> list[slice]:
+        """Where the keys of each segment, or of each piece of all processes, are in a row of `collect`."""
+        if self.spread:
+            starts, lengths = self.spread.starts, self.spread.lengths
+            return [slice(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+        return [slice(start, end) for start, end in pairwise(accumulate(self.lengths, initial=0))]
+
+    @property
+    def seen(self) -> Iterator[tuple[tuple[int, ...], int]]:
+        """The numbers of what each segment sees, and its own."""
+        return zip(self.ancestors, self.spread.own if self.spread else range(len(self.lengths)), strict=True)
 
     @cached_property
     def stretches(self) -> list[Stretch]:
         """What each segment sees: its own tokens, then its ancestors', which their readers share."""
-        own = [slice(start, end) for start, end in pairwise(accumulate(self.lengths, initial=0))]
+        queries = [slice(start, end) for start, end in pairwise(accumulate(self.lengths, initial=0))]
+        own = [Stretch(part, self.keys[number], True) for part, (_, number) in zip(queries, self.seen, strict=True)]
         shared: dict[int, list[slice]] = {}
-        for part, before in zip(own, self.ancestors, strict=True):
+        for part, before in zip(queries, self.ancestors, strict=True):
             for number in before:
                 readers = shared.setdefault(number, [])
                 if readers and readers[-1].stop == part.start:
                     readers[-1] = slice(readers[-1].start, part.stop)
                 else:
                     readers.append(part)
-        below = [Stretch(part, own[number], False) for number, readers in shared.items() for part in readers]
-        return [*(Stretch(part, part, True) for part in own), *below]
+        below = [Stretch(part, self.keys[number], False) for number, readers in shared.items() for part in readers]
+        return [*own, *below]
 
     def windows(self, window: int) -> list[Stretch]:
         """What each segment sees through a window, a block of its queries at a time; keys are those of `gather`."""
@@ -91,27 +107,55 @@ class Paths:
     @cached_property
     def key_counts(self) -> list[int]:
         """How many keys each segment sees: its ancestors' and its own."""
-        each = zip(self.lengths, self.ancestors, strict=True)
-        return [own + sum(self.lengths[number] for number in before) for own, before in each]
+        return [sum(self.keys[one].stop - self.keys[one].start for one in (*before, own)) for before, own in self.seen]
 
     @cached_property
     def numbers(self) -> list[NDArray[np.int32]]:
         """Where each segment's queries, and the keys it sees, begin: (segments + 1,) each; the keys' places (keys,)."""
         starts = [np.cumsum([0, *sizes], dtype=np.int32) for sizes in (self.lengths, self.key_counts)]
-        own = np.split(np.arange(starts[0][-1], dtype=np.int32), starts[0][1:-1])
-        seen = [own[one] for number, before in enumerate(self.ancestors) for one in (*before, number)]
-        return [*starts, np.concatenate(seen)]
+        seen = [self.keys[one] for before, number in self.seen for one in (*before, number)]
+        return [*starts, np.concatenate([np.arange(one.start, one.stop, dtype=np.int32) for one in seen])]
 
     def gather(self, row: Tensor) -> Tensor:
         """What each segment sees of `row` (1, heads, tokens, size), in turn: `row` itself where none has ancestors.
 
         On a GPU gradients of what many see are added up in fp32: in 16 bits, of 500 answers, they were a tenth off.
         """
-        if not any(self.ancestors):
+        row = self.collect(row)
+        if not any(self.ancestors) and not self.spread:
             return row
         index = self.places[2] if self.places else torch.from_numpy(self.numbers[2])
         kept = row.dtype if self.cascade else torch.promote_types(row.dtype, torch.float32)
         return row.transpose(1, 2).to(kept).index_select(1, index).to(row.dtype).transpose(1, 2)
+
+    def collect(self, row: Tensor) -> Tensor:
+        """`row` (1, heads, tokens, size) with those of the other processes, where it is spread over several."""
+        if not self.spread:
+            return row
+        whole: Tensor = Collected.apply(row, self.spread)  # type: ignore[no-untyped-call]
+        return whole
+
+
+class Collected(torch.autograd.Function):
+    """row (1, heads, tokens, size) of each process -> (1, heads, processes x tokens of the longest, size) of all."""
+
+    @staticmethod
+    def forward(ctx: Any, row: Tensor, spread: Spread) -> Tensor:
+        ctx.tokens, ctx.processes = row.shape[2], spread.processes
+        row = F.pad(row, (0, 0, 0, spread.size - row.shape[2]))
+        rows = row.new_empty(spread.processes, *row.shape[1:])
+        if not row.is_meta:
+            torch.distributed.all_gather_into_tensor(rows, row.contiguous())
+        return rows.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        parts = torch.stack(upstream.squeeze(0).chunk(ctx.processes, dim=1))
+        own = torch.empty_like(parts[:1])
+        if not own.is_meta:
+            torch.distributed.reduce_scatter_tensor(own, parts)
+        return own[:, :, : ctx.tokens], None
 
 
 def attend(
@@ -138,7 +182,7 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     open_scores = softcap is not None or (s_aux is not None and s_aux.requires_grad)
     if not (open_scores or dropout) and segments.cascade and query.shape[-1] == value.shape[-1]:
-        stretches, seen = segments.stretches, (key, value)
+        stretches, seen = segments.stretches, (segments.collect(key), segments.collect(value))
         if sliding_window is not None and max(segments.key_counts) > sliding_window:
             stretches, seen = segments.windows(sliding_window), (segments.gather(key), segments.gather(value))
         output: Tensor = CascadeAttention.apply(query, *seen, s_aux, stretches, scale)  # type: ignore[no-untyped-call]

@@ -99,11 +99,11 @@ def pair_losses(network: Network, batch: MicroBatch) -> Tensor:
     """
     model, device, pairs = network.causal, network.device, len(batch.sources)
     on_cpu = network.runs_on.type == "cpu"
-    if network.segments and on_cpu and model.dtype.itemsize == 2:
+    if network.segments and on_cpu and model.dtype.itemsize == 2 and not batch.spread:
         batch = round_up(batch)
     lengths = [segment.end - segment.start for segment in batch.segments]
     ancestors = [segment.ancestors for segment in batch.segments]
-    paths = Paths(lengths, ancestors, cascade=on_cpu, kernel=network.kernel)
+    paths = Paths(lengths, ancestors, cascade=on_cpu, kernel=network.kernel, spread=batch.spread)
     rows = (batch.ids, batch.positions, batch.sources, batch.targets)
     owners = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)  # the number of each token's segment
     ids, positions, sources, targets, owner, *places = send((*rows, owners, *paths.numbers), device)
@@ -161,7 +161,9 @@ def round_up(batch: MicroBatch) -> MicroBatch:
     tokens, pairs = (-len(numbers) % _ROUND for numbers in (batch.ids, batch.sources))
     last = batch.segments[-1]
     more: dict[str, Any] = {"ids": tokens, "positions": tokens, "sources": pairs, "targets": pairs}
-    padded = {name: np.pad(getattr(batch, name), (0, count), mode="edge") for name, count in more.items()}
+    padded: dict[str, Any] = {
+        name: np.pad(getattr(batch, name), (0, count), mode="edge") for name, count in more.items()
+    }
     return replace(batch, segments=(*batch.segments[:-1], replace(last, end=last.end + tokens)), **padded)
 
 

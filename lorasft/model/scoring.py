@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList, TextStreamer
 
 from lorasft.artifact import list_stops
-from lorasft.data.packing import MicroBatch, Sequences, assign_to_rank, make_micro_batches
+from lorasft.data.packing import MicroBatch, Sequences, Share, assign, make_micro_batches
 from lorasft.data.prepare import Prepared, prepare, settings_for
 from lorasft.data.sources import RowLocation
 from lorasft.data.store import all_supervised, supervised_runs
@@ -43,15 +43,13 @@ def score_batches(
     examples: Sequence[int],
     *,
     capacity: int,
-    processes: int = 1,
-    index: int = 0,
-    in_step: bool = False,
+    share: Share = Share(),  # noqa: B008  frozen
     explain: Callable[[MicroBatch], AbstractContextManager[Any]] = nullcontext,
 ) -> Iterator[tuple[MicroBatch, Tensor]]:
     """Micro-batches of `examples` and the losses of their pairs, (pairs,) each, with the model in evaluation mode.
 
-    Of several `processes` the share of the one with this `index`; `in_step`: see `assign_to_rank`. `explain`: a context
-    round each computation, which says what an error means. The model is put back into the mode that it was in.
+    Of several processes those of `share`. `explain`: a context round each computation, which says what an error means.
+    The model is put back into the mode that it was in.
     """
     room = capacity if network.segments else 1
     with evaluating(network.causal):
@@ -61,11 +59,11 @@ def score_batches(
                 sequences,
                 group,
                 capacity=room,
-                processes=processes,
+                processes=share.count,
                 share=network.share,
                 rope_switch_length=network.rope_switch_length,
             )
-            for batch in assign_to_rank(batches, index, processes, in_step=in_step):
+            for batch in assign(batches, share):
                 with torch.no_grad(), explain(batch):
                     losses = pair_losses(network, batch)
                 yield batch, losses

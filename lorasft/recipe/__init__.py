@@ -160,6 +160,7 @@ class MachineSettings(_Section):
     keep_16bit: Auto | bool = Field("auto", description="4-bit weights also in 16 bit; auto: on a GPU if they fit")
     share_prefixes: Auto | bool = Field("auto", description="compute common beginnings once")
     attention: Literal["auto", "segments", "sdpa", "eager"] = Field("auto", description="attention backend")
+    spread_rows: Auto | bool = Field("auto", description="rows too long for one device over all processes")
     shard: Auto | Literal["all"] | PositiveInt = Field(
         "auto", description="processes over which a copy of the base lies"
     )

@@ -43,11 +43,12 @@ class Ranks:
     patient: Any = None  # torch's group in which all wait for the work of one
     leaving: threading.Event = field(default_factory=threading.Event)  # from then on this process ends by itself
     shard: int = 1  # processes over which one copy of the base lies
+    spread: bool = False  # long rows are computed by all together
 
     @property
     def in_step(self) -> bool:
         """Whether each pass is one of all processes."""
-        return self.shard > 1
+        return self.shard > 1 or self.spread
 
     @property
     def is_main(self) -> bool:

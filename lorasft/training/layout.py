@@ -93,6 +93,13 @@ def choose_layout(recipe: Recipe, inputs: RunInputs, model: Any, *, weightless: 
         fit = choose_fit(planned, plan, rows, wanted=wanted, most=most, spare=spare)
         if fit.holds:
             break
+    apart = network.mixer or network.told or network.rope_switch_length or not network.segments
+    wanted_spread = not fit.holds if machine.spread_rows == "auto" else machine.spread_rows
+    if wanted_spread and plan.processes > 1 and not apart:
+        longest = int(example_lengths(rows).max())
+        tokens = plan.micro_batch_tokens if machine.spread_rows is True else math.ceil(longest / plan.processes)
+        plan = replace(fit.plan, micro_batch_tokens=tokens, spread=True)
+        fit = choose_fit(planned, plan, rows, wanted=wanted, most=None, spare=spare)
     fit = choose_copies(planned, fit, kept.keep_16bit if kept and machine.keep_16bit == "auto" else machine.keep_16bit)
     recompute(network.causal, fit.recomputed)
     network.causal.frozen_weights.forget(fit.keep)
@@ -187,7 +194,7 @@ def choose_fit(
     usual, tokens = plan.micro_batch_tokens, most or plan.micro_batch_tokens
     while True:
         tried, last = replace(plan, micro_batch_tokens=tokens), most is None or tokens <= longest
-        heaviest = find_heaviest(tried, rows)
+        heaviest = tried.first_part(find_heaviest(tried, rows))
         if usual < tokens >= 2 * len(heaviest.ids):  # no step fills half of it
             tokens //= 2
             continue
@@ -230,7 +237,8 @@ def find_heaviest(plan: Plan, rows: TokenStore) -> MicroBatch:
         found = int(own.max()), 1 + epoch * per_epoch + int(np.argmax(own)) // plan.batch_size
         longest = max(longest, found, key=lambda one: one[0])
     numbers = {*range(1, min(plan.steps, _STEPS_SEEN) + 1), longest[1]}
-    return max((batch for number in sorted(numbers) for batch in plan.step(number, rows).micro_batches), key=cost)
+    batches = (batch for number in sorted(numbers) for batch in plan.step(number, rows).micro_batches)
+    return max(batches, key=lambda batch: cost(plan.first_part(batch)))
 
 
 class MicroBatchTooLarge(CapacityError):

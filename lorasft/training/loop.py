@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from lorasft.data.packing import Step, assign_to_rank
+from lorasft.data.packing import Step, assign
 from lorasft.errors import DivergedError, Stopped
 from lorasft.files import remove_folder
 from lorasft.model.loss import weighted_loss
@@ -70,8 +70,7 @@ def add_gradients(run: Run, step: Step) -> Tensor:
     """Forward and backward over this process's share of the step. Returns its part of the step's loss: () fp64."""
     torch.manual_seed(run.plan.seed * 1_000_003 + step.number + (run.ranks.index << 40))  # dropout: step and process
     loss = torch.zeros((), dtype=torch.float64, device=run.network.device)
-    ranks = run.ranks
-    for batch in assign_to_rank(step.micro_batches, ranks.index, ranks.count, in_step=ranks.in_step):
+    for batch in assign(step.micro_batches, run.share):
         run.trained.check()
         with oom_context(run.rows, batch):
             part = weighted_loss(run.network, batch) / step.divisor
@@ -168,14 +167,9 @@ def evaluate(run: Run, state: State, stop: StopRequest) -> State:
     if sums is None:
         sums = np.zeros((2, len(rows)))  # of each row the losses, and how many
         score = partial(score_batches, run.network, rows.sequences, range(len(rows)))
-        how = {
-            "capacity": run.plan.micro_batch_tokens,
-            "processes": ranks.count,
-            "index": ranks.index,
-            "in_step": ranks.in_step,
-        }
         with ranks.sync_errors(passes=True), run.metrics.progress.interlude("evaluating"):
-            for batch, losses in score(**how, explain=partial(oom_context, rows)):
+            capacity, explain = run.plan.micro_batch_tokens, partial(oom_context, rows)
+            for batch, losses in score(capacity=capacity, share=run.share, explain=explain):
                 if stop.signal:  # of several processes none, before they agree on it in a step
                     return replace(state, evaluation_due=True)
                 add_losses(sums, batch, losses)

@@ -152,7 +152,7 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks, shared: Shared | None
     spare = min(ranks.gather(spare))
     with ranks.sync_errors(passes=True):
         network, fit = choose_layout(recipe, inputs, model, weightless=weightless, spare=spare)
-    plan = fit.plan
+    plan, ranks.spread = fit.plan, fit.plan.spread
     trained = Trained(model, network.causal.dtype, rates_apart=recipe.optimizer.lora_plus is not None)
     broadcast(trained.master.detach())  # that of the first process: unlike devices draw unlike random numbers
     trained.refresh()
@@ -213,7 +213,8 @@ def _measure_heaviest(run: Run) -> int:
     run.network.causal.train()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    add_gradients(replace(run, ranks=ALONE), Step(1, 0.0, batch.examples, (batch,)))
+    ranks = run.ranks if len(batch.ids) > run.share.spread_above else ALONE
+    add_gradients(replace(run, ranks=ranks), Step(1, 0.0, batch.examples, (batch,)))
     run.optimizer.zero_grad(set_to_none=False)
     return peak_memory(device)["memory_bytes"]
 

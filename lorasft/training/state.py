@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import NonNegativeInt, PositiveInt, StringConstraints
 
 from lorasft.artifact import Artifact
-from lorasft.data.packing import Plan
+from lorasft.data.packing import Plan, Share
 from lorasft.data.prefixes import Sharing
 from lorasft.data.prepare import Prepared
 from lorasft.data.store import TokenStore
@@ -83,6 +84,12 @@ class Run:
     @property
     def folder(self) -> Path:
         return Path(self.recipe.run.output)
+
+    @property
+    def share(self) -> Share:
+        """Which part of a step's work is this process's."""
+        above = self.plan.micro_batch_tokens if self.plan.spread else math.inf
+        return Share(self.ranks.index, self.ranks.count, self.ranks.in_step, above)
 
     @property
     def early_end(self) -> str:
