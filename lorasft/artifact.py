@@ -1,7 +1,4 @@
-"""What a path names (a run, an adapter, a checkpoint, a model folder or a hub id), resolved once for every command.
-
-An adapter's files are a stranger's: they are checked here before anything is made of them.
-"""
+"""What a path names (a run, an adapter, a checkpoint, a model folder or a hub id), resolved once for every command."""
 
 from __future__ import annotations
 
@@ -124,10 +121,9 @@ def check_run_folder(recipe: Recipe, *, resume: bool) -> None:
     is_run = (folder / "recipe.yaml").is_file()
     if resume and not is_run:
         raise RecipeError("there is no run to resume", where=folder, hint="leave out --resume to start one")
-    if resume:
-        if changes := [*compare(mathematics(load_recipe(str(folder / "recipe.yaml"))), mathematics(recipe))]:
-            raise RecipeError("\n  ".join([CHANGED, *changes[:10]]), where=folder, hint=RESTORE)
-    elif is_run:
+    if resume and (changes := [*compare(mathematics(load_recipe(str(folder / "recipe.yaml"))), mathematics(recipe))]):
+        raise RecipeError("\n  ".join([CHANGED, *changes[:10]]), where=folder, hint=RESTORE)
+    if is_run and not resume:
         hint = f"continue it: {train_command(folder)} --resume; or start another: {quote(f'run.output={folder}-2')}"
         raise RecipeError("this run folder exists", where=folder, hint=hint)
     present = {path.name for path in folder.glob("[!.]*")}

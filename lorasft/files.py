@@ -299,8 +299,7 @@ def need_space(folder: Path, size: int) -> None:
     present = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(present).free
     if free < size * 1.02:
-        what = f"needs {size_text(size)}, {size_text(free)} are free"
-        raise CapacityError(what, where=folder, hint="free some space")
+        raise CapacityError(f"needs {size_text(size)}, {size_text(free)} are free", where=folder, hint="free space")
 
 
 @contextlib.contextmanager

@@ -109,39 +109,22 @@ def render_page(runs: Sequence[History]) -> str:
     """The page of one run, or of several compared."""
     from jinja2 import Environment, FileSystemLoader  # not for what is refused before there is a page
 
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
-    environment.finalize = lambda value: redact(harmless("null" if value is None else str(value)[:20_000]))
+    def clean(value: Any) -> Any:
+        text = "null" if value is None else str(value)[:20_000]
+        return value if hasattr(value, "__html__") else redact(harmless(text))  # what a macro made is clean
+
+    how: Any = {"autoescape": True, "trim_blocks": True, "finalize": clean, "extensions": ["jinja2.ext.do"]}
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), **how)
+    environment.filters |= {"flatten": flatten, "number": _number, "quote": quote, "size": size_text}
+    environment.filters["time"] = lambda seconds: timedelta(seconds=round(min(1e12, max(0, seconds))))
+    environment.filters["median"] = lambda points: statistics.median(value for _, value in points)
     alone, now = runs[0] if len(runs) == 1 else None, time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-    parts = {"facts": _facts, "charts": _charts(runs, alone), "tables": _tables(runs)}
-    return environment.get_template("report.html.jinja").render(runs=runs, alone=alone, now=now, **parts)
+    facts = {"runs": runs, "alone": alone, "charts": _charts(runs, alone), "now": now}
+    parts = {"answers": _answers, "ledger": _ledger, "next_commands": next_commands}
+    return environment.get_template("report.html.jinja").render(facts | parts)
 
 
-def _facts(run: History) -> Iterator[tuple[str, str, str]]:
-    """What is said first: a name, a value, and a note; nothing of what was not measured."""
-    names = ("tokens_per_second", "seconds", "supervised_tokens", "tokens", "memory_bytes", "eval_loss")
-    speed, seconds, supervised, tokens, memory, best = ([value for _, value in run.series[name]] for name in names)
-    both = ([line.get(name) for line in run.metrics] for name in ("loss", "eval_loss"))  # also what is not finite
-    losses, held_out = ([one for one in own if isinstance(one, (int, float))] for own in both)
-    steps, step = run.provenance.get("steps", 0), "before step 1" if run.step is None else f"step {run.step:,}"
-    yield f"{step}{f' of {steps:,}' * bool(steps)}", run.state, run.why
-    if held_out:
-        first, lowest = _number(held_out[0]), _number(min(best, default=math.nan))
-        yield "held-out loss", _number(held_out[-1]), f"{first} at first, {lowest} at best"
-    if newest := losses[-10:]:
-        yield "training loss", _number(sum(newest) / len(newest)), f"mean of the last {len(newest)} steps"
-    if seconds:
-        spans = sum(seconds), statistics.median(seconds[-50:]) * (steps - run.step)
-        spent, left = (timedelta(seconds=round(min(1e12, max(0, span)))) for span in spans)
-        yield "time in steps", str(spent), f"about {left} left" * (run.running and steps > 0)
-    if speed:
-        share = f"{sum(supervised) / max(1, sum(tokens)):.0%} supervised" * bool(tokens and supervised)
-        yield "tokens/s", f"{statistics.median(speed[-100:]):,.0f}", share
-    if memory:
-        whole = "tensors" if run.series["memory_reserved_bytes"] else "whole process"
-        yield "peak memory", size_text(max(memory)), whole
-
-
-def _number(value: float | None, *, form: str = ".4f") -> str:
+def _number(value: float | None, form: str = ".4f") -> str:
     return "" if value is None else format(value, form) if math.isfinite(value) else "not finite"
 
 
@@ -208,35 +191,6 @@ def smooth(points: Points, *, most: int = 1000) -> Points:
     places = range((count - 1) % every, count, every)
     spans = [(max(0, at - reach), min(count, at + reach + 1)) for at in places]
     return [(points[at][0], (sums[b] - sums[a]) / (b - a)) for at, (a, b) in zip(places, spans, strict=True)]
-
-
-def _tables(runs: Sequence[History]) -> Iterator[tuple[str, Sequence[Any]]]:
-    """Titles and rows: where recipes are not at their defaults, or differ; and all else that is said of one run."""
-    recipes = {str(run.folder): flatten(run.recipe.model_dump(mode="json", exclude_defaults=True)) for run in runs}
-    keys = dict.fromkeys(key for recipe in recipes.values() for key in recipe)
-    rows = [(key, *(recipe.get(key, "default") for recipe in recipes.values())) for key in keys]
-    if len(runs) > 1:
-        yield "Recipes, where they differ", [("", *recipes), *(row for row in rows if len({*map(str, row[1:])}) > 1)]
-        return
-    run, record, memory = runs[0], runs[0].provenance, runs[0].memory
-    yield from (("Answers to held-out prompts", _answers(run)), ("Ledger of rows", _ledger(run)))
-    yield "Recipe, where it is not the default", rows
-    counts = flatten(record.get("report", {})).items()
-    yield "Data", [(name.replace("_", " "), count) for name, count in counts if count or name == "parity_breaks"]
-    sizes = {**memory.get("predicted", {}), "measured": memory.get("measured"), "free": memory.get("free")}
-    sizes["while it ran"] = max((size for _, size in run.series["memory_bytes"]), default=None)
-    yield "Memory of a step, predicted and measured", [(kind, size_text(size)) for kind, size in sizes.items() if size]
-    table, names = run.merge.get("table", {}), ("kl", "same_choice", "nll")
-    merged = [(model, *(_number(one.get(name), form=".4g") for name in names)) for model, one in table.items()]
-    yield "Merge", merged and [("", "KL to what was trained", "same choice", "loss"), *merged]
-    yield "What happened", [[event.get(name, "") for name in ("time", "event", "why")] for event in run.events]
-    made = flatten({name: one for name, one in record.items() if name != "report"})
-    yield "Made of", [(name, one) for name, one in made.items() if one is not None]
-    folder, recipe, page = (quote(run.folder / name) for name in ("", "recipe.yaml", "preview.html"))
-    preview = [f"lorasft preview {recipe} --html {page}"] * (not run.previewed)
-    again = [f"lorasft train {folder} --resume"] * (not run.running)
-    commands = next_commands(run.folder, run.recipe) if run.state == "finished" else again
-    yield "Next", [[one] for one in (*preview, *commands)]
 
 
 def next_commands(folder: Path, recipe: Recipe) -> list[str]:

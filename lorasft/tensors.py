@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import torch
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-LARGEST_HEADER = 100 << 20  # bytes: safetensors' own limit
 # Types that are computed with, in the words of safetensors and of torch. Tensors of any type are copied.
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8", "I8": "int8"}
 DTYPES |= {"F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu"}
@@ -157,15 +156,11 @@ def open_tensors(path: Path) -> TensorFile:
     """Check a safetensors file, of which only the header is read. Raises ModelError for what cannot be trusted."""
     from safetensors import SafetensorError, safe_open
 
-    with open(path, "rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(path.stat().st_size, LARGEST_HEADER):
-            what = "not a safetensors file, but a Git LFS pointer or a web page (HTML)?, or its header is too long"
-            raise ModelError(what, where=path, hint=f"git lfs pull, or {_AGAIN}")
+    what, hint = "cannot read the weights (a Git LFS pointer or a web page?)", f"git lfs pull, or {_AGAIN}"
+    trusted = reading(what, SafetensorError, where=path, hint=hint)
+    with trusted, safe_open(path, "np"), open(path, "rb") as file:  # the first refuses what is not to be trusted
+        length = int.from_bytes(file.read(8), "little")
         header = file.read(length)
-    trusted = reading("cannot read the weights", SafetensorError, where=path, hint=_AGAIN)
-    with trusted, safe_open(path, "np"):  # refuses what is not to be trusted
         fields = json.loads(header)
     metadata = fields.pop("__metadata__", None)
     ordered = sorted((field["data_offsets"], name, field) for name, field in fields.items())

@@ -51,16 +51,16 @@ Write = Callable[..., str]
 
 
 class Launch:
-    """Two forks of this process, as a launcher would start them, each with its words in a file."""
+    """Forks of this process, as a launcher would start them, each with its words in a file."""
 
-    def __init__(self, folder: Path, act: Callable[[int], object]) -> None:
-        self.words = [folder / f"words{rank}.txt" for rank in (0, 1)]
+    def __init__(self, folder: Path, act: Callable[[int], object], *, count: int = 2) -> None:
+        self.words = [folder / f"words{rank}.txt" for rank in range(count)]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12 about forks beside threads
-            self.pids = [os.fork() or self._be(rank, port, act) for rank in (0, 1)]
+            self.pids = [os.fork() or self._be(rank, port, act) for rank in range(count)]
 
     def _be(self, rank: int, port: int, act: Callable[[int], object]) -> int:
         code: Any = 1
@@ -68,7 +68,8 @@ class Launch:
             with open(self.words[rank], "w", encoding="utf-8", buffering=1) as words:
                 sys.stdout = sys.stderr = words
                 PartialState._reset_state()  # what this process was before the fork
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(len(self.words)))
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "2"}
                 try:
                     code = act(rank) or 0
@@ -83,7 +84,7 @@ class Launch:
         """Exit codes, negative for a signal. A process that hangs is killed, which fails the test."""
         end = time.monotonic() + seconds
         found: dict[int, int] = {}
-        while len(found) < 2:
+        while len(found) < len(self.words):
             for pid in set(self.pids) - found.keys():
                 if time.monotonic() > end:
                     os.kill(pid, signal.SIGKILL)

@@ -39,7 +39,7 @@ def read_recipe(recipe: str, overrides: Sequence[str], *, resume: bool | None = 
         check_run_folder(settings, resume=resume)
     check_trackers(settings.run.trackers)
     is_folder(settings.model.base)
-    for source, _ in list_sources(settings.data):
+    for source in list_sources(settings.data):
         find_files(source)
     return settings
 

@@ -17,6 +17,9 @@ from typing import Any
 from lorasft import __version__
 from lorasft.commands.arguments import add_json
 from lorasft.errors import DeviceError, LorasftError, first_line
+from lorasft.files import need_space
+from lorasft.hub import hub_error
+from lorasft.machine import free_memory
 from lorasft.terminal import harmless, redact, size_text
 
 # bitsandbytes before what imports it in its turn, and would let it ask the hub
@@ -37,7 +40,7 @@ def run(hub: bool, as_json: bool) -> None:
         **{name: partial(_check_library, name) for name in LIBRARIES},
         "versions": _check_versions,
         "device": _check_device,
-        "memory": _check_memory,
+        "memory": lambda: f"{size_text(free_memory(_find_device()))} free for {_find_device()}",
         "NF4": _check_nf4,
         "attention": _check_attention,
         "disk": _check_disk,
@@ -110,13 +113,6 @@ def _find_device() -> Any:
     return PartialState().device
 
 
-def _check_memory() -> str:
-    from lorasft.machine import free_memory
-
-    device = _find_device()
-    return f"{size_text(free_memory(device))} free for {device}"
-
-
 def _check_nf4() -> str:
     from lorasft.model.base import nf4_error
 
@@ -144,16 +140,12 @@ def _check_attention() -> str:
 def _check_disk() -> str:
     from huggingface_hub.constants import HF_HOME
 
-    from lorasft.files import need_space
-
     for folder in (Path.cwd(), Path(HF_HOME)):
         need_space(folder, LEAST_DISK)
     return f"{size_text(LEAST_DISK)} and more are free here and in {HF_HOME}"
 
 
 def _check_hub() -> str:
-    from lorasft.hub import hub_error
-
     if error := hub_error():
         raise DeviceError(error, hint="curl -I https://huggingface.co  # a proxy? export HTTPS_PROXY=...")
     return "answers"

@@ -6,15 +6,16 @@ import json
 from argparse import ArgumentParser
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lorasft.artifact import Artifact
 from lorasft.commands import arguments
+from lorasft.data.folders import find_files
 from lorasft.errors import DataError, RecipeError
+from lorasft.files import make_folder, refuse_existing, write_file
+from lorasft.recipe import DataSource
+from lorasft.recipe.load import read_source
 from lorasft.terminal import harmless, say
-
-if TYPE_CHECKING:
-    from lorasft.artifact import Artifact
-    from lorasft.recipe import DataSource
 
 Lines = list[dict[str, Any]]  # for each answer its source, tokens, prompt, expected, and what each model gives it
 
@@ -31,10 +32,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(saved: str, overrides: Sequence[str], data: str, columns: str | None, as_json: bool, **options: Any) -> None:
     """Score the answers in `data`; totals on stdout. Raises RecipeError for files that exist."""
-    from lorasft.data.folders import find_files
-    from lorasft.files import make_folder, refuse_existing, write_file
-    from lorasft.recipe.load import read_source
-
     answers, per_example, most = (options.pop(name) for name in ("answers", "per_example", "max_tokens"))
     if answers and not answers.endswith((".html", ".jsonl")):
         raise RecipeError("it is neither .html nor .jsonl", where=f"--answers {answers}", hint="--answers answers.html")

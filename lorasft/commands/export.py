@@ -8,7 +8,7 @@ from typing import Any
 
 from lorasft.commands.arguments import add_json, fill_in, show
 from lorasft.errors import RecipeError
-from lorasft.terminal import quote, say
+from lorasft.terminal import say
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -41,9 +41,8 @@ def run(model: str, to: str, out: str, type: Any, as_json: bool) -> None:
     if to == "gguf-lora":
         written = write_gguf_lora(artifact, Path(out))
         template = artifact.require_adapter() / "chat_template.jinja"  # the base's may be another, or none
-        told = {"template": quote(template) if template.is_file() else "", "path": Path(out).absolute()}
-        facts = {"adapter_of": quote(artifact.model.base), "four_bit": artifact.model.quantization == "nf4"}
-        say(fill_in("export.txt.jinja", facts | told | {"out": quote(out)}).strip())
+        facts = {"adapter_of": artifact.model, "template": template, "out": out, "path": Path(out).absolute()}
+        say(fill_in("export.txt.jinja", facts).strip())
         return show(written, [out], as_json=as_json)
     # Refuses what would be merged in vain; and a signal during an import, which ends at once, leaves no folder behind.
     read_gguf_layout(artifact.base)

@@ -7,8 +7,11 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
+from lorasft import machine
 from lorasft.commands.arguments import add_columns, parse_bytes
 from lorasft.commands.recipes import count_text, read_sizes, write_recipe
+from lorasft.data.folders import find_files
+from lorasft.data.survey import survey_rows
 from lorasft.errors import CapacityError, LorasftError, ModelError
 from lorasft.files import read_objects, refuse_existing
 from lorasft.hub import find_local, is_hub_id
@@ -33,9 +36,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(data: str, out: str, columns: str | None, model: str | None, memory: tuple[str, int] | None, yes: bool) -> None:
     """Write a recipe for the rows in `data`; its path on stdout. `memory`: a size as typed, and its bytes. Raises
     RecipeError for a file that exists, DataError for rows, and what `_choose_model` does for models."""
-    from lorasft.data.folders import find_files
-    from lorasft.data.survey import survey_rows
-
     target, source = Path(out), read_source(data, columns)
     refuse_existing(target)
     survey = survey_rows(DataSettings(train=(source,)))
@@ -101,12 +101,10 @@ def _free_memory() -> tuple[int, str]:
     """Bytes for a model, and whose they are."""
     from accelerate import PartialState
 
-    from lorasft.machine import free_memory
-
     device = PartialState().device
     if device.type == "cuda":
-        return free_memory(device), "free on the card"
-    return min(free_memory(device), ON_CPU), "no card: as much as a CPU can train"
+        return machine.free_memory(device), "free on the card"
+    return min(machine.free_memory(device), ON_CPU), "no card: as much as a CPU can train"
 
 
 def _answer(question: str) -> str:

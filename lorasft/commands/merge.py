@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lorasft.commands.arguments import add_columns, add_json, add_saved, fill_in, open_saved, show
+from lorasft.data.folders import find_files
 from lorasft.errors import RecipeError
+from lorasft.files import refuse_existing
+from lorasft.recipe.load import read_source
 from lorasft.terminal import say
 
 
@@ -32,10 +35,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(out: str, data: str | None, columns: str | None, as_json: bool, **options: Any) -> None:
     """Merge into the new folder `out`; what was done on stdout. `options`: what names an artifact, and those of `merge`
     as they are."""
-    from lorasft.data.folders import find_files
-    from lorasft.files import refuse_existing
-    from lorasft.recipe.load import read_source
-
     refuse_existing(Path(out))
     if columns and not data:
         raise RecipeError("--columns is of --data, which is not given", hint="--data FILE")

@@ -15,15 +15,18 @@ from lorasft.terminal import say, size_text
 def add_arguments(parser: ArgumentParser) -> None:
     add_recipe(parser)
     parser.add_argument("--memory", type=parse_bytes, metavar="SIZE", help="8GiB, 24GB, ... (default: what is free)")
+    parser.add_argument(
+        "--cards", type=int, default=1, metavar="N", help="how many, each with that memory (default: 1)"
+    )
     add_json(parser, "the plan")
 
 
-def run(recipe: str, overrides: Sequence[str], memory: int | None, as_json: bool) -> None:
+def run(recipe: str, overrides: Sequence[str], memory: int | None, cards: int, as_json: bool) -> None:
     """Print the plan of `recipe` under `memory` bytes. Raises CapacityError when it does not fit."""
     settings = read_recipe(recipe, overrides)
     from lorasft.training.plan import plan_run
 
-    plan = plan_run(settings, memory=memory)
+    plan = plan_run(settings, memory=memory, cards=cards)
     for notice in plan["notices"]:
         say(notice)
     width = min(shutil.get_terminal_size().columns, 100)

@@ -13,15 +13,14 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from lorasft.commands.arguments import add_json, add_recipe, fill_in, whole_number
+from lorasft.files import write_file
+from lorasft.recipe import load_recipe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-    from lorasft.data.report import Report
     from lorasft.data.store import Tokens
+    from lorasft.data.tokenizer import FastTokenizer
 
 Part = tuple[str, bool, bool]  # text, whether it is supervised, whether it is a special token
-DROPPED_SHOWN = 10
 # Around text that is context, and that is supervised: in colour for a terminal, elsewhere in brackets.
 COLOURS = ("\x1b[2m", "\x1b[0m"), ("\x1b[32m", "\x1b[0m")
 BRACKETS = ("", ""), ("⟦", "⟧")
@@ -40,9 +39,6 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
     `html`: write a page to that file instead. Raises RecipeError, ModelError, or DataError, also when nothing would be
     supervised, when a supervised special token was never trained, or when parity does not hold.
     """
-    from lorasft.files import write_file
-    from lorasft.recipe.load import load_recipe
-
     settings = load_recipe(recipe, overrides)
     from lorasft.data.prepare import prepare
     from lorasft.data.tokenizer import add_tokens, load_tokenizer, refuse_untrained
@@ -68,9 +64,9 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
             print(json.dumps({"summary": prepared.report.as_dict()}))
             return
         shown = [(_harmless(f"{place}{' (held out)' * held_out}"), parts) for place, held_out, _, parts in found]
-        ids = store.arrays["ids"]
-        counts = [f"{(ids == token).sum():,} times the new token {tokenizer.decode([token])}" for token in new]
-    facts = list(map(_harmless, [*counts, *summary(prepared.report)]))
+        counts = {tokenizer.decode([token]): int((store.arrays["ids"] == token).sum()) for token in new}
+    told = {"report": prepared.report, "counts": counts}
+    facts = _harmless(fill_in("preview.txt.jinja", told).rstrip()).split("\n")
     if html:
         page = {"rows": [[one] for one in shown], "facts": facts, "answers": False}
         write_file(Path(html), fill_in("page.html.jinja", page, html=True))
@@ -80,7 +76,7 @@ def run(recipe: str, overrides: Sequence[str], rows: int | None, as_json: bool, 
     print("\n".join([*(f"--- {title}\n{mark(parts, marks)}\n" for title, parts in shown), *facts]))
 
 
-def painted(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> Iterator[Part]:
+def painted(tokens: Tokens, tokenizer: FastTokenizer) -> Iterator[Part]:
     """The text of a sequence in parts that are supervised or not, and added tokens; control characters are shown."""
     added = tokenizer.added_tokens_decoder
     special = [(token in added) * (1 + at) for at, token in enumerate(tokens.ids.tolist())]  # 0: it is not
@@ -94,19 +90,6 @@ def painted(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> Iterator[Part
             for stop in (start, end)
         )
         yield _harmless(text.removeprefix(before)), supervised, place > 0
-
-
-def summary(report: Report) -> Iterator[str]:
-    """What was read, made and dropped, a line each; counts of zero are left out."""
-    for name, count in vars(report).items():
-        if isinstance(count, int) and count:
-            yield f"{count:,} {name.replace('_', ' ')}"
-    if report.answers:
-        yield f"parity: all {report.answers:,} answers follow the very ids that a server feeds"  # others are dropped
-    yield from report.notices()
-    if report.dropped:
-        yield f"dropped: {report.dropped_examples():,}, of which at most {DROPPED_SHOWN} are named here"
-        yield from report.dropped[:DROPPED_SHOWN]
 
 
 def mark(parts: Iterable[Part], marks: Sequence[tuple[str, str]]) -> str:

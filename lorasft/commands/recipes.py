@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasft.commands.arguments import add_json, fill_in, parse_bytes, show
+from lorasft.data.imports import import_config
 from lorasft.files import make_folder, refuse_existing, write_file
 from lorasft.recipe import Recipe, recipe_schema
 from lorasft.recipe.load import complete_recipe, find_shipped, portable_text, shipped_recipes
@@ -42,7 +43,15 @@ def run(action: str, name: str | None, to: str | None, memory: int | None, as_js
     elif action == "schema":
         print(json.dumps(recipe_schema(), indent=2))
     elif action == "import":
-        _import(Path(name or ""), Path(to or f"{Path(name or '').stem}-lorasft.yaml"))
+        source = Path(name or "")
+        target = Path(to or f"{source.stem}-lorasft.yaml")
+        refuse_existing(target)
+        found = import_config(source)
+        write_recipe(target, "import.yaml.jinja", {**vars(found), "file": source.name})
+        for what, why in found.left.items():
+            say(f"not as in {source.name}: {what}: {why}")
+        say(f"next: lorasft preview {quote(target)}, then lorasft train {quote(target)}")
+        print(target)
     elif action == "show":
         path = find_shipped(name or "")
         show(read_yaml(path).value, [path.read_text(encoding="utf-8").rstrip()], as_json=as_json)
@@ -52,19 +61,6 @@ def run(action: str, name: str | None, to: str | None, memory: int | None, as_js
         make_folder(target.absolute().parent)
         write_file(target, portable_text(source))
         say(f"wrote {target}")
-
-
-def _import(source: Path, target: Path) -> None:
-    """Write the config of another tool as a recipe, and say what it does not hold."""
-    from lorasft.data.imports import import_config
-
-    refuse_existing(target)
-    found = import_config(source)
-    write_recipe(target, "import.yaml.jinja", {**vars(found), "file": source.name})
-    for what, why in found.left.items():
-        say(f"not as in {source.name}: {what}: {why}")
-    say(f"next: lorasft preview {quote(target)}, then lorasft train {quote(target)}")
-    print(target)
 
 
 def write_recipe(target: Path, template: str, facts: dict[str, Any]) -> Recipe:

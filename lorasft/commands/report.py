@@ -7,7 +7,11 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
+from lorasft.artifact import MERGE_RECORD
+from lorasft.errors import LorasftError, RecipeError
 from lorasft.files import refuse_existing, replace_file
+from lorasft.report import MARK, History, render_page
+from lorasft.terminal import say
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -18,11 +22,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(folders: Sequence[str], out: str | None, show: bool) -> None:
     """Write the page and print its name; say what of `runs/*` is no run, or damaged. Raises RecipeError without any."""
-    from lorasft.artifact import MERGE_RECORD
-    from lorasft.errors import LorasftError, RecipeError
-    from lorasft.report import History, render_page
-    from lorasft.terminal import say
-
     paths, runs = [Path(folder) for folder in folders], list[History]()
     for path in paths:
         try:
@@ -44,7 +43,5 @@ def run(folders: Sequence[str], out: str | None, show: bool) -> None:
 
 def refuse_stranger(page: Path) -> None:
     """Raise RecipeError where a file that is no page of ours is in the place of one."""
-    from lorasft.report import MARK
-
     if not (page.is_file() and MARK.encode() in page.read_bytes()[:1000]):
         refuse_existing(page)

@@ -12,16 +12,15 @@ from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorasft.commands import report, train
 from lorasft.commands.arguments import fill_in, parse_seconds, read_recipe, say_error
 from lorasft.errors import LorasftError, RecipeError, Stopped
+from lorasft.recipe import Recipe, load_recipe
+from lorasft.report import History
 from lorasft.signals import exit_code
-from lorasft.terminal import quote, redact, say, shorten
-
-if TYPE_CHECKING:
-    from lorasft.recipe import Recipe
+from lorasft.terminal import quote, redact, say
 
 _VALUE = re.compile(r"""(?:\[[^]]*\]|\{[^}]*\}|"[^"]*"|'[^']*'|[^,])+""")  # one of several, between commas
 
@@ -73,8 +72,6 @@ def run(
 
 def _read_runs(recipe: str, overrides: Sequence[str], out: str | None, *, resume: bool) -> dict[Path, Recipe]:
     """The recipes by their run folders, which lie in one, after all that can be refused without torch."""
-    from lorasft.recipe.load import load_recipe
-
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise RecipeError("a sweep is one process", hint="leave out torchrun, or start each run with lorasft train")
     choices = []
@@ -108,15 +105,10 @@ def _read_runs(recipe: str, overrides: Sequence[str], out: str | None, *, resume
 
 def _table(runs: Sequence[Path], failed: Mapping[Path, tuple[int, str]]) -> str:
     """A line for each run, that with the lowest held-out loss after a step first; at its end why it failed or ended."""
-    from lorasft.report import History
-
     rows: list[dict[str, Any]] = []
     for path in runs:
         run = History(path) if (path / "recipe.yaml").is_file() else None
         losses = [loss for step, loss in run.series["eval_loss"] if step] if run else []
-        state, why = (run.state, run.why) if run else ("not begun", "")
-        if path in failed:
-            state, why = "failed", failed[path][1]
-        rows.append({"name": path.name, "run": run, "losses": losses, "state": state, "why": redact(shorten(why))})
+        rows.append({"name": path.name, "run": run, "losses": losses, "failed": failed.get(path)})
     rows.sort(key=lambda row: min(row["losses"], default=math.inf))
-    return fill_in("sweep.txt.jinja", {"rows": rows}).rstrip()
+    return redact(fill_in("sweep.txt.jinja", {"rows": rows}).rstrip())

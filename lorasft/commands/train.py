@@ -7,21 +7,20 @@ import math
 import os
 import time
 from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasft.commands.arguments import add_recipe, fill_in, read_recipe
 from lorasft.errors import Stopped
-from lorasft.terminal import say, shorten, train_command
+from lorasft.signals import Ended, exit_code
+from lorasft.terminal import say, train_command
 
 if TYPE_CHECKING:
     from lorasft.recipe import Recipe
     from lorasft.report import History
     from lorasft.training.distributed import Ranks
     from lorasft.training.run import Shared
-    from lorasft.training.state import Run, State
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -52,11 +51,13 @@ def train_one(
     Returns the signal that came in its last step, or 0."""
     from lorasft.model.recompute import decoder_layers
     from lorasft.report import next_commands
+    from lorasft.training.checkpoint import list_checkpoints
     from lorasft.training.loop import run_steps
     from lorasft.training.run import export_adapter, open_run
+    from lorasft.training.samples import keep_samples
 
     started, folder = time.monotonic(), Path(settings.run.output)
-    with _saying_what_is_saved(folder, again=again):
+    try:
         with open_run(settings, resume=resume, ranks=ranks, shared=shared) as (ready, state):
             ready.metrics.progress.live &= not verbose
             if ranks.is_main:
@@ -66,9 +67,18 @@ def train_one(
             state = run_steps(ready, state, deadline=shared.deadline if shared else math.inf)
             adapter = ranks.on_main(lambda: export_adapter(ready, state))
         if ranks.is_main:
-            _show_answers(ready, state)
             facts = {"seconds": time.monotonic() - started, "commands": next_commands(folder, settings)}
-            say(fill_in("trained.txt.jinja", {**facts, "run": ready, "adapter": adapter}).rstrip())
+            facts |= {"run": ready, "adapter": adapter, "samples": keep_samples(folder, until=state.step)}
+            facts["result"] = state.best_step if settings.run.keep_best else state.step
+            say(fill_in("trained.txt.jinja", facts).rstrip())
+    except Ended as signalled:  # ends the run at once: before the first step, after the last, or twice
+        what, command = "stopped before the first step", again
+        if (folder / "adapter").is_dir():
+            what, command = f"stopped; the adapter is whole: {folder / 'adapter'}", ""
+        elif saved := list_checkpoints(folder / "checkpoints"):
+            what = f"stopped at once, not saved since step {int(saved[-1].name.removeprefix('step-'))}"
+            command = f"{train_command(folder)} --resume"
+        raise Stopped(exit_code(signalled.args[0]), what, command) from None
     return ready.signal
 
 
@@ -79,35 +89,3 @@ def train(recipe: str | Path, *, resume: bool = False, **overrides: Any) -> Hist
 
     words = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flatten(overrides).items()]
     return History(run(str(recipe), words, resume=resume, quiet=False, verbose=False))
-
-
-@contextmanager
-def _saying_what_is_saved(folder: Path, *, again: str) -> Iterator[None]:
-    """Where a signal ends the run at once: before the first step, after the last, or twice. `again`: what began it."""
-    from lorasft.signals import Ended, exit_code
-    from lorasft.training.checkpoint import list_checkpoints
-
-    try:
-        yield
-    except Ended as signalled:
-        what, command = "stopped before the first step", again
-        if (folder / "adapter").is_dir():
-            what, command = f"stopped; the adapter is whole: {folder / 'adapter'}", ""
-        elif saved := list_checkpoints(folder / "checkpoints"):
-            what = f"stopped at once, not saved since step {int(saved[-1].name.removeprefix('step-'))}"
-            command = f"{train_command(folder)} --resume"
-        raise Stopped(exit_code(signalled.args[0]), what, command) from None
-
-
-def _show_answers(ready: Run, state: State) -> None:
-    """What the base and the result said to the sampled prompts."""
-    from lorasft.training.samples import keep_samples
-
-    samples = keep_samples(ready.folder, until=state.step)
-    result = state.best_step if ready.recipe.run.keep_best else state.step
-    before = {sample.get("place"): sample.get("answer", "") for sample in samples if sample["step"] == 0}
-    for sample in samples:
-        if sample["step"] == result and sample.get("place") in before:
-            prompt, old, new = sample.get("prompt", "")[-66:], before[sample.get("place")], sample.get("answer", "")
-            for name, text in (("\nprompt", prompt), ("before", old), (" after", new)):
-                say(f"{name}: {shorten(text, most=66)}")

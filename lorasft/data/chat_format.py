@@ -11,17 +11,15 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorasft.data.encoding import FIRST, MARK, TextEncoder
 from lorasft.data.examples import Example, Message, reasoning_of, without_reasoning
 from lorasft.data.sources import RowLocation
 from lorasft.data.templates import WORD, render, set_template
+from lorasft.data.tokenizer import FastTokenizer
 from lorasft.errors import DataError, ModelError
 from lorasft.recipe import ChatSettings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 PLAIN_KEYS = {"role", "content", "name", "train", "weight"}
 ENTITY = re.compile(r"&(?:#\w+|quot|amp|lt|gt|apos);")
@@ -61,7 +59,7 @@ class MarkedText:
 class ChatFormat:
     """A tokenizer and the template of a recipe: what a server feeds, what ends an answer, and where answers are."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, chat: ChatSettings) -> None:
+    def __init__(self, tokenizer: FastTokenizer, chat: ChatSettings) -> None:
         """Sets the recipe's template on `tokenizer`. Raises ModelError when they do not go together."""
         set_template(tokenizer, chat)
         self.tokenizer = tokenizer
@@ -234,7 +232,7 @@ class ChatFormat:
         return render(self.tokenizer, messages, example.tools, example.variables, generation_prompt=not answered)
 
 
-def read_style(tokenizer: PreTrainedTokenizerFast) -> TemplateStyle:
+def read_style(tokenizer: FastTokenizer) -> TemplateStyle:
     """The style of the tokenizer's template. Raises ModelError when it is broken."""
     asked = [{"role": "user", "content": QUESTION}]
     try:

@@ -8,23 +8,14 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import accumulate, chain
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
-from lorasft.data.tokenizer import control_tokens
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from lorasft.data.tokenizer import FastTokenizer
 
 # A control token's text that is meant as text: a code point that Unicode keeps for no character, then its index.
 MARK, FIRST = "\U000ffffe", 0xF0000
 _PLACEHOLDER = re.compile(f"({MARK}.)")
-
-
-class Pieces(NamedTuple):
-    """What is needed of `tokenizers.Encoding`, put together from several: token ids, and the characters of each."""
-
-    ids: list[int]
-    offsets: list[tuple[int, int]]
 
 
 class Encoded:
@@ -56,9 +47,11 @@ class Encoded:
 class TextEncoder:
     """Encodes rendered text with one tokenizer; special tokens are never added."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, prompt: str) -> None:
+    def __init__(self, tokenizer: FastTokenizer, *, prompt: str) -> None:
         """`prompt`: one as the template renders it, whose tokens show where texts can be cut."""
-        self.control = control_tokens(tokenizer)
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        # What a row must not contain unnoticed, longest first.
+        self.control = tuple(sorted(special | {*tokenizer.all_special_tokens}, key=lambda text: (-len(text), text)))
         self._backend: Any = tokenizer.backend_tokenizer
         # SentencePiece puts a space before a text; after a newline it does not.
         self._anchor = "" if list(self._backend.encode("x", add_special_tokens=False).tokens) == ["x"] else "\n"
@@ -90,8 +83,8 @@ class TextEncoder:
         parts = [part for text in texts for part in _PLACEHOLDER.split(text)]
         return Encoded(parts, [self._encode_part(part, first=number == 0) for number, part in enumerate(parts)])
 
-    def _encode_part(self, part: str, *, first: bool) -> Pieces:
-        """A placeholder, or a text without one; not the `first`: as in the middle of a text."""
+    def _encode_part(self, part: str, *, first: bool) -> Any:
+        """Ids and offsets of a placeholder, or of a text without one; not the `first`: as in the middle of a text."""
         anchor, hidden = "" if first else self._anchor, MARK in part
         encode = (self._plain if hidden else self._backend).encode
         shown = self.control[ord(part[1]) - FIRST] if hidden else part
@@ -99,7 +92,7 @@ class TextEncoder:
         encoding = encode(anchor + shown, add_special_tokens=False)
         shift = len(anchor)
         spans = [(0, len(part)) if hidden else (start - shift, end - shift) for start, end in encoding.offsets]
-        return Pieces(encoding.ids[skipped:], spans[skipped:])
+        return SimpleNamespace(ids=encoding.ids[skipped:], offsets=spans[skipped:])
 
     @cached_property
     def _plain(self) -> Any:
@@ -109,7 +102,7 @@ class TextEncoder:
         return plain
 
 
-def find_restart(tokenizer: PreTrainedTokenizerFast, prompt: str) -> str | None:
+def find_restart(tokenizer: FastTokenizer, prompt: str) -> str | None:
     """The last added token of `prompt` at which encoding begins afresh: what is before it cannot change it."""
     added = {str(token): token for token in tokenizer.added_tokens_decoder.values() if str(token).strip()}
     for text in sorted((text for text in added if text in prompt), key=prompt.rfind, reverse=True):

@@ -121,7 +121,7 @@ def _find_format(
 
 
 def shape_block(block: RowBlock, settings: DataSettings, *, report: Report) -> Iterator[Example]:
-    """The examples of a block. Raises DataError after them when the file ends wrong."""
+    """The examples of a block; `report` gets what was wrong with the others, and after them why the file ends."""
     columns = block.guess or block.source.columns or settings.columns or {}
     read = (keys.READ.get(block.kind, set()) - columns.keys()) | set(columns.values())
     if block.guess:
@@ -144,7 +144,7 @@ def shape_block(block: RowBlock, settings: DataSettings, *, report: Report) -> I
             bad = error if isinstance(error, DataError) else DataError(f"not text: {error}")
             report.add_error(bad, place, policy=settings.on_bad_row)
     if block.error:
-        raise block.error
+        report.last.append(block.error)
 
 
 def shape_row(row: Row, kind: str, place: RowLocation, *, unread: set[str], mapped: Set[str]) -> Example:
@@ -324,8 +324,7 @@ def refuse_untrainable(messages: tuple[Message, ...]) -> None:
         raise DataError(f"no assistant turn (roles: {roles})")
     for message in messages:
         if message["role"] == "assistant" and not message["content"].strip() and "tool_calls" not in message:
-            hint = "data.on_bad_row=drop leaves it out"
-            raise DataError(f"an assistant turn without text (roles: {roles})", hint=hint)
+            raise DataError(f"an assistant turn without text (roles: {roles})")
 
 
 def _expect(value: Any, kind: type, name: str) -> Any:

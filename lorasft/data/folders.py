@@ -46,10 +46,9 @@ def held_out_source(source: DataSource) -> DataSource:
     return source if is_one or source.split != "train" else source.model_copy(update={"split": HELD_OUT[0]})
 
 
-def list_sources(data: DataSettings) -> list[tuple[DataSource, bool]]:
-    """All sources of the recipe, and whether they are held out."""
-    apart = data.eval if isinstance(data.eval, tuple) else ()
-    return [*((source, False) for source in data.train), *((held_out_source(source), True) for source in apart)]
+def list_sources(data: DataSettings) -> list[DataSource]:
+    """All sources of the recipe: those to train on, then those that are held out."""
+    return [*data.train, *map(held_out_source, data.eval if isinstance(data.eval, tuple) else ())]
 
 
 def kind_of(path: Path) -> str:

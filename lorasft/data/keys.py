@@ -87,8 +87,7 @@ def check_row(row: Row, kind: str, read: Set[str]) -> set[str]:
 def refuse_media(values: Row, keys: Set[str]) -> None:
     """Raise DataError where one of these `keys` holds an image, sound or film."""
     if found := sorted(key for key in keys & MEDIA if values[key]):
-        hint = "only text can be trained on; data.on_bad_row=drop leaves the row out"
-        raise DataError(f"{found[0]!r} beside the text", hint=hint)
+        raise DataError(f"{found[0]!r} beside the text", hint="only text can be trained on")
 
 
 def label_of(row: Row, kind: str) -> bool | None:
@@ -109,14 +108,14 @@ def read_flags(message: Row) -> None:
     """Leave one flag in a message, `train`: false where one of its flags or weights says that it is not to be learned,
     true where one chooses it; and its `weight` as a number, where that is neither 0 nor 1. Raises DataError."""
     if message.get("role") == "assistant" and (unclear := sorted(UNCLEAR & message.keys())):
-        hint = '"train": true or false marks a whole answer; data.on_bad_row=drop leaves the row out'
+        hint = '"train": true or false marks a whole answer'
         raise DataError(f"{unclear[0]!r} says what is learned in a way that is not read", hint=hint)
     weight = read_weight(message.pop("weight", None))
     flags: dict[str, float] = {}
     for key in [key for key in FLAGS if key in message]:
         flags[key] = _number(key, message.pop(key), "true or false")
         if flags[key] not in (0, 1):  # a weight that tools apply otherwise
-            hint = "make it 0 or 1; 'weight' may be any number from 0; data.on_bad_row=drop leaves the row out"
+            hint = "make it 0 or 1; 'weight' may be any number from 0"
             raise DataError(f"{key!r} is {flags[key]:g}, a weight other than 0 and 1", hint=hint)
     if weight == 0 or any(number != FLAGS[key] for key, number in flags.items()):
         message["train"] = False
@@ -131,7 +130,7 @@ def read_weight(value: Any) -> float:
     """What the losses of a row or a message are multiplied by: 1 where nothing is said. Raises DataError."""
     number = 1.0 if is_absent(value) else _number("weight", value, _A_WEIGHT)
     if number != 0 and not _WEIGHTS_TO[0] <= number <= _WEIGHTS_TO[1]:
-        raise DataError(f"'weight' is {number:g}", hint=f"{_A_WEIGHT}; data.on_bad_row=drop leaves the row out")
+        raise DataError(f"'weight' is {number:g}", hint=_A_WEIGHT)
     return number
 
 
@@ -140,5 +139,4 @@ def _number(key: str, value: Any, wanted: str) -> float:
     try:
         return float({"true": "1", "false": "0"}.get(text, text))
     except ValueError:
-        what = f"{key!r} must be {wanted}, this is {type(value).__name__}"
-        raise DataError(what, hint="write that, or data.on_bad_row=drop leaves the row out") from None
+        raise DataError(f"{key!r} must be {wanted}, this is {type(value).__name__}") from None

@@ -73,8 +73,7 @@ class Labeler:
         if self.chat.supervise == "everything":
             if unlike := [one for one in example.messages if one.get("train") is False or "weight" in one]:
                 what = "has a weight of its own" if "weight" in unlike[0] else "is not to be learned"
-                hint = "chat.supervise=all, or data.on_bad_row=drop, which leaves the row out"
-                raise DataError(f"a message that {what}, under supervise: everything", hint=hint)
+                raise DataError(f"a message that {what}, under supervise: everything", hint="chat.supervise=all")
             text = self.format.render(example, len(example.messages))
             self.format.refuse_lost(example, [len(example.messages)], answered=True)
             self.format.refuse_markup(example, text)
@@ -140,7 +139,7 @@ class Labeler:
         report.parity_breaks += broken > 0
         if broken:
             what = f"{broken} of {answers} answers do not follow what a server would feed"
-            raise DataError(what, hint="chat.template=FILE with another, or data.on_bad_row=drop leaves the row out")
+            raise DataError(what, hint="chat.template=FILE with another")
         report.answers += answers
         return labelled
 

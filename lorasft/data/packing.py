@@ -267,8 +267,9 @@ def spread(batch: MicroBatch, index: int, count: int) -> MicroBatch:
         cuts = np.linspace(segment.start, segment.end, 2 * count + 1).round().astype(int).tolist()
         of.append([])
         for place, (start, end) in enumerate(pairwise(cuts)):
-            pieces.append((start, end, (*before, *of[-1]), min(place, 2 * count - 1 - place)))
-            of[-1].append(len(pieces) - 1)
+            if start < end:
+                pieces.append((start, end, (*before, *of[-1]), min(place, 2 * count - 1 - place)))
+                of[-1].append(len(pieces) - 1)
     lengths, filled, starts = [end - start for start, end, *_ in pieces], [0] * count, []
     for length, (*_, process) in zip(lengths, pieces, strict=True):
         starts.append(filled[process])

@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +25,11 @@ from lorasft.data.packing import Portion
 from lorasft.data.report import Report
 from lorasft.data.sources import load_hub
 from lorasft.data.store import TYPES, Arrays, TokenStore, append_arrays, map_store, pack_examples
+from lorasft.data.tokenizer import FastTokenizer
 from lorasft.data.workers import available_workers, map_blocks
 from lorasft.errors import DataError, LorasftError, ModelError
 from lorasft.files import remove_folder, sha256, staged_folder, verify_folder, write_file
 from lorasft.recipe import PLACES, ChatSettings, DataSettings, DataSource
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 SCHEMA = 8  # raised whenever the same ingredients give other tokens, or the same tokens lie otherwise in the folder
 
@@ -57,7 +55,7 @@ class Prepared:
 
 
 def prepare(
-    data: DataSettings, chat: ChatSettings, *, tokenizer: PreTrainedTokenizerFast, folder: Path, workers: int = 0
+    data: DataSettings, chat: ChatSettings, *, tokenizer: FastTokenizer, folder: Path, workers: int = 0
 ) -> Prepared:
     """The tokenized data of a recipe, from `folder/<key>` when it was made before and still verifies.
 
@@ -106,7 +104,7 @@ def list_ingredients(data: DataSettings, chat_format: ChatFormat) -> dict[str, A
     tokenizer = chat_format.tokenizer
     files = [
         [(kind_of(file), sha256(file)) for file in find_files(source)[0]] or str(load_hub(source)._fingerprint)
-        for source, _ in list_sources(data)
+        for source in list_sources(data)
     ]
     return {
         "schema": SCHEMA,
@@ -142,22 +140,22 @@ def settings_for(source: DataSource, data: DataSettings) -> DataSettings:
 
 def _prepare_block(
     work: tuple[RowBlock, int, int, bool], data: DataSettings, labeler: Labeler
-) -> tuple[Report, LorasftError | None, Arrays | None]:
-    """What became of a block of rows, why they cannot be read or encoded further, and what the store gets of them:
-    None where a row cannot be read, here or before. `work`: the block, the numbers of its file and of its source, and
-    whether to encode it. Done by itself, with a report of its own."""
+) -> tuple[Report, Arrays | None]:
+    """What became of a block of rows, and what the store gets of them: None where a row cannot be read, here or before.
+    `work`: the block, the numbers of its file and of its source, and whether to encode it. Done by itself, with a
+    report of its own."""
     block, file, source, encode = work
-    report, error, packed = Report(), None, None
+    report, packed = Report(), None
     try:
         examples = list(shape_block(block, data, report=report))
-        if encode and not report.errors:
+        if encode and not (report.errors or report.last):
             encoded = list(labeler.encode_all(examples, report=report))
             each = {"lines": [one.place.line for one in examples], "digests": [one.digest for one in examples]}
             weights = [one.weight for one in examples]
             packed = pack_examples(encoded, files=file, sources=source, row_weights=weights, **each)
-    except LorasftError as raised:
-        error = raised
-    return report, error, packed
+    except LorasftError as error:
+        report.last.append(error)
+    return report, packed
 
 
 def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int) -> dict[str, Any]:
@@ -166,17 +164,17 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     names: dict[str, int] = {}  # of files
     blocks = (
         (block, names.setdefault(block.file, len(names)), number, encoding)  # as it is when the block is read
-        for number, (source, _) in enumerate(list_sources(data))
+        for number, source in enumerate(list_sources(data))
         for block in read_blocks(source, data)
     )
     work = partial(_prepare_block, data=data, labeler=labeler)
     supervised: set[int] = set()  # ids
     with closing(map_blocks(work, blocks, workers=workers)) as results:
-        for own, error, packed in results:
+        for own, packed in results:
             encoding = encoding and packed is not None
             if packed is not None and not encoding:
                 continue  # was on its way when a row came that cannot be read
-            report.join(own, error)
+            report.join(own)
             if packed is not None:
                 append_arrays(stage, **packed)
                 supervised.update(np.bincount(packed["ids"][packed["weights"] > 0]).nonzero()[0].tolist())
@@ -207,7 +205,7 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     portions = [(count, source.share) for count, source in zip(counts, data.train, strict=True)]
     if len(portions) > 1 or portions[0][1] != 1:
         report.epoch = dict(zip(called, (str(Portion(*one)) for one in portions), strict=False))
-    others = {str(file) for source, _ in list_sources(data) for file in find_files(source)[1]}
+    others = {str(file) for source in list_sources(data) for file in find_files(source)[1]}
     report.files_not_read = sorted(others.difference(names))
     return {
         "report": report.as_dict(),

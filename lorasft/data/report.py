@@ -12,7 +12,7 @@ from lorasft.errors import DataError, ErrorGroup, LorasftError
 ERRORS = 19  # that are shown, and after which no further blocks of rows are looked at
 NAMED = 1000  # dropped rows that are named; the rest is only counted
 SHOWN = 30  # names of columns
-HINT = "fix the row (fetch the file again if it is cut off), or leave such rows out with data.on_bad_row=drop"
+FIX, LEAVE_OUT = "fix the row (fetch the file again if it is cut off)", "or leave such rows out: data.on_bad_row=drop"
 
 
 @dataclass
@@ -46,10 +46,11 @@ class Report:
     epoch: dict[str, str] = field(default_factory=dict)  # source -> what an epoch takes of it, where that is to be said
     labels: dict[tuple[str, bool], str] = field(default_factory=dict)  # file, whether good -> the first such row
     errors: list[LorasftError] = field(default_factory=list, repr=False)  # of bad rows that are not to be dropped
+    last: list[LorasftError] = field(default_factory=list, repr=False)  # after which nothing can be read or encoded
 
     def as_dict(self) -> dict[str, Any]:
         """The counts, the rows that were dropped and the keys that were not read, as JSON values."""
-        return {name: value for name, value in vars(self).items() if name not in ("errors", "labels")}
+        return {name: value for name, value in vars(self).items() if name not in ("errors", "labels", "last")}
 
     def notices(self) -> Iterator[str]:
         """What a person should know of rows that were read, a line each."""
@@ -70,24 +71,23 @@ class Report:
         self.bad_rows += 1
         self.dropped.append(f"{where}: {error.what}")
         if policy == "error":
-            self.errors.append(DataError(error.what, where=where, hint=error.hint or HINT))
+            self.errors.append(DataError(error.what, where=where, hint=f"{error.hint or FIX}; {LEAVE_OUT}"))
 
-    def join(self, later: Report, last: LorasftError | None = None) -> None:
-        """Take in what became of rows that come after. Raises ErrorGroup once there are many errors, and what
-        `raise_errors` does for a `last` one."""
+    def join(self, later: Report) -> None:
+        """Take in what became of rows that come after. Raises what `raise_errors` does once there are many errors, or
+        one after which nothing can be read."""
         for name, value in vars(later).items():
             own = getattr(self, name)
             setattr(self, name, value | own if isinstance(own, dict) else own + value)
         self.read_as = list(dict.fromkeys(self.read_as))
         self.unread = list(dict.fromkeys(self.unread))[:NAMED]
         del self.dropped[NAMED:]
-        if last or len(self.errors) > ERRORS:
-            self.raise_errors(last)
+        if self.last or len(self.errors) > ERRORS:
+            self.raise_errors()
 
-    def raise_errors(self, last: LorasftError | None = None) -> None:
-        """Raise the errors of bad rows, and `last`, after which nothing can be read: the error itself when it is
-        alone, ErrorGroup with the count otherwise."""
-        errors = [*self.errors, last] if last else self.errors
+    def raise_errors(self) -> None:
+        """Raise the errors, if any: the error itself when it is alone, ErrorGroup with the count otherwise."""
+        errors = [*self.errors, *self.last]
         if len(errors) == 1:
             raise errors[0]
         if errors:

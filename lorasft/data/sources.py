@@ -214,8 +214,7 @@ def _read_arrow(path: Path) -> Iterator[tuple[int, Raw]]:
 
 
 def _too_large(size: int) -> DataError:
-    hint = "cut its text into several rows, or data.on_bad_row=drop leaves it out"
-    return DataError(f"a row of {size:,} bytes, over {LARGEST_ROW:,}", hint=hint)
+    return DataError(f"a row of {size:,} bytes, over {LARGEST_ROW:,}", hint="cut its text into several rows")
 
 
 def _refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -45,18 +45,15 @@ def survey_rows(data: DataSettings) -> Survey:
     """Read all rows of `data.train`. Raises the errors of rows and files that a run would."""
     survey = Survey()
     for block in (block for source in data.train for block in read_blocks(source, data)):
-        own, error = Report(), None
-        try:
-            for example in shape_block(block, data, report=own):
-                said = [message["content"] for message in example.messages]
-                text = example.text or "\n".join([*said, *map(CANONICAL.encode, example.tools or ())])
-                survey.sizes.append((len(text), len(said)))
-                survey.digests.add(example.digest)
-                survey.texts += [text] if len(survey.texts) < _ENCODED else []
-                survey.roles |= {message["role"]: None for message in example.messages}
-        except DataError as raised:
-            error = raised
-        survey.report.join(own, error)
+        own = Report()
+        for example in shape_block(block, data, report=own):
+            said = [message["content"] for message in example.messages]
+            text = example.text or "\n".join([*said, *map(CANONICAL.encode, example.tools or ())])
+            survey.sizes.append((len(text), len(said)))
+            survey.digests.add(example.digest)
+            survey.texts += [text] if len(survey.texts) < _ENCODED else []
+            survey.roles |= {message["role"]: None for message in example.messages}
+        survey.report.join(own)
         survey.kinds[block.kind] = None
     survey.report.raise_errors()
     if not survey.sizes:

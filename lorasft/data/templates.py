@@ -14,16 +14,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import jinja2
 
 from lorasft.data.keys import REASONING
-from lorasft.data.tokenizer import adds_bos
+from lorasft.data.tokenizer import FastTokenizer, adds_bos
 from lorasft.errors import DataError, ModelError, UnsafeError, reading
 from lorasft.recipe import ChatSettings
-
-if TYPE_CHECKING:
-    import jinja2
-    from transformers import PreTrainedTokenizerFast
 
 BUILT_IN = ("plain", "chatml", "none")
 CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
@@ -37,7 +35,7 @@ WORD = "lorasftword"  # to be looked for in a rendering: nothing that a template
 SECONDS = 10  # for one rendering, which takes a thousandth of one
 
 
-def set_template(tokenizer: PreTrainedTokenizerFast, chat: ChatSettings) -> None:
+def set_template(tokenizer: FastTokenizer, chat: ChatSettings) -> None:
     """Give the tokenizer the template of the recipe, so that saving the tokenizer saves it, with `template_options` as
     default values at its head. Raises ModelError when the template cannot be used with this tokenizer."""
     chosen = chat.template or (None if tokenizer.chat_template else "plain")
@@ -53,7 +51,7 @@ def set_template(tokenizer: PreTrainedTokenizerFast, chat: ChatSettings) -> None
         _change_template(tokenizer, partial(_before, read_template("merge_system")))
 
 
-def set_default_system(tokenizer: PreTrainedTokenizerFast, chat: ChatSettings) -> None:
+def set_default_system(tokenizer: FastTokenizer, chat: ChatSettings) -> None:
     """Give the tokenizer the template of the recipe, and that the recipe's system message: servers know no recipe."""
     set_template(tokenizer, chat)
     if chat.system is not None:
@@ -68,7 +66,7 @@ def read_template(name: str) -> str:
 
 
 def render(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: FastTokenizer,
     messages: Sequence[dict[str, Any]],
     tools: Sequence[dict[str, Any]] | None = None,
     variables: Mapping[str, Any] | None = None,
@@ -77,8 +75,6 @@ def render(
 ) -> str:
     """The text of a conversation, as `apply_chat_template` of any server gives it; `variables`: its documents and
     keyword arguments. Raises DataError with the template's own words when it refuses, ModelError when it is broken."""
-    import jinja2
-
     schemas = list(tools) if tools else None
     where, hint = tokenizer.name_or_path, "chat.template=FILE with another, or plain where there are no tools"
     try:
@@ -139,8 +135,6 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 def _call_form(template: str, **special: Any) -> tuple[bool, bool]:
     """How a template takes calls, without writing them as Python would: whether with arguments as text, not as objects,
     and whether beside null, not an empty text."""
-    import jinja2
-
     given = {"tools": None, "documents": None, "add_generation_prompt": False, **special}
     call = {"id": "lorasft00", "type": "function", "function": {"name": WORD, "arguments": {"key": WORD}}}
     answer: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
@@ -192,7 +186,7 @@ def _stop(*_: object) -> None:
     raise TimeoutError(f"over {SECONDS} s")
 
 
-def _change_template(tokenizer: PreTrainedTokenizerFast, change: Callable[[str], str]) -> None:
+def _change_template(tokenizer: FastTokenizer, change: Callable[[str], str]) -> None:
     """Change the tokenizer's template; some carry one more, for tools."""
     own: Any = tokenizer.chat_template
     changed = {name: change(text) for name, text in own.items()} if isinstance(own, dict) else change(own)
@@ -213,7 +207,7 @@ def _settle(template: str, day: datetime.date | None) -> str:
     return template if day is None else CLOCK.sub(lambda call: json.dumps(day.strftime(call["format"])), template)
 
 
-def _loses_system(tokenizer: PreTrainedTokenizerFast) -> bool:
+def _loses_system(tokenizer: FastTokenizer) -> bool:
     """Whether the template refuses a system message, or leaves it out."""
     try:
         text = render(tokenizer, [{"role": "system", "content": WORD}, {"role": "user", "content": "q"}])
@@ -222,7 +216,7 @@ def _loses_system(tokenizer: PreTrainedTokenizerFast) -> bool:
     return WORD not in text.lower()
 
 
-def _load_template(tokenizer: PreTrainedTokenizerFast, name: str) -> str:
+def _load_template(tokenizer: FastTokenizer, name: str) -> str:
     if name not in BUILT_IN:
         hint = f"chat.template is {', '.join(BUILT_IN)}, a file, or null for the tokenizer's own"
         with reading("cannot read the chat template", where=name, hint=hint):

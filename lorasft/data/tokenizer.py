@@ -1,4 +1,4 @@
-"""The tokenizer, of a base or with an adapter's files: loaded; its control tokens, new and untrained ones."""
+"""The tokenizer, of a base or with an adapter's files: loaded; its new tokens and untrained ones."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import AddedToken, decoders
 
 from lorasft.artifact import Artifact
 from lorasft.errors import DataError, LorasftError, RecipeError, reading
@@ -20,6 +21,7 @@ from lorasft.tensors import TensorFile, find_weights, open_tensors
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+FastTokenizer: TypeAlias = "PreTrainedTokenizerFast"  # whose import takes a second
 _MORE_TEMPLATES, _PROCESSORS_TEMPLATE = "additional_chat_templates", "chat_template.json"
 TEMPLATE = re.compile(rf"chat_template\.(jinja|json)|{_MORE_TEMPLATES}/.*")  # names of files
 TOKENIZER = re.compile(
@@ -31,7 +33,7 @@ _TABLES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed
 _SMALL, _ALIKE = 0.02, 0.01  # of an ordinary row's norm; of the row's own norm
 
 
-def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(base: str, revision: str | None = None) -> FastTokenizer:
     """The fast tokenizer of a folder (which may hold nothing else) or of a hub id; runs no code that came with it."""
     from transformers import AutoTokenizer
 
@@ -83,23 +85,15 @@ def read_tokenizer(artifact: Artifact) -> Any:
     return tokenizer
 
 
-def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
+def adds_bos(tokenizer: FastTokenizer) -> bool:
     """Whether the tokenizer's own encoding of a text begins with its BOS token."""
     first = tokenizer.backend_tokenizer.encode("a").ids[:1]
     return tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
 
 
-def control_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
-    """The special tokens' texts, longest first: what a row must not contain unnoticed."""
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return tuple(sorted(special | set(tokenizer.all_special_tokens), key=lambda text: (-len(text), text)))
-
-
-def add_tokens(tokenizer: PreTrainedTokenizerFast, new_tokens: Mapping[str, str]) -> dict[int, list[int]]:
+def add_tokens(tokenizer: FastTokenizer, new_tokens: Mapping[str, str]) -> dict[int, list[int]]:
     """Give `tokenizer` the recipe's new tokens, as ordinary text. Returns the id of each, in alphabetical order, with
     those of the text that it starts as. Raises RecipeError for one that is there, or would split another."""
-    from tokenizers import AddedToken, decoders
-
     backend, entries, starts = tokenizer.backend_tokenizer, new_tokens and tokenizer.get_vocab(), []
     decode, text = (backend.decoder or decoders.Fuse()).decode, "\0".join(entries)
     for token in sorted(new_tokens):
@@ -122,7 +116,7 @@ def needed_rows(rows: int, tokens: Iterable[int]) -> int:
     return rows if (most := max(tokens, default=0)) < rows else 64 * (most // 64 + 1)
 
 
-def refuse_untrained(base: str, tokenizer: PreTrainedTokenizerFast, *, supervised: Sequence[int]) -> None:
+def refuse_untrained(base: str, tokenizer: FastTokenizer, *, supervised: Sequence[int]) -> None:
     """Raise DataError when special tokens among `supervised` (token ids) look untrained in the weights of `base`: their
     rows are tiny, or all alike. Where there are no weights to read, nothing is said."""
     added = sorted(tokenizer.added_tokens_decoder)

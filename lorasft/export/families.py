@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 
 from lorasft.errors import ModelError
-from lorasft.files import read_objects
 from lorasft.recipe.yaml_reader import read_yaml
 
-# For what is not converted here. Of a run, what was merged is gone by the time that this is read.
-USUAL_CONVERTER = "llama.cpp's: python convert_hf_to_gguf.py DIR --outfile FILE, after lorasft merge RUN --out DIR"
+
+def not_converted(what: str, model: Path) -> ModelError:
+    """The error for what is not converted here, which names another converter."""
+    # Of a run, what was merged is gone by the time that this is read.
+    usual = "llama.cpp's: python convert_hf_to_gguf.py DIR --outfile FILE, after lorasft merge RUN --out DIR"
+    return ModelError(what, where=model, hint=usual)
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,12 @@ class GgufLayout:
 
 def read_gguf_layout(model: Path) -> GgufLayout:
     """Describe the model in the folder `model`. Raises ModelError for what llama.cpp would not compute alike."""
-    said = next(read_objects(model / "config.json"), {})
-    if "text_config" not in said and "model_type" in said:  # else it takes torch to know
-        _find_family(said["model_type"], model)
     from lorasft.model.base import read_config
 
     config = read_config(str(model)).get_text_config()
-    family = _find_family(config.model_type, model)
+    family = FAMILIES.get(config.model_type)
+    if not family:
+        raise not_converted(f"no GGUF export for {config.model_type} here", model)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if difference := _find_difference(config, family, head_size):
         raise ModelError(f"llama.cpp does not compute {difference}", where=model / "config.json")
@@ -77,12 +79,6 @@ def read_gguf_layout(model: Path) -> GgufLayout:
     known |= {key: float(known[key]) for key in TABLES["floats"] if known.get(key) is not None}
     fields = {name: known[key] for name, key in (TABLES["fields"] | family.fields).items()}
     return GgufLayout(family, config, fields | positions, extra)
-
-
-def _find_family(kind: object, model: Path) -> Family:
-    if family := FAMILIES.get(str(kind)):
-        return family
-    raise ModelError(f"no GGUF export for {kind} here", where=model, hint=USUAL_CONVERTER)
 
 
 def _find_difference(config: Any, family: Family, head_size: int) -> str | None:
@@ -119,8 +115,7 @@ def _positions(config: Any, family: Family, head_size: int, model: Path) -> tupl
         rope = rope["full_attention"]
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "linear", family.rope):
-        what = f"rope type {kind} of {family.name} has no GGUF export here"
-        raise ModelError(what, where=model, hint=USUAL_CONVERTER)
+        raise not_converted(f"rope type {kind} of {family.name} has no GGUF export here", model)
     turned = int(head_size * (rope.get("partial_rotary_factor") or 1.0))
     fields |= {"rope.dimension_count": turned, "rope.freq_base": float(rope["rope_theta"])}
     if kind == "linear":

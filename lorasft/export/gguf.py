@@ -17,7 +17,7 @@ from lorasft.adapter_files import PREFIX, list_adapted, lora_scale, read_adapter
 from lorasft.artifact import MERGE_RECORD, Artifact
 from lorasft.data.tokenizer import load_tokenizer
 from lorasft.errors import DeviceError, ModelError, reading
-from lorasft.export.families import USUAL_CONVERTER, GgufLayout, read_gguf_layout
+from lorasft.export.families import GgufLayout, not_converted, read_gguf_layout
 from lorasft.export.quantize import K_QUANTS, quantize
 from lorasft.export.tokenizer import describe_tokenizer, find_raw_start
 from lorasft.files import make_folder, need_space, read_objects, scratch_folder, staged_file
@@ -70,8 +70,7 @@ def require_gguf() -> Any:
     try:
         import gguf
     except ImportError:
-        what = "the export needs the package gguf, which is not installed"
-        raise DeviceError(what, hint="pip install gguf") from None
+        raise DeviceError("the export needs the package gguf, which is missing", hint="pip install gguf") from None
     return gguf
 
 
@@ -185,8 +184,7 @@ def _find_tensors(gguf: Any, model: Path, layout: GgufLayout, kind: Kind) -> Ite
                 raise ModelError(what, where=shard.path, hint="export 16-bit weights, such as merge writes")
             name = find_name(source)
             if name is None or (plain.endswith(".bias") and not layout.family.biases):
-                what = f"{source} has no place in a GGUF of {layout.family.name}"
-                raise ModelError(what, where=shard.path, hint=USUAL_CONVERTER)
+                raise not_converted(f"{source} has no place in a GGUF of {layout.family.name}", shard.path)
             # A matrix whose rows are not whole blocks of Q8_0 stays in fp16; one to be quantized later stays as it is.
             chosen = spec.dtype if kind in K_QUANTS else "F16" if kind == "q8_0" and spec.width % 32 else kind.upper()
             chosen = chosen if len(spec.shape) > 1 else "F32"

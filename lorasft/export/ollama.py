@@ -99,12 +99,9 @@ def _cut(tokenizer: PreTrainedTokenizerFast, shape: str, *, blank: str = "") -> 
 
 def go_template(joints: Joints) -> str:
     """The joints as a template of Ollama. An answer that is begun, the last message, is left open."""
-    texts = {pair: _literal(text) for pair, text in joints.items()}
+    # A text that could be taken for something else is a Go string.
+    strings = {text: f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" for text in joints.values()}
+    texts = {pair: strings[text] if {"{", '"'} & set(text) else text for pair, text in joints.items()}
     roles = {role: [(pair[0], text) for pair, text in texts.items() if pair[1] == role] for role in _ROLES.values()}
     text = Path(__file__).with_name("template.go.jinja").read_text("utf-8")
     return Environment("<%", "%>", "<<", ">>").from_string(text).render(roles=roles, answer=texts["user", _ANSWER])
-
-
-def _literal(text: str) -> str:
-    """Text of a template; as a Go string where it could be taken for something else."""
-    return text if not {"{", '"'} & set(text) else f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}"

@@ -67,12 +67,10 @@ def _compare(gguf: Any, before: Any, after: Any) -> dict[str, Any]:
         step = -(-tensors[0].n_elements // _PROBED)
         want, got = (gguf.quants.dequantize(one.data[::step], one.tensor_type).astype(float) for one in tensors)
         off, size, type = np.square(got - want).sum(), np.square(want).sum(), tensors[1].tensor_type.name
-        unquantized = want.ndim > 1 and want.shape[1] % 256 == 0 and not type.endswith("_K")
-        if unquantized:
+        if want.ndim > 1 and want.shape[1] % 256 == 0 and not type.endswith("_K"):
             raise ValueError(f"{tensors[1].name} is still {type}")
         if tensors[0].name != tensors[1].name or not off <= _OFF**2 * size:
-            what = f"{tensors[1].name}, read back from {type}, has other numbers than {tensors[0].name} before"
-            raise ValueError(what)
+            raise ValueError(f"{tensors[1].name}, read back from {type}, has other numbers than {tensors[0].name}")
         missed, whole = missed + off, whole + size
         types[type] += 1
     return {"error": float(missed / whole) ** 0.5, "tensors": types}

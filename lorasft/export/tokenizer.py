@@ -16,7 +16,7 @@ from lorasft.data.chat_format import read_style
 from lorasft.data.templates import render
 from lorasft.data.tokenizer import adds_bos, load_tokenizer
 from lorasft.errors import ModelError
-from lorasft.export.families import TABLES, USUAL_CONVERTER
+from lorasft.export.families import TABLES, not_converted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -36,7 +36,7 @@ def describe_tokenizer(model: Path, vocabulary: int) -> dict[str, Any]:
     tokenizer = load_tokenizer(str(model))
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     if spec["model"]["type"] != "BPE":
-        raise _unknown(model, f"is {spec['model']['type']}, not BPE")
+        raise not_converted(f"the tokenizer is {spec['model']['type']}, not BPE", model)
     pieces = _name_tokens(tokenizer, spec, vocabulary)
     steps = json.dumps([spec["normalizer"], spec["pre_tokenizer"]], ensure_ascii=False)
     known = set(re.findall(r'"type": "(\w+)"', steps)) <= {"Sequence", "Prepend", "Replace", "Metaspace", "Split"}
@@ -49,13 +49,8 @@ def describe_tokenizer(model: Path, vocabulary: int) -> dict[str, Any]:
             "tokenizer.ggml.merges": [" ".join(merge) for merge in spec["model"]["merges"]],
         }
     end = read_style(tokenizer).end_of_turn.strip() if tokenizer.chat_template else None
-    ids = {
-        "bos": tokenizer.bos_token_id,
-        "eos": tokenizer.eos_token_id,
-        "eot": tokenizer.get_vocab().get(end),
-        "unknown": tokenizer.unk_token_id,
-        "padding": tokenizer.pad_token_id,
-    }
+    ids = {name: getattr(tokenizer, known_as) for name, known_as in TABLES["tokens"].items()}
+    ids["eot"] = tokenizer.get_vocab().get(end)
     own |= {f"tokenizer.ggml.{name}_token_id": int(at) for name, at in ids.items() if at in range(vocabulary)}
     own["tokenizer.ggml.add_bos_token"] = starts_with_bos(tokenizer)
     own["tokenizer.ggml.add_eos_token"] = False
@@ -75,27 +70,22 @@ def name_splitter(spec: dict[str, Any], model: Path) -> str:
     elif kinds == ("Split", "ByteLevel") and first["behavior"] == "Isolated":
         name = _PATTERNS.get(first["pattern"].get("Regex"))
     if name is None or last["add_prefix_space"] or (spec["normalizer"] or {}).get("type") not in (None, "NFC"):
-        raise _unknown(model, "splits text by a rule that is not known here")
+        raise not_converted("the tokenizer splits text by a rule that is not known here", model)
     if name == "llama-bpe" and not spec["model"].get("ignore_merges"):
         return "dbrx"  # the same rule, and every token is reached by merges
     return name
-
-
-def _unknown(model: Path, what: str) -> ModelError:
-    return ModelError(f"the tokenizer {what}", where=model, hint=USUAL_CONVERTER)
 
 
 def _name_tokens(tokenizer: PreTrainedTokenizerFast, spec: dict[str, Any], vocabulary: int) -> dict[str, Any]:
     """Texts and types of all tokens, in the order of their ids."""
     tokens = [f"[PAD{at}]" for at in range(vocabulary)]
     types = [UNUSED] * vocabulary
+    if (end := tokenizer.eos_token_id or 0) >= vocabulary:
+        raise ModelError(f"the tokenizer ends with token {end} of {vocabulary}", where=tokenizer.name_or_path)
     for text, at in tokenizer.get_vocab().items():
-        if at >= vocabulary:  # as padding that another tool added: the model cannot read it, nor say it
-            if at == tokenizer.eos_token_id:
-                raise ModelError(f"the tokenizer ends with token {at} of {vocabulary}", where=tokenizer.name_or_path)
-            continue
-        tokens[at] = text
-        types[at] = BYTE if spec["model"].get("byte_fallback") and _BYTE_TOKEN.fullmatch(text) else NORMAL
+        if at < vocabulary:  # else as padding that another tool added: the model cannot read it, nor say it
+            tokens[at] = text
+            types[at] = BYTE if spec["model"].get("byte_fallback") and _BYTE_TOKEN.fullmatch(text) else NORMAL
     inside = {at: added for at, added in tokenizer.added_tokens_decoder.items() if at < vocabulary}
     for at, added in inside.items():
         special = added.special or _LOOKS_SPECIAL.fullmatch(added.content)
@@ -117,7 +107,7 @@ def _describe_sentencepiece(
         first = ranks.setdefault(left + right, rank)
         # Runs of spaces have merges of their own order, which a score cannot follow; one run, one piece all the same.
         if first < last and set(left + right) != {_SPACE}:
-            raise _unknown(model, f"merges {left!r} and {right!r} at a rank that no score of a piece gives")
+            raise not_converted(f"the tokenizer merges {left!r} and {right!r} at a rank that no score gives", model)
         last = max(last, first)
     start = tokenizer.bos_token or tokenizer.eos_token or ""
     return {
@@ -132,10 +122,8 @@ def _describe_sentencepiece(
 def starts_with_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether a server shall put BOS before prompts: the tokenizer does, and in training the template did."""
     question = [{"role": "user", "content": "a"}]
-    return adds_bos(tokenizer) and (
-        not tokenizer.chat_template
-        or render(tokenizer, question, generation_prompt=True).startswith(tokenizer.bos_token)
-    )
+    prompt = render(tokenizer, question, generation_prompt=True) if tokenizer.chat_template else tokenizer.bos_token
+    return adds_bos(tokenizer) and prompt.startswith(tokenizer.bos_token)
 
 
 def find_raw_start(tokenizer: PreTrainedTokenizerFast) -> str | None:

@@ -161,8 +161,7 @@ class AdapterReader:
         Raises ModelError where only one of two would change, or each in its own way. PEFT changes both then, or unties
         them in the merged model: neither is what was trained, or what the base is.
         """
-        replaced: dict[str, Change] = {}
-        added: dict[str, Change] = {}
+        kinds: dict[bool, dict[str, Change]] = {True: {}, False: {}}  # replaced as a whole, or added to
         for parameter, change in self._list_changes():
             whole = change.replacement is not None
             tall = self.vocabulary in (None, *change.shape) or whole or change.token_rows
@@ -171,8 +170,8 @@ class AdapterReader:
             elif change.token_rows:
                 yield from ((twin, change) for twin in self.places.stored_embeddings)
             else:
-                (replaced if whole else added)[parameter] = change
-        for changes in filter(None, (replaced, added)):
+                kinds[whole][parameter] = change
+        for changes in filter(None, kinds.values()):
             (parameter, first), *others = changes.items()
             same = all(all(map(torch.equal, first.parts, other.parts)) for _, other in others)
             if len(changes) < len(self.places.embeddings) or not same:
@@ -195,21 +194,15 @@ class AdapterReader:
     def _list_changes(self) -> Iterator[tuple[str, Change]]:
         """What becomes of the model's parameters, by their paths in it: whole tensors first."""
         for name, tensor in self.tensors.items():
-            yield self._explain(name), Change(tuple(tensor.shape), replacement=tensor)
+            parameter = name.replace(".base_layer.", ".")
+            saved = any(f"{given}." in parameter for given in self.saved)  # the end of a module's name, as PEFT has it
+            bias = parameter.endswith(".bias") and self.config.get("bias", "none") != "none"
+            if not (saved or bias or parameter in self.places.embeddings):  # which PEFT adds, resized or adapted
+                raise self.error(f"nothing in the adapter's config explains {name}")
+            yield parameter, Change(tuple(tensor.shape), replacement=tensor)
         wrapped = self._find_wrapped() if self.config.get("target_parameters") else {}
         for module, parts in self.modules.items():
             yield from self._read_module(module, parts, wrapped.get(module))
-
-    def _explain(self, name: str) -> str:
-        """The parameter that a whole tensor replaces. Raises ModelError unless the config has a reason for it."""
-        parameter = name.replace(".base_layer.", ".")
-        if (
-            any(f"{given}." in parameter for given in self.saved)  # the end of a name of a module, as PEFT matches them
-            or (parameter.endswith(".bias") and self.config.get("bias", "none") != "none")
-            or parameter in self.places.embeddings  # PEFT adds them where they were resized or are adapted
-        ):
-            return parameter
-        raise self.error(f"nothing in the adapter's config explains {name}")
 
     def _read_module(
         self, module: str, parts: Mapping[str, Tensor], wrapped: str | None

@@ -132,30 +132,29 @@ class Paths:
         """`row` (1, heads, tokens, size) with those of the other processes, where it is spread over several."""
         if not self.spread:
             return row
-        whole: Tensor = Collected.apply(row, self.spread)  # type: ignore[no-untyped-call]
-        return whole
+        row = F.pad(row, (0, 0, 0, self.spread.size - row.shape[2]))
+        return Collected.apply(row, self.spread.processes)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class Collected(torch.autograd.Function):
-    """row (1, heads, tokens, size) of each process -> (1, heads, processes x tokens of the longest, size) of all."""
+    """row (1, heads, tokens, size) of each process -> (1, heads, processes x tokens, size), one after the other."""
 
     @staticmethod
-    def forward(ctx: Any, row: Tensor, spread: Spread) -> Tensor:
-        ctx.tokens, ctx.processes = row.shape[2], spread.processes
-        row = F.pad(row, (0, 0, 0, spread.size - row.shape[2]))
-        rows = row.new_empty(spread.processes, *row.shape[1:])
+    def forward(ctx: Any, row: Tensor, processes: int) -> Tensor:
+        rows = [torch.empty_like(row, memory_format=torch.contiguous_format) for _ in range(processes)]
         if not row.is_meta:
-            torch.distributed.all_gather_into_tensor(rows, row.contiguous())
-        return rows.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+            torch.distributed.all_gather(rows, row.contiguous())
+        ctx.processes = processes
+        return torch.cat(rows, dim=2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        parts = torch.stack(upstream.squeeze(0).chunk(ctx.processes, dim=1))
-        own = torch.empty_like(parts[:1])
+        parts = [one.contiguous() for one in upstream.chunk(ctx.processes, dim=2)]
+        own = torch.empty_like(parts[0])
         if not own.is_meta:
-            torch.distributed.reduce_scatter_tensor(own, parts)
-        return own[:, :, : ctx.tokens], None
+            torch.distributed.reduce_scatter(own, parts)
+        return own, None
 
 
 def attend(

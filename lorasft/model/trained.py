@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import accumulate, groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorasft.model.adapter import trainable
+
+_BLOCK = 256  # numbers that share a scale in bitsandbytes' 8-bit optimizers
 
 
 class Trained:
@@ -16,9 +19,13 @@ class Trained:
 
     What is used together lies together: all A of a block, then its B; with `rates_apart` what learns at one rate, too.
     Where the model computes in 16 bits, A and B have copies in its `dtype`: whoever changes a master calls `refresh`.
+    `process`: of several, its number and theirs, each of which updates a part of the masters.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, *, rates_apart: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, *, rates_apart: bool = False, process: tuple[int, int] = (0, 1)
+    ) -> None:
+        self.process, self._groups = process, list[Tensor]()
         found = trainable(model)
         names = sorted(found, key=_place)
         if rates_apart:  # those of LoRA stay the first
@@ -51,6 +58,27 @@ class Trained:
             part = nn.Parameter(self.master.detach()[start:end])
             part.grad = self.gradient[start:end]
             yield as_b, part
+
+    def part(self, group: nn.Parameter) -> nn.Parameter:
+        """What this process updates of a `group` of masters: with its gradient, where it begins, and their number. A
+        part is of whole blocks of the numbers that share a scale in 8 bit."""
+        start, end = self._bounds(len(group), self.process[0])
+        own: Any = nn.Parameter(group.detach()[start:end])
+        own.grad, own.start, own.of = group.grad[start:end], start, len(group)  # type: ignore[index]
+        self._groups.append(group.detach())
+        return own  # type: ignore[no-any-return]
+
+    def _bounds(self, count: int, number: int) -> tuple[int, int]:
+        blocks, processes = -(-count // _BLOCK), self.process[1]
+        first, last = (blocks * one // processes * _BLOCK for one in (number, number + 1))
+        return first, min(last, count)
+
+    def collect(self) -> None:
+        """Have from the other processes the parts that they updated."""
+        for group in self._groups if self.process[1] > 1 else ():
+            for number in range(self.process[1]):
+                start, end = self._bounds(len(group), number)
+                torch.distributed.broadcast(group[start:end], number)
 
     def refresh(self) -> None:
         """Make the copies those of the masters."""

@@ -93,7 +93,6 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's, which refuses tags, aliases, doubled keys and depth before it composes a node, and notes places."""
 
     path: KeyPath = ()  # of the node that is composed
-    depth = 0
 
     def __init__(self, text: str | bytes) -> None:
         super().__init__(text)
@@ -108,21 +107,19 @@ class _Loader(yaml.SafeLoader):
             raise UnsafeError("aliases (*name) are not allowed", where=where, hint="write the value out")
         if event.tag is not None:
             raise UnsafeError("tags (!name) are not allowed", where=where, hint="remove the tag")
-        if self.depth > MOST_DEPTH:
+        if len(above) >= MOST_DEPTH:
             raise UnsafeError(f"nested deeper than {MOST_DEPTH}", where=where, hint="write it flat")
         if isinstance(index, yaml.Node):
             where, index = _place(index), self.construct_object(index)
             if not isinstance(index, str):
                 raise RecipeError("a key that is not text", where=where, hint="put the key into quotes")
+        self.path = above if parent is None else (*above, index)
         if parent is None or index is not None:
-            self.path = above if index is None else (*above, index)
             if self.path in self.places:
                 both = f"{self.places[self.path]} and {where}"
                 raise RecipeError(f"the key {index!r} appears twice", where=both, hint="remove one")
             self.places[self.path] = where
-        self.depth += 1
         node = super().compose_node(parent, index)
-        self.depth -= 1
         self.path = above
         return node
 

@@ -92,7 +92,7 @@ def write_start(run: Run, state: State) -> None:
 
 def save_checkpoint(run: Run, state: State) -> None:
     """Commit the checkpoint of `state`. Raises DivergedError rather than save a tensor that is not finite."""
-    tensors = optimizer_state(run.optimizer)
+    tensors = run.moments or optimizer_state(run.optimizer)
     for name, tensor in {**adapter_weights(run.model), **tensors}.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise DivergedError(f"{name} is not finite: the checkpoint is not saved", hint="lower the learning rate")

@@ -40,6 +40,7 @@ from lorasft.training.state import Layout, Run, RunInputs
 Result = TypeVar("Result")
 _STEPS_SEEN = 64  # whose micro-batches are weighed to find the heaviest
 _MOST_TOKENS = 16_384  # that a micro-batch is widened to
+_LEAST_CUT = 1 << 14  # bytes of an optimizer's state for each process: smaller ones are not in 8 bit
 _WORTH = 0.9  # a wider micro-batch has to compute at most this share of the tokens
 
 
@@ -53,6 +54,7 @@ class Fit:
     needs: ActivationMemory | None  # None: this model cannot be run without numbers
     spare: int  # bytes for it
     keep: Literal["run", "layer"] | None = None  # 16-bit copies of 4-bit weights (see FrozenWeights)
+    cut: bool = False  # each process has a part of the optimizer's state
 
     @property
     def holds(self) -> bool:
@@ -60,10 +62,14 @@ class Fit:
         return self.needs is None or self.needs.fits(self.spare)
 
 
-def choose_layout(recipe: Recipe, inputs: RunInputs, model: Any, *, weightless: Any, spare: int) -> tuple[Network, Fit]:
+def choose_layout(
+    recipe: Recipe, inputs: RunInputs, model: Any, *, weightless: Any, spare: int, moments: int = 0
+) -> tuple[Network, Fit]:
     """The verified network of the PEFT `model`, and how its steps fit into `spare` bytes beside weights, gradients and
-    optimizer. `weightless`: the model without numbers.
+    optimizer. `weightless`: the model without numbers; `moments`: bytes of the optimizer's state, of which each process
+    may have a part where all does not fit.
     """
+    given = spare
     machine, rows, kept = recipe.machine, inputs.prepared.train, inputs.saved.layout if inputs.saved else None
     own = machine.attention in ("eager", "sdpa")
     network = verify(model.get_base_model(), segments=kept.segments if kept else not own)
@@ -93,6 +99,9 @@ def choose_layout(recipe: Recipe, inputs: RunInputs, model: Any, *, weightless: 
         fit = choose_fit(planned, plan, rows, wanted=wanted, most=most, spare=spare)
         if fit.holds:
             break
+    if not fit.holds and moments >= _LEAST_CUT * plan.processes:
+        spare += moments - moments // plan.processes
+        fit = choose_fit(planned, plan, rows, wanted=wanted, most=most, spare=spare)
     apart = network.mixer or network.told or network.rope_switch_length or not network.segments
     wanted_spread = not fit.holds if machine.spread_rows == "auto" else machine.spread_rows
     if wanted_spread and plan.processes > 1 and not apart:
@@ -100,6 +109,7 @@ def choose_layout(recipe: Recipe, inputs: RunInputs, model: Any, *, weightless: 
         tokens = plan.micro_batch_tokens if machine.spread_rows is True else math.ceil(longest / plan.processes)
         plan = replace(fit.plan, micro_batch_tokens=tokens, spread=True)
         fit = choose_fit(planned, plan, rows, wanted=wanted, most=None, spare=spare)
+    fit = replace(fit, cut=fit.spare > given)
     fit = choose_copies(planned, fit, kept.keep_16bit if kept and machine.keep_16bit == "auto" else machine.keep_16bit)
     recompute(network.causal, fit.recomputed)
     network.causal.frozen_weights.forget(fit.keep)
@@ -283,7 +293,7 @@ def retry_on_oom(run: Run, work: Callable[[], Result]) -> Result:
         gc.collect()  # here the frames are gone that held the tensors of the failed pass
         if run.network.device.type == "cuda":
             torch.cuda.empty_cache()
-        run.optimizer.zero_grad(set_to_none=False)
+        run.trained.gradient.zero_()
         layers, tokens = len(decoder_layers(run.network.causal)), run.plan.micro_batch_tokens
         weights = run.network.causal.frozen_weights
         if weights.keep:

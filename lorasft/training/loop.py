@@ -24,7 +24,7 @@ from lorasft.signals import StopRequest, exit_code, stop_signals
 from lorasft.terminal import say, train_command
 from lorasft.training.checkpoint import CheckpointSaver, list_checkpoints
 from lorasft.training.layout import oom_context, retry_on_oom
-from lorasft.training.optimizer import learning_rate
+from lorasft.training.optimizer import join_states, learning_rate, optimizer_state
 from lorasft.training.samples import add_losses, average_by_source, note_held_out, score_trained_rows, take_samples
 from lorasft.training.state import Run, State
 
@@ -50,7 +50,7 @@ def take_step(run: Run, number: int, stop: StopRequest) -> dict[str, Any]:
     for group in optimizer.param_groups:
         group["lr"] = rate * group["ratio"]
     optimizer.step()
-    optimizer.zero_grad(set_to_none=False)
+    trained.gradient.zero_()
     seconds = time.monotonic() - started
     return {
         "step": number,
@@ -114,6 +114,8 @@ def run_steps(run: Run, state: State, *, deadline: float = math.inf) -> State:
             best = settings.keep_best and state.best_step == number
             if last or planned or best or stop.save or stop.signal:
                 with run.metrics.progress.interlude("saving"):
+                    if run.trained.process[1] > 1:
+                        run.moments = join_states(run.ranks.gather(optimizer_state(run.optimizer)))
                     state = run.ranks.on_main(partial(saver.attempt, run, state, final=last or stop.signal > 0))
             if stop.signal and (not last or state.evaluation_due):
                 raise Stopped(exit_code(stop.signal), f"stopped after step {number} of {run.plan.steps}, saved", again)

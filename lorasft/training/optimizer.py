@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,10 +41,12 @@ def make_optimizer(settings: OptimizerSettings, trained: Trained) -> Any:
     rate, decay, ratio = settings.learning_rate, settings.weight_decay, settings.lora_plus
     parts = [(False, trained.master)] if ratio is None else trained.by_rate()
     ratios = [(part, ratio if ratio and as_b else 1.0) for as_b, part in parts]
+    ratios = [(trained.part(part), own) for part, own in ratios]
     groups = [{"params": [part], "ratio": own, "lr": rate * own} for part, own in ratios]
     optimizer = kind(groups, lr=rate, betas=settings.betas, weight_decay=decay)
     # Neither kernel says that it writes into what it is given.
     optimizer.register_step_pre_hook(lambda *_: torch.autograd.graph.increment_version(trained.master))
+    optimizer.register_step_post_hook(lambda *_: trained.collect())
     optimizer.register_step_post_hook(lambda *_: trained.refresh())
     return optimizer
 
@@ -60,15 +62,33 @@ def optimizer_state(optimizer: Any) -> dict[str, Tensor]:
     }
 
 
+def join_states(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The state of all that is trained from those of parts of it, in their order."""
+    first = states[0]
+    return {
+        name: torch.cat([one[name] for one in states]) if _is_cut(name, first[name]) else first[name] for name in first
+    }
+
+
+def _is_cut(name: str, value: Tensor) -> bool:
+    """Whether of a part there is only a part: tables of 8-bit states and counts are whole."""
+    return value.dim() > 0 and not name.startswith("qmap")
+
+
 def restore_optimizer(optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
     """Put a saved state back, bit for bit. Raises ValueError when it belongs to other parameters."""
     parts = dict(_tensors(optimizer))
     optimizer.state.clear()  # there is none before the first step
     for name, value in tensors.items():
         field, dot, number = name.partition(".")
-        part = parts.get(dot + number, torch.empty(0))
-        if field in ("exp_avg", "state1") and value.numel() != part.numel():  # as torch and bitsandbytes call it
-            raise ValueError(f"moments of {value.numel()} numbers for {part.numel()} that are trained")
+        part: Any = parts.get(dot + number, torch.empty(0))
+        if field in ("exp_avg", "state1") and value.numel() != getattr(
+            part, "of", 0
+        ):  # as torch and bitsandbytes call it
+            raise ValueError(f"moments of {value.numel()} numbers for {getattr(part, 'of', 0)} that are trained")
+        if _is_cut(name, value):
+            each = -(-part.of // len(value))  # numbers that share one of these
+            value = value[part.start // each : -(-(part.start + len(part)) // each)]
         # torch counts steps in a tensor, bitsandbytes in a number.
         counted = field == "step" and not value.is_floating_point()
         optimizer.state[part][field] = int(value) if counted else value.to(part.device)

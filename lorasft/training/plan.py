@@ -6,6 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from lorasft.recipe import Recipe
 from lorasft.recipe.load import change_recipe
 from lorasft.terminal import quote
 from lorasft.training.inputs import read_checked_config, read_inputs
-from lorasft.training.layout import Fit, choose_layout
+from lorasft.training.layout import Fit, choose_layout, choose_shard
 from lorasft.training.state import RunInputs
 
 LIBRARIES = 1 << 29  # bytes of a card of a given size that its driver and the libraries take
@@ -40,8 +41,9 @@ _TOKENS = (48, 256)  # of the smaller of two micro-batches, at least and at most
 _ROUNDS = 2  # of which the faster counts: in the first one a CPU compiles
 
 
-def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
-    """How `recipe` fits `memory` bytes, or what is free on the device at hand. Leaves nothing on the disk.
+def plan_run(recipe: Recipe, *, memory: int | None, cards: int = 1) -> dict[str, Any]:
+    """How `recipe` fits `memory` bytes on each of `cards`, or what is free on the device at hand. Leaves nothing on the
+    disk.
 
     Sizes are in bytes, times in seconds; `suggestions`: single changes with which it would fit, where it does not.
     Raises what a start of the run would raise before its weights are read, and ModelError for a model that cannot be
@@ -56,9 +58,12 @@ def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
         keep_on_host(model.get_base_model(), device, card=memory)
         sample = make_sample(model, config, recipe.model, inputs.adapter, device)
         sample.get_base_model().frozen_weights.forget("run")  # the probes read each weight many times
-        static = static_bytes(model, recipe.optimizer.name)
-        spare = given - libraries - sum(static.values())
-        network, fit = choose_layout(recipe, inputs, sample, weightless=model, spare=spare)
+        inputs = replace(inputs, plan=replace(inputs.plan, processes=cards))
+        shard = choose_shard(recipe, inputs, model, device, count=cards, local=cards, free=given - libraries)
+        static = static_bytes(model, recipe.optimizer.name, shard=shard)
+        sizes = {"spare": given - libraries - sum(static.values()), "moments": static["optimizer"] if shard > 1 else 0}
+        network, fit = choose_layout(recipe, inputs, sample, weightless=model, **sizes)
+        static["optimizer"] //= cards if fit.cut else 1
         if fit.needs is None:
             what = "this model cannot be planned: it computes by numbers, not only shapes"
             raise ModelError(what, where=recipe.model.base)
@@ -66,6 +71,9 @@ def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
         suggestions = find_suggestions(recipe, inputs, network, memory=given - libraries, card=memory)
         return {
             "device": str(device),
+            "cards": cards,
+            "shard": shard,
+            "spread": fit.plan.spread,
             "dtype": str(network.causal.dtype).removeprefix("torch."),
             "memory": given,  # that it is fitted to: what was given, or what is free
             "given": memory is not None,
@@ -91,18 +99,19 @@ def plan_run(recipe: Recipe, *, memory: int | None) -> dict[str, Any]:
 def predict_duration(recipe: Recipe, network: Network, whole: Any, fit: Fit, inputs: RunInputs) -> dict[str, float]:
     """Speed, and seconds of training and evaluation, by the micro-batches of the first steps."""
     plan, rows, held_out, every = fit.plan, inputs.prepared.train, inputs.prepared.held_out, recipe.run.eval_every
+    # What several cards send to one another is not counted.
     steps = [plan.step(number, rows) for number in range(1, min(_STEPS_TIMED, plan.steps) + 1)]
     costs = [cost(batch) for step in steps for batch in step.micro_batches]
     length, share = max(1, rows.count_tokens() // len(rows)), steps[0].supervised_tokens / steps[0].tokens
     forward, both, layers = predict_seconds(network, whole, costs, length=length, supervised=share)
-    seconds = both + layers * fit.recomputed / max(1, len(decoder_layers(whole)))
+    seconds = (both + layers * fit.recomputed / max(1, len(decoder_layers(whole)))) / plan.processes
     evaluations = 2 + (plan.steps // every if every else 0)
     scored = evaluations * held_out.count_tokens() if held_out else 0
     return {
         "examples_per_second": sum(len(step.examples) for step in steps) / seconds,
         "supervised_tokens_per_second": sum(step.supervised_tokens for step in steps) / seconds,
         "training": plan.steps / len(steps) * seconds,
-        "evaluation": scored / sum(costs) * forward,
+        "evaluation": scored / sum(costs) * forward / plan.processes,
     }
 
 
@@ -168,7 +177,7 @@ def find_suggestions(
     those that change the result least first. One key changes, and the leanest layout that is then allowed is predicted.
     """
     lengths, start, rank = example_lengths(inputs.prepared.train), inputs.start, recipe.adapter.rank
-    given = ("machine.keep_16bit", "machine.activation_checkpointing", "machine.micro_batch_tokens")
+    given = ("machine.keep_16bit", "machine.activation_checkpointing", "machine.micro_batch_tokens", "machine.shard")
     # The least change first, and of one key the least value.
     changes = [*([f"{key}=auto"] for key in given), ["model.quantization=nf4"], ["optimizer.name=adamw8bit"]]
     if not start:  # else its sizes are given
@@ -183,7 +192,9 @@ def find_suggestions(
         adapter = inputs.adapter if start else changed.adapter
         model = make_weightless(inputs.config, changed.model, adapter, network.runs_on)
         keep_on_host(model.get_base_model(), network.runs_on, card=card)
-        return least_bytes(changed, network, model, longest=int(lengths.max())) <= memory
+        cards = inputs.plan.processes
+        shard = choose_shard(changed, inputs, model, network.runs_on, count=cards, local=cards, free=memory)
+        return least_bytes(changed, network, model, longest=int(lengths.max()), shard=shard) <= memory
 
     for word in filter(None, (next(filter(fits, words), None) for words in changes)):
         key, _, value = word.partition("=")
@@ -195,10 +206,11 @@ def find_suggestions(
         yield text
 
 
-def least_bytes(recipe: Recipe, network: Network, model: Any, *, longest: int) -> int:
+def least_bytes(recipe: Recipe, network: Network, model: Any, *, longest: int, shard: int = 1) -> int:
     """The memory beside driver and libraries that `recipe` needs on rows of at most `longest` tokens, in the leanest
     layout that it allows. `model`: its PEFT model without numbers, of the kind that `network` was verified on."""
-    static, planned, machine = static_bytes(model, recipe.optimizer.name), plan_network(network, model), recipe.machine
+    static, machine = static_bytes(model, recipe.optimizer.name, shard=shard), recipe.machine
+    planned = plan_network(network, model)
     longest = min(longest, recipe.data.max_length)
     tokens = longest if machine.micro_batch_tokens == "auto" else machine.micro_batch_tokens
     batch = heaviest_batch(planned, longest=longest, capacity=tokens)

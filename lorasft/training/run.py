@@ -151,9 +151,11 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks, shared: Shared | None
     spare = free_memory(device) - sum(static[kind] for kind in ("gradients", "optimizer", "16-bit copies", "gathered"))
     spare = min(ranks.gather(spare))
     with ranks.sync_errors(passes=True):
-        network, fit = choose_layout(recipe, inputs, model, weightless=weightless, spare=spare)
+        sizes = {"spare": spare, "moments": static["optimizer"] if ranks.shard > 1 else 0}
+        network, fit = choose_layout(recipe, inputs, model, weightless=weightless, **sizes)
     plan, ranks.spread = fit.plan, fit.plan.spread
-    trained = Trained(model, network.causal.dtype, rates_apart=recipe.optimizer.lora_plus is not None)
+    process, apart = (ranks.index, ranks.count) if fit.cut else (0, 1), recipe.optimizer.lora_plus is not None
+    trained = Trained(model, network.causal.dtype, rates_apart=apart, process=process)
     broadcast(trained.master.detach())  # that of the first process: unlike devices draw unlike random numbers
     trained.refresh()
     optimizer = make_optimizer(recipe.optimizer, trained)
@@ -215,7 +217,7 @@ def _measure_heaviest(run: Run) -> int:
         torch.cuda.reset_peak_memory_stats(device)
     ranks = run.ranks if len(batch.ids) > run.share.spread_above else ALONE
     add_gradients(replace(run, ranks=ranks), Step(1, 0.0, batch.examples, (batch,)))
-    run.optimizer.zero_grad(set_to_none=False)
+    run.trained.gradient.zero_()
     return peak_memory(device)["memory_bytes"]
 
 

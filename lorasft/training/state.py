@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import NonNegativeInt, PositiveInt, StringConstraints
+from torch import Tensor
 
 from lorasft.artifact import Artifact
 from lorasft.data.packing import Plan, Share
@@ -79,6 +80,7 @@ class Run:
     metrics: Metrics
     ranks: Ranks
     signal: int = 0  # that came in its last step, which it ended
+    moments: dict[str, Tensor] | None = None  # of the whole optimizer for a save, where each process has a part of it
     of_base: dict[Any, Any] = field(default_factory=dict)  # what `evaluate` found of the base, by what decides its bits
 
     @property

@@ -1,0 +1,139 @@
+"""One base over several processes, and one row: the losses and gradients of one process that holds everything.
+
+The oracle is plain transformers and PEFT in fp32, with the numbers that bitsandbytes takes out of the same 4-bit base.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import numpy as np
+import pytest
+import torch
+from conftest import save_base
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_oracles import Rows, assert_same_step, gradients, plain_step
+from test_ranks import Launch, held_out, out_of_memory, some, step_run
+from test_train import metrics
+from tiny_models import randomize_adapter
+from torch.distributed.tensor import DTensor
+
+from lorasft.cli import main
+from lorasft.data.packing import Share, assign, make_micro_batches, spread
+from lorasft.errors import CapacityError
+from lorasft.model.adapter import attach_adapter
+from lorasft.model.attention import Paths
+from lorasft.model.base import load_base
+from lorasft.model.memory import static_bytes
+from lorasft.model.recompute import decoder_layers, recompute
+from lorasft.model.selfcheck import verify
+from lorasft.model.weightless import make_weightless
+from lorasft.recipe import AdapterSettings, ModelSettings
+from lorasft.signals import StopRequest
+from lorasft.training import loop
+from lorasft.training import run as runs
+from lorasft.training.distributed import ALONE, Ranks, join
+from lorasft.training.optimizer import join_states, optimizer_state
+
+CPU = torch.device("cpu")
+ADAPTER = AdapterSettings(rank=4, alpha=8)
+Write = Callable[..., str]
+
+
+def settings_of(base: Path) -> ModelSettings:
+    return ModelSettings(base=str(base), dtype="float32")
+
+
+def plain_model(base: Path) -> Any:
+    """The 4-bit base as one in fp32, under PEFT's own linears."""
+    packed, model = load_base(settings_of(base), CPU), load_base(replace_quantization(base), CPU)
+    linears = dict(model.named_modules())
+    for path, one in packed.named_modules():
+        if isinstance(one, bnb.nn.Linear4bit):
+            linears[path].weight.data = bnb.functional.dequantize_4bit(one.weight.data, one.weight.quant_state)
+    found = [path for path, one in packed.named_modules() if isinstance(one, bnb.nn.Linear4bit)]
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=found))
+    randomize_adapter(model)
+    return model
+
+
+def replace_quantization(base: Path) -> ModelSettings:
+    return settings_of(base).model_copy(update={"quantization": "none"})
+
+
+def sharded_model(base: Path, ranks: Ranks) -> Any:
+    """As a run loads it that lies over `ranks.shard` processes."""
+    model = runs._load_kept(ranks, settings_of(base), CPU, keep="auto")
+    model = attach_adapter(model, ADAPTER, seed=0)
+    files = runs.open_kept(runs.find_kept(settings_of(base), model.config, CPU))
+    runs.shard_base(model.get_base_model(), files, ranks.mesh(CPU))
+    randomize_adapter(model)
+    return model
+
+
+def long_rows(count: int, *, share: bool) -> Rows:
+    """Some rows, of which the first is longer than a micro-batch."""
+    rows = some(count, share=share)
+    tokens, *others = rows.rows[0]
+    longer = replace(tokens, ids=np.tile(tokens.ids, 5)[:61], labels=np.tile(tokens.labels, 5)[:61])
+    rows.rows[0] = (longer, *others)
+    return rows
+
+
+# Rows, tokens of a micro-batch, prefixes shared, rows spread, layers recomputed.
+STEPS = [
+    (6, 1000, False, False, 0),  # one micro-batch: others have nothing to do
+    (6, 20, False, False, 1),
+    (6, 40, True, False, 2),
+    (6, 40, False, True, 1),
+    (6, 40, True, True, 0),
+]
+BASES = ("llama", "gemma3")  # with a head of its own; tied, with windows
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: save_base(tmp_path_factory.mktemp(name), name) for name in BASES}
+
+
+@pytest.mark.parametrize(("count", "shard"), [(2, 2), (3, 3), (4, 2)])
+def test_sharded_steps_are_those_of_one_process(count: int, shard: int, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Also of three, one of which may be idle, and with two copies of the base."""
+
+    def act(rank: int) -> None:
+        with join() as ranks:
+            ranks.shard = shard
+            for name, base in bases.items():
+                model = sharded_model(base, ranks)
+                network = verify(model.get_base_model())
+                assert network.head is not None and network.segments and network.share
+                for number, (size, capacity, share, spreads, layers) in enumerate(STEPS):
+                    ranks.spread = spreads
+                    recompute(network.causal, layers)
+                    plan = {"micro_batch_tokens": capacity, "share_prefixes": share, "spread": spreads}
+                    rows = long_rows(size, share=share)
+                    run = step_run(model, network, rows, ranks, loss=("token", "example")[number % 2], **plan)
+                    step = run.plan.step(1, rows)
+                    work = lambda run=run, step=step: loop.add_gradients(run, step)  # noqa: E731
+                    network.causal.train()
+                    value = ranks.sum_step(work, run.trained.gradient, stop=StopRequest(alone=False))
+                    if rank == 0:
+                        save_file(gradients(model) | {"loss": value}, tmp_path / f"{name}-{number}.safetensors")
+
+    launch = Launch(tmp_path, act, count=count)
+    assert launch.codes(120) == [0] * count, launch.said()
+    for name, base in bases.items():
+        model = plain_model(base)
+        for number, (size, _, share, _, _) in enumerate(STEPS):
+            want = plain_step(model, long_rows(size, share=share), ("token", "example")[number % 2])
+            got = load_file(tmp_path / f"{name}-{number}.safetensors")
+            assert_same_step((float(got.pop("loss")), got), want)
