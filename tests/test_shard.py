@@ -5,12 +5,10 @@ The oracle is plain transformers and PEFT in fp32, with the numbers that bitsand
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +19,24 @@ import torch
 from conftest import save_base
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_experts import save as save_experts
 from test_oracles import Rows, assert_same_step, gradients, plain_step
-from test_ranks import Launch, held_out, out_of_memory, some, step_run
+from test_ranks import Launch, some, step_run
 from test_train import metrics
 from tiny_models import randomize_adapter
-from torch.distributed.tensor import DTensor
 
 from lorasft.cli import main
-from lorasft.data.packing import Share, assign, make_micro_batches, spread
-from lorasft.errors import CapacityError
+from lorasft.files import read_objects
 from lorasft.model.adapter import attach_adapter
-from lorasft.model.attention import Paths
 from lorasft.model.base import load_base
-from lorasft.model.memory import static_bytes
-from lorasft.model.recompute import decoder_layers, recompute
+from lorasft.model.experts import _dequantize
+from lorasft.model.recompute import recompute
 from lorasft.model.selfcheck import verify
-from lorasft.model.weightless import make_weightless
 from lorasft.recipe import AdapterSettings, ModelSettings
 from lorasft.signals import StopRequest
-from lorasft.training import loop
+from lorasft.training import layout, loop
 from lorasft.training import run as runs
-from lorasft.training.distributed import ALONE, Ranks, join
-from lorasft.training.optimizer import join_states, optimizer_state
+from lorasft.training.distributed import Ranks, join
 
 CPU = torch.device("cpu")
 ADAPTER = AdapterSettings(rank=4, alpha=8)
@@ -61,6 +55,9 @@ def plain_model(base: Path) -> Any:
         if isinstance(one, bnb.nn.Linear4bit):
             linears[path].weight.data = bnb.functional.dequantize_4bit(one.weight.data, one.weight.quant_state)
     found = [path for path, one in packed.named_modules() if isinstance(one, bnb.nn.Linear4bit)]
+    for path, one in packed.named_modules():
+        for name in getattr(one, "packed", ()):
+            getattr(linears[path], name).data = _dequantize(one, name, slice(None), torch.float32)
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=found))
     randomize_adapter(model)
     return model
@@ -97,12 +94,13 @@ STEPS = [
     (6, 40, False, True, 1),
     (6, 40, True, True, 0),
 ]
-BASES = ("llama", "gemma3")  # with a head of its own; tied, with windows
+BASES = ("llama", "gemma3", "qwen-3-moe")  # with a head of its own; tied, with windows; with experts in 4 bit
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: save_base(tmp_path_factory.mktemp(name), name) for name in BASES}
+    folders = {name: tmp_path_factory.mktemp(name) for name in BASES}
+    return {name: (save_experts if "moe" in name else save_base)(folder, name) for name, folder in folders.items()}
 
 
 @pytest.mark.parametrize(("count", "shard"), [(2, 2), (3, 3), (4, 2)])
@@ -137,3 +135,53 @@ def test_sharded_steps_are_those_of_one_process(count: int, shard: int, bases: d
             want = plain_step(model, long_rows(size, share=share), ("token", "example")[number % 2])
             got = load_file(tmp_path / f"{name}-{number}.safetensors")
             assert_same_step((float(got.pop("loss")), got), want)
+
+
+def cut(choose: Any, *given: Any, **named: Any) -> Any:
+    """What `choose_layout` gives, as if all of the optimizer's state did not fit."""
+    network, fit = choose(*given, **named)
+    return network, replace(fit, cut=named["moments"] > 0)
+
+
+def same_metrics(one: Path, other: Path) -> None:
+    """Losses, norms and evaluations of two runs, to rounding."""
+    for want, line in zip(metrics(one), metrics(other), strict=True):
+        assert line.keys() == want.keys()
+        for name in line.keys() & {"step", "loss", "grad_norm", "eval_loss", "learning_rate", "supervised_tokens"}:
+            assert line[name] == pytest.approx(want[name], rel=1e-5), (name, line, want)
+
+
+@pytest.mark.parametrize(
+    ("machine", "optimizer"), [({"shard": "all"}, "adamw"), ({"shard": 2, "spread_rows": True}, "adamw8bit")]
+)
+def test_a_sharded_run_is_that_of_one_process_and_continues_with_any_number(
+    machine: dict[str, Any], optimizer: str, recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps, clipped, evaluations, answers and checkpoints; each process has a part of the optimizer's state."""
+    monkeypatch.setattr(runs, "choose_layout", partial(cut, runs.choose_layout))
+    monkeypatch.setattr(layout, "_LEAST_CUT", 0)
+    settings: dict[str, Any] = {"adapter": {"dropout": 0, "rank": 16}, "optimizer": {"name": optimizer}}
+    settings["run"] = {"sample_every": 1, "eval_every": 3, "save_every": 3, "keep": 9}
+    both = {"micro_batch_tokens": 40, "share_prefixes": False}
+    one, many = tmp_path / "one", tmp_path / "many"
+    assert main(["train", recipe(**settings, machine=both), f"run.output={one}"]) == 0
+    path = recipe(**settings, machine=both | machine)
+    launch = Launch(tmp_path, lambda _: main(["train", path, f"run.output={many}"]))
+    assert launch.codes(120) == [0, 0], launch.said()
+    same_metrics(one, many)
+    answers = [[line["answer"] for line in read_objects(folder / "answers.jsonl")] for folder in (one, many)]
+    assert answers[0] == answers[1] and len(answers[0]) == 3 * 4
+    moments = [load_file(folder / "checkpoints/step-000006/optimizer.safetensors") for folder in (one, many)]
+    assert [{name: value.shape for name, value in each.items()} for each in moments] == 2 * [
+        {name: value.shape for name, value in moments[0].items()}  # whole, whoever had them
+    ]
+    shutil.rmtree(many / "adapter")
+    shutil.rmtree(many / "checkpoints/step-000009")
+    alone, replicated = shutil.copytree(many, tmp_path / "alone"), shutil.copytree(many, tmp_path / "replicated")
+    assert main(["train", str(alone), "--resume", f"run.output={alone}", "machine.shard=1"]) == 0
+    same_metrics(one, alone)
+    for folder, parts in ((replicated, "1"), (many, "all")):
+        words = ["train", str(folder), "--resume", f"run.output={folder}", f"machine.shard={parts}"]
+        launch = Launch(tmp_path, lambda _, words=words: main(words))
+        assert launch.codes(120) == [0, 0], launch.said()
+        same_metrics(one, folder)

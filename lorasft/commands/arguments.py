@@ -86,14 +86,19 @@ def open_saved(saved: str, base: str | None, given: Sequence[str], overrides: Se
     return found
 
 
-def load_saved(found: Artifact) -> tuple[Any, Any, Any]:
-    """The tokenizer and the model of what was found, and of a PEFT model the one of transformers in it."""
+def find_device() -> Any:
+    """The device that a model is put on."""
     from accelerate import PartialState
 
+    return PartialState().device
+
+
+def load_saved(found: Artifact) -> tuple[Any, Any, Any]:
+    """The tokenizer and the model of what was found, and of a PEFT model the one of transformers in it."""
     from lorasft.data.tokenizer import read_tokenizer
     from lorasft.model.adapter import load_artifact
 
-    model = load_artifact(found, PartialState().device)
+    model = load_artifact(found, find_device())
     return read_tokenizer(found), model, model.get_base_model() if found.adapter else model
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasft import __version__
-from lorasft.commands.arguments import add_json
+from lorasft.commands.arguments import add_json, find_device
 from lorasft.errors import DeviceError, LorasftError, first_line
 from lorasft.files import need_space
 from lorasft.hub import hub_error
@@ -40,7 +40,7 @@ def run(hub: bool, as_json: bool) -> None:
         **{name: partial(_check_library, name) for name in LIBRARIES},
         "versions": _check_versions,
         "device": _check_device,
-        "memory": lambda: f"{size_text(free_memory(_find_device()))} free for {_find_device()}",
+        "memory": lambda: f"{size_text(free_memory(find_device()))} free for {find_device()}",
         "NF4": _check_nf4,
         "attention": _check_attention,
         "disk": _check_disk,
@@ -98,7 +98,7 @@ def _check_device() -> str:
     if driver and not torch.cuda.is_available():
         what = f"{driver}, which torch {torch.__version__} of CUDA {torch.version.cuda} cannot use"
         raise DeviceError(what, hint="update the driver, or pip install --force-reinstall torch")
-    device = _find_device()
+    device = find_device()
     dtype = str(compute_dtype("auto", device)).removeprefix("torch.")
     if device.type != "cuda":
         return f"{device.type}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {dtype}"
@@ -107,16 +107,10 @@ def _check_device() -> str:
     return f"{found.name}, sm_{found.major}{found.minor}, CUDA {torch.version.cuda}, {driver}, {dtype}"
 
 
-def _find_device() -> Any:
-    from accelerate import PartialState
-
-    return PartialState().device
-
-
 def _check_nf4() -> str:
     from lorasft.model.base import nf4_error
 
-    device = _find_device()
+    device = find_device()
     error, most = nf4_error(device)
     what = f"a 4-bit linear and its backward on {device} are {error:.1e} from float64 (at most {most:.0e})"
     if not error <= most:  # nor is a NaN
@@ -130,7 +124,7 @@ def _check_attention() -> str:
     from lorasft.recipe.load import load_recipe
 
     settings = load_recipe("tiny").model.model_copy(update={"quantization": "none"})  # its base is shipped
-    network = verify(load_base(settings, _find_device()))
+    network = verify(load_base(settings, find_device()))
     if not (network.segments and network.share and network.head):  # a slower attention is right all the same
         raise DeviceError("; ".join(network.notices), hint="pip install -U torch transformers")
     fine = "packed sequences do not see each other; shared prefixes and the loss are exact"

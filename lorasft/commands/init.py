@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasft import machine
-from lorasft.commands.arguments import add_columns, parse_bytes
+from lorasft.commands.arguments import add_columns, find_device, parse_bytes
 from lorasft.commands.recipes import count_text, read_sizes, write_recipe
 from lorasft.data.folders import find_files
 from lorasft.data.survey import survey_rows
@@ -99,9 +99,7 @@ def _choose_model(model: str | None, memory: int | None) -> dict[str, Any]:
 
 def _free_memory() -> tuple[int, str]:
     """Bytes for a model, and whose they are."""
-    from accelerate import PartialState
-
-    device = PartialState().device
+    device = find_device()
     if device.type == "cuda":
         return machine.free_memory(device), "free on the card"
     return min(machine.free_memory(device), ON_CPU), "no card: as much as a CPU can train"

@@ -33,29 +33,29 @@ class Labeler:
 
     def encode_all(self, examples: Sequence[Example], *, report: Report) -> Iterator[tuple[Tokens, ...]]:
         """The sequences of each example: none of a dropped or bad one, which `report` counts."""
-        marked: list[tuple[MarkedText, ...]] = []
+        marked: list[tuple[MarkedText, ...] | None] = []  # None: left out
         with limits():  # once, which is dearer than a rendering
             for example in examples:
                 try:
                     marked.append(self._mark(example, report))
                 except DataError as error:
                     report.add_error(error, example.place, policy=self.data.on_bad_row)
-                    marked.append(())
-        encoded = self.format.encoder.encode(_texts_of(chain.from_iterable(marked)))
+                    marked.append(None)
+        encoded = self.format.encoder.encode(_texts_of(chain.from_iterable(filter(None, marked))))
         for example, texts in zip(examples, marked, strict=True):
-            sequences: list[Tokens] = []
+            sequences: list[Tokens] | None = None
             try:
-                if texts:
+                if texts is not None:
                     sequences = self._fit(self._label(texts, encoded, report), example, report)
             except DataError as error:
                 report.add_error(error, example.place, policy=self.data.on_bad_row)
             yield self._keep_supervised(sequences, example, report)
 
-    def _mark(self, example: Example, report: Report) -> tuple[MarkedText, ...]:
+    def _mark(self, example: Example, report: Report) -> tuple[MarkedText, ...] | None:
         example = self.format.complete(example)
         if example.weight == 0:
             report.rows_of_weight_0 += 1
-            return ()
+            return None
         if example.text is not None:
             return (MarkedText(example.text, (), add_eos=True),)
         answers = [message["content"] for message in example.messages if message["role"] == "assistant"]
@@ -79,8 +79,6 @@ class Labeler:
             self.format.refuse_markup(example, text)
             return (MarkedText(text, ()),)
         targets = self._targets(example)
-        if not targets:
-            _drop_without_target(example, report)
         texts = self.format.mark(example, targets)
         found = ((marked, answer) for marked in texts for answer in marked.answers)
         for target, (marked, answer) in zip(targets, found, strict=True):
@@ -162,13 +160,13 @@ class Labeler:
         labels[0] = UNSUPERVISED  # nothing comes before it that it could be predicted from
         return Tokens(ids, labels, weights if (weights != 1).any() else None)
 
-    def _fit(self, sequences: list[Tokens], example: Example, report: Report) -> list[Tokens]:
-        """The sequences of one example within `max_length`, by the over-long policy; none when it is dropped."""
+    def _fit(self, sequences: list[Tokens], example: Example, report: Report) -> list[Tokens] | None:
+        """The sequences of one example within `max_length`, by the over-long policy; None when it is dropped."""
         limit, policy, is_text = self.data.max_length, self.data.overlong, example.text is not None
-        longest = max(map(len, sequences))
+        longest = max(map(len, sequences), default=0)
         if longest > limit:  # what the template writes after the last answer goes first
             sequences = [tokens[: _last_run(tokens)[1]] for tokens in sequences]
-        if max(map(len, sequences)) <= limit:
+        if max(map(len, sequences), default=0) <= limit:
             return sequences
         too_long = f"{longest:,} tokens, over data.max_length ({limit:,})"
         if policy == "error":
@@ -183,14 +181,15 @@ class Labeler:
             return fitted
         report.over_long_examples += 1
         report.dropped.append(f"{example.place}: {too_long}")
-        return []
+        return None
 
-    def _keep_supervised(self, sequences: list[Tokens], example: Example, report: Report) -> tuple[Tokens, ...]:
-        """Those sequences in which anything is supervised, counted."""
-        counts = _count_supervised(sequences)
-        kept = tuple(tokens for tokens, count in zip(sequences, counts, strict=True) if count)
-        if sequences and not kept:
-            _drop_without_target(example, report)
+    def _keep_supervised(self, sequences: list[Tokens] | None, example: Example, report: Report) -> tuple[Tokens, ...]:
+        """Those sequences in which anything is supervised, counted; none of an example that is left out."""
+        counts = _count_supervised(sequences or [])
+        kept = tuple(tokens for tokens, count in zip(sequences or [], counts, strict=True) if count)
+        if sequences is not None and not kept:
+            report.examples_without_target += 1
+            report.dropped.append(f"{example.place}: nothing to supervise")
         weighted = example.weight != 1 or any(tokens.weights is not None for tokens in kept)
         report.weighted_examples += bool(kept) and weighted
         report.sequences += len(kept)
@@ -222,11 +221,6 @@ def _texts_of(texts: Iterable[MarkedText]) -> Iterator[tuple[str, int]]:
     for marked in texts:
         yield marked.text, min((answer.start for answer in marked.answers), default=len(marked.text))
         yield from ((marked.text[: answer.prompt], answer.prompt) for answer in marked.answers)
-
-
-def _drop_without_target(example: Example, report: Report) -> None:
-    report.examples_without_target += 1
-    report.dropped.append(f"{example.place}: nothing to supervise")
 
 
 def _last_run(tokens: Tokens) -> tuple[int, int]:

@@ -185,8 +185,6 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
             raise DataError(what, where=place, hint="keep the rows labelled true, in a file of their own")
     template = str(labeler.format.tokenizer.chat_template)
     report.unread = [name for name in report.unread if not template_reads(template, name)]
-    if report.dropped_examples() == report.rows:
-        _refuse_losses(data, report)
     names_read = ("digests", "example_sizes", "sources")
     digests, sizes, numbers = (np.fromfile(stage / name, TYPES[name]) for name in names_read)
     apart = numbers >= len(data.train)  # of data.eval
@@ -194,7 +192,7 @@ def _write_store(stage: Path, data: DataSettings, labeler: Labeler, workers: int
     if twice := np.intersect1d(digests[~apart], digests[apart]).size:
         hint = "take them out of one of the two: the held-out loss would measure memory"
         raise DataError(f"{twice} rows of data.eval are in data.train as well", where="data.eval", hint=hint)
-    below = held_out_below(digests, data.eval) if isinstance(data.eval, float) else 0
+    below = held_out_below(digests, data.eval) if isinstance(data.eval, float) and sizes.any() else 0
     held_out = apart | (digests < below)
     append_arrays(stage, held_out=held_out)
     report.held_out_examples = int(np.count_nonzero(sizes[held_out]))

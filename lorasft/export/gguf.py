@@ -70,7 +70,7 @@ def require_gguf() -> Any:
     try:
         import gguf
     except ImportError:
-        raise DeviceError("the export needs the package gguf, which is missing", hint="pip install gguf") from None
+        raise DeviceError("the export needs gguf, which is not installed", hint="pip install gguf") from None
     return gguf
 
 

@@ -64,7 +64,9 @@ def shard_base(causal: Any, files: Files, mesh: DeviceMesh) -> None:
     tied = tables[0].weight is tables[1].weight
     if not layers:
         raise ModelError("its layers are not known: one base cannot lie over several processes", where="machine.shard")
-    split = partial(fully_shard, mesh=mesh)
+    # After each use everywhere, also by the head, which is no part of the backbone: a state_dict lets go as well, and
+    # processes that hold other things would gather other things.
+    split = partial(fully_shard, mesh=mesh, reshard_after_forward=True)
     for layer in layers:
         found: list[nn.Parameter] = []
         for module in layer.modules():
