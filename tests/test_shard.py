@@ -26,15 +26,19 @@ from test_train import metrics
 from tiny_models import randomize_adapter
 
 from lorasft.cli import main
-from lorasft.files import read_objects
+from lorasft.errors import CapacityError
+from lorasft.files import read_objects, verify_folder
+from lorasft.model import scoring, selfcheck
 from lorasft.model.adapter import attach_adapter
 from lorasft.model.base import load_base
 from lorasft.model.experts import _dequantize
+from lorasft.model.loss import weighted_loss
 from lorasft.model.recompute import recompute
 from lorasft.model.selfcheck import verify
 from lorasft.recipe import AdapterSettings, ModelSettings
 from lorasft.signals import StopRequest
-from lorasft.training import layout, loop
+from lorasft.training import checkpoint, layout, loop, samples
+from lorasft.training import metrics as metrics_module
 from lorasft.training import run as runs
 from lorasft.training.distributed import Ranks, join
 
@@ -152,7 +156,11 @@ def same_metrics(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("machine", "optimizer"), [({"shard": "all"}, "adamw"), ({"shard": 2, "spread_rows": True}, "adamw8bit")]
+    ("machine", "optimizer"),
+    [
+        pytest.param({"shard": "all"}, "adamw", marks=pytest.mark.slow),
+        ({"shard": 2, "spread_rows": True}, "adamw8bit"),
+    ],
 )
 def test_a_sharded_run_is_that_of_one_process_and_continues_with_any_number(
     machine: dict[str, Any], optimizer: str, recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -185,3 +193,50 @@ def test_a_sharded_run_is_that_of_one_process_and_continues_with_any_number(
         launch = Launch(tmp_path, lambda _, words=words: main(words))
         assert launch.codes(120) == [0, 0], launch.said()
         same_metrics(one, folder)
+
+
+def no_memory(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError
+
+
+def not_finite(given: Any, *others: Any) -> Any:
+    return weighted_loss(given, *others) * float("nan")
+
+
+def disk_full(*_: Any, **__: Any) -> Any:
+    raise CapacityError("no space is left")
+
+
+PASSES = {  # what fails, where, with which code
+    "loading": (runs, "shard_base", no_memory, 6),
+    "verifying": (selfcheck, "pair_losses", no_memory, 6),
+    "training": (loop, "weighted_loss", no_memory, 6),
+    "evaluating": (scoring, "pair_losses", no_memory, 6),
+    "answering": (samples, "_answer", no_memory, 6),
+    "not finite": (loop, "weighted_loss", not_finite, 7),
+    "saving": (checkpoint, "save_checkpoint", disk_full, 6),
+    "noting": (metrics_module.Metrics, "step", disk_full, 6),
+}
+FAILING = [(kind, rank) for kind in PASSES for rank in ((0,) if kind in ("saving", "noting") else (0, 1))]
+GATED = [("training", 0), ("evaluating", 1)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank"), [pytest.param(*one, marks=[] if one in GATED else pytest.mark.slow) for one in FAILING]
+)
+def test_a_failure_in_a_pass_of_all_ends_all_with_its_code(kind: str, rank: int, recipe: Write, tmp_path: Path) -> None:
+    """The others wait for that process in a collective, and are told; its error is said once."""
+    path = recipe(run={"sample_every": 1, "eval_every": 2}, adapter={"dropout": 0}, machine={"shard": "all"})
+    place, name, failing, code = PASSES[kind]
+
+    def act(number: int) -> int:
+        if number == rank:
+            setattr(place, name, failing)
+        return main(["train", path])
+
+    launch = Launch(tmp_path, act)
+    assert launch.codes(40) == [code, code], launch.said()
+    said = launch.said()
+    assert said.count("error:") == 1 and "Traceback" not in said, said
+    for saved in (tmp_path / "run").glob("checkpoints/*"):
+        verify_folder(saved)

@@ -19,7 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lorasft.errors import DeviceError, LorasftError, first_line
+from lorasft.errors import CapacityError, DeviceError, LorasftError, first_line, out_of_memory
 from lorasft.files import LOCK
 from lorasft.signals import StopRequest
 from lorasft.terminal import say
@@ -101,8 +101,7 @@ class Ranks:
             if self.count == 1 or self.leaving.is_set() or (passes and self.in_step):
                 raise
             error = caught
-        code = getattr(error, "exit_code", None) or getattr(error, "code", None) or int(error is not None)
-        codes = self.gather(code, passes=passes)
+        codes = self.gather(_exit_code(error), passes=passes)
         if not any(codes):
             return
         self.leave()
@@ -193,19 +192,26 @@ def join() -> Iterator[Ranks]:
     except Exception as error:
         if ranks.leaving.is_set():
             raise
-        code = getattr(error, "exit_code", 0)
-        if not code:  # of a collective, where another process is gone: the watch says so and ends this one
+        code = _exit_code(error)
+        if code == 1:  # of a collective, where another process is gone: the watch says so and ends this one
             watcher.failed.set()
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(3 * watch.GRACE)
-        first = watch.tell_end(store, code or 1, getattr(error, "what", first_line(error)))
+        first = watch.tell_end(store, code, getattr(error, "what", first_line(error)))
         ranks.leave()
         time.sleep(3 * watch.BEAT)  # the store may be this process's own
-        if first or not code:
+        if first or code == 1:
             raise
         raise SystemExit(code) from None
     finally:
         ranks.leave()
+
+
+def _exit_code(error: BaseException | None) -> int:
+    """That with which `error` ends a process; 0: there is none."""
+    if isinstance(error, Exception) and out_of_memory(error):
+        return CapacityError.exit_code
+    return getattr(error, "exit_code", None) or getattr(error, "code", None) or int(error is not None)
 
 
 def _check_cards(cards: int, local: int) -> None:
