@@ -121,7 +121,8 @@ def push_files(files: dict[str, Path | bytes], repo: str, *, private: bool) -> s
         there = api.model_info(repo)
         names = {file.rfilename for file in there.siblings or ()}
         if names & ({"config.json"} if CONFIG in files else {CONFIG}):
-            raise RecipeError("it holds the other kind: an adapter, or full weights", where=repo, hint="another NAME")
+            what = "this repo holds the other kind: an adapter, or full weights"
+            raise RecipeError(what, where=repo, hint="another NAME")
         if there.private != private:
             what, hint = ("private", "no --public") if there.private else ("public", "--public")
             raise RecipeError(f"this repo is {what} already", where=repo, hint=f"{hint}, or another NAME")

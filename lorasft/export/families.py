@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from lorasft.errors import ModelError
+from lorasft.files import read_objects
 from lorasft.recipe.yaml_reader import read_yaml
 
 
 def not_converted(what: str, model: Path) -> ModelError:
-    """The error for what is not converted here, which names another converter."""
-    # Of a run, what was merged is gone by the time that this is read.
+    """The error for what is not converted here. Of a run, what was merged is gone by the time that it is read."""
     usual = "llama.cpp's: python convert_hf_to_gguf.py DIR --outfile FILE, after lorasft merge RUN --out DIR"
     return ModelError(what, where=model, hint=usual)
 
@@ -59,12 +59,16 @@ class GgufLayout:
 
 def read_gguf_layout(model: Path) -> GgufLayout:
     """Describe the model in the folder `model`. Raises ModelError for what llama.cpp would not compute alike."""
-    from lorasft.model.base import read_config
+    said = next(read_objects(model / "config.json"), {})
+    kind = None if "text_config" in said else said.get("model_type")
+    if kind in (None, *FAMILIES):  # else it is known without torch
+        from lorasft.model.base import read_config
 
-    config = read_config(str(model)).get_text_config()
-    family = FAMILIES.get(config.model_type)
+        config = read_config(str(model)).get_text_config()
+        kind = config.model_type
+    family = FAMILIES.get(str(kind))
     if not family:
-        raise not_converted(f"no GGUF export for {config.model_type} here", model)
+        raise not_converted(f"no GGUF export for {kind} here", model)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if difference := _find_difference(config, family, head_size):
         raise ModelError(f"llama.cpp does not compute {difference}", where=model / "config.json")

@@ -161,7 +161,8 @@ class AdapterReader:
         Raises ModelError where only one of two would change, or each in its own way. PEFT changes both then, or unties
         them in the merged model: neither is what was trained, or what the base is.
         """
-        kinds: dict[bool, dict[str, Change]] = {True: {}, False: {}}  # replaced as a whole, or added to
+        replaced: dict[str, Change] = {}
+        added: dict[str, Change] = {}
         for parameter, change in self._list_changes():
             whole = change.replacement is not None
             tall = self.vocabulary in (None, *change.shape) or whole or change.token_rows
@@ -170,8 +171,8 @@ class AdapterReader:
             elif change.token_rows:
                 yield from ((twin, change) for twin in self.places.stored_embeddings)
             else:
-                kinds[whole][parameter] = change
-        for changes in filter(None, kinds.values()):
+                (replaced if whole else added)[parameter] = change
+        for changes in filter(None, (replaced, added)):
             (parameter, first), *others = changes.items()
             same = all(all(map(torch.equal, first.parts, other.parts)) for _, other in others)
             if len(changes) < len(self.places.embeddings) or not same:

@@ -118,8 +118,9 @@ def _write_record(stage: Path, artifact: Artifact, done: dict[str, Any]) -> dict
     }
     adapter = files.sha256(artifact.require_adapter() / WEIGHTS)
     record = {"lorasft": __version__, "base": origin, "adapter": adapter, **done}
+    card = render_card(artifact, REPO, base=portable(given, "base"), merge=record)
     files.write_file(stage / MERGE_RECORD, json.dumps(record, indent=1))
-    files.write_file(stage / "README.md", render_card(artifact, REPO, base=portable(given, "base"), merge=record))
+    files.write_file(stage / "README.md", card)
     return record
 
 

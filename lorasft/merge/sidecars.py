@@ -58,7 +58,8 @@ def write_sidecars(folder: Path, artifact: Artifact, rewritten: Mapping[str, Any
             replace_file(config, json.dumps(content, indent=2, ensure_ascii=False))
     end, stops, path = trained.eos_token_id, read_stops(folder), folder / GENERATION_CONFIG
     if end is not None and end not in stops:
-        replace_file(path, json.dumps({**next(read_objects(path), {}), "eos_token_id": [end, *stops]}, indent=2))
+        kept = next(read_objects(path), {})
+        replace_file(path, json.dumps({**kept, "eos_token_id": [end, *stops]}, indent=2))
 
 
 def _has_ids_of(trained: Any, base: Path) -> bool:

@@ -117,7 +117,8 @@ def write_weights(stage: Path, plan: MergePlan, *, nf4: Mapping[str, Read]) -> t
                         writer.copy(source, name)
                     done += spec.size
                     if is_live():  # one line that is written over
-                        say(f"{size_text(done)} of {size_text(plan.size)}", end="\n" * (done == plan.size))
+                        end = "\n" if done == plan.size else ""
+                        say(f"{size_text(done)} of {size_text(plan.size)}", end=end)
                 hashes[path.name] = writer.finish()
     return changed, hashes
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from collections.abc import Collection, Mapping
 from functools import partial
@@ -88,7 +87,7 @@ def load_adapter(base: Any, artifact: Artifact, *, trainable: bool = False) -> A
     """The adapter of `artifact` on `base`. Raises ModelError unless its tensors are those that its config implies."""
     folder, fields = artifact.require_adapter(), dict(artifact.adapter_config)
     weights = adapter_files.read_adapter_weights(folder)
-    experts = [path for path in fields["target_modules"] if re.search(r"\.experts\.\d+\.", path)]
+    experts = [path for path in fields["target_modules"] if adapter_files.adapts_experts({"target_modules": [path]})]
     if adapter_files.adapts_experts(fields) and any(hasattr(module, "packed") for module in base.modules()):
         what = "it adapts experts, which is not possible where they are in 4 bit"
         raise ModelError(what, where=folder, hint="--quantization none, or in a recipe model.quantization=none")
@@ -210,9 +209,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def check_targets(base: Any, settings: AdapterSettings) -> None:
     """Raise RecipeError for a target that is not a linear, a module to save that does not exist, or a tied head.
-
-    `base` may be a skeleton without weights. A tied head or embedding that is trained would leave its twin behind.
-    """
+    `base` may be a skeleton without weights. A tied head or embedding that is trained would leave its twin behind."""
     if not settings.targets:
         raise RecipeError("no targets: nothing would train", where="adapter.targets", hint="use all-linear")
     modules = dict(base.named_modules())

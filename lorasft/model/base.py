@@ -48,26 +48,34 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
     `keep`: what is quantized is kept for the next start, and taken from there where an earlier one kept it.
     Raises ModelError, UnsafeError where remote code would be needed, and DeviceError for a GPU that is too old.
     """
-    check_device(device, compute_dtype(settings.dtype, device))
+    dtype = compute_dtype(settings.dtype, device)
+    check_device(device, dtype)
     config = read_config(settings.base, settings.revision)
     check_files(settings.base)
-    scheme = nf4_scheme(compute_dtype(settings.dtype, device), config)
+    scheme = nf4_scheme(dtype, config)
     quantize = settings.quantization == "nf4" and not hasattr(config, "quantization_config")
     stored = _set_compute_dtype(config, scheme)
     stops = make_stops(settings, config)
+    tables = keep_on_host(make_skeleton(config, dtype), device) if device.type == "cuda" and not streamed else []
+    places = {"": "disk" if streamed else device, **{f"{path}.weight": torch.device("cpu") for path in tables}}
+    # Its hooks would bring a table to the card, all of it, for each use. bitsandbytes refuses the word "cpu".
+    hooks = patch("transformers.modeling_utils.accelerate_dispatch") if tables else contextlib.nullcontext()
+    packing = patch.dict(AUTO_QUANTIZER_MAPPING, {"bitsandbytes_4bit": Nf4Quantizer} if quantize else {})
 
-    def read(source: str | None, config: Any = config, **how: Any) -> Any:
-        placing = _placing(config, scheme.bnb_4bit_compute_dtype, device, streamed=streamed, packs=quantize)
-        with quiet_progress(), _loading(settings.base), placing as places:
+    def read(source: str | None, *, packed: bool = False, **how: Any) -> Any:
+        own = copy.deepcopy(config)  # transformers writes into it
+        if packed:
+            own.quantization_config = scheme.to_dict()
+        with quiet_progress(), _loading(settings.base), hooks, packing:
             model, found = model_class(config).from_pretrained(
                 source,
                 # As it was read and cleared: what its file says of attention would win over the argument.
-                config=copy.deepcopy(config),  # transformers writes into it
+                config=own,
                 generation_config=stops,
                 output_loading_info=True,
                 **how,
-                dtype=scheme.bnb_4bit_compute_dtype,
-                device_map=places,
+                dtype=dtype,
+                device_map={**places},
                 trust_remote_code=False,
                 use_safetensors=True,
                 attn_implementation=default_attention(config),
@@ -77,19 +85,15 @@ def load_base(settings: ModelSettings, device: torch.device, *, streamed: bool =
             raise ModelError(what, where=settings.base, hint="download the base again; is config.json its own?")
         return model
 
-    place = kept = None
-    if keep and quantize:
-        place = find_kept(settings, config, device)
-        packed = copy.deepcopy(config)
-        packed.quantization_config = scheme.to_dict()
-        kept = read_kept(place, partial(read, config=packed))
+    place = find_kept(settings, config, device) if keep and quantize else None
+    kept = read_kept(place, partial(read, packed=True)) if place else None
     how: dict[str, Any] = {"quantization_config": scheme} if quantize else {}  # None would hide the config's own
     model = read(**_find_source(settings, config), **how) if kept is None else kept
     model.name_or_path = model.config._name_or_path = settings.base
     # What of a base that comes in 4 bit is not in 4 bit transformers leaves as it is.
     for parameter in model.parameters() if stored else ():
         if parameter.dtype in (torch.float16, torch.bfloat16) and not isinstance(parameter, bnb.nn.Params4bit):
-            parameter.data = parameter.data.to(scheme.bnb_4bit_compute_dtype)
+            parameter.data = parameter.data.to(dtype)
     patch_linear4bit(model, device)
     keep_on_host(model, torch.device("cpu") if streamed else device)
     model.requires_grad_(False)
@@ -123,19 +127,6 @@ def _find_source(settings: ModelSettings, config: Any) -> dict[str, Any]:
     say(f"the base comes in {config.stored_as}: it is read in 16 bits, a weight at a time")
     files = [open_tensors(path) for path in find_weights(Artifact(settings.base, settings).base)]
     return {"source": None, "state_dict": list_stored(files)}
-
-
-@contextlib.contextmanager
-def _placing(
-    config: Any, dtype: torch.dtype, device: torch.device, *, streamed: bool, packs: bool
-) -> Iterator[dict[str, Any]]:
-    """Where weights go, in transformers' words: to `device`, but large tables to the host; or nowhere. `packs`: experts
-    are put into 4 bit."""
-    tables = keep_on_host(make_skeleton(config, dtype), device) if device.type == "cuda" and not streamed else []
-    # Its hooks would bring a table to the card, all of it, for each use. bitsandbytes refuses the word "cpu".
-    hooks = patch("transformers.modeling_utils.accelerate_dispatch") if tables else contextlib.nullcontext()
-    with hooks, patch.dict(AUTO_QUANTIZER_MAPPING, {"bitsandbytes_4bit": Nf4Quantizer} if packs else {}):
-        yield {"": "disk" if streamed else device, **{f"{path}.weight": torch.device("cpu") for path in tables}}
 
 
 def _set_compute_dtype(config: Any, scheme: BitsAndBytesConfig) -> bool:
@@ -254,12 +245,9 @@ def make_skeleton(config: Any, dtype: torch.dtype | None = None) -> Any:
 
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """The dtype of activations: `wanted`; for auto bf16 where the device multiplies it natively, else fp32.
-
-    The capability is tested, not `is_bf16_supported()`, which also answers yes where bf16 is emulated.
-    """
+    The capability is tested, not `is_bf16_supported()`, which also answers yes where bf16 is emulated."""
     if wanted != "auto":
-        dtype: torch.dtype = getattr(torch, wanted)
-        return dtype
+        return getattr(torch, wanted)  # type: ignore[no-any-return]
     native = False
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)

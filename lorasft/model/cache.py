@@ -76,9 +76,7 @@ def read_kept(place: Path, read: Callable[[str], Any]) -> Any | None:
 
 def keep_base(model: Any, place: Path, *, wanted: Keep) -> None:
     """Save a base that was just quantized to `place`, and say so; or say what is in the way, which is no error.
-
-    The first process of a machine does it. Of two at once, the first one to end has done it.
-    """
+    The first process of a machine does it. Of two at once, the first one to end has done it."""
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     if (wanted == "auto" and size < _LEAST) or int(os.environ.get("LOCAL_RANK", "0")):
         return

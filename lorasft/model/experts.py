@@ -35,9 +35,7 @@ functional.quantize_4bit(torch.zeros(BLOCK), **NF4)
 
 def find_experts(model: nn.Module) -> list[tuple[Any, dict[str, Tensor]]]:
     """The modules of experts behind transformers' interface, each with its stacks by name, if all can be packed.
-
-    Not where an expert ends in a norm (Muse Spark), which is not computed here, or a scale would be of two experts.
-    """
+    Not where an expert ends in a norm (Muse Spark), which is not computed here, or a scale would be of two experts."""
     modules: list[Any] = [module for module in model.modules() if hasattr(module, "is_concatenated")]
     found = [(one, {name: getattr(one, name) for name in _STACKS if hasattr(one, name)}) for one in modules]
     odd = any(stack[0].numel() % BLOCK for _, stacks in found for stack in stacks.values())

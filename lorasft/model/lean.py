@@ -27,9 +27,7 @@ _APART = 1e-5  # of each row, relative: more than rounding does in fp32
 
 def use_lean_layers(causal: nn.Module) -> list[nn.Module]:
     """Give modules of `causal`, with or without numbers, the lean forward that computes the same.
-
-    What trains, has hooks or is called by segment is left alone. Returns them; without `forward` each is as before.
-    """
+    What trains, has hooks or is called by segment is left alone. Returns them; without `forward` each is as before."""
     found = [(one, lean) for one in causal.modules() if not isinstance(one.forward, partial) and (lean := _find(one))]
     for module, lean in found:
         module.forward = MethodType(lean, module)
@@ -163,8 +161,7 @@ class GatedProduct(torch.autograd.Function):
 
 def _find_rotary(forward: FunctionType) -> partial[Any] | None:
     """q cos + rotate_half(q) sin, and k alike, by the function of the module's file, which others go on using: here
-    the module's own forward gets a copy of the names of its file, in which the function is the lean one.
-    """
+    the module's own forward gets a copy of the names of its file, in which the function is the lean one."""
     own, names = forward.__globals__[_ROTARY], dict(forward.__globals__)
     lean = names[_ROTARY] = partial(_rotate, own)
     turns = {"cos": _numbers(2, 5, 8), "sin": _numbers(2, 5, 8).flip(0)}

@@ -114,24 +114,21 @@ class FrozenWeights:
         if len(self._buffer) < size:
             self._buffer = torch.empty(size, dtype=state.dtype, device=packed.device)
         out = self._buffer[:size].view(state.shape)
-        if not packed.is_meta:
-            _dequantize_by_blocks(packed, state, out)
+        if packed.is_meta:
+            return out
+        # On a CPU bitsandbytes has no way to write into given memory.
+        absmax = state.absmax
+        if state.nested:
+            absmax = bnb.functional.dequantize_blockwise(absmax, state.state2) + state.offset
+        size, columns = state.blocksize, out.shape[1]  # columns are whole blocks of constants: load_base sees to it
+        codes, rows = packed.view(torch.uint8).flatten(), max(1, _BLOCK_ELEMENTS // columns)
+        for start in range(0, len(out), rows):
+            block = out[start : start + rows]
+            first, end = start * columns, start * columns + block.numel()
+            kind = (state.code, size, state.quant_type, out.dtype)
+            part = bnb.functional.QuantState(absmax[first // size : end // size], block.shape, *kind)
+            block.copy_(bnb.functional.dequantize_4bit(codes[first // 2 : end // 2].unsqueeze(1), part))
         return out
-
-
-def _dequantize_by_blocks(packed: Tensor, state: Any, out: Tensor) -> None:
-    """bitsandbytes' own values in `out`: on a CPU it has no way to write into given memory."""
-    absmax = state.absmax
-    if state.nested:
-        absmax = bnb.functional.dequantize_blockwise(absmax, state.state2) + state.offset
-    size, columns = state.blocksize, out.shape[1]  # columns are whole blocks of constants: load_base sees to it
-    codes, rows = packed.view(torch.uint8).flatten(), max(1, _BLOCK_ELEMENTS // columns)
-    for start in range(0, len(out), rows):
-        block = out[start : start + rows]
-        first, end = start * columns, start * columns + block.numel()
-        kind = (state.code, size, state.quant_type, out.dtype)
-        part = bnb.functional.QuantState(absmax[first // size : end // size], block.shape, *kind)
-        block.copy_(bnb.functional.dequantize_4bit(codes[first // 2 : end // 2].unsqueeze(1), part))
 
 
 class Inputs:

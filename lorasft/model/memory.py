@@ -170,8 +170,7 @@ def _shapes_alone() -> Iterator[None]:
 
 def heaviest_batch(network: Network, *, longest: int, capacity: int, supervised: float = 1.0) -> MicroBatch:
     """A micro-batch that none of a run exceeds: full, of sequences as long as `longest` tokens, the end of each
-    supervised, or all.
-    """
+    supervised, or all."""
     capacity = max(longest, capacity if network.segments else 1)
     lengths = [*[longest] * (capacity // longest), capacity % longest]
     vocabulary = network.causal.config.get_text_config().vocab_size

@@ -48,8 +48,7 @@ def list_stored(files: Sequence[TensorFile]) -> dict[str, StoredWeight]:
     """The weights of a checkpoint by their names in 16 bits. Raises ModelError for one whose scales are not known."""
     places = {name: file for file in files for name in file.specs}
     found = _find_4bit(places) or _find_scaled(places)
-    parts = {part for weight in found.values() for part in weight.parts}
-    for name in places.keys() - parts:
+    for name in places.keys() - {part for weight in found.values() for part in weight.parts}:
         found[name] = StoredWeight(places[name].specs[name], {name: places[name]})
         if found[name].spec.dtype.startswith(("F8", "F4")):
             what = f"{name} is {found[name].spec.dtype}, and its scales are not known"
@@ -134,9 +133,7 @@ def nf4_view(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def read_as_nf4(weights: Mapping[str, StoredWeight], dtype: torch.dtype, name: str, *, transposed: bool) -> Tensor:
     """The weight `name` as a 4-bit run saw it that joined `weights`, one below the other, to one.
-
-    `transposed`: the run turned it before, as it is stored (in, out).
-    """
+    `transposed`: the run turned it before, as it is stored (in, out)."""
     whole = torch.cat([weight.read() for weight in weights.values()])
     whole = nf4_view(whole.mT, dtype).mT if transposed else nf4_view(whole, dtype)
     heights = [weight.spec.shape[0] for weight in weights.values()]

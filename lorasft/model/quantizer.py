@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from bitsandbytes.functional import get_4bit_type
 from torch import Tensor
 from torch.library import Library
 
@@ -19,11 +20,7 @@ _PART = 7 << 12  # numbers in hand at a time: whole blocks of any size, and too 
 
 def install_quantizer() -> Library | None:
     """Put this quantizer in the place of bitsandbytes' own on CPUs, for as long as what is returned is kept.
-
-    None where a probe does not get the same bits, or where bitsandbytes has a kernel for CPUs by then.
-    """
-    from bitsandbytes.functional import get_4bit_type
-
+    None where a probe does not get the same bits, or where bitsandbytes has a kernel for CPUs by then."""
     code = get_4bit_type("nf4", device="cpu")
     bounds = (code[:-1] + code[1:]) / 2
     edges = torch.arange(1 << (23 - _SHIFT)) / (1 << (22 - _SHIFT)) - 1
@@ -40,14 +37,12 @@ def install_quantizer() -> Library | None:
     wanted = torch.ops.bitsandbytes.quantize_4bit.default(probe, 64, "nf4", torch.uint8)
     if not all(map(torch.equal, wanted, _quantize(probe, 64, below=below, bound=bound))):
         return None
-    library = Library("bitsandbytes", "IMPL")  # type: ignore[no-untyped-call]
+    library: Any = Library("bitsandbytes", "IMPL")  # type: ignore[no-untyped-call]
     try:
-        library.impl(  # type: ignore[no-untyped-call]
-            "quantize_4bit", quantize, "CPU", with_keyset=True, allow_override=False
-        )
+        library.impl("quantize_4bit", quantize, "CPU", with_keyset=True, allow_override=False)
     except RuntimeError:
         return None
-    return library
+    return library  # type: ignore[no-any-return]
 
 
 def _quantize(flat: Tensor, size: int, *, below: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:

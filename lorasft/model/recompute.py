@@ -31,10 +31,8 @@ def recomputed_layers(causal: Any) -> int:
 
 
 def recompute(causal: Any, count: int) -> None:
-    """Let exactly the first `count` decoder layers recompute their activations; 0: none.
-
-    By the layers' own attributes: the model's method has two names, and gives the embeddings gradients without a use.
-    """
+    """Let exactly the first `count` decoder layers recompute their activations; 0: none. By the layers' own attributes:
+    the model's method has two names, and gives the embeddings gradients without a use."""
     row = partial(patch.object, causal, "row", create=True)  # may be another when the backward pass comes to a layer
     run = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), row(getattr(causal, "row", ()))))
     for index, layer in enumerate(decoder_layers(causal)):

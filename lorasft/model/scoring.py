@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,17 +53,10 @@ def score_batches(
     The model is put back into the mode that it was in.
     """
     room = capacity if network.segments else 1
+    cut = partial(make_micro_batches, sequences, capacity=room, processes=share.count, share=network.share)
     with evaluating(network.causal):
         for start in range(0, len(examples), _GROUP):
-            group = examples[start : start + _GROUP]
-            batches = make_micro_batches(
-                sequences,
-                group,
-                capacity=room,
-                processes=share.count,
-                share=network.share,
-                rope_switch_length=network.rope_switch_length,
-            )
+            batches = cut(examples[start : start + _GROUP], rope_switch_length=network.rope_switch_length)
             for batch in assign(batches, share):
                 with torch.no_grad(), explain(batch):
                     losses = pair_losses(network, batch)
@@ -175,15 +169,12 @@ def generate(
     length = max(map(len, prompts))
     positions = getattr(causal.config.get_text_config(), "max_position_embeddings", None) or length + max_new_tokens
     if length >= positions:
-        what = f"the prompt has {length} tokens, the model {positions} positions"
-        raise DataError(what, hint="a shorter prompt")
+        raise DataError(f"the prompt has {length} tokens, the model {positions} positions", hint="a shorter prompt")
     stops = sorted({*stops, *list_stops(causal.generation_config.eos_token_id)})
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p} if temperature > 0 else {}
     config = GenerationConfig(
+        **sampling,
         max_new_tokens=min(max_new_tokens, positions - length),
-        do_sample=temperature > 0,
-        temperature=temperature or 1.0,
-        top_k=0 if temperature > 0 else 50,
-        top_p=top_p,
         eos_token_id=stops or None,
         pad_token_id=stops[0] if stops else 0,
         use_cache=True,

@@ -35,12 +35,10 @@ _KERNEL = 2e-2  # and, as a share of their norm, outputs and gradients of attent
 def verify(causal: Any, *, segments: bool = True) -> Network:
     """Probe `causal` and leave it under the attention that its losses will be computed with; without `segments`,
     sequences go alone from the start."""
-    training = causal.training
-    causal.eval()
-    causal.set_attn_implementation(default_attention(causal.config))
+    own = default_attention(causal.config)
     switch = _rope_switch_length(causal.config.get_text_config())
     network = Network(causal, head=None, segments=False, rope_switch_length=switch)
-    with torch.no_grad():
+    with evaluating(causal, own), torch.no_grad():
         alone = torch.cat([pair_losses(network, _row(sequence)) for sequence in _branches(1, network)])
         for way in _ways(network) if segments else ():
             reason = _reason(partial(_find_leak, way, alone))
@@ -60,7 +58,7 @@ def verify(causal: Any, *, segments: bool = True) -> Network:
         network = _choose(replace(network, lean=bool(found)), network, alone, what)
         for module in () if network.lean else found:
             del module.forward
-    causal.train(training)
+    causal.set_attn_implementation(SEGMENTS if network.segments else own)
     return network
 
 

@@ -60,13 +60,22 @@ def shard_base(causal: Any, files: Files, mesh: DeviceMesh) -> None:
     process in `mesh`. Raises ModelError for a model whose layers are not known."""
     layers, device = decoder_layers(causal), causal.device
     paths = {one: path.replace(".base_layer", "") for path, one in causal.named_modules()}
-    whole, tables = set(causal.parameters()), vocabulary_tables(causal)
+    tables = vocabulary_tables(causal)
     tied = tables[0].weight is tables[1].weight
     if not layers:
         raise ModelError("its layers are not known: one base cannot lie over several processes", where="machine.shard")
-    # After each use everywhere, also by the head, which is no part of the backbone: a state_dict lets go as well, and
-    # processes that hold other things would gather other things.
-    split = partial(fully_shard, mesh=mesh, reshard_after_forward=True)
+
+    def split(module: Any, parts: list[nn.Parameter]) -> None:
+        # After each use everywhere, also by the head, which is no part of the backbone: a state_dict lets go as well,
+        # and processes that hold other things would gather other things.
+        ignored = {*module.parameters()} - {*parts}
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
+
+    for table in tables[: 1 if tied else 2]:
+        split(table, [table.weight])
+    causal.head_holder = tables[0 if tied else -1]
+    if tied:
+        tables[-1].weight, tables[-1].forward = tables[0].weight, partial(_project, causal)
     for layer in layers:
         found: list[nn.Parameter] = []
         for module in layer.modules():
@@ -74,15 +83,9 @@ def shard_base(causal: Any, files: Files, mesh: DeviceMesh) -> None:
                 found += _fill_linear(module, paths[module], files, device)
                 module.forward = partial(_forward, causal.frozen_weights, module)
             elif getattr(module, "packed", ()):
-                _fill_experts(module, paths[module], files, device)
-                split(module, ignored_params=whole)
-        split(layer, ignored_params={*layer.parameters()} - {*found})
-    for table in tables[: 1 if tied else 2]:
-        split(table, ignored_params={*table.parameters()} - {table.weight})
-    causal.head_holder = tables[0 if tied else -1]
-    if tied:
-        tables[-1].weight, tables[-1].forward = tables[0].weight, partial(_project, causal)
-    split(causal.base_model, ignored_params={*causal.parameters()}, reshard_after_forward=False)
+                split(module, _fill_experts(module, paths[module], files, device))
+        split(layer, found)
+    split(causal.base_model, [])
 
 
 def open_kept(place: Path) -> Files:
@@ -104,12 +107,14 @@ def _fill_linear(linear: Any, path: str, files: Files, device: torch.device) -> 
     return found
 
 
-def _fill_experts(module: nn.Module, path: str, files: Files, device: torch.device) -> None:
-    ids = {id(part) for parts in packed_parts(module).values() for part in parts}
-    for name, old in [*module.named_parameters(recurse=False)]:
-        if id(old) in ids:
-            full = f"{path}.{name}"
-            setattr(module, name, nn.Parameter(files[full].read(full).to(device), requires_grad=False))
+def _fill_experts(module: nn.Module, path: str, files: Files, device: torch.device) -> list[nn.Parameter]:
+    """Give packed experts their numbers: codes and constants, which are returned."""
+    parts = {id(part) for parts in packed_parts(module).values() for part in parts}
+    names = [name for name, one in module.named_parameters(recurse=False) if id(one) in parts]
+    for name in names:
+        value = files[f"{path}.{name}"].read(f"{path}.{name}").to(device)
+        setattr(module, name, nn.Parameter(value, requires_grad=False))
+    return [getattr(module, name) for name in names]
 
 
 def _forward(weights: Any, linear: Any, x: Tensor) -> Tensor:

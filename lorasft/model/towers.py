@@ -18,8 +18,6 @@ from transformers import AutoModel
 
 from lorasft.model.recompute import only_first
 
-_build = AutoModel.from_config
-
 
 def model_class(config: Any) -> Any:
     """The class of transformers that `config` is loaded and built as; None where it is not a language model's."""
@@ -34,10 +32,10 @@ def _without_towers(whole: type[Any]) -> type[Any]:
     """`whole` under its own name, by which transformers knows its checkpoints; `left_out`: the paths of the towers."""
 
     def build(self: Any, config: Any) -> None:
-        text = config.get_text_config()
+        text, build_whole = config.get_text_config(), AutoModel.from_config
 
         def build_part(config: Any, **options: Any) -> Any:  # a tower may ask for a library of images
-            return _build(config, **options) if config is text else nn.Identity()
+            return build_whole(config, **options) if config is text else nn.Identity()
 
         with patch.object(AutoModel, "from_config", build_part):
             whole.__init__(self, config)

@@ -36,9 +36,7 @@ class Trained:
             self.parameters[name].data = part
         self.master.grad = self.gradient = torch.zeros_like(self.master).detach()
         lora = sum(one.numel() for name, one in self.parameters.items() if ".lora_" in name)
-        self._copy = self.master.detach()[:lora]
-        if dtype != self.master.dtype:
-            self._copy = torch.empty_like(self._copy, dtype=dtype)
+        self._copy = self.master.detach()[:lora].to(dtype)
         self._gradients, copies = self.split(self.gradient), self.split(self._copy)
         for name, one in self.parameters.items():
             one.grad, one.copy = self._gradients[name], copies.get(name)  # type: ignore[attr-defined]
@@ -74,11 +72,12 @@ class Trained:
         return first, min(last, count)
 
     def collect(self) -> None:
-        """Have from the other processes the parts that they updated."""
+        """Have from the other processes the parts that they updated, and make the copies anew."""
         for group in self._groups if self.process[1] > 1 else ():
             for number in range(self.process[1]):
                 start, end = self._bounds(len(group), number)
                 torch.distributed.broadcast(group[start:end], number)
+        self.refresh()
 
     def refresh(self) -> None:
         """Make the copies those of the masters."""

@@ -20,6 +20,8 @@ from lorasft.model.recompute import decoder_layers, layer_kinds
 from lorasft.model.tables import keep_on_host
 from lorasft.recipe import AdapterSettings, ModelSettings
 
+_MOST_TOKENS = 8192  # of a sample: embedding and head are large, and the time of a head grows with them
+
 
 def make_weightless(
     config: Any, settings: ModelSettings, adapter: AdapterSettings, device: torch.device, *, depth: int | None = None
@@ -61,17 +63,6 @@ def plan_network(network: Network, model: Any) -> Network:
     return replace(network, causal=base, head=head, planned=network.runs_on)
 
 
-def _shrink_vocabulary(config: Any, most: int = 8192) -> Any:
-    """`config` with at most so many tokens: embedding and head are large, and the time of a head grows with them."""
-    config = copy.deepcopy(config)
-    for part in (config, config.get_text_config()):
-        for name in ("vocab_size", "vocab_size_per_layer_input"):
-            if getattr(part, name, None):
-                setattr(part, name, min(most, getattr(part, name)))
-        part.pad_token_id = 0  # an embedding refuses one beyond its end, and Gemma 4 to have none
-    return config
-
-
 def make_sample(
     whole: Any, config: Any, settings: ModelSettings, adapter: AdapterSettings, device: torch.device
 ) -> Any:
@@ -82,7 +73,13 @@ def make_sample(
     """
     kinds = layer_kinds(whole.get_base_model())
     depth = 1 + max(map(kinds.index, kinds), default=-1)
-    model = make_weightless(_shrink_vocabulary(config), settings, adapter, device, depth=depth)
+    small = copy.deepcopy(config)
+    for part in (small, small.get_text_config()):
+        for name in ("vocab_size", "vocab_size_per_layer_input"):
+            if getattr(part, name, None):
+                setattr(part, name, min(_MOST_TOKENS, getattr(part, name)))
+        part.pad_token_id = 0  # an embedding refuses one beyond its end, and Gemma 4 to have none
+    model = make_weightless(small, settings, adapter, device, depth=depth)
     base = model.get_base_model()
     layers = decoder_layers(base)
     hand_on = {"forward": lambda _, hidden, *__, **___: hidden}
@@ -111,8 +108,7 @@ def fill(modules: Iterable[tuple[str, nn.Module]], device: torch.device, draw: C
             state = state.state2
         for name, old in [one for one in module.named_parameters(recurse=False) if one[1].is_meta]:
             if id(old) not in made:
-                value = draw(f"{path}.{name}", old)
-                made[id(old)] = new = Tensor._make_subclass(type(old), value, old.requires_grad)
+                made[id(old)] = new = Tensor._make_subclass(type(old), draw(f"{path}.{name}", old), old.requires_grad)
                 vars(new).update(vars(old), _is_hf_initialized=not old.is_floating_point())
             setattr(module, name, made[id(old)])
         if isinstance(module, (nn.Linear, nn.Embedding)):  # else `initialize_weights` draws anew, and into 4-bit codes

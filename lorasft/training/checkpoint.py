@@ -180,9 +180,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def prune_checkpoints(run: Run, state: State) -> None:
     """Delete this run's checkpoints, oldest first, but the newest `run.keep` that verify and the best.
-
-    What does not verify counts for nothing and is left alone, like what is another run's.
-    """
+    What does not verify counts for nothing and is left alone, like what is another run's."""
     own = []  # steps
     for path in list_checkpoints(run.checkpoints):
         with suppress(ModelError):

@@ -53,8 +53,7 @@ def read_inputs(recipe: Recipe, config: Any, folder: Path) -> RunInputs:
     for notice in prepared.report.notices():
         say(notice)
     check_ids([prepared.store.arrays["ids"]], text.vocab_size, where="model.base")
-    plan = make_plan(recipe, prepared.portions)
-    return RunInputs(config, tokenizer, new_rows, prepared, plan, adapter, start)
+    return RunInputs(config, tokenizer, new_rows, prepared, make_plan(recipe, prepared.portions), adapter, start)
 
 
 def read_checked_config(recipe: Recipe) -> Any:

@@ -104,8 +104,7 @@ def start_trackers(recipe: Recipe) -> list[Any]:
 
 def check_trackers(names: tuple[str, ...]) -> None:
     """Raise DeviceError when one of the trackers is not installed."""
-    missing = " ".join(name for name in names if find_spec(name) is None)
-    if missing:
+    if missing := " ".join(name for name in names if find_spec(name) is None):
         raise DeviceError(f"not installed: {missing}", where="run.trackers", hint=f"pip install {missing}")
 
 

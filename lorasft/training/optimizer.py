@@ -40,14 +40,12 @@ def make_optimizer(settings: OptimizerSettings, trained: Trained) -> Any:
         raise RecipeError(what, where="optimizer.name", hint="use adamw, or a smaller adapter")
     rate, decay, ratio = settings.learning_rate, settings.weight_decay, settings.lora_plus
     parts = [(False, trained.master)] if ratio is None else trained.by_rate()
-    ratios = [(part, ratio if ratio and as_b else 1.0) for as_b, part in parts]
-    ratios = [(trained.part(part), own) for part, own in ratios]
+    ratios = [(trained.part(part), ratio if ratio and as_b else 1.0) for as_b, part in parts]
     groups = [{"params": [part], "ratio": own, "lr": rate * own} for part, own in ratios]
     optimizer = kind(groups, lr=rate, betas=settings.betas, weight_decay=decay)
     # Neither kernel says that it writes into what it is given.
     optimizer.register_step_pre_hook(lambda *_: torch.autograd.graph.increment_version(trained.master))
     optimizer.register_step_post_hook(lambda *_: trained.collect())
-    optimizer.register_step_post_hook(lambda *_: trained.refresh())
     return optimizer
 
 
@@ -82,10 +80,9 @@ def restore_optimizer(optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
     for name, value in tensors.items():
         field, dot, number = name.partition(".")
         part: Any = parts.get(dot + number, torch.empty(0))
-        if field in ("exp_avg", "state1") and value.numel() != getattr(
-            part, "of", 0
-        ):  # as torch and bitsandbytes call it
-            raise ValueError(f"moments of {value.numel()} numbers for {getattr(part, 'of', 0)} that are trained")
+        count = getattr(part, "of", 0)
+        if field in ("exp_avg", "state1") and value.numel() != count:  # as torch and bitsandbytes call it
+            raise ValueError(f"moments of {value.numel()} numbers for {count} that are trained")
         if _is_cut(name, value):
             each = -(-part.of // len(value))  # numbers that share one of these
             value = value[part.start // each : -(-(part.start + len(part)) // each)]

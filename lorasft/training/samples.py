@@ -36,12 +36,10 @@ def take_samples(run: Run, state: State, stop: StopRequest) -> None:
     signal comes; the first time as the base, too. What goes wrong here never reaches the run."""
     settings, held_out, step, progress = run.recipe.run, run.inputs.prepared.held_out, state.step, run.metrics.progress
     together = run.ranks.together
-    if settings.sample_every is None or held_out is None or state.evaluation_due:
-        return
-    if not run.ranks.is_main and together.count == 1:
-        return
+    if settings.sample_every is None or held_out is None or state.evaluation_due or step == 0:
+        return  # a person waits for the first step
     every = settings.sample_every * (settings.eval_every or run.plan.steps)
-    if step == 0 or (step % every and step < run.plan.steps):  # a person waits for the first step
+    if (step % every and step < run.plan.steps) or not (run.ranks.is_main or run.ranks.in_step):
         return
     try:
         kept, new = together.on_main(lambda: keep_samples(run.folder, until=step - 1)), list[dict[str, Any]]()
@@ -129,9 +127,7 @@ def average_by_source(sums: NDArray[np.float64], numbers: NDArray[np.int64], nam
 
 def score_trained_rows(run: Run, step: int, names: Sequence[str], stop: StopRequest) -> None:
     """Note the mean losses of some rows that were trained on: after `step` under `names`, and with the last the base's.
-
-    The first process takes a few at once, for a share of the time that the steps took or until a signal comes.
-    """
+    The first process takes a few at once, for a share of the time that the steps took or until a signal comes."""
     plan, passes = run.plan, [(names, step), (["base"], 0)][: 1 + ("last" in names)]
     if not run.ranks.is_main or run.ranks.in_step:  # the others would have to know what there is time for
         return
