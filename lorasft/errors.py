@@ -17,6 +17,9 @@ class LorasftError(Exception):
     exit_code = 1
     labels = ("error: ", "where: ", "hint: ")
 
+    def __init_subclass__(cls, *, exit_code: int | None = None) -> None:
+        cls.exit_code = exit_code or cls.exit_code
+
     def __init__(self, what: str, *, where: object = None, hint: str | None = None) -> None:
         """`where`: a path, the place of a row, a key, or whatever else names it as text."""
         super().__init__(what)
@@ -31,46 +34,32 @@ class LorasftError(Exception):
         return "\n".join(f"{label}{redact(harmless(text))}".replace("\n", "\n  ") for label, text in parts if text)
 
 
-class RecipeError(LorasftError):
+class RecipeError(LorasftError, exit_code=2):
     """The command line, the recipe or the run folder."""
 
-    exit_code = 2
 
-
-class DataError(LorasftError):
+class DataError(LorasftError, exit_code=3):
     """A row, a file or a column of the data."""
 
-    exit_code = 3
 
-
-class ModelError(LorasftError):
+class ModelError(LorasftError, exit_code=4):
     """The files of a model, tokenizer, template, adapter or checkpoint."""
 
-    exit_code = 4
 
-
-class DeviceError(LorasftError):
+class DeviceError(LorasftError, exit_code=5):
     """The device, a driver or a library of this machine."""
 
-    exit_code = 5
 
-
-class CapacityError(LorasftError):
+class CapacityError(LorasftError, exit_code=6):
     """Out of memory or disk."""
 
-    exit_code = 6
 
-
-class DivergedError(LorasftError):
+class DivergedError(LorasftError, exit_code=7):
     """A loss, gradient or log-probability that is not finite, or nothing trained."""
 
-    exit_code = 7
 
-
-class UnsafeError(LorasftError):
+class UnsafeError(LorasftError, exit_code=8):
     """Refused for safety."""
-
-    exit_code = 8
 
 
 class Stopped(LorasftError):

@@ -27,17 +27,15 @@ import lorasft.model  # noqa: F401  which sets up the libraries
 from lorasft.data.packing import Plan, Share, assign
 from lorasft.data.store import all_supervised
 from lorasft.model.adapter import attach_adapter
-from lorasft.model.base import find_kept
 from lorasft.model.loss import weighted_loss
 from lorasft.model.memory import static_bytes
 from lorasft.model.recompute import decoder_layers
 from lorasft.model.selfcheck import verify
-from lorasft.model.shard import open_kept, shard_base
+from lorasft.model.shard import keep_whole, load_around, shard_base
 from lorasft.model.trained import Trained
 from lorasft.model.weightless import make_weightless
 from lorasft.recipe import AdapterSettings, ModelSettings
 from lorasft.training.distributed import Ranks, join
-from lorasft.training.run import _load_kept
 
 CPU = torch.device("cpu")
 SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
@@ -126,10 +124,10 @@ def main(ranks: Ranks) -> None:
     settings = ModelSettings(base=str(folder), dtype="float32")
     ranks.shard = ranks.count
     with watch_peak() as memory:
-        base = _load_kept(ranks, settings, CPU, keep=True)
-        model = attach_adapter(base, ADAPTER, seed=0)
+        ranks.on_main(lambda: keep_whole(settings))
+        model = attach_adapter(load_around(settings, CPU), ADAPTER, seed=0)
         causal = model.get_base_model()
-        shard_base(causal, open_kept(find_kept(settings, causal.config, CPU)), ranks.mesh(CPU))
+        shard_base(causal, settings, ranks.mesh(CPU))
     network = verify(causal)
     weightless = make_weightless(causal.config, settings, ADAPTER, CPU)
     planned = static_bytes(weightless, "adamw", shard=ranks.shard)

@@ -35,6 +35,7 @@ from lorasft.model.experts import _dequantize
 from lorasft.model.loss import weighted_loss
 from lorasft.model.recompute import recompute
 from lorasft.model.selfcheck import verify
+from lorasft.model.shard import keep_whole, load_around, shard_base
 from lorasft.recipe import AdapterSettings, ModelSettings
 from lorasft.signals import StopRequest
 from lorasft.training import checkpoint, layout, loop, samples
@@ -73,10 +74,9 @@ def replace_quantization(base: Path) -> ModelSettings:
 
 def sharded_model(base: Path, ranks: Ranks) -> Any:
     """As a run loads it that lies over `ranks.shard` processes."""
-    model = runs._load_kept(ranks, settings_of(base), CPU, keep="auto")
-    model = attach_adapter(model, ADAPTER, seed=0)
-    files = runs.open_kept(runs.find_kept(settings_of(base), model.config, CPU))
-    runs.shard_base(model.get_base_model(), files, ranks.mesh(CPU))
+    ranks.on_main(lambda: keep_whole(settings_of(base)))
+    model = attach_adapter(load_around(settings_of(base), CPU), ADAPTER, seed=0)
+    shard_base(model.get_base_model(), settings_of(base), ranks.mesh(CPU))
     randomize_adapter(model)
     return model
 

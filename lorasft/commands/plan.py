@@ -15,9 +15,7 @@ from lorasft.terminal import say, size_text
 def add_arguments(parser: ArgumentParser) -> None:
     add_recipe(parser)
     parser.add_argument("--memory", type=parse_bytes, metavar="SIZE", help="8GiB, 24GB, ... (default: what is free)")
-    parser.add_argument(
-        "--cards", type=int, default=1, metavar="N", help="how many, each with that memory (default: 1)"
-    )
+    parser.add_argument("--cards", type=int, default=1, metavar="N", help="each with that memory (default: 1)")
     add_json(parser, "the plan")
 
 

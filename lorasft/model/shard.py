@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
@@ -22,7 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from lorasft.errors import ModelError
-from lorasft.model.base import make_stops, patch_linear4bit
+from lorasft.model.base import find_kept, load_base, make_stops, patch_linear4bit, read_config
+from lorasft.model.cache import read_kept
 from lorasft.model.experts import packed_parts
 from lorasft.model.loss import whole_head
 from lorasft.model.recompute import decoder_layers
@@ -31,12 +31,20 @@ from lorasft.model.weightless import fill, make_skeleton_4bit
 from lorasft.recipe import ModelSettings
 from lorasft.tensors import TensorFile, find_weights, open_tensors
 
+_CPU = torch.device("cpu")
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
 Files = Mapping[str, TensorFile]  # of a kept base, by the names of tensors
 
 
-def load_around(config: Any, settings: ModelSettings, files: Files, device: torch.device) -> Any:
-    """The base of `config`, kept in `files`, on `device`; but what is in 4 bit has shapes alone, and no memory."""
+def keep_whole(settings: ModelSettings) -> None:
+    """Have the base kept in 4 bit on this machine, of which one process calls this. It is quantized on the CPU."""
+    if read_kept(find_kept(settings, read_config(settings.base, settings.revision), _CPU), str) is None:
+        load_base(settings, _CPU, keep=True)
+
+
+def load_around(settings: ModelSettings, device: torch.device) -> Any:
+    """The base that is kept in 4 bit, on `device`; but what is in 4 bit has shapes alone, and no memory."""
+    config, files = read_config(settings.base, settings.revision), open_kept(settings)
     base = make_skeleton_4bit(config, settings, device)
     packed = {id(part) for module in base.modules() for parts in packed_parts(module).values() for part in parts}
 
@@ -55,10 +63,10 @@ def load_around(config: Any, settings: ModelSettings, files: Files, device: torc
     return base.eval()
 
 
-def shard_base(causal: Any, files: Files, mesh: DeviceMesh) -> None:
+def shard_base(causal: Any, settings: ModelSettings, mesh: DeviceMesh) -> None:
     """Fill what is in 4 bit in a model of `load_around`, with its adapter, layer by layer, and keep the parts of this
     process in `mesh`. Raises ModelError for a model whose layers are not known."""
-    layers, device = decoder_layers(causal), causal.device
+    layers, device, files = decoder_layers(causal), causal.device, open_kept(settings)
     paths = {one: path.replace(".base_layer", "") for path, one in causal.named_modules()}
     tables = vocabulary_tables(causal)
     tied = tables[0].weight is tables[1].weight
@@ -88,8 +96,9 @@ def shard_base(causal: Any, files: Files, mesh: DeviceMesh) -> None:
     split(causal.base_model, [])
 
 
-def open_kept(place: Path) -> Files:
-    """The tensors of a kept base."""
+def open_kept(settings: ModelSettings) -> Files:
+    """The tensors of the base that is kept in 4 bit."""
+    place = find_kept(settings, read_config(settings.base, settings.revision), _CPU)
     return {name: file for file in map(open_tensors, find_weights(place)) for name in file.specs}
 
 

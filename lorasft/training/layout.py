@@ -69,7 +69,6 @@ def choose_layout(
     optimizer. `weightless`: the model without numbers; `moments`: bytes of the optimizer's state, of which each process
     may have a part where all does not fit.
     """
-    given = spare
     machine, rows, kept = recipe.machine, inputs.prepared.train, inputs.saved.layout if inputs.saved else None
     own = machine.attention in ("eager", "sdpa")
     network = verify(model.get_base_model(), segments=kept.segments if kept else not own)
@@ -101,15 +100,14 @@ def choose_layout(
             break
     if not fit.holds and moments >= _LEAST_CUT * plan.processes:
         spare += moments - moments // plan.processes
-        fit = choose_fit(planned, plan, rows, wanted=wanted, most=most, spare=spare)
+        fit = replace(choose_fit(planned, plan, rows, wanted=wanted, most=most, spare=spare), cut=True)
     apart = network.mixer or network.told or network.rope_switch_length or not network.segments
     wanted_spread = not fit.holds if machine.spread_rows == "auto" else machine.spread_rows
     if wanted_spread and plan.processes > 1 and not apart:
         longest = int(example_lengths(rows).max())
         tokens = plan.micro_batch_tokens if machine.spread_rows is True else math.ceil(longest / plan.processes)
         plan = replace(fit.plan, micro_batch_tokens=tokens, spread=True)
-        fit = choose_fit(planned, plan, rows, wanted=wanted, most=None, spare=spare)
-    fit = replace(fit, cut=fit.spare > given)
+        fit = replace(choose_fit(planned, plan, rows, wanted=wanted, most=None, spare=spare), cut=fit.cut)
     fit = choose_copies(planned, fit, kept.keep_16bit if kept and machine.keep_16bit == "auto" else machine.keep_16bit)
     recompute(network.causal, fit.recomputed)
     network.causal.frozen_weights.forget(fit.keep)

@@ -63,9 +63,8 @@ def optimizer_state(optimizer: Any) -> dict[str, Tensor]:
 def join_states(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The state of all that is trained from those of parts of it, in their order."""
     first = states[0]
-    return {
-        name: torch.cat([one[name] for one in states]) if _is_cut(name, first[name]) else first[name] for name in first
-    }
+    parts = [name for name, value in first.items() if _is_cut(name, value)]
+    return first | {name: torch.cat([one[name] for one in states]) for name in parts}
 
 
 def _is_cut(name: str, value: Tensor) -> bool:

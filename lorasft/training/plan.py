@@ -185,16 +185,16 @@ def find_suggestions(
         changes.append([f"adapter.rank={1 << power}" for power in reversed(range(rank.bit_length()))])
     changes.append([f"data.max_length={max(8, int(length))}" for length in np.quantile(lengths, _SHARES)])
 
-    def fits(word: str) -> bool:
-        changed = change_recipe({name: getattr(recipe, name) for name in Recipe.model_fields}, [word])
-        if changed == recipe:
+    def fits(word: str, cards: int = inputs.plan.processes) -> bool:
+        words = [word] if word else []
+        changed = change_recipe({name: getattr(recipe, name) for name in Recipe.model_fields}, words)
+        if word and changed == recipe:
             return False
         adapter = inputs.adapter if start else changed.adapter
         model = make_weightless(inputs.config, changed.model, adapter, network.runs_on)
         keep_on_host(model.get_base_model(), network.runs_on, card=card)
-        cards = inputs.plan.processes
         shard = choose_shard(changed, inputs, model, network.runs_on, count=cards, local=cards, free=memory)
-        return least_bytes(changed, network, model, longest=int(lengths.max()), shard=shard) <= memory
+        return least_bytes(changed, network, model, longest=int(lengths.max()), cards=cards, shard=shard) <= memory
 
     for word in filter(None, (next(filter(fits, words), None) for words in changes)):
         key, _, value = word.partition("=")
@@ -204,14 +204,18 @@ def find_suggestions(
             many = recipe.data.overlong == "drop" and longer > recipe.data.max_dropped * len(lengths)
             text += f"{' data.overlong=truncate' * many} ({longer:,} of {len(lengths):,} rows are longer)"
         yield text
+    more = [many * inputs.plan.processes for many in (2, 4, 8)] if inputs.plan.processes > 1 else []
+    yield from islice((f"--cards {cards}" for cards in more if fits("", cards)), 1)
 
 
-def least_bytes(recipe: Recipe, network: Network, model: Any, *, longest: int, shard: int = 1) -> int:
+def least_bytes(recipe: Recipe, network: Network, model: Any, *, longest: int, cards: int = 1, shard: int = 1) -> int:
     """The memory beside driver and libraries that `recipe` needs on rows of at most `longest` tokens, in the leanest
-    layout that it allows. `model`: its PEFT model without numbers, of the kind that `network` was verified on."""
+    layout that it allows on each of `cards`, `shard` of which hold one base. `model`: its PEFT model without numbers,
+    of the kind that `network` was verified on."""
     static, machine = static_bytes(model, recipe.optimizer.name, shard=shard), recipe.machine
     planned = plan_network(network, model)
-    longest = min(longest, recipe.data.max_length)
+    static["optimizer"] //= cards if shard > 1 else 1
+    longest = math.ceil(min(longest, recipe.data.max_length) / (cards if machine.spread_rows is not False else 1))
     tokens = longest if machine.micro_batch_tokens == "auto" else machine.micro_batch_tokens
     batch = heaviest_batch(planned, longest=longest, capacity=tokens)
     layers = 0 if machine.activation_checkpointing is False else len(decoder_layers(planned.causal))

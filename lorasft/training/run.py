@@ -36,19 +36,10 @@ from lorasft.errors import DivergedError
 from lorasft.files import replace_file, staged_folder, verify_folder, write_file
 from lorasft.machine import free_memory
 from lorasft.model.adapter import attach_adapter, load_adapter, write_adapter
-from lorasft.model.base import (
-    check_files,
-    compute_dtype,
-    copy_base,
-    find_kept,
-    load_base,
-    patch_linear4bit,
-    read_config,
-    read_generation,
-)
-from lorasft.model.cache import Keep, read_kept
+from lorasft.model.base import check_files, compute_dtype, copy_base, load_base, patch_linear4bit, read_generation
+from lorasft.model.cache import Keep
 from lorasft.model.memory import static_bytes
-from lorasft.model.shard import load_around, open_kept, shard_base
+from lorasft.model.shard import keep_whole, load_around, shard_base
 from lorasft.model.trained import Trained
 from lorasft.model.weightless import make_weightless
 from lorasft.recipe import ModelSettings, Recipe
@@ -66,7 +57,6 @@ from lorasft.training.optimizer import make_optimizer
 from lorasft.training.samples import keep_samples, open_ledger, score_trained_rows
 from lorasft.training.state import Run, RunInputs, State
 
-_CPU = torch.device("cpu")
 _REHEARSED = {"cuda"}  # devices whose operations take work space of their own, which no prediction sees
 
 
@@ -131,22 +121,24 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks, shared: Shared | None
         weightless = make_weightless(inputs.config, settings, inputs.adapter, device)
         patch_linear4bit(weightless, device)  # refused before weights are read
     # All processes must decide in the same way.
-    free, local = (
-        min(ranks.gather(one)) for one in (free_memory(device), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    )
+    free = min(ranks.gather(free_memory(device)))
+    local = min(ranks.gather(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     with ranks.sync_errors():
-        sizes = {"count": ranks.count, "local": local, "free": free}
-        ranks.shard = choose_shard(recipe, inputs, weightless, device, **sizes)
+        ranks.shard = choose_shard(recipe, inputs, weightless, device, count=ranks.count, local=local, free=free)
         load = partial(shared.load, own_rows=bool(inputs.new_rows or inputs.start)) if shared else load_base
         if ranks.shard > 1:
-            load = partial(_load_kept, ranks)
-        base = load(settings, device, keep=recipe.machine.cache_base)
+            with ranks.sync_errors():  # the others wait
+                if os.environ.get("LOCAL_RANK", "0") == "0":
+                    keep_whole(settings)
+            base = load_around(settings, device)
+        else:
+            base = load(settings, device, keep=recipe.machine.cache_base)
         if inputs.start:
             model = load_adapter(base, inputs.start, trainable=True)
         else:
             model = attach_adapter(base, recipe.adapter, seed=recipe.train.seed, new_rows=inputs.new_rows)
         if ranks.shard > 1:
-            shard_base(model.get_base_model(), open_kept(find_kept(settings, inputs.config, _CPU)), ranks.mesh(device))
+            shard_base(model.get_base_model(), settings, ranks.mesh(device))
     static = static_bytes(weightless, recipe.optimizer.name, shard=ranks.shard)
     spare = free_memory(device) - sum(static[kind] for kind in ("gradients", "optimizer", "16-bit copies", "gathered"))
     spare = min(ranks.gather(spare))
@@ -182,16 +174,6 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks, shared: Shared | None
             save(run, state)
             write_start(run, state)
     return run, state
-
-
-def _load_kept(ranks: Ranks, settings: ModelSettings, device: torch.device, *, keep: Keep) -> Any:
-    """The base as one that lies over several processes begins: kept in 4 bit, by the first of each machine."""
-    config = read_config(settings.base, settings.revision)
-    place = find_kept(settings, config, _CPU)
-    with ranks.sync_errors():
-        if os.environ.get("LOCAL_RANK", "0") == "0" and read_kept(place, str) is None:
-            load_base(settings, _CPU, keep=True)
-    return load_around(config, settings, open_kept(place), device)
 
 
 def run_heaviest_batch(run: Run, fit: Fit, static: dict[str, int]) -> None:

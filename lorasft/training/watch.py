@@ -44,7 +44,8 @@ def meet_store(index: int) -> Store:
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     server = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_SILENCE))
-    store: Store = PrefixStore(f"lorasft {os.environ.get('TORCHELASTIC_RUN_ID', '')}", server)
+    attempt = [os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT")]
+    store: Store = PrefixStore(f"lorasft {attempt}", server)
     beat(store, index)
     return store
 
@@ -87,8 +88,9 @@ class Watch(threading.Thread):
             return
         lost = self._lost()
         if lost and machine is None:
-            names = [f"rank {rank} (process {self.places[rank][1]})" if rank >= 0 else "the launcher" for rank in lost]
-            words = f"{' and '.join(sorted(names))} of {len(self.places)} was lost"
+            ranks = [f"rank {rank} (process {self.places[rank][1]})" for rank in sorted(lost - {-1})]
+            names = [*["the launcher"] * (-1 in lost), *(f"{name} of {len(self.places)}" for name in ranks)]
+            words = f"{' and '.join(names)} was lost"
         if self.index == min(self._own - lost) and machine != self._machine:  # the first that is left speaks
             hint = "its own last words or the system's log (out of memory?) say why; continue with --resume"
             say(f"{machine}: {words}" if machine else DeviceError(words, hint=hint))
