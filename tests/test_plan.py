@@ -242,3 +242,27 @@ def test_an_adapter_to_begin_from_brings_its_sizes(recipe: Write, base: Path, tm
     write_adapter(model, tmp_path / "start", base=settings)
     begun = load_recipe(recipe()).model_copy(update={"adapter": AdapterSettings(start=str(tmp_path / "start"))})
     assert plan_run(begun, memory=None)["bytes"]["adapter"] == count_bytes(model)["adapter"]
+
+
+def test_several_cards_hold_one_base_where_it_does_not_fit_one(recipe: Write, cli: Command) -> None:
+    path = recipe(adapter={"rank": 1}, machine={"share_prefixes": False})
+    alone = plan_run(load_recipe(path), memory=None)
+    both = plan_run(load_recipe(path, ["machine.shard=all"]), memory=None, cards=2)
+    assert (alone["shard"], both["shard"]) == (1, 2) and alone["bytes"]["gathered"] == 0 < both["bytes"]["gathered"]
+    assert both["bytes"]["4-bit weights"] < 0.8 * alone["bytes"]["4-bit weights"]
+    assert both["bytes"]["adapter"] == alone["bytes"]["adapter"]
+    roomy = plan_run(load_recipe(path), memory=4 << 30, cards=2)
+    held = alone["peak"] - alone["bytes"]["activations"] - alone["bytes"]["transient"]
+    tight = plan_run(load_recipe(path), memory=held + (1 << 29) + 1000, cards=2)  # with what a driver takes
+    assert (roomy["shard"], roomy["cards"], tight["shard"]) == (1, 2, 2)
+    for words, code in (
+        (("--cards", "0"), 2),
+        (("--cards", "-1"), 2),
+        (("machine.shard=2",), 2),
+        (("--cards", "3", "machine.shard=2"), 2),
+        (("--cards", "2", "machine.shard=2", "adapter.dora=true"), 2),
+        (("--cards", "2", "machine.shard=2"), 0),
+    ):
+        done = cli("plan", path, *words)
+        assert done.code == code and "Traceback" not in done.err, (words, done)
+    assert "all hold one base together" in done.out

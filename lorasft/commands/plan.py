@@ -7,7 +7,7 @@ from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lorasft.commands.arguments import add_json, add_recipe, fill_in, parse_bytes, read_recipe, show
+from lorasft.commands.arguments import add_json, add_recipe, fill_in, parse_bytes, read_recipe, show, whole_number
 from lorasft.errors import CapacityError
 from lorasft.terminal import say, size_text
 
@@ -15,7 +15,7 @@ from lorasft.terminal import say, size_text
 def add_arguments(parser: ArgumentParser) -> None:
     add_recipe(parser)
     parser.add_argument("--memory", type=parse_bytes, metavar="SIZE", help="8GiB, 24GB, ... (default: what is free)")
-    parser.add_argument("--cards", type=int, default=1, metavar="N", help="each with that memory (default: 1)")
+    parser.add_argument("--cards", type=whole_number, default=1, metavar="N", help="each with that memory (default: 1)")
     add_json(parser, "the plan")
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lorasft.errors import ModelError
 from lorasft.model.base import find_kept, load_base, make_stops, patch_linear4bit, read_config
@@ -84,16 +84,15 @@ def shard_base(causal: Any, settings: ModelSettings, mesh: DeviceMesh) -> None:
     causal.head_holder = tables[0 if tied else -1]
     if tied:
         tables[-1].weight, tables[-1].forward = tables[0].weight, partial(_project, causal)
-    for layer in layers:
+    for layer in (*layers, causal.base_model):  # the last time what is around them
         found: list[nn.Parameter] = []
         for module in layer.modules():
-            if isinstance(module, bnb.nn.Linear4bit):
+            if isinstance(module, bnb.nn.Linear4bit) and not hasattr(module, "nested_absmax"):
                 found += _fill_linear(module, paths[module], files, device)
                 module.forward = partial(_forward, causal.frozen_weights, module)
-            elif getattr(module, "packed", ()):
+            elif getattr(module, "packed", ()) and not isinstance(module, FSDPModule):
                 split(module, _fill_experts(module, paths[module], files, device))
         split(layer, found)
-    split(causal.base_model, [])
 
 
 def open_kept(settings: ModelSettings) -> Files:

@@ -129,10 +129,11 @@ def choose_shard(
         "adapter.dora": recipe.adapter.dora,
         f"{count} processes": wanted != "auto" and count % wanted > 0,
     }
-    for what in (what for what, found in unfit.items() if found and count > 1):
+    for what in (what for what, found in unfit.items() if found):
         if wanted in (1, "auto"):
             return 1
-        raise RecipeError(f"one base over {wanted} processes is not possible with {what}", where="machine.shard")
+        what = f"one base over {wanted} processes is not possible with {what}"
+        raise RecipeError(what, where="machine.shard", hint="machine.shard=1")
     if wanted != "auto" or count == 1:
         return 1 if count == 1 else int(wanted)
     base = model.get_base_model()
