@@ -107,15 +107,17 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: (save_experts if "moe" in name else save_base)(folder, name) for name, folder in folders.items()}
 
 
-@pytest.mark.parametrize(("count", "shard"), [(2, 2), (3, 3), (4, 2)])
-def test_sharded_steps_are_those_of_one_process(count: int, shard: int, bases: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("count", "shard", "names"), [(2, 2, BASES), (3, 3, BASES[:1]), (4, 2, BASES[1:2])])
+def test_sharded_steps_are_those_of_one_process(
+    count: int, shard: int, names: tuple[str, ...], bases: dict[str, Path], tmp_path: Path
+) -> None:
     """Also of three, one of which may be idle, and with two copies of the base."""
 
     def act(rank: int) -> None:
         with join() as ranks:
             ranks.shard = shard
-            for name, base in bases.items():
-                model = sharded_model(base, ranks)
+            for name in names:
+                model = sharded_model(bases[name], ranks)
                 network = verify(model.get_base_model())
                 assert network.head is not None and network.segments and network.share
                 for number, (size, capacity, share, spreads, layers) in enumerate(STEPS):
@@ -133,8 +135,8 @@ def test_sharded_steps_are_those_of_one_process(count: int, shard: int, bases: d
 
     launch = Launch(tmp_path, act, count=count)
     assert launch.codes(120) == [0] * count, launch.said()
-    for name, base in bases.items():
-        model = plain_model(base)
+    for name in names:
+        model = plain_model(bases[name])
         for number, (size, _, share, _, _) in enumerate(STEPS):
             want = plain_step(model, long_rows(size, share=share), ("token", "example")[number % 2])
             got = load_file(tmp_path / f"{name}-{number}.safetensors")
@@ -188,7 +190,7 @@ def test_a_sharded_run_is_that_of_one_process_and_continues_with_any_number(
     alone, replicated = shutil.copytree(many, tmp_path / "alone"), shutil.copytree(many, tmp_path / "replicated")
     assert main(["train", str(alone), "--resume", f"run.output={alone}", "machine.shard=1"]) == 0
     same_metrics(one, alone)
-    for folder, parts in ((replicated, "1"), (many, "all")):
+    for folder, parts in ((many, "all"), (replicated, "1"))[: 1 + (optimizer == "adamw")]:
         words = ["train", str(folder), "--resume", f"run.output={folder}", f"machine.shard={parts}"]
         launch = Launch(tmp_path, lambda _, words=words: main(words))
         assert launch.codes(120) == [0, 0], launch.said()
