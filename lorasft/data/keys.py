@@ -139,4 +139,4 @@ def _number(key: str, value: Any, wanted: str) -> float:
     try:
         return float({"true": "1", "false": "0"}.get(text, text))
     except ValueError:
-        raise DataError(f"{key!r} must be {wanted}, this is {type(value).__name__}") from None
+        raise DataError(f"{key!r} must be {wanted}, this is {type(value).__name__}", hint="write that") from None

@@ -159,13 +159,7 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks, shared: Shared | None
         if saved:
             restore_checkpoint(run.checkpoint(saved.step), run)
         if ranks.is_main:
-            keep_samples(run.folder, until=done)
-            with open_ledger(run.folder, until=done):
-                pass
-            for notice in network.notices:
-                say(notice)
-            if any(hasattr(module, "is_concatenated") for module in network.causal.modules()):
-                say("the experts stay as they are: the adapter is on attention and shared linears that PEFT can adapt")
+            _begin_records(run, done)
     with ranks.sync_errors(passes=True):
         run_heaviest_batch(run, fit, static)
     with ranks.sync_errors():
@@ -174,6 +168,17 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks, shared: Shared | None
             save(run, state)
             write_start(run, state)
     return run, state
+
+
+def _begin_records(run: Run, done: int) -> None:
+    """Cut answers and losses of rows back to step `done`, and say what a person should know of the model."""
+    keep_samples(run.folder, until=done)
+    with open_ledger(run.folder, until=done):
+        pass
+    for notice in run.network.notices:
+        say(notice)
+    if any(hasattr(module, "is_concatenated") for module in run.network.causal.modules()):
+        say("the experts stay as they are: the adapter is on attention and shared linears that PEFT can adapt")
 
 
 def run_heaviest_batch(run: Run, fit: Fit, static: dict[str, int]) -> None:

@@ -46,13 +46,8 @@ def meet_store(index: int) -> Store:
     server = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_SILENCE))
     attempt = [os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT")]
     store: Store = PrefixStore(f"lorasft {attempt}", server)
-    beat(store, index)
+    store.set(f"beat {index}", "")
     return store
-
-
-def beat(store: Store, index: int) -> None:
-    """Show that process `index` lives."""
-    store.set(f"beat {index}", str(time.monotonic()))
 
 
 def tell_end(store: Store, code: int, words: str) -> bool:
@@ -105,7 +100,7 @@ class Watch(threading.Thread):
         far = {machine: rank for rank, (machine, _) in reversed([*enumerate(self.places)]) if machine != self._machine}
         heard = {machine: (b"", time.monotonic()) for machine in far}
         while not select.select(self._near, [], [], BEAT)[0]:
-            beat(self.store, self.index)
+            self.store.set(f"beat {self.index}", str(time.monotonic()))
             if self.store.check([_END]):
                 code, words, machine = json.loads(self.store.get(_END))
                 return code, words, machine
