@@ -45,6 +45,6 @@ def make_tool(folder: Path, body: str, *, start: str = START) -> Path:
     """A `llama-quantize` in the new folder, which is returned: for the PATH."""
     folder.mkdir()
     tool = folder / "llama-quantize"
-    tool.write_text(f"#!{sys.executable}\n{start}{body}", encoding="utf-8")
+    tool.write_text(f"#!{sys.executable} -u\n{start}{body}", encoding="utf-8")
     tool.chmod(0o755)
     return folder
