@@ -214,10 +214,11 @@ def sweep(folder: Path, name: str | None = None) -> None:
 def remove_new(folder: Path, present: Collection[Path], absent: Iterable[Path]) -> None:
     """Delete what is in `folder` beside `present`; then those of `absent`, its parents or itself, that are empty.
 
-    The lock goes last: by it the next start knows what is left when this is ended midway.
+    Ended midway, it leaves no half of a folder under its name, and the lock, by which the next start knows of the rest.
     """
     for path in sorted(set(folder.glob("*")).difference(present), key=lambda path: path.name == LOCK):
-        _remove(path)
+        with contextlib.suppress(LorasftError):
+            (remove_folder if path.is_dir() else _remove)(path)
     with contextlib.suppress(OSError):
         for one in absent:
             one.rmdir()

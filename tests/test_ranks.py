@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -58,9 +57,7 @@ class Launch:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12 about forks beside threads
-            self.pids = [os.fork() or self._be(rank, port, act) for rank in range(count)]
+        self.pids = [os.fork() or self._be(rank, port, act) for rank in range(count)]
 
     def _be(self, rank: int, port: int, act: Callable[[int], object]) -> int:
         code: Any = 1
@@ -242,9 +239,16 @@ def test_a_killed_process_is_named_and_other_numbers_of_them_go_on_with_the_same
         assert line["step"] == want["step"] and line.get("tokens") == want.get("tokens")
 
 
-def wait_for_lines(log: Path, least: int) -> None:
-    while not log.exists() or log.read_bytes().count(b"\n") < least:
+def wait_until(true: Callable[[], bool]) -> None:
+    """Wait until something is true, for two minutes at most."""
+    end = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < end, "it did not come"
         time.sleep(0.002)
+
+
+def wait_for_lines(log: Path, least: int) -> None:
+    wait_until(lambda: log.exists() and log.read_bytes().count(b"\n") >= least)
 
 
 def kill_at_random(launch: Launch, victim: int, log: Path, least: int) -> None:
@@ -273,8 +277,7 @@ def test_a_process_that_works_and_one_that_waits_end_when_the_other_is_lost(
             ranks.on_main(lambda: time.sleep(60))
 
     launch = Launch(tmp_path, act)
-    while not all((tmp_path / f"joined{rank}").exists() for rank in (0, 1)):
-        time.sleep(0.01)
+    wait_until(lambda: all((tmp_path / f"joined{rank}").exists() for rank in (0, 1)))
     os.kill(launch.pids[victim], signal.SIGKILL)
     codes = launch.codes(30)
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 5, launch.said()

@@ -159,6 +159,23 @@ def test_a_process_that_dies_ends_the_work() -> None:
     assert not multiprocessing.active_children()
 
 
+def die_while_answering(number: int) -> bytes:
+    """The answer takes many times as long to be sent as the process lives."""
+    if number == 20:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+    return bytes(10**8 * (number == 20))
+
+
+def test_nobody_waits_for_the_rest_of_an_answer() -> None:
+    """Of a process that is killed while it sends one, as out of memory, or because the work is left."""
+    with pytest.raises(CapacityError, match="died"):
+        list(map_blocks(die_while_answering, range(99), workers=2))
+    for _ in range(10):
+        with closing(map_blocks(lambda _: bytes(3_000_000), range(99), workers=3)) as results:
+            next(results)
+    assert not multiprocessing.active_children()
+
+
 def test_blocks_that_cannot_be_read_end_the_work() -> None:
     def blocks() -> Any:
         yield from range(30)

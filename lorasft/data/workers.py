@@ -8,12 +8,13 @@ import multiprocessing
 import os
 import signal
 import sys
-import warnings
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from lorasft.errors import CapacityError
@@ -25,7 +26,6 @@ MOST = 8  # processes: each needs memory, and reading and writing are left to on
 AHEAD = 4  # blocks for each process that may be done before one that takes long
 DEAF = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}  # what this process hears too, and then ends its children
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h: the signal that a process gets when its parent is gone
-_WORK: list[Callable[[Any], Any]] = []  # in a child: what it does
 
 
 def available_workers() -> int:
@@ -48,41 +48,62 @@ def map_blocks(work: Callable[[Block], Result], blocks: Iterable[Block], *, work
         yield from map(work, stream)
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread each; set before, or tokenizers warns
-    fork = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(workers, mp_context=fork, initializer=_begin, initargs=(work,))
+    fork, idle = multiprocessing.get_context("fork"), SimpleQueue[Connection]()
     pending: deque[Future[Any]] = deque()
+    pool, children = ThreadPoolExecutor(workers), []
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, DEAF)  # as children inherit it
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: other threads do not run in a child
-            pending.append(pool.submit(_serve, next(stream)))  # which forks all processes
+        for _ in range(workers):
+            ours, theirs = fork.Pipe()
+            process = fork.Process(target=_serve, args=(work, theirs), daemon=True)
+            process.start()
+            children.append(process)
+            theirs.close()
+            idle.put(ours)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for block in stream:
-            pending.append(pool.submit(_serve, block))
+            pending.append(pool.submit(_ask, idle, block))
             if len(pending) == AHEAD * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-    except BrokenProcessPool:
-        what = "a process that prepares data died"
-        raise CapacityError(what, hint="if it ran out of memory, the kernel's log says so") from None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for process in list(pool._processes.values()):
+        for process in children:
             process.terminate()
+            process.join()
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(work: Callable[[Any], Any]) -> None:
-    """What a child does first: it takes its work, which is never sent, and ends when its parent is gone."""
-    _WORK.append(work)
+def _ask(idle: SimpleQueue[Connection], block: Any) -> Any:
+    """What a process that is idle makes of the block. Each has a pipe of its own, which ends when the process does: in
+    one that they share, all would wait for the rest of what a dead one has begun to say."""
+    pipe = idle.get()
+    try:
+        pipe.send(block)
+        error, result = pipe.recv()
+    except (EOFError, OSError):
+        what = "a process that prepares data died"
+        raise CapacityError(what, hint="if it ran out of memory, the kernel's log says so") from None
+    finally:
+        idle.put(pipe)
+    if error:
+        raise error
+    return result
+
+
+def _serve(work: Callable[[Any], Any], pipe: Connection) -> None:
+    """What a child does: `work`, which is never sent, on one block after the other, until its parent is gone."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     gc.disable()  # a tenth of the time; after each block there is little to go through
     gc.freeze()  # what the parent holds, such as memory of a device, is not for a child to collect
-
-
-def _serve(block: Any) -> Any:
-    gc.collect()
-    return _WORK[-1](block)
+    while True:
+        block = pipe.recv()
+        gc.collect()
+        try:
+            pipe.send((None, work(block)))
+        except Exception as error:
+            error.add_note(traceback.format_exc())  # which is lost on the way
+            pipe.send((error, None))

@@ -73,8 +73,9 @@ class Child:
         raise TimeoutError(f"process {self.pid} did not end in {seconds} s")
 
     def wait_until(self, reached: Callable[[Any], bool]) -> None:
-        """Wait until the run's trace has `reached` something, or the run its end."""
-        while not (reached(self.trace) or self.trace.over):
+        """Wait until the run's trace has `reached` something, or the run its end, for a minute at most."""
+        end = time.monotonic() + 60
+        while not (reached(self.trace) or self.trace.over or time.monotonic() > end):
             time.sleep(0.0005)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
