@@ -217,8 +217,10 @@ def remove_new(folder: Path, present: Collection[Path], absent: Iterable[Path]) 
     Ended midway, it leaves no half of a folder under its name, and the lock, by which the next start knows of the rest.
     """
     for path in sorted(set(folder.glob("*")).difference(present), key=lambda path: path.name == LOCK):
-        with contextlib.suppress(LorasftError):
-            (remove_folder if path.is_dir() else _remove)(path)
+        if path.is_dir():
+            with contextlib.suppress(LorasftError):  # a disk that is full may take no other name
+                remove_folder(path)
+        _remove(path)
     with contextlib.suppress(OSError):
         for one in absent:
             one.rmdir()

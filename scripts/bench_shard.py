@@ -127,7 +127,7 @@ def main(ranks: Ranks) -> None:
         ranks.on_main(lambda: keep_whole(settings))
         model = attach_adapter(load_around(settings, CPU), ADAPTER, seed=0)
         causal = model.get_base_model()
-        shard_base(causal, settings, ranks.mesh(CPU))
+        shard_base(causal, settings, ranks.shard)
     network = verify(causal)
     weightless = make_weightless(causal.config, settings, ADAPTER, CPU)
     planned = static_bytes(weightless, "adamw", shard=ranks.shard)

@@ -76,7 +76,7 @@ def sharded_model(base: Path, ranks: Ranks) -> Any:
     """As a run loads it that lies over `ranks.shard` processes."""
     ranks.on_main(lambda: keep_whole(settings_of(base)))
     model = attach_adapter(load_around(settings_of(base), CPU), ADAPTER, seed=0)
-    shard_base(model.get_base_model(), settings_of(base), ranks.mesh(CPU))
+    shard_base(model.get_base_model(), settings_of(base), ranks.shard)
     randomize_adapter(model)
     return model
 

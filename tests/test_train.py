@@ -220,14 +220,14 @@ def test_a_start_that_failed_leaves_a_folder_that_can_be_used(recipe: Write) -> 
 def test_what_tells_of_a_failed_start_is_removed_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ended midway by a second signal, it leaves a folder that the next start knows by its lock, and no half of one."""
     removed: list[str] = []
-    monkeypatch.setattr(files, "_remove", lambda path: removed.append(re.sub(r"\.trash-|-\w{8}$", "", path.name)))
+    monkeypatch.setattr(files, "_remove", lambda path: removed.append(path.name) if path.exists() else None)
     for number in range(20):  # the order of a set is another one for each folder
         folder = tmp_path / str(number)
         (folder / "tokens").mkdir(parents=True)
         (folder / files.LOCK).touch()
         files.remove_new(folder, (), ())
         assert not (folder / "tokens").exists()
-    assert removed == ["tokens", files.LOCK] * 20
+    assert [re.sub(r"\.trash-|-\w{8}$", "", name) for name in removed] == ["tokens", files.LOCK] * 20
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])

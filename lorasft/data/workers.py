@@ -76,8 +76,7 @@ def map_blocks(work: Callable[[Block], Result], blocks: Iterable[Block], *, work
 
 
 def _ask(idle: SimpleQueue[Connection], block: Any) -> Any:
-    """What a process that is idle makes of the block. Each has a pipe of its own, which ends when the process does: in
-    one that they share, all would wait for the rest of what a dead one has begun to say."""
+    """What an idle process makes of the block. Each has its own pipe: none waits for what a dead one did not say."""
     pipe = idle.get()
     try:
         pipe.send(block)

@@ -175,8 +175,7 @@ def give_weights(model: Any, weights: dict[str, Tensor], *, where: object, whole
     known, given = ({name: list(tensor.shape) for name, tensor in side.items()} for side in (own, weights))
     for name in sorted(known.keys() | given.keys()):
         if known.get(name) != given.get(name):
-            what = f"{name} is {given.get(name, 'missing')} and not {known.get(name, 'known')}"
-            what = f"it does not fit the base: {what}"
+            what = f"it does not fit the base: {name} is {given.get(name, 'missing')}, not {known.get(name, 'known')}"
             raise ModelError(what, where=where, hint="use the base that it was trained on, or merge with --no-check")
     if any(tensor.is_meta for tensor in own.values()):  # PEFT made A and B without numbers, as the base is streamed
         named = {name.replace(".weight", ".default.weight"): tensor.float() for name, tensor in weights.items()}

@@ -28,7 +28,7 @@ from lorasft.model.packed import NF4
 _FUNCTION = "lorasft_nf4"  # its name in transformers' interface
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")
 BLOCK, _GROUP = NF4["blocksize"], 256  # numbers that share a scale; scales that share one of their own
-_PARTS = ("", "_absmax", "_nested_absmax", "_nested_table", "_offset")  # of a stack: its parameters' names end so
+PARTS = ("", "_absmax", "_nested_absmax", "_nested_table", "_offset")  # of a stack: its parameters' names end so
 # bitsandbytes keeps the tables of its first call for all others: they are to have numbers in them.
 functional.quantize_4bit(torch.zeros(BLOCK), **NF4)
 
@@ -44,7 +44,7 @@ def find_experts(model: nn.Module) -> list[tuple[Any, dict[str, Tensor]]]:
 
 def packed_parts(module: nn.Module) -> dict[str, list[Tensor]]:
     """Of each packed stack of `module` the codes (experts, out, in / 2), two in a byte, and the constants."""
-    return {name: [getattr(module, name + end) for end in _PARTS] for name in getattr(module, "packed", ())}
+    return {name: [getattr(module, name + end) for end in PARTS] for name in getattr(module, "packed", ())}
 
 
 class Nf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
@@ -110,7 +110,7 @@ def quantize_stack(matrices: Iterable[Tensor]) -> dict[str, Tensor]:
         nested, table = state.state2.absmax, state.state2.code
         absmax = F.pad(state.absmax, (0, len(nested) * _GROUP - len(state.absmax)))  # whole groups: all are one row
         experts.append((codes.view(len(matrix), -1), absmax, nested, table, state.offset))
-    return {end: torch.stack(parts) for end, parts in zip(_PARTS, zip(*experts, strict=True), strict=True)}
+    return {end: torch.stack(parts) for end, parts in zip(PARTS, zip(*experts, strict=True), strict=True)}
 
 
 def _dequantize(module: Any, name: str, experts: slice, dtype: torch.dtype) -> Tensor:

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lorasft.errors import ModelError
 from lorasft.model.base import find_kept, load_base, make_stops, patch_linear4bit, read_config
 from lorasft.model.cache import read_kept
-from lorasft.model.experts import packed_parts
+from lorasft.model.experts import PARTS, packed_parts
 from lorasft.model.loss import whole_head
 from lorasft.model.recompute import decoder_layers
 from lorasft.model.tables import vocabulary_tables
@@ -63,13 +63,15 @@ def load_around(settings: ModelSettings, device: torch.device) -> Any:
     return base.eval()
 
 
-def shard_base(causal: Any, settings: ModelSettings, mesh: DeviceMesh) -> None:
+def shard_base(causal: Any, settings: ModelSettings, processes: int) -> None:
     """Fill what is in 4 bit in a model of `load_around`, with its adapter, layer by layer, and keep the parts of this
-    process in `mesh`. Raises ModelError for a model whose layers are not known."""
+    process, of so many that hold one copy. Raises ModelError for a model whose layers are not known."""
     layers, device, files = decoder_layers(causal), causal.device, open_kept(settings)
     paths = {one: path.replace(".base_layer", "") for path, one in causal.named_modules()}
     tables = vocabulary_tables(causal)
     tied = tables[0].weight is tables[1].weight
+    sizes = torch.distributed.get_world_size() // processes, processes
+    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("copies", "parts"))["parts"]
     if not layers:
         raise ModelError("its layers are not known: one base cannot lie over several processes", where="machine.shard")
 
@@ -117,8 +119,7 @@ def _fill_linear(linear: Any, path: str, files: Files, device: torch.device) -> 
 
 def _fill_experts(module: nn.Module, path: str, files: Files, device: torch.device) -> list[nn.Parameter]:
     """Give packed experts their numbers: codes and constants, which are returned."""
-    parts = {id(part) for parts in packed_parts(module).values() for part in parts}
-    names = [name for name, one in module.named_parameters(recurse=False) if id(one) in parts]
+    names = [f"{name}{end}" for name in packed_parts(module) for end in PARTS]
     for name in names:
         value = files[f"{path}.{name}"].read(f"{path}.{name}").to(device)
         setattr(module, name, nn.Parameter(value, requires_grad=False))

@@ -161,9 +161,7 @@ class MachineSettings(_Section):
     share_prefixes: Auto | bool = Field("auto", description="compute common beginnings once")
     attention: Literal["auto", "segments", "sdpa", "eager"] = Field("auto", description="attention backend")
     spread_rows: Auto | bool = Field("auto", description="rows too long for one device over all processes")
-    shard: Auto | Literal["all"] | PositiveInt = Field(
-        "auto", description="processes over which a copy of the base lies"
-    )
+    shard: Auto | Literal["all"] | PositiveInt = Field("auto", description="processes that hold one base together")
     cache_base: Auto | bool = Field("auto", description="keep the 4-bit base for the next start; auto: from 64 MB")
 
 

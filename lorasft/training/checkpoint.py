@@ -221,6 +221,7 @@ class CheckpointSaver:
                 raise CapacityError(what, where=run.checkpoints, hint=hint) from error
             self.failed = True
             say(f"{what}; saved up to step {self.last.step}, continuing")
-            return replace(state, best_step=self.last.best_step, best_loss=self.last.best_loss)
+            best = self.last if run.recipe.run.keep_best and state.best_step == state.step else state
+            return replace(state, best_step=best.best_step, best_loss=best.best_loss)
         self.failed = False
         return self.last

@@ -26,7 +26,6 @@ from lorasft.terminal import say
 from lorasft.training import watch
 
 if TYPE_CHECKING:  # torch is imported only where it is needed: what is wrong with a recipe is said at once
-    import torch
     from torch import Tensor
 
 T = TypeVar("T")
@@ -54,22 +53,6 @@ class Ranks:
     def is_main(self) -> bool:
         """Whether this process speaks and writes."""
         return self.index == 0
-
-    @property
-    def together(self) -> Ranks:
-        """Those with which this process must pass through the model."""
-        return self if self.in_step else ALONE
-
-    def any(self, value: object) -> bool:
-        """Whether `value` is true of any process."""
-        return any(self.gather(bool(value), passes=True))
-
-    def mesh(self, device: torch.device) -> Any:
-        """torch's mesh of the processes that hold one copy of the base with this one."""
-        from torch.distributed.device_mesh import init_device_mesh
-
-        sizes = self.count // self.shard, self.shard
-        return init_device_mesh(device.type, sizes, mesh_dim_names=("copies", "parts"))["parts"]
 
     def gather(self, value: T, *, passes: bool = False) -> list[T]:
         """The small `value` of every process, in their order. `passes`: see `sync_errors`."""

@@ -41,6 +41,7 @@ Result = TypeVar("Result")
 _STEPS_SEEN = 64  # whose micro-batches are weighed to find the heaviest
 _MOST_TOKENS = 16_384  # that a micro-batch is widened to
 _LEAST_CUT = 1 << 14  # bytes of an optimizer's state for each process: smaller ones are not in 8 bit
+_READS_NUMBERS = (LookupError, TypeError, ValueError, RuntimeError)  # what a model raises that asks for numbers
 _WORTH = 0.9  # a wider micro-batch has to compute at most this share of the tokens
 
 
@@ -138,16 +139,28 @@ def choose_shard(
         return 1 if count == 1 else int(wanted)
     base = model.get_base_model()
     base.set_attn_implementation(SEGMENTS)
-    network, layers = Network(base, read_head(base, device), segments=True, planned=device), len(decoder_layers(base))
-    longest = int(example_lengths(inputs.prepared.train).max())
-    batch = heaviest_batch(network, longest=longest, capacity=longest)
-    needs = fewest_recomputed(network, batch, free=0, wanted=layers)[1]
-    choices = [parts for parts in sorted({1, local, count}) if count % parts == 0]
-    for parts in choices[:-1]:
-        static = static_bytes(model, recipe.optimizer.name, shard=parts)
-        if needs and sum(static.values()) + needs.peak / USABLE <= free:
-            return parts
-    return choices[-1]
+    network = Network(base, read_head(base, device), segments=True, planned=device)
+    needs = partial(least_bytes, recipe, network, model, longest=int(example_lengths(inputs.prepared.train).max()))
+    *fewer, most = (parts for parts in sorted({1, local, count}) if count % parts == 0)
+    try:
+        return next((parts for parts in fewer if needs(shard=parts) <= free), most)
+    except _READS_NUMBERS:
+        return most
+
+
+def least_bytes(recipe: Recipe, network: Network, model: Any, *, longest: int, cards: int = 1, shard: int = 1) -> int:
+    """The memory beside driver and libraries that `recipe` needs on rows of at most `longest` tokens, in the leanest
+    layout that it allows on each of `cards`, `shard` of which hold one base. `model`: its PEFT model without numbers,
+    of the kind that `network` was verified on."""
+    static, machine = static_bytes(model, recipe.optimizer.name, shard=shard), recipe.machine
+    planned = plan_network(network, model)
+    static["optimizer"] //= cards if shard > 1 else 1
+    longest = math.ceil(min(longest, recipe.data.max_length) / (cards if machine.spread_rows is not False else 1))
+    tokens = longest if machine.micro_batch_tokens == "auto" else machine.micro_batch_tokens
+    batch = heaviest_batch(planned, longest=longest, capacity=tokens)
+    layers = 0 if machine.activation_checkpointing is False else len(decoder_layers(planned.causal))
+    copies = copy_bytes(planned.causal) if machine.keep_16bit is True else 0
+    return sum(static.values()) + copies + math.ceil(dry_run(planned, batch, recomputed=layers).peak / USABLE)
 
 
 def choose_copies(network: Network, fit: Fit, wanted: Auto | bool) -> Fit:
@@ -233,7 +246,7 @@ def fewest_recomputed(
                 counts = range(layers, 0, -(layer_period(network.causal) or 1))[::-1]
                 wanted = counts[bisect_left(counts[:-1], True, key=lambda one: needs(recomputed=one).fits(free))]
         return wanted, needs(recomputed=wanted)
-    except (LookupError, TypeError, ValueError, RuntimeError) as error:  # it reads numbers: what needs least
+    except _READS_NUMBERS as error:  # what needs least
         say(f"the memory of a step is not known beforehand: {first_line(error)}")
         return layers if wanted is None else wanted, None
 

@@ -17,6 +17,7 @@ from typing import Any
 from lorasft.errors import DeviceError, LorasftError
 from lorasft.files import append
 from lorasft.recipe import Recipe, RunSettings
+from lorasft.recipe.load import flatten
 from lorasft.report import refresh_report
 from lorasft.terminal import is_live, say
 
@@ -93,11 +94,8 @@ def start_trackers(recipe: Recipe) -> list[Any]:
     accelerator = Accelerator(log_with=list(recipe.run.trackers), project_dir=recipe.run.output)
     name = Path(recipe.run.output).resolve().name
     own_names = {"mlflow": {"run_name": name}, "wandb": {"name": name}, "trackio": {"name": name}}
-    settings = {
-        f"{section}.{key}": value if isinstance(value, (str, int, float)) else json.dumps(value)
-        for section, keys in recipe.model_dump(mode="json").items()
-        for key, value in keys.items()
-    }
+    told = flatten(recipe.model_dump(mode="json")).items()
+    settings = {key: value if isinstance(value, (str, int, float)) else json.dumps(value) for key, value in told}
     accelerator.init_trackers("lorasft", config=settings, init_kwargs=own_names)
     return list(accelerator.trackers)
 

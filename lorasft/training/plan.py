@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -20,17 +19,16 @@ from lorasft.data.packing import MicroBatch, cost
 from lorasft.data.store import example_lengths
 from lorasft.errors import ModelError
 from lorasft.machine import free_memory
-from lorasft.model.linear import copy_bytes
 from lorasft.model.loss import Network, pair_losses
-from lorasft.model.memory import USABLE, dry_run, heaviest_batch, static_bytes
+from lorasft.model.memory import heaviest_batch, static_bytes
 from lorasft.model.recompute import decoder_layers, layer_kinds, only_first, recompute
 from lorasft.model.tables import keep_on_host
-from lorasft.model.weightless import make_sample, make_weightless, plan_network
+from lorasft.model.weightless import make_sample, make_weightless
 from lorasft.recipe import Recipe
 from lorasft.recipe.load import change_recipe
 from lorasft.terminal import quote
 from lorasft.training.inputs import read_checked_config, read_inputs
-from lorasft.training.layout import Fit, choose_layout, choose_shard
+from lorasft.training.layout import Fit, choose_layout, choose_shard, least_bytes
 from lorasft.training.state import RunInputs
 
 LIBRARIES = 1 << 29  # bytes of a card of a given size that its driver and the libraries take
@@ -186,8 +184,7 @@ def find_suggestions(
     changes.append([f"data.max_length={max(8, int(length))}" for length in np.quantile(lengths, _SHARES)])
 
     def fits(word: str, cards: int = inputs.plan.processes) -> bool:
-        words = [word] if word else []
-        changed = change_recipe({name: getattr(recipe, name) for name in Recipe.model_fields}, words)
+        changed = change_recipe({name: getattr(recipe, name) for name in Recipe.model_fields}, [word] if word else [])
         if word and changed == recipe:
             return False
         adapter = inputs.adapter if start else changed.adapter
@@ -206,18 +203,3 @@ def find_suggestions(
         yield text
     more = [many * inputs.plan.processes for many in (2, 4, 8)] if inputs.plan.processes > 1 else []
     yield from islice((f"--cards {cards}" for cards in more if fits("", cards)), 1)
-
-
-def least_bytes(recipe: Recipe, network: Network, model: Any, *, longest: int, cards: int = 1, shard: int = 1) -> int:
-    """The memory beside driver and libraries that `recipe` needs on rows of at most `longest` tokens, in the leanest
-    layout that it allows on each of `cards`, `shard` of which hold one base. `model`: its PEFT model without numbers,
-    of the kind that `network` was verified on."""
-    static, machine = static_bytes(model, recipe.optimizer.name, shard=shard), recipe.machine
-    planned = plan_network(network, model)
-    static["optimizer"] //= cards if shard > 1 else 1
-    longest = math.ceil(min(longest, recipe.data.max_length) / (cards if machine.spread_rows is not False else 1))
-    tokens = longest if machine.micro_batch_tokens == "auto" else machine.micro_batch_tokens
-    batch = heaviest_batch(planned, longest=longest, capacity=tokens)
-    layers = 0 if machine.activation_checkpointing is False else len(decoder_layers(planned.causal))
-    copies = copy_bytes(planned.causal) if machine.keep_16bit is True else 0
-    return sum(static.values()) + copies + math.ceil(dry_run(planned, batch, recomputed=layers).peak / USABLE)

@@ -138,7 +138,7 @@ def _load(recipe: Recipe, inputs: RunInputs, ranks: Ranks, shared: Shared | None
         else:
             model = attach_adapter(base, recipe.adapter, seed=recipe.train.seed, new_rows=inputs.new_rows)
         if ranks.shard > 1:
-            shard_base(model.get_base_model(), settings, ranks.mesh(device))
+            shard_base(model.get_base_model(), settings, ranks.shard)
     static = static_bytes(weightless, recipe.optimizer.name, shard=ranks.shard)
     spare = free_memory(device) - sum(static[kind] for kind in ("gradients", "optimizer", "16-bit copies", "gathered"))
     spare = min(ranks.gather(spare))

@@ -22,6 +22,7 @@ from lorasft.files import read_objects, replace_file
 from lorasft.model.scoring import generate, score_batches
 from lorasft.signals import StopRequest
 from lorasft.terminal import say, shorten
+from lorasft.training.distributed import ALONE
 from lorasft.training.state import Run, State
 
 Ledger = dict[str, dict[str, Any]]  # lines of rows.jsonl, by split and place
@@ -35,24 +36,24 @@ def take_samples(run: Run, state: State, stop: StopRequest) -> None:
     """After an evaluation that `run.sample_every` names, or the last: answer the prompts, note and show it, unless a
     signal comes; the first time as the base, too. What goes wrong here never reaches the run."""
     settings, held_out, step, progress = run.recipe.run, run.inputs.prepared.held_out, state.step, run.metrics.progress
-    together = run.ranks.together
+    ranks = run.ranks if run.ranks.in_step else ALONE  # who must pass through the model with this process
     if settings.sample_every is None or held_out is None or state.evaluation_due or step == 0:
         return  # a person waits for the first step
     every = settings.sample_every * (settings.eval_every or run.plan.steps)
     if (step % every and step < run.plan.steps) or not (run.ranks.is_main or run.ranks.in_step):
         return
     try:
-        kept, new = together.on_main(lambda: keep_samples(run.folder, until=step - 1)), list[dict[str, Any]]()
+        kept, new = ranks.on_main(lambda: keep_samples(run.folder, until=step - 1)), list[dict[str, Any]]()
         base = all(line["step"] for line in kept)
         with progress.interlude("answering"):
             for after in (0, step)[not base :]:
                 with nullcontext() if after else run.model.disable_adapter():
-                    numbers = (one for one in range(len(held_out))[:_PROMPTS] if not together.any(stop.received))
+                    numbers = (one for one in range(len(held_out))[:_PROMPTS] if not any(ranks.gather(stop.received)))
                     new += [_answer(run, after, held_out, one) for one in numbers]
-        if not together.any(stop.received):  # else the next evaluation asks all of them
-            together.on_main(lambda: keep_samples(run.folder, until=step - 1, more=new))
+        if not any(ranks.gather(stop.received)):  # else the next evaluation asks all of them
+            ranks.on_main(lambda: keep_samples(run.folder, until=step - 1, more=new))
     except Exception as error:
-        if together.count > 1:  # the others wait in it
+        if ranks.count > 1:  # the others wait in it
             raise
         say(f"no answers after step {step}: {first_line(error)}")
         return

@@ -88,6 +88,7 @@ def test_i04_no_link_is_followed(bench: Bench, tmp_path: Path) -> None:
 
 
 FULL = [  # where something is written, how often that fails, exit code, what is said once
+    (["step-000002"], 1000, 0, "saved up to step 0"),  # that the base is the best so far is known all the same
     (["step-000004"], 1000, 0, "the save after step 4 failed: cannot write: No space left on device"),
     (["step-000004"], 1000, 0, "saved up to step 2"),
     (["step-000004", "step-000006"], 1000, 6, "room on the disk; from step 2"),  # two in a row
